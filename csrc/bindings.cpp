@@ -1,0 +1,149 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "greedy.hpp"
+#include "problem.hpp"
+
+namespace py = pybind11;
+
+namespace layercache {
+namespace {
+
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+using Solver = Result (*)(const Problem&);
+
+[[noreturn]] void refuse_shape(const char* name, const std::string& expected, const py::array& array) {
+    std::ostringstream message;
+    message << name << " must have shape " << expected << ", got (";
+    for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) message << (axis ? ", " : "") << array.shape(axis);
+    message << ")";
+    throw std::invalid_argument(message.str());
+}
+
+template <typename Array>
+auto flat(const Array& array) {
+    return std::vector<typename Array::value_type>(array.data(), array.data() + array.size());
+}
+
+int extent(const Doubles& errors, int axis) {
+    if (errors.shape(axis) > std::numeric_limits<int>::max()) throw std::invalid_argument("errors is too large");
+    return static_cast<int>(errors.shape(axis));
+}
+
+void read_errors(const Doubles& errors, Problem& problem) {
+    const char* expected = "[steps, groups, distances + 1, spans + 1] with at least 1, 1, 2 and 1 entries";
+    if (errors.ndim() != 4 || errors.size() == 0 || errors.shape(2) < 2) refuse_shape("errors", expected, errors);
+    problem.steps = extent(errors, 0);
+    problem.groups = extent(errors, 1);
+    problem.max_distance = extent(errors, 2) - 1;
+    problem.max_span = extent(errors, 3) - 1;
+    problem.errors = flat(errors);
+}
+
+std::vector<double> read_costs(const char* name, const Doubles& costs, const Problem& problem) {
+    if (costs.ndim() != 1 || costs.shape(0) != problem.groups) {
+        refuse_shape(name, "[" + std::to_string(problem.groups) + "]", costs);
+    }
+    return flat(costs);
+}
+
+std::vector<char> read_protected(const Bools& cells, const Problem& problem) {
+    if (cells.ndim() != 2 || cells.shape(0) != problem.steps || cells.shape(1) != problem.groups) {
+        const std::string expected = std::to_string(problem.steps) + ", " + std::to_string(problem.groups);
+        refuse_shape("protected", "[" + expected + "]", cells);
+    }
+    return std::vector<char>(cells.data(), cells.data() + cells.size());
+}
+
+Solver solver_of(const std::string& method) {
+    if (method == "removal") return solve_removal;
+    if (method == "addition") return solve_addition;
+    if (method == "best") return solve_best;
+    throw std::invalid_argument("method must be 'removal', 'addition' or 'best', got '" + method + "'");
+}
+
+Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double target,
+             const Bools& protected_cells, const std::vector<int>& spans, int history, int max_run, double tau,
+             const std::string& method, bool monotone) {
+    const Solver solver = solver_of(method);
+    Problem problem;
+    read_errors(errors, problem);
+    problem.compute_cost = read_costs("compute_cost", compute_cost, problem);
+    problem.cached_cost = read_costs("cached_cost", cached_cost, problem);
+    problem.protected_cells = read_protected(protected_cells, problem);
+    problem.target = target;
+    problem.spans = spans;
+    problem.history = history;
+    problem.max_run = max_run;
+    problem.tau = tau;
+    problem.monotone = monotone;
+
+    py::gil_scoped_release released; // the problem owns copies: nothing of Python is read from here on
+    normalise(problem);
+    return solver(problem);
+}
+
+// A read-only view that keeps the result alive.
+py::array view(const py::object& self, std::vector<int> Result::*member) {
+    const auto& result = self.cast<const Result&>();
+    py::array_t<int> array({result.steps, result.groups}, (result.*member).data(), self);
+    array.attr("flags").attr("writeable") = false;
+    return array;
+}
+
+std::string describe(const Result& result) {
+    std::ostringstream text;
+    text << "Result(method='" << result.method << "', total_error=" << result.total_error << ", spent=" << result.spent
+         << ", feasible=" << (result.feasible ? "True" : "False") << ")";
+    return text.str();
+}
+
+void bind_result(py::module_& module) {
+    py::class_<Result>(module, "Result", "A solved schedule; arrays are int32 [steps, groups] and read-only.")
+        .def_property_readonly(
+            "cells", [](const py::object& self) { return view(self, &Result::cells); }, "-1 computed, else the span K.")
+        .def_property_readonly(
+            "anchor", [](const py::object& self) { return view(self, &Result::anchor); },
+            "Computed step a whose residual the cell reads; -1 where computed.")
+        .def_property_readonly(
+            "base", [](const py::object& self) { return view(self, &Result::base); },
+            "Older computed step b the cell reads; -1 where there is none.")
+        .def_readonly("total_error", &Result::total_error)
+        .def_readonly("spent", &Result::spent)
+        .def_readonly("feasible", &Result::feasible)
+        .def_readonly("method", &Result::method, "The solver that found it.")
+        .def("__repr__", &describe);
+}
+
+const char* const solve_doc =
+    R"(Choose which cells to compute so that the error is small and the seconds stay within target.
+
+errors[i, g, m, Kb] is the error of caching step i of group g when its anchor is i - m and the older
+residual lies Kb steps before the anchor (0: plain reuse). Infinity forbids caching. target limits the
+sum over cells of compute_cost[g] or cached_cost[g]. history counts the kept residuals, the anchor
+included. A span is used only where it lowers a run's error by more than the share tau.
+
+method: 'removal' drops the cell with the least error per second until the target is met; 'addition'
+starts from the fewest cells allowed and adds the one that saves most error per second, as long as one
+fits and saves any; 'best' keeps the better of the two.)";
+
+} // namespace
+} // namespace layercache
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+    using namespace layercache;
+    module.doc() = "Schedulers in C++.";
+    bind_result(module);
+    module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),
+               py::arg("target"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
+               py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best",
+               py::arg("monotone") = false);
+}

@@ -1,0 +1,137 @@
+#include "greedy.hpp"
+
+#include <cmath>
+#include <queue>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "runs.hpp"
+#include "selection.hpp"
+#include "starts.hpp"
+
+namespace layercache {
+namespace {
+
+enum class Move { remove, add };
+
+struct Candidate {
+    double score; // error per second of the cell
+    double cost;
+    int step;
+    int group;
+    int version;
+};
+
+// The order in which cells are given up; additions take them in exactly the opposite order.
+bool precedes(const Candidate& a, const Candidate& b) {
+    return std::tie(a.score, b.cost, b.step, a.group) < std::tie(b.score, a.cost, a.step, b.group);
+}
+
+struct LowerPriority {
+    Move move;
+    bool operator()(const Candidate& a, const Candidate& b) const {
+        return move == Move::remove ? precedes(b, a) : precedes(a, b);
+    }
+};
+
+// Candidates by score. A move changes the scores nearby; those cells are pushed again under a new
+// version, and entries of an older version are skipped when they come up.
+class Queue {
+public:
+    Queue(const Problem& problem, const Selection& selection, Move move)
+        : problem_(problem), selection_(selection), move_(move), versions_(problem.cell(problem.steps, 0), 0),
+          heap_(LowerPriority{move}) {
+        for (int group = 0; group < problem.groups; ++group) refresh(group, 0, problem.steps - 1);
+    }
+
+    bool pop(Candidate& out) {
+        while (!heap_.empty()) {
+            out = heap_.top();
+            heap_.pop();
+            if (out.version == versions_[problem_.cell(out.step, out.group)]) return true;
+        }
+        return false;
+    }
+
+    void refresh(int group, int first, int last) {
+        for (int step = first; step <= last; ++step) refresh_cell(step, group);
+    }
+
+    // A monotone schedule opens a cell of the next group when this one has moved.
+    void moved(int step, int group) {
+        const auto [first, last] = selection_.neighbourhood(step, group);
+        refresh(group, first, last);
+        const int next = move_ == Move::remove ? group + 1 : group - 1;
+        if (problem_.monotone && next >= 0 && next < problem_.groups) refresh_cell(step, next);
+    }
+
+private:
+    void refresh_cell(int step, int group) {
+        const int version = ++versions_[problem_.cell(step, group)];
+        if (!may_move(step, group)) return;
+        const double gain = selection_.gain(step, group);
+        // Infinite: the run would be too long or hold a cell that must not be cached.
+        const bool worth = move_ == Move::remove ? std::isfinite(gain) : gain > 0.0;
+        if (!worth) return;
+        heap_.push({gain / problem_.saving(group), problem_.compute_cost[group], step, group, version});
+    }
+
+    bool may_move(int step, int group) const {
+        const bool computed = selection_.computed(step, group);
+        if (move_ == Move::add) {
+            return !computed && !(problem_.monotone && group + 1 < problem_.groups &&
+                                  !selection_.computed(step, group + 1));
+        }
+        return computed && !problem_.is_protected(step, group) &&
+               !(problem_.monotone && group > 0 && selection_.computed(step, group - 1));
+    }
+
+    const Problem& problem_;
+    const Selection& selection_;
+    Move move_;
+    std::vector<int> versions_;
+    std::priority_queue<Candidate, std::vector<Candidate>, LowerPriority> heap_;
+};
+
+bool better(const Result& a, const Result& b) {
+    if (a.feasible != b.feasible) return a.feasible;
+    if (!a.feasible && a.spent != b.spent) return a.spent < b.spent;
+    return a.total_error < b.total_error;
+}
+
+} // namespace
+
+Result solve_removal(const Problem& problem) {
+    const RunCosts costs(problem);
+    Selection selection(problem, costs, all_steps(problem));
+    Queue queue(problem, selection, Move::remove);
+    Candidate candidate;
+    while (!problem.affords(selection.spent()) && queue.pop(candidate)) {
+        selection.flip(candidate.step, candidate.group);
+        queue.moved(candidate.step, candidate.group);
+    }
+    return selection.result("removal");
+}
+
+Result solve_addition(const Problem& problem) {
+    const RunCosts costs(problem);
+    Selection selection(problem, costs, sparsest_steps(problem, costs));
+    Queue queue(problem, selection, Move::add);
+    Candidate candidate;
+    while (queue.pop(candidate)) {
+        // What does not fit now never will: the sum only grows.
+        if (!problem.affords(selection.spent_with_one_more(candidate.group))) continue;
+        selection.flip(candidate.step, candidate.group);
+        queue.moved(candidate.step, candidate.group);
+    }
+    return selection.result("addition");
+}
+
+Result solve_best(const Problem& problem) {
+    Result removal = solve_removal(problem);
+    Result addition = solve_addition(problem);
+    return better(addition, removal) ? std::move(addition) : std::move(removal);
+}
+
+} // namespace layercache

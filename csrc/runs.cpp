@@ -1,0 +1,59 @@
+#include "runs.hpp"
+
+#include <algorithm>
+#include <limits>
+
+namespace layercache {
+
+RunCosts::RunCosts(const Problem& problem) : problem_(problem), limit_(problem.run_limit()) {
+    const std::size_t spans = static_cast<std::size_t>(problem.max_span) + 1;
+    sums_.assign(problem.cell(problem.steps, 0) * (limit_ + 1) * spans, 0.0);
+    for (int anchor = 0; anchor < problem.steps; ++anchor) {
+        for (int group = 0; group < problem.groups; ++group) {
+            double* row = &sums_[problem.cell(anchor, group) * (limit_ + 1) * spans];
+            const int longest = std::min(limit_, problem.steps - 1 - anchor);
+            const int widest = std::min(anchor, problem.max_span);
+            for (int length = 1; length <= longest; ++length, row += spans) {
+                for (int span = 0; span <= widest; ++span) {
+                    row[spans + span] = row[span] + problem.error(anchor + length, group, length, span);
+                }
+            }
+        }
+    }
+}
+
+double RunCosts::cost(int group, int anchor, int length, int effective_span) const {
+    const std::size_t row = problem_.cell(anchor, group) * (limit_ + 1) + length;
+    return sums_[row * (problem_.max_span + 1) + effective_span];
+}
+
+// Step b for a requested span: the newest kept step at least `span` before the anchor, else the oldest
+// kept one. -1 where nothing is kept or the error table does not reach that far.
+int RunCosts::resolve_base(const Steps& steps, std::size_t at, int span) const {
+    const std::size_t kept = std::min(at, static_cast<std::size_t>(problem_.history - 1));
+    if (kept == 0) return -1;
+    const int anchor = steps[at];
+    std::size_t back = 1;
+    while (back < kept && steps[at - back] > anchor - span) ++back;
+    const int base = steps[at - back];
+    return anchor - base <= problem_.max_span ? base : -1;
+}
+
+Run RunCosts::best(int group, const Steps& steps, std::size_t at) const {
+    const int anchor = steps[at];
+    const int length = steps[at + 1] - anchor - 1;
+    if (length == 0) return {};
+    if (length > limit_) return {std::numeric_limits<double>::infinity(), 0, -1};
+
+    const Run reuse{cost(group, anchor, length, 0), 0, -1};
+    Run best = reuse;
+    for (int span : problem_.spans) {
+        const int base = resolve_base(steps, at, span);
+        if (base < 0) continue;
+        const double value = cost(group, anchor, length, anchor - base);
+        if (value < best.cost) best = {value, span, base};
+    }
+    return best.cost > (1.0 - problem_.tau) * reuse.cost ? reuse : best;
+}
+
+} // namespace layercache

@@ -1,0 +1,38 @@
+// What a run of cached steps costs in error, and which span serves it best.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "problem.hpp"
+
+namespace layercache {
+
+struct Run {
+    double cost = 0.0; // infinite where the run is too long or must not be cached
+    int span = 0;
+    int base = -1; // step b, -1 with span 0
+};
+
+// Computed steps of one group in ascending order, closed by the number of steps as an end mark, so
+// that every run lies between two neighbours. A window of such a list serves as well.
+using Steps = std::vector<int>;
+
+class RunCosts {
+public:
+    explicit RunCosts(const Problem& problem);
+
+    // The cached steps between steps[at] and steps[at + 1]; the entries before `at` are what older
+    // residuals there are.
+    Run best(int group, const Steps& steps, std::size_t at) const;
+
+private:
+    double cost(int group, int anchor, int length, int effective_span) const;
+    int resolve_base(const Steps& steps, std::size_t at, int span) const;
+
+    const Problem& problem_;
+    int limit_;
+    std::vector<double> sums_; // [anchor, group, length, effective span], errors added up along a run
+};
+
+} // namespace layercache

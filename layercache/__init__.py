@@ -1,0 +1,59 @@
+"""layercache: cached layer groups for flow-matching and diffusion transformers.
+
+    profile = layercache.calibrate(pipe, prompts)
+    schedule = layercache.plan(profile, budget=0.6)
+    with layercache.enabled(pipe, schedule) as cache:
+        pipe(...)
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layercache._version import __version__
+
+# In a checkout the kernels lie beside this folder; an installed wheel has them inside it.
+if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[1] / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from layercache.calibration import calibrate as calibrate
+    from layercache.errors import LayerCacheError as LayerCacheError
+    from layercache.integration import disable as disable
+    from layercache.integration import enable as enable
+    from layercache.integration import enabled as enabled
+    from layercache.models import ModelSpec as ModelSpec
+    from layercache.models import register_model as register_model
+    from layercache.planner import plan as plan
+    from layercache.profile import StabilityProfile as StabilityProfile
+    from layercache.schedule import Schedule as Schedule
+
+# Loaded on first use, so that `import layercache` costs no torch or diffusers import.
+_HOMES = {
+    "calibrate": "calibration",
+    "disable": "integration",
+    "enable": "integration",
+    "enabled": "integration",
+    "LayerCacheError": "errors",
+    "ModelSpec": "models",
+    "plan": "planner",
+    "register_model": "models",
+    "Schedule": "schedule",
+    "StabilityProfile": "profile",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'layercache' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"layercache.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

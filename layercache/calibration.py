@@ -1,0 +1,358 @@
+"""Measuring how well each group's residual is forecast, and what the groups cost."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from layercache import ops
+from layercache._version import __version__
+from layercache.compat import progress_bar_settings
+from layercache.errors import CalibrationError
+from layercache.forecast import secant_coefficients
+from layercache.integration import attach
+from layercache.layout import CAPTURE, GroupAction
+from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, spec_for
+from layercache.partition import Partition, cut, cut_by_curves
+from layercache.profile import StabilityProfile
+from layercache.routing import Router, Trip
+from layercache.schedule import Fingerprint
+from layercache.steps import StepCounter
+from layercache.stopwatch import Stopwatch
+
+Sample = tuple[str, Callable[[], object]]
+
+_STATISTICS = 4  # of one stream and coefficient set: error l1, error l2^2, norm l1, norm l2^2
+
+
+def calibrate(
+    target: Any,
+    prompts: Sequence[Any] | None = None,
+    *,
+    run: Callable[[int], object] | None = None,
+    samples: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    num_inference_steps: int | None = None,
+    partition: Partition = "thirds",
+    num_groups: int = 3,
+    max_distance: int = 8,
+    max_span: int = 9,
+    eta: float = 1.0,
+    progress: bool = True,
+    **call: Any,
+) -> StabilityProfile:
+    """Runs full generations and measures every group's residual against forecasts from older ones.
+
+    One sample is one call. Residuals of the last ``max_distance + max_span`` steps are kept per branch
+    and group, no more; the statistics stay on the device until a sample ends. Source: methods.md §1.4.
+
+    Args:
+        target: a diffusers pipeline, or a transformer.
+        prompts: for a pipeline, one call per entry (an entry may be a list: one call with that batch).
+        run: for a transformer, ``run(k)`` does the k-th full generation with it (give ``samples`` and ``sigmas``).
+        samples: number of calls of ``run``.
+        sigmas: noise levels of ``run``, one more than steps.
+        seeds: one per prompt; ``0, 1, ...`` by default.
+        num_inference_steps: passed to the pipeline.
+        partition: ``"thirds"``, ``"sixth"``, ``"measured"``, ``"whole"`` or block ranges.
+        num_groups: groups of ``"measured"``.
+        max_distance: longest distance to the anchor that is measured.
+        max_span: longest distance between the two anchors that is measured.
+        eta: damping of the secant.
+        progress: show a progress bar.
+        call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
+
+    Raises:
+        CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
+        UnsupportedModelError, CacheStateError: as for `layercache.enable`.
+    """
+    if max_distance < 1 or max_span < 0:
+        raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
+    transformer = find_transformer(target)
+    spec = spec_for(transformer)
+    todo = _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
+    lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
+    scheduler = getattr(target, "scheduler", None)
+    if partition == "measured":
+        blocks = [(k, k + 1) for k in range(sum(lengths))]
+        observer = Observer(transformer, spec, blocks, sigmas, scheduler, 1, 0, eta)
+        curves = _observe(target, observer, todo, progress, "measuring blocks").stability()[1:]
+        partition = cut_by_curves(curves, num_groups)
+    groups = cut(partition, lengths)
+    observer = Observer(transformer, spec, groups, sigmas, scheduler, max_distance, max_span, eta)
+    return _observe(target, observer, todo, progress, "calibrating")
+
+
+def _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
+    """The calls to make, each with a line that describes it."""
+    if isinstance(target, nn.Module):
+        if run is None or sigmas is None or not samples:
+            raise CalibrationError(
+                "to calibrate a bare transformer give run=, a function that does one full generation, samples=, how "
+                "many, and sigmas=, the noise levels it runs through; or pass the pipeline"
+            )
+        return [(f"run {k}", lambda k=k: run(k)) for k in range(samples)]
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not prompts:
+        raise CalibrationError("calibration needs at least one prompt (3 to 16 give a stable profile)")
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise CalibrationError(f"give one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+    arguments = dict(call)
+    accepted = inspect.signature(type(target).__call__).parameters
+    if "output_type" in accepted:
+        arguments.setdefault("output_type", "latent")
+    if num_inference_steps is not None:
+        arguments["num_inference_steps"] = num_inference_steps
+
+    def sample(prompt: Any, seed: int) -> Sample:
+        def generate() -> None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            target(prompt=prompt, generator=generator, **arguments)
+
+        return f"seed {seed}: {prompt}", generate
+
+    return [sample(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def _observe(target: Any, observer: Observer, todo: list[Sample], progress: bool, title: str) -> StabilityProfile:
+    """Runs the samples with the observer attached and collects what it saw."""
+    attachment = attach(target, observer)
+    pipeline_bar = progress_bar_settings(target)
+    if hasattr(target, "set_progress_bar_config"):
+        target.set_progress_bar_config(**{**pipeline_bar, "disable": True})
+    results = []
+    try:
+        with tqdm(total=len(todo), desc=title, unit="sample", disable=not progress) as bar, torch.no_grad():
+            observer.on_step = lambda step, total: bar.set_postfix_str(f"step {step + 1}/{total}", refresh=False)
+            for name, generate in todo:
+                observer.start_sample()
+                generate()
+                results.append(observer.end_sample(name))
+                bar.update()
+    finally:
+        attachment.detach()
+        if hasattr(target, "set_progress_bar_config"):
+            target.set_progress_bar_config(**{"disable": False, **pipeline_bar})
+    return observer.profile(results, [name for name, _ in todo])
+
+
+class _ObservedTrip(Trip):
+    """Marks where a group begins and ends in time."""
+
+    router: Observer
+
+    def open(self, group, image, text) -> None:
+        super().open(group, image, text)
+        self.router.clock.mark(("group", group, self.router.place.step))
+
+    def close(self, group, image, text) -> None:
+        self.router.clock.mark(("statistics", self.router.place.step))
+        super().close(group, image, text)
+        self.router.clock.mark(("rest", self.router.place.step))
+
+
+class _Branch:
+    """Residuals of one branch that forecasts still need, and the statistics found so far."""
+
+    def __init__(self, num_groups: int, window: int):
+        self.windows: list[deque] = [deque(maxlen=window) for _ in range(num_groups)]
+        self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
+        self.reuse: dict[int, float] = {}
+        self.steps = 0
+
+
+class Observer(Router):
+    """Computes everything, and compares each residual with its forecasts."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        groups: Sequence[tuple[int, int]],
+        sigmas: Sequence[float] | None,
+        scheduler: Any,
+        max_distance: int,
+        max_span: int,
+        eta: float,
+    ):
+        super().__init__(transformer, spec, groups)
+        self.groups = tuple(groups)
+        self.max_distance, self.max_span, self.eta = max_distance, max_span, eta
+        self.sigmas = None if sigmas is None else tuple(float(s) for s in sigmas)
+        self.steps = StepCounter(self.sigmas, scheduler, self._take_sigmas)
+        self.on_step: Callable[[int, int], None] = lambda step, total: None
+        self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
+        self._branches: dict[str, _Branch] = {}
+
+    def _take_sigmas(self, sigmas: Sequence[float]) -> None:
+        if self.sigmas is None:
+            self.sigmas = tuple(sigmas)
+        elif tuple(sigmas) != self.sigmas:
+            raise CalibrationError("the samples do not share one noise schedule; use one step count and resolution")
+
+    def new_trip(self) -> Trip:
+        return _ObservedTrip(self)
+
+    def start_sample(self) -> None:
+        self._branches = {}
+        self.steps.reset()
+        self.clock: Stopwatch | None = None
+
+    def begin(self, branch, step, arguments) -> None:
+        timestep = arguments.get(self.spec.timestep) if arguments and self.spec.timestep else None
+        self.place = self.steps.locate(branch, step, timestep)
+        if self.sigmas is None:
+            raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")
+        if self.clock is None:
+            self.clock = Stopwatch(next(self.transformer.parameters()).device)
+        self.clock.mark(("rest", self.place.step))
+        seen = self._branches.get(self.place.branch)
+        if seen is None:
+            window = 1 + self.max_distance + self.max_span
+            seen = self._branches[self.place.branch] = _Branch(len(self.groups), window)
+        if self.place.step != seen.steps:
+            raise CalibrationError(
+                f"branch {self.place.branch} was called at step {self.place.step} where step {seen.steps} was due; "
+                "calibration needs full runs that call the transformer once per branch and step"
+            )
+        seen.steps += 1
+        self.on_step(self.place.step, len(self.sigmas) - 1)
+        self.open(self._actions)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        step, seen = self.place.step, self._branches[self.place.branch]
+        inputs, outputs = [image_in], [image_out]
+        if text_in is not None:
+            inputs, outputs = [image_in, text_in], [image_out, text_out]
+        residuals = [torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+        ops.capture(outputs, inputs, residuals, None)
+        window = seen.windows[group]
+        window.appendleft(residuals)
+        sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
+        for stream, name in enumerate(("image", "text")[: len(residuals)]):
+            older = [entry[stream] for entry in list(window)[1:]]
+            if sets:
+                matrix = np.zeros((len(sets), len(older)))
+                for row, (_, _, terms) in enumerate(sets):
+                    for anchor, coefficient in terms.items():
+                        matrix[row, step - anchor - 1] = coefficient
+                statistics = ops.combination_error(residuals[stream], older, matrix)
+            else:
+                zero = residuals[stream]
+                statistics = ops.combination_error(zero, [zero], np.zeros((1, 1)))
+            seen.statistics[step, group, name] = statistics
+        if group not in seen.reuse and step >= 1:
+            seen.reuse[group] = _time_reuse(outputs, residuals)
+
+    def end_sample(self, name: str) -> dict[str, Any]:
+        """Fetches a finished sample's statistics from the device."""
+        num_steps = len(self.sigmas) - 1 if self.sigmas is not None else 0
+        if not self._branches or any(b.steps != num_steps for b in self._branches.values()):
+            counts = {branch: b.steps for branch, b in self._branches.items()}
+            raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")
+        seconds = self.clock.totals()
+        shape = (len(self._branches), num_steps, len(self.groups))
+        wide = (*shape, self.max_distance + 1, self.max_span + 1)
+        tables = {}
+        for stream in ("image", "text"):
+            errors, norms = np.zeros((2, *wide)), np.zeros((2, *shape))
+            for b, seen in enumerate(self._branches.values()):
+                self._fill(errors[:, b], norms[:, b], seen, stream)
+            tables[stream] = (errors, norms)
+        reuse = [[b.reuse.get(g, 0.0) for g in range(len(self.groups))] for b in self._branches.values()]
+        found = {"branches": tuple(self._branches), "tables": tables, "seconds": seconds, "reuse": reuse}
+        self._branches = {}
+        return found
+
+    def _fill(self, errors: np.ndarray, norms: np.ndarray, seen: _Branch, stream: str) -> None:
+        keys = [key for key in seen.statistics if key[2] == stream]
+        if not keys:
+            return
+        flat = torch.cat([seen.statistics[key] for key in keys]).double().cpu().numpy()
+        row = 0
+        for step, group, _ in keys:
+            sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
+            norms[:, step, group] = flat[row, 2], np.sqrt(flat[row, 3])
+            for distance, span, _ in sets:
+                errors[:, step, group, distance, span] = flat[row, 0], np.sqrt(flat[row, 1])
+                row += 1
+            row += not sets
+
+    def profile(self, results: list[dict[str, Any]], samples: list[str]) -> StabilityProfile:
+        """Puts the samples together."""
+        branches = results[0]["branches"]
+        if any(result["branches"] != branches for result in results):
+            raise CalibrationError("the samples do not share the same guidance branches; use one guidance setting")
+
+        def stack(stream: str, part: int, kind: int) -> np.ndarray:
+            return np.stack([result["tables"][stream][part][kind] for result in results])
+
+        tables = {
+            "image_error_l1": stack("image", 0, 0),
+            "image_error_l2": stack("image", 0, 1),
+            "text_error_l1": stack("text", 0, 0),
+            "image_norm_l1": stack("image", 1, 0),
+            "image_norm_l2": stack("image", 1, 1),
+            "text_norm_l1": stack("text", 1, 0),
+        }
+        groups = range(len(self.groups))
+        steps = range(len(self.sigmas) - 1)
+        every = [(result["seconds"], step) for result in results for step in steps]
+        reuse = np.median(np.array([result["reuse"] for result in results]).sum(axis=1), axis=0)
+        return StabilityProfile(
+            fingerprint=Fingerprint(
+                model_class=type(self.transformer).__name__,
+                config_hash=config_hash(self.transformer),
+                num_blocks=count_blocks(self.transformer),
+                sigmas=self.sigmas,
+                branches=branches,
+                package_version=__version__,
+            ),
+            groups=self.groups,
+            group_seconds=tuple(median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups),
+            reuse_seconds=tuple(float(seconds) for seconds in reuse),
+            fixed_seconds=median(s.get(("rest", i), 0.0) for s, i in every),
+            samples=tuple(samples),
+            tables=tables,
+            eta=self.eta,
+        )
+
+
+def coefficient_sets(
+    sigmas: Sequence[float], step: int, max_distance: int, max_span: int, eta: float
+) -> list[tuple[int, int, dict[int, float]]]:
+    """Every forecast of ``step`` that can be made: ``(distance, span, coefficients by step)``."""
+    sets = []
+    for distance in range(1, min(max_distance, step) + 1):
+        anchor = step - distance
+        for span in range(min(max_span, anchor) + 1):
+            base = anchor - span if span else None
+            sets.append((distance, span, secant_coefficients(sigmas, step, anchor, base, eta)))
+    return sets
+
+
+def _time_reuse(bases: list[torch.Tensor], residuals: list[torch.Tensor], repeats: int = 5) -> float:
+    """Median seconds of reusing a group: one linear combination of two anchors over all streams."""
+    on_gpu = bases[0].device.type == "cuda"
+    seconds = []
+    for _ in range(repeats + 1):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        ops.linear_combination(bases, [[r, r] for r in residuals], (2.0, -1.0))
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])

@@ -1,0 +1,51 @@
+"""The only place that touches version-dependent names of diffusers and torch (diffusers 0.41 and later)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """The module inside a ``torch.compile(module)`` wrapper, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def has_foreign_cache(transformer: nn.Module) -> bool:
+    """Whether one of diffusers' own caches is enabled on the transformer."""
+    return bool(getattr(transformer, "is_cache_enabled", False))
+
+
+def model_config(transformer: nn.Module) -> dict[str, Any]:
+    """Public configuration entries of a diffusers model (``{}`` when it has none)."""
+    config = getattr(transformer, "config", None)
+    entries = dict(config) if config is not None else {}
+    return {key: value for key, value in entries.items() if not key.startswith("_")}
+
+
+def scheduler_step(scheduler: Any) -> int | None:
+    """The step a pipeline is about to take, from the scheduler's own counter; no device is asked.
+
+    ``None`` when the scheduler keeps no counter or its timesteps were never set.
+    """
+    if getattr(scheduler, "timesteps", None) is None or not hasattr(scheduler, "step_index"):
+        return None
+    if scheduler.step_index is not None:
+        return int(scheduler.step_index)
+    return int(getattr(scheduler, "begin_index", None) or 0)
+
+
+def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:
+    """Noise levels of the current run, ``num_steps + 1`` values; reads them from the device once."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return None
+    values = torch.as_tensor(sigmas).tolist()
+    return tuple(float(s) for s in values)
+
+
+def progress_bar_settings(pipeline: Any) -> dict[str, Any]:
+    """What `DiffusionPipeline.set_progress_bar_config` was last given."""
+    return dict(getattr(pipeline, "_progress_bar_config", {}))

@@ -1,0 +1,47 @@
+"""Every error layercache raises on purpose, so that one ``except LayerCacheError`` catches them all."""
+
+from __future__ import annotations
+
+
+class LayerCacheError(Exception):
+    """Base class of the library's own errors."""
+
+
+class OpInputError(LayerCacheError, ValueError):
+    """An argument of a public op is wrong: shape, dtype, device, layout, aliasing or value."""
+
+
+class FileFormatError(LayerCacheError, ValueError):
+    """A schedule or profile file is damaged, truncated, of another kind, or written by a newer version."""
+
+
+class ScheduleError(LayerCacheError, ValueError):
+    """A schedule contradicts itself, for example a cell that reads a step which was never computed."""
+
+
+class ScheduleMismatchError(LayerCacheError):
+    """A schedule was made for another model, step count or noise schedule than it is used on."""
+
+
+class CalibrationError(LayerCacheError):
+    """Calibration saw no samples, an incomplete run, or a number that is not finite."""
+
+
+class BudgetError(LayerCacheError, ValueError):
+    """A budget or speedup is out of range or cannot be reached under the constraints."""
+
+
+class UnsupportedModelError(LayerCacheError, TypeError):
+    """The library does not know how to route the blocks of this model."""
+
+
+class CacheStateError(LayerCacheError, RuntimeError):
+    """A cache is enabled twice, disabled without being enabled, or used where it cannot work."""
+
+
+class NonFiniteResidualError(LayerCacheError, ArithmeticError):
+    """A stored residual held NaN or infinity, so the picture of that generation cannot be trusted."""
+
+
+class MissingExtraError(LayerCacheError, ImportError):
+    """A part of the library needs an optional package that is not installed."""

@@ -1,0 +1,185 @@
+"""Putting a router into a transformer and taking it out again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache.compat import has_foreign_cache
+from layercache.errors import CacheStateError
+from layercache.models import config_hash, count_blocks, find_transformer, spec_for
+from layercache.routing import RoutedModuleList, Router
+from layercache.runtime import ScheduleRouter, require_inference
+from layercache.schedule import Schedule
+
+_ROUTED_NAMES = ("_layercache_router", "_layercache_index")
+
+
+class Attachment:
+    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
+
+    def __init__(self, target: Any, router: Router):
+        self.router = router
+        self.transformer = router.transformer
+        self.pipeline = None if isinstance(target, nn.Module) else target
+        self._branch: str | None = None
+        self._step: int | None = None
+        self._in_context = False
+        self._classes: list[tuple[nn.ModuleList, type]] = []
+        self._hooks: list[Any] = []
+        self._instance_attributes: list[tuple[Any, str]] = []
+
+    def attach(self) -> None:
+        for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
+            self._classes.append((blocks, type(blocks)))
+            blocks._layercache_router = self.router
+            blocks._layercache_index = index
+            blocks.__class__ = RoutedModuleList
+        self.router.attachment = self  # type: ignore[attr-defined]
+        self._hooks = [
+            self.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.transformer.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        if hasattr(self.transformer, "cache_context"):
+            self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
+        if hasattr(self.pipeline, "maybe_free_model_hooks"):
+            self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
+
+    def detach(self) -> None:
+        for blocks, cls in self._classes:
+            blocks.__class__ = cls
+            for name in _ROUTED_NAMES:
+                delattr(blocks, name)
+        for hook in self._hooks:
+            hook.remove()
+        for owner, name in self._instance_attributes:
+            owner.__dict__.pop(name, None)
+        self._classes, self._hooks, self._instance_attributes = [], [], []
+
+    def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
+        """Hides a method behind an instance attribute, so that removing the attribute restores it."""
+        owner.__dict__[name] = replacement
+        self._instance_attributes.append((owner, name))
+
+    def _cache_context(self, original: Any) -> Any:
+        @functools.wraps(original)
+        @contextmanager
+        def cache_context(name: str, **fields: Any) -> Iterator[None]:
+            with original(name, **fields):
+                self._branch, self._step, self._in_context = name, fields.get("step_index"), True
+                self._begin(None)
+                try:
+                    yield
+                finally:
+                    self._branch, self._step, self._in_context = None, None, False
+                    self.router.shut()
+
+        return cache_context
+
+    def _at_end(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.router.finish()
+            return result
+
+        return maybe_free_model_hooks
+
+    def _begin(self, arguments: dict[str, Any] | None) -> None:
+        require_inference()
+        self.router.begin(self._branch, self._step, arguments)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # A compiled forward is announced by its cache context: tracing this would put step numbers into the graph.
+        if torch.compiler.is_compiling():
+            return
+        if self._in_context and self.router.is_open:
+            self.router.inspect(kwargs)
+        else:
+            self._begin(kwargs)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.router.shut()
+
+
+def attachment_of(transformer: nn.Module) -> Attachment | None:
+    """The attachment of the router that routes this transformer, if one does."""
+    for blocks in spec_for(transformer).block_modules(transformer):
+        if isinstance(blocks, RoutedModuleList):
+            return blocks._layercache_router.attachment  # type: ignore[attr-defined]
+    return None
+
+
+def attach(target: Any, router: Router) -> Attachment:
+    """Attaches a router to a pipeline or transformer.
+
+    Raises:
+        CacheStateError: another cache, ours or one of diffusers, is enabled on it.
+    """
+    transformer = router.transformer
+    if attachment_of(transformer) is not None:
+        raise CacheStateError("a layercache cache is already enabled on this transformer; call layercache.disable first")
+    if has_foreign_cache(transformer):
+        raise CacheStateError("a diffusers cache is enabled on this transformer; call transformer.disable_cache() first")
+    attachment = Attachment(target, router)
+    attachment.attach()
+    return attachment
+
+
+def enable(target: Any, schedule: Schedule) -> ScheduleRouter:
+    """Runs ``target`` by ``schedule`` from now on.
+
+    Args:
+        target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
+            scheduler; a bare transformer is counted, one call per branch and step.
+        schedule: made for this transformer (`layercache.plan`).
+
+    Returns:
+        The cache: ``report()``, ``reset()``, ``check()``.
+
+    Raises:
+        UnsupportedModelError: the transformer is of an unknown class.
+        ScheduleMismatchError: the schedule was made for another model.
+        CacheStateError: a cache is already enabled.
+    """
+    transformer = find_transformer(target)
+    spec = spec_for(transformer)
+    schedule.fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
+    scheduler = getattr(target, "scheduler", None)
+    ends = hasattr(target, "maybe_free_model_hooks")
+    router = ScheduleRouter(transformer, spec, schedule, scheduler, end_is_announced=ends)
+    attach(target, router)
+    return router
+
+
+def disable(target: Any) -> None:
+    """Restores the transformer exactly; stored residuals are freed.
+
+    Raises:
+        CacheStateError: no cache is enabled.
+    """
+    attachment = attachment_of(find_transformer(target))
+    if attachment is None:
+        raise CacheStateError("no layercache cache is enabled here")
+    attachment.detach()
+
+
+@contextmanager
+def enabled(target: Any, schedule: Schedule) -> Iterator[ScheduleRouter]:
+    """``enable`` for the length of a ``with`` block.
+
+    Raises:
+        NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
+    """
+    cache = enable(target, schedule)
+    try:
+        yield cache
+        cache.check()
+    finally:
+        disable(target)

@@ -1,0 +1,142 @@
+"""Planning memory ahead: which slot holds which residual, from the schedule alone."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layercache.schedule import Schedule
+
+COMPUTE, CAPTURE, REUSE = "compute", "capture", "reuse"
+
+
+class GroupAction(NamedTuple):
+    """What happens to one group at one step.
+
+    Attributes:
+        kind: `COMPUTE`, `CAPTURE` (compute and store the residual) or `REUSE`.
+        text: `CAPTURE` also stores the text residual; `REUSE` also advances the text stream.
+        ends_run: a reused group behind which a computed one, or the head, follows.
+    """
+
+    kind: str
+    text: bool = False
+    ends_run: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of consecutive reused groups: one linear combination per stream.
+
+    ``image_slots``, ``text_slots`` (``None`` when nothing reads the text behind the run) and
+    ``coefficients`` have one entry per stored residual.
+    """
+
+    image_slots: tuple[int, ...]
+    text_slots: tuple[int, ...] | None
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """One step: the action of every group, the slots it fills, the runs it reuses.
+
+    Attributes:
+        actions: per group.
+        captures: per group, ``(image slot, text slot or None)`` where the residual is stored.
+        runs: per group, the run that ends there.
+        reads: ``(image slot, (anchor step, group))`` that must be in place for the row to be valid.
+    """
+
+    actions: tuple[GroupAction, ...]
+    captures: tuple[tuple[int, int | None] | None, ...]
+    runs: tuple[Run | None, ...]
+    reads: tuple[tuple[int, tuple[int, int]], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All rows of a schedule and the number of slots they share."""
+
+    rows: tuple[RowLayout, ...]
+    image_slots: int
+    text_slots: int
+
+
+class _Pool:
+    """Slots handed out so that one is taken again only after the last step that reads it."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._free: list[int] = []
+        self._busy: list[tuple[int, int]] = []
+
+    def take(self, step: int, last_use: int) -> int:
+        while self._busy and self._busy[0][0] < step:
+            heapq.heappush(self._free, heapq.heappop(self._busy)[1])
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot = self.size
+            self.size += 1
+        heapq.heappush(self._busy, (last_use, slot))
+        return slot
+
+
+def _runs(row: tuple) -> Iterator[range]:
+    """Ranges of consecutive reused groups of a row of cells."""
+    start = None
+    for group, cell in enumerate((*row, None)):
+        if cell is not None and start is None:
+            start = group
+        elif cell is None and start is not None:
+            yield range(start, group)
+            start = None
+
+
+def lay_out(schedule: Schedule, has_text: bool) -> Layout:
+    """Slots by liveness: a residual that is never read is never stored, a dead one gives up its slot.
+
+    The text residual is stored only where a run that reads it is followed by a computed group.
+    Source: methods.md §1.9 (``keep``), design.md, rules of the hot path 2 and 4.
+    """
+    num_groups = len(schedule.groups)
+    last_image: dict[tuple[int, int], int] = {}
+    last_text: dict[tuple[int, int], int] = {}
+    for step, row in enumerate(schedule.cells):
+        for run in _runs(row):
+            for group in run:
+                for anchor in row[group]:
+                    last_image[anchor, group] = step
+                    if has_text and run.stop < num_groups:
+                        last_text[anchor, group] = step
+
+    images, texts = _Pool(), _Pool()
+    slots: dict[tuple[int, int], tuple[int, int | None]] = {}
+    rows = []
+    for step, row in enumerate(schedule.cells):
+        actions = [GroupAction(COMPUTE)] * num_groups
+        captures: list[tuple[int, int | None] | None] = [None] * num_groups
+        runs: list[Run | None] = [None] * num_groups
+        reads: list[tuple[int, tuple[int, int]]] = []
+        for run in _runs(row):
+            text = has_text and run.stop < num_groups
+            terms = [((anchor, g), c) for g in run for anchor, c in sorted(row[g].items(), reverse=True)]
+            for group in run:
+                actions[group] = GroupAction(REUSE, text, group == run.stop - 1)
+            runs[run.stop - 1] = Run(
+                image_slots=tuple(slots[key][0] for key, _ in terms),
+                text_slots=tuple(slots[key][1] for key, _ in terms) if text else None,  # type: ignore[misc]
+                coefficients=tuple(c for _, c in terms),
+            )
+            reads += [(slots[key][0], key) for key, _ in terms]
+        for group in range(num_groups):
+            key = (step, group)
+            if row[group] is None and key in last_image:
+                text_slot = texts.take(step, last_text[key]) if key in last_text else None
+                slots[key] = captures[group] = (images.take(step, last_image[key]), text_slot)
+                actions[group] = GroupAction(CAPTURE, text_slot is not None)
+        rows.append(RowLayout(tuple(actions), tuple(captures), tuple(runs), tuple(reads)))
+    return Layout(tuple(rows), images.size, texts.size)

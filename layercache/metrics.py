@@ -1,0 +1,194 @@
+"""How close two sets of pictures are: PSNR and SSIM (scikit-image), LPIPS where it can be had offline.
+
+A picture is compared with the picture of the same prompt and seed made without a cache, so these are
+fidelity figures: they say how little caching changed, not how good a picture is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layercache.errors import MissingExtraError
+
+SSIM_WINDOW = 7
+RANGE_TOLERANCE = 1e-4
+LPIPS_NET = "alex"
+
+Pictures = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean, median and lower 10 % quantile of one figure over several pictures.
+
+    The mean alone hides single pictures that went astray, the quantile shows them.
+
+    Attributes:
+        mean: over the finite values; identical pictures have an infinite PSNR, which no mean survives, so
+            they are left out of it and counted in ``infinite``. ``inf`` when every value is.
+        median: over all values, infinite ones included.
+        quantile10: a tenth of all values lies at or below it (linear interpolation).
+        count: number of values.
+        infinite: how many of them were infinite.
+    """
+
+    mean: float
+    median: float
+    quantile10: float
+    count: int
+    infinite: int = 0
+
+
+def summarise(values: Iterable[float]) -> Summary:
+    """Summary of one figure per picture; NaN anywhere makes the three figures NaN, it is never dropped.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    ordered = sorted(float(v) for v in values)
+    if not ordered:
+        raise ValueError("there is nothing to summarise: no values were given")
+    infinite = sum(math.isinf(v) for v in ordered)
+    if any(math.isnan(v) for v in ordered):
+        return Summary(math.nan, math.nan, math.nan, len(ordered), infinite)
+    finite = [v for v in ordered if math.isfinite(v)]
+    mean = math.fsum(finite) / len(finite) if finite else math.inf
+    return Summary(mean, _quantile(ordered, 0.5), _quantile(ordered, 0.1), len(ordered), infinite)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear interpolation like NumPy's, but an infinite neighbour gives inf and not NaN."""
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    fraction = position - below
+    if fraction == 0 or ordered[below] == ordered[below + 1]:
+        return ordered[below]
+    return ordered[below] + fraction * (ordered[below + 1] - ordered[below])
+
+
+def as_pictures(images: Any) -> Pictures:
+    """Pictures as a float64 array ``[N, H, W, C]`` in 0..1.
+
+    Args:
+        images: a NumPy array ``[N, H, W, C]`` or ``[H, W, C]``, or a sequence of PIL pictures or arrays.
+            Integers of 8 bit are divided by 255, floats must lie in 0..1 already.
+
+    Raises:
+        ValueError: another shape or range.
+    """
+    array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
+    if array.ndim == 3:
+        array = array[None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"expected pictures [N, H, W, C] with 1, 3 or 4 channels, got an array {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return array / 255.0
+    pictures = array.astype(np.float64)
+    low, high = float(pictures.min()), float(pictures.max())
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"float pictures must lie in 0..1, these go from {low:.4g} to {high:.4g}")
+    return pictures
+
+
+def psnr(reference: Any, pictures: Any) -> list[float]:
+    """Peak signal-to-noise ratio in dB of every picture; ``inf`` where it equals its reference.
+
+    Args:
+        reference, pictures: see `as_pictures`; both of the same shape.
+    """
+    peak_signal_noise_ratio = _scikit_image().peak_signal_noise_ratio
+    with np.errstate(divide="ignore"):
+        return [float(peak_signal_noise_ratio(a, b, data_range=1.0)) for a, b in _pairs(reference, pictures)]
+
+
+def ssim(reference: Any, pictures: Any) -> list[float]:
+    """Mean structural similarity of every picture, 1.0 where it equals its reference.
+
+    A flat window of 7x7 pixels per colour channel (scikit-image's default), or the largest odd window
+    that fits into a smaller picture.
+
+    Args:
+        reference, pictures: see `as_pictures`; both of the same shape, 3 pixels a side at least.
+    """
+    structural_similarity = _scikit_image().structural_similarity
+    values = []
+    for a, b in _pairs(reference, pictures):
+        window = ssim_window(*a.shape[:2])
+        values.append(float(structural_similarity(a, b, win_size=window, data_range=1.0, channel_axis=-1)))
+    return values
+
+
+def ssim_window(height: int, width: int) -> int:
+    """Side of the SSIM window for a picture of this size.
+
+    Raises:
+        ValueError: under 3 pixels a side, where a variance over a window means nothing.
+    """
+    side = min(SSIM_WINDOW, height, width)
+    if side < 3:
+        raise ValueError(f"SSIM needs pictures of 3x3 pixels or more, got {height}x{width}")
+    return side if side % 2 else side - 1
+
+
+def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
+    """LPIPS (AlexNet) of every picture, or ``None`` and why it is not available.
+
+    Nothing is ever downloaded: the ``lpips`` package must be installed and the AlexNet weights must
+    already lie where torchvision keeps them.
+
+    Returns:
+        ``(values, "")``, or ``(None, reason)``.
+    """
+    reason = lpips_unavailable()
+    if reason:
+        return None, reason
+    import lpips as package
+    import torch
+
+    network = package.LPIPS(net=LPIPS_NET, verbose=False).eval()
+    values = []
+    with torch.inference_mode():
+        for pair in _pairs(reference, pictures):
+            # the network expects -1..1, channels first
+            a, b = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
+            values.append(float(network(a, b)))
+    return values, ""
+
+
+def lpips_unavailable() -> str:
+    """Why LPIPS cannot be computed here without a download; empty when it can."""
+    missing = [name for name in ("lpips", "torchvision") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"the package {' and '.join(missing)} is not installed"
+    from torch.hub import get_dir
+    from torchvision.models import AlexNet_Weights
+
+    weights = Path(get_dir()) / "checkpoints" / AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
+    if not weights.is_file():
+        return f"the AlexNet weights are not at {weights} and layercache downloads nothing"
+    return ""
+
+
+def _pairs(reference: Any, pictures: Any) -> list[tuple[Pictures, Pictures]]:
+    expected, found = as_pictures(reference), as_pictures(pictures)
+    if expected.shape != found.shape:
+        raise ValueError(f"the pictures have the shape {list(found.shape)}, their references {list(expected.shape)}")
+    return list(zip(expected, found, strict=True))
+
+
+def _scikit_image() -> Any:
+    try:
+        import skimage.metrics
+    except ImportError as error:
+        raise MissingExtraError(
+            'PSNR and SSIM need scikit-image, which is not installed: pip install "layercache[demo]"'
+        ) from error
+    return skimage.metrics

@@ -1,0 +1,177 @@
+"""`StabilityProfile`: what calibration measured, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from layercache.errors import CalibrationError, FileFormatError
+from layercache.files import write_atomically
+from layercache.schedule import Fingerprint, check_groups, check_header
+
+FORMAT = "layercache profile"
+VERSION = 1
+
+_TINY = 1e-12
+_ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
+_NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
+
+
+def readable(num_steps: int, max_distance: int, max_span: int) -> np.ndarray:
+    """Which (step, distance, span) entries exist, ``bool [N, M+1, K+1]``: both anchors must be steps of the run."""
+    step = np.arange(num_steps)[:, None, None]
+    distance = np.arange(max_distance + 1)[None, :, None]
+    span = np.arange(max_span + 1)[None, None, :]
+    return (distance >= 1) & (step - distance - span >= 0)
+
+
+@dataclass(frozen=True)
+class StabilityProfile:
+    """Errors of forecasts of every group's residual on full-compute runs, and what the groups cost.
+
+    Tables hold sums over elements, one entry per sample, branch, step, group, distance to the anchor and
+    span between the two anchors (0 = plain reuse); ``float64 [P, B, N, G, M+1, K+1]``:
+
+    * ``image_error_l1``: ``sum |prediction - residual|``, ``image_error_l2``: the root of the sum of squares,
+      ``text_error_l1``: as the first, of the text stream (zeros for models without one);
+    * ``image_norm_l1``, ``image_norm_l2``, ``text_norm_l1`` ``[P, B, N, G]``: the same sums of the residual itself.
+
+    Entries whose anchors would lie before step 0 are 0 and never read (`readable`). Source: methods.md §1.4.
+
+    Attributes:
+        group_seconds: seconds of computing each group once in every branch, ``[G]``.
+        reuse_seconds: seconds of reusing it instead, ``[G]``.
+        fixed_seconds: seconds of a step outside the blocks (embedders, head, guidance, sampler).
+        eta: damping of the secant the tables were measured with.
+        samples: what was run, one line per sample.
+
+    Raises:
+        CalibrationError: on construction, when a readable entry is not finite or negative; names the cell.
+    """
+
+    fingerprint: Fingerprint
+    groups: tuple[tuple[int, int], ...]
+    group_seconds: tuple[float, ...]
+    reuse_seconds: tuple[float, ...]
+    fixed_seconds: float
+    samples: tuple[str, ...]
+    tables: Mapping[str, np.ndarray]
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_groups(self.groups, self.fingerprint.num_blocks)
+        shape = (len(self.samples), len(self.fingerprint.branches), self.fingerprint.num_steps, len(self.groups))
+        for name in _NORMS:
+            self._check_table(name, shape)
+        for name in _ERRORS:
+            self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
+        seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
+        if len(seconds) != 2 * len(self.groups) + 1 or not all(np.isfinite(seconds)) or min(self.group_seconds) <= 0:
+            raise CalibrationError(f"the measured seconds are not usable: {seconds}")
+
+    @property
+    def max_distance(self) -> int:
+        return self.tables["image_error_l1"].shape[-2] - 1
+
+    @property
+    def max_span(self) -> int:
+        return self.tables["image_error_l1"].shape[-1] - 1
+
+    def _check_table(self, name: str, shape: tuple[int, ...]) -> None:
+        table = self.tables[name]
+        if table.shape != shape:
+            raise CalibrationError(f"table {name} has shape {table.shape}, expected {shape}")
+        bad = ~np.isfinite(table) | (table < 0)
+        if not bad.any():
+            return
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        labels = ("sample", "branch", "step", "group", "distance", "span")
+        place = ", ".join(f"{label} {i}" for label, i in zip(labels, where, strict=False))
+        raise CalibrationError(
+            f"{name} is {table[where]} at {place} (branch {self.fingerprint.branches[where[1]]}); the model gave NaN or "
+            "infinity there, so no schedule can be planned from this run: use bfloat16 or float32, or other inputs"
+        )
+
+    def relative_errors(self, text_weight: float = 0.1, kappa: float = 0.0) -> np.ndarray:
+        """Relative L1 error of every forecast, ``float64 [N, G, M+1, K+1]``.
+
+        ``image + text_weight * text``, the text left out for the last group (its text is discarded);
+        mean over samples and branches plus ``kappa`` standard deviations. A residual of norm 0 and an
+        entry that does not exist give infinity. Source: methods.md §1.4.
+        """
+        error = self._relative("image")
+        if text_weight:
+            text = self._relative("text")
+            has_text = self.tables["text_norm_l1"] > _TINY
+            text[~has_text] = 0.0
+            text[..., -1, :, :] = 0.0
+            error = error + text_weight * text
+        combined = error.mean(axis=(0, 1))
+        if kappa:
+            combined = combined + kappa * error.std(axis=(0, 1))
+        exists = readable(self.fingerprint.num_steps, self.max_distance, self.max_span)
+        return np.where(exists[:, None], combined, np.inf)
+
+    def _relative(self, stream: str) -> np.ndarray:
+        norm = self.tables[f"{stream}_norm_l1"][..., None, None]
+        error = self.tables[f"{stream}_error_l1"]
+        return np.divide(error, norm, out=np.full_like(error, np.inf), where=norm > _TINY)
+
+    def stability(self) -> np.ndarray:
+        """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""
+        change = self._relative("image").mean(axis=(0, 1))[:, :, 1, 0]
+        change[0] = np.nan
+        return change
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes tables and header as one safetensors file; it appears whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "groups": [list(g) for g in self.groups],
+            "group_seconds": list(self.group_seconds),
+            "reuse_seconds": list(self.reuse_seconds),
+            "fixed_seconds": self.fixed_seconds,
+            "samples": list(self.samples),
+            "eta": self.eta,
+        }
+        tables = {name: np.ascontiguousarray(self.tables[name]) for name in (*_ERRORS, *_NORMS)}
+        metadata = {"header": json.dumps(header)}
+        return write_atomically(path, lambda temporary: save_file(tables, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:
+        """Reads a profile file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("header", "null"))
+                check_header(header, FORMAT, VERSION, str(path))
+                tables = {name: file.get_tensor(name) for name in (*_ERRORS, *_NORMS)}
+            return cls(
+                fingerprint=Fingerprint.from_json(header["fingerprint"]),
+                groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),
+                group_seconds=tuple(header["group_seconds"]),
+                reuse_seconds=tuple(header["reuse_seconds"]),
+                fixed_seconds=float(header["fixed_seconds"]),
+                samples=tuple(header["samples"]),
+                tables=tables,
+                eta=float(header["eta"]),
+            )
+        except FileFormatError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise FileFormatError(f"{path} is not a whole layercache profile: {error}") from error
+        except (KeyError, TypeError, ValueError, CalibrationError) as error:
+            raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error

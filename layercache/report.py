@@ -1,0 +1,374 @@
+"""Tables, sentences and JSON for people: what was measured, on which machine, and what a file holds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from layercache.files import write_atomically
+from layercache.metrics import Summary, summarise
+from layercache.schedule import Cell, Schedule
+
+if TYPE_CHECKING:
+    from layercache.profile import StabilityProfile
+
+PACKAGES = ("torch", "diffusers", "triton", "numpy", "scikit-image")
+PLAIN_WIDTH = 120
+
+# Relative change up to which a cell of the stability table has this colour.
+STABILITY_STYLES = ((0.05, "green"), (0.1, "yellow"), (0.2, "dark_orange"), (math.inf, "red"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of generating the pictures, as measured.
+
+    Attributes:
+        name: shown in tables and figures.
+        used: share of the block time that was computed.
+        seconds: wall-clock seconds of all its generations.
+        psnr, ssim: one value per picture against the full run; empty for the full run itself.
+    """
+
+    name: str
+    used: float
+    seconds: float
+    psnr: tuple[float, ...] = ()
+    ssim: tuple[float, ...] = ()
+
+    def to_json(self, reference_seconds: float) -> dict[str, Any]:
+        """Its figures; ``reference_seconds`` are those of the full run."""
+        return {
+            "name": self.name,
+            "used": self.used,
+            "seconds": self.seconds,
+            "speedup": reference_seconds / self.seconds,
+            "psnr": asdict(summarise(self.psnr)) if self.psnr else None,
+            "ssim": asdict(summarise(self.ssim)) if self.ssim else None,
+        }
+
+
+def comparison_table(measured: Sequence[Measured], title: str | None = None) -> Table:
+    """The figures of several runs, one row each; speedups are against the first one."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("run", no_wrap=True)
+    for heading in ("used", "seconds", "speedup", "PSNR mean", "median", "10 %", "SSIM mean"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in measured:
+        psnr, ssim = _summary(row.psnr), _summary(row.ssim)
+        table.add_row(
+            row.name,
+            f"{row.used:.3f}",
+            f"{row.seconds:.2f}",
+            f"{measured[0].seconds / row.seconds:.2f}x",
+            _decibels(psnr.mean) if psnr else "-",
+            _decibels(psnr.median) if psnr else "-",
+            _decibels(psnr.quantile10) if psnr else "-",
+            f"{ssim.mean:.4f}" if ssim else "-",
+        )
+    return table
+
+
+def identical_note(measured: Sequence[Measured]) -> str:
+    """Names the runs with pictures equal to the full run's, whose PSNR no mean can hold; empty without any."""
+    notes = []
+    for row in measured:
+        psnr = _summary(row.psnr)
+        if psnr is not None and psnr.infinite:
+            notes.append(f"{row.name}: {psnr.infinite} of {psnr.count} pictures are identical")
+    return f"{'; '.join(notes)} (infinite PSNR, left out of the mean)." if notes else ""
+
+
+def _summary(values: Sequence[float]) -> Summary | None:
+    return summarise(values) if values else None
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else str(value)
+
+
+def plain_text(renderable: RenderableType, width: int = PLAIN_WIDTH) -> str:
+    """What rich would print, without colours or escape sequences."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def json_text(data: Any) -> str:
+    """Strict JSON: infinities and NaN, which JSON lacks, become the strings ``"inf"``, ``"-inf"``, ``"nan"``."""
+    return json.dumps(_json_ready(data), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """Writes `json_text` to a file, whole or not at all."""
+    text = json_text(data)
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def layercache_version() -> str:
+    """Version of the package, ``"unknown"`` in a checkout that was never installed."""
+    return package_version("layercache") or "unknown"
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, ``None`` when it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine_info() -> dict[str, Any]:
+    """The machine and the versions that figures were measured with."""
+    return {
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        **_torch_devices(),
+        "versions": {
+            "layercache": layercache_version(),
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in PACKAGES},
+        },
+    }
+
+
+def cpu_model() -> str:
+    """Name of the processor as its maker calls it, where the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _torch_devices() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        return {"threads": None, "gpu": None}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def machine_line(info: Mapping[str, Any]) -> str:
+    """One line for below a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
+    return f"{info['gpu'] or info['cpu']}, {info['threads']} CPU threads; {versions}"
+
+
+# --- what a schedule holds ---------------------------------------------------------------------------------
+
+
+def block_range(group: tuple[int, int]) -> str:
+    """``(0, 5)`` as the blocks a person would count: ``0-4``."""
+    lo, hi = group
+    return f"{lo}-{hi - 1}" if hi - lo > 1 else str(lo)
+
+
+def schedule_figures(schedule: Schedule) -> dict[str, Any]:
+    """What `schedule_sentences` says, as data."""
+    groups = []
+    for index, group in enumerate(schedule.groups):
+        column = [row[index] for row in schedule.cells]
+        groups.append(
+            {
+                "blocks": list(group),
+                "seconds": schedule.group_seconds[index],
+                "computed_steps": sum(cell is None for cell in column),
+                "reused_steps": sum(cell is not None and len(cell) == 1 for cell in column),
+                "forecast_steps": sum(cell is not None and len(cell) > 1 for cell in column),
+                "longest_cached_run": _longest_cached_run(column),
+            }
+        )
+    return {
+        "kind": "schedule",
+        "model_class": schedule.fingerprint.model_class,
+        "num_blocks": schedule.fingerprint.num_blocks,
+        "num_steps": schedule.num_steps,
+        "branches": list(schedule.fingerprint.branches),
+        "used": schedule.used,
+        "groups": groups,
+        "made_by": dict(schedule.made_by),
+        "package_version": schedule.fingerprint.package_version,
+    }
+
+
+def _longest_cached_run(column: Sequence[Cell]) -> int:
+    longest = current = 0
+    for cell in column:
+        current = 0 if cell is None else current + 1
+        longest = max(longest, current)
+    return longest
+
+
+def schedule_sentences(schedule: Schedule) -> str:
+    """A schedule in words."""
+    figures = schedule_figures(schedule)
+    lines = [
+        f"A schedule for {figures['model_class']} ({figures['num_blocks']} blocks in {len(schedule.groups)} "
+        f"{_plural('group', len(schedule.groups))}) and {schedule.num_steps} steps.",
+        f"It computes {schedule.used:.1%} of the block time; the rest is put together from stored residuals.",
+    ]
+    for group in figures["groups"]:
+        lines.append(_group_sentence(group, schedule.num_steps))
+    made_by = ", ".join(f"{key} {_setting(value)}" for key, value in schedule.made_by.items() if value is not None)
+    lines.append(f"Made by layercache {figures['package_version']}: {made_by or 'unknown'}.")
+    return "\n".join(lines)
+
+
+def _group_sentence(group: Mapping[str, Any], num_steps: int) -> str:
+    lo, hi = group["blocks"]
+    text = f"  blocks {block_range((lo, hi))}: computed at {group['computed_steps']} of {num_steps} steps"
+    ways = [
+        f"{verb} at {group[key]}"
+        for verb, key in (("reused", "reused_steps"), ("forecast", "forecast_steps"))
+        if group[key]
+    ]
+    if not ways:
+        return text + "."
+    run = group["longest_cached_run"]
+    return f"{text}, {', '.join(ways)}; never more than {run} {_plural('step', run)} in a row without computing."
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_setting(item) for item in value) + ")"
+    return str(value)
+
+
+def cell_text(cell: Cell) -> Text:
+    """``compute``, the step whose residual is reused, or the combination that is added."""
+    if cell is None:
+        return Text("compute", style="bold green")
+    if len(cell) == 1 and next(iter(cell.values())) == 1.0:
+        return Text(f"as step {next(iter(cell))}", style="cyan")
+    terms = [f"{coefficient:+.2f}·r{anchor}" for anchor, coefficient in sorted(cell.items(), reverse=True)]
+    return Text(" ".join(terms).removeprefix("+"), style="magenta")
+
+
+def schedule_table(schedule: Schedule) -> Table:
+    """One line per step, one column per group."""
+    table = _steps_table(schedule.groups)
+    for step, row in enumerate(schedule.cells):
+        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *(cell_text(cell) for cell in row))
+    return table
+
+
+SCHEDULE_LEGEND = (
+    "compute: the blocks run. as step n: the residual (output minus input) stored at step n is added again. "
+    "a·rn - b·rm: a forecast, the line through the residuals of steps n and m."
+)
+
+
+# --- what a profile holds ----------------------------------------------------------------------------------
+
+
+def profile_figures(profile: StabilityProfile) -> dict[str, Any]:
+    """What `profile_sentences` and `profile_table` say, as data."""
+    return {
+        "kind": "profile",
+        "model_class": profile.fingerprint.model_class,
+        "num_blocks": profile.fingerprint.num_blocks,
+        "num_steps": profile.fingerprint.num_steps,
+        "branches": list(profile.fingerprint.branches),
+        "samples": list(profile.samples),
+        "groups": [list(group) for group in profile.groups],
+        "group_seconds": list(profile.group_seconds),
+        "reuse_seconds": list(profile.reuse_seconds),
+        "fixed_seconds": profile.fixed_seconds,
+        "stability": profile.stability().tolist(),
+        "package_version": profile.fingerprint.package_version,
+    }
+
+
+def profile_sentences(profile: StabilityProfile) -> str:
+    """A profile in words."""
+    fingerprint, samples = profile.fingerprint, len(profile.samples)
+    blocks = sum(profile.group_seconds)
+    lines = [
+        f"A profile of {fingerprint.model_class} ({fingerprint.num_blocks} blocks in {len(profile.groups)} "
+        f"{_plural('group', len(profile.groups))}) over {fingerprint.num_steps} steps, "
+        f"measured on {samples} {_plural('sample', samples)}.",
+        f"A step takes {_milliseconds(blocks + profile.fixed_seconds)}: {_milliseconds(blocks)} in the blocks, "
+        f"{_milliseconds(profile.fixed_seconds)} outside of them, which no schedule can save.",
+    ]
+    for group, seconds, reuse in zip(profile.groups, profile.group_seconds, profile.reuse_seconds, strict=True):
+        name = f"  blocks {block_range(group)}"
+        lines.append(f"{name}: {_milliseconds(seconds)} to compute, {_milliseconds(reuse)} to reuse.")
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def profile_table(profile: StabilityProfile) -> Table:
+    """Relative change of each group's residual since the step before: one line per step, one column per group."""
+    table = _steps_table(profile.groups)
+    for step, row in enumerate(profile.stability()):
+        cells = [stability_text(float(value)) for value in row]
+        table.add_row(str(step), f"{profile.fingerprint.sigmas[step]:.3f}", *cells)
+    return table
+
+
+def stability_text(change: float) -> Text:
+    """A relative change in percent, coloured from green (stable, cheap to cache) to red."""
+    if math.isnan(change):
+        return Text("-", style="dim")
+    style = next(style for limit, style in STABILITY_STYLES if change <= limit)
+    return Text(f"{change:.1%}", style=style)
+
+
+STABILITY_LEGEND = (
+    "How much the residual (output minus input) of each group changed since the step before, relative L1: "
+    "where it changes little, caching costs little."
+)
+
+
+def _steps_table(groups: Sequence[tuple[int, int]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("sigma", justify="right")
+    for group in groups:
+        table.add_column(f"blocks {block_range(group)}", justify="right", no_wrap=True)
+    return table
+
+
+def print_json(data: Any) -> None:
+    """Writes `json_text` to standard output and nothing else."""
+    sys.stdout.write(json_text(data))

@@ -1,0 +1,330 @@
+"""Executing a schedule: one `CacheState` per branch, stored residuals, the row of the current step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache import ops
+from layercache.errors import CacheStateError, NonFiniteResidualError
+from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
+from layercache.models import ModelSpec
+from layercache.routing import Router
+from layercache.schedule import Schedule
+from layercache.steps import StepCounter
+
+MAX_TERMS = ops.MAX_TERMS
+
+
+class Buffer:
+    """A place for one tensor that stays the same object while its tensor is allocated anew."""
+
+    def __init__(self) -> None:
+        self.tensor: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.numel() * self.tensor.element_size()
+
+
+class Terms:
+    """Stored residuals of one launch, newest anchor of the shallowest group first, and their coefficients."""
+
+    def __init__(self, images: list[Buffer], texts: list[Buffer] | None, values: tuple[float, ...]):
+        self.images, self.texts, self.values = images, texts, values
+        self.coefficients: torch.Tensor | None = None
+
+
+class Row:
+    """A `RowLayout` bound to the buffers of one branch."""
+
+    def __init__(self, layout: RowLayout, images: list[Buffer], texts: list[Buffer]):
+        self.layout = layout
+        self.captures = [
+            None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
+            for slots in layout.captures
+        ]
+        self.runs: list[list[Terms] | None] = []
+        for run in layout.runs:
+            if run is None:
+                self.runs.append(None)
+                continue
+            launches = []
+            for lo in range(0, len(run.coefficients), MAX_TERMS):
+                part = slice(lo, lo + MAX_TERMS)
+                text = None if run.text_slots is None else [texts[s] for s in run.text_slots[part]]
+                launches.append(Terms([images[s] for s in run.image_slots[part]], text, run.coefficients[part]))
+            self.runs.append(launches)
+
+
+class CacheState:
+    """Stored residuals of one branch of one generation.
+
+    Slots are allocated together at the first capture, because only then their shapes are known, and
+    again when shape, dtype or device of the streams change.
+    """
+
+    def __init__(self, layout: Layout):
+        self.images = [Buffer() for _ in range(layout.image_slots)]
+        self.texts = [Buffer() for _ in range(layout.text_slots)]
+        self.flag = Buffer()
+        self.rows = [Row(row, self.images, self.texts) for row in layout.rows]
+        self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
+        self.signature: object = None
+
+    def reset(self) -> None:
+        """No stored residual is valid any more; the memory stays for the next generation."""
+        self.held = [None] * len(self.held)
+
+    def is_valid(self, row: Row) -> bool:
+        """Whether every residual the row reads was stored in this generation."""
+        return all(self.held[slot] == key for slot, key in row.layout.reads)
+
+    def note_captures(self, step: int, row: Row) -> None:
+        for group, slots in enumerate(row.layout.captures):
+            if slots is not None:
+                self.held[slots[0]] = (step, group)
+
+    def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
+        """Makes every slot fit the streams; does nothing when they already do."""
+        fits = self.flag.tensor is not None and _like(self.images[0].tensor, image)
+        if fits and text is not None and self.texts:
+            fits = _like(self.texts[0].tensor, text)
+        if fits:
+            return
+        for buffer in self.images:
+            buffer.tensor = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        if text is not None:
+            for buffer in self.texts:
+                buffer.tensor = torch.empty(text.shape, dtype=text.dtype, device=text.device)
+        self.flag.tensor = torch.zeros(1, dtype=torch.int32, device=image.device)
+
+    def upload_coefficients(self) -> None:
+        """Puts the coefficients of all rows where the residuals are, in one transfer."""
+        if not self.images or self.images[0].tensor is None:
+            return
+        device = self.images[0].tensor.device
+        terms = [t for row in self.rows for run in row.runs if run is not None for t in run]
+        if not terms or (terms[0].coefficients is not None and terms[0].coefficients.device == device):
+            return
+        table = torch.tensor([v for t in terms for v in t.values], dtype=torch.float32).to(device)
+        for part, values in zip(terms, table.split([len(t.values) for t in terms]), strict=True):
+            part.coefficients = values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
+
+
+def _like(stored: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    return (
+        stored is not None
+        and stored.shape == tensor.shape
+        and stored.dtype == tensor.dtype
+        and stored.device == tensor.device
+    )
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache did since it was enabled.
+
+    Attributes:
+        used: share of the block time computed, by the schedule's measured seconds per group (1.0 before a run).
+        computed_cells, cached_cells: groups computed and reused, over all forwards.
+        generations: generations begun, counted on the branch that began most.
+        forwards: calls of the transformer.
+        fallback_rows: forwards that computed everything because a residual they would have read was not
+            there (a run that began in the middle, or changed its shape).
+        cache_bytes: memory of the stored residuals, all branches.
+        branches: names of the branches seen.
+    """
+
+    used: float
+    computed_cells: int
+    cached_cells: int
+    generations: int
+    forwards: int
+    fallback_rows: int
+    cache_bytes: int
+    branches: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
+            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of the block time used",
+            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
+        ]
+        if self.fallback_rows:
+            lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
+        return "\n".join(lines)
+
+
+class ScheduleRouter(Router):
+    """Routes a transformer by a schedule; this is what ``layercache.enable`` returns."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        schedule: Schedule,
+        scheduler: Any = None,
+        end_is_announced: bool = False,
+    ):
+        super().__init__(transformer, spec, schedule.groups)
+        self.schedule = schedule
+        self._end_is_announced = end_is_announced
+        self.layout = lay_out(schedule, spec.has_text)
+        self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
+        self.states: dict[str, CacheState] = {}
+        self.state: CacheState | None = None
+        self.row: Row | None = None
+        self._step = 0
+        self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
+        self._computed = [0] * len(schedule.groups)
+        self._cached = [0] * len(schedule.groups)
+        self._generations: dict[str, int] = {}
+        self._forwards = 0
+        self._fallback_rows = 0
+
+    def begin(self, branch: str | None, step: int | None, arguments: dict[str, Any] | None) -> None:
+        timestep = None
+        if arguments is not None and self.spec.timestep is not None:
+            timestep = arguments.get(self.spec.timestep)
+        place = self.steps.locate(branch, step, timestep)
+        state = self.states.get(place.branch)
+        if state is None:
+            state = self.states[place.branch] = CacheState(self.layout)
+        if place.starts:
+            self._start_generation(place.branch, state)
+        if arguments is not None:
+            self._note_signature(state, arguments)
+        self._choose_row(state, place.step)
+
+    def _start_generation(self, branch: str, state: CacheState) -> None:
+        """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
+        self._generations[branch] = self._generations.get(branch, 0) + 1
+        if not self._end_is_announced:
+            self.check()
+        elif state.flag.tensor is not None:
+            state.flag.tensor.zero_()
+        state.reset()
+
+    def _choose_row(self, state: CacheState, step: int) -> None:
+        row = state.rows[step]
+        self.state, self.row, self._step = state, row, step
+        valid = state.is_valid(row)
+        if valid:
+            state.note_captures(step, row)
+            if row.layout.reads:
+                state.upload_coefficients()
+        actions = row.layout.actions if valid else self._full
+        self._tally(actions, 1)
+        self.open(actions)
+
+    def _tally(self, actions: tuple[GroupAction, ...], count: int) -> None:
+        self._forwards += count
+        if actions is self._full and self.row.layout.reads:
+            self._fallback_rows += count
+        for group, action in enumerate(actions):
+            counts = self._cached if action.kind == REUSE else self._computed
+            counts[group] += count
+
+    def _note_signature(self, state: CacheState, arguments: dict[str, Any]) -> None:
+        signature = tuple(
+            (name, value.shape, value.dtype, value.device)
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+        )
+        if state.signature is not None and state.signature != signature:
+            state.reset()
+        state.signature = signature
+
+    def inspect(self, arguments: dict[str, Any]) -> None:
+        """Other shapes than before make the row that the cache context chose invalid: choose again."""
+        state, before = self.state, self.state.signature
+        self._note_signature(state, arguments)
+        if before not in (None, state.signature):
+            self._tally(self.actions, -1)
+            self._choose_row(state, self._step)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        state = self.state
+        image_slot, text_slot = self.row.captures[group]
+        state.fit(image_out, text_out)
+        if text_slot is None:
+            ops.capture([image_out], [image_in], [image_slot.tensor], state.flag.tensor)
+        else:
+            residuals = [image_slot.tensor, text_slot.tensor]
+            ops.capture([image_out, text_out], [image_in, text_in], residuals, state.flag.tensor)
+
+    def reuse(self, group, image, text):
+        for terms in self.row.runs[group]:
+            images = [buffer.tensor for buffer in terms.images]
+            if terms.texts is None:
+                image = ops.linear_combination([image], [images], terms.coefficients)[0]
+            else:
+                texts = [buffer.tensor for buffer in terms.texts]
+                image, text = ops.linear_combination([image, text], [images, texts], terms.coefficients)
+        return image, text
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+        for state in self.states.values():
+            state.reset()
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Reads the device flag of the finished generation.
+
+        Raises:
+            NonFiniteResidualError: a stored residual held NaN or infinity. The flag is cleared.
+        """
+        bad = []
+        for name, state in self.states.items():
+            if state.flag.tensor is not None and int(state.flag.tensor.item()):
+                state.flag.tensor.zero_()
+                bad.append(name)
+        if bad:
+            raise NonFiniteResidualError(
+                f"a stored residual of branch {', '.join(bad)} held NaN or infinity, so the result of the last "
+                "generation is not usable; the model itself produced it (try bfloat16 or float32 instead of "
+                "float16), caching was not the cause"
+            )
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled."""
+        seconds = self.schedule.group_seconds
+        computed = sum(n * s for n, s in zip(self._computed, seconds, strict=True))
+        cached = sum(n * s for n, s in zip(self._cached, seconds, strict=True))
+        return CacheReport(
+            used=computed / (computed + cached) if self._forwards else 1.0,
+            computed_cells=sum(self._computed),
+            cached_cells=sum(self._cached),
+            generations=max(self._generations.values(), default=0),
+            forwards=self._forwards,
+            fallback_rows=self._fallback_rows,
+            cache_bytes=sum(state.nbytes for state in self.states.values()),
+            branches=tuple(self.states),
+        )
+
+
+def require_inference() -> None:
+    """Refuses to cache while gradients are recorded.
+
+    Raises:
+        CacheStateError: grad mode is on.
+    """
+    if torch.is_grad_enabled():
+        raise CacheStateError(
+            "caching is for inference: call the transformer under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+__all__ = ["CAPTURE", "CacheReport", "CacheState", "ScheduleRouter", "require_inference"]

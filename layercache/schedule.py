@@ -1,0 +1,242 @@
+"""`Schedule`: for every step and layer group, either "compute" or a combination of stored residuals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layercache.errors import FileFormatError, ScheduleError, ScheduleMismatchError
+from layercache.files import write_atomically
+
+FORMAT = "layercache schedule"
+VERSION = 1
+SIGMA_TOLERANCE = 1e-3
+
+Cell = Mapping[int, float] | None
+"""``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a profile was measured on and a schedule is valid for.
+
+    Attributes:
+        model_class: class name of the transformer.
+        config_hash: hash of its configuration (`layercache.models.config_hash`).
+        num_blocks: transformer blocks over all block lists.
+        sigmas: noise levels of the steps plus the final one, ``num_steps + 1`` values.
+        branches: names of the guidance branches seen, for example ``("cond", "uncond")``.
+        package_version: version of layercache that wrote it.
+    """
+
+    model_class: str
+    config_hash: str
+    num_blocks: int
+    sigmas: tuple[float, ...]
+    branches: tuple[str, ...]
+    package_version: str
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"num_steps": self.num_steps}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Fingerprint:
+        return cls(
+            model_class=str(data["model_class"]),
+            config_hash=str(data["config_hash"]),
+            num_blocks=int(data["num_blocks"]),
+            sigmas=tuple(float(s) for s in data["sigmas"]),
+            branches=tuple(str(b) for b in data["branches"]),
+            package_version=str(data["package_version"]),
+        )
+
+    def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
+        """Raises `ScheduleMismatchError` when the transformer is not the one this was made for."""
+        if model_class != self.model_class:
+            raise ScheduleMismatchError(
+                f"this was made for {self.model_class}, the transformer is a {model_class}; "
+                "calibrate and plan on the model you want to speed up"
+            )
+        if num_blocks != self.num_blocks or config_hash != self.config_hash:
+            raise ScheduleMismatchError(
+                f"this was made for a {self.model_class} with {self.num_blocks} blocks and configuration "
+                f"{self.config_hash}, the transformer has {num_blocks} blocks and configuration {config_hash}; "
+                "calibrate and plan on this transformer"
+            )
+
+    def check_sigmas(self, sigmas: Sequence[float]) -> None:
+        """Raises `ScheduleMismatchError` unless ``sigmas`` are the ones this was made for (max norm 1e-3)."""
+        steps = len(sigmas) - 1
+        if steps != self.num_steps:
+            raise ScheduleMismatchError(
+                f"the schedule has {self.num_steps} steps, this run has {steps}; run with "
+                f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps"
+            )
+        worst = max(range(len(sigmas)), key=lambda i: abs(sigmas[i] - self.sigmas[i]))
+        if not abs(sigmas[worst] - self.sigmas[worst]) < SIGMA_TOLERANCE:
+            raise ScheduleMismatchError(
+                f"the noise schedule differs: sigma[{worst}] is {sigmas[worst]:.5f} here and "
+                f"{self.sigmas[worst]:.5f} in the schedule (resolution, shift or custom sigmas changed?); "
+                "calibrate and plan with the settings of this run"
+            )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What to do at every step.
+
+    Attributes:
+        fingerprint: what it is valid for.
+        groups: block ranges ``[lo, hi)`` that tile ``0..num_blocks``, counted over all block lists.
+        cells: ``cells[step][group]``, see `Cell`.
+        group_seconds: measured seconds of computing each group once; weights of `used`.
+        made_by: how it was found (method, budget, predicted error, ...), for people to read.
+
+    Raises:
+        ScheduleError: on construction, when the parts contradict each other.
+    """
+
+    fingerprint: Fingerprint
+    groups: tuple[tuple[int, int], ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    group_seconds: tuple[float, ...]
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_groups(self.groups, self.fingerprint.num_blocks)
+        if len(self.cells) != self.num_steps:
+            raise ScheduleError(f"{len(self.cells)} rows of cells for {self.num_steps} steps")
+        if len(self.group_seconds) != len(self.groups) or not all(
+            math.isfinite(s) and s > 0 for s in self.group_seconds
+        ):
+            raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
+        for step, row in enumerate(self.cells):
+            if len(row) != len(self.groups):
+                raise ScheduleError(f"step {step} has {len(row)} cells for {len(self.groups)} groups")
+            for group, cell in enumerate(row):
+                if cell is not None:
+                    self._check_cell(step, group, cell)
+
+    def _check_cell(self, step: int, group: int, cell: Mapping[int, float]) -> None:
+        if not cell:
+            raise ScheduleError(f"cell (step {step}, group {group}) combines no residual; compute it instead")
+        for anchor, coefficient in cell.items():
+            if not 0 <= anchor < step or self.cells[anchor][group] is not None:
+                raise ScheduleError(
+                    f"cell (step {step}, group {group}) reads step {anchor}, which does not compute that group before it"
+                )
+            if not math.isfinite(coefficient):
+                raise ScheduleError(f"cell (step {step}, group {group}) has the coefficient {coefficient}")
+
+    @classmethod
+    def compute_all(cls, fingerprint: Fingerprint, groups: Sequence[tuple[int, int]] | None = None) -> Schedule:
+        """The schedule that caches nothing."""
+        ranges = tuple(groups) if groups is not None else ((0, fingerprint.num_blocks),)
+        row: tuple[Cell, ...] = (None,) * len(ranges)
+        seconds = tuple(float(hi - lo) for lo, hi in ranges)
+        return cls(fingerprint, ranges, (row,) * fingerprint.num_steps, seconds, {"method": "full"})
+
+    @property
+    def num_steps(self) -> int:
+        return self.fingerprint.num_steps
+
+    @property
+    def used(self) -> float:
+        """Share of the block time that is computed, by the measured seconds of the groups."""
+        computed = sum(
+            seconds
+            for row in self.cells
+            for cell, seconds in zip(row, self.group_seconds, strict=True)
+            if cell is None
+        )
+        return computed / (self.num_steps * sum(self.group_seconds))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the schedule as JSON, one line per step; the file appears whole or not at all."""
+        text = self.to_json()
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Schedule:
+        """Reads a schedule file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"cannot read the schedule {path}: {error}") from error
+        return cls.from_json(text, str(path))
+
+    def to_json(self) -> str:
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "groups": [list(r) for r in self.groups],
+            "group_seconds": list(self.group_seconds),
+            "made_by": dict(self.made_by),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}," for key, value in head.items()]
+        rows = []
+        for row in self.cells:
+            cells = ["compute" if cell is None else {str(a): c for a, c in cell.items()} for cell in row]
+            rows.append("    " + json.dumps(cells, allow_nan=False))
+        return "{\n" + "\n".join(lines) + '\n  "cells": [\n' + ",\n".join(rows) + "\n  ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "schedule") -> Schedule:
+        """Parses what `to_json` wrote; ``name`` is used in messages."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(f"{name} is not a whole JSON file ({error}); was it cut off or edited?") from error
+        check_header(data, FORMAT, VERSION, name)
+        try:
+            cells = tuple(
+                tuple(None if c == "compute" else {int(a): float(k) for a, k in c.items()} for c in row)
+                for row in data["cells"]
+            )
+            return cls(
+                fingerprint=Fingerprint.from_json(data["fingerprint"]),
+                groups=tuple((int(lo), int(hi)) for lo, hi in data["groups"]),
+                cells=cells,
+                group_seconds=tuple(float(s) for s in data["group_seconds"]),
+                made_by=dict(data.get("made_by", {})),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+
+
+def check_header(data: Any, expected: str, version: int, name: str) -> None:
+    """Refuses a file of another kind or of a newer format version."""
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if found != expected:
+        raise FileFormatError(f"{name} is not a {expected} file (its format says {found!r})")
+    if not isinstance(data.get("version"), int) or data["version"] < 1:
+        raise FileFormatError(f"{name} has no usable format version ({data.get('version')!r})")
+    if data["version"] > version:
+        raise FileFormatError(
+            f"{name} has format version {data['version']}, this layercache reads up to {version}; upgrade layercache"
+        )
+
+
+def check_groups(groups: Sequence[tuple[int, int]], num_blocks: int) -> None:
+    """Raises `ScheduleError` unless the ranges tile ``0..num_blocks`` in order, each with a block at least."""
+    expected = 0
+    for lo, hi in groups:
+        if lo != expected or hi <= lo:
+            raise ScheduleError(f"groups must tile the blocks 0..{num_blocks} in order, got {list(groups)}")
+        expected = hi
+    if expected != num_blocks:
+        raise ScheduleError(f"groups end at block {expected}, the model has {num_blocks} blocks")

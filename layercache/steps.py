@@ -1,0 +1,151 @@
+"""Finding out which step of which generation a forward belongs to, without asking the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layercache.compat import scheduler_sigmas, scheduler_step
+from layercache.errors import ScheduleMismatchError
+
+# bf16 holds a sigma near 1 only to 2^-9, and a timestep near 1000 to 2
+TIMESTEP_TOLERANCE = 6e-3
+
+
+@dataclass
+class Place:
+    """Where a forward stands: its branch, its step, and whether it is the branch's first of a generation."""
+
+    branch: str
+    step: int
+    starts: bool
+
+
+@dataclass
+class _Branch:
+    run: object = None
+    step: int = -1
+    time: float | None = None
+    generation: int = 0
+
+
+def host_number(value: Any) -> float | None:
+    """A timestep as a float where reading it asks no device, else ``None``."""
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() > 0:
+        first = value.detach().reshape(-1)[:1].tolist()
+        return float(first[0])
+    return None
+
+
+@dataclass
+class StepCounter:
+    """Counts the steps of each branch.
+
+    The step comes, in this order, from the cache context (``step_index``), from the counter of the
+    pipeline's scheduler, or from counting the calls of the branch modulo the number of steps; then a
+    timestep that rises (when it can be read without asking a device) starts a generation anew.
+
+    Branches are told apart by the name of the cache context; without one, by the order of the calls
+    within a step.
+
+    Attributes:
+        sigmas: noise levels of the run; ``None`` takes whatever the scheduler has (calibration).
+        scheduler: the pipeline's scheduler, if there is a pipeline.
+    """
+
+    sigmas: Sequence[float] | None = None
+    scheduler: Any = None
+    check: Any = None
+    _branches: dict[str, _Branch] = field(default_factory=dict)
+    _unnamed: tuple[object, int] = (None, -1)
+
+    @property
+    def num_steps(self) -> int | None:
+        return None if self.sigmas is None else len(self.sigmas) - 1
+
+    def reset(self) -> None:
+        """Forgets everything: the next call of every branch starts a generation."""
+        self._branches.clear()
+        self._unnamed = (None, -1)
+
+    def locate(self, branch: str | None, hint: int | None, timestep: Any = None) -> Place:
+        """The place of the call that is about to run.
+
+        Args:
+            branch: name of the cache context, or ``None``.
+            hint: ``step_index`` of the cache context, or ``None``.
+            timestep: the transformer's timestep argument.
+
+        Raises:
+            ScheduleMismatchError: the run has other steps or noise levels than `sigmas`.
+        """
+        counted = scheduler_step(self.scheduler) if self.scheduler is not None else None
+        if counted is not None:
+            return self._from_scheduler(branch, counted if hint is None else hint)
+        if hint is not None:
+            return self._from_hint(branch or "all", hint)
+        return self._from_counting(branch, host_number(timestep))
+
+    def _from_scheduler(self, branch: str | None, step: int) -> Place:
+        run = self.scheduler.timesteps
+        name = branch or self._unnamed_branch((id(run), step))
+        seen = self._branches.setdefault(name, _Branch())
+        starts = seen.run is not run or step < seen.step
+        if starts:
+            self._check_run()
+        seen.run, seen.step = run, step
+        self._check_step(step)
+        return Place(name, step, starts)
+
+    def _from_hint(self, name: str, step: int) -> Place:
+        seen = self._branches.setdefault(name, _Branch())
+        starts = step < seen.step or seen.step < 0
+        seen.step = step
+        self._check_step(step)
+        return Place(name, step, starts)
+
+    def _from_counting(self, branch: str | None, time: float | None) -> Place:
+        name = branch or (self._unnamed_branch(time) if time is not None else "all")
+        seen = self._branches.setdefault(name, _Branch())
+        step = seen.step + 1
+        rose = time is not None and seen.time is not None and time > seen.time
+        if rose or (self.num_steps is not None and step >= self.num_steps):
+            step = 0
+        seen.step, seen.time = step, time
+        if time is not None:
+            self._check_time(step, time)
+        return Place(name, step, step == 0)
+
+    def _unnamed_branch(self, moment: object) -> str:
+        """Calls at one moment are the guidance branches in their order."""
+        before, calls = self._unnamed
+        calls = calls + 1 if before == moment else 0
+        self._unnamed = (moment, calls)
+        return f"call {calls}"
+
+    def _check_run(self) -> None:
+        sigmas = scheduler_sigmas(self.scheduler)
+        if sigmas is not None and self.check is not None:
+            self.check(sigmas)
+
+    def _check_step(self, step: int) -> None:
+        if self.num_steps is not None and not 0 <= step < self.num_steps:
+            raise ScheduleMismatchError(
+                f"step {step} lies outside the {self.num_steps} steps of the schedule; calibrate and plan for this run"
+            )
+
+    def _check_time(self, step: int, time: float) -> None:
+        if self.sigmas is None:
+            return
+        expected = self.sigmas[step]
+        if min(abs(time - expected), abs(time / 1000 - expected)) > TIMESTEP_TOLERANCE:
+            raise ScheduleMismatchError(
+                f"step {step} of the schedule has sigma {expected:.4f}, but the transformer was called with timestep "
+                f"{time:.4f}; run the {self.num_steps} steps the schedule was made for, or calibrate and plan again "
+                "(after an interrupted run of a bare transformer call cache.reset())"
+            )

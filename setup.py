@@ -1,0 +1,44 @@
+"""The parts of the build that must be code; all metadata is in pyproject.toml."""
+
+from glob import glob
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+
+def kernel_packages() -> list[str]:
+    """``kernels/`` and its sub-folders, which hold no ``__init__.py`` for find_packages to see.
+
+    Without that file a package of the same name elsewhere on the path keeps its top-level name.
+    """
+    folders = {path.parent for path in Path("kernels").rglob("*.py")}
+    return sorted("layercache." + ".".join(folder.parts) for folder in folders | {Path("kernels")})
+
+
+class BuildExt(build_ext):
+    """Adds the flags that only gcc and clang understand."""
+
+    def build_extensions(self) -> None:
+        if self.compiler.compiler_type == "unix":
+            for extension in self.extensions:
+                # Contracted multiply-adds would let the same table give another schedule on another machine.
+                extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
+        super().build_extensions()
+
+
+setup(
+    packages=find_packages(include=["layercache", "layercache.*"]) + kernel_packages(),
+    package_dir={"layercache.kernels": "kernels"},
+    ext_modules=[
+        Pybind11Extension(
+            "layercache._core",
+            sorted(glob("csrc/*.cpp")),
+            include_dirs=["csrc"],
+            depends=sorted(glob("csrc/*.hpp")),
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
