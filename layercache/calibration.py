@@ -211,7 +211,7 @@ class Observer(Router):
         self.clock: Stopwatch | None = None
 
     def begin(self, branch, step, arguments) -> None:
-        timestep = arguments.get(self.spec.timestep) if arguments and self.spec.timestep else None
+        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         self.place = self.steps.locate(branch, step, timestep)
         if self.sigmas is None:
             raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")

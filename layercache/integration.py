@@ -29,7 +29,6 @@ class Attachment:
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._branch: str | None = None
         self._step: int | None = None
-        self._in_context = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str]] = []
@@ -71,13 +70,11 @@ class Attachment:
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
             with original(name, **fields):
-                self._branch, self._step, self._in_context = name, fields.get("step_index"), True
-                self._begin(None)
+                self._branch, self._step = name, fields.get("step_index")
                 try:
                     yield
                 finally:
-                    self._branch, self._step, self._in_context = None, None, False
-                    self.router.shut()
+                    self._branch, self._step = None, None
 
         return cache_context
 
@@ -90,18 +87,13 @@ class Attachment:
 
         return maybe_free_model_hooks
 
-    def _begin(self, arguments: dict[str, Any] | None) -> None:
-        require_inference()
-        self.router.begin(self._branch, self._step, arguments)
-
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # A compiled forward is announced by its cache context: tracing this would put step numbers into the graph.
+        # torch.compile leaves the hooks of the outermost module out of the graph. Where they are traced all
+        # the same, nothing is announced and the lists yield their blocks: uncached, but right.
         if torch.compiler.is_compiling():
             return
-        if self._in_context and self.router.is_open:
-            self.router.inspect(kwargs)
-        else:
-            self._begin(kwargs)
+        require_inference()
+        self.router.begin(self._branch, self._step, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling():

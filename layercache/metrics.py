@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     if fraction == 0 or ordered[below] == ordered[below + 1]:
         return ordered[below]
     return ordered[below] + fraction * (ordered[below + 1] - ordered[below])
+
+
+def check_installed() -> None:
+    """Raises `MissingExtraError` when `psnr` and `ssim` could not work, for callers with a long job ahead."""
+    _scikit_image()
 
 
 def as_pictures(images: Any) -> Pictures:
@@ -153,7 +159,9 @@ def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
     import lpips as package
     import torch
 
-    network = package.LPIPS(net=LPIPS_NET, verbose=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision by names that were deprecated since
+        network = package.LPIPS(net=LPIPS_NET, verbose=False).eval()
     values = []
     with torch.inference_mode():
         for pair in _pairs(reference, pictures):
@@ -167,10 +175,13 @@ def lpips_unavailable() -> str:
     """Why LPIPS cannot be computed here without a download; empty when it can."""
     missing = [name for name in ("lpips", "torchvision") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"the package {' and '.join(missing)} is not installed"
+        return f"not installed: {', '.join(missing)}"
     from torch.hub import get_dir
-    from torchvision.models import AlexNet_Weights
 
+    try:
+        from torchvision.models import AlexNet_Weights
+    except Exception as error:  # a torchvision for another torch raises RuntimeError
+        return f"torchvision does not load ({type(error).__name__}: {error})"
     weights = Path(get_dir()) / "checkpoints" / AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
     if not weights.is_file():
         return f"the AlexNet weights are not at {weights} and layercache downloads nothing"

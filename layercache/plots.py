@@ -14,11 +14,13 @@ import numpy as np
 from layercache.errors import MissingExtraError
 from layercache.files import write_atomically
 from layercache.metrics import as_pictures
-from layercache.report import block_range
+from layercache.report import group_name
 from layercache.schedule import Cell, Schedule
 
 DPI = 100
+# pixels of the page of pictures
 SMALLEST_CELL, LARGEST_CELL = 96, 512
+LABEL_WIDTH, TITLE_HEIGHT, COLUMN_HEIGHT, CAPTION_HEIGHT, GAP = 130, 28, 26, 16, 8
 DIFFERENCE_GAIN = 4.0
 COMPUTED, REUSED, FORECAST = "#1b7837", "#c7dcef", "#d8c3e8"
 
@@ -61,6 +63,11 @@ class MapPanel:
         return len(self.sigmas) - 1
 
 
+def check_installed() -> None:
+    """Raises `MissingExtraError` when no figure could be drawn, for callers with a long job ahead."""
+    _figure_class()
+
+
 def difference(reference: Any, pictures: Any, gain: float = DIFFERENCE_GAIN) -> np.ndarray:
     """Absolute difference, amplified so that it can be seen and cut off at white."""
     return np.minimum(np.abs(as_pictures(reference) - as_pictures(pictures)) * gain, 1.0)
@@ -71,53 +78,56 @@ def save_pictures(
     rows: Sequence[PictureRow],
     columns: Sequence[str],
     title: str = "",
+    smallest: int = SMALLEST_CELL,
 ) -> Path:
     """Writes rows of pictures of one size as a PNG.
 
-    Small pictures are enlarged by a whole factor with nearest-neighbour, so that every pixel stays a
-    square; large ones are reduced to 512 pixels a side.
+    Pictures under ``smallest`` pixels a side are enlarged by a whole factor with nearest-neighbour, so
+    that every pixel stays a square; large ones are reduced to 512 pixels.
     """
     figure_class = _figure_class()
     height, width = as_pictures(rows[0].pictures).shape[1:3]
-    scale = _scale(max(height, width))
-    cell = (round(width * scale), round(height * scale))
-    label_width, gap, caption, header = 130, 8, 18 if any(row.captions for row in rows) else 4, 50 if title else 26
-    size = (
-        label_width + len(columns) * (cell[0] + gap),
-        header + len(rows) * (cell[1] + caption + gap),
-    )
-    figure = figure_class(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
+    scale = _scale(max(height, width), smallest)
+    cell_width, cell_height = round(width * scale), round(height * scale)
+    margin = LABEL_WIDTH if any(row.label for row in rows) else GAP
+    top = TITLE_HEIGHT + COLUMN_HEIGHT if title else COLUMN_HEIGHT
+    tops = []
+    for row in rows:
+        tops.append(top)
+        top += cell_height + GAP + (CAPTION_HEIGHT if row.captions else 0)
+    page = (margin + len(columns) * (cell_width + GAP), top)
+    figure = figure_class(figsize=(page[0] / DPI, page[1] / DPI), dpi=DPI)
     if title:
-        figure.text(0.01, 1 - 16 / size[1], title, fontsize=10, va="center", ha="left")
-    for line, row in enumerate(rows):
-        top = header + line * (cell[1] + caption + gap)
-        middle = 1 - (top + cell[1] / 2) / size[1]
-        figure.text(8 / size[0], middle, row.label, fontsize=9, va="center", ha="left")
+        figure.text(GAP / page[0], 1 - TITLE_HEIGHT / 2 / page[1], title, fontsize=10, va="center", ha="left")
+    for row, row_top in zip(rows, tops, strict=True):
+        middle = 1 - (row_top + cell_height / 2) / page[1]
+        figure.text(GAP / page[0], middle, row.label, fontsize=9, va="center", ha="left")
         for column, picture in enumerate(as_pictures(row.pictures)):
-            left = label_width + column * (cell[0] + gap)
-            box = (left / size[0], 1 - (top + cell[1]) / size[1], cell[0] / size[0], cell[1] / size[1])
+            left, bottom = margin + column * (cell_width + GAP), page[1] - row_top - cell_height
+            box = (left / page[0], bottom / page[1], cell_width / page[0], cell_height / page[1])
             axes = figure.add_axes(box)
             axes.imshow(picture, interpolation="nearest" if scale >= 1 else "antialiased", vmin=0, vmax=1, cmap="gray")
             axes.set_axis_off()
-            if line == 0:
+            if row_top == tops[0]:
                 axes.set_title(columns[column], fontsize=8, pad=4)
             if row.captions:
                 axes.text(0.5, -0.03, row.captions[column], transform=axes.transAxes, fontsize=7, va="top", ha="center")
     return _save(figure, path)
 
 
-def _scale(side: int) -> float:
+def _scale(side: int, smallest: int) -> float:
     if side > LARGEST_CELL:
         return LARGEST_CELL / side
-    return math.ceil(SMALLEST_CELL / side)
+    return math.ceil(smallest / side)
 
 
 def save_maps(path: str | os.PathLike[str], panels: Sequence[MapPanel]) -> Path:
     """Writes one or several maps, below each other on a common colour scale, as a PNG."""
     figure_class = _figure_class()
     steps = max(panel.num_steps for panel in panels)
-    lines = [max(1.0, 0.36 * len(panel.groups)) for panel in panels]
-    figure = figure_class(figsize=(max(7.0, 0.36 * steps + 2.2), sum(lines) + 0.85 * len(panels) + 0.55), dpi=DPI)
+    lines = [0.36 * len(panel.groups) for panel in panels]
+    height = max(1.6, sum(lines) + 0.55 * len(panels)) + 0.6
+    figure = figure_class(figsize=(max(7.0, 0.36 * steps + 2.2), height), dpi=DPI)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lines)[:, 0]
     limit = _colour_limit(panels)
@@ -127,7 +137,7 @@ def save_maps(path: str | os.PathLike[str], panels: Sequence[MapPanel]) -> Path:
         image = drawn if panel.stability is not None else image
     axes[-1].set_xlabel("step")
     if image is not None:
-        figure.colorbar(image, ax=list(axes), label="relative change", pad=0.01, aspect=15)
+        figure.colorbar(image, ax=list(axes), label="relative change", extend="max", pad=0.01, aspect=15)
     legend = _legend(panels)
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8, frameon=False)
@@ -152,7 +162,7 @@ def _draw_map(axis: Any, panel: MapPanel, limit: float) -> Any:
         image = axis.imshow(kinds, cmap=ListedColormap([COMPUTED, REUSED, FORECAST]), vmin=0, vmax=2, **grid)
     axis.set_facecolor("#d0d0d0")
     axis.set_title(panel.title, fontsize=9, loc="left")
-    axis.set_yticks(range(len(panel.groups)), [f"blocks {block_range(group)}" for group in panel.groups], fontsize=8)
+    axis.set_yticks(range(len(panel.groups)), [group_name(group) for group in panel.groups], fontsize=8)
     stride = max(1, math.ceil(panel.num_steps / 30))
     axis.set_xticks(range(0, panel.num_steps, stride), range(0, panel.num_steps, stride), fontsize=7)
     for edge in np.arange(0.5, panel.num_steps - 1):

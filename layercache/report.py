@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from layercache._version import __version__
 from layercache.files import write_atomically
 from layercache.metrics import Summary, summarise
 from layercache.schedule import Cell, Schedule
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "triton", "numpy", "scikit-image")
 PLAIN_WIDTH = 120
+MOST_WIDE_COLUMNS = 4
 
 # Relative change up to which a cell of the stability table has this colour.
 STABILITY_STYLES = ((0.05, "green"), (0.1, "yellow"), (0.2, "dark_orange"), (math.inf, "red"))
@@ -61,11 +64,16 @@ class Measured:
         }
 
 
-def comparison_table(measured: Sequence[Measured], title: str | None = None) -> Table:
+def comparison_table(measured: Sequence[Measured]) -> Table:
     """The figures of several runs, one row each; speedups are against the first one."""
-    table = Table(title=title, title_justify="left")
+    pictures = max(len(row.psnr) for row in measured)
+    caption = (
+        f"PSNR in dB (mean, median, 10 % quantile) and SSIM (mean) of {pictures} {_plural('picture', pictures)} "
+        f"against the first row."
+    )
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("run", no_wrap=True)
-    for heading in ("used", "seconds", "speedup", "PSNR mean", "median", "10 %", "SSIM mean"):
+    for heading in ("used", "seconds", "speedup", "PSNR", "median", "10 %", "SSIM"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in measured:
         psnr, ssim = _summary(row.psnr), _summary(row.ssim)
@@ -131,11 +139,6 @@ def _json_ready(value: Any) -> Any:
     return value
 
 
-def layercache_version() -> str:
-    """Version of the package, ``"unknown"`` in a checkout that was never installed."""
-    return package_version("layercache") or "unknown"
-
-
 def package_version(name: str) -> str | None:
     """Version of an installed distribution, ``None`` when it is not installed."""
     try:
@@ -152,7 +155,7 @@ def machine_info() -> dict[str, Any]:
         "platform": platform.platform(),
         **_torch_devices(),
         "versions": {
-            "layercache": layercache_version(),
+            "layercache": __version__,
             "python": platform.python_version(),
             **{name: package_version(name) for name in PACKAGES},
         },
@@ -188,10 +191,10 @@ def machine_line(info: Mapping[str, Any]) -> str:
 # --- what a schedule holds ---------------------------------------------------------------------------------
 
 
-def block_range(group: tuple[int, int]) -> str:
-    """``(0, 5)`` as the blocks a person would count: ``0-4``."""
+def group_name(group: tuple[int, int]) -> str:
+    """``(0, 5)`` as a person counts: ``blocks 0-4``."""
     lo, hi = group
-    return f"{lo}-{hi - 1}" if hi - lo > 1 else str(lo)
+    return f"blocks {lo}-{hi - 1}" if hi - lo > 1 else f"block {lo}"
 
 
 def schedule_figures(schedule: Schedule) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def schedule_sentences(schedule: Schedule) -> str:
 
 def _group_sentence(group: Mapping[str, Any], num_steps: int) -> str:
     lo, hi = group["blocks"]
-    text = f"  blocks {block_range((lo, hi))}: computed at {group['computed_steps']} of {num_steps} steps"
+    text = f"- {group_name((lo, hi))}: computed at {group['computed_steps']} of {num_steps} steps"
     ways = [
         f"{verb} at {group[key]}"
         for verb, key in (("reused", "reused_steps"), ("forecast", "forecast_steps"))
@@ -255,8 +258,7 @@ def _group_sentence(group: Mapping[str, Any], num_steps: int) -> str:
     ]
     if not ways:
         return text + "."
-    run = group["longest_cached_run"]
-    return f"{text}, {', '.join(ways)}; never more than {run} {_plural('step', run)} in a row without computing."
+    return f"{text}, {', '.join(ways)}; longest cached run: {group['longest_cached_run']}."
 
 
 def _plural(word: str, count: int) -> str:
@@ -271,28 +273,40 @@ def _setting(value: Any) -> str:
     return str(value)
 
 
-def cell_text(cell: Cell) -> Text:
-    """``compute``, the step whose residual is reused, or the combination that is added."""
+def cell_text(cell: Cell, compact: bool = False) -> Text:
+    """What a cell does; ``compact`` takes one character: computed, reused, or the span of the forecast."""
     if cell is None:
-        return Text("compute", style="bold green")
-    if len(cell) == 1 and next(iter(cell.values())) == 1.0:
-        return Text(f"as step {next(iter(cell))}", style="cyan")
-    terms = [f"{coefficient:+.2f}·r{anchor}" for anchor, coefficient in sorted(cell.items(), reverse=True)]
+        return Text("■" if compact else "compute", style="bold green")
+    anchors = sorted(cell, reverse=True)
+    if len(anchors) == 1 and cell[anchors[0]] == 1.0:
+        return Text("·" if compact else f"as step {anchors[0]}", style="cyan")
+    if compact:
+        return Text(str(anchors[0] - anchors[-1]), style="magenta")
+    terms = [f"{cell[anchor]:+.2f}·r{anchor}" for anchor in anchors]
     return Text(" ".join(terms).removeprefix("+"), style="magenta")
 
 
 def schedule_table(schedule: Schedule) -> Table:
-    """One line per step, one column per group."""
+    """One line per step, one column per group; `schedule_legend` explains the cells."""
+    compact = _is_compact(schedule.groups)
     table = _steps_table(schedule.groups)
     for step, row in enumerate(schedule.cells):
-        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *(cell_text(cell) for cell in row))
+        cells = [cell_text(cell, compact) for cell in row]
+        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
 
-SCHEDULE_LEGEND = (
-    "compute: the blocks run. as step n: the residual (output minus input) stored at step n is added again. "
-    "a·rn - b·rm: a forecast, the line through the residuals of steps n and m."
-)
+def schedule_legend(schedule: Schedule) -> str:
+    """How to read `schedule_table`."""
+    if _is_compact(schedule.groups):
+        return (
+            "A column is headed by its group's first block. ■: the blocks run. ·: the stored residual (output minus "
+            "input) is added again. A number: a forecast from two stored residuals that many steps apart."
+        )
+    return (
+        "compute: the blocks run. as step n: the residual (output minus input) stored at step n is added again. "
+        "a·rn - b·rm: a forecast, the line through the residuals of steps n and m."
+    )
 
 
 # --- what a profile holds ----------------------------------------------------------------------------------
@@ -328,7 +342,7 @@ def profile_sentences(profile: StabilityProfile) -> str:
         f"{_milliseconds(profile.fixed_seconds)} outside of them, which no schedule can save.",
     ]
     for group, seconds, reuse in zip(profile.groups, profile.group_seconds, profile.reuse_seconds, strict=True):
-        name = f"  blocks {block_range(group)}"
+        name = f"- {group_name(group)}"
         lines.append(f"{name}: {_milliseconds(seconds)} to compute, {_milliseconds(reuse)} to reuse.")
     return "\n".join(lines)
 
@@ -339,33 +353,43 @@ def _milliseconds(seconds: float) -> str:
 
 def profile_table(profile: StabilityProfile) -> Table:
     """Relative change of each group's residual since the step before: one line per step, one column per group."""
+    compact = _is_compact(profile.groups)
     table = _steps_table(profile.groups)
     for step, row in enumerate(profile.stability()):
-        cells = [stability_text(float(value)) for value in row]
+        cells = [stability_text(float(value), compact) for value in row]
         table.add_row(str(step), f"{profile.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
 
-def stability_text(change: float) -> Text:
+def stability_text(change: float, compact: bool = False) -> Text:
     """A relative change in percent, coloured from green (stable, cheap to cache) to red."""
     if math.isnan(change):
         return Text("-", style="dim")
     style = next(style for limit, style in STABILITY_STYLES if change <= limit)
-    return Text(f"{change:.1%}", style=style)
+    return Text(f"{100 * change:.0f}" if compact else f"{change:.1%}", style=style)
 
 
-STABILITY_LEGEND = (
-    "How much the residual (output minus input) of each group changed since the step before, relative L1: "
-    "where it changes little, caching costs little."
-)
+def profile_legend(profile: StabilityProfile) -> str:
+    """How to read `profile_table`."""
+    heading = "In percent, a column is headed by its group's first block. " if _is_compact(profile.groups) else ""
+    return (
+        f"{heading}How much the residual (output minus input) of each group changed since the step before, relative "
+        "L1: where it changes little, caching costs little."
+    )
+
+
+def _is_compact(groups: Sequence[tuple[int, int]]) -> bool:
+    """Whether so many groups would be wider than a terminal in full."""
+    return len(groups) > MOST_WIDE_COLUMNS
 
 
 def _steps_table(groups: Sequence[tuple[int, int]]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    compact = _is_compact(groups)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0) if compact else (0, 1))
     table.add_column("step", justify="right")
     table.add_column("sigma", justify="right")
     for group in groups:
-        table.add_column(f"blocks {block_range(group)}", justify="right", no_wrap=True)
+        table.add_column(str(group[0]) if compact else group_name(group), justify="right", no_wrap=True)
     return table
 
 

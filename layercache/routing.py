@@ -8,7 +8,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +99,6 @@ class Router:
             self._positions.append(position[: len(blocks)])
             position = position[len(blocks) :]
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the next iteration over the first block list belongs to a forward."""
-        return self._next_list == 0
-
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         """Announces a forward: the routed lists follow ``actions`` once, each in its turn."""
         self.actions = actions
@@ -139,12 +134,9 @@ class Router:
                 items.append(SkippedBlock(trip, action, group, opens, closes))
         return iter(items)
 
-    def begin(self, branch: str | None, step: int | None, arguments: dict[str, Any] | None) -> None:
-        """A forward is about to start; implementations call `open`."""
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
+        """A forward with these keyword arguments is about to start; implementations call `open`."""
         raise NotImplementedError
-
-    def inspect(self, arguments: dict[str, Any]) -> None:
-        """Sees the arguments of a forward that a cache context announced before they were known."""
 
     def finish(self) -> None:
         """The pipeline has ended a generation."""

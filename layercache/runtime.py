@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from layercache import ops
 from layercache.errors import CacheStateError, NonFiniteResidualError
-from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
+from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
 from layercache.models import ModelSpec
 from layercache.routing import Router
 from layercache.schedule import Schedule
@@ -73,11 +74,22 @@ class CacheState:
         self.flag = Buffer()
         self.rows = [Row(row, self.images, self.texts) for row in layout.rows]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
-        self.signature: object = None
+        self.signature: tuple | None = None
 
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
+
+    def expect(self, arguments: Mapping[str, Any]) -> None:
+        """Stored residuals of other shapes, dtypes or devices than the forward's are of no use."""
+        signature = tuple(
+            (name, value.shape, value.dtype, value.device)
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+        )
+        if self.signature != signature:
+            self.reset()
+        self.signature = signature
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
@@ -182,7 +194,6 @@ class ScheduleRouter(Router):
         self.states: dict[str, CacheState] = {}
         self.state: CacheState | None = None
         self.row: Row | None = None
-        self._step = 0
         self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
         self._computed = [0] * len(schedule.groups)
         self._cached = [0] * len(schedule.groups)
@@ -190,18 +201,15 @@ class ScheduleRouter(Router):
         self._forwards = 0
         self._fallback_rows = 0
 
-    def begin(self, branch: str | None, step: int | None, arguments: dict[str, Any] | None) -> None:
-        timestep = None
-        if arguments is not None and self.spec.timestep is not None:
-            timestep = arguments.get(self.spec.timestep)
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
+        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
         state = self.states.get(place.branch)
         if state is None:
             state = self.states[place.branch] = CacheState(self.layout)
         if place.starts:
             self._start_generation(place.branch, state)
-        if arguments is not None:
-            self._note_signature(state, arguments)
+        state.expect(arguments)
         self._choose_row(state, place.step)
 
     def _start_generation(self, branch: str, state: CacheState) -> None:
@@ -214,42 +222,22 @@ class ScheduleRouter(Router):
         state.reset()
 
     def _choose_row(self, state: CacheState, step: int) -> None:
+        """The schedule's row, or computing everything where a residual the row reads is not there."""
         row = state.rows[step]
-        self.state, self.row, self._step = state, row, step
-        valid = state.is_valid(row)
-        if valid:
+        self.state, self.row = state, row
+        actions = row.layout.actions
+        if state.is_valid(row):
             state.note_captures(step, row)
             if row.layout.reads:
                 state.upload_coefficients()
-        actions = row.layout.actions if valid else self._full
-        self._tally(actions, 1)
-        self.open(actions)
-
-    def _tally(self, actions: tuple[GroupAction, ...], count: int) -> None:
-        self._forwards += count
-        if actions is self._full and self.row.layout.reads:
-            self._fallback_rows += count
+        else:
+            actions = self._full
+            self._fallback_rows += 1
+        self._forwards += 1
         for group, action in enumerate(actions):
             counts = self._cached if action.kind == REUSE else self._computed
-            counts[group] += count
-
-    def _note_signature(self, state: CacheState, arguments: dict[str, Any]) -> None:
-        signature = tuple(
-            (name, value.shape, value.dtype, value.device)
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
-        )
-        if state.signature is not None and state.signature != signature:
-            state.reset()
-        state.signature = signature
-
-    def inspect(self, arguments: dict[str, Any]) -> None:
-        """Other shapes than before make the row that the cache context chose invalid: choose again."""
-        state, before = self.state, self.state.signature
-        self._note_signature(state, arguments)
-        if before not in (None, state.signature):
-            self._tally(self.actions, -1)
-            self._choose_row(state, self._step)
+            counts[group] += 1
+        self.open(actions)
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         state = self.state
@@ -326,5 +314,3 @@ def require_inference() -> None:
             "caching is for inference: call the transformer under torch.no_grad() or torch.inference_mode()"
         )
 
-
-__all__ = ["CAPTURE", "CacheReport", "CacheState", "ScheduleRouter", "require_inference"]

@@ -81,13 +81,12 @@ class Fingerprint:
                 f"the schedule has {self.num_steps} steps, this run has {steps}; run with "
                 f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps"
             )
-        worst = max(range(len(sigmas)), key=lambda i: abs(sigmas[i] - self.sigmas[i]))
-        if not abs(sigmas[worst] - self.sigmas[worst]) < SIGMA_TOLERANCE:
-            raise ScheduleMismatchError(
-                f"the noise schedule differs: sigma[{worst}] is {sigmas[worst]:.5f} here and "
-                f"{self.sigmas[worst]:.5f} in the schedule (resolution, shift or custom sigmas changed?); "
-                "calibrate and plan with the settings of this run"
-            )
+        for step, (here, planned) in enumerate(zip(sigmas, self.sigmas, strict=True)):
+            if not abs(here - planned) < SIGMA_TOLERANCE:
+                raise ScheduleMismatchError(
+                    f"the noise schedule differs: sigma[{step}] is {here:.5f} here and {planned:.5f} in the schedule "
+                    "(resolution, shift or custom sigmas changed?); calibrate and plan with the settings of this run"
+                )
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ class Schedule:
         for anchor, coefficient in cell.items():
             if not 0 <= anchor < step or self.cells[anchor][group] is not None:
                 raise ScheduleError(
-                    f"cell (step {step}, group {group}) reads step {anchor}, which does not compute that group before it"
+                    f"cell (step {step}, group {group}) reads step {anchor}, which is not an earlier step that computes "
+                    "the group"
                 )
             if not math.isfinite(coefficient):
                 raise ScheduleError(f"cell (step {step}, group {group}) has the coefficient {coefficient}")

@@ -100,9 +100,7 @@ def cost_of_run(problem: Problem, group: int, computed: list[int], anchor: int, 
 
 def runs_of(problem: Problem, group: int, computed: list[int]) -> list[Run]:
     ends = [*computed[1:], problem.steps]
-    return [
-        cost_of_run(problem, group, computed, anchor, end) for anchor, end in zip(computed, ends, strict=True)
-    ]
+    return [cost_of_run(problem, group, computed, anchor, end) for anchor, end in zip(computed, ends, strict=True)]
 
 
 def group_cost(problem: Problem, group: int, computed: list[int]) -> float:
@@ -195,8 +193,7 @@ def addition(problem: Problem) -> Solution:
         candidates = [
             move
             for move in moves(problem, computed, adding=True)
-            if move[0] > 0
-            and spent(problem, computed) + problem.saving(move[3]) <= problem.target * SLACK
+            if move[0] > 0 and spent(problem, computed) + problem.saving(move[3]) <= problem.target * SLACK
         ]
         if not candidates:
             return solution(problem, computed)

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+# More arguments for the installation of torch, such as an index with another build of it.
+TORCH_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/pip --require-virtualenv
+
+.PHONY: help demo test lint bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed ## Compare full and cached runs of the bundled model
+	$(BIN)/layercache demo
+
+test: lint ## Lint, then run every test
+	$(BIN)/pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
+
+lint: .venv/installed ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy layercache kernels
+
+bench: .venv/installed ## Run the benchmarks
+	$(BIN)/pytest bench -o "python_files=bench_*.py test_*.py" --benchmark-only
+
+clean: ## Remove what was built, but keep the environment
+	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f layercache/*.so .venv/installed
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and alone, so that nothing installed later asks for another build of it. The build
+# tools come along because an isolated build would fetch them again at every change of the C++ files.
+.venv/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch setuptools pybind11
+	touch $@
+
+.venv/installed: .venv/torch constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@

@@ -1,0 +1,417 @@
+"""Statistics of tensors against each other: pairs, and linear combinations against a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .tiles import (
+    GROUPS,
+    MAX_PROGRAMS,
+    OPTIONS,
+    SLOW_GROUPS,
+    accumulator_dtype,
+    finalise,
+    in_pairs,
+    jit,
+    nbytes,
+    new_partials,
+    on_device_of,
+    program_count,
+    row_groups_at,
+    spread,
+    stream_sizes,
+    vector_width,
+)
+
+try:
+    import triton.language as tl
+except ImportError:
+    pass
+
+PAIR_STATISTICS = 8
+ERROR_STATISTICS = 4
+# Sets of one launch: ten need 79 registers at half the usual tile. Ten is also every span of one anchor.
+MAX_SETS = 10
+ERROR_GROUPS = GROUPS // 2
+SLOW_ERROR_GROUPS = SLOW_GROUPS // 2
+_SIZES = ["groups", "programs", "row_groups", "batch_rows", "a_batch", "a_row", "b_batch", "b_row"]
+# Elements the reference adds up in fp32 before it goes on in fp64.
+_CHUNK = 65536
+# Rows of one batched product of the reference: each thread keeps the errors it made in its own cache.
+_ROW, _ROWS = 2048, 16
+
+
+@jit()
+def _pair_stream(
+    pointers,
+    partials_ptr,
+    pid,
+    sizes,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    R: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """The part of one program in one stream."""
+    a_ptr, b_ptr = pointers
+    groups, programs, row_groups, batch_rows, a_batch, a_row, b_batch, b_row = sizes
+    lane = tl.arange(0, VEC)[None, :]
+    zero = tl.zeros([R], tl.float32)
+    d_1, a_1, b_1, d_2, a_2, b_2, ab, peak = zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(pid * R, groups, programs * R):
+        group = start + tl.arange(0, R)
+        live = (group < groups)[:, None]
+        if CONTIGUOUS:
+            a_off = group[:, None] * VEC + lane
+            b_off = a_off
+        else:
+            a_off = row_groups_at(group, row_groups, batch_rows, a_batch, a_row)[:, None] * VEC + lane
+            b_off = row_groups_at(group, row_groups, batch_rows, b_batch, b_row)[:, None] * VEC + lane
+        a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
+        d = a - b
+        d_1 += tl.sum(tl.abs(d), 1)
+        a_1 += tl.sum(tl.abs(a), 1)
+        b_1 += tl.sum(tl.abs(b), 1)
+        d_2 += tl.sum(d * d, 1)
+        a_2 += tl.sum(a * a, 1)
+        b_2 += tl.sum(b * b, 1)
+        ab += tl.sum(a * b, 1)
+        peak = tl.maximum(peak, tl.max(tl.abs(d), 1))
+    total = tl.sum(d_1, 0)
+    slot = partials_ptr + pid
+    tl.store(slot, total)
+    tl.store(slot + MAX_PROGRAMS, tl.sum(a_1, 0))
+    tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(b_1, 0))
+    tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(d_2, 0))
+    tl.store(slot + 4 * MAX_PROGRAMS, tl.sum(a_2, 0))
+    tl.store(slot + 5 * MAX_PROGRAMS, tl.sum(b_2, 0))
+    tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(ab, 0))
+    # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
+    tl.store(slot + 7 * MAX_PROGRAMS, tl.where(total == total, tl.max(peak, 0), total))
+
+
+@jit(do_not_specialize=[f"{name}_{stream}" for stream in (0, 1) for name in _SIZES])
+def _pair_statistics_kernel(
+    stream_0,
+    stream_1,
+    partials_ptr,
+    groups_0,
+    programs_0,
+    row_groups_0,
+    batch_rows_0,
+    a_batch_0,
+    a_row_0,
+    b_batch_0,
+    b_row_0,
+    groups_1,
+    programs_1,
+    row_groups_1,
+    batch_rows_1,
+    a_batch_1,
+    a_row_1,
+    b_batch_1,
+    b_row_1,
+    STATISTICS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    R: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """The first ``programs_0`` programs serve stream 0, the others stream 1 (None when there is one stream)."""
+    pid = tl.program_id(0).to(tl.int64)
+    sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, a_batch_0, a_row_0, b_batch_0, b_row_0)
+    if stream_1 is None:
+        _pair_stream(stream_0, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+    else:
+        sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, a_batch_1, a_row_1, b_batch_1, b_row_1)
+        if pid < programs_0:
+            _pair_stream(stream_0, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+        else:
+            pid -= programs_0
+            partials_ptr += STATISTICS * MAX_PROGRAMS
+            _pair_stream(stream_1, partials_ptr, pid, sizes_1, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+
+
+@jit(do_not_specialize=["groups", "programs", "first_row", "target_row"])
+def _combination_error_kernel(
+    target_ptr,
+    common_ptr,
+    other_ptrs,
+    common_coefficients,
+    other_coefficients,
+    partials_ptr,
+    groups,
+    programs,
+    first_row,
+    target_row,
+    SETS: tl.constexpr,
+    TERMS: tl.constexpr,
+    VEC: tl.constexpr,
+    R: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """Errors of ``SETS`` sets of one common and ``TERMS`` own terms, whose pointers and coefficients are set-major."""
+    pid = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, VEC)[None, :]
+    zero = tl.zeros([R], tl.float32)
+    e_1 = (zero,) * SETS
+    e_2 = (zero,) * SETS
+    t_1, t_2 = zero, zero
+    for start in range(pid * R, groups, programs * R):
+        group = start + tl.arange(0, R)
+        live = (group < groups)[:, None]
+        off = group[:, None] * VEC + lane
+        t = tl.load(target_ptr + off, mask=live, other=0.0).to(tl.float32)
+        c = tl.load(common_ptr + off, mask=live, other=0.0).to(tl.float32)
+        t_1 += tl.sum(tl.abs(t), 1)
+        t_2 += tl.sum(t * t, 1)
+        for s in tl.static_range(SETS):
+            predicted = common_coefficients[s] * c
+            for k in tl.static_range(TERMS):
+                p = tl.load(other_ptrs[s * TERMS + k] + off, mask=live, other=0.0).to(tl.float32)
+                predicted += other_coefficients[s * TERMS + k] * p
+            e = predicted - t
+            e_1 = e_1[:s] + (e_1[s] + tl.sum(tl.abs(e), 1),) + e_1[s + 1 :]
+            e_2 = e_2[:s] + (e_2[s] + tl.sum(e * e, 1),) + e_2[s + 1 :]
+    slot = partials_ptr + pid
+    for s in tl.static_range(SETS):
+        row = first_row + 2 * s
+        tl.store(slot + row * MAX_PROGRAMS, tl.sum(e_1[s], 0))
+        tl.store(slot + (row + 1) * MAX_PROGRAMS, tl.sum(e_2[s], 0))
+    tl.store(slot + target_row * MAX_PROGRAMS, tl.sum(t_1, 0))
+    tl.store(slot + (target_row + 1) * MAX_PROGRAMS, tl.sum(t_2, 0))
+
+
+def pair_statistics_triton(a: Sequence[Tensor], b: Sequence[Tensor], groups: int | None = None) -> Tensor:
+    """`pair_statistics_reference` in one launch per two pairs and a second tiny one.
+
+    Args:
+        groups: 16-byte groups per tile, a power of two.
+    """
+    filled = [s for s, tensor in enumerate(a) if tensor.numel()]
+    found = [_launch_pairs([(a[s], b[s]) for s in pair], groups) for pair in in_pairs(filled)]
+    return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device)
+
+
+def _launch_pairs(streams: Sequence[tuple[Tensor, Tensor]], groups: int | None) -> Tensor:
+    """One launch for one or two pairs that are not empty."""
+    strided = [tensor for stream in streams for tensor in stream]
+    width = vector_width(strided, ())
+    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
+    sizes = [stream_sizes(stream, width, tile) for stream in streams]
+    programs = [size[1] for size in sizes]
+    partials = new_partials(len(streams) * PAIR_STATISTICS, strided[0].device)
+    with on_device_of(strided[0]):
+        _pair_statistics_kernel[(sum(programs),)](
+            streams[0],
+            streams[1] if len(streams) > 1 else None,
+            partials,
+            *sizes[0],
+            *sizes[-1],
+            STATISTICS=PAIR_STATISTICS,
+            CONTIGUOUS=all(tensor.is_contiguous() for tensor in strided),
+            VEC=width,
+            R=tile,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            **OPTIONS,
+        )
+        return finalise(partials, programs, PAIR_STATISTICS, max_at=PAIR_STATISTICS - 1)
+
+
+def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Per pair ``{sum|a-b|, sum|a|, sum|b|, sum (a-b)^2, sum a^2, sum b^2, sum a*b, max|a-b|}``.
+
+    Args:
+        a, b: pairs of tensors of one shape, last dim contiguous; may be empty (then all statistics are 0).
+
+    Returns:
+        fp32 [pairs, 8] (fp64 for fp64 input).
+
+    Source: methods.md §15 P6. Bytes: every tensor once in (2S), see `pair_minimum_bytes`.
+    """
+    return torch.stack([pair_sums(x, y).to(accumulator_dtype(x.dtype)) for x, y in zip(a, b, strict=True)])
+
+
+def pair_sums(a: Tensor, b: Tensor) -> Tensor:
+    """The eight statistics of one pair, in fp64."""
+    accumulator = accumulator_dtype(a.dtype)
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    sums = torch.zeros(PAIR_STATISTICS, dtype=torch.float64, device=a.device)
+    for first in range(0, a.numel(), _CHUNK):
+        x = flat_a[first : first + _CHUNK].to(accumulator)
+        y = flat_b[first : first + _CHUNK].to(accumulator)
+        d = x - y
+        size = d.abs()
+        found = [size.sum(), x.abs().sum(), y.abs().sum(), d.dot(d), x.dot(x), y.dot(y), x.dot(y)]
+        sums[:-1] += torch.stack(found)
+        sums[-1] = torch.maximum(sums[-1], size.max())
+    return sums
+
+
+def pair_minimum_bytes(a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
+    """Bytes that must move: every tensor once in."""
+    return nbytes(a) + nbytes(b)
+
+
+@dataclass
+class ErrorLaunch:
+    """Sets that one launch evaluates together.
+
+    Attributes:
+        common: number of the term all sets begin with; -1 is the target itself, for sets of zeros.
+        common_coefficients: its coefficient in each set.
+        others, other_coefficients: the further terms of each set, as many for each.
+    """
+
+    common: int
+    common_coefficients: list[float] = field(default_factory=list)
+    others: list[list[int]] = field(default_factory=list)
+    other_coefficients: list[list[float]] = field(default_factory=list)
+
+    @property
+    def passes(self) -> int:
+        """Tensors read."""
+        return len({-1, self.common, *(k for terms in self.others for k in terms)})
+
+    def accepts(self, terms: list[int]) -> bool:
+        """Whether a set with these non-zero terms may join: the same first term and at most one more."""
+        return (
+            len(terms) <= 2
+            and self.common == (terms[0] if terms else -1)
+            and len(self.others[0]) == 1
+            and len(self.others) < MAX_SETS
+        )
+
+    def add(self, terms: list[int], row: Sequence[float]) -> None:
+        self.common_coefficients.append(row[terms[0]] if terms else 0.0)
+        # a set of one term reads it twice (from the cache), the second time with coefficient 0
+        self.others.append(terms[1:] or [self.common])
+        self.other_coefficients.append([row[k] for k in terms[1:]] or [0.0])
+
+
+def plan_error_launches(coefficients: Sequence[Sequence[float]]) -> list[ErrorLaunch]:
+    """Groups consecutive sets that begin with the same term and have at most one more; others go alone."""
+    launches: list[ErrorLaunch] = []
+    for row in coefficients:
+        terms = [k for k, coefficient in enumerate(row) if coefficient != 0]
+        if not launches or not launches[-1].accepts(terms):
+            launches.append(ErrorLaunch(terms[0] if terms else -1))
+        launches[-1].add(terms, row)
+    return launches
+
+
+def combination_error_triton(
+    target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]], groups: int | None = None
+) -> Tensor:
+    """`combination_error_reference` in one launch per `ErrorLaunch` and a last tiny one.
+
+    Args:
+        coefficients: host numbers [sets, terms].
+        groups: 16-byte groups per tile, a power of two.
+    """
+    sets = len(coefficients)
+    if not target.numel():
+        return torch.zeros((sets, ERROR_STATISTICS), dtype=torch.float32, device=target.device)
+    width = vector_width((), (target, *terms))
+    tile = groups or (ERROR_GROUPS if width > 1 else SLOW_ERROR_GROUPS)
+    programs = program_count(target.numel() // width, tile)
+    partials = new_partials(2 * sets + 2, target.device)
+    row = 0
+    with on_device_of(target):
+        for launch in plan_error_launches(coefficients):
+            _combination_error_kernel[(programs,)](
+                target,
+                target if launch.common < 0 else terms[launch.common],
+                tuple(target if k < 0 else terms[k] for others in launch.others for k in others),
+                tuple(launch.common_coefficients),
+                tuple(c for own in launch.other_coefficients for c in own),
+                partials,
+                target.numel() // width,
+                programs,
+                row,
+                2 * sets,
+                SETS=len(launch.others),
+                TERMS=len(launch.others[0]),
+                VEC=width,
+                R=tile,
+                MAX_PROGRAMS=MAX_PROGRAMS,
+                **OPTIONS,
+            )
+            row += 2 * len(launch.others)
+        sums = finalise(partials, [programs], 2 * sets + 2)[0]
+    return _with_target(sums[:-2].view(sets, 2), sums[-2:])
+
+
+def combination_error_reference(
+    target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]]
+) -> Tensor:
+    """Per set ``{sum|sum_k c_k p_k - t|, sum (sum_k c_k p_k - t)^2, sum|t|, sum t^2}``; no prediction is stored.
+
+    Terms must be finite: a NaN may also reach sets in which its term has coefficient 0.
+
+    Args:
+        target: t, contiguous.
+        terms: p_k, of t's shape and dtype.
+        coefficients: c, host numbers [sets, terms].
+
+    Returns:
+        fp32 [sets, 4] (fp64 for fp64 input).
+
+    Source: methods.md §15 P6b. Bytes: see `combination_minimum_bytes` and `combination_launch_bytes`.
+    """
+    accumulator = accumulator_dtype(target.dtype)
+    flat = [tensor.reshape(-1) for tensor in (*terms, target)]
+    # the target is one more term with coefficient -1, so that one product gives the errors
+    matrix = torch.tensor([[*row, -1.0] for row in coefficients], dtype=accumulator, device=target.device)
+    sums = torch.zeros((len(matrix), 2), dtype=torch.float64, device=target.device)
+    norms = torch.zeros(2, dtype=torch.float64, device=target.device)
+    whole = target.numel() - target.numel() % _ROW
+    rows = [tensor[:whole].view(-1, _ROW) for tensor in flat]
+    tail = [tensor[whole:].view(1, -1) for tensor in flat]
+    # kept from one batch to the next: fresh memory of this size costs more than the arithmetic
+    shape = (min(_ROWS, len(rows[0])), len(flat), _ROW)
+    stacked = torch.empty(shape, dtype=accumulator, device=target.device)
+    errors = torch.empty((shape[0], len(matrix), _ROW), dtype=accumulator, device=target.device)
+    for first in range(0, len(rows[0]), _ROWS):
+        batch = [tensor[first : first + _ROWS] for tensor in rows]
+        count = len(batch[0])
+        _add_errors(batch, matrix, stacked[:count], errors[:count], sums, norms)
+    if tail[0].numel():
+        _add_errors(tail, matrix, stacked.new_empty(0), stacked.new_empty(0), sums, norms)
+    return _with_target(sums, norms).to(accumulator)
+
+
+def _add_errors(
+    batch: Sequence[Tensor], matrix: Tensor, stacked: Tensor, errors: Tensor, sums: Tensor, norms: Tensor
+) -> None:
+    """Adds what rows [n, length] of the terms and the target contribute; ``stacked`` and ``errors`` are scratch."""
+    torch.stack([tensor.to(matrix.dtype) for tensor in batch], dim=1, out=stacked)
+    torch.bmm(matrix.expand(len(stacked), -1, -1), stacked, out=errors)
+    sums[:, 0] += errors.abs_().sum(2).sum(0, dtype=torch.float64)
+    sums[:, 1] += errors.square_().sum(2).sum(0, dtype=torch.float64)
+    goal = stacked[:, -1]
+    norms[0] += goal.abs().sum(1).sum(dtype=torch.float64)
+    norms[1] += goal.square().sum(1).sum(dtype=torch.float64)
+
+
+def _with_target(errors: Tensor, norms: Tensor) -> Tensor:
+    """[sets, 2] and the [2] that all sets share, as [sets, 4]."""
+    return torch.cat((errors, norms.expand(len(errors), 2)), dim=1)
+
+
+def combination_minimum_bytes(target: Tensor, terms: Sequence[Tensor], coefficients: object = None) -> int:
+    """Bytes that must move: target and terms once in, (terms + 1) S."""
+    return nbytes((target, *terms))
+
+
+def combination_launch_bytes(target: Tensor, coefficients: Sequence[Sequence[float]]) -> int:
+    """Bytes the Triton launches read: each reads its target and every distinct term of its sets once.
+
+    With ten spans on one anchor that is 12 S for ten sets, against 40 S one set at a time.
+    """
+    return sum(launch.passes for launch in plan_error_launches(coefficients)) * nbytes((target,))

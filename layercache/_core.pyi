@@ -1,0 +1,43 @@
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+class Result:
+    """A solved schedule; the arrays are [steps, groups] and read-only."""
+
+    @property
+    def cells(self) -> NDArray[np.int32]:
+        """-1 where computed, else the span K (0: plain reuse)."""
+    @property
+    def anchor(self) -> NDArray[np.int32]:
+        """Computed step a whose residual the cell reads; -1 where computed."""
+    @property
+    def base(self) -> NDArray[np.int32]:
+        """Older computed step b the cell reads; -1 where there is none."""
+    @property
+    def total_error(self) -> float: ...
+    @property
+    def spent(self) -> float:
+        """Sum of the cells' seconds."""
+    @property
+    def feasible(self) -> bool:
+        """Whether spent stays within the target."""
+    @property
+    def method(self) -> Literal["removal", "addition"]:
+        """The solver that found it."""
+
+def solve(
+    errors: ArrayLike,
+    compute_cost: ArrayLike,
+    cached_cost: ArrayLike,
+    target: float,
+    protected: ArrayLike,
+    spans: Sequence[int],
+    history: int = 3,
+    max_run: int = 8,
+    tau: float = 0.05,
+    method: str = "best",
+    monotone: bool = False,
+) -> Result: ...

@@ -1,0 +1,653 @@
+"""The command line: ``layercache demo | calibrate | plan | generate | show | doctor``.
+
+Nothing heavy is imported here, so that help and mistakes in the arguments are answered at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from layercache import __version__
+from layercache.errors import LayerCacheError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from layercache.profile import StabilityProfile
+    from layercache.schedule import Schedule
+
+DEMO_SAMPLES = 3
+
+
+class Commands(TyperGroup):
+    """Says what went wrong in a sentence instead of a traceback (which ``LAYERCACHE_DEBUG=1`` brings back)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `| head` has seen enough; the framework ends quietly
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except (LayerCacheError, OSError) as error:
+            if os.environ.get("LAYERCACHE_DEBUG") == "1":
+                raise
+            console = Console(stderr=True, markup=False, highlight=False)
+            console.print(_sentence(error), style="red", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = text.strip() or type(error).__name__
+    return f"Error: {text}" if text.endswith((".", "!", "?")) else f"Error: {text}."
+
+
+app = typer.Typer(
+    name="layercache",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Faster picture generation: layercache computes a transformer's layer groups only at the steps that need it.
+
+    Start with `layercache demo`: it runs on any machine and downloads nothing.
+
+    For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
+    the speed you want, `generate` draws with that schedule. `show` explains a file,
+    `doctor` your installation.
+    """,
+    epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
+)
+
+
+class Dtype(str, Enum):
+    """Number formats a model can be loaded in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Partition(str, Enum):
+    """Ways to cut the blocks into groups."""
+
+    thirds = "thirds"
+    sixth = "sixth"
+    measured = "measured"
+    whole = "whole"
+
+
+class Method(str, Enum):
+    """Directions of the greedy."""
+
+    best = "best"
+    removal = "removal"
+    addition = "addition"
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value:g} is not a share of the block time above 0 and at most 1, such as 0.6.")
+    return value
+
+
+Model = Annotated[
+    str, typer.Option(help="'demo' for the bundled model, a Hugging Face model id, or a folder with a pipeline.")
+]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the model ('demo' is always float32).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own default if left out.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them.")
+]
+
+
+class Printer:
+    """Text for people, and figures as JSON where they were asked for."""
+
+    def __init__(self, json_to: str | None):
+        self.json_to = json_to
+        self.console = Console(stderr=json_to == "-", markup=False, highlight=False)
+
+    def say(self, *parts: Any, style: str | None = None) -> None:
+        for part in parts:
+            self.console.print(part, style=style)
+
+    def figures(self, data: Any) -> None:
+        from layercache.report import print_json, write_json
+
+        if self.json_to == "-":
+            print_json(data)
+        elif self.json_to is not None:
+            self.say(f"figures: {write_json(self.json_to, data)}")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layercache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- demo --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and figures.")] = Path(
+        "demo-output"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Only 10 steps and 4 pictures.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
+    budget: Annotated[
+        float, typer.Option(callback=_share, help="Share of the block time that may be computed, above 0 to 1.")
+    ] = 0.6,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures to compare.")] = 24,
+    device: Device = None,
+    json_to: Json = None,
+) -> None:
+    """See what caching does to speed and pictures, on a small model that comes along.
+
+    It generates the same pictures in full, with LayerCache and with whole-step reuse at the same budget,
+    prints speed and similarity, and saves pictures to look at. Two minutes on two CPU cores.
+
+    Example: `layercache demo --budget 0.5`
+    """
+    from layercache.demo.run import run_demo
+
+    printer = Printer(json_to)
+    pipe = _load_pipeline("demo", device, Dtype.float32)
+    result = run_demo(output, steps=steps, budget=budget, seeds=seeds, quick=quick, console=printer.console, pipe=pipe)
+    printer.say(result)
+    printer.figures(result.figures)
+
+
+# --- calibrate ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    model: Model = "demo",
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Generations to measure, prompts in turn; one per prompt if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample, the others follow.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps you will generate with.")] = 30,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    partition: Annotated[Partition, typer.Option(help="How to cut the blocks into groups.")] = Partition.thirds,
+    groups: Annotated[int, typer.Option(min=1, help="Number of groups of the 'measured' partition.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path("profile.safetensors"),
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json_to: Json = None,
+) -> None:
+    """Measure a model once: how much each group of layers changes from step to step, and what it costs.
+
+    Use the steps, size and guidance you will generate with; a schedule holds for these only.
+    Three prompts are enough to begin with.
+
+    Example: `layercache calibrate --model Qwen/Qwen-Image --steps 50 --guidance 4 -p "a red fox" -p "an old map"
+    -p "a city at night" -o qwen.safetensors`
+    """
+    import layercache
+    from layercache import report
+
+    printer = Printer(json_to)
+    prompts: list[Any] = [*(prompt or []), *_read_prompts(prompts_file)]
+    if not prompts and model != "demo":
+        raise typer.BadParameter("give at least one --prompt, or a --prompts-file.")
+    pipe = _load_pipeline(model, device, dtype)
+    if not prompts:
+        # one sample of the demo model is a picture of every class
+        prompts, samples = [_demo_classes()], samples or DEMO_SAMPLES
+    _check_demo_prompts(pipe, prompts)
+    count = samples or len(prompts)
+    with _pipeline_complaints():
+        profile = layercache.calibrate(
+            pipe,
+            [prompts[k % len(prompts)] for k in range(count)],
+            seeds=range(seed, seed + count),
+            num_inference_steps=steps,
+            partition=partition.value,
+            num_groups=groups,
+            **_call_arguments(pipe, guidance, height, width),
+        )
+    profile.save(output)
+    printer.say(report.profile_sentences(profile), f"profile: {output}")
+    printer.say(f"next: layercache plan {output} --budget 0.6", style="dim")
+    printer.figures(report.profile_figures(profile))
+
+
+def _read_prompts(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _demo_classes() -> list[str]:
+    from layercache.demo.model import CLASS_NAMES
+
+    return list(CLASS_NAMES)
+
+
+def _check_demo_prompts(pipe: Any, prompts: Sequence[Any]) -> None:
+    """The demo model knows classes, not prompts; say so before anything runs."""
+    from layercache.demo.pipeline import DemoPipeline
+
+    if not isinstance(pipe, DemoPipeline):
+        return
+    try:
+        for prompt in prompts:
+            pipe.class_ids(prompt)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
+
+
+# --- plan --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A profile from 'calibrate'.")],
+    budget: Annotated[
+        float | None, typer.Option(callback=_share, help="Share of the block time that may be computed, above 0 to 1.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(min=1.0, help="Instead of a budget: how many times faster the steps should be.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")] = Path("schedule.json"),
+    spans: Annotated[
+        str, typer.Option(help="Spans K a forecast may use, such as '1,2,3'; 'none' for plain reuse.")
+    ] = "1,2,3,4,5,6",
+    history: Annotated[int, typer.Option(min=1, help="Computed steps whose residuals are kept in memory.")] = 3,
+    max_run: Annotated[int, typer.Option(min=1, help="Longest run of steps a group may go without computing.")] = 8,
+    protect_first: Annotated[int | None, typer.Option(min=0, help="First steps that are always computed.")] = None,
+    protect_last: Annotated[int | None, typer.Option(min=0, help="Last steps that are always computed.")] = None,
+    tau: Annotated[float, typer.Option(min=0.0, help="Gain over plain reuse from which on a forecast is used.")] = 0.05,
+    gamma: Annotated[float, typer.Option(min=0.0, help="Above 1, single large errors weigh more.")] = 1.0,
+    kappa: Annotated[float, typer.Option(min=0.0, help="Standard deviations added to the mean error.")] = 0.0,
+    method: Annotated[Method, typer.Option(help="Direction of the greedy.")] = Method.best,
+    json_to: Json = None,
+) -> None:
+    """Turn a profile into a schedule for the budget or the speedup you want.
+
+    A budget of 0.6 computes at most 60 % of the block time; a smaller one is faster and further from the
+    full picture. This takes less than a second, so try several.
+
+    Example: `layercache plan qwen.safetensors --budget 0.6 -o qwen-60.json`
+    """
+    if (budget is None) == (speedup is None):
+        raise typer.BadParameter("give either --budget or --speedup.")
+    chosen_spans = _parse_spans(spans)
+    import layercache
+    from layercache import report
+
+    printer = Printer(json_to)
+    schedule = layercache.plan(
+        layercache.StabilityProfile.load(profile),
+        budget,
+        speedup=speedup,
+        spans=chosen_spans,
+        history=history,
+        max_run=max_run,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        tau=tau,
+        gamma=gamma,
+        kappa=kappa,
+        method=method.value,
+    )
+    schedule.save(output)
+    printer.say(report.schedule_sentences(schedule), f"schedule: {output}")
+    printer.say(f"next: layercache generate --schedule {output} --prompt ... --compare", style="dim")
+    printer.figures(report.schedule_figures(schedule))
+
+
+def _parse_spans(text: str) -> tuple[int, ...]:
+    if text.strip().lower() in ("", "none"):
+        return ()
+    try:
+        spans = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        spans = (0,)
+    if min(spans) < 1:
+        raise typer.BadParameter(f"--spans takes positive numbers such as '1,2,3', or 'none'; got {text!r}.")
+    return spans
+
+
+# --- generate ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
+    model: Model = "demo",
+    schedule: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A schedule from 'plan'; nothing is cached without."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; those of the schedule if left out, 30 without one.")
+    ] = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path("picture.png"),
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also draw without a cache; print PSNR, SSIM and times; save both."),
+    ] = False,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json_to: Json = None,
+) -> None:
+    """Draw a picture with a schedule.
+
+    Example: `layercache generate --model Qwen/Qwen-Image --guidance 4 --schedule qwen-60.json
+    -p "a red fox" -o fox.png --compare`
+    """
+    if compare and schedule is None:
+        raise typer.BadParameter("--compare needs a --schedule to compare with the full run.")
+    _check_picture_name(output)
+    if compare:
+        _check_extras()
+    from layercache.report import machine_info
+    from layercache.schedule import Schedule
+
+    printer = Printer(json_to)
+    plan = Schedule.load(schedule) if schedule is not None else None
+    steps = steps or (plan.num_steps if plan is not None else 30)
+    pipe = _load_pipeline(model, device, dtype)
+    _check_demo_prompts(pipe, [prompt])
+    call = {"prompt": prompt, "num_inference_steps": steps, **_call_arguments(pipe, guidance, height, width)}
+    figures: dict[str, Any] = {"kind": "generation", "model": model, "seed": seed, **call}
+    with _pipeline_complaints():
+        if compare:
+            # once more beforehand: the first run of a process also pays for kernels being built and memory found
+            _draw(pipe, call, seed, plan, "warm-up")
+        picture, seconds, cache = _draw(pipe, call, seed, plan, "drawing")
+        full = _draw(pipe, call, seed, None, "full run") if compare else None
+    _save_picture(picture, output)
+    figures |= {"seconds": seconds, "picture": output, "cache": asdict(cache) if cache is not None else None}
+    printer.say(f"picture: {output} ({seconds:.2f} s)")
+    if cache is not None:
+        printer.say(str(cache))
+        if full is not None:
+            figures["comparison"] = _compare(printer, picture, seconds, full, cache.used, output)
+    printer.figures(figures | {"machine": machine_info()})
+
+
+def _draw(
+    pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | None, label: str
+) -> tuple[np.ndarray, float, Any]:
+    """The picture ``[H, W, 3]`` in 0..1, its seconds, and the report of the cache."""
+    import torch
+
+    import layercache
+
+    pipe.set_progress_bar_config(desc=label)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with layercache.enabled(pipe, plan) if plan is not None else nullcontext() as cache:
+        start = time.perf_counter()
+        # pictures arrive in host memory, so nothing is left running when the call returns
+        picture = pipe(generator=generator, output_type="np", **call).images[0]
+        seconds = time.perf_counter() - start
+        return picture, seconds, cache.report() if cache is not None else None
+
+
+def _compare(
+    printer: Printer,
+    picture: np.ndarray,
+    seconds: float,
+    full: tuple[np.ndarray, float, Any],
+    used: float,
+    output: Path,
+) -> dict[str, Any]:
+    from layercache import metrics, plots, report
+
+    reference, full_seconds, _ = full
+    psnr, ssim = metrics.psnr(reference, picture), metrics.ssim(reference, picture)
+    measured = [
+        report.Measured("full", 1.0, full_seconds),
+        report.Measured("cached", used, seconds, tuple(psnr), tuple(ssim)),
+    ]
+    beside = output.with_name(f"{output.stem}-comparison.png")
+    gain = f"|difference| x{plots.DIFFERENCE_GAIN:g}"
+    panels = [reference, picture, plots.difference(reference, picture)[0]]
+    titles = ["full", f"cached, {psnr[0]:.1f} dB", gain]
+    plots.save_pictures(beside, [plots.PictureRow("", panels)], titles, smallest=256)
+    printer.say(report.comparison_table(measured), f"comparison: {beside}")
+    return {"file": beside, "runs": [row.to_json(full_seconds) for row in measured]}
+
+
+def _save_picture(picture: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    from layercache.files import write_atomically
+
+    image = Image.fromarray((picture * 255).round().astype("uint8"))
+    write_atomically(path, lambda temporary: image.save(temporary))
+
+
+def _check_picture_name(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"{path} does not end like a picture; use .png.", param_hint="--output")
+
+
+def _check_extras() -> None:
+    """Says what is missing before the long part, not after it."""
+    from layercache import metrics, plots
+
+    metrics.check_installed()
+    plots.check_installed()
+
+
+# --- show and doctor ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A schedule or a profile.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it, as a PNG.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Explain a schedule or a profile in words and as a table of steps by groups.
+
+    Example: `layercache show schedule.json --plot schedule.png`
+    """
+    printer = Printer(json_to)
+    content = _load(file)
+    parts, legend, figures = _explain(content)
+    if plot is not None:
+        _plot(plot, file.name, content)
+    printer.say(*parts)
+    printer.say(legend, style="dim")
+    if plot is not None:
+        printer.say(f"plot: {plot}")
+    printer.figures(figures)
+
+
+def _explain(content: Schedule | StabilityProfile) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
+    """What to print, what its marks mean, and the figures."""
+    from layercache import report
+    from layercache.schedule import Schedule
+
+    if isinstance(content, Schedule):
+        parts = (report.schedule_sentences(content), "", report.schedule_table(content), "")
+        return parts, report.schedule_legend(content), report.schedule_figures(content)
+    parts = (report.profile_sentences(content), "", report.profile_table(content), "")
+    return parts, report.profile_legend(content), report.profile_figures(content)
+
+
+def _load(path: Path) -> Schedule | StabilityProfile:
+    """A schedule is a JSON object; a profile begins with the length of its header."""
+    from layercache.schedule import Schedule
+
+    with path.open("rb") as file:
+        begins = file.read(64).lstrip()[:1]
+    if path.suffix == ".json" or begins == b"{":
+        return Schedule.load(path)
+    from layercache.profile import StabilityProfile
+
+    return StabilityProfile.load(path)
+
+
+def _plot(path: Path, title: str, content: Schedule | StabilityProfile) -> Path:
+    from layercache import plots
+    from layercache.schedule import Schedule
+
+    sigmas = content.fingerprint.sigmas
+    if isinstance(content, Schedule):
+        title = f"{title}: {content.used:.1%} of the block time computed"
+        panel = plots.MapPanel(title, content.groups, sigmas, schedule=content)
+    else:
+        panel = plots.MapPanel(title, content.groups, sigmas, stability=content.stability())
+    return plots.save_maps(path, [panel])
+
+
+@app.command()
+def doctor(json_to: Json = None) -> None:
+    """Check the installation: packages, compiled core, GPU, and what each operation will run on.
+
+    Ends with exit code 0 when layercache can be used. Put its output into a bug report.
+
+    Example: `layercache doctor --json doctor.json`
+    """
+    from layercache.doctor import diagnose
+    from layercache.report import machine_line
+
+    printer = Printer(json_to)
+    diagnosis = diagnose()
+    printer.say(diagnosis, machine_line(diagnosis.machine))
+    printer.figures(diagnosis.to_json())
+    raise typer.Exit(0 if diagnosis.usable else 1)
+
+
+# --- pipelines ---------------------------------------------------------------------------------------------
+
+
+def _choose_device(name: str | None) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if available else "cpu"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"{name!r} is not a device; use cuda, cuda:1 or cpu.", param_hint="--device") from None
+    if wanted.type == "cuda" and not available:
+        raise typer.BadParameter("torch finds no CUDA GPU here; see layercache doctor.", param_hint="--device")
+    return name
+
+
+def _load_pipeline(model: str, device: str | None, dtype: Dtype) -> Any:
+    import torch
+
+    device = _choose_device(device)
+    try:
+        if model == "demo":
+            from layercache.demo.pipeline import load_demo_pipeline
+
+            return load_demo_pipeline(device)
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("LAYERCACHE_DEBUG") == "1":
+            raise
+        raise LayerCacheError(f"cannot load the model {model!r} on {device}: {_why(model, error)}") from error
+
+
+def _why(model: str, error: Exception) -> str:
+    """The first line of the error, except where diffusers takes the bundled model for one of the hub's."""
+    if model == "demo":
+        from layercache.demo.pipeline import WEIGHTS
+
+        if not WEIGHTS.is_dir():
+            return f"its weights are not in {WEIGHTS}, reinstall layercache"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _call_arguments(pipe: Any, guidance: float | None, height: int | None, width: int | None) -> dict[str, Any]:
+    """Arguments of the pipeline's call, by the names this pipeline has for them."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    wanted = {"height": height, "width": width}
+    if guidance is not None:
+        wanted |= _guidance_arguments(pipe, accepted, guidance)
+    arguments = {name: value for name, value in wanted.items() if value is not None}
+    unknown = sorted(set(arguments) - set(accepted))
+    if unknown:
+        raise UnsupportedModelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave the option out")
+    return arguments
+
+
+def _guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, Any]:
+    """Distilled models embed ``guidance_scale``; ``true_cfg_scale`` is a second forward with a negative prompt."""
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    distilled = bool(getattr(config, "guidance_embeds", False))
+    if "true_cfg_scale" not in accepted or distilled:
+        return {"guidance_scale": guidance}
+    arguments: dict[str, Any] = {"true_cfg_scale": guidance}
+    if guidance > 1 and "negative_prompt" in accepted:
+        arguments["negative_prompt"] = " "  # without one the second forward is silently left out
+    return arguments
+
+
+@contextmanager
+def _pipeline_complaints() -> Iterator[None]:
+    """A pipeline refuses sizes and prompts with ValueError, which is the caller's mistake and not a bug."""
+    try:
+        yield
+    except LayerCacheError:
+        raise
+    except ValueError as error:
+        if os.environ.get("LAYERCACHE_DEBUG") == "1":
+            raise
+        raise LayerCacheError(f"the pipeline refused its arguments: {error}") from error
+
+
+def main() -> None:
+    """Entry point of the ``layercache`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

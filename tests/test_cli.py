@@ -1,0 +1,425 @@
+"""The command line, on a tiny untrained model in the place of the bundled one (except where that is there)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+import layercache
+import tiny
+from layercache import cli, doctor
+from layercache.demo import pipeline, run
+from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.schedule import Schedule
+
+COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
+STEPS = 8
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
+
+
+def refused(code: int, *arguments: object) -> str:
+    """What the user reads when the command fails as it should: words, no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The pipeline that ``--model demo`` gets."""
+    pipe = tiny.tiny_pipeline()
+    monkeypatch.setattr(pipeline, "load_demo_pipeline", lambda device=None: pipe)
+    return pipe
+
+
+@pytest.fixture
+def schedule_file(tmp_path):
+    schedule = tiny.schedule_for(tiny.tiny_pipeline(), tiny.mixed_cells(STEPS))
+    return schedule.save(tmp_path / "schedule.json")
+
+
+# --- help, version, import -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: layercache {command}" in result.stdout
+
+
+def test_general_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in COMMANDS)
+    assert invoke().exit_code == 2  # no command: the help, as a usage error
+
+
+def test_version():
+    assert invoke("--version").stdout.strip() == f"layercache {layercache.__version__}"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, layercache.cli; "
+        "print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib', 'skimage') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "layercache.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"layercache {layercache.__version__}")
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    assert "does not exist" in refused(2, "show", tmp_path / "nowhere.json")
+    assert "does not exist" in refused(2, "plan", tmp_path / "nowhere.safetensors", "--budget", 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "layercache schedule", "version": 1}', "\x00\xff"])
+def test_damaged_schedule(tmp_path, content):
+    path = tmp_path / "damaged.json"
+    path.write_text(content, encoding="latin-1")
+    assert "damaged.json" in refused(1, "show", path)
+
+
+def test_schedule_cut_off(schedule_file):
+    schedule_file.write_text(schedule_file.read_text()[:-100])
+    assert "not a whole JSON file" in refused(1, "show", schedule_file)
+
+
+def test_damaged_profile(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header ")
+    assert "profile.safetensors" in refused(1, "show", path)
+    assert "profile.safetensors" in refused(1, "plan", path, "--budget", 0.5)
+
+
+@pytest.mark.parametrize("budget", ["0", "-0.1", "1.01", "nan", "much"])
+def test_budget_out_of_range(schedule_file, budget):
+    assert "--budget" in refused(2, "plan", schedule_file, "--budget", budget)
+    assert "--budget" in refused(2, "demo", "--budget", budget)
+
+
+def test_plan_wants_budget_or_speedup(schedule_file):
+    assert "either --budget or --speedup" in refused(2, "plan", schedule_file)
+    assert "either --budget or --speedup" in refused(2, "plan", schedule_file, "--budget", 0.5, "--speedup", 2)
+
+
+@pytest.mark.parametrize("spans", ["1,x", "0", "1,,2", "1,-2"])
+def test_spans_that_are_none(schedule_file, spans):
+    assert "--spans" in refused(2, "plan", schedule_file, "--budget", 0.5, "--spans", spans)
+
+
+@pytest.mark.parametrize(("text", "spans"), [("1,2,3", (1, 2, 3)), (" 4 ", (4,)), ("none", ()), ("", ())])
+def test_spans(text, spans):
+    assert cli._parse_spans(text) == spans
+
+
+def test_unknown_class_of_the_demo_model(tiny_demo, tmp_path):
+    assert "'unicorn' is not one of astronaut" in refused(2, "generate", "-p", "unicorn", "-o", tmp_path / "x.png")
+    assert "'unicorn' is not one of astronaut" in refused(2, "calibrate", "-p", "unicorn")
+
+
+def test_arguments_the_pipeline_refuses(tiny_demo, tmp_path):
+    text = refused(1, "generate", "-p", "cat", "--steps", 2, "--height", 30, "-o", tmp_path / "x.png")
+    assert "multiples of 4" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_options_that_do_not_fit(tmp_path):
+    assert "--schedule" in refused(2, "generate", "-p", "cat", "--compare")
+    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture")
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    text = refused(1, "generate", "--model", tmp_path / "nothing", "-p", "a fox", "--device", "cpu")
+    assert "cannot load the model" in text
+    assert "--prompt" in refused(2, "calibrate", "--model", tmp_path / "nothing")
+
+
+def test_an_installation_without_the_bundled_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "weights")
+    assert "reinstall" in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda"])
+def test_a_device_that_is_not_there(monkeypatch, device):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device" in refused(2, "generate", "-p", "cat", "--device", device)
+
+
+def test_schedule_for_another_model(tmp_path, schedule_file, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_demo_pipeline", lambda device=None: tiny.tiny_pipeline(layers=4))
+    text = refused(1, "generate", "-p", "cat", "--schedule", schedule_file, "-o", tmp_path / "x.png")
+    assert "6 blocks" in text and "4 blocks" in text
+
+
+def test_full_disk(schedule_file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "figures.json")
+
+    monkeypatch.setattr("layercache.report.write_json", full)
+    text = refused(1, "show", schedule_file, "--json", "figures.json")
+    assert text == "Error: No space left on device: figures.json."
+
+
+def test_interrupt_is_quiet(schedule_file, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layercache.report.schedule_sentences", interrupt)
+    result = invoke("show", schedule_file)
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_debug_brings_the_traceback_back(schedule_file, monkeypatch):
+    schedule_file.write_text("{")
+    result = CliRunner().invoke(cli.app, ["show", str(schedule_file)], env={"LAYERCACHE_DEBUG": "1"})
+    assert isinstance(result.exception, layercache.LayerCacheError)
+
+
+# --- show and doctor -----------------------------------------------------------------------------------------
+
+
+def test_show_explains_a_schedule(schedule_file, tmp_path):
+    result = invoke("show", schedule_file, "--plot", tmp_path / "plot.png")
+    assert result.exit_code == 0
+    schedule = Schedule.load(schedule_file)
+    assert f"{schedule.used:.1%} of the block time" in result.stdout
+    assert "blocks 0-1: computed at" in result.stdout
+    assert sum(line.split()[:1] == [str(step)] for step in range(STEPS) for line in result.stdout.splitlines()) == STEPS
+    assert PIL.Image.open(tmp_path / "plot.png").width > 300
+
+
+def test_json_on_standard_output_is_alone(schedule_file):
+    result = invoke("show", schedule_file, "--json", "-")
+    figures = json.loads(result.stdout)
+    assert figures["num_steps"] == STEPS
+    assert figures["used"] == pytest.approx(Schedule.load(schedule_file).used)
+    assert "blocks 0-1" in result.stderr
+
+
+def test_doctor(tmp_path):
+    result = invoke("doctor", "--json", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert (result.exit_code == 0) == found["usable"]
+    assert {"torch", "diffusers", "compiled core", "GPU", "triton"} <= {check["name"] for check in found["checks"]}
+    from layercache import ops
+
+    assert [op["op"] for op in found["ops"] if op["device"] == "cpu"] == list(ops.OP_NAMES)
+    assert all(op["backend"] and op["reason"] for op in found["ops"])
+
+
+def test_doctor_without_the_compiled_core(monkeypatch):
+    monkeypatch.setitem(sys.modules, "layercache._core", None)
+    result = invoke("doctor", "--json", "-")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and not found["usable"]
+    assert next(c for c in found["checks"] if c["name"] == "compiled core")["state"] == "broken"
+
+
+def test_doctor_without_extras(monkeypatch):
+    for name in ("skimage", "matplotlib", "triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    states = {check.name: check for check in doctor.diagnose().checks}
+    for name in ("scikit-image", "matplotlib", "triton"):
+        assert states[name].state == "optional"
+    assert "layercache[demo]" in states["matplotlib"].detail
+    assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
+
+
+# --- names of arguments in other pipelines ---------------------------------------------------------------------
+
+
+class QwenLike:
+    transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=False))
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=4.0, height=None, guidance_scale=None): ...
+
+
+class FluxLike:
+    transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=True))
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=1.0, guidance_scale=3.5): ...
+
+
+@pytest.mark.parametrize(
+    ("pipe", "expected"),
+    [
+        (QwenLike(), {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+        (FluxLike(), {"guidance_scale": 4.0}),
+    ],
+)
+def test_guidance_goes_by_the_pipelines_own_name(pipe, expected):
+    assert cli._call_arguments(pipe, 4.0, None, None) == expected
+
+
+def test_no_second_forward_without_guidance():
+    assert cli._call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
+    assert cli._call_arguments(QwenLike(), None, None, None) == {}
+
+
+def test_an_option_the_pipeline_lacks():
+    with pytest.raises(UnsupportedModelError, match="takes no height"):
+        cli._call_arguments(FluxLike(), None, 64, None)
+
+
+def test_prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
+    assert cli._read_prompts(path) == ["a red fox", "café"]
+
+
+# --- the whole way -------------------------------------------------------------------------------------------
+
+
+def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
+    profile, schedule, picture = tmp_path / "p.safetensors", tmp_path / "s.json", tmp_path / "cat.png"
+    calibrated = invoke(
+        *("calibrate", "-p", "cat", "-p", "coffee", "--samples", 3, "--seed", 5, "--steps", STEPS, "--guidance", 2),
+        *("-o", profile, "--json", "-"),
+    )
+    assert calibrated.exit_code == 0, calibrated.output
+    samples = json.loads(calibrated.stdout)["samples"]
+    assert samples == ["seed 5: cat", "seed 6: coffee", "seed 7: cat"]
+
+    planned = invoke("plan", profile, "--budget", 0.7, "-o", schedule, "--spans", "1,2", "--json", "-")
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["used"] == pytest.approx(Schedule.load(schedule).used)
+    assert Schedule.load(schedule).used <= 0.7
+
+    drawn = invoke(
+        *("generate", "-p", "cat", "--seed", 3, "--guidance", 2, "--schedule", schedule, "-o", picture),
+        *("--compare", "--json", tmp_path / "figures.json"),
+    )
+    assert drawn.exit_code == 0, drawn.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    full, cached = figures["comparison"]["runs"]
+    assert cached["used"] == pytest.approx(figures["cache"]["used"]) == pytest.approx(Schedule.load(schedule).used)
+    assert figures["cache"]["forwards"] == 2 * STEPS
+    assert cached["psnr"]["count"] == 1 and full["psnr"] is None
+    assert PIL.Image.open(picture).size == (32, 32)
+    assert PIL.Image.open(tmp_path / "cat-comparison.png").width > 3 * 96
+
+    # the same seed without the command line
+    with layercache.enabled(tiny_demo, Schedule.load(schedule)):
+        again = tiny.generate(tiny_demo, ["cat"], STEPS, seed=3, guidance_scale=2, output_type="np")
+    assert np.array_equal(np.asarray(PIL.Image.open(picture)), (again[0] * 255).round().astype(np.uint8))
+
+    shown = invoke("show", profile, "--plot", tmp_path / "profile.png")
+    assert shown.exit_code == 0 and "measured on 3 samples" in shown.stdout
+    assert (tmp_path / "profile.png").exists()
+
+
+def test_generate_without_a_schedule(tiny_demo, tmp_path):
+    result = invoke("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["cache"] is None
+
+
+def test_plan_that_cannot_be_reached(tiny_demo, tmp_path):
+    profile = tmp_path / "p.safetensors"
+    assert invoke("calibrate", "-p", "cat", "--steps", 4, "-o", profile).exit_code == 0
+    assert refused(1, "plan", profile, "--budget", 0.01, "-o", tmp_path / "s.json").startswith("Error: ")
+    assert not (tmp_path / "s.json").exists()
+
+
+# --- the demonstration ---------------------------------------------------------------------------------------
+
+
+def check_demo(output, figures, seeds: int) -> None:
+    assert sorted(p.name for p in output.iterdir()) == [
+        "comparison.png",
+        "profile.safetensors",
+        "report.json",
+        "schedule.json",
+        "stability.png",
+    ]
+    assert json.loads((output / "report.json").read_text()) == figures
+    full, layer, whole = figures["methods"]
+    assert (full["name"], layer["name"], whole["name"]) == ("full", "LayerCache", "whole-step reuse")
+    assert full["used"] == 1.0 and layer["used"] <= 0.6 and whole["used"] <= 0.6
+    for method in figures["methods"]:
+        assert method.get("cache", {"fallback_rows": 0})["fallback_rows"] == 0
+        assert method["seconds"] == pytest.approx(sum(method["seconds_per_batch"]))
+        assert method["speedup"] == pytest.approx(full["seconds"] / method["seconds"])
+    assert [p["seed"] for p in figures["pictures"]] == list(range(seeds))
+    values = [float(p["LayerCache"]["psnr"]) for p in figures["pictures"]]
+    assert layer["psnr"]["mean"] == pytest.approx(np.mean(values))
+    assert Schedule.load(output / "schedule.json").used == pytest.approx(layer["used"])
+    assert figures["settings"]["steps"] == 10 and figures["machine"]["versions"]["torch"]
+
+
+def test_demo_on_a_tiny_model(tiny_demo, tmp_path):
+    result = run.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=tiny_demo)
+    check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=5)
+    assert len(result.profile.samples) == 2
+    # the seeds that are compared are not among those that were calibrated on
+    assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 5", "seed 6"]
+    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3]
+    assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(tiny_demo, result), abs=0.05)
+
+
+def psnr_one_by_one(pipe, result) -> list[float]:
+    """Each picture generated alone: neither batch nor order nor the other runs may have mattered."""
+    values = []
+    for picture in result.figures["pictures"]:
+        call = {"seed": picture["seed"], "guidance_scale": 4.0, "output_type": "np"}
+        full = tiny.generate(pipe, [picture["class"]], 10, **call)
+        with layercache.enabled(pipe, result.schedule):
+            cached = tiny.generate(pipe, [picture["class"]], 10, **call)
+        values.append(-10 * np.log10(((full - cached).astype(np.float64) ** 2).mean()))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warns"), [([1.0, 1.4, 0.2], False), ([1.0, 1.6, 0.2], True), ([1.0], False), ([], False)]
+)
+def test_unsteady_times_are_pointed_out(seconds, warns):
+    settings = run.Settings(seeds=20, batch=8)  # two full batches and a smaller one
+    note = run._timing_note(settings, {"cached": run._Run(np.empty(0), seconds, None)})
+    assert bool(note) == warns
+    assert not warns or "cached 1.00 to 1.60 s" in note
+
+
+def test_demo_refuses_before_it_works(tmp_path):
+    with pytest.raises(BudgetError):
+        run.run_demo(tmp_path / "out", budget=1.5, pipe=object())
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_into_a_file(tmp_path, tiny_demo):
+    (tmp_path / "taken").write_text("")
+    assert "taken" in refused(1, "demo", "--quick", "-o", tmp_path / "taken")
+
+
+@pytest.mark.skipif(not (pipeline.WEIGHTS / "transformer").is_dir(), reason="the bundled weights are not here")
+def test_demo_with_the_bundled_model(tmp_path):
+    result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    check_demo(tmp_path / "out", figures, seeds=4)
+    # a trained model: the cached pictures resemble the full ones
+    assert figures["methods"][1]["psnr"]["median"] > 20
+    assert "whole-step reuse" in result.stderr

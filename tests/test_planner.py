@@ -1,0 +1,114 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import layercache
+from layercache.errors import BudgetError
+from layercache.forecast import secant_coefficients
+from layercache.planner import weighted_errors
+from layercache.profile import StabilityProfile, readable
+from layercache.schedule import Fingerprint
+
+
+def made_profile(seed=0, steps=20, groups=3, distance=8, span=9) -> StabilityProfile:
+    rng = np.random.default_rng(seed)
+    shape = (2, 2, steps, groups)
+    exists = readable(steps, distance, span)[:, None]
+    growth = 1 + np.arange(distance + 1)[:, None]
+    tables = {}
+    for name in ("image_error_l1", "image_error_l2", "text_error_l1"):
+        tables[name] = rng.uniform(0.01, 0.1, (*shape, distance + 1, span + 1)) * growth * exists
+    for name in ("image_norm_l1", "image_norm_l2", "text_norm_l1"):
+        tables[name] = rng.uniform(0.5, 1.5, shape)
+    sigmas = tuple(np.linspace(1, 0, steps + 1) ** 0.8)
+    return StabilityProfile(
+        fingerprint=Fingerprint("Model", "0", 2 * groups, sigmas, ("cond", "uncond"), "0"),
+        groups=tuple((2 * g, 2 * g + 2) for g in range(groups)),
+        group_seconds=tuple(rng.uniform(0.5, 1.5, groups)),
+        reuse_seconds=(0.01,) * groups,
+        fixed_seconds=0.4,
+        samples=("a", "b"),
+        tables=tables,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.35, 1.0), st.integers(1, 4), st.sampled_from([(), (1, 2, 3), (2, 5)]))
+def test_plans_keep_their_promises(seed, budget, groups, spans):
+    profile = made_profile(seed, groups=groups)
+    schedule = layercache.plan(profile, budget, spans=spans)
+    assert schedule.used <= budget + 1e-6
+    rows = schedule.cells
+    for group in range(groups):
+        computed = [i for i in range(20) if rows[i][group] is None]
+        assert {0, 1, 2, 19} <= set(computed)
+        assert max(np.diff(computed)) <= 9
+        for step in range(20):
+            cell = rows[step][group]
+            if cell is None:
+                continue
+            older = [i for i in computed if i < step]
+            anchor, *base = sorted(cell, reverse=True)
+            assert anchor == older[-1]
+            assert set(base) <= set(older[-3:-1])
+            expected = secant_coefficients(profile.fingerprint.sigmas, step, anchor, base[0] if base else None)
+            assert cell == expected
+            assert spans or not base
+
+
+def test_error_table_is_the_formula():
+    profile = made_profile()
+    table = weighted_errors(profile, gamma=2.0, kappa=0.5, text_weight=0.1)
+    sigmas = profile.fingerprint.sigmas
+    relative = profile.relative_errors(0.1, 0.5)[7, 1, 3, 2]
+    assert table[7, 1, 3, 2] == pytest.approx((abs(sigmas[8] - sigmas[7]) * relative) ** 2)
+
+
+def test_a_larger_budget_is_no_worse_and_a_full_one_computes():
+    profile = made_profile(3)
+    errors = [layercache.plan(profile, b).made_by["error"] for b in (0.4, 0.6, 0.8, 1.0)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+    assert layercache.plan(profile, 1.0).used == 1.0
+
+
+def test_speedup_is_reached_by_the_measured_seconds():
+    profile = made_profile(1)
+    schedule = layercache.plan(profile, speedup=1.4)
+    blocks = sum(profile.group_seconds)
+    seconds = 20 * profile.fixed_seconds
+    for row in schedule.cells:
+        for cell, compute, reuse in zip(row, profile.group_seconds, profile.reuse_seconds, strict=True):
+            seconds += compute if cell is None else reuse
+    reached = 20 * (profile.fixed_seconds + blocks) / seconds
+    assert 1.4 <= reached < 1.6
+
+
+def test_bad_budgets():
+    profile = made_profile()
+    for budget in (0, -1, 1.2, float("nan")):
+        with pytest.raises(BudgetError, match="share of the block time"):
+            layercache.plan(profile, budget)
+    with pytest.raises(BudgetError, match="either a budget"):
+        layercache.plan(profile)
+    with pytest.raises(BudgetError, match="either a budget"):
+        layercache.plan(profile, 0.5, speedup=1.4)
+    with pytest.raises(BudgetError, match="cannot be met: at least 0"):
+        layercache.plan(profile, 0.05)
+    with pytest.raises(BudgetError, match=r"speedup of 50 .* would be"):
+        layercache.plan(profile, speedup=50)
+    with pytest.raises(BudgetError, match="at most"):
+        layercache.plan(profile, speedup=2.9)
+    with pytest.raises(BudgetError, match="at least 1"):
+        layercache.plan(profile, speedup=0.5)
+
+
+def test_an_infinite_cell_is_computed():
+    profile = made_profile()
+    tables = {name: table.copy() for name, table in profile.tables.items()}
+    tables["image_norm_l1"][0, 0, 10, 1] = 0
+    schedule = layercache.plan(dataclasses.replace(profile, tables=tables), 0.5)
+    assert schedule.cells[10][1] is None

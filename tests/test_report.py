@@ -1,0 +1,221 @@
+"""Tables, sentences, JSON and figures from data made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from layercache import plots, report
+from layercache.errors import MissingExtraError
+from layercache.profile import StabilityProfile
+from layercache.report import Measured
+from layercache.schedule import Fingerprint, Schedule
+
+SIGMAS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+GROUPS = ((0, 1), (1, 4))
+FINGERPRINT = Fingerprint("SomeTransformer", "0123456789ab", 4, SIGMAS, ("cond", "uncond"), "1.2.3")
+
+
+@pytest.fixture
+def schedule() -> Schedule:
+    cells = (
+        (None, None),
+        (None, None),
+        ({1: 1.0}, None),
+        ({1: 1.0}, {2: 1.5, 0: -0.5}),
+        (None, None),
+    )
+    return Schedule(FINGERPRINT, GROUPS, cells, (1.0, 3.0), {"method": "by hand", "budget": 0.75, "spans": [1, 2]})
+
+
+@pytest.fixture
+def profile() -> StabilityProfile:
+    steps, groups = 5, 2
+    change = np.array([[0, 0], [0.04, 0.3], [0.08, 0.15], [0.02, 0.1], [0.5, 0.06]])
+    errors = np.zeros((1, 2, steps, groups, 3, 2))
+    errors[0, :, :, :, 1, 0] = 10 * change
+    norms = np.full((1, 2, steps, groups), 10.0)
+    names = ("image_error_l1", "image_error_l2", "text_error_l1")
+    tables = dict.fromkeys(names, errors) | {name.replace("error", "norm"): norms for name in names}
+    return StabilityProfile(FINGERPRINT, GROUPS, (0.010, 0.030), (0.0005, 0.0007), 0.004, ("seed 0: cat",), tables)
+
+
+@pytest.fixture
+def measured() -> list[Measured]:
+    return [
+        Measured("full", 1.0, 8.0),
+        Measured("cached", 0.6, 5.0, (40.0, 30.0, math.inf), (0.9, 0.8, 1.0)),
+    ]
+
+
+def row_of(text: str, name: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.startswith(name))
+
+
+def test_comparison_table(measured):
+    text = report.plain_text(report.comparison_table(measured), width=80)
+    assert row_of(text, "full") == ["full", "1.000", "8.00", "1.00x", "-", "-", "-", "-"]
+    assert row_of(text, "cached") == ["cached", "0.600", "5.00", "1.60x", "35.00", "40.00", "32.00", "0.9000"]
+    assert "SSIM (mean) of 3 pictures" in " ".join(text.split())
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_identical_pictures_are_pointed_out(measured):
+    assert "1 of 3" in report.identical_note(measured)
+    assert report.identical_note(measured[:1]) == ""
+
+
+def test_figures_of_a_run(measured):
+    figures = measured[1].to_json(8.0)
+    assert figures["speedup"] == pytest.approx(1.6)
+    assert figures["psnr"] == {"mean": 35.0, "median": 40.0, "quantile10": 32.0, "count": 3, "infinite": 1}
+    assert measured[0].to_json(8.0)["psnr"] is None
+
+
+def test_json_is_strict(tmp_path):
+    data = {"a": math.inf, "b": [math.nan, (-math.inf, 1.5)], "c": tmp_path, 3: None}
+    path = report.write_json(tmp_path / "made" / "x.json", data)
+    loaded = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert loaded == {"a": "inf", "b": ["nan", ["-inf", 1.5]], "c": str(tmp_path), "3": None}
+    assert float(loaded["a"]) == math.inf
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("before")
+    with pytest.raises(TypeError):
+        report.write_json(path, {"x": object()})
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_machine_info():
+    info = report.machine_info()
+    assert info["cpu"] and info["cpu_count"] >= 1 and info["threads"] >= 1
+    assert info["versions"]["torch"].startswith("2.")
+    line = report.machine_line(info)
+    assert info["versions"]["diffusers"] in line and "None" not in line
+
+
+def test_schedule_figures(schedule):
+    figures = report.schedule_figures(schedule)
+    # 3 of 5 steps of a second each, 4 of 5 of three seconds each, out of 20 seconds
+    assert figures["used"] == pytest.approx((3 * 1 + 4 * 3) / 20)
+    first, second = figures["groups"]
+    assert first["blocks"] == [0, 1]
+    assert (first["computed_steps"], first["reused_steps"], first["forecast_steps"]) == (3, 2, 0)
+    assert (second["computed_steps"], second["reused_steps"], second["forecast_steps"]) == (4, 0, 1)
+    assert (first["longest_cached_run"], second["longest_cached_run"]) == (2, 1)
+    json.loads(report.json_text(figures))
+
+
+def test_schedule_in_words(schedule):
+    text = report.schedule_sentences(schedule)
+    assert "SomeTransformer (4 blocks in 2 groups) and 5 steps" in text
+    assert "75.0% of the block time" in text
+    assert "block 0: computed at 3 of 5 steps, reused at 2; longest cached run: 2." in text
+    assert "blocks 1-3: computed at 4 of 5 steps, forecast at 1; longest cached run: 1." in text
+    assert "layercache 1.2.3: method by hand, budget 0.75, spans (1, 2)" in text
+
+
+def test_schedule_table(schedule):
+    lines = report.plain_text(report.schedule_table(schedule)).splitlines()
+    assert lines[0].split() == ["step", "sigma", "block", "0", "blocks", "1-3"]
+    assert len(lines) == 6
+    assert lines[3].split() == ["2", "0.600", "as", "step", "1", "compute"]
+    assert lines[4].split() == ["3", "0.400", "as", "step", "1", "1.50·r2", "-0.50·r0"]
+
+
+def test_schedule_table_of_many_groups_fits_a_terminal(schedule):
+    groups = tuple((k, k + 1) for k in range(20))
+    fingerprint = Fingerprint("SomeTransformer", "0123456789ab", 20, SIGMAS, ("cond",), "1.2.3")
+    row = tuple({1: 1.0} if k % 2 else {2: 1.5, 0: -0.5} for k in range(20))
+    computed = (None,) * 20
+    # an odd group is not computed at step 2, an even one not at step 1
+    first = tuple(None if k % 2 else {0: 1.0} for k in range(20))
+    second = tuple({1: 1.0} if k % 2 else None for k in range(20))
+    wide = Schedule(fingerprint, groups, (computed, first, second, row, computed), (1.0,) * 20)
+    lines = report.plain_text(report.schedule_table(wide), width=80).splitlines()
+    assert lines[0].split()[2:] == [str(k) for k in range(20)]
+    assert lines[3].split() == ["2", "0.600"] + ["■", "·"] * 10
+    assert lines[4].split() == ["3", "0.400"] + ["2", "·"] * 10
+    assert "first block" in report.schedule_legend(wide)
+    assert "first block" not in report.schedule_legend(schedule)
+
+
+def test_profile_in_words(profile):
+    text = report.profile_sentences(profile)
+    assert "measured on 1 sample." in text
+    assert "A step takes 44 ms: 40 ms in the blocks, 4 ms outside" in text
+    assert "blocks 1-3: 30 ms to compute, 0.7 ms to reuse" in text
+
+
+def test_profile_table(profile):
+    lines = report.plain_text(report.profile_table(profile)).splitlines()
+    assert lines[1].split() == ["0", "1.000", "-", "-"]
+    assert lines[2].split() == ["1", "0.800", "4.0%", "30.0%"]
+    assert lines[5].split() == ["4", "0.200", "50.0%", "6.0%"]
+    figures = json.loads(report.json_text(report.profile_figures(profile)))
+    assert figures["stability"][0] == ["nan", "nan"]
+    assert figures["stability"][4] == pytest.approx([0.5, 0.06])
+
+
+@pytest.mark.parametrize(("change", "style"), [(0.05, "green"), (0.06, "yellow"), (0.15, "dark_orange"), (3.0, "red")])
+def test_stability_colours(change, style):
+    assert report.stability_text(change).style == style
+    assert report.stability_text(change, compact=True).plain == f"{change * 100:.0f}"
+
+
+def test_pictures_are_enlarged_without_blur(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    rows = [plots.PictureRow("row", pictures)]
+    page = np.asarray(PIL.Image.open(plots.save_pictures(tmp_path / "p.png", rows, ["a", "b"])).convert("RGB"))
+    for column, picture in enumerate(pictures):
+        left = plots.LABEL_WIDTH + column * (96 + plots.GAP)
+        top = plots.COLUMN_HEIGHT
+        shown = page[top : top + 96, left : left + 96]
+        assert np.array_equal(shown, picture.repeat(3, axis=0).repeat(3, axis=1))
+
+
+def test_large_pictures_are_reduced(tmp_path):
+    rows = [plots.PictureRow("", np.zeros((1, 512, 1024, 3)), ["caption"])]
+    width, height = PIL.Image.open(plots.save_pictures(tmp_path / "p.png", rows, ["a"], "title")).size
+    assert 512 < width < 800 and 256 < height < 400
+
+
+def test_difference_is_amplified_and_cut_off():
+    a, b = np.full((1, 4, 4, 3), 0.5), np.full((1, 4, 4, 3), 0.6)
+    assert np.allclose(plots.difference(a, b), 0.4)
+    assert plots.difference(a, np.ones((1, 4, 4, 3))).max() == 1.0
+
+
+@pytest.mark.parametrize("content", ["stability", "schedule", "both"])
+def test_maps(tmp_path, schedule, profile, content):
+    panel = plots.MapPanel(
+        "a title",
+        GROUPS,
+        SIGMAS,
+        stability=profile.stability() if content != "schedule" else None,
+        schedule=schedule if content != "stability" else None,
+    )
+    path = plots.save_maps(tmp_path / "m.png", [panel, panel])
+    page = np.asarray(PIL.Image.open(path).convert("RGB"))
+    colours = {tuple(c) for c in page.reshape(-1, 3)}
+    assert len(colours) > 50
+    assert ((27, 120, 55) in colours) == (content == "schedule")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.png"]
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path, schedule):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    panel = plots.MapPanel("", GROUPS, SIGMAS, schedule=schedule)
+    for call in (plots.check_installed, lambda: plots.save_maps(tmp_path / "m.png", [panel])):
+        with pytest.raises(MissingExtraError, match=r'pip install "layercache\[demo\]"'):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,160 @@
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
+from layercache.forecast import secant_coefficients
+from layercache.schedule import Fingerprint, Schedule
+
+SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
+
+
+def fingerprint(**changes) -> Fingerprint:
+    values = {
+        "model_class": "QwenImageTransformer2DModel",
+        "config_hash": "0123456789ab",
+        "num_blocks": 4,
+        "sigmas": SIGMAS,
+        "branches": ("cond", "uncond"),
+        "package_version": "0.1.0",
+    }
+    return Fingerprint(**{**values, **changes})
+
+
+def schedule(cells=None) -> Schedule:
+    cells = cells or ((None, None), (None, None), ({1: 1.5, 0: -0.5}, None), (None, {2: 1.0}))
+    return Schedule(fingerprint(), ((0, 1), (1, 4)), cells, (1.0, 3.0), {"method": "by hand"})
+
+
+def test_used_is_weighted_by_group_seconds():
+    # computed seconds: 4 + 4 + 3 + 1 of 16
+    assert schedule().used == pytest.approx(12 / 16)
+
+
+def test_file_round_trip(tmp_path):
+    path = schedule().save(tmp_path / "plan.json")
+    assert Schedule.load(path) == schedule()
+    rows = [line for line in path.read_text().splitlines() if '"compute"' in line]
+    assert len(rows) == 4, "one readable line per step"
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ((None, None),) * 3,
+        (({0: 1.0}, None), (None, None), (None, None), (None, None)),
+        ((None, None), ({0: 1.0}, None), ({1: 1.0}, None), (None, None)),
+        ((None, None), ({}, None), (None, None), (None, None)),
+        ((None, None), ({0: float("nan")}, None), (None, None), (None, None)),
+        ((None,), (None,), (None,), (None,)),
+    ],
+    ids=["rows", "reads-itself", "reads-cached", "empty", "nan", "groups"],
+)
+def test_contradictions_are_refused(cells):
+    with pytest.raises(ScheduleError):
+        schedule(cells)
+
+
+@pytest.mark.parametrize("groups", [((0, 2),), ((0, 2), (3, 4)), ((0, 2), (2, 2), (2, 4)), ((1, 4),)])
+def test_groups_must_tile_the_blocks(groups):
+    with pytest.raises(ScheduleError, match="block"):
+        Schedule(fingerprint(), groups, ((None,) * len(groups),) * 4, (1.0,) * len(groups))
+
+
+def damaged_files() -> dict[str, str]:
+    whole = schedule().to_json()
+    data = json.loads(whole)
+    return {
+        "empty": "",
+        "truncated": whole[: len(whole) // 2],
+        "other kind": json.dumps({"format": "something else"}),
+        "list": "[1, 2]",
+        "newer": json.dumps({**data, "version": 99}),
+        "no version": json.dumps({**data, "version": None}),
+        "no cells": json.dumps({k: v for k, v in data.items() if k != "cells"}),
+        "bad cell": json.dumps({**data, "cells": [["compute", 7]] * 4}),
+        "contradiction": json.dumps({**data, "cells": [[{"0": 1.0}, "compute"]] * 4}),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_files())
+def test_damaged_files_are_refused(tmp_path, name):
+    path = tmp_path / "plan.json"
+    path.write_text(damaged_files()[name])
+    with pytest.raises(FileFormatError, match=r"plan\.json") as caught:
+        Schedule.load(path)
+    if name == "newer":
+        assert "upgrade" in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileFormatError, match="cannot read"):
+        Schedule.load(tmp_path / "nowhere.json")
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = schedule().save(tmp_path / "plan.json")
+    before = path.read_text()
+
+    def full(self, *args, **kwargs):
+        self.open("w").write("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        dataclasses.replace(schedule(), made_by={}).save(path)
+    monkeypatch.undo()
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_fingerprint_says_what_differs():
+    prints = fingerprint()
+    prints.check_model("QwenImageTransformer2DModel", "0123456789ab", 4)
+    prints.check_sigmas([s + 5e-4 for s in SIGMAS])
+    with pytest.raises(ScheduleMismatchError, match="FluxTransformer2DModel"):
+        prints.check_model("FluxTransformer2DModel", "0123456789ab", 4)
+    with pytest.raises(ScheduleMismatchError, match="60 blocks"):
+        prints.check_model("QwenImageTransformer2DModel", "0123456789ab", 60)
+    with pytest.raises(ScheduleMismatchError, match="4 steps, this run has 2.*num_inference_steps=4"):
+        prints.check_sigmas((1.0, 0.5, 0.0))
+    with pytest.raises(ScheduleMismatchError, match=r"sigma\[2\]"):
+        prints.check_sigmas((1.0, 0.8, 0.5, 0.3, 0.0))
+    with pytest.raises(ScheduleMismatchError):
+        prints.check_sigmas((1.0, float("nan"), 0.6, 0.3, 0.0))
+
+
+def test_errors_share_one_base():
+    assert issubclass(ScheduleError, LayerCacheError)
+    assert issubclass(FileFormatError, LayerCacheError)
+
+
+@given(
+    st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3, unique_by=lambda x: round(x, 2)),
+    st.floats(-3, 3),
+    st.floats(-3, 3),
+)
+def test_secant_is_exact_for_linear_residuals(levels, offset, slope):
+    sigmas = sorted(levels, reverse=True)
+    coefficients = secant_coefficients(sigmas, 2, 1, 0)
+    assert sum(coefficients.values()) == pytest.approx(1)
+    exact = (sigmas[2] - sigmas[1]) / (sigmas[1] - sigmas[0]) <= 4
+    predicted = sum(c * (offset + slope * sigmas[i]) for i, c in coefficients.items())
+    if exact:
+        assert predicted == pytest.approx(offset + slope * sigmas[2], abs=1e-9)
+    else:
+        assert coefficients == {1: 5.0, 0: -4.0}
+
+
+def test_secant_refuses_bad_anchors():
+    assert secant_coefficients(SIGMAS, 3, 1) == {1: 1.0}
+    for anchor, base in [(3, 1), (1, 1), (1, 2), (1, -1)]:
+        with pytest.raises(ScheduleError):
+            secant_coefficients(SIGMAS, 3, anchor, base)
+    with pytest.raises(ScheduleError, match="same sigma"):
+        secant_coefficients((1.0, 1.0, 0.5), 2, 1, 0)
