@@ -38,7 +38,7 @@ from layercache.demo.model import (
 from layercache.demo.pipeline import DemoPipeline
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 # class name -> (loader, source, licence); every file ships inside the named package
 PHOTOGRAPHS = {
@@ -169,9 +169,10 @@ scaled to a shorter side of {", ".join(map(str, SCALES))} pixels.
 ## Recipe
 
 `python examples/train_demo.py --steps {args.steps} --batch {args.batch} --seed {args.seed}`: flow matching
-(`x = (1-t) clean + t noise`, target `noise - clean`), logit-normal t, AdamW {args.lr:g} with cosine decay, weight decay
-{args.weight_decay:g}, EMA {args.ema:g}, null class on {NULL_SHARE:.0%} of the crops, bf16 autocast, zero-initialised modulation and
-output layers. Final loss {final:.4f} (mean of the last twentieth, `loss.json`); {seconds / 60:.0f} minutes on {args.device}.
+(`x = (1-t) clean + t noise`, target `noise - clean`), logit-normal t, AdamW {args.lr:g} with cosine decay,
+weight decay {args.weight_decay:g}, EMA {args.ema:g}, null class on {NULL_SHARE:.0%} of the crops, bf16 autocast,
+zero-initialised modulation and output layers. Final loss {final:.4f} (mean of the last twentieth, `loss.json`);
+{seconds / 60:.0f} minutes on {args.device}.
 
 ![loss](loss.png)
 

@@ -1,9 +1,9 @@
 """layercache: cached layer groups for flow-matching and diffusion transformers.
 
-    profile = layercache.calibrate(pipe, prompts)
-    schedule = layercache.plan(profile, budget=0.6)
-    with layercache.enabled(pipe, schedule) as cache:
-        pipe(...)
+profile = layercache.calibrate(pipe, prompts)
+schedule = layercache.plan(profile, budget=0.6)
+with layercache.enabled(pipe, schedule) as cache:
+    pipe(...)
 """
 
 from __future__ import annotations

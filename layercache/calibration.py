@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections import deque
@@ -101,7 +102,7 @@ def _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, 
                 "to calibrate a bare transformer give run=, a function that does one full generation, samples=, how "
                 "many, and sigmas=, the noise levels it runs through; or pass the pipeline"
             )
-        return [(f"run {k}", lambda k=k: run(k)) for k in range(samples)]
+        return [(f"run {k}", functools.partial(run, k)) for k in range(samples)]
     if isinstance(prompts, str):
         prompts = [prompts]
     if not prompts:
@@ -190,14 +191,14 @@ class Observer(Router):
         super().__init__(transformer, spec, groups)
         self.groups = tuple(groups)
         self.max_distance, self.max_span, self.eta = max_distance, max_span, eta
-        self.sigmas = None if sigmas is None else tuple(float(s) for s in sigmas)
-        self.steps = StepCounter(self.sigmas, scheduler, self._take_sigmas)
+        self.sigmas = tuple(float(s) for s in sigmas or ())
+        self.steps = StepCounter(self.sigmas or None, scheduler, self._take_sigmas)
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
         self._branches: dict[str, _Branch] = {}
 
     def _take_sigmas(self, sigmas: Sequence[float]) -> None:
-        if self.sigmas is None:
+        if not self.sigmas:
             self.sigmas = tuple(sigmas)
         elif tuple(sigmas) != self.sigmas:
             raise CalibrationError("the samples do not share one noise schedule; use one step count and resolution")
@@ -208,15 +209,13 @@ class Observer(Router):
     def start_sample(self) -> None:
         self._branches = {}
         self.steps.reset()
-        self.clock: Stopwatch | None = None
+        self.clock = Stopwatch(next(self.transformer.parameters()).device)
 
     def begin(self, branch, step, arguments) -> None:
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         self.place = self.steps.locate(branch, step, timestep)
-        if self.sigmas is None:
+        if not self.sigmas:
             raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")
-        if self.clock is None:
-            self.clock = Stopwatch(next(self.transformer.parameters()).device)
         self.clock.mark(("rest", self.place.step))
         seen = self._branches.get(self.place.branch)
         if seen is None:
@@ -258,7 +257,7 @@ class Observer(Router):
 
     def end_sample(self, name: str) -> dict[str, Any]:
         """Fetches a finished sample's statistics from the device."""
-        num_steps = len(self.sigmas) - 1 if self.sigmas is not None else 0
+        num_steps = max(0, len(self.sigmas) - 1)
         if not self._branches or any(b.steps != num_steps for b in self._branches.values()):
             counts = {branch: b.steps for branch, b in self._branches.items()}
             raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")

@@ -36,8 +36,7 @@ class Attachment:
     def attach(self) -> None:
         for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
             self._classes.append((blocks, type(blocks)))
-            blocks._layercache_router = self.router
-            blocks._layercache_index = index
+            blocks.__dict__.update(zip(_ROUTED_NAMES, (self.router, index), strict=True))
             blocks.__class__ = RoutedModuleList
         self.router.attachment = self  # type: ignore[attr-defined]
         self._hooks = [
@@ -46,7 +45,7 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
-        if hasattr(self.pipeline, "maybe_free_model_hooks"):
+        if self.pipeline is not None and hasattr(self.pipeline, "maybe_free_model_hooks"):
             self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
 
     def detach(self) -> None:
@@ -116,9 +115,13 @@ def attach(target: Any, router: Router) -> Attachment:
     """
     transformer = router.transformer
     if attachment_of(transformer) is not None:
-        raise CacheStateError("a layercache cache is already enabled on this transformer; call layercache.disable first")
+        raise CacheStateError(
+            "a layercache cache is already enabled on this transformer; call layercache.disable first"
+        )
     if has_foreign_cache(transformer):
-        raise CacheStateError("a diffusers cache is enabled on this transformer; call transformer.disable_cache() first")
+        raise CacheStateError(
+            "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
+        )
     attachment = Attachment(target, router)
     attachment.attach()
     return attachment

@@ -108,7 +108,7 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
     for step, row in enumerate(schedule.cells):
         for run in _runs(row):
             for group in run:
-                for anchor in row[group]:
+                for anchor in row[group] or ():
                     last_image[anchor, group] = step
                     if has_text and run.stop < num_groups:
                         last_text[anchor, group] = step
@@ -123,7 +123,7 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
         reads: list[tuple[int, tuple[int, int]]] = []
         for run in _runs(row):
             text = has_text and run.stop < num_groups
-            terms = [((anchor, g), c) for g in run for anchor, c in sorted(row[g].items(), reverse=True)]
+            terms = [((anchor, g), c) for g in run for anchor, c in sorted((row[g] or {}).items(), reverse=True)]
             for group in run:
                 actions[group] = GroupAction(REUSE, text, group == run.stop - 1)
             runs[run.stop - 1] = Run(

@@ -42,9 +42,7 @@ class ModelSpec:
     def block_modules(self, transformer: nn.Module) -> list[nn.ModuleList]:
         return [getattr(transformer, name) for name in self.block_lists]
 
-    def inputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Image and text stream among the arguments of a block's call."""
         found = []
         for position, name in enumerate(self.arguments):
@@ -73,9 +71,7 @@ def register_model(spec: ModelSpec) -> None:
 
 
 register_model(ModelSpec("QwenImageTransformer2DModel"))
-register_model(
-    ModelSpec("FluxTransformer2DModel", block_lists=("transformer_blocks", "single_transformer_blocks"))
-)
+register_model(ModelSpec("FluxTransformer2DModel", block_lists=("transformer_blocks", "single_transformer_blocks")))
 
 
 def known_models() -> tuple[ModelSpec, ...]:

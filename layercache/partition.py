@@ -78,9 +78,7 @@ def cut_by_curves(curves: np.ndarray, num_groups: int) -> tuple[tuple[int, int],
     best = {(0, 0): (0.0, 0)}
     for count in range(1, num_groups + 1):
         for hi in range(count, blocks + 1):
-            options = [
-                (best[count - 1, lo][0] + scatter(lo, hi), lo) for lo in range(hi) if (count - 1, lo) in best
-            ]
+            options = [(best[count - 1, lo][0] + scatter(lo, hi), lo) for lo in range(hi) if (count - 1, lo) in best]
             best[count, hi] = min(options)
     edges = [blocks]
     for count in range(num_groups, 0, -1):

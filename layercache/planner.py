@@ -112,9 +112,7 @@ def weighted_errors(profile: StabilityProfile, gamma: float, kappa: float, text_
     return np.ascontiguousarray((step_size[:, None, None, None] * errors) ** gamma)
 
 
-def _target(
-    profile: StabilityProfile, budget: float | None, speedup: float | None
-) -> tuple[np.ndarray, float]:
+def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:
     """Cost of a cached cell per group, and the seconds all cells together may take."""
     if (budget is None) == (speedup is None):
         raise BudgetError("give either a budget (share of the block time, such as 0.6) or a speedup (such as 1.4)")
@@ -129,14 +127,18 @@ def _target(
     limit = (profile.fixed_seconds + blocks) / (profile.fixed_seconds + sum(profile.reuse_seconds))
     seconds = num_steps * ((profile.fixed_seconds + blocks) / speedup - profile.fixed_seconds)
     if seconds <= 0:
-        raise BudgetError(f"a speedup of {speedup:g} cannot be reached: with every block cached it would be {limit:.2f}")
+        raise BudgetError(
+            f"a speedup of {speedup:g} cannot be reached: with every block cached it would be {limit:.2f}"
+        )
     cached = np.minimum(np.asarray(profile.reuse_seconds), 0.99 * np.asarray(profile.group_seconds))
     return cached, seconds
 
 
 def _refuse(profile: StabilityProfile, spent: float, budget: float | None, cached_cost: np.ndarray) -> None:
     num_steps, blocks = profile.fingerprint.num_steps, sum(profile.group_seconds)
-    hint = "protect fewer steps (protect_first, protect_last), allow longer runs (max_run), or calibrate with more steps"
+    hint = (
+        "protect fewer steps (protect_first, protect_last), allow longer runs (max_run), or calibrate with more steps"
+    )
     if budget is not None:
         least = spent / (num_steps * blocks)
         raise BudgetError(f"budget {budget:g} cannot be met: at least {least:.3f} of the block time is needed; {hint}")

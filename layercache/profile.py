@@ -43,7 +43,7 @@ class StabilityProfile:
       ``text_error_l1``: as the first, of the text stream (zeros for models without one);
     * ``image_norm_l1``, ``image_norm_l2``, ``text_norm_l1`` ``[P, B, N, G]``: the same sums of the residual itself.
 
-    Entries whose anchors would lie before step 0 are 0 and never read (`readable`). Source: methods.md §1.4.
+    Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
 
     Attributes:
         group_seconds: seconds of computing each group once in every branch, ``[G]``.
@@ -95,8 +95,8 @@ class StabilityProfile:
         labels = ("sample", "branch", "step", "group", "distance", "span")
         place = ", ".join(f"{label} {i}" for label, i in zip(labels, where, strict=False))
         raise CalibrationError(
-            f"{name} is {table[where]} at {place} (branch {self.fingerprint.branches[where[1]]}); the model gave NaN or "
-            "infinity there, so no schedule can be planned from this run: use bfloat16 or float32, or other inputs"
+            f"{name} is {table[where]} at {place} (branch {self.fingerprint.branches[where[1]]}); the model gave NaN "
+            "or infinity there, so no schedule can be planned from this run: use bfloat16 or float32, or other inputs"
         )
 
     def relative_errors(self, text_weight: float = 0.1, kappa: float = 0.0) -> np.ndarray:

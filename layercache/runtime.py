@@ -167,7 +167,7 @@ class CacheReport:
     def __str__(self) -> str:
         lines = [
             f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
-            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of the block time used",
+            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
             f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
         ]
         if self.fallback_rows:
@@ -192,8 +192,8 @@ class ScheduleRouter(Router):
         self.layout = lay_out(schedule, spec.has_text)
         self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
         self.states: dict[str, CacheState] = {}
-        self.state: CacheState | None = None
-        self.row: Row | None = None
+        self.state: CacheState
+        self.row: Row
         self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
         self._computed = [0] * len(schedule.groups)
         self._cached = [0] * len(schedule.groups)
@@ -313,4 +313,3 @@ def require_inference() -> None:
         raise CacheStateError(
             "caching is for inference: call the transformer under torch.no_grad() or torch.inference_mode()"
         )
-

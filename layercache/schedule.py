@@ -131,8 +131,8 @@ class Schedule:
         for anchor, coefficient in cell.items():
             if not 0 <= anchor < step or self.cells[anchor][group] is not None:
                 raise ScheduleError(
-                    f"cell (step {step}, group {group}) reads step {anchor}, which is not an earlier step that computes "
-                    "the group"
+                    f"cell (step {step}, group {group}) reads step {anchor}, which is not an earlier step that "
+                    "computes the group"
                 )
             if not math.isfinite(coefficient):
                 raise ScheduleError(f"cell (step {step}, group {group}) has the coefficient {coefficient}")
@@ -153,10 +153,7 @@ class Schedule:
     def used(self) -> float:
         """Share of the block time that is computed, by the measured seconds of the groups."""
         computed = sum(
-            seconds
-            for row in self.cells
-            for cell, seconds in zip(row, self.group_seconds, strict=True)
-            if cell is None
+            seconds for row in self.cells for cell, seconds in zip(row, self.group_seconds, strict=True) if cell is None
         )
         return computed / (self.num_steps * sum(self.group_seconds))
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tiny import GROUPS, LAYERS, SlopeTransformer, fingerprint, shifted_sigmas, tiny_pipeline
 
 import layercache
 from layercache.calibration import Observer
@@ -12,6 +11,7 @@ from layercache.forecast import secant_coefficients
 from layercache.models import ModelSpec
 from layercache.partition import cut, cut_by_curves
 from layercache.profile import StabilityProfile, readable
+from tiny import GROUPS, LAYERS, SlopeTransformer, fingerprint, shifted_sigmas, tiny_pipeline
 
 layercache.register_model(ModelSpec("SlopeTransformer", timestep="timestep"))
 
@@ -187,9 +187,7 @@ def test_bad_calls(pipe):
     with pytest.raises(ScheduleError, match="tile"):
         calibrate(pipe, partition=[(0, 2), (3, 6)])
     with pytest.raises(CalibrationError, match="incomplete"):
-        layercache.calibrate(
-            SlopeTransformer(), run=lambda k: None, samples=1, sigmas=(1.0, 0.5, 0.0), progress=False
-        )
+        layercache.calibrate(SlopeTransformer(), run=lambda k: None, samples=1, sigmas=(1.0, 0.5, 0.0), progress=False)
 
 
 def test_profile_file(tmp_path, profile):
@@ -212,7 +210,7 @@ def test_damaged_profiles_are_refused(tmp_path, profile, damage):
     path = profile.save(tmp_path / "profile.safetensors")
     with safe_open(str(path), framework="numpy") as file:
         header = json.loads(file.metadata()["header"])
-        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tables = {name: file.get_tensor(name) for name in file.keys()}
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import layercache
+from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
 

@@ -4,11 +4,11 @@ import collections
 
 import pytest
 import torch
-from tiny import GROUPS, PROMPTS, generate, mixed_cells, schedule_for, tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
 from layercache.layout import CAPTURE, REUSE
+from tiny import GROUPS, PROMPTS, generate, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
 SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")

@@ -6,6 +6,17 @@ import itertools
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
+from torch import nn
+
+import layercache
+from layercache.errors import (
+    CacheStateError,
+    NonFiniteResidualError,
+    ScheduleMismatchError,
+    UnsupportedModelError,
+)
+from layercache.models import ModelSpec
+from layercache.schedule import Schedule
 from tiny import (
     GROUPS,
     PROMPTS,
@@ -18,17 +29,6 @@ from tiny import (
     shifted_sigmas,
     tiny_pipeline,
 )
-from torch import nn
-
-import layercache
-from layercache.errors import (
-    CacheStateError,
-    NonFiniteResidualError,
-    ScheduleMismatchError,
-    UnsupportedModelError,
-)
-from layercache.models import ModelSpec
-from layercache.schedule import Schedule
 
 STEPS = 8
 
@@ -42,7 +42,9 @@ def traces(root: nn.Module, pipe=None) -> list:
     """Everything about a model that a cache could leave changed."""
     found = []
     for name, module in root.named_modules():
-        hooks = [len(getattr(module, a)) for a in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")]
+        hooks = [
+            len(getattr(module, a)) for a in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+        ]
         found.append((name, type(module), sorted(module.__dict__), hooks, id(type(module).forward)))
     if pipe is not None:
         found.append((sorted(pipe.__dict__), type(pipe), type(pipe).__call__))
@@ -98,9 +100,7 @@ def test_same_input_as_the_anchor_gives_the_uncached_output(pipe, cached, contro
     if control:
         inputs["controlnet_block_samples"] = [torch.randn(2, 64, 56) for _ in range(6)]
     row = tuple({0: 1.0} if group in cached else None for group in range(3))
-    schedule = Schedule(
-        fingerprint(pipe.transformer, (0.6, 0.6, 0.0)), GROUPS, ((None,) * 3, row), (1.0,) * 3
-    )
+    schedule = Schedule(fingerprint(pipe.transformer, (0.6, 0.6, 0.0)), GROUPS, ((None,) * 3, row), (1.0,) * 3)
     with torch.no_grad():
         expected = pipe.transformer(**inputs)[0]
         with layercache.enabled(pipe.transformer, schedule) as cache:
@@ -180,9 +180,8 @@ def test_branches_never_share_a_residual(pipe):
 
 def reference_generation(pipe, schedule: Schedule, guidance_scale: float) -> torch.Tensor:
     """The cached generation written out: no hooks, a dictionary of residuals per branch."""
-    from tiny import generators
-
     from layercache.demo.model import NULL_CLASS, pack_patches
+    from tiny import generators
 
     model, sigmas = pipe.transformer, shifted_sigmas(schedule.num_steps)
     noise = [torch.randn((3, 32, 32), generator=g) for g in generators(len(PROMPTS))]
@@ -468,9 +467,7 @@ def test_flux_with_two_block_lists():
 
 
 def test_a_group_may_cross_the_block_lists():
-    layercache.register_model(
-        ModelSpec("TwoLists", block_lists=("first_blocks", "second_blocks"), timestep="timestep")
-    )
+    layercache.register_model(ModelSpec("TwoLists", block_lists=("first_blocks", "second_blocks"), timestep="timestep"))
 
     class TwoLists(nn.Module):
         def __init__(self):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layercache.kernels import statistics as statistics_kernels
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache import ops
 from layercache.errors import MissingExtraError, OpInputError
-from layercache.kernels import statistics as statistics_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Streams of one call: tiny, odd, batched, text that is empty, more than two, and more than one chunk of a sum.

@@ -112,7 +112,7 @@ class DemoPipeline(DiffusionPipeline):
         img_shapes = [(1, height // PATCH_SIZE, width // PATCH_SIZE)] * batch
 
         if sigmas is None:
-            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
         self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
         self.scheduler.set_begin_index(0)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
-
 from layercache.kernels import capture, combine, statistics, tiles
+from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SENTINEL = 77.0
