@@ -124,16 +124,17 @@ def _capture_kernel(
     o_row_1,
     i_batch_1,
     i_row_1,
+    STREAMS: tl.constexpr,
     STATISTICS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (None when there is one stream)."""
+    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2)."""
     pid = tl.program_id(0).to(tl.int64)
     sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, o_batch_0, o_row_0, i_batch_0, i_row_0)
-    if stream_1 is None:
+    if STREAMS == 1:
         _capture_stream(stream_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
     else:
         sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, o_batch_1, o_row_1, i_batch_1, i_row_1)
@@ -192,6 +193,7 @@ def _launch(
             partials,
             *sizes[0],
             *sizes[-1],
+            STREAMS=len(streams),
             STATISTICS=STATISTICS,
             CONTIGUOUS=all(tensor.is_contiguous() for tensor in strided),
             VEC=width,

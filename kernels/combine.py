@@ -88,19 +88,20 @@ def _linear_combination_kernel(
     batch_rows_1,
     x_batch_1,
     x_row_1,
+    STREAMS: tl.constexpr,
     TERMS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
 ):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (None when there is one stream).
+    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2).
 
     Coefficients are either host numbers or, with ``coefficients_ptr``, read from the device.
     """
     pid = tl.program_id(0).to(tl.int64)
     given, given_ptr = coefficients, coefficients_ptr
     sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, x_batch_0, x_row_0)
-    if stream_1 is None:
+    if STREAMS == 1:
         _combine_stream(stream_0, residuals_0, given, given_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R)
     else:
         sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, x_batch_1, x_row_1)
@@ -152,6 +153,7 @@ def _launch(
             coefficients if on_device else None,
             *sizes[0],
             *sizes[-1],
+            STREAMS=len(streams),
             TERMS=len(streams[0][2]),
             CONTIGUOUS=all(x.is_contiguous() for x in bases),
             VEC=width,

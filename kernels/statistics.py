@@ -116,16 +116,17 @@ def _pair_statistics_kernel(
     a_row_1,
     b_batch_1,
     b_row_1,
+    STREAMS: tl.constexpr,
     STATISTICS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (None when there is one stream)."""
+    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2)."""
     pid = tl.program_id(0).to(tl.int64)
     sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, a_batch_0, a_row_0, b_batch_0, b_row_0)
-    if stream_1 is None:
+    if STREAMS == 1:
         _pair_stream(stream_0, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
     else:
         sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, a_batch_1, a_row_1, b_batch_1, b_row_1)
@@ -213,6 +214,7 @@ def _launch_pairs(streams: Sequence[tuple[Tensor, Tensor]], groups: int | None) 
             partials,
             *sizes[0],
             *sizes[-1],
+            STREAMS=len(streams),
             STATISTICS=PAIR_STATISTICS,
             CONTIGUOUS=all(tensor.is_contiguous() for tensor in strided),
             VEC=width,

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(module)`` wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a module hook out of torch.compile's sight.
+
+    The hooks of the outermost compiled module run before and after its graph, but dynamo would still trace
+    the hook itself and specialise on the step number.
+    """
+    return torch.compiler.disable(hook)
+
+
+class GraphAllowance:
+    """Room for one more compiled graph per distinct row in torch.compile's limit of graphs per function.
+
+    The limit (8 by default) guards against graphs without end; a schedule has a known number of them.
+    """
+
+    def __init__(self, graphs: int):
+        config = torch._dynamo.config
+        self._name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        self._before = getattr(config, self._name)
+        self._allowed = self._before + graphs
+        setattr(config, self._name, self._allowed)
+
+    def withdraw(self) -> None:
+        """Restores the limit, unless somebody else has changed it since."""
+        if getattr(torch._dynamo.config, self._name) == self._allowed:
+            setattr(torch._dynamo.config, self._name, self._before)
 
 
 def has_foreign_cache(transformer: nn.Module) -> bool:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from layercache.compat import has_foreign_cache
+from layercache.compat import GraphAllowance, has_foreign_cache, outside_graphs
 from layercache.errors import CacheStateError
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import RoutedModuleList, Router
@@ -39,9 +38,10 @@ class Attachment:
             blocks.__dict__.update(zip(_ROUTED_NAMES, (self.router, index), strict=True))
             blocks.__class__ = RoutedModuleList
         self.router.attachment = self  # type: ignore[attr-defined]
+        self._allowance = GraphAllowance(self.router.graphs)
         self._hooks = [
-            self.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.transformer.register_forward_hook(self._after_forward, always_call=True),
+            self.transformer.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
+            self.transformer.register_forward_hook(outside_graphs(self._after_forward), always_call=True),
         ]
         if hasattr(self.transformer, "cache_context"):
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
@@ -55,6 +55,7 @@ class Attachment:
                 delattr(blocks, name)
         for hook in self._hooks:
             hook.remove()
+        self._allowance.withdraw()
         for owner, name in self._instance_attributes:
             owner.__dict__.pop(name, None)
         self._classes, self._hooks, self._instance_attributes = [], [], []
@@ -87,16 +88,11 @@ class Attachment:
         return maybe_free_model_hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # torch.compile leaves the hooks of the outermost module out of the graph. Where they are traced all
-        # the same, nothing is announced and the lists yield their blocks: uncached, but right.
-        if torch.compiler.is_compiling():
-            return
         require_inference()
         self.router.begin(self._branch, self._step, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.router.shut()
+        self.router.shut()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -134,6 +134,11 @@ class Router:
                 items.append(SkippedBlock(trip, action, group, opens, closes))
         return iter(items)
 
+    @property
+    def graphs(self) -> int:
+        """How many graphs a compiled transformer needs under this router."""
+        return 1
+
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
         """A forward with these keyword arguments is about to start; implementations call `open`."""
         raise NotImplementedError

@@ -201,6 +201,12 @@ class ScheduleRouter(Router):
         self._forwards = 0
         self._fallback_rows = 0
 
+    @property
+    def graphs(self) -> int:
+        """One per distinct row (actions and number of terms), one that allocates, one that computes everything."""
+        rows = {(row.actions, tuple(run and len(run.coefficients) for run in row.runs)) for row in self.layout.rows}
+        return len(rows) + 2
+
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
