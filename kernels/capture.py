@@ -40,6 +40,7 @@ _SIZES = ["groups", "programs", "row_groups", "batch_rows", "o_batch", "o_row", 
 @jit()
 def _capture_stream(
     pointers,
+    previous_ptr,
     flag_ptr,
     partials_ptr,
     pid,
@@ -49,8 +50,8 @@ def _capture_stream(
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """The part of one program in one stream; ``partials_ptr`` is None without statistics."""
-    out_ptr, in_ptr, residual_ptr, previous_ptr = pointers
+    """The part of one program in one stream; ``previous_ptr`` and ``partials_ptr`` are None without statistics."""
+    out_ptr, in_ptr, residual_ptr = pointers
     groups, programs, row_groups, batch_rows, o_batch, o_row, i_batch, i_row = sizes
     lane = tl.arange(0, VEC)[None, :]
     zero = tl.zeros([R], tl.float32)
@@ -105,7 +106,9 @@ def _capture_stream(
 )
 def _capture_kernel(
     stream_0,
+    previous_0,
     stream_1,
+    previous_1,
     flag_ptr,
     partials_ptr,
     groups_0,
@@ -135,17 +138,19 @@ def _capture_kernel(
     pid = tl.program_id(0).to(tl.int64)
     sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, o_batch_0, o_row_0, i_batch_0, i_row_0)
     if STREAMS == 1:
-        _capture_stream(stream_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+        _capture_stream(stream_0, previous_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
     else:
         sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, o_batch_1, o_row_1, i_batch_1, i_row_1)
         partials_1 = partials_ptr
         if partials_ptr is not None:
             partials_1 = partials_ptr + STATISTICS * MAX_PROGRAMS
         if pid < programs_0:
-            _capture_stream(stream_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+            _capture_stream(
+                stream_0, previous_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS
+            )
         else:
             pid -= programs_0
-            _capture_stream(stream_1, flag_ptr, partials_1, pid, sizes_1, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+            _capture_stream(stream_1, previous_1, flag_ptr, partials_1, pid, sizes_1, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
 
 
 def capture_triton(
@@ -187,8 +192,8 @@ def _launch(
     partials = new_partials(len(streams) * STATISTICS, strided[0].device) if with_statistics else None
     with on_device_of(strided[0]):
         _capture_kernel[(sum(programs),)](
-            streams[0],
-            streams[1] if len(streams) > 1 else None,
+            *(streams[0][:3], streams[0][3]),
+            *((streams[1][:3], streams[1][3]) if len(streams) > 1 else (None, None)),
             flag,
             partials,
             *sizes[0],

