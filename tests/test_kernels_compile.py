@@ -51,7 +51,6 @@ class StubDriver:
 def launches() -> dict[str, Callable[[], Any]]:
     """One call of each launcher per kernel variant, all bf16."""
     import torch
-
     from layercache.kernels import capture, combine, statistics
 
     def new(*shape: int) -> torch.Tensor:
