@@ -99,17 +99,20 @@ def _linear_combination_kernel(
     Coefficients are either host numbers or, with ``coefficients_ptr``, read from the device.
     """
     pid = tl.program_id(0).to(tl.int64)
-    given, given_ptr = coefficients, coefficients_ptr
     sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, x_batch_0, x_row_0)
     if STREAMS == 1:
-        _combine_stream(stream_0, residuals_0, given, given_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R)
+        _combine_stream(stream_0, residuals_0, coefficients, coefficients_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R)
     else:
         sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, x_batch_1, x_row_1)
         if pid < programs_0:
-            _combine_stream(stream_0, residuals_0, given, given_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R)
+            _combine_stream(
+                stream_0, residuals_0, coefficients, coefficients_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R
+            )
         else:
             pid -= programs_0
-            _combine_stream(stream_1, residuals_1, given, given_ptr, pid, sizes_1, TERMS, CONTIGUOUS, VEC, R)
+            _combine_stream(
+                stream_1, residuals_1, coefficients, coefficients_ptr, pid, sizes_1, TERMS, CONTIGUOUS, VEC, R
+            )
 
 
 def linear_combination_triton(

@@ -24,23 +24,15 @@ def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(hook)
 
 
-class GraphAllowance:
-    """Room for one more compiled graph per distinct row in torch.compile's limit of graphs per function.
+def allow_graphs(graphs: int) -> None:
+    """Makes room for so many compiled graphs more in torch.compile's limit of graphs per function.
 
-    The limit (8 by default) guards against graphs without end; a schedule has a known number of them.
+    The limit (8 by default) guards against graphs without end; a schedule has a known number of them. It is
+    not lowered again: the graphs stay with the function, and the uncached one needs its place beside them.
     """
-
-    def __init__(self, graphs: int):
-        config = torch._dynamo.config
-        self._name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-        self._before = getattr(config, self._name)
-        self._allowed = self._before + graphs
-        setattr(config, self._name, self._allowed)
-
-    def withdraw(self) -> None:
-        """Restores the limit, unless somebody else has changed it since."""
-        if getattr(torch._dynamo.config, self._name) == self._allowed:
-            setattr(torch._dynamo.config, self._name, self._before)
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), 8 + graphs))
 
 
 def has_foreign_cache(transformer: nn.Module) -> bool:

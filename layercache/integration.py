@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layercache.compat import GraphAllowance, has_foreign_cache, outside_graphs
+from layercache.compat import allow_graphs, has_foreign_cache, outside_graphs
 from layercache.errors import CacheStateError
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import RoutedModuleList, Router
@@ -38,7 +38,7 @@ class Attachment:
             blocks.__dict__.update(zip(_ROUTED_NAMES, (self.router, index), strict=True))
             blocks.__class__ = RoutedModuleList
         self.router.attachment = self  # type: ignore[attr-defined]
-        self._allowance = GraphAllowance(self.router.graphs)
+        allow_graphs(self.router.graphs)
         self._hooks = [
             self.transformer.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
             self.transformer.register_forward_hook(outside_graphs(self._after_forward), always_call=True),
@@ -55,7 +55,6 @@ class Attachment:
                 delattr(blocks, name)
         for hook in self._hooks:
             hook.remove()
-        self._allowance.withdraw()
         for owner, name in self._instance_attributes:
             owner.__dict__.pop(name, None)
         self._classes, self._hooks, self._instance_attributes = [], [], []

@@ -171,7 +171,7 @@ def test_nothing_slow_and_nothing_fused(arch: str, compiled: Callable) -> None:
     for name, kernels in compiled(arch).items():
         for kernel, ptx in kernels.items():
             assert ".local" not in ptx, f"{name}: {kernel} uses local memory"
-            assert "f64" not in ptx, f"{name}: {kernel} computes in fp64"
+            assert ".f64" not in ptx, f"{name}: {kernel} computes in fp64"
             # a bf16 subtraction is written as a multiply-add by -1, which rounds the same
             assert "fma.rn.f32" not in ptx, f"{name}: {kernel} rounds otherwise than eager PyTorch"
             assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: {kernel} uses atomics"

@@ -25,6 +25,7 @@ class Case:
         shapes: of the streams.
         groups: per tile; the interpreter pays per tile, so large ones unless the loop itself is to be tested.
         strided: streams are slices along the rows of one [text; image] tensor.
+        mixed: with ``strided``, every other tensor is contiguous all the same.
         shift: elements by which every tensor misses 16-byte alignment.
     """
 
@@ -32,6 +33,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     groups: int = 4096
     strided: bool = False
+    mixed: bool = False
     shift: int = 0
 
 
@@ -47,6 +49,7 @@ CASES = [
     Case("strided-loop", ((2, 9, 72), (2, 2, 72)), groups=16, strided=True),
     Case("strided-slow", ((2, 5, 33), (2, 3, 33)), groups=64, strided=True),
     Case("strided-empty-text", ((2, 5, 16), (2, 0, 16)), strided=True),
+    Case("strided-mixed", ((2, 5, 24), (2, 2, 24), (2, 3, 24)), strided=True, mixed=True),
     Case("misaligned", ((2, 5, 24), (2, 2, 24)), groups=256, shift=1),
     Case("two-dims", ((6, 40), (3, 40))),
 ]
@@ -67,6 +70,7 @@ class Memory:
 
     def __init__(self, shift: int) -> None:
         self.shift = shift
+        self.calls = 0
         self.buffers: list[tuple[Tensor, int, int]] = []
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
@@ -87,7 +91,12 @@ class Memory:
             return [self.random(shape, dtype) for shape in case.shapes]
         rows = [shape[1] for shape in case.shapes]
         joined = self.random((case.shapes[0][0], sum(rows), case.shapes[0][2]), dtype)
-        return list(joined.split(rows, dim=1))
+        slices = list(joined.split(rows, dim=1))
+        if case.mixed:
+            self.calls += 1
+            for s in range(self.calls % 2, len(slices), 2):
+                slices[s] = self.tensor(slices[s].shape, dtype, slices[s])
+        return slices
 
     def outputs(self, case: Case, dtype: torch.dtype) -> list[Tensor]:
         return [self.tensor(shape, dtype) for shape in case.shapes]
@@ -185,7 +194,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("sets", SETS.values(), ids=SETS)
-@pytest.mark.parametrize("case", [CASES[k] for k in (0, 1, 2, 5, 6, 11)], ids=lambda case: case.name, indirect=True)
+@pytest.mark.parametrize("case", [CASES[k] for k in (0, 1, 2, 5, 6, 12)], ids=lambda case: case.name, indirect=True)
 def test_combination_error(case: Case, dtype: torch.dtype, memory: Memory, sets: list[list[float]]) -> None:
     target, *terms = (memory.random(case.shapes[0], dtype) for _ in range(4))
     found = statistics.combination_error_triton(target, terms, sets, groups=case.groups)
