@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -671,6 +673,16 @@ class TestBytesAndBackends:
         for ask in (lambda: ops.backend_for("nothing", "cpu"), lambda: ops.minimum_bytes("nothing")):
             with pytest.raises(OpInputError, match="there is no op 'nothing'"):
                 ask()
+
+    def test_the_cpu_needs_no_triton(self) -> None:
+        code = (
+            "import sys; sys.modules['triton'] = None\n"
+            "import torch; from layercache import ops\n"
+            "x = torch.ones(1, 2, 8); r = torch.empty(1, 2, 8)\n"
+            "ops.capture([2 * x], [x], [r]); (y,) = ops.linear_combination([x], [[r]], [1.0])\n"
+            "assert torch.equal(y, 2 * x) and ops.backend_for('capture', 'cuda')[0] == 'unavailable'"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
     def test_a_gpu_without_triton_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class OnGpu:
