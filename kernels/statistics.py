@@ -39,7 +39,7 @@ MAX_SETS = 10
 ERROR_GROUPS = GROUPS // 2
 SLOW_ERROR_GROUPS = SLOW_GROUPS // 2
 _SIZES = ["groups", "programs", "row_groups", "batch_rows", "a_batch", "a_row", "b_batch", "b_row"]
-# Elements the reference adds up in fp32 before it goes on in fp64.
+# Elements the reference holds in fp64 at a time.
 _CHUNK = 65536
 # Rows of one batched product of the reference: each thread keeps the errors it made in its own cache.
 _ROW, _ROWS = 2048, 16
@@ -240,13 +240,12 @@ def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tenso
 
 
 def pair_sums(a: Tensor, b: Tensor) -> Tensor:
-    """The eight statistics of one pair, in fp64."""
-    accumulator = accumulator_dtype(a.dtype)
+    """The eight statistics of one pair, added up in fp64."""
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     sums = torch.zeros(PAIR_STATISTICS, dtype=torch.float64, device=a.device)
     for first in range(0, a.numel(), _CHUNK):
-        x = flat_a[first : first + _CHUNK].to(accumulator)
-        y = flat_b[first : first + _CHUNK].to(accumulator)
+        x = flat_a[first : first + _CHUNK].double()
+        y = flat_b[first : first + _CHUNK].double()
         d = x - y
         size = d.abs()
         found = [size.sum(), x.abs().sum(), y.abs().sum(), d.dot(d), x.dot(x), y.dot(y), x.dot(y)]

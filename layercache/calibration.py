@@ -211,7 +211,7 @@ class Observer(Router):
         self.steps.reset()
         self.clock = Stopwatch(next(self.transformer.parameters()).device)
 
-    def begin(self, branch, step, arguments) -> None:
+    def begin(self, branch, step, arguments, dry_run=None) -> None:
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         self.place = self.steps.locate(branch, step, timestep)
         if not self.sigmas:

@@ -15,6 +15,12 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module, or of what it wraps, run as a compiled graph."""
+    inner = unwrap_compiled(module)
+    return inner is not module or getattr(inner, "_compiled_call_impl", None) is not None
+
+
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps a module hook out of torch.compile's sight.
 

@@ -146,10 +146,8 @@ def _gpu() -> Check:
 
 
 def _triton() -> Check:
-    check = _package("triton", lost="PyTorch's own operations take the place of the fused GPU kernels")
-    if check.state == "ok":
-        return check
-    return Check("triton", "optional", check.detail.removesuffix(": "))
+    lost = "caching on a GPU does not work (on the CPU nothing is lost)"
+    return _package("triton", lost=lost, mend='pip install "layercache[triton]"')
 
 
 def _lpips() -> Check:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layercache.compat import allow_graphs, has_foreign_cache, outside_graphs
+from layercache.compat import allow_graphs, has_foreign_cache, is_compiled, outside_graphs
 from layercache.errors import CacheStateError
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import RoutedModuleList, Router
@@ -26,6 +26,7 @@ class Attachment:
         self.router = router
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
+        self._target = target
         self._branch: str | None = None
         self._step: int | None = None
         self._classes: list[tuple[nn.ModuleList, type]] = []
@@ -88,7 +89,10 @@ class Attachment:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         require_inference()
-        self.router.begin(self._branch, self._step, kwargs)
+        dry_run = None
+        if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
+            dry_run = functools.partial(module.forward, *args, **kwargs)
+        self.router.begin(self._branch, self._step, kwargs, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.router.shut()

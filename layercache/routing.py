@@ -8,7 +8,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,8 +139,17 @@ class Router:
         """How many graphs a compiled transformer needs under this router."""
         return 1
 
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
-        """A forward with these keyword arguments is about to start; implementations call `open`."""
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        """A forward with these keyword arguments is about to start; implementations call `open`.
+
+        ``dry_run`` runs the same forward once outside the compiled graph; there is none where nothing is compiled.
+        """
         raise NotImplementedError
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from layercache import ops
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
 from layercache.models import ModelSpec
-from layercache.routing import Router
+from layercache.routing import Router, Trip
 from layercache.schedule import Schedule
 from layercache.steps import StepCounter
 
@@ -64,8 +64,9 @@ class Row:
 class CacheState:
     """Stored residuals of one branch of one generation.
 
-    Slots are allocated together at the first capture, because only then their shapes are known, and
-    again when shape, dtype or device of the streams change.
+    Slots are allocated together at the first capture, because only then their shapes are known (where a
+    graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
+    streams change.
     """
 
     def __init__(self, layout: Layout):
@@ -80,16 +81,18 @@ class CacheState:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
 
-    def expect(self, arguments: Mapping[str, Any]) -> None:
-        """Stored residuals of other shapes, dtypes or devices than the forward's are of no use."""
+    def expect(self, arguments: Mapping[str, Any]) -> bool:
+        """Forgets residuals of other shapes, dtypes or devices than the forward's; whether it had to."""
         signature = tuple(
             (name, value.shape, value.dtype, value.device)
             for name, value in arguments.items()
             if isinstance(value, torch.Tensor)
         )
-        if self.signature != signature:
+        changed = self.signature != signature
+        if changed:
             self.reset()
         self.signature = signature
+        return changed
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
@@ -138,6 +141,17 @@ def _like(stored: torch.Tensor | None, tensor: torch.Tensor) -> bool:
         and stored.dtype == tensor.dtype
         and stored.device == tensor.device
     )
+
+
+class DryTrip(Trip):
+    """Passes the streams by every block and remembers the first group's."""
+
+    streams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
+        super().open(group, image, text)
+        if self.streams is None:
+            self.streams = image, text
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,7 @@ class ScheduleRouter(Router):
         self.states: dict[str, CacheState] = {}
         self.state: CacheState
         self.row: Row
+        self._dry_trip: DryTrip | None = None
         self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
         self._computed = [0] * len(schedule.groups)
         self._cached = [0] * len(schedule.groups)
@@ -207,7 +222,13 @@ class ScheduleRouter(Router):
         rows = {(row.actions, tuple(run and len(run.coefficients) for run in row.runs)) for row in self.layout.rows}
         return len(rows) + 2
 
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
         state = self.states.get(place.branch)
@@ -215,8 +236,28 @@ class ScheduleRouter(Router):
             state = self.states[place.branch] = CacheState(self.layout)
         if place.starts:
             self._start_generation(place.branch, state)
-        state.expect(arguments)
+        changed = state.expect(arguments)
+        if changed and dry_run is not None:
+            self._fit_ahead(state, dry_run)
         self._choose_row(state, place.step)
+
+    def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
+        """Allocates the slots outside the graph, which would be compiled again once they are there.
+
+        The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
+        """
+        self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
+        self._dry_trip = DryTrip(self)
+        try:
+            dry_run()
+            if self._dry_trip.streams is not None:
+                state.fit(*self._dry_trip.streams)
+        finally:
+            self._dry_trip = None
+            self.shut()
+
+    def new_trip(self) -> Trip:
+        return self._dry_trip or super().new_trip()
 
     def _start_generation(self, branch: str, state: CacheState) -> None:
         """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""

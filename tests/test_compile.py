@@ -58,14 +58,9 @@ def test_graphs_breaks_and_bits(how, order):
             assert graphs <= 1
         else:
             distinct = {(r.actions, tuple(run and len(run.coefficients) for run in r.runs)) for r in cache.layout.rows}
-            # the first captures allocate the slots, in a graph of their own
-            assert graphs - before <= len(distinct) + 1
+            assert graphs - before <= len(distinct)
         assert torch.equal(generate(pipe), eager)
-        # the row whose graph allocated the slots is met for the first time with slots in place
-        settled = backend.frame_count
-        assert settled <= graphs + 1
-        assert torch.equal(generate(pipe), eager)
-        assert backend.frame_count == settled, "nothing is compiled again"
+        assert backend.frame_count == graphs, "nothing is compiled again"
         assert cache.report().cached_cells > 0
         assert cache.report().fallback_rows == 0
     assert not counters["graph_break"]
@@ -84,4 +79,4 @@ def test_inductor_agrees_with_eager(how):
         eager = generate(pipe, steps=4)
         compile_as(pipe, how, "inductor")
         for _ in range(2):
-            torch.testing.assert_close(generate(pipe, steps=4), eager, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(generate(pipe, steps=4), eager, atol=1e-4, rtol=1e-4)

@@ -196,6 +196,18 @@ class TestPairStatistics:
             assert_sums_close(row, *pair_oracle(exact(x), exact(y)))
         assert torch.equal(found, ops.pair_statistics(a, b))
 
+    def test_one_thread_adds_up_as_exactly(self, case) -> None:
+        dtype, shapes, strided = case
+        a, b = streams(shapes, dtype, strided), streams(shapes, dtype, strided)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            found = ops.pair_statistics(a, b)
+        finally:
+            torch.set_num_threads(threads)
+        for row, x, y in zip(found, a, b, strict=True):
+            assert_sums_close(row, *pair_oracle(exact(x), exact(y)))
+
     def test_nan_reaches_every_difference(self) -> None:
         a, b = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
         a[1, 2, 7] = float("nan")
