@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache import ops
 from layercache.errors import MissingExtraError, OpInputError
+from layercache.ops import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Streams of one call: tiny, odd, batched, text that is empty, more than two, and more than one chunk of a sum.
@@ -557,13 +558,14 @@ class TestRegistration:
         outputs, inputs = streams(shapes, dtype, strided), streams(shapes, dtype, strided)
         residuals, previous = streams(shapes, dtype, False), streams(shapes, dtype, False)
         flag = torch.zeros(1, dtype=torch.int32) if with_flag else None
-        torch.library.opcheck(ops._CAPTURE, (outputs, inputs, residuals, flag))
-        torch.library.opcheck(ops._CAPTURE_STATISTICS, (outputs, inputs, residuals, flag, previous))
-        torch.library.opcheck(ops._PAIR_STATISTICS, (outputs, inputs))
-        torch.library.opcheck(ops._COMBINATION_ERROR, (residuals[0], previous[:1] * 2, [1.0, 0.5, 2.0, -1.0]))
+        ours = torch.ops.layercache
+        torch.library.opcheck(ours.capture.default, (outputs, inputs, residuals, flag))
+        torch.library.opcheck(ours.capture_statistics.default, (outputs, inputs, residuals, flag, previous))
+        torch.library.opcheck(ours.pair_statistics.default, (outputs, inputs))
+        torch.library.opcheck(ours.combination_error.default, (residuals[0], previous[:1] * 2, [1.0, 0.5, 2.0, -1.0]))
         host, device = ([0.5], None), ([], torch.tensor([0.5]))
         coefficients = host if with_flag else device
-        torch.library.opcheck(ops._LINEAR_COMBINATION, (outputs, residuals, *coefficients))
+        torch.library.opcheck(ours.linear_combination.default, (outputs, residuals, *coefficients))
 
     @pytest.mark.parametrize("device", ["cuda", "cpu"])
     def test_fakes(self, device: str) -> None:
@@ -672,7 +674,7 @@ class TestBytesAndBackends:
     @pytest.mark.parametrize("name", ops.OP_NAMES)
     def test_backends(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.backend_for(name, "cpu")[0] == "reference"
-        monkeypatch.setattr(ops, "triton", None)
+        monkeypatch.setattr(dispatch, "triton", None)
         backend, reason = ops.backend_for(name, torch.device("cuda", 0))
         assert backend == "unavailable" and "pip install" in reason
         assert ops.backend_for(name, "mps")[0] == "unavailable"
@@ -701,6 +703,6 @@ class TestBytesAndBackends:
             device = torch.device("cuda", 0)
             is_cuda = True
 
-        monkeypatch.setattr(ops, "triton", None)
+        monkeypatch.setattr(dispatch, "triton", None)
         with pytest.raises(MissingExtraError, match="pip install"):
-            ops._uses_triton(OnGpu())
+            dispatch.Kernels(print, print).choose(OnGpu())

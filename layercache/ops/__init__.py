@@ -1,0 +1,76 @@
+"""The ops of a cached step, on any device: validated, registered with torch.library, sent to the right kernel.
+
+Results have the same bits directly, under a dispatch mode and in a compiled graph. Nothing here waits for the device.
+The registered ops ``torch.ops.layercache.*`` check nothing; call the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layercache.errors import OpInputError
+from layercache.kernels import capture as _capture_kernels
+from layercache.kernels import combine as _combine_kernels
+from layercache.kernels import statistics as _statistics_kernels
+from layercache.ops import dispatch
+from layercache.ops.checks import MAX_STREAMS
+from layercache.ops.combinations import linear_combination
+from layercache.ops.residuals import capture
+from layercache.ops.statistics import MAX_ERROR_TERMS, combination_error, pair_statistics
+
+__all__ = [
+    "MAX_ERROR_TERMS",
+    "MAX_STREAMS",
+    "MAX_TERMS",
+    "OP_NAMES",
+    "backend_for",
+    "capture",
+    "combination_error",
+    "linear_combination",
+    "minimum_bytes",
+    "pair_statistics",
+]
+
+MAX_TERMS = _combine_kernels.MAX_TERMS
+
+_BYTES: dict[str, Callable[..., int]] = {
+    "capture": _capture_kernels.minimum_bytes,
+    "pair_statistics": _statistics_kernels.pair_minimum_bytes,
+    "combination_error": _statistics_kernels.combination_minimum_bytes,
+    "linear_combination": _combine_kernels.minimum_bytes,
+}
+OP_NAMES = tuple(_BYTES)
+
+
+def minimum_bytes(op: str, *arguments: Any) -> int:
+    """Bytes of global memory that ``op(*arguments)`` must move at least: every tensor once.
+
+    Raises:
+        OpInputError: no op of that name.
+    """
+    if op not in _BYTES:
+        raise OpInputError(f"there is no op {op!r}; the ops are {', '.join(OP_NAMES)}")
+    return _BYTES[op](*arguments)
+
+
+def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:
+    """Which implementation ``op`` uses on ``device``: ``(backend, reason)``.
+
+    Backends are ``"triton"``, ``"reference"`` (eager PyTorch) and ``"unavailable"``.
+
+    Raises:
+        OpInputError: no op of that name.
+    """
+    if op not in OP_NAMES:
+        raise OpInputError(f"there is no op {op!r}; the ops are {', '.join(OP_NAMES)}")
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return "reference", "tensors on the CPU use PyTorch's own operations"
+    if kind != "cuda":
+        return "unavailable", f"there is no kernel for {kind!r} tensors; move them to the CPU or a CUDA or ROCm GPU"
+    if dispatch.triton is None:
+        return "unavailable", dispatch.NO_TRITON
+    return "triton", f"triton {dispatch.triton.__version__}"

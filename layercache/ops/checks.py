@@ -1,0 +1,151 @@
+"""Checks of arguments that the ops share. Each names the op, the argument, what it is and what it should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from layercache.errors import OpInputError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_STREAMS = 4
+MAX_STRIDED = 2**31
+
+
+def fail(op: str, argument: str, found: object, expected: str) -> NoReturn:
+    raise OpInputError(f"{op}: {argument} is {found}; expected {expected}")
+
+
+def describe(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+
+
+def layout(tensor: Tensor) -> str:
+    return f"of shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}"
+
+
+def check_list(op: str, name: str, tensors: Any, least: int, most: int | None = None) -> None:
+    if not isinstance(tensors, (list, tuple)) or len(tensors) < least or (most is not None and len(tensors) > most):
+        expected = f"{least} or more" if most is None else str(least) if most == least else f"{least} to {most}"
+        fail(op, name, describe(tensors), f"a list of {expected} tensors")
+
+
+def check_kind(op: str, name: str, tensor: Any) -> None:
+    """Type, dtype and device of a tensor that sets them for others."""
+    if not isinstance(tensor, Tensor):
+        fail(op, name, describe(tensor), "a tensor")
+    if tensor.dtype not in FLOATS:
+        fail(op, name, tensor.dtype, "bfloat16, float16 or float32 (on the CPU also float64)")
+    if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
+        fail(op, name, f"on {tensor.device}", "a tensor on the CPU or a CUDA or ROCm GPU")
+    if tensor.is_cuda and tensor.dtype == torch.float64:
+        fail(op, name, "float64 on a GPU", "float32 or a narrower dtype; kernels compute in float32")
+
+
+def check_layout(op: str, name: str, tensor: Tensor, contiguous: bool) -> None:
+    if tensor.is_contiguous():
+        return
+    if contiguous:
+        fail(op, name, layout(tensor), "a contiguous tensor")
+    if tensor.dim() not in (2, 3) or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        fail(op, name, layout(tensor), "a contiguous tensor, or one of 2 or 3 dims whose last is contiguous")
+    if tensor.numel() >= MAX_STRIDED:
+        fail(op, name, f"strided with {tensor.numel()} elements", "fewer than 2^31, or a contiguous tensor")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    index: int,
+    tensor: Any,
+    model_name: str,
+    model: Tensor,
+    dtype: torch.dtype | None,
+    contiguous: bool = False,
+) -> None:
+    """One tensor of a list against the one whose shape and device it must have; any dtype if that is None."""
+    # the usual case first and in one breath: this runs for every tensor of every launch
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == model.shape
+        and tensor.device == model.device
+        and tensor.dtype == dtype
+        and tensor.is_contiguous()
+    ):
+        return
+    name = f"{name}[{index}]"
+    check_kind(op, name, tensor)
+    if tensor.shape != model.shape:
+        fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(model.shape)} as {model_name}")
+    if tensor.device != model.device:
+        fail(op, name, f"on {tensor.device}", f"on {model.device} as {model_name}")
+    if dtype is not None and tensor.dtype != dtype:
+        fail(op, name, tensor.dtype, f"{dtype}, one dtype for all")
+    check_layout(op, name, tensor, contiguous)
+
+
+def check_streams(op: str, name: str, tensors: Any, most: int | None = None) -> None:
+    """A list of tensors of one dtype and device."""
+    check_list(op, name, tensors, 1, most)
+    check_kind(op, f"{name}[0]", tensors[0])
+    for s, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            fail(op, f"{name}[{s}]", describe(tensor), "a tensor")
+        if tensor.dtype != tensors[0].dtype:
+            fail(op, f"{name}[{s}]", tensor.dtype, f"{tensors[0].dtype} as {name}[0]")
+        if tensor.device != tensors[0].device:
+            fail(op, f"{name}[{s}]", f"on {tensor.device}", f"on {tensors[0].device} as {name}[0]")
+        if not tensor.is_contiguous():
+            check_layout(op, f"{name}[{s}]", tensor, contiguous=False)
+
+
+def check_like(
+    op: str,
+    name: str,
+    tensors: Any,
+    model_name: str,
+    models: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    contiguous: bool = False,
+) -> None:
+    """A list against the list whose shapes it must have; without ``dtype`` any, but one for all."""
+    check_list(op, name, tensors, len(models), len(models))
+    if dtype is None:
+        check_kind(op, f"{name}[0]", tensors[0])
+        dtype = tensors[0].dtype
+    for s, tensor in enumerate(tensors):
+        check_tensor(op, name, s, tensor, model_name, models[s], dtype, contiguous)
+
+
+def host_coefficients(op: str, name: str, coefficients: Iterable[float], terms: int) -> list[float]:
+    """Finite host numbers as floats."""
+    try:
+        values = [float(c) for c in coefficients]
+    except (TypeError, ValueError):
+        raise OpInputError(f"{op}: {name} is {coefficients!r}; expected {terms} numbers") from None
+    if len(values) != terms:
+        fail(op, name, f"{len(values)} numbers", f"{terms}, one per term")
+    if not all(map(math.isfinite, values)):
+        fail(op, name, values, "finite numbers")
+    return values
+
+
+def check_no_grad(op: str, tensors: Iterable[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise OpInputError(
+            f"{op}: a tensor requires grad and grad mode is on; expected inference, no op here has a gradient: "
+            "call it under torch.no_grad()"
+        )
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First address and the one after the last; of an empty tensor both are the same."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + span * tensor.element_size()

@@ -1,0 +1,82 @@
+"""Which implementation of an op runs, and its registration with torch.library.
+
+On a GPU an op launches its Triton kernel, on the CPU it runs the eager reference; both are called directly, because
+the dispatcher costs more than the call. While torch.compile traces, or a dispatch mode such as FakeTensorMode watches,
+it calls the registered op ``torch.ops.layercache.*``, so that a graph holds one opaque node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.errors import MissingExtraError
+from layercache.kernels.tiles import accumulator_dtype, triton
+
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+_LIBRARY = torch.library.Library("layercache", "DEF")
+
+NO_TRITON = (
+    "triton is not installed, and tensors on a GPU need it: pip install 'layercache[triton]' (with PyTorch for ROCm: "
+    "reinstall torch, which brings its own build of triton)"
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementations of one op; a call picks the one for the device of its first argument.
+
+    Attributes:
+        triton: for CUDA and ROCm GPUs.
+        reference: eager PyTorch, for the CPU where the compiled path is not there or the dtype is float64.
+        native: the compiled CPU path.
+    """
+
+    triton: Callable[..., Any]
+    reference: Callable[..., Any]
+    native: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the op on validated arguments, the first of which is a tensor or a list of tensors.
+
+        Raises:
+            MissingExtraError: a GPU tensor, and triton is not installed.
+        """
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        return self.choose(first)(*arguments)
+
+    def choose(self, tensor: Tensor) -> Callable[..., Any]:
+        if tensor.device.type != "cuda":
+            usable = self.native is not None and tensor.dtype != torch.float64
+            return self.native if usable else self.reference  # type: ignore[return-value]
+        if triton is None:
+            raise MissingExtraError(NO_TRITON)
+        return self.triton
+
+
+def through_registry(tensors: Iterable[Tensor]) -> bool:
+    """Whether something other than plain execution is under way, which must see one op instead of many."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(t) not in _TENSOR_TYPES or t.is_meta for t in tensors)
+    )
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines one op with its implementation for CPU and GPU and its fake; the overload that calls it."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"layercache::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.layercache, name).default
+
+
+def new_statistics(model: Tensor, rows: int, columns: int) -> Tensor:
+    """What an op with statistics returns, for its fake."""
+    return model.new_empty((rows, columns), dtype=accumulator_dtype(model.dtype))
