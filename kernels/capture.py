@@ -9,21 +9,20 @@ from torch import Tensor
 
 from .statistics import pair_sums
 from .tiles import (
-    GROUPS,
     MAX_PROGRAMS,
-    OPTIONS,
-    SLOW_GROUPS,
     accumulator_dtype,
+    by_launch,
+    entry_of,
     finalise,
-    in_pairs,
+    groups_at,
     jit,
+    lay_out_launch,
     nbytes,
     new_partials,
+    of_entry,
     on_device_of,
-    row_groups_at,
+    size_of_entry,
     spread,
-    stream_sizes,
-    vector_width,
 )
 
 try:
@@ -32,52 +31,66 @@ except ImportError:
     pass
 
 STATISTICS = 7
+INPUT_STATISTICS = 4
 # Where the seven statistics stand among the eight of a pair (residual, previous).
 _FROM_PAIR = (1, 4, 0, 3, 2, 5, 6)
-_SIZES = ["groups", "programs", "row_groups", "batch_rows", "o_batch", "o_row", "i_batch", "i_row"]
+# Where the four of a residual and its input stand among the eight of that pair.
+_FROM_INPUT = (1, 4, 2, 5)
 
 
 @jit()
-def _capture_stream(
-    pointers,
-    previous_ptr,
+def _capture_kernel(
+    out_ptrs,
+    in_ptrs,
+    residual_ptrs,
+    previous_ptrs,
     flag_ptr,
     partials_ptr,
-    pid,
     sizes,
+    STATISTICS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """The part of one program in one stream; ``previous_ptr`` and ``partials_ptr`` are None without statistics."""
-    out_ptr, in_ptr, residual_ptr = pointers
-    groups, programs, row_groups, batch_rows, o_batch, o_row, i_batch, i_row = sizes
+    """``STATISTICS`` is 0, 4 (residual and input) or 7 (residual and ``previous``)."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    out_ptr = of_entry(out_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+    in_ptr = of_entry(in_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+    residual_ptr = of_entry(residual_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
+    if STATISTICS == 7:
+        previous_ptr = of_entry(previous_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     lane = tl.arange(0, VEC)[None, :]
     zero = tl.zeros([R], tl.float32)
     bad = zero
-    r_1, r_2, d_1, d_2, p_1, p_2, rp = zero, zero, zero, zero, zero, zero, zero
-    for start in range(pid * R, groups, programs * R):
+    r_1, r_2, i_1, i_2, d_1, d_2, p_1, p_2, rp = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        off = group[:, None] * VEC + lane
-        if CONTIGUOUS:
-            o_off = off
-            i_off = off
-        else:
-            o_off = row_groups_at(group, row_groups, batch_rows, o_batch, o_row)[:, None] * VEC + lane
-            i_off = row_groups_at(group, row_groups, batch_rows, i_batch, i_row)[:, None] * VEC + lane
+        off = (sample * groups + group)[:, None] * VEC + lane
+        o_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        i_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
         o = tl.load(out_ptr + o_off, mask=live, other=0.0).to(tl.float32)
         # the next block reads `out` again, but nobody `in` or `previous`
         i = tl.load(in_ptr + i_off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
         stored = (o - i).to(residual_ptr.dtype.element_ty)
         r = stored.to(tl.float32)
-        if partials_ptr is not None:
+        if STATISTICS > 0:
+            r_1 += tl.sum(tl.abs(r), 1)
+            r_2 += tl.sum(r * r, 1)
+        if STATISTICS == 4:
+            i_1 += tl.sum(tl.abs(i), 1)
+            i_2 += tl.sum(i * i, 1)
+        if STATISTICS == 7:
             # before the store, so that the residual may take the place of the previous one
             p = tl.load(previous_ptr + off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
             d = r - p
-            r_1 += tl.sum(tl.abs(r), 1)
-            r_2 += tl.sum(r * r, 1)
             d_1 += tl.sum(tl.abs(d), 1)
             d_2 += tl.sum(d * d, 1)
             p_1 += tl.sum(tl.abs(p), 1)
@@ -89,68 +102,20 @@ def _capture_stream(
     if flag_ptr is not None:
         # every program that finds one stores the same value, so no atomic is needed
         tl.store(flag_ptr, 1, mask=tl.sum(bad, 0) > 0)
-    if partials_ptr is not None:
-        slot = partials_ptr + pid
+    if STATISTICS > 0:
+        row = (entry_of(sizes, pid, ENTRIES, FIELDS) * tl.num_programs(1) + sample) * STATISTICS
+        slot = partials_ptr + row * MAX_PROGRAMS + program
         tl.store(slot, tl.sum(r_1, 0))
         tl.store(slot + MAX_PROGRAMS, tl.sum(r_2, 0))
-        tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(d_1, 0))
-        tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(d_2, 0))
-        tl.store(slot + 4 * MAX_PROGRAMS, tl.sum(p_1, 0))
-        tl.store(slot + 5 * MAX_PROGRAMS, tl.sum(p_2, 0))
-        tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(rp, 0))
-
-
-@jit(
-    do_not_specialize=[f"{name}_{stream}" for stream in (0, 1) for name in _SIZES],
-    do_not_specialize_on_alignment=["flag_ptr"],
-)
-def _capture_kernel(
-    stream_0,
-    previous_0,
-    stream_1,
-    previous_1,
-    flag_ptr,
-    partials_ptr,
-    groups_0,
-    programs_0,
-    row_groups_0,
-    batch_rows_0,
-    o_batch_0,
-    o_row_0,
-    i_batch_0,
-    i_row_0,
-    groups_1,
-    programs_1,
-    row_groups_1,
-    batch_rows_1,
-    o_batch_1,
-    o_row_1,
-    i_batch_1,
-    i_row_1,
-    STREAMS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    VEC: tl.constexpr,
-    R: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2)."""
-    pid = tl.program_id(0).to(tl.int64)
-    sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, o_batch_0, o_row_0, i_batch_0, i_row_0)
-    if STREAMS == 1:
-        _capture_stream(stream_0, previous_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
-    else:
-        sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, o_batch_1, o_row_1, i_batch_1, i_row_1)
-        partials_1 = partials_ptr
-        if partials_ptr is not None:
-            partials_1 = partials_ptr + STATISTICS * MAX_PROGRAMS
-        if pid < programs_0:
-            _capture_stream(
-                stream_0, previous_0, flag_ptr, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS
-            )
+        if STATISTICS == 4:
+            tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(i_1, 0))
+            tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(i_2, 0))
         else:
-            pid -= programs_0
-            _capture_stream(stream_1, previous_1, flag_ptr, partials_1, pid, sizes_1, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
+            tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(d_1, 0))
+            tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(d_2, 0))
+            tl.store(slot + 4 * MAX_PROGRAMS, tl.sum(p_1, 0))
+            tl.store(slot + 5 * MAX_PROGRAMS, tl.sum(p_2, 0))
+            tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(rp, 0))
 
 
 def capture_triton(
@@ -159,54 +124,58 @@ def capture_triton(
     residuals: Sequence[Tensor],
     flag: Tensor | None = None,
     previous: Sequence[Tensor] | None = None,
+    statistics: bool = False,
+    per_sample: bool = False,
     groups: int | None = None,
 ) -> Tensor | None:
-    """`capture_reference` in one launch per two streams, and a second tiny one with ``previous``.
+    """`capture_reference` in one launch per eight streams, and a second tiny one for statistics.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
+    count = statistics_count(previous, statistics)
+    samples = outputs[0].shape[0] if per_sample and count else 1
     filled = [s for s, out in enumerate(outputs) if out.numel()]
-    found: list[Tensor] = []
-    for pair in in_pairs(filled):
-        streams = [(outputs[s], inputs[s], residuals[s], None if previous is None else previous[s]) for s in pair]
-        found += _launch(streams, flag, previous is not None, groups)
-    if previous is None:
+    found = []
+    for some in by_launch(filled):
+        streams = [(outputs[s], inputs[s], residuals[s], None if previous is None else previous[s]) for s in some]
+        found.append(_launch(streams, flag, count, samples, groups))
+    if not count:
         return None
-    return spread(found, filled, len(outputs), STATISTICS, outputs[0].device)
+    return spread(found, filled, len(outputs), count, outputs[0].device, samples)  # type: ignore[arg-type]
+
+
+def statistics_count(previous: Sequence[Tensor] | None, statistics: bool) -> int:
+    """How many numbers per stream a capture returns."""
+    return STATISTICS if previous is not None else INPUT_STATISTICS if statistics else 0
 
 
 def _launch(
     streams: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
     flag: Tensor | None,
-    with_statistics: bool,
+    count: int,
+    samples: int,
     groups: int | None,
-) -> list[Tensor]:
-    """One launch for one or two streams that are not empty; their statistics, if wanted."""
-    strided = [tensor for stream in streams for tensor in stream[:2]]
-    contiguous = [tensor for stream in streams for tensor in stream[2:] if tensor is not None]
-    width = vector_width(strided, contiguous)
-    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
-    sizes = [stream_sizes(stream[:2], width, tile) for stream in streams]
-    programs = [size[1] for size in sizes]
-    partials = new_partials(len(streams) * STATISTICS, strided[0].device) if with_statistics else None
-    with on_device_of(strided[0]):
-        _capture_kernel[(sum(programs),)](
-            *(streams[0][:3], streams[0][3]),
-            *((streams[1][:3], streams[1][3]) if len(streams) > 1 else (None, None)),
+) -> Tensor | None:
+    """One launch for streams that are not empty; their statistics, if wanted."""
+    out, before, residual, previous = zip(*streams, strict=True)
+    others = [t for stream in streams for t in stream[2:] if t is not None]
+    launch = lay_out_launch([stream[:2] for stream in streams], others, groups, samples=samples)
+    partials = new_partials(len(streams) * samples * count, out[0].device) if count else None
+    with on_device_of(out[0]):
+        _capture_kernel[launch.grid](
+            out,
+            before,
+            residual,
+            previous if previous[0] is not None else None,
             flag,
             partials,
-            *sizes[0],
-            *sizes[-1],
-            STREAMS=len(streams),
-            STATISTICS=STATISTICS,
-            CONTIGUOUS=all(tensor.is_contiguous() for tensor in strided),
-            VEC=width,
-            R=tile,
+            launch.sizes,
+            STATISTICS=count,
             MAX_PROGRAMS=MAX_PROGRAMS,
-            **OPTIONS,
+            **launch.constants,
         )
-        return [] if partials is None else [finalise(partials, programs, STATISTICS)]
+        return None if partials is None else finalise(partials, launch.programs, count, samples=samples)
 
 
 def capture_reference(
@@ -215,39 +184,46 @@ def capture_reference(
     residuals: Sequence[Tensor],
     flag: Tensor | None = None,
     previous: Sequence[Tensor] | None = None,
+    statistics: bool = False,
+    per_sample: bool = False,
 ) -> Tensor | None:
     """``residual_s = output_s - input_s``, subtracted in fp32 (fp64 for fp64) and rounded once into ``residuals``.
 
     ``flag`` [1] int32 becomes 1 if a stored residual holds NaN or infinity, and is left alone otherwise. With
     ``previous`` (a residual may be its own previous one: it is read first) the result is, per stream,
-    ``{sum|r|, sum r^2, sum|r-p|, sum (r-p)^2, sum|p|, sum p^2, sum r*p}`` of the residual as stored.
+    ``{sum|r|, sum r^2, sum|r-p|, sum (r-p)^2, sum|p|, sum p^2, sum r*p}`` of the residual as stored; with
+    ``statistics`` alone it is ``{sum|r|, sum r^2, sum|in|, sum in^2}``.
 
     Args:
         outputs, inputs: streams [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
         residuals: contiguous, written; of outputs' shapes and any floating dtype.
         previous: like residuals.
+        per_sample: one row of statistics per stream and entry of the first dim, stream by stream.
 
     Returns:
-        None, or fp32 [streams, 7] (fp64 for fp64 input).
+        None, or fp32 [streams, 7 or 4], per sample [streams * batch, 7 or 4] (fp64 for fp64 input).
 
     Source: methods.md §15 P1. Bytes: see `minimum_bytes`.
     """
     rows = []
+    count = statistics_count(previous, statistics)
+    samples = outputs[0].shape[0] if per_sample else 1
     for s, (output, before, residual) in enumerate(zip(outputs, inputs, residuals, strict=True)):
-        accumulator = accumulator_dtype(residual.dtype)
-        if not output.numel():
-            rows.append(torch.zeros(STATISTICS, dtype=accumulator, device=output.device))
-            continue
         older = None if previous is None else previous[s]
         if older is not None and older.data_ptr() == residual.data_ptr():
             older = older.clone()
-        _subtract(output, before, residual)
-        if flag is not None:
-            low, high = torch.aminmax(residual)
-            flag.masked_fill_(~(torch.isfinite(low) & torch.isfinite(high)), 1)
-        if older is not None:
-            rows.append(pair_sums(residual, older)[list(_FROM_PAIR)].to(accumulator))
-    return None if previous is None else torch.stack(rows)
+        if output.numel():
+            _subtract(output, before, residual)
+            if flag is not None:
+                low, high = torch.aminmax(residual)
+                flag.masked_fill_(~(torch.isfinite(low) & torch.isfinite(high)), 1)
+        if count:
+            pair = residual, before if older is None else older
+            order = _FROM_INPUT if older is None else _FROM_PAIR
+            for sample in range(samples):
+                parts = [t[sample] for t in pair] if per_sample else pair
+                rows.append(pair_sums(*parts)[list(order)].to(accumulator_dtype(residual.dtype)))
+    return torch.stack(rows) if count else None
 
 
 def _subtract(output: Tensor, before: Tensor, residual: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Adding a linear combination of stored residuals to the streams: what a cached run of groups costs."""
+"""Linear combinations of tensors: what a cached run of groups costs, and every other forecast.
+
+One kernel serves all forms: M outputs, each a linear combination of the same K inputs, for several streams at once.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .compact import decode_reference, e4m3_to_float
 from .tiles import (
-    GROUPS,
-    OPTIONS,
-    SLOW_GROUPS,
     accumulator_dtype,
-    in_pairs,
+    by_launch,
+    groups_at,
     jit,
+    lay_out_launch,
     nbytes,
+    of_entry,
     on_device_of,
-    row_groups_at,
-    stream_sizes,
-    vector_width,
+    size_of_entry,
 )
 
 try:
@@ -27,183 +29,286 @@ except ImportError:
     pass
 
 MAX_TERMS = 8
-_SIZES = ["groups", "programs", "row_groups", "batch_rows", "x_batch", "x_row"]
+MAX_INPUTS = MAX_TERMS + 1
+MAX_OUTPUTS = 6
+
+Matrix = Sequence[Sequence["float | None"]]
 
 
 @jit()
-def _combine_stream(
-    pointers,
-    residual_ptrs,
+def _linear_map_kernel(
+    in_ptrs,
+    out_ptrs,
+    gate_ptrs,
+    scale_ptrs,
     coefficients,
+    factors,
     coefficients_ptr,
-    pid,
     sizes,
-    TERMS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    USED: tl.constexpr,
+    BASE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
 ):
-    """The part of one program in one stream."""
-    x_ptr, y_ptr = pointers
-    groups, programs, row_groups, batch_rows, x_batch, x_row = sizes
-    lane = tl.arange(0, VEC)[None, :]
-    for start in range(pid * R, groups, programs * R):
-        group = start + tl.arange(0, R)
-        live = (group < groups)[:, None]
-        off = group[:, None] * VEC + lane
-        if CONTIGUOUS:
-            x_off = off
-        else:
-            x_off = row_groups_at(group, row_groups, batch_rows, x_batch, x_row)[:, None] * VEC + lane
-        y = tl.load(x_ptr + x_off, mask=live, other=0.0).to(tl.float32)
-        for k in tl.static_range(TERMS):
-            r = tl.load(residual_ptrs[k] + off, mask=live, other=0.0).to(tl.float32)
-            if coefficients_ptr is None:
-                y += coefficients[k] * r
-            else:
-                y += tl.load(coefficients_ptr + k) * r
-        tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
+    """Pointers are entry-major. Bit ``m * INPUTS + k`` of ``USED`` says whether output m has a term in input k.
 
-
-@jit(
-    do_not_specialize=[f"{name}_{stream}" for stream in (0, 1) for name in _SIZES],
-    do_not_specialize_on_alignment=["coefficients_ptr"],
-)
-def _linear_combination_kernel(
-    stream_0,
-    residuals_0,
-    stream_1,
-    residuals_1,
-    coefficients,
-    coefficients_ptr,
-    groups_0,
-    programs_0,
-    row_groups_0,
-    batch_rows_0,
-    x_batch_0,
-    x_row_0,
-    groups_1,
-    programs_1,
-    row_groups_1,
-    batch_rows_1,
-    x_batch_1,
-    x_row_1,
-    STREAMS: tl.constexpr,
-    TERMS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    VEC: tl.constexpr,
-    R: tl.constexpr,
-):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2).
-
-    Coefficients are either host numbers or, with ``coefficients_ptr``, read from the device.
+    Coefficients, output-major, are host numbers or, with ``coefficients_ptr``, read from the device. With ``BASE`` (one
+    output) input 0 has no coefficient, and all others are multiplied by the gate, if there is one.
     """
     pid = tl.program_id(0).to(tl.int64)
-    sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, x_batch_0, x_row_0)
-    if STREAMS == 1:
-        _combine_stream(stream_0, residuals_0, coefficients, coefficients_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R)
-    else:
-        sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, x_batch_1, x_row_1)
-        if pid < programs_0:
-            _combine_stream(
-                stream_0, residuals_0, coefficients, coefficients_ptr, pid, sizes_0, TERMS, CONTIGUOUS, VEC, R
-            )
-        else:
-            pid -= programs_0
-            _combine_stream(
-                stream_1, residuals_1, coefficients, coefficients_ptr, pid, sizes_1, TERMS, CONTIGUOUS, VEC, R
-            )
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
+    lane = tl.arange(0, VEC)[None, :]
+    for start in range(program * R, groups, programs * R):
+        group = start + tl.arange(0, R)
+        live = (group < groups)[:, None]
+        inputs = ()
+        for k in tl.static_range(INPUTS):
+            x_ptr = of_entry(in_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
+            off = groups_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            if scale_ptrs is not None and k > 0:
+                code = tl.load(x_ptr + off, mask=live, other=0)
+                scale_ptr = of_entry(scale_ptrs, k - 1, INPUTS - 1, sizes, pid, ENTRIES, FIELDS)
+                row = group.to(tl.int32) // size_of_entry(3, sizes, pid, ENTRIES, FIELDS)
+                x = e4m3_to_float(code) * tl.load(scale_ptr + row, mask=group < groups, other=0.0)[:, None]
+            else:
+                x = tl.load(x_ptr + off, mask=live, other=0.0).to(tl.float32)
+            inputs = inputs + (x,)
+        for m in tl.static_range(OUTPUTS):
+            if BASE and gate_ptrs is None:
+                y = inputs[0]
+            else:
+                y = tl.zeros([R, VEC], tl.float32)
+            for k in tl.static_range(1 if BASE else 0, INPUTS):
+                if (USED >> (m * INPUTS + k)) & 1:
+                    if coefficients_ptr is None:
+                        y += coefficients[m * INPUTS + k] * inputs[k]
+                    else:
+                        y += tl.load(coefficients_ptr + m * INPUTS + k - (1 if BASE else 0)) * inputs[k]
+            if factors is not None:
+                y = y * factors[m]
+            if gate_ptrs is not None:
+                gate_ptr = of_entry(gate_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+                off = groups_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)
+                gate = tl.load(gate_ptr + off[:, None] * VEC + lane, mask=live, other=0.0).to(tl.float32)
+                y = inputs[0] + gate * y
+            y_ptr = of_entry(out_ptrs, m, OUTPUTS, sizes, pid, ENTRIES, FIELDS)
+            off = groups_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
 def linear_combination_triton(
     bases: Sequence[Tensor],
     residuals: Sequence[Sequence[Tensor]],
     coefficients: Sequence[float] | Tensor,
+    results: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
+    scales: Sequence[Sequence[Tensor]] | None = None,
     groups: int | None = None,
 ) -> list[Tensor]:
-    """`linear_combination_reference` in one launch per two streams.
+    """`linear_combination_reference` in one launch per eight streams.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    combined = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in bases]
-    filled = [s for s, x in enumerate(bases) if x.numel()]
-    for pair in in_pairs(filled):
-        streams = [(bases[s], combined[s], tuple(residuals[s])) for s in pair]
-        _launch(streams, coefficients, groups)
-    return combined
+    results = new_like(bases) if results is None else list(results)
+    on_device = isinstance(coefficients, Tensor)
+    matrix = None if on_device else [[1.0, *coefficients]]
+    _launch(
+        [(x, *stream) for x, stream in zip(bases, residuals, strict=True)],
+        [[y] for y in results],
+        matrix,
+        coefficients if on_device else None,  # type: ignore[arg-type]
+        None,
+        gates,
+        scales,
+        True,
+        groups,
+    )
+    return results
+
+
+def linear_map_triton(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Matrix | Tensor,
+    factors: Sequence[float] | None = None,
+    groups: int | None = None,
+) -> None:
+    """`linear_map_reference` in one launch per eight streams.
+
+    Args:
+        groups: 16-byte groups per tile, a power of two.
+    """
+    on_device = isinstance(matrix, Tensor)
+    _launch(
+        inputs,
+        outputs,
+        None if on_device else matrix,  # type: ignore[arg-type]
+        matrix if on_device else None,  # type: ignore[arg-type]
+        factors,
+        None,
+        None,
+        False,
+        groups,
+    )
 
 
 def _launch(
-    streams: Sequence[tuple[Tensor, Tensor, tuple[Tensor, ...]]],
-    coefficients: Sequence[float] | Tensor,
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Matrix | None,
+    on_device: Tensor | None,
+    factors: Sequence[float] | None,
+    gates: Sequence[Tensor] | None,
+    scales: Sequence[Sequence[Tensor]] | None,
+    base: bool,
     groups: int | None,
 ) -> None:
-    """One launch for one or two streams that are not empty."""
-    bases = [x for x, _, _ in streams]
-    width = vector_width(bases, [t for _, y, terms in streams for t in (y, *terms)])
-    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
-    sizes = [stream_sizes((x,), width, tile) for x in bases]
-    on_device = isinstance(coefficients, Tensor)
-    second = streams[1] if len(streams) > 1 else (None, None, None)
-    with on_device_of(bases[0]):
-        _linear_combination_kernel[(sum(size[1] for size in sizes),)](
-            streams[0][:2],
-            streams[0][2],
-            None if second[0] is None else second[:2],
-            second[2],
-            None if on_device else tuple(float(c) for c in coefficients),
-            coefficients if on_device else None,
-            *sizes[0],
-            *sizes[-1],
-            STREAMS=len(streams),
-            TERMS=len(streams[0][2]),
-            CONTIGUOUS=all(x.is_contiguous() for x in bases),
-            VEC=width,
-            R=tile,
-            **OPTIONS,
-        )
+    """Launches for all streams that are not empty."""
+    filled = [s for s, stream in enumerate(inputs) if stream[0].numel()]
+    count, results = len(inputs[0]), len(outputs[0])
+    flat = None if matrix is None else [c for row in matrix for c in row]
+    for some in by_launch(filled):
+        addressed = [[*inputs[s], *outputs[s]] for s in some]
+        if gates is not None:
+            for s, tensors in zip(some, addressed, strict=True):
+                tensors.append(as_rows(gates[s]).expand(inputs[s][0].shape))
+        # codes of one byte come in groups of 16, whatever the rest
+        launch = lay_out_launch(addressed, (), groups, rows=scales is not None)
+        with on_device_of(inputs[some[0]][0]):
+            _linear_map_kernel[launch.grid](
+                tuple(t for s in some for t in inputs[s]),
+                tuple(t for s in some for t in outputs[s]),
+                None if gates is None else tuple(gates[s] for s in some),
+                None if scales is None else tuple(t for s in some for t in scales[s]),
+                None if flat is None else tuple(float(c or 0.0) for c in flat),
+                None if factors is None else tuple(map(float, factors)),
+                on_device,
+                launch.sizes,
+                INPUTS=count,
+                OUTPUTS=results,
+                USED=sum((flat is None or c is not None) << bit for bit, c in enumerate(flat or [0] * count * results)),
+                BASE=base,
+                **launch.constants,
+            )
+
+
+def as_rows(gate: Tensor) -> Tensor:
+    """A gate [B, D] or [B, 1, D] as [B, 1, D]."""
+    return gate.unsqueeze(1) if gate.dim() == 2 else gate
+
+
+def new_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors of these shapes and dtypes, not initialised."""
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
 
 
 def linear_combination_reference(
-    bases: Sequence[Tensor], residuals: Sequence[Sequence[Tensor]], coefficients: Sequence[float] | Tensor
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float] | Tensor,
+    results: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
+    scales: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
     """``y_s = x_s + sum_k c_k r_sk``, in fp32 (fp64 for fp64) in the order of k, rounded once at the end.
 
     Every product is rounded before it is added. With one term and coefficient 1 the result is ``torch.add(x, r)``
     bit by bit. A further term with coefficient 0 changes nothing, except that -0.0 becomes 0.0 and that NaN or
-    infinity in the term gives NaN.
+    infinity in the term gives NaN. With a gate the sum starts at 0 and ``y_s = x_s + g_s * sum``.
 
     Args:
         bases: x_s [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
         residuals: per stream its r_sk, contiguous, of x_s's shape, 1 to 8 of them and as many for every stream.
         coefficients: c_k, host numbers or fp32 [terms]; used in fp32.
+        results: written instead of new tensors; last dim contiguous; each may be its base.
+        gates: g_s [batch, 1, channels] or [batch, channels], broadcast over the rows.
+        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
 
     Returns:
-        New contiguous tensors in the dtype of the bases.
+        New contiguous tensors in the dtype of the bases, or ``results``.
 
-    Source: methods.md §15 P2, P3. Bytes: see `minimum_bytes`.
+    Source: methods.md §15 P2, P3, P7 (gate). Bytes: see `minimum_bytes`.
     """
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else [float(c) for c in coefficients]
-    return [_combine(x, terms, values) for x, terms in zip(bases, residuals, strict=True)]
+    results = new_like(bases) if results is None else list(results)
+    for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
+        if scales is not None:
+            terms = [decode_reference(code, scale, x.shape) for code, scale in zip(terms, scales[s], strict=True)]
+        _combine(x, terms, values, y, None if gates is None else as_rows(gates[s]))
+    return results
 
 
-def _combine(x: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if len(terms) == 1 and coefficients[0] == 1.0 and terms[0].dtype == x.dtype:
-        return torch.add(x, terms[0], out=y)
+def _combine(x: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float], y: Tensor, gate: Tensor | None) -> None:
+    if gate is None and len(terms) == 1 and coefficients[0] == 1.0 and terms[0].dtype == x.dtype == y.dtype:
+        torch.add(x, terms[0], out=y)
+        return
     accumulator = accumulator_dtype(x.dtype)
+    base = x.to(accumulator, copy=True)
+    total = base if gate is None else torch.zeros_like(base)
     # multiplied by 1 after the coefficient: a multiply-add can then be fused only where that rounds the same
     one = torch.ones((), dtype=accumulator, device=x.device)
-    if x.dtype == accumulator:
-        total = torch.addcmul(x, terms[0], one, value=coefficients[0], out=y)
-    else:
-        total = torch.addcmul(x.to(accumulator), terms[0], one, value=coefficients[0])
-    for r, c in zip(terms[1:], coefficients[1:], strict=True):
+    for r, c in zip(terms, coefficients, strict=True):
         torch.addcmul(total, r, one, value=c, out=total)
-    return total if total is y else y.copy_(total)
+    y.copy_(total if gate is None else base + gate.to(accumulator) * total)
 
 
-def minimum_bytes(bases: Sequence[Tensor], residuals: Sequence[Sequence[Tensor]], coefficients: object = None) -> int:
-    """Bytes that must move: bases and residuals once in, results once out, (terms + 2) S."""
-    return 2 * nbytes(bases) + sum(nbytes(terms) for terms in residuals)
+def linear_map_reference(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Matrix | Tensor,
+    factors: Sequence[float] | None = None,
+) -> None:
+    """``y_sm = f_m * sum_k M_mk x_sk``, in fp32 (fp64 for fp64), in the order of k from 0, rounded once at the end.
+
+    All inputs are read before an output is written, so an output may be one of its own stream's inputs.
+
+    Args:
+        inputs: per stream its x_sk of one shape, last dim contiguous; dtypes may differ between k, not between s.
+        outputs: per stream its y_sm, likewise; written.
+        matrix: M [outputs, inputs], host numbers with None where an input is not used, or fp32 on the device.
+        factors: f_m, host numbers; by default 1.
+
+    Source: methods.md §15 P4, P5, P7, P8, P11, P12. Bytes: see `map_minimum_bytes`.
+    """
+    rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
+    for stream, written in zip(inputs, outputs, strict=True):
+        accumulator = accumulator_dtype(stream[0].dtype)
+        values = [x.to(accumulator) for x in stream]
+        sums = []
+        for m, row in enumerate(rows):
+            total = torch.zeros(stream[0].shape, dtype=accumulator, device=stream[0].device)
+            for x, c in zip(values, row, strict=True):
+                if c is not None:
+                    total += torch.tensor(c, dtype=accumulator) * x
+            sums.append(total if factors is None else total * torch.tensor(factors[m], dtype=accumulator))
+        for y, total in zip(written, sums, strict=True):
+            y.copy_(total)
+
+
+def minimum_bytes(
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: object = None,
+    results: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
+    scales: Sequence[Sequence[Tensor]] | None = None,
+) -> int:
+    """Bytes that must move: bases, residuals, gates and scales once in, results once out, (terms + 2) S."""
+    written = nbytes(results or bases)
+    extra = nbytes(gates or ()) + sum(nbytes(stream) for stream in scales or ())
+    return nbytes(bases) + written + extra + sum(nbytes(terms) for terms in residuals)
+
+
+def map_minimum_bytes(
+    inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]], matrix: object = None, *others: object
+) -> int:
+    """Bytes that must move: every input once in, every output once out."""
+    return sum(nbytes(tensors) for tensors in (*inputs, *outputs))

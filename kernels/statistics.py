@@ -14,16 +14,19 @@ from .tiles import (
     OPTIONS,
     SLOW_GROUPS,
     accumulator_dtype,
+    by_launch,
+    entry_of,
     finalise,
-    in_pairs,
+    groups_at,
     jit,
+    lay_out_launch,
     nbytes,
     new_partials,
+    of_entry,
     on_device_of,
     program_count,
-    row_groups_at,
+    size_of_entry,
     spread,
-    stream_sizes,
     vector_width,
 )
 
@@ -38,7 +41,6 @@ ERROR_STATISTICS = 4
 MAX_SETS = 10
 ERROR_GROUPS = GROUPS // 2
 SLOW_ERROR_GROUPS = SLOW_GROUPS // 2
-_SIZES = ["groups", "programs", "row_groups", "batch_rows", "a_batch", "a_row", "b_batch", "b_row"]
 # Elements the reference holds in fp64 at a time.
 _CHUNK = 65536
 # Rows of one batched product of the reference: each thread keeps the errors it made in its own cache.
@@ -46,31 +48,34 @@ _ROW, _ROWS = 2048, 16
 
 
 @jit()
-def _pair_stream(
-    pointers,
+def _pair_statistics_kernel(
+    a_ptrs,
+    b_ptrs,
     partials_ptr,
-    pid,
     sizes,
+    STATISTICS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     VEC: tl.constexpr,
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """The part of one program in one stream."""
-    a_ptr, b_ptr = pointers
-    groups, programs, row_groups, batch_rows, a_batch, a_row, b_batch, b_row = sizes
+    pid = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    a_ptr = of_entry(a_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+    b_ptr = of_entry(b_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
     lane = tl.arange(0, VEC)[None, :]
     zero = tl.zeros([R], tl.float32)
     d_1, a_1, b_1, d_2, a_2, b_2, ab, peak = zero, zero, zero, zero, zero, zero, zero, zero
-    for start in range(pid * R, groups, programs * R):
+    for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        if CONTIGUOUS:
-            a_off = group[:, None] * VEC + lane
-            b_off = a_off
-        else:
-            a_off = row_groups_at(group, row_groups, batch_rows, a_batch, a_row)[:, None] * VEC + lane
-            b_off = row_groups_at(group, row_groups, batch_rows, b_batch, b_row)[:, None] * VEC + lane
+        a_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        b_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
         a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
         d = a - b
@@ -83,7 +88,8 @@ def _pair_stream(
         ab += tl.sum(a * b, 1)
         peak = tl.maximum(peak, tl.max(tl.abs(d), 1))
     total = tl.sum(d_1, 0)
-    slot = partials_ptr + pid
+    row = (entry_of(sizes, pid, ENTRIES, FIELDS) * tl.num_programs(1) + sample) * STATISTICS
+    slot = partials_ptr + row * MAX_PROGRAMS + program
     tl.store(slot, total)
     tl.store(slot + MAX_PROGRAMS, tl.sum(a_1, 0))
     tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(b_1, 0))
@@ -93,49 +99,6 @@ def _pair_stream(
     tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(ab, 0))
     # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
     tl.store(slot + 7 * MAX_PROGRAMS, tl.where(total == total, tl.max(peak, 0), total))
-
-
-@jit(do_not_specialize=[f"{name}_{stream}" for stream in (0, 1) for name in _SIZES])
-def _pair_statistics_kernel(
-    stream_0,
-    stream_1,
-    partials_ptr,
-    groups_0,
-    programs_0,
-    row_groups_0,
-    batch_rows_0,
-    a_batch_0,
-    a_row_0,
-    b_batch_0,
-    b_row_0,
-    groups_1,
-    programs_1,
-    row_groups_1,
-    batch_rows_1,
-    a_batch_1,
-    a_row_1,
-    b_batch_1,
-    b_row_1,
-    STREAMS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    VEC: tl.constexpr,
-    R: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-):
-    """The first ``programs_0`` programs serve stream 0, the others stream 1 (if ``STREAMS`` is 2)."""
-    pid = tl.program_id(0).to(tl.int64)
-    sizes_0 = (groups_0, programs_0, row_groups_0, batch_rows_0, a_batch_0, a_row_0, b_batch_0, b_row_0)
-    if STREAMS == 1:
-        _pair_stream(stream_0, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
-    else:
-        sizes_1 = (groups_1, programs_1, row_groups_1, batch_rows_1, a_batch_1, a_row_1, b_batch_1, b_row_1)
-        if pid < programs_0:
-            _pair_stream(stream_0, partials_ptr, pid, sizes_0, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
-        else:
-            pid -= programs_0
-            partials_ptr += STATISTICS * MAX_PROGRAMS
-            _pair_stream(stream_1, partials_ptr, pid, sizes_1, CONTIGUOUS, VEC, R, MAX_PROGRAMS)
 
 
 @jit(do_not_specialize=["groups", "programs", "first_row", "target_row"])
@@ -188,55 +151,52 @@ def _combination_error_kernel(
     tl.store(slot + (target_row + 1) * MAX_PROGRAMS, tl.sum(t_2, 0))
 
 
-def pair_statistics_triton(a: Sequence[Tensor], b: Sequence[Tensor], groups: int | None = None) -> Tensor:
-    """`pair_statistics_reference` in one launch per two pairs and a second tiny one.
+def pair_statistics_triton(
+    a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False, groups: int | None = None
+) -> Tensor:
+    """`pair_statistics_reference` in one launch per eight pairs and a second tiny one.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
+    samples = a[0].shape[0] if per_sample else 1
     filled = [s for s, tensor in enumerate(a) if tensor.numel()]
-    found = [_launch_pairs([(a[s], b[s]) for s in pair], groups) for pair in in_pairs(filled)]
-    return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device)
+    found = [_launch_pairs([(a[s], b[s]) for s in some], samples, groups) for some in by_launch(filled)]
+    return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device, samples)
 
 
-def _launch_pairs(streams: Sequence[tuple[Tensor, Tensor]], groups: int | None) -> Tensor:
-    """One launch for one or two pairs that are not empty."""
-    strided = [tensor for stream in streams for tensor in stream]
-    width = vector_width(strided, ())
-    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
-    sizes = [stream_sizes(stream, width, tile) for stream in streams]
-    programs = [size[1] for size in sizes]
-    partials = new_partials(len(streams) * PAIR_STATISTICS, strided[0].device)
-    with on_device_of(strided[0]):
-        _pair_statistics_kernel[(sum(programs),)](
-            streams[0],
-            streams[1] if len(streams) > 1 else None,
+def _launch_pairs(pairs: Sequence[tuple[Tensor, Tensor]], samples: int, groups: int | None) -> Tensor:
+    """One launch for pairs that are not empty."""
+    a, b = zip(*pairs, strict=True)
+    launch = lay_out_launch(pairs, (), groups, samples=samples)
+    partials = new_partials(len(pairs) * samples * PAIR_STATISTICS, a[0].device)
+    with on_device_of(a[0]):
+        _pair_statistics_kernel[launch.grid](
+            a,
+            b,
             partials,
-            *sizes[0],
-            *sizes[-1],
-            STREAMS=len(streams),
+            launch.sizes,
             STATISTICS=PAIR_STATISTICS,
-            CONTIGUOUS=all(tensor.is_contiguous() for tensor in strided),
-            VEC=width,
-            R=tile,
             MAX_PROGRAMS=MAX_PROGRAMS,
-            **OPTIONS,
+            **launch.constants,
         )
-        return finalise(partials, programs, PAIR_STATISTICS, max_at=PAIR_STATISTICS - 1)
+        return finalise(partials, launch.programs, PAIR_STATISTICS, max_at=PAIR_STATISTICS - 1, samples=samples)
 
 
-def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     """Per pair ``{sum|a-b|, sum|a|, sum|b|, sum (a-b)^2, sum a^2, sum b^2, sum a*b, max|a-b|}``.
 
     Args:
         a, b: pairs of tensors of one shape, last dim contiguous; may be empty (then all statistics are 0).
+        per_sample: one row per pair and entry of the first dim, pair by pair; the pairs share their first dim.
 
     Returns:
-        fp32 [pairs, 8] (fp64 for fp64 input).
+        fp32 [pairs, 8], per sample [pairs * batch, 8] (fp64 for fp64 input).
 
     Source: methods.md §15 P6. Bytes: every tensor once in (2S), see `pair_minimum_bytes`.
     """
-    return torch.stack([pair_sums(x, y).to(accumulator_dtype(x.dtype)) for x, y in zip(a, b, strict=True)])
+    pairs = [(x, y) for pair in zip(a, b, strict=True) for x, y in (zip(*pair, strict=True) if per_sample else [pair])]
+    return torch.stack([pair_sums(x, y).to(accumulator_dtype(x.dtype)) for x, y in pairs])
 
 
 def pair_sums(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ GROUPS = 256
 SLOW_GROUPS = 1024
 # A fixed bound, not the number of multiprocessors, so that the order of summation is the same on every GPU.
 MAX_PROGRAMS = 1024
+# Streams, branches or pairs that share a launch.
+MAX_ENTRIES = 8
 # Fused multiply-adds are off so that GPU, interpreter and eager PyTorch round alike; memory-bound code loses nothing.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -50,28 +53,77 @@ def row_groups_at(group, row_groups, batch_rows, batch_stride, row_stride):
     return batch_start + (row % batch_rows).to(tl.int64) * row_stride + short % row_groups
 
 
-@jit(do_not_specialize=["programs_0", "programs_1", "statistics"])
+@jit()
+def of_entry(values, at: tl.constexpr, step: tl.constexpr, sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
+    """``values[entry * step + at]`` of the entry that program ``pid`` serves: a choice among arguments, not a load."""
+    found = values[at]
+    for entry in tl.static_range(1, ENTRIES):
+        found = tl.where(pid >= sizes[entry * FIELDS] >> 2, values[entry * step + at], found)
+    return found
+
+
+@jit()
+def size_of_entry(at: tl.constexpr, sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
+    """Field ``at`` of the program's entry, decoded; `Launch.sizes` tells the order."""
+    return of_entry(sizes, at, FIELDS, sizes, pid, ENTRIES, FIELDS) >> 2
+
+
+@jit()
+def entry_of(sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
+    """Number of the program's entry."""
+    entry = tl.zeros([], tl.int32)
+    for k in tl.static_range(1, ENTRIES):
+        entry = tl.where(pid >= sizes[k * FIELDS] >> 2, k, entry)
+    return entry
+
+
+@jit()
+def groups_at(
+    group,
+    sample,
+    tensor: tl.constexpr,
+    sizes,
+    pid,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """Offset, in groups, of groups of a sample of the entry's tensor number ``tensor``."""
+    if CONTIGUOUS:
+        found = sample * size_of_entry(1, sizes, pid, ENTRIES, FIELDS) + group
+    else:
+        row_groups = size_of_entry(3, sizes, pid, ENTRIES, FIELDS)
+        batch_rows = size_of_entry(4, sizes, pid, ENTRIES, FIELDS)
+        sample_step = size_of_entry(5 + 3 * tensor, sizes, pid, ENTRIES, FIELDS)
+        batch_step = size_of_entry(5 + 3 * tensor + 1, sizes, pid, ENTRIES, FIELDS)
+        row_step = size_of_entry(5 + 3 * tensor + 2, sizes, pid, ENTRIES, FIELDS)
+        found = sample * sample_step + row_groups_at(group, row_groups, batch_rows, batch_step, row_step)
+    return found
+
+
+@jit()
 def _finalise_kernel(
     partials_ptr,
     out_ptr,
-    programs_0,
-    programs_1,
-    statistics,
+    programs,
+    rows,
+    ENTRIES: tl.constexpr,
+    STATISTICS: tl.constexpr,
     MAX_AT: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
     """One program per statistic: folds its partials in a fixed order, by maximum at ``MAX_AT``, else by sum."""
     row = tl.program_id(0).to(tl.int64)
-    programs = programs_0
-    if row >= statistics:
-        programs = programs_1
+    filled = programs[0] >> 2
+    for entry in tl.static_range(1, ENTRIES):
+        filled = tl.where(row >= entry * (rows >> 2), programs[entry] >> 2, filled)
     column = tl.arange(0, MAX_PROGRAMS)
-    partial = tl.load(partials_ptr + row * MAX_PROGRAMS + column, mask=column < programs, other=0.0)
+    partial = tl.load(partials_ptr + row * MAX_PROGRAMS + column, mask=column < filled, other=0.0)
     folded = tl.sum(partial, 0)
     if MAX_AT >= 0:
         # tl.max drops NaN on some targets, a sum never does
         peak = tl.where(folded == folded, tl.max(partial, 0), folded)
-        folded = tl.where(row % statistics == MAX_AT, peak, folded)
+        folded = tl.where(row % STATISTICS == MAX_AT, peak, folded)
     tl.store(out_ptr + row, folded)
 
 
@@ -80,15 +132,16 @@ def new_partials(statistics: int, device: torch.device) -> Tensor:
     return torch.empty((statistics, MAX_PROGRAMS), dtype=torch.float32, device=device)
 
 
-def finalise(partials: Tensor, programs: Sequence[int], statistics: int, max_at: int = -1) -> Tensor:
-    """Folds partials [streams * statistics, MAX_PROGRAMS] into fp32 [streams, statistics], at most two streams."""
-    out = torch.empty((len(programs), statistics), dtype=torch.float32, device=partials.device)
-    _finalise_kernel[(len(programs) * statistics,)](
+def finalise(partials: Tensor, programs: Sequence[int], statistics: int, max_at: int = -1, samples: int = 1) -> Tensor:
+    """Folds partials [entries * samples * statistics, MAX_PROGRAMS] into fp32 [entries * samples, statistics]."""
+    out = torch.empty((len(programs) * samples, statistics), dtype=torch.float32, device=partials.device)
+    _finalise_kernel[(out.numel(),)](
         partials,
         out,
-        programs[0],
-        programs[-1],
-        statistics,
+        encoded(programs),
+        *encoded([samples * statistics]),
+        ENTRIES=len(programs),
+        STATISTICS=statistics,
         MAX_AT=max_at,
         MAX_PROGRAMS=MAX_PROGRAMS,
         **OPTIONS,
@@ -96,28 +149,124 @@ def finalise(partials: Tensor, programs: Sequence[int], statistics: int, max_at:
     return out
 
 
+def encoded(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes as kernels get them, decoded by ``>> 2``: never 1 and never a multiple of 16, for which Triton would
+    compile further binaries."""
+    return tuple(4 * size + 3 for size in sizes)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch for several entries (streams, branches, pairs), each with programs of its own.
+
+    Attributes:
+        width, tile: elements per group, groups per tile.
+        contiguous: whether no entry needs strides.
+        samples: second dim of the grid; every sample of an entry is reduced apart.
+        programs: of each entry.
+        sizes: encoded, ``fields`` per entry: first program, groups per sample, programs; then, where strided, groups
+            per row, rows per batch entry, and sample, batch and row stride of every tensor.
+    """
+
+    width: int
+    tile: int
+    contiguous: bool
+    samples: int
+    programs: tuple[int, ...]
+    sizes: tuple[int, ...]
+    fields: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return sum(self.programs), self.samples
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that every kernel for entries takes."""
+        return {
+            "ENTRIES": len(self.programs),
+            "FIELDS": self.fields,
+            "CONTIGUOUS": self.contiguous,
+            "VEC": self.width,
+            "R": self.tile,
+            **OPTIONS,
+        }
+
+
+def lay_out_launch(
+    strided: Sequence[Sequence[Tensor]],
+    contiguous: Sequence[Tensor] = (),
+    groups: int | None = None,
+    shrink: int = 1,
+    samples: int = 1,
+    rows: bool = False,
+) -> Launch:
+    """Sizes of a launch.
+
+    Args:
+        strided: per entry, none of them empty, its tensors that may be strided.
+        contiguous: all other tensors.
+        groups: 16-byte groups per tile, a power of two; a default that may be divided by ``shrink``.
+        samples: reduce the entries of the first dim apart.
+        rows: whether the kernel asks for rows although all is contiguous.
+    """
+    width = vector_width((t for entry in strided for t in entry), contiguous, samples)
+    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS) // shrink
+    dense = not rows and all(t.is_contiguous() for entry in strided for t in entry)
+    sizes: list[int] = []
+    programs: list[int] = []
+    for entry in strided:
+        count = entry[0].numel() // samples // width
+        fields = [sum(programs), count, program_count(count, tile)]
+        if not dense:
+            fields += _row_sizes(entry, width, samples, rows)
+        sizes += fields
+        programs.append(fields[2])
+    return Launch(width, tile, dense, samples, tuple(programs), encoded(sizes), len(sizes) // len(programs))
+
+
+def _row_sizes(entry: Sequence[Tensor], width: int, samples: int, rows: bool) -> list[int]:
+    """Groups per row, rows per batch entry, and sample, batch and row stride of every tensor."""
+    first = entry[0]
+    if not rows and all(t.is_contiguous() for t in entry):
+        # one row, so that a tensor of any number of dims may share a launch with a strided one
+        groups = first.numel() // samples // width
+        return [groups, 1, *([groups, 0, 0] * len(entry))]
+    sizes = [max(first.shape[-1] // width, 1), first.shape[-2] if first.dim() > 1 else 1]
+    for tensor in entry:
+        batch, row = (step // width for step in row_strides(tensor))
+        sizes += [batch if samples > 1 else 0, 0 if samples > 1 else batch, row]
+    return sizes
+
+
 def spread(
-    found: Sequence[Tensor], filled: Sequence[int], streams: int, statistics: int, device: torch.device
+    found: Sequence[Tensor],
+    filled: Sequence[int],
+    streams: int,
+    statistics: int,
+    device: torch.device,
+    samples: int = 1,
 ) -> Tensor:
-    """Statistics of the streams that are not empty, in their rows of fp32 [streams, statistics]; zeros elsewhere."""
+    """Statistics of the streams that are not empty, in their rows of fp32 [streams * samples, statistics]; zeros
+    elsewhere."""
     if len(found) == 1 and len(filled) == streams:
         return found[0]
-    out = torch.zeros((streams, statistics), dtype=torch.float32, device=device)
-    for row, values in zip(filled, (values for launch in found for values in launch), strict=True):
-        out[row] = values
-    return out
+    out = torch.zeros((streams, samples, statistics), dtype=torch.float32, device=device)
+    if filled:
+        out[list(filled)] = torch.cat(list(found)).view(len(filled), samples, statistics)
+    return out.view(streams * samples, statistics)
 
 
 def program_count(groups: int, tile: int) -> int:
     return min(-(-groups // tile), MAX_PROGRAMS)
 
 
-def vector_width(strided: Iterable[Tensor], contiguous: Iterable[Tensor]) -> int:
+def vector_width(strided: Iterable[Tensor], contiguous: Iterable[Tensor], samples: int = 1) -> int:
     """Elements per group: 16 bytes of the narrowest tensor, or 1 where a size, stride or address does not allow it."""
     tensors = [*strided, *contiguous]
     width = 16 // min(t.element_size() for t in tensors)
     for t in tensors:
-        if t.data_ptr() % 16 or t.numel() % width:
+        if t.data_ptr() % 16 or t.numel() % (width * samples):
             return 1
         if not t.is_contiguous() and any(step % width for step in (t.shape[-1], *row_strides(t))):
             return 1
@@ -131,24 +280,9 @@ def row_strides(tensor: Tensor) -> tuple[int, int]:
     return (batch if sizes[0] > 1 else 0), (row if sizes[1] > 1 else 0)
 
 
-def stream_sizes(strided: Sequence[Tensor], width: int, tile: int) -> list[int]:
-    """Sizes a kernel needs of one stream: groups, programs, groups per row, rows per batch entry, then the
-    batch and row stride of every tensor. All but the first two matter only where a tensor is strided."""
-    first = strided[0]
-    groups = first.numel() // width
-    sizes = [groups, program_count(groups, tile)]
-    if all(tensor.is_contiguous() for tensor in strided):
-        # one row, so that it may share a launch with a strided stream
-        return [*sizes, groups, 1, *([0, 0] * len(strided))]
-    sizes += [max(first.shape[-1] // width, 1), first.shape[-2]]
-    for tensor in strided:
-        sizes += [stride // width for stride in row_strides(tensor)]
-    return sizes
-
-
-def in_pairs(streams: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    """Streams by launch: two share one, each with its own programs."""
-    return (streams[first : first + 2] for first in range(0, len(streams), 2))
+def by_launch(entries: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """Entries as they share a launch."""
+    return (entries[first : first + MAX_ENTRIES] for first in range(0, len(entries), MAX_ENTRIES))
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
