@@ -240,6 +240,7 @@ def minimum_bytes(
     residuals: Sequence[Tensor],
     flag: Tensor | None = None,
     previous: Sequence[Tensor] | None = None,
+    *others: object,
 ) -> int:
     """Bytes that must move: outputs, inputs and previous once in, residuals once out (3S, 4S with previous)."""
     return nbytes(outputs) + nbytes(inputs) + nbytes(residuals) + nbytes(previous or ())

@@ -214,7 +214,7 @@ def pair_sums(a: Tensor, b: Tensor) -> Tensor:
     return sums
 
 
-def pair_minimum_bytes(a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
+def pair_minimum_bytes(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> int:
     """Bytes that must move: every tensor once in."""
     return nbytes(a) + nbytes(b)
 

@@ -388,9 +388,9 @@ def with_item(values: list, index: int, value: Any) -> list:
 
 
 BAD_CAPTURES: dict[str, tuple[Callable[[dict], dict], str]] = {
-    "outputs-not-a-list": (lambda g: {"outputs": g["outputs"][0]}, "outputs is a Tensor; expected a list of 1 to 4"),
+    "outputs-not-a-list": (lambda g: {"outputs": g["outputs"][0]}, "outputs is a Tensor; expected a list of 1 to 8"),
     "no-streams": (lambda g: {"outputs": []}, "outputs is a list of 0"),
-    "five-streams": (lambda g: {"outputs": [torch.ones(2)] * 5}, "outputs is a list of 5"),
+    "nine-streams": (lambda g: {"outputs": [torch.ones(2)] * 9}, "outputs is a list of 9"),
     "outputs-integers": (lambda g: {"outputs": [torch.ones(2, 3, 8, dtype=torch.int32)]}, r"outputs\[0\] is torch.int"),
     "outputs-mixed": (lambda g: {"outputs": with_item(g["outputs"], 1, torch.randn(2, 5, 8).half())}, r"outputs\[1\]"),
     "outputs-none": (lambda g: {"outputs": with_item(g["outputs"], 1, None)}, r"outputs\[1\] is a NoneType"),
@@ -463,7 +463,7 @@ BAD_COMBINATIONS: dict[str, tuple[Callable[[dict], dict], str]] = {
         lambda g: {"residuals": [[r.double() for r in stream] for stream in g["residuals"]]},
         "float64 only with float64 bases",
     ),
-    "five-streams": (lambda g: {"bases": g["bases"][:1] * 5}, "bases is a list of 5; expected a list of 1 to 4"),
+    "nine-streams": (lambda g: {"bases": g["bases"][:1] * 9}, "bases is a list of 9; expected a list of 1 to 8"),
     "grad": (lambda g: {"bases": [t.requires_grad_() for t in g["bases"]]}, "requires grad"),
 }
 
@@ -560,12 +560,12 @@ class TestRegistration:
         flag = torch.zeros(1, dtype=torch.int32) if with_flag else None
         ours = torch.ops.layercache
         torch.library.opcheck(ours.capture.default, (outputs, inputs, residuals, flag))
-        torch.library.opcheck(ours.capture_statistics.default, (outputs, inputs, residuals, flag, previous))
-        torch.library.opcheck(ours.pair_statistics.default, (outputs, inputs))
+        torch.library.opcheck(ours.capture_statistics.default, (outputs, inputs, residuals, flag, previous, with_flag))
+        torch.library.opcheck(ours.pair_statistics.default, (outputs, inputs, with_flag))
         torch.library.opcheck(ours.combination_error.default, (residuals[0], previous[:1] * 2, [1.0, 0.5, 2.0, -1.0]))
         host, device = ([0.5], None), ([], torch.tensor([0.5]))
         coefficients = host if with_flag else device
-        torch.library.opcheck(ours.linear_combination.default, (outputs, residuals, *coefficients))
+        torch.library.opcheck(ours.linear_combination.default, (outputs, residuals, *coefficients, [], []))
 
     @pytest.mark.parametrize("device", ["cuda", "cpu"])
     def test_fakes(self, device: str) -> None:

@@ -14,33 +14,65 @@ import torch
 from layercache.errors import OpInputError
 from layercache.kernels import capture as _capture_kernels
 from layercache.kernels import combine as _combine_kernels
+from layercache.kernels import compact as _compact_kernels
+from layercache.kernels import moments as _moments_kernels
 from layercache.kernels import statistics as _statistics_kernels
 from layercache.ops import dispatch
 from layercache.ops.checks import MAX_STREAMS
-from layercache.ops.combinations import linear_combination
-from layercache.ops.residuals import capture
-from layercache.ops.statistics import MAX_ERROR_TERMS, combination_error, pair_statistics
+from layercache.ops.combinations import linear_combination, linear_map
+from layercache.ops.forecasts import (
+    accumulate,
+    add_forecast,
+    capture_slope,
+    euler_step,
+    finite_difference,
+    mean_velocity,
+    newton_coefficients,
+    taylor_coefficients,
+    taylor_forecast,
+    taylor_update,
+)
+from layercache.ops.residuals import capture, capture_compact
+from layercache.ops.statistics import MAX_ERROR_TERMS, align, combination_error, gram, pair_statistics
 
 __all__ = [
     "MAX_ERROR_TERMS",
     "MAX_STREAMS",
     "MAX_TERMS",
     "OP_NAMES",
+    "accumulate",
+    "add_forecast",
+    "align",
     "backend_for",
     "capture",
+    "capture_compact",
+    "capture_slope",
     "combination_error",
+    "euler_step",
+    "finite_difference",
+    "gram",
     "linear_combination",
+    "linear_map",
+    "mean_velocity",
     "minimum_bytes",
+    "newton_coefficients",
     "pair_statistics",
+    "taylor_coefficients",
+    "taylor_forecast",
+    "taylor_update",
 ]
 
 MAX_TERMS = _combine_kernels.MAX_TERMS
 
 _BYTES: dict[str, Callable[..., int]] = {
     "capture": _capture_kernels.minimum_bytes,
+    "capture_compact": _compact_kernels.minimum_bytes,
     "pair_statistics": _statistics_kernels.pair_minimum_bytes,
     "combination_error": _statistics_kernels.combination_minimum_bytes,
     "linear_combination": _combine_kernels.minimum_bytes,
+    "linear_map": _combine_kernels.map_minimum_bytes,
+    "gram": _moments_kernels.gram_minimum_bytes,
+    "align": _moments_kernels.align_minimum_bytes,
 }
 OP_NAMES = tuple(_BYTES)
 

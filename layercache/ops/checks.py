@@ -12,7 +12,7 @@ from torch import Tensor
 from layercache.errors import OpInputError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MAX_STREAMS = 4
+MAX_STREAMS = 8
 MAX_STRIDED = 2**31
 
 
@@ -78,7 +78,8 @@ def check_tensor(
     ):
         return
     name = f"{name}[{index}]"
-    check_kind(op, name, tensor)
+    if not isinstance(tensor, Tensor) or dtype != torch.uint8:
+        check_kind(op, name, tensor)
     if tensor.shape != model.shape:
         fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(model.shape)} as {model_name}")
     if tensor.device != model.device:
@@ -149,3 +150,87 @@ def extent(tensor: Tensor) -> tuple[int, int]:
         return start, start + tensor.nbytes
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + span * tensor.element_size()
+
+
+def check_gate(op: str, name: str, gate: Any, dtype: torch.dtype, model: Tensor, model_name: str) -> None:
+    """A gate [batch, 1, channels] or [batch, channels] that is broadcast over the rows of ``model``."""
+    check_kind(op, name, gate)
+    if model.dim() != 3:
+        fail(op, model_name, f"of shape {tuple(model.shape)}", f"[batch, rows, channels] beside {name}")
+    batch, _, channels = model.shape
+    if tuple(gate.shape) not in ((batch, 1, channels), (batch, channels)):
+        fail(op, name, f"of shape {tuple(gate.shape)}", f"({batch}, 1, {channels}) or ({batch}, {channels})")
+    if gate.dtype != dtype:
+        fail(op, name, gate.dtype, f"{dtype}, one dtype for all")
+    if gate.device != model.device:
+        fail(op, name, f"on {gate.device}", f"on {model.device} as {model_name}")
+    if channels > 1 and gate.stride(-1) != 1:
+        fail(op, name, layout(gate), "a tensor whose last dim is contiguous")
+
+
+def check_written(
+    op: str,
+    name: str,
+    written: Sequence[Tensor],
+    own_name: str,
+    own: Sequence[Sequence[Tensor]],
+    others: Sequence[tuple[str, Sequence[Tensor]]],
+) -> None:
+    """Tensors that are written share memory with nothing, except exactly with a tensor in their own list."""
+    read = [(own_name, t) for t in {id(t): t for stream in own for t in stream}.values()]
+    read += [(other, t) for other, tensors in others for t in tensors]
+    for s, target in enumerate(written):
+        for k, other_target in enumerate(written):
+            if k != s and overlap(target, other_target):
+                fail(op, f"{name}[{s}]", f"in the same memory as {name}[{k}]", "memory of its own")
+        for other, tensor in read:
+            if overlap(target, tensor) and not _same_place(target, tensor, own[s]):
+                fail(op, f"{name}[{s}]", f"in the same memory as one of {other}", "memory of its own")
+
+
+def _same_place(written: Tensor, tensor: Tensor, own: Sequence[Tensor]) -> bool:
+    """Whether a written tensor is, element by element, one of its own."""
+    same = written.data_ptr() == tensor.data_ptr() and written.stride() == tensor.stride()
+    return same and written.dtype == tensor.dtype and any(tensor is t for t in own)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory; slices of one tensor along rows or channels do not."""
+    (first, last), (other_first, other_last) = extent(a), extent(b)
+    if first >= other_last or other_first >= last:
+        return False
+    if a.dim() != b.dim() or a.stride() != b.stride() or a.element_size() != b.element_size():
+        return True
+    size = a.element_size()
+    for dim in range(a.dim() - 1, 0, -1):
+        # what lies between two entries of the dim outside this one: the two take turns in it
+        period = a.stride(dim - 1) * size
+        inner_a, inner_b = (extent(t[(0,) * dim]) for t in (a, b))
+        length_a, length_b = inner_a[1] - inner_a[0], inner_b[1] - inner_b[0]
+        if period < max(length_a, length_b) or any(a.stride(d) * size % period for d in range(dim - 1)):
+            continue
+        distance = (other_first - first) % period
+        if distance >= length_a and period - distance >= length_b:
+            return False
+    return True
+
+
+def check_batches(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Tensors that share their first dim, for statistics per sample."""
+    for s, tensor in enumerate(tensors):
+        if tensor.dim() < 2 or tensor.shape[0] != tensors[0].shape[0]:
+            fail(op, f"{name}[{s}]", f"of shape {tuple(tensor.shape)}", "samples first, as many in every tensor")
+        if not tensor.is_contiguous() and tensor.dim() != 3:
+            fail(op, f"{name}[{s}]", layout(tensor), "[batch, rows, channels], or a contiguous tensor")
+
+
+def check_scales(op: str, name: str, scale: Any, model: Tensor) -> None:
+    """Scales of codes of the shape of ``model``: one number per row."""
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        found = f"{scale.dtype} {layout(scale)}" if isinstance(scale, Tensor) else describe(scale)
+        fail(op, name, found, "a contiguous float32 tensor")
+    if scale.device != model.device:
+        fail(op, name, f"on {scale.device}", f"on {model.device}")
+    rows = math.prod(model.shape[:-1])
+    if scale.numel() != rows:
+        fail(op, name, f"{scale.numel()} numbers", f"{rows}, one per row")

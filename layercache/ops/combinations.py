@@ -1,4 +1,4 @@
-"""Linear combinations of stored residuals."""
+"""Linear combinations of stored residuals, and of anything else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from torch import Tensor
 from layercache.kernels import combine as kernels
 from layercache.ops.checks import (
     MAX_STREAMS,
+    check_gate,
     check_kind,
+    check_list,
     check_no_grad,
+    check_scales,
     check_streams,
     check_tensor,
+    check_written,
     describe,
     fail,
     host_coefficients,
@@ -24,52 +28,154 @@ from layercache.ops.dispatch import Kernels, register, through_registry
 
 Coefficients = Sequence[float] | Tensor
 
-_KERNELS = Kernels(kernels.linear_combination_triton, kernels.linear_combination_reference)
+COMBINATION_KERNELS = Kernels(kernels.linear_combination_triton, kernels.linear_combination_reference)
+MAP_KERNELS = Kernels(kernels.linear_map_triton, kernels.linear_map_reference)
 
 
 def linear_combination(
-    bases: Sequence[Tensor], residuals: Sequence[Sequence[Tensor]], coefficients: Coefficients
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: Coefficients,
+    results: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
+    scales: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """``y_s = x_s + sum_k c_k r_sk`` for all streams, in one launch per two streams.
+    """``y_s = x_s + g_s * sum_k c_k r_sk`` for all streams, in one launch.
 
     Summed in fp32 in the order of k, every product rounded before it is added, the sum rounded once. One term with
     coefficient 1 is ``torch.add(x, r)`` bit by bit. A further term with coefficient 0 changes nothing, except that
     -0.0 becomes 0.0 and that NaN or infinity in the term gives NaN.
 
     Args:
-        bases: x_s, 1 to 4 streams [batch, rows, channels] of one dtype; last dim contiguous, the others may be
+        bases: x_s, 1 to 8 streams [batch, rows, channels] of one dtype; last dim contiguous, the others may be
             strided; may be empty.
         residuals: for every stream its r_sk, contiguous, of x_s's shape, all of one dtype; 1 to 8, as many for each.
         coefficients: c_k for all streams: finite host numbers, or an fp32 tensor [terms] on the same device, whose
             values a compiled graph does not depend on.
+        results: written instead of new tensors; of the bases' shapes and dtype, last dim contiguous; each may be its
+            own base, and otherwise shares no memory with any argument.
+        gates: g_s [batch, 1, channels] or [batch, channels], one for every stream; by default 1.
+        scales: when the residuals are codes of `capture_compact` (uint8): their scales, fp32, one number per row.
 
     Returns:
-        New contiguous tensors in the dtype of the bases.
+        New contiguous tensors in the dtype of the bases, or ``results``.
 
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P2, P3. Bytes: (terms + 2) S.
+    Source: methods.md §15 P2, P3, P7. Bytes: (terms + 2) S; codes count half of 16-bit terms.
     """
     op = "linear_combination"
     check_streams(op, "bases", bases, MAX_STREAMS)
-    terms = _check_residual_lists(residuals, bases)
+    terms = _check_residual_lists(residuals, bases, scales)
     everything = [*bases, *(r for stream in residuals for r in stream)]
+    if gates is not None:
+        check_list(op, "gates", gates, len(bases), len(bases))
+        for s, gate in enumerate(gates):
+            check_gate(op, f"gates[{s}]", gate, gates[0].dtype, bases[s], f"bases[{s}]")
+        everything += gates
     check_no_grad(op, everything)
     if isinstance(coefficients, Tensor):
-        _check_device_coefficients(coefficients, terms, bases[0].device)
+        _check_device_coefficients(op, coefficients, (terms,), bases[0].device)
     else:
         coefficients = host_coefficients(op, "coefficients", coefficients, terms)
+    if results is not None:
+        check_list(op, "results", results, len(bases), len(bases))
+        for s, result in enumerate(results):
+            check_tensor(op, "results", s, result, f"bases[{s}]", bases[s], bases[0].dtype)
     if through_registry(everything):
-        flat = everything[len(bases) :]
-        if isinstance(coefficients, Tensor):
-            return LINEAR_COMBINATION(bases, flat, [], coefficients)
-        return LINEAR_COMBINATION(bases, flat, coefficients, None)
-    return _KERNELS(bases, residuals, coefficients)
+        return _registered(bases, residuals, coefficients, results, gates, scales)
+    if results is not None:
+        others = [("gates", list(gates or ()))]
+        others += [("residuals", [r for stream in residuals for r in stream])]
+        check_written(op, "results", results, "bases", [[x] for x in bases], others)
+    return COMBINATION_KERNELS(bases, residuals, coefficients, results, gates, scales)
 
 
-def _check_residual_lists(residuals: Any, bases: Sequence[Tensor]) -> int:
-    """Residuals of linear_combination; the number of terms."""
+def linear_map(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Sequence[Sequence[float | None]] | Tensor,
+    factors: Sequence[float] | None = None,
+) -> None:
+    """Writes ``y_sm = f_m * sum_k M_mk x_sk`` for all streams, in one launch that reads every input once.
+
+    Summed in fp32 in the order of k, every product rounded before it is added, the factor applied last, the result
+    rounded once. All inputs of an element are read before an output is written, so an output may be one of the inputs.
+
+    Args:
+        inputs: per stream (1 to 8) its x_sk (1 to 9) of one shape [batch, rows, channels]; last dim contiguous, the
+            others may be strided; dtypes may differ between k, not between streams; may be empty.
+        outputs: per stream its y_sm (1 to 6), likewise; each may be an input of its own stream, and otherwise shares
+            no memory with any argument.
+        matrix: M [outputs, inputs], finite host numbers with None where an input is not used; or fp32 on the device.
+        factors: f_m, finite host numbers; by default 1; not with a matrix on the device.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
+    """
+    op = "linear_map"
+    count, results = _check_map_tensors(inputs, outputs)
+    flat_inputs = [x for stream in inputs for x in stream]
+    flat_outputs = [y for stream in outputs for y in stream]
+    check_no_grad(op, [*flat_inputs, *flat_outputs])
+    rows = _check_matrix(matrix, count, results, inputs[0][0].device)
+    if factors is not None:
+        if isinstance(matrix, Tensor):
+            fail(op, "factors", "given with a matrix on the device", "the factors multiplied into that matrix")
+        factors = host_coefficients(op, "factors", factors, results)
+    if through_registry([*flat_inputs, *flat_outputs]):
+        flat = [] if isinstance(matrix, Tensor) else [c for row in rows for c in row]
+        values, used = [c or 0.0 for c in flat], [c is not None for c in flat]
+        on_device = matrix if isinstance(matrix, Tensor) else None
+        LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device)
+        return
+    check_written(op, "outputs", flat_outputs, "inputs", [inputs[k // results] for k in range(len(flat_outputs))], [])
+    MAP_KERNELS.choose(inputs[0][0])(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors)
+
+
+def _check_map_tensors(inputs: Any, outputs: Any) -> tuple[int, int]:
+    """Streams of linear_map; the numbers of inputs and outputs."""
+    op = "linear_map"
+    for name, streams, most in (("inputs", inputs, kernels.MAX_INPUTS), ("outputs", outputs, kernels.MAX_OUTPUTS)):
+        if not isinstance(streams, (list, tuple)) or not 1 <= len(streams) <= MAX_STREAMS:
+            fail(op, name, describe(streams), f"a list of 1 to {MAX_STREAMS} streams, a list of tensors each")
+        if len(streams) != len(inputs):
+            fail(op, name, describe(streams), f"{len(inputs)} streams as inputs")
+        for s, stream in enumerate(streams):
+            check_list(op, f"{name}[{s}]", stream, 1, most)
+            if len(stream) != len(streams[0]):
+                fail(op, f"{name}[{s}]", describe(stream), f"{len(streams[0])} tensors as {name}[0]")
+            check_kind(op, f"{name}[{s}][0]", stream[0])
+            for k, tensor in enumerate(stream):
+                dtype = getattr(streams[0][k], "dtype", None)
+                check_tensor(op, f"{name}[{s}]", k, tensor, f"inputs[{s}][0]", inputs[s][0], dtype)
+    doubles = [t.dtype == torch.float64 for streams in (inputs, outputs) for stream in streams for t in stream]
+    if any(doubles) and not all(doubles):
+        fail(op, "inputs", "float64 beside another dtype", "float64 for all or for none")
+    return len(inputs[0]), len(outputs[0])
+
+
+def _check_matrix(matrix: Any, inputs: int, outputs: int, device: torch.device) -> list[list[float | None]]:
+    op = "linear_map"
+    if isinstance(matrix, Tensor):
+        _check_device_coefficients(op, matrix, (outputs, inputs), device, "matrix")
+        return []
+    if not isinstance(matrix, (list, tuple)) or len(matrix) != outputs:
+        fail(op, "matrix", describe(matrix), f"{outputs} rows, one per output")
+    rows: list[list[float | None]] = []
+    for m, row in enumerate(matrix):
+        if not isinstance(row, (list, tuple)):
+            fail(op, f"matrix[{m}]", describe(row), f"a list of {inputs} numbers or None, one per input")
+        filled = host_coefficients(op, f"matrix[{m}]", [0.0 if c is None else c for c in row], inputs)
+        rows.append([None if c is None else value for c, value in zip(row, filled, strict=True)])
+    return rows
+
+
+def _check_residual_lists(residuals: Any, bases: Sequence[Tensor], scales: Any) -> int:
+    """Residuals of linear_combination and their scales; the number of terms."""
     op = "linear_combination"
     if not isinstance(residuals, (list, tuple)) or len(residuals) != len(bases):
         fail(op, "residuals", describe(residuals), f"a list of {len(bases)}, one list of residuals per stream")
@@ -80,37 +186,122 @@ def _check_residual_lists(residuals: Any, bases: Sequence[Tensor]) -> int:
         if len(stream) != len(residuals[0]):
             fail(op, f"residuals[{s}]", describe(stream), f"{len(residuals[0])} terms as residuals[0]")
         if dtype is None:
-            check_kind(op, "residuals[0][0]", stream[0])
-            dtype = stream[0].dtype
+            if scales is None:
+                check_kind(op, "residuals[0][0]", stream[0])
+            dtype = torch.uint8 if scales is not None else stream[0].dtype
         for k, residual in enumerate(stream):
             check_tensor(op, f"residuals[{s}]", k, residual, f"bases[{s}]", bases[s], dtype, contiguous=True)
     if dtype != bases[0].dtype and torch.float64 in (dtype, bases[0].dtype):
         fail(op, "residuals[0][0]", dtype, f"float64 only with float64 bases, here {bases[0].dtype}")
+    if scales is not None:
+        _check_scales(scales, residuals)
     return len(residuals[0])
 
 
-def _check_device_coefficients(coefficients: Tensor, terms: int, device: torch.device) -> None:
-    op, name = "linear_combination", "coefficients"
-    if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or not coefficients.is_contiguous():
-        fail(op, name, f"{coefficients.dtype} {layout(coefficients)}", "float32, of one dim and contiguous")
-    if coefficients.shape[0] != terms:
-        fail(op, name, f"{coefficients.shape[0]} numbers", f"{terms}, one per term")
+def _check_scales(scales: Any, residuals: Sequence[Sequence[Tensor]]) -> None:
+    op = "linear_combination"
+    check_list(op, "scales", scales, len(residuals), len(residuals))
+    for s, stream in enumerate(scales):
+        check_list(op, f"scales[{s}]", stream, len(residuals[s]), len(residuals[s]))
+        for k, scale in enumerate(stream):
+            check_scales(op, f"scales[{s}][{k}]", scale, residuals[s][k])
+
+
+def _check_device_coefficients(
+    op: str, coefficients: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "coefficients"
+) -> None:
+    if coefficients.dtype != torch.float32 or coefficients.dim() != len(shape) or not coefficients.is_contiguous():
+        expected = "float32, of one dim and contiguous" if len(shape) == 1 else "float32, of two dims and contiguous"
+        fail(op, name, f"{coefficients.dtype} {layout(coefficients)}", expected)
+    if tuple(coefficients.shape) != shape:
+        numbers = " x ".join(map(str, coefficients.shape))
+        fail(op, name, f"{numbers} numbers", " x ".join(map(str, shape)) + ", one per term")
     if coefficients.device != device:
-        fail(op, name, f"on {coefficients.device}", f"on {device} as bases[0], or host numbers")
+        fail(op, name, f"on {coefficients.device}", f"on {device} as the tensors, or host numbers")
+
+
+def _registered(
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: list[float] | Tensor,
+    results: Sequence[Tensor] | None,
+    gates: Sequence[Tensor] | None,
+    scales: Sequence[Sequence[Tensor]] | None,
+) -> list[Tensor]:
+    """linear_combination through torch.library."""
+    flat = [r for stream in residuals for r in stream]
+    host, on_device = ([], coefficients) if isinstance(coefficients, Tensor) else (coefficients, None)
+    others = (list(gates or ()), [scale for stream in scales or () for scale in stream])
+    if results is None:
+        return LINEAR_COMBINATION(bases, flat, host, on_device, *others)
+    LINEAR_COMBINATION_OUT(results, bases, flat, host, on_device, *others)
+    return list(results)
+
+
+def _rows(flat: list[Tensor], streams: int) -> list[list[Tensor]]:
+    """Per stream its tensors; a schema can hold flat lists only."""
+    each = len(flat) // streams
+    return [flat[k : k + each] for k in range(0, len(flat), each)] if each else []
 
 
 def _linear_combination(
-    bases: list[Tensor], residuals: list[Tensor], host: list[float], on_device: Tensor | None
+    bases: list[Tensor],
+    residuals: list[Tensor],
+    host: list[float],
+    on_device: Tensor | None,
+    gates: list[Tensor],
+    scales: list[Tensor],
+    results: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """With the flat residuals a schema can hold."""
-    q = len(residuals) // len(bases)
-    streams = [residuals[k : k + q] for k in range(0, len(residuals), q)]
-    return _KERNELS(bases, streams, host if on_device is None else on_device)
+    streams = len(bases)
+    coefficients = host if on_device is None else on_device
+    nested = _rows(scales, streams) or None
+    return COMBINATION_KERNELS(bases, _rows(residuals, streams), coefficients, results, gates or None, nested)
+
+
+def _linear_combination_out(
+    results: list[Tensor],
+    bases: list[Tensor],
+    residuals: list[Tensor],
+    host: list[float],
+    on_device: Tensor | None,
+    gates: list[Tensor],
+    scales: list[Tensor],
+) -> None:
+    _linear_combination(bases, residuals, host, on_device, gates, scales, results)
+
+
+def _linear_map(
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    streams: int,
+    values: list[float],
+    used: list[bool],
+    factors: list[float],
+    on_device: Tensor | None,
+) -> None:
+    nested = _rows(inputs, streams)
+    count = len(nested[0])
+    flat = [value if use else None for value, use in zip(values, used, strict=True)]
+    matrix = on_device if on_device is not None else [flat[k : k + count] for k in range(0, len(flat), count)]
+    MAP_KERNELS.choose(inputs[0])(nested, _rows(outputs, streams), matrix, factors or None)
 
 
 LINEAR_COMBINATION = register(
-    "linear_combination(Tensor[] bases, Tensor[] residuals, float[] coefficients, Tensor? device_coefficients) "
-    "-> Tensor[]",
+    "linear_combination(Tensor[] bases, Tensor[] residuals, float[] coefficients, Tensor? device_coefficients, "
+    "Tensor[] gates, Tensor[] scales) -> Tensor[]",
     _linear_combination,
-    lambda bases, residuals, coefficients, device_coefficients: [x.new_empty(x.shape) for x in bases],
+    lambda bases, residuals, coefficients, device_coefficients, gates, scales: [x.new_empty(x.shape) for x in bases],
+)
+LINEAR_COMBINATION_OUT = register(
+    "linear_combination_out(Tensor(a!)[] results, Tensor[] bases, Tensor[] residuals, float[] coefficients, "
+    "Tensor? device_coefficients, Tensor[] gates, Tensor[] scales) -> ()",
+    _linear_combination_out,
+    lambda *arguments: None,
+)
+LINEAR_MAP = register(
+    "linear_map(Tensor[] inputs, Tensor(a!)[] outputs, int streams, float[] matrix, bool[] used, float[] factors, "
+    "Tensor? device_matrix) -> ()",
+    _linear_map,
+    lambda *arguments: None,
 )

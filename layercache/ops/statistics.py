@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from layercache.kernels import moments
 from layercache.kernels import statistics as kernels
 from layercache.ops.checks import (
+    check_batches,
     check_kind,
     check_layout,
     check_like,
@@ -26,32 +28,38 @@ MAX_ERROR_TERMS = 24  # non-zero coefficients in one set of combination_error
 
 CoefficientSets = Any  # host numbers [sets, terms]: nested sequences, a NumPy array or a CPU tensor
 
-_PAIRS = Kernels(kernels.pair_statistics_triton, kernels.pair_statistics_reference)
-_ERRORS = Kernels(kernels.combination_error_triton, kernels.combination_error_reference)
+PAIR_KERNELS = Kernels(kernels.pair_statistics_triton, kernels.pair_statistics_reference)
+ERROR_KERNELS = Kernels(kernels.combination_error_triton, kernels.combination_error_reference)
+GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference)
+ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference)
 
 
-def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     """``{sum|a-b|, sum|a|, sum|b|, sum (a-b)^2, sum a^2, sum b^2, sum a*b, max|a-b|}`` of every pair, in one pass.
 
     Args:
         a, b: tensors [batch, rows, channels], pair by pair of one shape, all of one dtype; last dim contiguous, the
-            others may be strided; empty ones give zeros.
+            others may be strided; empty ones give zeros. Channel segments are pairs of slices ``a[..., lo:hi]``.
+        per_sample: statistics of each entry of the first dim, in rows pair by pair; the pairs share that dim.
 
     Returns:
-        fp32 [pairs, 8], the same bits on every call. NaN anywhere gives NaN, also in the maximum.
+        fp32 [pairs, 8], per sample [pairs * batch, 8], the same bits on every call. NaN anywhere gives NaN, also in
+        the maximum.
 
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P6. Bytes: 2S.
+    Source: methods.md §15 P6, P6s. Bytes: 2S.
     """
     check_streams("pair_statistics", "a", a)
     check_like("pair_statistics", "b", b, "a", a, a[0].dtype)
     everything = [*a, *b]
     check_no_grad("pair_statistics", everything)
+    if per_sample:
+        check_batches("pair_statistics", "a", a)
     if through_registry(everything):
-        return PAIR_STATISTICS(a, b)
-    return _PAIRS(a, b)
+        return PAIR_STATISTICS(a, b, per_sample)
+    return PAIR_KERNELS(a, b, per_sample)
 
 
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: CoefficientSets) -> Tensor:
@@ -82,7 +90,61 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     rows = _coefficient_rows(coefficients, len(terms))
     if through_registry([target, *terms]):
         return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
-    return _ERRORS(target, terms, rows)
+    return ERROR_KERNELS(target, terms, rows)
+
+
+def gram(tensors: Sequence[Tensor]) -> Tensor:
+    """Gram matrix ``G_ij = sum x_i * x_j`` of tensors, in one pass.
+
+    Args:
+        tensors: x_i, one or more, contiguous, of one shape and dtype; may be empty.
+
+    Returns:
+        fp32 [n, n], symmetric, the same bits on every call.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: methods.md §15 P6, §17. Bytes: n S; more than eight tensors are read several times on the GPU.
+    """
+    op = "gram"
+    check_list(op, "tensors", tensors, 1)
+    check_kind(op, "tensors[0]", tensors[0])
+    for k, tensor in enumerate(tensors):
+        check_tensor(op, "tensors", k, tensor, "tensors[0]", tensors[0], tensors[0].dtype, contiguous=True)
+    check_no_grad(op, tensors)
+    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS(tensors)
+
+
+def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
+    """``x + r_b + gamma * (r_a - r_b)``, ``gamma = clip(sum|y - x - p_b| / sum|p_a - p_b|, 1, 1.5)``.
+
+    The coefficient stays on the device. It is 1 where the ratio is not a number.
+
+    Args:
+        x: input of the blocks, contiguous.
+        y: output of the probe blocks for x.
+        probes: p_a and p_b, residuals of the probe blocks at the newest and the second newest computed step.
+        residuals: r_a and r_b, residuals of all blocks at those steps. All of x's shape and dtype, contiguous.
+
+    Returns:
+        A new tensor like x.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: DiCache; methods.md §15 P8. Bytes: 8 S.
+    """
+    op = "align"
+    check_kind(op, "x", x)
+    check_layout(op, "x", x, contiguous=True)
+    for name, tensors, count in (("y", [y], 1), ("probes", probes, 2), ("residuals", residuals, 2)):
+        check_list(op, name, tensors, count, count)
+        for k, tensor in enumerate(tensors):
+            check_tensor(op, name, k, tensor, "x", x, x.dtype, contiguous=True)
+    everything = [x, y, *probes, *residuals]
+    check_no_grad(op, everything)
+    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS(x, y, probes, residuals)
 
 
 def _coefficient_rows(coefficients: CoefficientSets, terms: int) -> list[list[float]]:
@@ -104,13 +166,15 @@ def _coefficient_rows(coefficients: CoefficientSets, terms: int) -> list[list[fl
 def _combination_error(target: Tensor, terms: list[Tensor], coefficients: list[float]) -> Tensor:
     """With the flat coefficients a schema can hold."""
     q = len(terms)
-    return _ERRORS(target, terms, [coefficients[k : k + q] for k in range(0, len(coefficients), q)])
+    return ERROR_KERNELS(target, terms, [coefficients[k : k + q] for k in range(0, len(coefficients), q)])
 
 
 PAIR_STATISTICS = register(
-    "pair_statistics(Tensor[] a, Tensor[] b) -> Tensor",
-    _PAIRS,
-    lambda a, b: new_statistics(a[0], len(a), kernels.PAIR_STATISTICS),
+    "pair_statistics(Tensor[] a, Tensor[] b, bool per_sample) -> Tensor",
+    PAIR_KERNELS,
+    lambda a, b, per_sample: new_statistics(
+        a[0], len(a) * (a[0].shape[0] if per_sample else 1), kernels.PAIR_STATISTICS
+    ),
 )
 COMBINATION_ERROR = register(
     "combination_error(Tensor target, Tensor[] terms, float[] coefficients) -> Tensor",
@@ -118,4 +182,14 @@ COMBINATION_ERROR = register(
     lambda target, terms, coefficients: new_statistics(
         target, len(coefficients) // len(terms), kernels.ERROR_STATISTICS
     ),
+)
+GRAM = register(
+    "gram(Tensor[] tensors) -> Tensor",
+    GRAM_KERNELS,
+    lambda tensors: new_statistics(tensors[0], len(tensors), len(tensors)),
+)
+ALIGN = register(
+    "align(Tensor x, Tensor y, Tensor p_a, Tensor p_b, Tensor r_a, Tensor r_b) -> Tensor",
+    lambda x, y, p_a, p_b, r_a, r_b: ALIGN_KERNELS(x, y, [p_a, p_b], [r_a, r_b]),
+    lambda x, *others: x.new_empty(x.shape),
 )
