@@ -58,10 +58,12 @@ def _gram_kernel(
         values = ()
         for i in tl.static_range(TENSORS):
             values = values + (tl.load(pointers[i] + off, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        updated = ()
         for i in tl.static_range(TENSORS):
             for j in tl.static_range(i, TENSORS):
-                at = i * TENSORS - i * (i - 1) // 2 + j - i
-                sums = sums[:at] + (sums[at] + tl.sum(values[i] * values[j], 1),) + sums[at + 1 :]
+                total = sums[i * TENSORS - i * (i - 1) // 2 + j - i] + tl.sum(values[i] * values[j], 1)
+                updated = updated + (total,)  # type: ignore[assignment]
+        sums = updated
     for at in tl.static_range(TENSORS * (TENSORS + 1) // 2):
         tl.store(partials_ptr + at * MAX_PROGRAMS + pid, tl.sum(sums[at], 0))
 

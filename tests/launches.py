@@ -55,7 +55,9 @@ def load(folder: Path) -> Callable[[str], ModuleType]:
 def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
     import torch
 
-    capture, combine, statistics, compact = map(module, ("capture", "combine", "statistics", "compact"))
+    capture, combine, statistics, compact, moments = map(
+        module, ("capture", "combine", "statistics", "compact", "moments")
+    )
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -128,6 +130,8 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         "taylor update": Launch(linear, lambda: map_of(3, taylor, factors=[1.0, 1.0, 1.0]), 12, 96),
         "taylor": Launch(linear, lambda: map_of(2, [[1.0, 0.5]]), 6, 48),
         "error": Launch(error, lambda: statistics.combination_error_triton(one, many(SETS), sets), 2 * (SETS + 2), 96),
+        "gram": Launch("_gram_kernel", lambda: moments.gram_triton(many(8)), 16, 144),
+        "sums": Launch("_linear_sums_kernel", lambda: moments.align_triton(one, one, many(2), many(2)), 8, 64),
         "capture codes": Launch(
             "_capture_compact_kernel",
             lambda: compact.capture_compact_triton(

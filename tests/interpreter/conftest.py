@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from layercache.kernels import moments, statistics, tiles
+from torch import Tensor
+
+from interpreter.support import CASES, DTYPES, Case, Memory
 
 HERE = Path(__file__).parent
 
@@ -49,3 +55,33 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    """Guarded memory, also for what the launchers allocate themselves."""
+    memory = Memory(case.shift)
+
+    def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return memory.tensor(shape, dtype)
+
+    def program_count(groups: int, tile: int) -> int:
+        return min(-(-groups // tile), case.programs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles.torch, "empty", empty)
+        patched.setattr(tiles, "program_count", program_count)
+        patched.setattr(statistics, "program_count", program_count)
+        patched.setattr(moments, "program_count", program_count)
+        yield memory
+    memory.check()
