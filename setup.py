@@ -1,5 +1,6 @@
 """The parts of the build that must be code; all metadata is in pyproject.toml."""
 
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -25,7 +26,18 @@ class BuildExt(build_ext):
             for extension in self.extensions:
                 # Contracted multiply-adds would let the same table give another schedule on another machine.
                 extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
+            if sys.platform == "linux":
+                self.add_openmp()
         super().build_extensions()
+
+    def add_openmp(self) -> None:
+        """OpenMP for the CPU kernels, but no library of it: they share the threads of torch's (ops/native.py).
+
+        Symbols are bound at once, so that a process without that library fails to import and not to run.
+        """
+        (kernels,) = (extension for extension in self.extensions if extension.name == "layercache._cpu")
+        kernels.extra_compile_args += ["-fopenmp"]
+        kernels.extra_link_args += ["-Wl,-z,now"]
 
 
 setup(
@@ -38,7 +50,14 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(glob("csrc/*.hpp")),
             cxx_std=17,
-        )
+        ),
+        Pybind11Extension(
+            "layercache._cpu",
+            sorted(glob("csrc/cpu/*.cpp")),
+            include_dirs=["csrc/cpu"],
+            depends=sorted(glob("csrc/cpu/*.hpp") + glob("csrc/cpu/*.inl")),
+            cxx_std=17,
+        ),
     ],
     cmdclass={"build_ext": BuildExt},
 )

@@ -200,14 +200,14 @@ def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | 
         return finalise(partials, [programs], 2 * outputs).view(outputs, 2)
 
 
-_ALIGNMENT: Matrix = [[1.0, -1.0, -1.0, None], [None, None, -1.0, 1.0]]
+ALIGNMENT: Matrix = [[1.0, -1.0, -1.0, None], [None, None, -1.0, 1.0]]
 
 
 def align_triton(
     x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor], groups: int | None = None
 ) -> Tensor:
     """`align_reference` in two launches over full tensors and two tiny ones."""
-    sums = linear_sums_triton([y, x, probes[1], probes[0]], _ALIGNMENT, groups)
+    sums = linear_sums_triton([y, x, probes[1], probes[0]], ALIGNMENT, groups)
     coefficients = torch.empty(2, dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _gamma_kernel[(1,)](sums, coefficients, MAX_GAMMA=MAX_GAMMA, **OPTIONS)
@@ -272,7 +272,7 @@ def align_reference(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: S
 
     Source: DiCache; methods.md §15 P8. Bytes: 8 S.
     """
-    sums = linear_sums_reference([y, x, probes[1], probes[0]], _ALIGNMENT)
+    sums = linear_sums_reference([y, x, probes[1], probes[0]], ALIGNMENT)
     ratio = sums[0, 0] / sums[1, 0]
     gamma = torch.where((sums[1, 0] > 0) & (ratio > 1), ratio.clamp(max=MAX_GAMMA), torch.ones_like(ratio))
     coefficients = torch.stack([1 - gamma, gamma])

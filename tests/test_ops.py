@@ -673,7 +673,7 @@ class TestBytesAndBackends:
 
     @pytest.mark.parametrize("name", ops.OP_NAMES)
     def test_backends(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert ops.backend_for(name, "cpu")[0] == "reference"
+        assert ops.backend_for(name, "cpu")[0] == "native"
         monkeypatch.setattr(dispatch, "triton", None)
         backend, reason = ops.backend_for(name, torch.device("cuda", 0))
         assert backend == "unavailable" and "pip install" in reason

@@ -17,7 +17,7 @@ from layercache.kernels import combine as _combine_kernels
 from layercache.kernels import compact as _compact_kernels
 from layercache.kernels import moments as _moments_kernels
 from layercache.kernels import statistics as _statistics_kernels
-from layercache.ops import dispatch
+from layercache.ops import dispatch, native
 from layercache.ops.checks import MAX_STREAMS
 from layercache.ops.combinations import linear_combination, linear_map
 from layercache.ops.forecasts import (
@@ -91,7 +91,8 @@ def minimum_bytes(op: str, *arguments: Any) -> int:
 def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:
     """Which implementation ``op`` uses on ``device``: ``(backend, reason)``.
 
-    Backends are ``"triton"``, ``"reference"`` (eager PyTorch) and ``"unavailable"``.
+    Backends are ``"triton"``, ``"native"`` (compiled for the CPU), ``"reference"`` (eager PyTorch) and
+    ``"unavailable"``. float64 tensors always take the reference.
 
     Raises:
         OpInputError: no op of that name.
@@ -100,7 +101,9 @@ def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:
         raise OpInputError(f"there is no op {op!r}; the ops are {', '.join(OP_NAMES)}")
     kind = torch.device(device).type
     if kind == "cpu":
-        return "reference", "tensors on the CPU use PyTorch's own operations"
+        if native.UNAVAILABLE:
+            return "reference", f"{native.UNAVAILABLE}: PyTorch's own operations take their place"
+        return "native", native.describe()
     if kind != "cuda":
         return "unavailable", f"there is no kernel for {kind!r} tensors; move them to the CPU or a CUDA or ROCm GPU"
     if dispatch.triton is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layercache.kernels import combine as kernels
+from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
     check_gate,
@@ -28,8 +29,12 @@ from layercache.ops.dispatch import Kernels, register, through_registry
 
 Coefficients = Sequence[float] | Tensor
 
-COMBINATION_KERNELS = Kernels(kernels.linear_combination_triton, kernels.linear_combination_reference)
-MAP_KERNELS = Kernels(kernels.linear_map_triton, kernels.linear_map_reference)
+COMBINATION_KERNELS = Kernels(
+    kernels.linear_combination_triton,
+    kernels.linear_combination_reference,
+    native.if_available(native.linear_combination),
+)
+MAP_KERNELS = Kernels(kernels.linear_map_triton, kernels.linear_map_reference, native.if_available(native.linear_map))
 
 
 def linear_combination(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layercache.kernels import capture as kernels
 from layercache.kernels import compact as compact_kernels
+from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
     check_batches,
@@ -25,8 +26,12 @@ from layercache.ops.checks import (
 )
 from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
 
-CAPTURE_KERNELS = Kernels(kernels.capture_triton, kernels.capture_reference)
-COMPACT_KERNELS = Kernels(compact_kernels.capture_compact_triton, compact_kernels.capture_compact_reference)
+CAPTURE_KERNELS = Kernels(kernels.capture_triton, kernels.capture_reference, native.if_available(native.capture))
+COMPACT_KERNELS = Kernels(
+    compact_kernels.capture_compact_triton,
+    compact_kernels.capture_compact_reference,
+    native.if_available(native.capture_compact),
+)
 
 
 def capture(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layercache.kernels import moments
 from layercache.kernels import statistics as kernels
+from layercache.ops import native
 from layercache.ops.checks import (
     check_batches,
     check_kind,
@@ -28,10 +29,14 @@ MAX_ERROR_TERMS = 24  # non-zero coefficients in one set of combination_error
 
 CoefficientSets = Any  # host numbers [sets, terms]: nested sequences, a NumPy array or a CPU tensor
 
-PAIR_KERNELS = Kernels(kernels.pair_statistics_triton, kernels.pair_statistics_reference)
-ERROR_KERNELS = Kernels(kernels.combination_error_triton, kernels.combination_error_reference)
-GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference)
-ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference)
+PAIR_KERNELS = Kernels(
+    kernels.pair_statistics_triton, kernels.pair_statistics_reference, native.if_available(native.pair_statistics)
+)
+ERROR_KERNELS = Kernels(
+    kernels.combination_error_triton, kernels.combination_error_reference, native.if_available(native.combination_error)
+)
+GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
+ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference, native.if_available(native.align))
 
 
 def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:

@@ -1,0 +1,86 @@
+// Python's side of the native ops: views in, sums out. The caller has validated everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "kernels.hpp"
+#include "loops.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+using namespace layercache::cpu;
+
+namespace {
+
+View make_view(std::uintptr_t data, int dtype, std::int64_t batch, std::int64_t rows, std::int64_t cols,
+               std::int64_t batch_stride, std::int64_t row_stride) {
+    if (dtype < 0 || dtype > 3 || batch < 0 || rows < 0 || cols < 0)
+        throw std::invalid_argument("not a view of a tensor");
+    return {reinterpret_cast<char*>(data), static_cast<Dtype>(dtype), batch, rows, cols, batch_stride, row_stride};
+}
+
+std::pair<bool, Sums> bind_capture(const Views& outputs, const Views& inputs, const Views& residuals,
+                                   const Views& previous, int statistics, std::int64_t samples, bool look,
+                                   int threads) {
+    Sums sums;
+    const bool bad = capture(outputs, inputs, residuals, previous, statistics, samples, look, threads, sums);
+    return {bad, sums};
+}
+
+void bind_map(const Views& inputs, const Views& outputs, const std::vector<std::optional<float>>& coefficients,
+              const std::vector<float>& factors, bool base, const std::optional<View>& gate, const Views& scales,
+              int threads) {
+    Map map;
+    map.base = base;
+    map.factors = factors;
+    for (const auto& c : coefficients) {
+        map.coefficients.push_back(c.value_or(0.0f));
+        map.used.push_back(c.has_value());
+    }
+    if (map.coefficients.size() != inputs.size() * outputs.size() || inputs.size() > 9 || outputs.size() > 6)
+        throw std::invalid_argument("coefficients do not fit inputs and outputs");
+    std::vector<const float*> rows;
+    for (const View& view : scales) rows.push_back(reinterpret_cast<const float*>(view.data));
+    linear_map(inputs, outputs, map, gate, rows, threads);
+}
+
+Sums bind_linear_sums(const Views& tensors, const std::vector<std::optional<float>>& coefficients, int threads) {
+    Map map;
+    for (const auto& c : coefficients) {
+        map.coefficients.push_back(c.value_or(0.0f));
+        map.used.push_back(c.has_value());
+    }
+    return linear_sums(tensors, map, static_cast<int>(coefficients.size() / tensors.size()), threads);
+}
+
+bool bind_compact(const View& output, const View& before, const View& codes, const View& scales, bool look,
+                  int threads) {
+    return capture_compact(output, before, codes, reinterpret_cast<float*>(scales.data), look, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
+    using guard = py::call_guard<py::gil_scoped_release>;
+    py::class_<View>(module, "View").def(py::init(&make_view));
+    module.def("capture", &bind_capture, guard());
+    module.def("capture_compact", &bind_compact, guard());
+    module.def("pair_statistics", &pair_statistics, guard());
+    module.def("linear_map", &bind_map, guard());
+    module.def("combination_error", &combination_error, guard());
+    module.def("gram", &gram, guard());
+    module.def("linear_sums", &bind_linear_sums, guard());
+    module.def("instruction_set", [] { return active().name; });
+    module.def("use_instruction_set", [](const std::string& name) { return activate(name.c_str()); });
+    module.def("parallel", [] {
+#ifdef _OPENMP
+        return omp_get_max_threads();
+#else
+        return 1;
+#endif
+    });
+}

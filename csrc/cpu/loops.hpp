@@ -1,0 +1,51 @@
+// The inner loops, compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include <cstddef>
+
+#include "view.hpp"
+
+namespace layercache::cpu {
+
+// Elements that are worked on at a time: a dozen buffers of them stay in the first-level cache.
+constexpr std::int64_t CHUNK = 1024;
+constexpr int PAIR_STATISTICS = 8;
+
+using Size = std::int64_t;
+
+struct Loops {
+    const char* name;
+    // Numbers of any dtype to and from fp32; rounded to nearest, ties to even.
+    void (*load)(const void* from, Dtype dtype, float* to, Size n);
+    void (*store)(const float* from, void* to, Dtype dtype, Size n);
+    // y = x_0 + sum over k >= 1, or, without base, factor * sum over all k of c_k x_k; inputs and output of one
+    // dtype, every product rounded before it is added.
+    void (*map_same)(const void* const* x, const float* c, int count, bool base, float factor, void* y, Dtype dtype,
+                     Size n);
+    // y = c x; y += c x; y *= c; y = x + g y; y = x - z.
+    void (*scale)(const float* x, float c, float* y, Size n);
+    void (*add_scaled)(const float* x, float c, float* y, Size n);
+    void (*multiply)(float* y, float c, Size n);
+    void (*gate)(const float* x, const float* g, float* y, Size n);
+    void (*subtract)(const float* x, const float* z, float* y, Size n);
+    // Whether NaN or infinity is among the numbers.
+    bool (*has_bad)(const float* x, Size n);
+    // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|.
+    void (*pair_sums)(const float* a, const float* b, Size n, double* sums);
+    // Adds {|x|, x^2} to sums[0..1].
+    void (*norms)(const float* x, Size n, double* sums);
+    // Adds {|e|, e^2} of e = sum_k c_k x_k - t to sums[0..1].
+    void (*error_norms)(const float* const* x, const float* c, int count, const float* t, Size n, double* sums);
+    double (*dot)(const float* a, const float* b, Size n);
+    float (*peak)(const float* x, Size n);
+    // fp8 e4m3 codes: of numbers times a power of two; and back.
+    void (*encode)(const float* x, float inverse, std::uint8_t* codes, Size n);
+    void (*decode)(const std::uint8_t* codes, float scale, float* x, Size n);
+};
+
+// The best the processor has, or the one of that name ("base", "avx2", "avx512"); nullptr if it has not.
+const Loops* loops(const char* name = nullptr);
+const Loops& active();
+bool activate(const char* name);
+
+}  // namespace layercache::cpu

@@ -1,0 +1,20 @@
+// The loops for processors with AVX2.
+#include "loops.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+// behind all includes, whose inline functions must not be compiled for this processor alone
+#pragma GCC target("avx2,f16c,bmi,bmi2")
+
+namespace layercache::cpu::avx2 {
+constexpr const char* NAME = "avx2";
+#include "loops.inl"
+extern const Loops* const table_of;
+const Loops* const table_of = &table;
+}  // namespace layercache::cpu::avx2
+#endif

@@ -1,0 +1,20 @@
+// The loops for processors with AVX512.
+#include "loops.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+// behind all includes, whose inline functions must not be compiled for this processor alone
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,bmi,bmi2,prefer-vector-width=512")
+
+namespace layercache::cpu::avx512 {
+constexpr const char* NAME = "avx512";
+#include "loops.inl"
+extern const Loops* const table_of;
+const Loops* const table_of = &table;
+}  // namespace layercache::cpu::avx512
+#endif

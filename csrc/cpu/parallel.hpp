@@ -1,0 +1,81 @@
+// Chunks of tensors of one shape, shared out to threads; sums in an order that does not depend on their number.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "loops.hpp"
+
+namespace layercache::cpu {
+
+// Parts of the work whose sums are kept apart; also the most threads that find work.
+constexpr std::int64_t PARTS = 64;
+// A tensor smaller than this is not worth waking other threads.
+constexpr std::int64_t SMALL = 65536;
+
+// Chunks of rows of views of one shape.
+struct Space {
+    std::int64_t rows, cols, chunks_per_row, chunks;
+
+    explicit Space(const View& view)
+        : rows(view.batch * view.rows),
+          cols(view.cols),
+          chunks_per_row((view.cols + CHUNK - 1) / CHUNK),
+          chunks(view.numel() ? rows * chunks_per_row : 0) {}
+};
+
+struct Chunk {
+    std::int64_t row, column, size;
+
+    char* at(const View& view) const { return view.row(row) + column * size_of(view.dtype); }
+};
+
+int threads_for(std::int64_t elements, int threads);
+// Calls work(first chunk, last chunk, part) for every part, in parallel.
+void for_parts(std::int64_t chunks, int threads, const std::function<void(std::int64_t, std::int64_t, int)>& work);
+
+template <class Work>
+void for_chunks(const Space& space, int threads, Work&& work) {
+    for_parts(space.chunks, threads_for(space.rows * space.cols, threads),
+              [&](std::int64_t first, std::int64_t last, int part) {
+                  for (std::int64_t index = first; index < last; ++index) {
+                      const std::int64_t row = index / space.chunks_per_row;
+                      const std::int64_t column = (index - row * space.chunks_per_row) * CHUNK;
+                      work(Chunk{row, column, std::min(CHUNK, space.cols - column)}, part);
+                  }
+              });
+}
+
+// Room for the sums of every part, folded in their order.
+class Partials {
+public:
+    explicit Partials(int count) : count_(count), values_(PARTS * std::size_t(count), 0.0) {}
+    double* part(int index) { return values_.data() + std::size_t(index) * count_; }
+
+    std::vector<double> sum() const {
+        std::vector<double> total(count_, 0.0);
+        for (std::int64_t p = 0; p < PARTS; ++p)
+            for (int s = 0; s < count_; ++s) total[s] += values_[p * count_ + s];
+        return total;
+    }
+    double maximum(int at) const;
+
+private:
+    int count_;
+    std::vector<double> values_;
+};
+
+// One fp32 buffer of a chunk.
+struct alignas(64) Buffer {
+    float values[CHUNK];
+};
+
+// A chunk as fp32: in place if it is, else converted.
+inline const float* read(const Loops& loops, const View& view, const Chunk& chunk, Buffer& buffer) {
+    const char* from = chunk.at(view);
+    if (view.dtype == Dtype::float32) return reinterpret_cast<const float*>(from);
+    loops.load(from, view.dtype, buffer.values, chunk.size);
+    return buffer.values;
+}
+
+}  // namespace layercache::cpu

@@ -1,0 +1,170 @@
+"""The compiled CPU path: the references' functions on `layercache._cpu`, which sees memory and sizes, not tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.kernels.capture import statistics_count
+from layercache.kernels.combine import Matrix, as_rows, new_like
+from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or why there is none.
+
+    It leaves the symbols of OpenMP to the library that torch has loaded already, so that both share one pool of
+    threads; where torch has another runtime, the compiler's own is loaded.
+    """
+    if os.environ.get("LAYERCACHE_CPU") == "reference":
+        return None, "LAYERCACHE_CPU=reference is set"
+    try:
+        return importlib.import_module("layercache._cpu"), ""
+    except ImportError as error:
+        reason = str(error)
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        return importlib.import_module("layercache._cpu"), ""
+    except (ImportError, OSError):
+        return None, f"the compiled CPU kernels do not load ({reason})"
+
+
+_cpu, UNAVAILABLE = _load()
+
+
+def describe() -> str:
+    """Instruction set and number of threads."""
+    assert _cpu is not None
+    return f"{_cpu.instruction_set()}, {torch.get_num_threads()} threads"
+
+
+def if_available(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function, or ``None`` where the extension is missing."""
+    return None if _cpu is None else function
+
+
+def view(tensor: Tensor) -> Any:
+    """A tensor of up to three dims, or a contiguous one of any, as [batch, rows, cols]."""
+    code = _CODES[tensor.dtype]
+    if tensor.dim() == 3:
+        return _cpu.View(tensor.data_ptr(), code, *tensor.shape, tensor.stride(0), tensor.stride(1))  # type: ignore
+    if tensor.dim() == 2:
+        rows, cols = tensor.shape
+        return _cpu.View(tensor.data_ptr(), code, 1, rows, cols, 0, tensor.stride(0))  # type: ignore[union-attr]
+    cols = tensor.shape[-1] if tensor.dim() else 1
+    rows = tensor.numel() // cols if cols else 0
+    return _cpu.View(tensor.data_ptr(), code, 1, rows, cols, 0, cols)  # type: ignore[union-attr]
+
+
+def views(tensors: Iterable[Tensor]) -> list[Any]:
+    return [view(t) for t in tensors]
+
+
+def sample_views(tensors: Iterable[Tensor], per_sample: bool) -> list[Any]:
+    """Views whose first dim counts samples."""
+    if not per_sample:
+        return views(tensors)
+    return [view(t if t.dim() == 3 else t.reshape(t.shape[0], 1, -1)) for t in tensors]
+
+
+def _sums(values: Sequence[float], columns: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(torch.float32).view(-1, columns)
+
+
+def capture(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    flag: Tensor | None = None,
+    previous: Sequence[Tensor] | None = None,
+    statistics: bool = False,
+    per_sample: bool = False,
+) -> Tensor | None:
+    count = statistics_count(previous, statistics)
+    per_sample = per_sample and count > 0
+    lists = [sample_views(t, per_sample) for t in (outputs, inputs, residuals, previous or ())]
+    samples = outputs[0].shape[0] if per_sample else 1
+    bad, sums = _cpu.capture(*lists, count, samples, flag is not None, torch.get_num_threads())  # type: ignore
+    if bad and flag is not None:
+        flag.fill_(1)
+    return _sums(sums, count) if count else None
+
+
+def capture_compact(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    flag: Tensor | None = None,
+) -> None:
+    threads = torch.get_num_threads()
+    for streams in zip(outputs, inputs, codes, scales, strict=True):
+        bad = _cpu.capture_compact(*views(streams), flag is not None, threads)  # type: ignore[union-attr]
+        if bad and flag is not None:
+            flag.fill_(1)
+
+
+def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+    samples = a[0].shape[0] if per_sample else 1
+    lists = sample_views(a, per_sample), sample_views(b, per_sample)
+    return _sums(_cpu.pair_statistics(*lists, samples, torch.get_num_threads()), 8)  # type: ignore[union-attr]
+
+
+def linear_combination(
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float] | Tensor,
+    results: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
+    scales: Sequence[Sequence[Tensor]] | None = None,
+) -> list[Tensor]:
+    values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+    results = new_like(bases) if results is None else list(results)
+    threads = torch.get_num_threads()
+    for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
+        gate = None if gates is None else view(as_rows(gates[s]))
+        scale = [] if scales is None else views(scales[s])
+        inputs = views((x, *terms))
+        _cpu.linear_map(inputs, [view(y)], [1.0, *values], [], True, gate, scale, threads)  # type: ignore[union-attr]
+    return results
+
+
+def linear_map(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Matrix | Tensor,
+    factors: Sequence[float] | None = None,
+) -> None:
+    rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
+    flat = [c for row in rows for c in row]
+    threads = torch.get_num_threads()
+    for stream, written in zip(inputs, outputs, strict=True):
+        lists = views(stream), views(written)
+        _cpu.linear_map(*lists, flat, list(factors or ()), False, None, [], threads)  # type: ignore[union-attr]
+
+
+def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]]) -> Tensor:
+    flat = [c for row in coefficients for c in row]
+    sums = _cpu.combination_error(view(target), views(terms), flat, torch.get_num_threads())  # type: ignore[union-attr]
+    return _sums(sums, 4)
+
+
+def gram(tensors: Sequence[Tensor]) -> Tensor:
+    return _sums(_cpu.gram(views(tensors), torch.get_num_threads()), len(tensors))  # type: ignore[union-attr]
+
+
+def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
+    flat = [c for row in ALIGNMENT for c in row]
+    tensors = views((y, x, probes[1], probes[0]))
+    sums = _cpu.linear_sums(tensors, flat, torch.get_num_threads())  # type: ignore[union-attr]
+    gamma = min(sums[0] / sums[2], MAX_GAMMA) if sums[2] > 0 and sums[0] > sums[2] else 1.0
+    return linear_combination([x], [[residuals[1], residuals[0]]], [1.0 - gamma, gamma])[0]
