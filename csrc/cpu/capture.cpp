@@ -17,36 +17,31 @@ struct Stream {
     View output, before, residual, previous;
 };
 
-// One chunk: subtracts, rounds, stores; `kept` is the residual as stored.
-const float* subtract(const Loops& loops, const Stream& stream, const Chunk& chunk, Buffer* buffers,
-                      const float*& before) {
-    const float* o = read(loops, stream.output, chunk, buffers[0]);
-    before = read(loops, stream.before, chunk, buffers[1]);
+// One chunk of other dtypes than the loops take: by way of fp32. Whether it holds NaN or infinity.
+bool convert(const Loops& loops, const Stream& stream, int statistics, const Chunk& chunk, double* sums) {
+    Buffer output, input, older, residual;
+    // the previous residual may be where this one goes
+    const float* p = statistics == 7 ? read(loops, stream.previous, chunk, older) : nullptr;
+    const float* i = read(loops, stream.before, chunk, input);
+    loops.subtract(read(loops, stream.output, chunk, output), i, residual.values, chunk.size);
     char* to = chunk.at(stream.residual);
-    if (stream.residual.dtype == Dtype::float32) {
-        loops.subtract(o, before, buffers[2].values, chunk.size);
-        return buffers[2].values;
-    }
-    loops.subtract(o, before, buffers[2].values, chunk.size);
-    loops.store(buffers[2].values, to, stream.residual.dtype, chunk.size);
-    loops.load(to, stream.residual.dtype, buffers[2].values, chunk.size);
-    return buffers[2].values;
+    loops.store(residual.values, to, stream.residual.dtype, chunk.size);
+    loops.load(to, stream.residual.dtype, residual.values, chunk.size);
+    if (statistics) loops.pair_sums(residual.values, p == nullptr ? i : p, Dtype::float32, chunk.size, sums);
+    return loops.has_bad(residual.values, chunk.size);
 }
 
-bool run(const Stream& stream, int statistics, bool look, int threads, double* sums) {
+bool run(const Stream& stream, bool same, int statistics, int threads, double* sums) {
     const Loops& loops = active();
-    const Space space(stream.output);
+    const Dtype dtype = stream.output.dtype;
     Partials partials(PAIR_STATISTICS);
     std::atomic<bool> bad{false};
-    for_chunks(space, threads, [&](const Chunk& chunk, int part) {
-        Buffer buffers[4];
-        const float* before;
-        // the previous residual may be where this one goes
-        const float* other = statistics == 7 ? read(loops, stream.previous, chunk, buffers[3]) : nullptr;
-        const float* r = subtract(loops, stream, chunk, buffers, before);
-        if (statistics) loops.pair_sums(r, statistics == 7 ? other : before, chunk.size, partials.part(part));
-        if (stream.residual.dtype == Dtype::float32) std::memcpy(chunk.at(stream.residual), r, chunk.size * 4);
-        if (look && loops.has_bad(r, chunk.size)) bad = true;
+    for_chunks(Space(stream.output), threads, [&](const Chunk& chunk, int part) {
+        const void* older = statistics == 7 ? chunk.at(stream.previous) : nullptr;
+        const bool found = same ? loops.capture(chunk.at(stream.output), chunk.at(stream.before), older,
+                                                chunk.at(stream.residual), dtype, chunk.size, partials.part(part))
+                                : convert(loops, stream, statistics, chunk, partials.part(part));
+        if (found) bad = true;
     });
     const Sums found = partials.sum();
     for (int s = 0; s < statistics; ++s) sums[s] = found[statistics == 7 ? OF_PREVIOUS[s] : OF_INPUT[s]];
@@ -77,11 +72,11 @@ bool capture(Views outputs, Views inputs, Views residuals, Views previous, int s
                 for (View& view : views) view = view.sample(b);
             flatten(views);
             const Stream stream{views[0], views[1], views[2], views.back()};
-            const bool same = stream.output.dtype == stream.residual.dtype && stream.output.dtype == stream.before.dtype;
+            const bool same = uniform(views);
             if (!statistics && !look && same)
                 subtract_all(stream, threads);
             else
-                bad |= run(stream, statistics, look, threads, sums.data() + (s * samples + b) * statistics);
+                bad |= run(stream, same, statistics, threads, sums.data() + (s * samples + b) * statistics);
         }
     }
     return bad;

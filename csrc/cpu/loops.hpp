@@ -8,7 +8,7 @@
 namespace layercache::cpu {
 
 // Elements that are worked on at a time: a dozen buffers of them stay in the first-level cache.
-constexpr std::int64_t CHUNK = 1024;
+constexpr std::int64_t CHUNK = 2048;
 constexpr int PAIR_STATISTICS = 8;
 
 using Size = std::int64_t;
@@ -30,10 +30,14 @@ struct Loops {
     void (*subtract)(const float* x, const float* z, float* y, Size n);
     // Whether NaN or infinity is among the numbers.
     bool (*has_bad)(const float* x, Size n);
-    // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|.
-    void (*pair_sums)(const float* a, const float* b, Size n, double* sums);
-    // Adds {|x|, x^2} to sums[0..1].
-    void (*norms)(const float* x, Size n, double* sums);
+    // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|; fp32 or bf16.
+    void (*pair_sums)(const void* a, const void* b, Dtype dtype, Size n, double* sums);
+    // residual = output - input, and the sums of the pair (residual, previous), or (residual, input) where previous is
+    // null; all fp32 or all bf16. Whether NaN or infinity is among the residuals.
+    bool (*capture)(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, Size n,
+                    double* sums);
+    // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1]; fp32 or bf16.
+    void (*norms)(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums);
     // Adds {|e|, e^2} of e = sum_k c_k x_k - t to sums[0..1].
     void (*error_norms)(const float* const* x, const float* c, int count, const float* t, Size n, double* sums);
     double (*dot)(const float* a, const float* b, Size n);

@@ -185,97 +185,156 @@ struct Totals {
     }
 };
 
-void pair_sums(const float* a, const float* b, Size n, double* sums) {
-    Totals<7> t;
+// Calls step(i, lane) for every i, sixteen lanes at a time.
+template <class Step>
+inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
+    Size i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; ++j) step(i + j, j);
+    for (int j = 0; i < n; ++i, ++j) step(i, j);
+}
+
+// The eight sums of a pair, one element at a time.
+struct PairTotals {
+    Totals<7> sums;
     float peak[LANES] = {};
-    auto step = [&](Size i, int j) {
-        const float d = a[i] - b[i], size = std::fabs(d);
-        t.lane[0][j] += size;
-        t.lane[1][j] += std::fabs(a[i]);
-        t.lane[2][j] += std::fabs(b[i]);
-        t.lane[3][j] += d * d;
-        t.lane[4][j] += a[i] * a[i];
-        t.lane[5][j] += b[i] * b[i];
-        t.lane[6][j] += a[i] * b[i];
+
+    inline __attribute__((always_inline)) void add(float a, float b, int j) {
+        const float d = a - b, size = std::fabs(d);
+        sums.lane[0][j] += size;
+        sums.lane[1][j] += std::fabs(a);
+        sums.lane[2][j] += std::fabs(b);
+        sums.lane[3][j] += d * d;
+        sums.lane[4][j] += a * a;
+        sums.lane[5][j] += b * b;
+        sums.lane[6][j] += a * b;
         peak[j] = peak[j] < size ? size : peak[j];
-    };
-    Size i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) step(i + j, j);
-    for (int j = 0; i < n; ++i, ++j) step(i, j);
-    t.add_to(sums);
-    for (float p : peak) sums[7] = sums[7] < p ? double(p) : sums[7];
-    // a maximum drops NaN, which must never look like a small difference; the sum keeps it
-    if (std::isnan(sums[0])) sums[7] = sums[0];
-}
-
-void norms(const float* x, Size n, double* sums) {
-    Totals<2> t;
-    auto step = [&](Size i, int j) {
-        t.lane[0][j] += std::fabs(x[i]);
-        t.lane[1][j] += x[i] * x[i];
-    };
-    Size i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) step(i + j, j);
-    for (int j = 0; i < n; ++i, ++j) step(i, j);
-    t.add_to(sums);
-}
-
-template <int COUNT>
-void error_of(const float* const* x, const float* c, const float* t, Size n, double* sums) {
-    const float* p[COUNT];
-    float k[COUNT];
-    for (int s = 0; s < COUNT; ++s) {
-        p[s] = x[s];
-        k[s] = c[s];
     }
-    Totals<2> totals;
-    auto step = [&](Size i, int j) {
-        float e = k[0] * p[0][i];
-        for (int s = 1; s < COUNT; ++s) e += k[s] * p[s][i];
-        e -= t[i];
-        totals.lane[0][j] += std::fabs(e);
-        totals.lane[1][j] += e * e;
-    };
-    Size i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) step(i + j, j);
-    for (int j = 0; i < n; ++i, ++j) step(i, j);
+
+    void add_to(double* totals) const {
+        sums.add_to(totals);
+        for (float p : peak) totals[7] = totals[7] < p ? double(p) : totals[7];
+        // a maximum drops NaN, which must never look like a small difference; the sum keeps it
+        if (std::isnan(totals[0])) totals[7] = totals[0];
+    }
+};
+
+template <class T>
+void pair_of(const void* first, const void* second, Size n, double* sums) {
+    const auto* a = static_cast<const typename T::Stored*>(first);
+    const auto* b = static_cast<const typename T::Stored*>(second);
+    PairTotals totals;
+    in_lanes(n, [&](Size i, int j) { totals.add(T::load(a[i]), T::load(b[i]), j); });
     totals.add_to(sums);
 }
 
+void pair_sums(const void* a, const void* b, Dtype dtype, Size n, double* sums) {
+    dtype == Dtype::bfloat16 ? pair_of<Bfloat16>(a, b, n, sums) : pair_of<Float32>(a, b, n, sums);
+}
+
+// Subtracts, rounds, stores, and adds up the residual as stored with `other`: the previous residual, which may be
+// where the new one goes, or the input.
+template <class T>
+bool capture_of(const void* output, const void* input, const void* previous, void* residual, Size n, double* sums) {
+    const auto* o = static_cast<const typename T::Stored*>(output);
+    const auto* b = static_cast<const typename T::Stored*>(input);
+    const auto* p = static_cast<const typename T::Stored*>(previous == nullptr ? input : previous);
+    auto* r = static_cast<typename T::Stored*>(residual);
+    PairTotals totals;
+    std::uint32_t bad[LANES] = {};
+    in_lanes(n, [&](Size i, int j) {
+        typename T::Stored stored;
+        T::store(T::load(o[i]) - T::load(b[i]), stored);
+        const float kept = T::load(stored);
+        totals.add(kept, T::load(p[i]), j);
+        bad[j] |= (bits_of(kept) & 0x7F800000) == 0x7F800000 ? 1 : 0;
+        r[i] = stored;
+    });
+    totals.add_to(sums);
+    std::uint32_t any = 0;
+    for (std::uint32_t lane : bad) any |= lane;
+    return any != 0;
+}
+
+bool capture(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, Size n,
+             double* sums) {
+    return dtype == Dtype::bfloat16 ? capture_of<Bfloat16>(output, input, previous, residual, n, sums)
+                                    : capture_of<Float32>(output, input, previous, residual, n, sums);
+}
+
+template <class T, int COUNT>
+void norms_of(const void* const* inputs, const float* c, Size n, double* sums) {
+    const typename T::Stored* x[COUNT];
+    float k[COUNT];
+    for (int t = 0; t < COUNT; ++t) {
+        x[t] = static_cast<const typename T::Stored*>(inputs[t]);
+        k[t] = c[t];
+    }
+    Totals<2> totals;
+    in_lanes(n, [&](Size i, int j) {
+        float y = k[0] * T::load(x[0][i]);
+        for (int t = 1; t < COUNT; ++t) y += k[t] * T::load(x[t][i]);
+        totals.lane[0][j] += std::fabs(y);
+        totals.lane[1][j] += y * y;
+    });
+    totals.add_to(sums);
+}
+
+template <class T>
+void norms_counted(const void* const* x, const float* c, int count, Size n, double* sums) {
+    switch (count) {
+        case 1: return norms_of<T, 1>(x, c, n, sums);
+        case 2: return norms_of<T, 2>(x, c, n, sums);
+        case 3: return norms_of<T, 3>(x, c, n, sums);
+        case 4: return norms_of<T, 4>(x, c, n, sums);
+        case 5: return norms_of<T, 5>(x, c, n, sums);
+        case 6: return norms_of<T, 6>(x, c, n, sums);
+        case 7: return norms_of<T, 7>(x, c, n, sums);
+        case 8: return norms_of<T, 8>(x, c, n, sums);
+        default: return;
+    }
+}
+
+void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums) {
+    dtype == Dtype::bfloat16 ? norms_counted<Bfloat16>(x, c, count, n, sums)
+                             : norms_counted<Float32>(x, c, count, n, sums);
+}
+
 void error_norms(const float* const* x, const float* c, int count, const float* t, Size n, double* sums) {
-    if (count == 0) return norms(t, n, sums);
-    if (count == 1) return error_of<1>(x, c, t, n, sums);
-    if (count == 2) return error_of<2>(x, c, t, n, sums);
-    float e[CHUNK];
-    for (Size i = 0; i < n; ++i) e[i] = c[0] * x[0][i];
-    for (int s = 1; s < count; ++s) add_scaled(x[s], c[s], e, n);
-    for (Size i = 0; i < n; ++i) e[i] -= t[i];
-    norms(e, n, sums);
+    float sum[CHUNK], one = 1.0f;
+    const float minus = -1.0f;
+    if (count < 3) {
+        // the target is one more term; nothing is stored
+        const void* terms[] = {count > 0 ? x[0] : t, count > 1 ? x[1] : t, t};
+        const float coefficients[] = {count > 0 ? c[0] : minus, count > 1 ? c[1] : minus, minus};
+        return norms_counted<Float32>(terms, coefficients, count + 1, n, sums);
+    }
+    for (Size i = 0; i < n; ++i) sum[i] = c[0] * x[0][i];
+    for (int s = 1; s < count; ++s) add_scaled(x[s], c[s], sum, n);
+    for (Size i = 0; i < n; ++i) sum[i] -= t[i];
+    const void* all = sum;
+    norms_of<Float32, 1>(&all, &one, n, sums);
 }
 
 double dot(const float* a, const float* b, Size n) {
-    Totals<1> t;
-    Size i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) t.lane[0][j] += a[i + j] * b[i + j];
-    for (int j = 0; i < n; ++i, ++j) t.lane[0][j] += a[i] * b[i];
+    Totals<1> totals;
+    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += a[i] * b[i]; });
     double sum = 0;
-    t.add_to(&sum);
+    totals.add_to(&sum);
     return sum;
 }
 
 float peak(const float* x, Size n) {
     // as integers, the order of sizes is that of numbers; NaN is left out
-    std::uint32_t most = 0;
-    for (Size i = 0; i < n; ++i) {
-        const std::uint32_t size = bits_of(x[i]) & 0x7FFFFFFF;
-        const std::uint32_t counted = size > 0x7F800000 ? 0 : size;
-        most = most < counted ? counted : most;
-    }
-    return float_of(most);
+    std::int32_t most[LANES] = {};
+    in_lanes(n, [&](Size i, int j) {
+        const std::int32_t size = std::int32_t(bits_of(x[i]) & 0x7FFFFFFF);
+        const std::int32_t counted = size > 0x7F800000 ? 0 : size;
+        most[j] = most[j] < counted ? counted : most[j];
+    });
+    std::int32_t all = 0;
+    for (std::int32_t lane : most) all = all < lane ? lane : all;
+    return float_of(std::uint32_t(all));
 }
 
 void encode(const float* __restrict x, float inverse, std::uint8_t* __restrict codes, Size n) {
@@ -292,12 +351,14 @@ void encode(const float* __restrict x, float inverse, std::uint8_t* __restrict c
 
 void decode(const std::uint8_t* __restrict codes, float scale, float* __restrict x, Size n) {
     for (Size i = 0; i < n; ++i) {
-        const std::uint32_t code = codes[i], rest = code & 127;
-        const std::uint32_t small = bits_of(float(rest & 7) * 0.001953125f);
-        const std::uint32_t size = rest < 8 ? small : (rest << 20) + (120u << 23);
-        x[i] = float_of(size | ((code & 128) << 24)) * scale;
+        const std::int32_t code = codes[i], rest = code & 127;
+        const std::int32_t small = std::int32_t(bits_of(float(rest) * 0.001953125f));
+        const std::int32_t normal = (rest << 20) + (120 << 23);
+        const std::int32_t choice = -std::int32_t(rest < 8);
+        const std::int32_t size = (small & choice) | (normal & ~choice);
+        x[i] = float_of(std::uint32_t(size) | (std::uint32_t(code & 128) << 24)) * scale;
     }
 }
 
-const Loops table{NAME,     load,     store,     map_same, scale,       add_scaled, multiply, gate,  subtract,
-                  has_bad,  pair_sums, norms,    error_norms, dot,     peak,       encode,   decode};
+const Loops table{NAME,    load,      store,   map_same, scale, add_scaled,  multiply, gate,  subtract,
+                  has_bad, pair_sums, capture, norms,    error_norms, dot, peak,     encode, decode};

@@ -70,12 +70,30 @@ struct alignas(64) Buffer {
     float values[CHUNK];
 };
 
+// The dtype in which chunks of all these views can be read in place: that of all, if loops take it, else fp32.
+inline Dtype common_dtype(const Views& views) {
+    for (const View& view : views)
+        if (view.dtype != views[0].dtype || view.dtype == Dtype::float16) return Dtype::float32;
+    return views[0].dtype;
+}
+
+// Whether chunks of all these views can be read in place.
+inline bool uniform(const Views& views) {
+    const Dtype dtype = common_dtype(views);
+    return std::all_of(views.begin(), views.end(), [&](const View& v) { return v.dtype == dtype; });
+}
+
 // A chunk as fp32: in place if it is, else converted.
 inline const float* read(const Loops& loops, const View& view, const Chunk& chunk, Buffer& buffer) {
     const char* from = chunk.at(view);
     if (view.dtype == Dtype::float32) return reinterpret_cast<const float*>(from);
     loops.load(from, view.dtype, buffer.values, chunk.size);
     return buffer.values;
+}
+
+// A chunk in a dtype of `common_dtype`.
+inline const void* read_as(const Loops& loops, const View& view, Dtype dtype, const Chunk& chunk, Buffer& buffer) {
+    return view.dtype == dtype ? chunk.at(view) : static_cast<const void*>(read(loops, view, chunk, buffer));
 }
 
 }  // namespace layercache::cpu

@@ -13,10 +13,11 @@ Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int t
                 for (View& view : views) view = view.sample(index);
             flatten(views);
             Partials partials(PAIR_STATISTICS);
+            const Dtype dtype = common_dtype(views);
             for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
                 Buffer x, y;
-                loops.pair_sums(read(loops, views[0], chunk, x), read(loops, views[1], chunk, y), chunk.size,
-                                partials.part(part));
+                loops.pair_sums(read_as(loops, views[0], dtype, chunk, x), read_as(loops, views[1], dtype, chunk, y),
+                                dtype, chunk.size, partials.part(part));
             });
             Sums found = partials.sum();
             found[7] = partials.maximum(7);
@@ -52,7 +53,9 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
             for (int k : index[s]) p.push_back(x[k]);
             loops.error_norms(p.data(), used[s].data(), static_cast<int>(p.size()), x[count], chunk.size, sums + 2 * s);
         }
-        loops.norms(x[count], chunk.size, sums + 2 * sets);
+        const float one = 1.0f;
+        const void* goal = x[count];
+        loops.norms(&goal, &one, 1, Dtype::float32, chunk.size, sums + 2 * sets);
     });
     const Sums found = partials.sum();
     Sums sums;
@@ -86,20 +89,25 @@ Sums linear_sums(const Views& tensors, const Map& map, int outputs, int threads)
     const int count = static_cast<int>(tensors.size());
     Views views = tensors;
     flatten(views);
+    const Dtype dtype = common_dtype(views);
     Partials partials(2 * outputs);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
-        std::vector<Buffer> buffers(count);
-        std::vector<const float*> x(count);
-        for (int k = 0; k < count; ++k) x[k] = read(loops, views[k], chunk, buffers[k]);
-        Buffer y;
+        std::vector<Buffer> buffers(dtype == views[0].dtype ? 0 : count);
+        Buffer none;
+        std::vector<const void*> x(count), terms;
+        std::vector<float> coefficients;
+        for (int k = 0; k < count; ++k)
+            x[k] = read_as(loops, views[k], dtype, chunk, buffers.empty() ? none : buffers[k]);
         for (int m = 0; m < outputs; ++m) {
-            bool begun = false;
-            for (int k = 0; k < count; ++k) {
-                if (!map.used[m * count + k]) continue;
-                (begun ? loops.add_scaled : loops.scale)(x[k], map.coefficients[m * count + k], y.values, chunk.size);
-                begun = true;
-            }
-            if (begun) loops.norms(y.values, chunk.size, partials.part(part) + 2 * m);
+            terms.clear();
+            coefficients.clear();
+            for (int k = 0; k < count; ++k)
+                if (map.used[m * count + k]) {
+                    terms.push_back(x[k]);
+                    coefficients.push_back(map.coefficients[m * count + k]);
+                }
+            loops.norms(terms.data(), coefficients.data(), static_cast<int>(terms.size()), dtype, chunk.size,
+                        partials.part(part) + 2 * m);
         }
     });
     return partials.sum();
