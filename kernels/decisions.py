@@ -1,0 +1,190 @@
+"""What dynamic methods decide by: statistics of rows, and a threshold that is compared on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rows import row_offsets, share_out
+from .tiles import (
+    MAX_PROGRAMS,
+    OPTIONS,
+    accumulator_dtype,
+    finalise,
+    jit,
+    nbytes,
+    new_partials,
+    on_device_of,
+)
+
+try:
+    import triton.language as tl
+except ImportError:
+    pass
+
+
+@jit()
+def _row_statistics_kernel(
+    a_ptr,
+    b_ptr,
+    partials_ptr,
+    sizes,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VEC: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """Partial sums over rows of ``q - 1``, ``(q - 1)^2`` and ``1 - cos``, where q is the ratio of the norms."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
+    group = tl.arange(0, GROUPS)[None, :, None]
+    column = group * VEC + tl.arange(0, VEC)[None, None, :]
+    q_1 = tl.zeros([ROWS], tl.float32)
+    q_2, angle = q_1, q_1
+    for start in range(pid * ROWS, rows, tl.num_programs(0) * ROWS):
+        flat = start + tl.arange(0, ROWS)
+        row = flat[:, None, None] + sample * rows
+        live = (group < row_groups) & (flat < rows)[:, None, None]
+        a_off = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC + column
+        b_off = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC + column
+        a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
+        a_norm = tl.sqrt_rn(tl.sum(tl.sum(a * a, 2), 1))
+        b_norm = tl.sqrt_rn(tl.sum(tl.sum(b * b, 2), 1))
+        product = tl.sum(tl.sum(a * b, 2), 1)
+        ratio = tl.where(flat < rows, tl.div_rn(a_norm, b_norm) - 1.0, 0.0)
+        q_1 += ratio
+        q_2 += ratio * ratio
+        angle += tl.where(flat < rows, 1.0 - tl.div_rn(product, a_norm * b_norm), 0.0)
+    slot = partials_ptr + sample * 3 * MAX_PROGRAMS + pid
+    tl.store(slot, tl.sum(q_1, 0))
+    tl.store(slot + MAX_PROGRAMS, tl.sum(q_2, 0))
+    tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(angle, 0))
+
+
+@jit()
+def _decide_kernel(
+    numerator_ptr, denominator_ptr, accumulated_ptr, flag_ptr, polynomial, threshold, TERMS: tl.constexpr
+):
+    """Horner's rule, highest power first."""
+    ratio = tl.div_rn(tl.load(numerator_ptr), tl.load(denominator_ptr))
+    change = polynomial[0] + 0.0 * ratio
+    for k in tl.static_range(1, TERMS):
+        change = change * ratio + polynomial[k]
+    total = tl.load(accumulated_ptr) + change
+    # false for NaN: a bad number never looks like a small change
+    small = total < threshold
+    tl.store(accumulated_ptr, tl.where(small, total, 0.0))
+    tl.store(flag_ptr, tl.where(small, 1, 0))
+
+
+def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+    """`row_statistics_reference` in one launch and a few tiny ones."""
+    shape = share_out([a, b])
+    samples = a.shape[0] if per_sample else 1
+    rows = shape.rows // samples
+    programs = min(-(-rows // shape.per_program), MAX_PROGRAMS)
+    partials = new_partials(3 * samples, a.device)
+    with on_device_of(a):
+        _row_statistics_kernel[(programs, samples)](
+            a,
+            b,
+            partials,
+            shape.sizes(a.shape[-1], *shape.steps(a, b), rows=rows),
+            ROWS=shape.per_program,
+            GROUPS=shape.groups,
+            VEC=shape.width,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            **shape.options,
+        )
+        return from_row_sums(finalise(partials, [programs], 3, samples=samples), rows)
+
+
+def from_row_sums(sums: Tensor, rows: int) -> Tensor:
+    """The three results from sums of ``q - 1``, ``(q - 1)^2`` and ``1 - cos`` over rows."""
+    mean = sums[:, 0] / rows
+    variance = (
+        (sums[:, 1] - rows * mean * mean).clamp(min=0) / (rows - 1) if rows > 1 else torch.full_like(mean, torch.nan)
+    )
+    return torch.stack([1 + mean, variance.sqrt(), sums[:, 2] / rows], dim=1)
+
+
+def decide_triton(
+    numerator: Tensor,
+    denominator: Tensor,
+    accumulated: Tensor,
+    flag: Tensor,
+    polynomial: Sequence[float],
+    threshold: float,
+) -> None:
+    """`decide_reference` in one tiny launch."""
+    with on_device_of(flag):
+        _decide_kernel[(1,)](
+            numerator,
+            denominator,
+            accumulated,
+            flag,
+            tuple(map(float, polynomial)),
+            float(threshold),
+            TERMS=len(polynomial),
+            **OPTIONS,
+        )
+
+
+def row_statistics_reference(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+    """Mean and standard deviation of ``||a|| / ||b||`` of rows, and mean of ``1 - cos(a, b)``.
+
+    Args:
+        a, b: [batch, rows, channels] or [rows, channels], last dim contiguous, not empty.
+        per_sample: over the rows of each entry of the first dim apart.
+
+    Returns:
+        fp32 [1 or batch, 3] (fp64 for fp64). The deviation is that of a sample, NaN for a single row.
+
+    Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
+    """
+    x, y = a.double(), b.double()
+    ratio, angle = x.norm(dim=-1) / y.norm(dim=-1), 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    samples = a.shape[0] if per_sample else 1
+    ratio, angle = ratio.reshape(samples, -1), angle.reshape(samples, -1)
+    deviation = ratio.std(1) if ratio.shape[1] > 1 else torch.full_like(ratio[:, 0], torch.nan)
+    return torch.stack([ratio.mean(1), deviation, angle.mean(1)], dim=1).to(accumulator_dtype(a.dtype))
+
+
+def decide_reference(
+    numerator: Tensor,
+    denominator: Tensor,
+    accumulated: Tensor,
+    flag: Tensor,
+    polynomial: Sequence[float],
+    threshold: float,
+) -> None:
+    """``accumulated += p(numerator / denominator)``; ``flag = accumulated < threshold``, else accumulated becomes 0.
+
+    NaN never counts as small. Nothing is read by the host.
+
+    Args:
+        numerator, denominator: fp32 with one element each.
+        accumulated: fp32 [1], updated.
+        flag: int32 [1], written: 1 to reuse, 0 to compute.
+        polynomial: coefficients of p, highest power first.
+        threshold: the bound.
+
+    Source: TeaCache; methods.md §15 P6d.
+    """
+    ratio = numerator.view(()) / denominator.view(())
+    change = torch.full_like(ratio, polynomial[0]) + 0.0 * ratio
+    for c in polynomial[1:]:
+        change = change * ratio + torch.tensor(c, dtype=ratio.dtype)
+    total = accumulated.view(()) + change
+    small = total < threshold
+    accumulated.copy_(torch.where(small, total, torch.zeros_like(total)).view(accumulated.shape))
+    flag.copy_(small.to(flag.dtype).view(flag.shape))
+
+
+def minimum_bytes(a: Tensor, b: Tensor, per_sample: bool = False) -> int:
+    """Bytes that must move: both once in."""
+    return nbytes((a, b))

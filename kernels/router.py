@@ -1,0 +1,234 @@
+"""Learning-to-Cache's router: a module's output mixed with its cached one, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .combine import as_rows
+from .tiles import (
+    MAX_PROGRAMS,
+    accumulator_dtype,
+    finalise,
+    groups_at,
+    jit,
+    lay_out_launch,
+    nbytes,
+    new_partials,
+    on_device_of,
+    size_of_entry,
+)
+
+try:
+    import triton.language as tl
+except ImportError:
+    pass
+
+
+@jit()
+def _router_lerp_fwd_kernel(
+    fresh_ptr,
+    cached_ptr,
+    beta_ptr,
+    gate_ptr,
+    residual_ptr,
+    out_ptr,
+    sizes,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Tensors in the order of their strides: fresh, cached, out, then gate and residual, if there are any."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    lane = tl.arange(0, VEC)[None, :]
+    beta = tl.load(beta_ptr + sample)
+    for start in range(pid * R, groups, programs * R):
+        group = start + tl.arange(0, R)
+        live = (group < groups)[:, None]
+        f_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        c_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        o_off = groups_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        f = tl.load(fresh_ptr + f_off, mask=live, other=0.0).to(tl.float32)
+        c = tl.load(cached_ptr + c_off, mask=live, other=0.0).to(tl.float32)
+        # from the nearer end, so that 0 gives c and 1 gives f bit by bit
+        o = tl.where(beta < 0.5, c + beta * (f - c), f - (1.0 - beta) * (f - c))
+        if gate_ptr is not None:
+            g_off = groups_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            o = tl.load(gate_ptr + g_off, mask=live, other=0.0).to(tl.float32) * o
+        if residual_ptr is not None:
+            x_off = groups_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            o = tl.load(residual_ptr + x_off, mask=live, other=0.0).to(tl.float32) + o
+        tl.store(out_ptr + o_off, o.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@jit()
+def _router_lerp_bwd_kernel(
+    grad_ptr,
+    fresh_ptr,
+    cached_ptr,
+    beta_ptr,
+    gate_ptr,
+    grad_fresh_ptr,
+    partials_ptr,
+    sizes,
+    ENTRIES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    R: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):
+    """Tensors in the order of their strides: grad, fresh, cached, grad_fresh, then the gate, if there is one."""
+    pid = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    lane = tl.arange(0, VEC)[None, :]
+    beta = tl.load(beta_ptr + sample)
+    total = tl.zeros([R], tl.float32)
+    for start in range(pid * R, groups, programs * R):
+        group = start + tl.arange(0, R)
+        live = (group < groups)[:, None]
+        g_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        f_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        c_off = groups_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        d_off = groups_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        grad = tl.load(grad_ptr + g_off, mask=live, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            off = groups_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            grad = tl.load(gate_ptr + off, mask=live, other=0.0).to(tl.float32) * grad
+        f = tl.load(fresh_ptr + f_off, mask=live, other=0.0).to(tl.float32)
+        c = tl.load(cached_ptr + c_off, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_fresh_ptr + d_off, (beta * grad).to(grad_fresh_ptr.dtype.element_ty), mask=live)
+        total += tl.sum(grad * (f - c), 1)
+    tl.store(partials_ptr + sample * MAX_PROGRAMS + pid, tl.sum(total, 0))
+
+
+def router_lerp_triton(
+    fresh: Tensor,
+    cached: Tensor,
+    beta: Tensor,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: int | None = None,
+) -> Tensor:
+    """`router_lerp_reference` in one launch.
+
+    Args:
+        groups: 16-byte groups per tile, a power of two.
+    """
+    out = torch.empty(fresh.shape, dtype=fresh.dtype, device=fresh.device)
+    if not fresh.numel():
+        return out
+    wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
+    addressed = [fresh, cached, out, wide, fresh if residual is None else residual]
+    launch = lay_out_launch([addressed], (), groups, samples=beta.numel())
+    with on_device_of(fresh):
+        _router_lerp_fwd_kernel[launch.grid](fresh, cached, beta, gate, residual, out, launch.sizes, **launch.constants)
+    return out
+
+
+def router_lerp_backward_triton(
+    grad: Tensor,
+    fresh: Tensor,
+    cached: Tensor,
+    beta: Tensor,
+    gate: Tensor | None = None,
+    groups: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`router_lerp_backward_reference` in one launch and a second tiny one."""
+    grad_fresh = torch.empty(fresh.shape, dtype=fresh.dtype, device=fresh.device)
+    if not fresh.numel():
+        return grad_fresh, torch.zeros_like(beta)
+    samples = beta.numel()
+    wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
+    launch = lay_out_launch([[grad, fresh, cached, grad_fresh, wide]], (), groups, samples=samples)
+    partials = new_partials(samples, fresh.device)
+    with on_device_of(fresh):
+        _router_lerp_bwd_kernel[launch.grid](
+            grad,
+            fresh,
+            cached,
+            beta,
+            gate,
+            grad_fresh,
+            partials,
+            launch.sizes,
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            **launch.constants,
+        )
+        return grad_fresh, finalise(partials, launch.programs, 1, samples=samples).view(beta.shape)
+
+
+def router_lerp_reference(
+    fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """``o = beta * f + (1 - beta) * c``; with a gate and a residual ``x + gate * o``.
+
+    In fp32 (fp64 for fp64), rounded once. Computed from the nearer end, ``c + beta * (f - c)`` below one half and ``f - (1 - beta) * (f - c)`` from there,
+    so that 0 gives c and 1 gives f bit by bit.
+
+    Args:
+        fresh, cached: f and c, [batch, rows, channels], last dim contiguous.
+        beta: fp32 [1] or [batch] (fp64 for fp64).
+        gate: [batch, 1, channels] or [batch, channels].
+        residual: x, like f.
+
+    Returns:
+        A new contiguous tensor in the dtype of f.
+
+    Source: Learning-to-Cache; methods.md §4, §15 P9. Bytes: 3 S, 4 S with a residual.
+    """
+    accumulator = accumulator_dtype(fresh.dtype)
+    f, c = fresh.to(accumulator), cached.to(accumulator)
+    weight = _broadcast(beta, fresh)
+    o = torch.where(weight < 0.5, c + weight * (f - c), f - (1 - weight) * (f - c))
+    if gate is not None:
+        o = as_rows(gate).to(accumulator) * o
+    if residual is not None:
+        o = residual.to(accumulator) + o
+    return o.to(fresh.dtype).contiguous()
+
+
+def router_lerp_backward_reference(
+    grad: Tensor, fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``df = beta * do`` and ``dbeta = sum do * (f - c)`` (per sample if beta is), with ``do = gate * grad``.
+
+    Cached output and gate are constants, and the residual's gradient is ``grad`` itself.
+
+    Returns:
+        df in the dtype of f, contiguous; dbeta in the dtype and shape of beta.
+
+    Source: methods.md §15 P9. Bytes: 4 S.
+    """
+    accumulator = accumulator_dtype(fresh.dtype)
+    inner = grad.to(accumulator)
+    if gate is not None:
+        inner = as_rows(gate).to(accumulator) * inner
+    products = inner.double() * (fresh.to(accumulator) - cached.to(accumulator)).double()
+    total = products.flatten(1).sum(1) if beta.numel() > 1 else products.sum()
+    return (_broadcast(beta, fresh) * inner).to(fresh.dtype).contiguous(), total.to(beta.dtype).view(beta.shape)
+
+
+def _broadcast(beta: Tensor, model: Tensor) -> Tensor:
+    return beta.view(-1, *([1] * (model.dim() - 1)))
+
+
+def minimum_bytes(
+    fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+) -> int:
+    """Bytes that must move: fresh, cached, gate and residual once in, the result once out."""
+    return nbytes(t for t in (fresh, cached, fresh, gate, residual) if t is not None)
+
+
+def backward_minimum_bytes(
+    grad: Tensor, fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None
+) -> int:
+    """Bytes that must move: grad, fresh, cached and gate once in, the gradient of fresh once out."""
+    return nbytes(t for t in (grad, fresh, cached, fresh, gate) if t is not None)
