@@ -170,8 +170,8 @@ def router_lerp_reference(
 ) -> Tensor:
     """``o = beta * f + (1 - beta) * c``; with a gate and a residual ``x + gate * o``.
 
-    In fp32 (fp64 for fp64), rounded once. Computed from the nearer end, ``c + beta * (f - c)`` below one half and ``f - (1 - beta) * (f - c)`` from there,
-    so that 0 gives c and 1 gives f bit by bit.
+    In fp32 (fp64 for fp64), rounded once. Computed from the nearer end, ``c + beta * (f - c)`` below one half and
+    ``f - (1 - beta) * (f - c)`` from there, so that 0 gives c and 1 gives f bit by bit.
 
     Args:
         fresh, cached: f and c, [batch, rows, channels], last dim contiguous.

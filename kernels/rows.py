@@ -15,6 +15,7 @@ from .tiles import OPTIONS, encoded, jit, row_strides, vector_width
 
 try:
     import triton
+    import triton.language as tl  # noqa: F401  (must be visible to what is compiled here)
 except ImportError:
     pass
 

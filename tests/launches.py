@@ -55,8 +55,12 @@ def load(folder: Path) -> Callable[[str], ModuleType]:
 def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
     import torch
 
-    capture, combine, statistics, compact, moments = map(
-        module, ("capture", "combine", "statistics", "compact", "moments")
+    capture, combine, statistics, compact, moments, router, modulate, guidance, decisions = map(
+        module,
+        (
+            *("capture", "combine", "statistics", "compact", "moments"),
+            *("router", "modulate", "guidance", "decisions"),
+        ),
     )
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -86,6 +90,8 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
     def map_of(inputs: int, matrix: list[list[float | None]], **others: Any) -> None:
         combine.linear_map_triton([many(inputs)], [many(len(matrix))], matrix, **others)
 
+    beta, gate = new(1, dtype=torch.float32), new(1, 128)
+    wide, row, thin = new(1, 64, 2048), new(1, 2048), new(1, 512, 64)
     keep, stats = "_capture_kernel", "_pair_statistics_kernel"
     linear, error = "_linear_map_kernel", "_combination_error_kernel"
     return {
@@ -140,6 +146,22 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
             5,
             128,
         ),
+        "lerp": Launch("_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta), 6, 40, ("b32",)),
+        "lerp gated": Launch(
+            "_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta, gate, one), 10, 72, ("b32",)
+        ),
+        "lerp backward": Launch(
+            "_router_lerp_bwd_kernel", lambda: router.router_lerp_backward_triton(one, one, one, beta), 8, 64, ("b32",)
+        ),
+        "modulate": Launch("_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row), 8, 96),
+        "modulate metric": Launch(
+            "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, (), (), wide), 10, 168
+        ),
+        "modulate reuse": Launch(
+            "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, [wide, wide], [1.5, -0.5]), 12, 128
+        ),
+        "guidance": Launch("_guidance_kernel", lambda: guidance.guidance_triton(thin, thin, 4.0, True), 6, 72),
+        "rows": Launch("_row_statistics_kernel", lambda: decisions.row_statistics_triton(wide, wide), 4, 96),
     }
 
 
@@ -199,7 +221,7 @@ def main(arch: str, folder: str = str(KERNELS), *wanted: str) -> None:
 
     def recorded(self: Any, *arguments: Any, **options: Any) -> Any:
         compiled = run(self, *arguments, **options)
-        constants = {name: options[name] for name in ("R", "VEC", "GROUPS") if name in options}
+        constants = {name: options[name] for name in ("R", "VEC", "GROUPS", "ROWS") if name in options}
         seen.append((self.fn.__name__, compiled, constants))
         return compiled
 

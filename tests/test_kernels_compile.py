@@ -74,7 +74,7 @@ def check_accesses(launch: Launch, kernel: dict[str, Any]) -> None:
     # what is left are single numbers: coefficients and scales in, partial sums and the flag out
     assert set(loads) <= set(launch.narrow), f"narrow loads: {loads}"
     assert set(stores) <= {"b32"}, f"narrow stores: {stores}"
-    elements = (constants.get("R") or constants["GROUPS"]) * constants["VEC"]
+    elements = (constants.get("R") or constants["GROUPS"]) * constants.get("ROWS", 1) * constants["VEC"]
     assert wide * 16 * 32 * kernel["warps"] / elements == launch.minimum, "more bytes than must move"
 
 

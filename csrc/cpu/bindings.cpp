@@ -62,6 +62,15 @@ bool bind_compact(const View& output, const View& before, const View& codes, con
     return capture_compact(output, before, codes, reinterpret_cast<float*>(scales.data), look, threads);
 }
 
+Sums bind_modulate(const View& x, const View& scale, const View& shift, const View& z, const Views& residuals,
+                   const std::vector<float>& coefficients, const std::optional<View>& previous,
+                   const std::optional<View>& weight, const std::optional<View>& bias,
+                   const std::optional<View>& stream, const std::vector<std::int64_t>& bounds, float eps,
+                   int threads) {
+    return modulate({x, scale, shift, z, residuals, coefficients, previous, weight, bias, stream, bounds, eps},
+                    threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -74,6 +83,11 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("combination_error", &combination_error, guard());
     module.def("gram", &gram, guard());
     module.def("linear_sums", &bind_linear_sums, guard());
+    module.def("router_lerp", &router_lerp, guard());
+    module.def("router_lerp_backward", &router_lerp_backward, guard());
+    module.def("modulate", &bind_modulate, guard());
+    module.def("guidance", &guidance, guard());
+    module.def("row_statistics", &row_statistics, guard());
     module.def("instruction_set", [] { return active().name; });
     module.def("use_instruction_set", [](const std::string& name) { return activate(name.c_str()); });
     module.def("parallel", [] {

@@ -35,4 +35,24 @@ Sums linear_sums(const Views& tensors, const Map& map, int outputs, int threads)
 // Codes and one power of two per row; returns whether a difference is NaN or infinite, if `look` says so.
 bool capture_compact(const View& output, const View& before, const View& codes, float* scales, bool look, int threads);
 
+// Beta: one number, or one per entry of the batch.
+void router_lerp(const View& fresh, const View& cached, const std::vector<float>& beta, const std::optional<View>& gate,
+                 const std::optional<View>& residual, const View& out, int threads);
+Sums router_lerp_backward(const View& grad, const View& fresh, const View& cached, const std::vector<float>& beta,
+                          const std::optional<View>& gate, const View& grad_fresh, int threads);
+
+struct Modulation {
+    View x, scale, shift, z;
+    Views residuals;
+    std::vector<float> coefficients;
+    std::optional<View> previous, weight, bias, stream;
+    std::vector<std::int64_t> bounds;
+    float eps;
+};
+// Statistics of z and previous, range by range.
+Sums modulate(const Modulation& m, int threads);
+void guidance(const View& cond, const View& uncond, float scale, bool rescale, const View& out, int threads);
+// Sums over the rows of each sample of q - 1, (q - 1)^2 and 1 - cos.
+Sums row_statistics(const View& a, const View& b, std::int64_t samples, int threads);
+
 }  // namespace layercache::cpu

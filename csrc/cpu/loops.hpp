@@ -45,6 +45,16 @@ struct Loops {
     // fp8 e4m3 codes: of numbers times a power of two; and back.
     void (*encode)(const float* x, float inverse, std::uint8_t* codes, Size n);
     void (*decode)(const std::uint8_t* codes, float scale, float* x, Size n);
+    // beta f + (1 - beta) c, from the nearer end; fp32 or bf16. Backward: out = beta grad, returns sum grad (f - c).
+    void (*lerp)(const void* f, const void* c, float beta, void* o, Dtype dtype, Size n);
+    double (*lerp_backward)(const float* grad, const float* f, const float* c, float beta, float* out, Size n);
+    // y = x y; sum x; sum (x - mean)^2; z = (x - mean) factor; z = z (1 + scale) + shift; v = u + scale (c - u).
+    void (*product)(const float* x, float* y, Size n);
+    double (*sum)(const float* x, Size n);
+    double (*centred_square)(const float* x, float mean, Size n);
+    void (*standardise)(const float* x, float mean, float factor, float* z, Size n);
+    void (*shift_scale)(const float* scale, const float* shift, float* z, Size n);
+    void (*guide)(const float* c, const float* u, float scale, float* v, Size n);
 };
 
 // The best the processor has, or the one of that name ("base", "avx2", "avx512"); nullptr if it has not.

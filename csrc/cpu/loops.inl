@@ -360,5 +360,69 @@ void decode(const std::uint8_t* __restrict codes, float scale, float* __restrict
     }
 }
 
+template <class T>
+void lerp_of(const void* fresh, const void* cached, float beta, void* output, Size n) {
+    const auto* f = static_cast<const typename T::Stored*>(fresh);
+    const auto* c = static_cast<const typename T::Stored*>(cached);
+    auto* o = static_cast<typename T::Stored*>(output);
+    // from the nearer end, so that 0 gives c and 1 gives f bit by bit
+    const bool near = beta < 0.5f;
+    const float weight = near ? beta : beta - 1.0f;
+#pragma GCC ivdep
+    for (Size i = 0; i < n; ++i) {
+        const float x = T::load(f[i]), y = T::load(c[i]);
+        T::store((near ? y : x) + weight * (x - y), o[i]);
+    }
+}
+
+void lerp(const void* f, const void* c, float beta, void* o, Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? lerp_of<Bfloat16>(f, c, beta, o, n) : lerp_of<Float32>(f, c, beta, o, n);
+}
+
+double lerp_backward(const float* grad, const float* f, const float* c, float beta, float* __restrict out, Size n) {
+    Totals<1> totals;
+    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += grad[i] * (f[i] - c[i]); });
+    for (Size i = 0; i < n; ++i) out[i] = beta * grad[i];
+    double sum = 0;
+    totals.add_to(&sum);
+    return sum;
+}
+
+void product(const float* __restrict x, float* __restrict y, Size n) {
+    for (Size i = 0; i < n; ++i) y[i] = x[i] * y[i];
+}
+
+double centred_square(const float* x, float mean, Size n) {
+    Totals<1> totals;
+    in_lanes(n, [&](Size i, int j) {
+        const float d = x[i] - mean;
+        totals.lane[0][j] += d * d;
+    });
+    double sum = 0;
+    totals.add_to(&sum);
+    return sum;
+}
+
+double sum(const float* x, Size n) {
+    Totals<1> totals;
+    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += x[i]; });
+    double all = 0;
+    totals.add_to(&all);
+    return all;
+}
+
+void standardise(const float* __restrict x, float mean, float factor, float* __restrict z, Size n) {
+    for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor;
+}
+
+void shift_scale(const float* __restrict scale, const float* __restrict shift, float* __restrict z, Size n) {
+    for (Size i = 0; i < n; ++i) z[i] = z[i] * (1.0f + scale[i]) + shift[i];
+}
+
+void guide(const float* __restrict c, const float* __restrict u, float scale, float* __restrict v, Size n) {
+    for (Size i = 0; i < n; ++i) v[i] = u[i] + scale * (c[i] - u[i]);
+}
+
 const Loops table{NAME,    load,      store,   map_same, scale, add_scaled,  multiply, gate,  subtract,
-                  has_bad, pair_sums, capture, norms,    error_norms, dot, peak,     encode, decode};
+                  has_bad, pair_sums, capture, norms,    error_norms, dot, peak,     encode, decode,
+                  lerp, lerp_backward, product, sum, centred_square, standardise, shift_scale, guide};

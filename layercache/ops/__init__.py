@@ -15,7 +15,11 @@ from layercache.errors import OpInputError
 from layercache.kernels import capture as _capture_kernels
 from layercache.kernels import combine as _combine_kernels
 from layercache.kernels import compact as _compact_kernels
+from layercache.kernels import decisions as _decision_kernels
+from layercache.kernels import guidance as _guidance_kernels
+from layercache.kernels import modulate as _modulate_kernels
 from layercache.kernels import moments as _moments_kernels
+from layercache.kernels import router as _router_kernels
 from layercache.kernels import statistics as _statistics_kernels
 from layercache.ops import dispatch, native
 from layercache.ops.checks import MAX_STREAMS
@@ -32,7 +36,9 @@ from layercache.ops.forecasts import (
     taylor_forecast,
     taylor_update,
 )
+from layercache.ops.modulation import combine_guidance, decide, modulate, row_statistics
 from layercache.ops.residuals import capture, capture_compact
+from layercache.ops.routers import router_lerp
 from layercache.ops.statistics import MAX_ERROR_TERMS, align, combination_error, gram, pair_statistics
 
 __all__ = [
@@ -48,6 +54,8 @@ __all__ = [
     "capture_compact",
     "capture_slope",
     "combination_error",
+    "combine_guidance",
+    "decide",
     "euler_step",
     "finite_difference",
     "gram",
@@ -55,8 +63,11 @@ __all__ = [
     "linear_map",
     "mean_velocity",
     "minimum_bytes",
+    "modulate",
     "newton_coefficients",
     "pair_statistics",
+    "router_lerp",
+    "row_statistics",
     "taylor_coefficients",
     "taylor_forecast",
     "taylor_update",
@@ -73,11 +84,15 @@ _BYTES: dict[str, Callable[..., int]] = {
     "linear_map": _combine_kernels.map_minimum_bytes,
     "gram": _moments_kernels.gram_minimum_bytes,
     "align": _moments_kernels.align_minimum_bytes,
+    "router_lerp": _router_kernels.minimum_bytes,
+    "modulate": _modulate_kernels.minimum_bytes,
+    "combine_guidance": _guidance_kernels.minimum_bytes,
+    "row_statistics": _decision_kernels.minimum_bytes,
 }
 OP_NAMES = tuple(_BYTES)
 
 
-def minimum_bytes(op: str, *arguments: Any) -> int:
+def minimum_bytes(op: str, *arguments: Any, **options: Any) -> int:
     """Bytes of global memory that ``op(*arguments)`` must move at least: every tensor once.
 
     Raises:
@@ -85,7 +100,7 @@ def minimum_bytes(op: str, *arguments: Any) -> int:
     """
     if op not in _BYTES:
         raise OpInputError(f"there is no op {op!r}; the ops are {', '.join(OP_NAMES)}")
-    return _BYTES[op](*arguments)
+    return _BYTES[op](*arguments, **options)
 
 
 def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:

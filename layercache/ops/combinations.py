@@ -81,7 +81,7 @@ def linear_combination(
         everything += gates
     check_no_grad(op, everything)
     if isinstance(coefficients, Tensor):
-        _check_device_coefficients(op, coefficients, (terms,), bases[0].device)
+        check_device_coefficients(op, coefficients, (terms,), bases[0].device)
     else:
         coefficients = host_coefficients(op, "coefficients", coefficients, terms)
     if results is not None:
@@ -166,7 +166,7 @@ def _check_map_tensors(inputs: Any, outputs: Any) -> tuple[int, int]:
 def _check_matrix(matrix: Any, inputs: int, outputs: int, device: torch.device) -> list[list[float | None]]:
     op = "linear_map"
     if isinstance(matrix, Tensor):
-        _check_device_coefficients(op, matrix, (outputs, inputs), device, "matrix")
+        check_device_coefficients(op, matrix, (outputs, inputs), device, "matrix")
         return []
     if not isinstance(matrix, (list, tuple)) or len(matrix) != outputs:
         fail(op, "matrix", describe(matrix), f"{outputs} rows, one per output")
@@ -212,7 +212,7 @@ def _check_scales(scales: Any, residuals: Sequence[Sequence[Tensor]]) -> None:
             check_scales(op, f"scales[{s}][{k}]", scale, residuals[s][k])
 
 
-def _check_device_coefficients(
+def check_device_coefficients(
     op: str, coefficients: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "coefficients"
 ) -> None:
     if coefficients.dtype != torch.float32 or coefficients.dim() != len(shape) or not coefficients.is_contiguous():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layercache.kernels.capture import statistics_count
 from layercache.kernels.combine import Matrix, as_rows, new_like
+from layercache.kernels.decisions import from_row_sums
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -168,3 +169,68 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
     sums = _cpu.linear_sums(tensors, flat, torch.get_num_threads())  # type: ignore[union-attr]
     gamma = min(sums[0] / sums[2], MAX_GAMMA) if sums[2] > 0 and sums[0] > sums[2] else 1.0
     return linear_combination([x], [[residuals[1], residuals[0]]], [1.0 - gamma, gamma])[0]
+
+
+def _optional(tensor: Tensor | None) -> Any:
+    return None if tensor is None else view(tensor)
+
+
+def router_lerp(
+    fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    (out,) = new_like([fresh])
+    gate = None if gate is None else as_rows(gate)
+    inputs = view(fresh), view(cached), beta.tolist(), _optional(gate), _optional(residual)
+    _cpu.router_lerp(*inputs, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    return out
+
+
+def router_lerp_backward(
+    grad: Tensor, fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    (out,) = new_like([fresh])
+    gate = None if gate is None else as_rows(gate)
+    inputs = view(grad), view(fresh), view(cached), beta.tolist(), _optional(gate)
+    sums = _cpu.router_lerp_backward(*inputs, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    return out, torch.tensor(sums, dtype=torch.float64).to(beta.dtype).view(beta.shape)
+
+
+def modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residuals: Sequence[Tensor] = (),
+    coefficients: Sequence[float] | Tensor = (),
+    previous: Tensor | None = None,
+    segments: Sequence[int] = (),
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    result: Tensor | None = None,
+    stream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    z = new_like([x])[0] if result is None else result
+    values = coefficients.tolist() if isinstance(coefficients, Tensor) else list(coefficients)
+    sums = _cpu.modulate(  # type: ignore[union-attr]
+        *views((x, as_rows(scale), as_rows(shift), z)),
+        views(residuals),
+        values,
+        *map(_optional, (previous, weight, bias, stream)),
+        [0, *segments, x.shape[-1]],
+        eps,
+        torch.get_num_threads(),
+    )
+    return z, None if previous is None else _sums(sums, 8)
+
+
+def guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
+    (out,) = new_like([cond])
+    _cpu.guidance(view(cond), view(uncond), scale, rescale, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    return out
+
+
+def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+    samples = a.shape[0] if per_sample else 1
+    sums = _cpu.row_statistics(view(a), view(b), samples, torch.get_num_threads())  # type: ignore[union-attr]
+    rows = a.numel() // a.shape[-1] // samples
+    return from_row_sums(torch.tensor(sums, dtype=torch.float64).view(samples, 3), rows).float()

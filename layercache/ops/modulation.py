@@ -1,0 +1,324 @@
+"""Ops on whole rows: LayerNorm with modulation, guidance, and what dynamic methods decide by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.kernels import decisions as decision_kernels
+from layercache.kernels import guidance as guidance_kernels
+from layercache.kernels import modulate as kernels
+from layercache.kernels.combine import MAX_TERMS
+from layercache.kernels.rows import MAX_CHANNELS
+from layercache.ops import native
+from layercache.ops.checks import (
+    check_kind,
+    check_layout,
+    check_list,
+    check_no_grad,
+    check_tensor,
+    check_written,
+    fail,
+    host_coefficients,
+    layout,
+)
+from layercache.ops.combinations import check_device_coefficients
+from layercache.ops.dispatch import Kernels, register, through_registry
+
+MODULATE_KERNELS = Kernels(kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate))
+GUIDANCE_KERNELS = Kernels(
+    guidance_kernels.guidance_triton, guidance_kernels.guidance_reference, native.if_available(native.guidance)
+)
+ROW_KERNELS = Kernels(
+    decision_kernels.row_statistics_triton,
+    decision_kernels.row_statistics_reference,
+    native.if_available(native.row_statistics),
+)
+# a few numbers: there is nothing to gain on the CPU
+DECIDE_KERNELS = Kernels(decision_kernels.decide_triton, decision_kernels.decide_reference)
+
+
+def modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residuals: Sequence[Tensor] = (),
+    coefficients: Sequence[float] | Tensor = (),
+    previous: Tensor | None = None,
+    segments: Sequence[int] = (),
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    result: Tensor | None = None,
+    stream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``z = LayerNorm(y) * (1 + scale) + shift`` of ``y = x + sum_k c_k r_k``, in one launch (two with ``previous``).
+
+    The modulated input of a block, as TeaCache and SpectralCache compare it between steps, or what follows a run of
+    cached groups. In fp32, rounded once.
+
+    Args:
+        x: [batch, rows, channels], channels at most 16384; last dim contiguous, the others may be strided.
+        scale, shift: [batch, 1, channels] or [batch, channels] in x's dtype; a batch of 1 serves all.
+        residuals: r_k, contiguous, like x, up to 8.
+        coefficients: c_k, finite host numbers, or fp32 [terms] on the same device.
+        previous: the z of an earlier step, contiguous; then statistics are returned. It may be ``result``.
+        segments: inner bounds of up to 4 channel ranges whose statistics are kept apart, rising.
+        eps: of the LayerNorm, whose variance is that of the population.
+        weight, bias: [channels] in x's dtype, of a LayerNorm that has them.
+        result: written instead of a new tensor, contiguous, like x.
+        stream: receives y, contiguous, like x.
+
+    Returns:
+        z; and fp32 [ranges, 8], the statistics of `pair_statistics` of z as stored and ``previous``, or None.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: TeaCache, SpectralCache; methods.md §15 P10, P2n. Bytes: 2 S, with ``previous`` 3 S; every residual and
+    ``stream`` one more.
+    """
+    op = "modulate"
+    _check_rows(op, "x", x)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        _check_vector(op, name, vector, x)
+    check_list(op, "residuals", residuals, 0, MAX_TERMS)
+    dense = {"previous": previous, "result": result, "stream": stream}
+    for name, tensor in dense.items():
+        if tensor is not None:
+            check_tensor(op, name, 0, tensor, "x", x, x.dtype, contiguous=True)
+    for k, residual in enumerate(residuals):
+        check_tensor(op, "residuals", k, residual, "x", x, x.dtype, contiguous=True)
+    if isinstance(coefficients, Tensor):
+        check_device_coefficients(op, coefficients, (len(residuals),), x.device)
+    else:
+        coefficients = host_coefficients(op, "coefficients", coefficients, len(residuals))
+    for name, affine in (("weight", weight), ("bias", bias)):
+        if affine is not None and (
+            affine.shape != x.shape[-1:] or affine.dtype != x.dtype or affine.device != x.device
+        ):
+            fail(op, name, f"{affine.dtype} {layout(affine)}", f"{x.dtype} of shape ({x.shape[-1]},) on {x.device}")
+    bounds = [0, *segments, x.shape[-1]]
+    if len(bounds) > kernels.MAX_SEGMENTS + 1 or any(lo >= hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
+        fail(op, "segments", list(segments), f"up to {kernels.MAX_SEGMENTS - 1} rising bounds within {x.shape[-1]}")
+    if not (eps > 0 and math.isfinite(eps)):
+        fail(op, "eps", eps, "a positive number")
+    everything = [t for t in (x, scale, shift, *residuals, *dense.values(), weight, bias) if t is not None]
+    check_no_grad(op, everything)
+    if through_registry(everything):
+        return _registered(
+            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream
+        )
+    written = [t for t in (result, stream) if t is not None]
+    read = [("x", [x]), ("residuals", residuals), ("scale", [scale]), ("shift", [shift])]
+    own = [[previous] if t is result and previous is not None else [] for t in written]
+    check_written(op, "result", written, "previous", own, read)
+    return MODULATE_KERNELS(
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream
+    )
+
+
+def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool = False) -> Tensor:
+    """``v = uncond + scale * (cond - uncond)``; with ``rescale`` ``v * ||cond|| / ||v||`` of each row, in one launch.
+
+    In fp32, rounded once; a row whose v is zero stays zero.
+
+    Args:
+        cond, uncond: [batch, rows, channels] or [rows, channels] of one dtype, channels at most 16384; last dim
+            contiguous, the others may be strided; may be empty.
+        scale: the guidance scale.
+        rescale: keep the norm of the conditional prediction, as Qwen-Image's true CFG does.
+
+    Returns:
+        A new contiguous tensor in the dtype of ``cond``.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: methods.md §15 P5c. Bytes: 3 S.
+    """
+    op = "combine_guidance"
+    _check_rows(op, "cond", cond, dims=(2, 3))
+    check_tensor(op, "uncond", 0, uncond, "cond", cond, cond.dtype)
+    scale = host_coefficients(op, "scale", [scale], 1)[0]
+    check_no_grad(op, [cond, uncond])
+    if through_registry([cond, uncond]):
+        return GUIDANCE(cond, uncond, scale, rescale)
+    return GUIDANCE_KERNELS(cond, uncond, scale, rescale)
+
+
+def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+    """Mean and standard deviation of ``||a|| / ||b||`` over rows, and mean of ``1 - cos(a, b)``.
+
+    Args:
+        a, b: [batch, rows, channels] or [rows, channels] of one dtype, channels at most 16384; last dim contiguous,
+            the others may be strided; not empty.
+        per_sample: over the rows of each entry of the first dim apart.
+
+    Returns:
+        fp32 [1 or batch, 3]. A row of zeros gives NaN or infinity.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
+    """
+    op = "row_statistics"
+    _check_rows(op, "a", a, dims=(3,) if per_sample else (2, 3))
+    check_tensor(op, "b", 0, b, "a", a, a.dtype)
+    if not a.numel():
+        fail(op, "a", f"of shape {tuple(a.shape)}", "a tensor that is not empty")
+    check_no_grad(op, [a, b])
+    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS(a, b, per_sample)
+
+
+def decide(
+    numerator: Tensor,
+    denominator: Tensor,
+    accumulated: Tensor,
+    flag: Tensor,
+    polynomial: Sequence[float],
+    threshold: float,
+) -> None:
+    """``accumulated += p(numerator / denominator)``; ``flag = accumulated < threshold``, else accumulated becomes 0.
+
+    Everything stays on the device. NaN never counts as a small change.
+
+    Args:
+        numerator, denominator: fp32 with one element each, such as entries of `pair_statistics`.
+        accumulated: fp32 [1], updated.
+        flag: int32 [1], written: 1 to reuse, 0 to compute.
+        polynomial: 1 to 8 coefficients of p, highest power first.
+        threshold: the bound.
+
+    Raises:
+        OpInputError: names the argument, what it is, and what it should be.
+
+    Source: TeaCache; methods.md §15 P6d.
+    """
+    op = "decide"
+    numbers = {"numerator": numerator, "denominator": denominator, "accumulated": accumulated, "flag": flag}
+    for name, tensor in numbers.items():
+        dtype = torch.int32 if name == "flag" else torch.float32
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != 1:
+            found = f"{tensor.dtype} {layout(tensor)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            fail(op, name, found, f"{dtype} with one element")
+        if tensor.device != numerator.device:
+            fail(op, name, f"on {tensor.device}", f"on {numerator.device} as numerator")
+    polynomial = host_coefficients(op, "polynomial", polynomial, len(polynomial))
+    if not 1 <= len(polynomial) <= 8:
+        fail(op, "polynomial", f"{len(polynomial)} numbers", "1 to 8")
+    threshold = host_coefficients(op, "threshold", [threshold], 1)[0]
+    run = DECIDE if through_registry(numbers.values()) else DECIDE_KERNELS
+    run(numerator, denominator, accumulated, flag, polynomial, threshold)
+
+
+def _check_rows(op: str, name: str, tensor: Any, dims: tuple[int, ...] = (3,)) -> None:
+    check_kind(op, name, tensor)
+    if tensor.dim() not in dims:
+        expected = "[batch, rows, channels]" if dims == (3,) else "[batch, rows, channels] or [rows, channels]"
+        fail(op, name, f"of shape {tuple(tensor.shape)}", expected)
+    if tensor.shape[-1] > MAX_CHANNELS:
+        fail(op, name, f"{tensor.shape[-1]} channels wide", f"at most {MAX_CHANNELS}")
+    check_layout(op, name, tensor, contiguous=False)
+
+
+def _check_vector(op: str, name: str, vector: Any, x: Tensor) -> None:
+    """A modulation vector, one for each entry of the batch or for all."""
+    check_kind(op, name, vector)
+    channels = x.shape[-1]
+    allowed = {(batch, *middle, channels) for batch in (1, x.shape[0]) for middle in ((), (1,))}
+    if tuple(vector.shape) not in allowed:
+        expected = f"({x.shape[0]}, 1, {channels}) or ({x.shape[0]}, {channels})"
+        fail(op, name, f"of shape {tuple(vector.shape)}", expected)
+    if vector.dtype != x.dtype or vector.device != x.device:
+        fail(op, name, f"{vector.dtype} on {vector.device}", f"{x.dtype} on {x.device} as x")
+    if channels > 1 and vector.stride(-1) != 1:
+        fail(op, name, layout(vector), "a tensor whose last dim is contiguous")
+
+
+def _registered(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residuals: Sequence[Tensor],
+    coefficients: list[float] | Tensor,
+    previous: Tensor | None,
+    segments: Sequence[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    stream: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """modulate through torch.library, which may not return what it writes."""
+    z = x.new_empty(x.shape) if result is None else result
+    host, on_device = ([], coefficients) if isinstance(coefficients, Tensor) else (coefficients, None)
+    statistics = MODULATE(
+        z, stream, x, scale, shift, residuals, host, on_device, previous, list(segments), eps, weight, bias
+    )
+    return z, None if previous is None else statistics
+
+
+def _modulate(
+    z: Tensor,
+    stream: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residuals: list[Tensor],
+    host: list[float],
+    on_device: Tensor | None,
+    previous: Tensor | None,
+    segments: list[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    coefficients = host if on_device is None else on_device
+    _, statistics = MODULATE_KERNELS(
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream
+    )
+    return _no_statistics(x) if statistics is None else statistics
+
+
+def _no_statistics(x: Tensor) -> Tensor:
+    return x.new_empty((0, kernels.PAIR_STATISTICS), dtype=_statistics_dtype(x))
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+MODULATE = register(
+    "modulate(Tensor(a!) z, Tensor(b!)? stream, Tensor x, Tensor scale, Tensor shift, Tensor[] residuals, "
+    "float[] coefficients, Tensor? device_coefficients, Tensor? previous, int[] segments, float eps, Tensor? weight, "
+    "Tensor? bias) -> Tensor",
+    _modulate,
+    lambda z, stream, x, scale, shift, residuals, host, on_device, previous, segments, eps, weight, bias: (
+        _no_statistics(x)
+        if previous is None
+        else x.new_empty((len(segments) + 1, kernels.PAIR_STATISTICS), dtype=_statistics_dtype(x))
+    ),
+)
+GUIDANCE = register(
+    "combine_guidance(Tensor cond, Tensor uncond, float scale, bool rescale) -> Tensor",
+    GUIDANCE_KERNELS,
+    lambda cond, uncond, scale, rescale: cond.new_empty(cond.shape),
+)
+ROW_STATISTICS = register(
+    "row_statistics(Tensor a, Tensor b, bool per_sample) -> Tensor",
+    ROW_KERNELS,
+    lambda a, b, per_sample: a.new_empty((a.shape[0] if per_sample else 1, 3), dtype=_statistics_dtype(a)),
+)
+DECIDE = register(
+    "decide(Tensor numerator, Tensor denominator, Tensor(a!) accumulated, Tensor(b!) flag, float[] polynomial, "
+    "float threshold) -> ()",
+    DECIDE_KERNELS,
+    lambda *arguments: None,
+)
