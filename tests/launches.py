@@ -146,7 +146,7 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
             5,
             128,
         ),
-        "lerp": Launch("_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta), 6, 40, ("b32",)),
+        "lerp": Launch("_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta), 6, 56, ("b32",)),
         "lerp gated": Launch(
             "_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta, gate, one), 10, 72, ("b32",)
         ),
