@@ -1,4 +1,4 @@
-"""The command line: ``layercache demo | calibrate | plan | generate | show | doctor``.
+"""The command line: ``layercache demo | calibrate | plan | generate | show | doctor | bench``.
 
 Nothing heavy is imported here, so that help and mistakes in the arguments are answered at once.
 """
@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from layercache import __version__
+from layercache.benchmarks import commands as benchmark_commands
 from layercache.errors import LayerCacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -70,10 +71,13 @@ app = typer.Typer(
 
     For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
     the speed you want, `generate` draws with that schedule. `show` explains a file,
-    `doctor` your installation.
+    `doctor` your installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
+
+
+app.add_typer(benchmark_commands.app, name="bench")
 
 
 class Dtype(str, Enum):
@@ -562,7 +566,7 @@ def doctor(json_to: Json = None) -> None:
 # --- pipelines ---------------------------------------------------------------------------------------------
 
 
-def _choose_device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
     import torch
 
     available = torch.cuda.is_available()
@@ -580,7 +584,7 @@ def _choose_device(name: str | None) -> str:
 def _load_pipeline(model: str, device: str | None, dtype: Dtype) -> Any:
     import torch
 
-    device = _choose_device(device)
+    device = choose_device(device)
     try:
         if model == "demo":
             from layercache.demo.pipeline import load_demo_pipeline

@@ -1,0 +1,107 @@
+"""``layercache bench``: nothing heavy is imported here before a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure the ops on this machine, and look after stored results.")
+
+RESULTS = Path("bench") / "results"
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a shape such as 1x4096x3072 (batch x rows x channels).")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
+    return known[name]
+
+
+@app.command()
+def kernels(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op or case, such as 'capture'; may be repeated.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="Batch x rows x channels; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")] = 7,
+    json_to: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them."),
+    ] = None,
+) -> None:
+    """Time every op beside eager PyTorch, torch.compile and a plain copy of as many bytes.
+
+    Variants are measured in turn, and a speedup is shown only where the values agree; the command fails if they do
+    not somewhere. The columns are explained in docs/benchmarks.md.
+
+    Example: `layercache bench kernels --op linear_combination --shape 1x4096x3072`
+    """
+    shapes = [_shape(text) for text in shape or ["1x4096x3072"]]
+    import torch
+    from tqdm.auto import tqdm
+
+    from layercache.benchmarks import results
+    from layercache.benchmarks.cases import find_cases
+    from layercache.benchmarks.measuring import measure
+    from layercache.cli import Printer, choose_device
+
+    printer = Printer(json_to)
+    chosen, place = _dtype(dtype), torch.device(choose_device(device))
+    cases = find_cases(op or ())
+    rows = []
+    with tqdm(total=len(cases) * len(shapes) * rounds, unit="round", leave=False) as bar:
+        for size in shapes:
+            for case in cases:
+                bar.set_description(case.name)
+                rows.append(measure(case, size, chosen, place, rounds=rounds, compiled=compiled, on_round=bar.update))
+    for size in shapes:
+        printer.say(results.table([row for row in rows if row.shape == size]))
+    settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shapes": [list(size) for size in shapes]}
+    printer.figures(results.figures(rows, settings))
+    if not all(row.right for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("results")
+def list_results(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with result files.")] = RESULTS,
+    mark_stale: Annotated[
+        bool, typer.Option("--mark-stale", help="Write into files measured with other kernels that they are stale.")
+    ] = False,
+) -> None:
+    """List stored results; those measured with other kernels than these are stale.
+
+    Example: `layercache bench results --mark-stale`
+    """
+    import json
+
+    from layercache.benchmarks import results
+
+    if mark_stale:
+        for path in results.mark_stale(folder):
+            typer.echo(f"marked as stale: {path}")
+    unmarked = set(results.stale_files(folder))
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        state = "stale" if path in unmarked or data.get("stale") else "current"
+        if data.get("kernel_hash") is None:
+            state = "of no kernel"
+        typer.echo(f"{path.name}: {state}")

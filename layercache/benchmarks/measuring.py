@@ -1,0 +1,238 @@
+"""Timing: variants in turn, medians over rounds, inputs that are in no cache, and the machine's own limit."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layercache.benchmarks.cases import Case, Inputs, relative_error
+
+# Norm-wise difference from eager PyTorch, which rounds to the storage dtype after every operator, that counts as right.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+# Bytes that all sets of inputs together have at least, so that none is still in the last cache when its turn comes.
+COLD_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
+MAX_SETS = 32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, and the quantiles that bound the middle 60 %."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        if len(seconds) < 2:
+            return cls(seconds[0], seconds[0], seconds[0])
+        fifths = quantiles(seconds, n=5, method="inclusive")
+        return cls(median(seconds), fifths[0], fifths[3])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case, measured.
+
+    Attributes:
+        bytes: that must be moved.
+        seconds: by variant: ours, eager, compiled (if measured) and copy, a plain copy of as many bytes.
+        error: of ours against eager, norm-wise; ``right`` says whether that is within tolerance.
+        operators: that eager PyTorch calls.
+        launches: of ours on a GPU.
+        host_seconds: to issue a call of ours and of eager without waiting (GPU).
+    """
+
+    case: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    bytes: int
+    seconds: dict[str, Timing]
+    error: float
+    right: bool
+    operators: int
+    launches: int
+    host_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.bytes / self.seconds["ours"].median / 1e9
+
+    @property
+    def share_of_limit(self) -> float:
+        """How close ours is to a plain copy of as many bytes."""
+        return self.seconds["copy"].median / self.seconds["ours"].median
+
+    def speedup(self, over: str) -> float | None:
+        """Of ours over another variant; none is claimed for a wrong result."""
+        if over not in self.seconds or not self.right:
+            return None
+        return self.seconds[over].median / self.seconds["ours"].median
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "gigabytes_per_second": self.gigabytes_per_second,
+            "share_of_limit": self.share_of_limit,
+            "speedup_over_eager": self.speedup("eager"),
+            "speedup_over_compiled": self.speedup("compiled"),
+        }
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that make or change tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def measure(
+    case: Case,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int = 7,
+    compiled: bool = True,
+    seconds: float = 0.05,
+    on_round: Callable[[], None] = lambda: None,
+) -> Row:
+    """Measures a case.
+
+    Args:
+        shape: [batch, rows, channels] of its tensors.
+        rounds: times that each variant is measured, in turn.
+        compiled: also measure torch.compile of the eager spelling.
+        seconds: least duration of one measurement.
+        on_round: called after every round.
+    """
+    size = case.bytes(shape, dtype)
+    sets = max(2, min(MAX_SETS, -(-COLD_BYTES[device.type] // max(size, 1))))
+    inputs = [case.inputs(shape, dtype, device, seed) for seed in range(sets)]
+    copies = _copies(size, sets, device)
+    with torch.set_grad_enabled(case.gradient):
+        error = relative_error(case.ours(inputs[0]), case.eager(inputs[0]))
+        with _Operators() as operators:
+            case.eager(inputs[0])
+        variants: dict[str, Iterator[Callable[[], Any]]] = {
+            "ours": _calls(case.ours, inputs),
+            "eager": _calls(case.eager, inputs),
+            "copy": iter(_Cycle([lambda pair=pair: pair[0].copy_(pair[1]) for pair in copies])),  # type: ignore[misc]
+        }
+        if compiled:
+            torch._dynamo.reset()
+            variants["compiled"] = _calls(torch.compile(case.eager, fullgraph=True), inputs)
+        times = _in_turn(variants, rounds, seconds, device, on_round)
+        host = _host_seconds(variants) if device.type == "cuda" else {}
+    return Row(
+        case=case.name,
+        op=case.op,
+        shape=tuple(shape),
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        bytes=size,
+        seconds={name: Timing.of(values) for name, values in times.items()},
+        error=error,
+        right=error <= TOLERANCE[dtype],
+        operators=operators.count,
+        launches=case.launches,
+        host_seconds=host,
+    )
+
+
+class _Cycle:
+    """An endless round through a few things."""
+
+    def __init__(self, things: Sequence[Any]):
+        self.things = deque(things)
+
+    def __iter__(self) -> _Cycle:
+        return self
+
+    def __next__(self) -> Any:
+        self.things.rotate(-1)
+        return self.things[0]
+
+
+def _calls(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Iterator[Callable[[], Any]]:
+    return iter(_Cycle([lambda own=own: run(own) for own in inputs]))  # type: ignore[misc]
+
+
+def _copies(size: int, sets: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of which a copy moves ``size`` bytes, half in and half out."""
+    elements = max(1, size // 8)
+    return [(torch.empty(elements, device=device), torch.randn(elements, device=device)) for _ in range(sets)]
+
+
+def _in_turn(
+    variants: dict[str, Iterator[Callable[[], Any]]],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    on_round: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Seconds per call of every variant in every round."""
+    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
+    repeats = {}
+    for name, calls in variants.items():
+        # the first calls compile, allocate and fault in memory
+        for _ in range(3):
+            next(calls)()
+        repeats[name] = max(1, round(seconds / max(clock(calls, 3), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, calls in variants.items():
+            times[name].append(clock(calls, repeats[name]))
+        on_round()
+    return times
+
+
+def _cpu_seconds(calls: Iterator[Callable[[], Any]], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        next(calls)()
+    return (time.perf_counter() - start) / repeats
+
+
+def _gpu_seconds(calls: Iterator[Callable[[], Any]], repeats: int) -> float:
+    """By events on the stream; a sleep of the GPU lets the host get ahead, so that no gap of it is timed."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000 + 60_000 * repeats)
+    start.record()
+    for _ in range(repeats):
+        next(calls)()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats / 1e3
+
+
+def _host_seconds(variants: dict[str, Iterator[Callable[[], Any]]], repeats: int = 200) -> dict[str, float]:
+    """What issuing a call costs the host while the GPU is busy with something else."""
+    found = {}
+    for name, calls in variants.items():
+        samples = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(100_000_000)
+            start = time.perf_counter()
+            for _ in range(repeats // 5):
+                next(calls)()
+            samples.append((time.perf_counter() - start) / (repeats // 5))
+        torch.cuda.synchronize()
+        found[name] = median(samples)
+    return found

@@ -1,0 +1,106 @@
+"""Results as tables and files, and whether a file still belongs to the kernels that are installed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import layercache
+from layercache.benchmarks.measuring import Row
+from layercache.errors import FileFormatError
+from layercache.report import machine_info, write_json
+
+# What a measurement depends on; the C++ sources are there in a checkout only.
+SOURCES = ("kernels/*.py", "layercache/ops/*.py", "csrc/cpu/*")
+
+
+def kernel_hash() -> str:
+    """Twelve hex digits that change when a kernel, an op or the C++ of the CPU path does.
+
+    Raises:
+        FileFormatError: this is not a checkout.
+    """
+    root = Path(layercache.__file__).parents[1]
+    files = sorted(path for pattern in SOURCES for path in root.glob(pattern))
+    if not any(path.parent.name == "kernels" for path in files):
+        raise FileFormatError(f"{root} holds no kernel sources; results belong to a checkout of layercache")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _hash_or_none() -> str | None:
+    try:
+        return kernel_hash()
+    except FileFormatError:
+        return None
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line per case, all of one shape; what the columns mean is in docs/benchmarks.md."""
+    first = rows[0]
+    title = f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}"
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("case", no_wrap=True)
+    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "launches", "ops"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row.case,
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.seconds['ours'].median * 1e3:.3f}",
+            f"{row.gigabytes_per_second:.1f}",
+            f"{row.share_of_limit:.0%}",
+            _ratio(row, "eager"),
+            _ratio(row, "compiled"),
+            str(row.launches),
+            str(row.operators),
+            style=None if row.right else "red",
+        )
+    return out
+
+
+def _ratio(row: Row, over: str) -> str:
+    if not row.right:
+        return "WRONG"
+    speedup = row.speedup(over)
+    return "-" if speedup is None else f"{speedup:.2f}x"
+
+
+def figures(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """What a result file holds."""
+    return {
+        "kind": "kernels",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kernel_hash": _hash_or_none(),
+        "machine": machine_info(),
+        "settings": settings,
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def stale_files(folder: Path) -> list[Path]:
+    """Results that were measured with other kernels and do not say so themselves (``"stale": true``)."""
+    current = kernel_hash()
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        if data.get("kernel_hash") not in (None, current) and not data.get("stale"):
+            found.append(path)
+    return found
+
+
+def mark_stale(folder: Path) -> list[Path]:
+    """Makes the files of `stale_files` say so; returns them."""
+    paths = stale_files(folder)
+    for path in paths:
+        write_json(path, {"stale": True} | json.loads(path.read_text()))
+    return paths
