@@ -23,7 +23,7 @@ lint: .venv/installed ## Check style, format and types
 	$(BIN)/mypy layercache kernels
 
 bench: .venv/installed ## Run the benchmarks
-	$(BIN)/pytest bench -o "python_files=bench_*.py test_*.py" --benchmark-only
+	$(BIN)/pytest bench --benchmark-only
 
 clean: ## Remove what was built, but keep the environment
 	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -45,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
 
     pipe = load_demo_pipeline()
+    if torch.cuda.is_available():
+        pipe.to("cuda")
     pipe.set_progress_bar_config(disable=True)
     prompts = [CLASS_NAMES[k % len(CLASS_NAMES)] for k in range(args.batch)]
     generate(pipe, prompts, args.steps, 0)

@@ -54,7 +54,7 @@ void subtract_all(const Stream& stream, int threads) {
     const float c[] = {1.0f, -1.0f};
     for_chunks(Space(stream.output), threads, [&](const Chunk& chunk, int) {
         const void* x[] = {chunk.at(stream.output), chunk.at(stream.before)};
-        loops.map_same(x, c, 2, true, 1.0f, chunk.at(stream.residual), stream.output.dtype, chunk.size);
+        loops.map(x, c, 2, true, 1.0f, nullptr, chunk.at(stream.residual), stream.output.dtype, chunk.size);
     });
 }
 

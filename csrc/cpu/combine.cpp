@@ -1,71 +1,89 @@
-#include "kernels.hpp"
-
 #include <cstring>
 
+#include "kernels.hpp"
 #include "parallel.hpp"
 
 namespace layercache::cpu {
 
 namespace {
 
-constexpr int MAX_INPUTS = 9, MAX_OUTPUTS = 6;
+constexpr int MAX_INPUTS = 9;
 
-// One output whose inputs, with it, are of one dtype and all used: registers are enough.
-bool simple(const Views& inputs, const Views& outputs, const Map& map, bool gated, bool scaled) {
-    if (outputs.size() != 1 || gated || scaled || inputs.size() > MAX_INPUTS) return false;
-    for (const View& view : inputs)
-        if (view.dtype != outputs[0].dtype) return false;
-    for (char used : map.used)
-        if (!used) return false;
-    return true;
+// One output: the inputs it has terms in, and their coefficients.
+struct Output {
+    std::vector<int> inputs;
+    std::vector<float> coefficients;
+    float factor;
+};
+
+std::vector<Output> outputs_of(const Map& map, int inputs, int outputs) {
+    std::vector<Output> found(outputs);
+    for (int m = 0; m < outputs; ++m) {
+        found[m].factor = map.factors.empty() ? 1.0f : map.factors[m];
+        for (int k = 0; k < inputs; ++k)
+            if (map.used[m * inputs + k]) {
+                found[m].inputs.push_back(k);
+                found[m].coefficients.push_back(map.coefficients[m * inputs + k]);
+            }
+    }
+    return found;
+}
+
+// Whether writing one output at a time could change an input of a later one.
+bool written_while_read(const Views& inputs, const Views& outputs) {
+    if (outputs.size() == 1) return false;
+    for (const View& out : outputs)
+        for (const View& in : inputs)
+            if (out.data == in.data) return true;
+    return false;
 }
 
 struct Work {
     const Loops& loops;
     const Views& inputs;
     const Views& outputs;
-    const Map& map;
+    const std::vector<Output>& terms;
+    bool base;
     const std::optional<View>& gate;
     const std::vector<const float*>& scales;
+    Dtype dtype;   // that of the arithmetic's inputs and outputs: all views', or fp32
+    bool in_place;  // whether chunks can be read and written where they are
+    bool buffered;  // whether results wait until all are there
 
-    void read_inputs(const Chunk& chunk, Buffer* buffers, const float** x) const {
-        for (std::size_t k = 0; k < inputs.size(); ++k) {
-            if (k > 0 && !scales.empty()) {
-                const auto* codes = reinterpret_cast<const std::uint8_t*>(chunk.at(inputs[k]));
-                loops.decode(codes, scales[k - 1][chunk.row], buffers[k].values, chunk.size);
-                x[k] = buffers[k].values;
-            } else {
-                x[k] = read(loops, inputs[k], chunk, buffers[k]);
-            }
-        }
-    }
-
-    // Output m in `y`.
-    void combine(int m, const Chunk& chunk, const float* const* x, Buffer& y, Buffer& spare) const {
-        const int count = static_cast<int>(inputs.size());
-        const bool starts_at_base = map.base && !gate;
-        if (starts_at_base)
-            std::memcpy(y.values, x[0], chunk.size * 4);
-        else
-            std::memset(y.values, 0, chunk.size * 4);
-        for (int k = map.base ? 1 : 0; k < count; ++k)
-            if (map.used[m * count + k])
-                loops.add_scaled(x[k], map.coefficients[m * count + k], y.values, chunk.size);
-        if (!map.factors.empty()) loops.multiply(y.values, map.factors[m], chunk.size);
-        if (gate) {
-            const Chunk at{chunk.row / inputs[0].rows, chunk.column, chunk.size};
-            loops.gate(x[0], read(loops, *gate, at, spare), y.values, chunk.size);
-        }
+    const void* input(int k, const Chunk& chunk, Buffer& buffer) const {
+        if (k == 0 || scales.empty()) return read_as(loops, inputs[k], dtype, chunk, buffer);
+        const auto* codes = reinterpret_cast<const std::uint8_t*>(chunk.at(inputs[k]));
+        loops.decode(codes, scales[k - 1][chunk.row], buffer.values, chunk.size);
+        return buffer.values;
     }
 
     void operator()(const Chunk& chunk) const {
-        Buffer buffers[MAX_INPUTS], results[MAX_OUTPUTS], spare;
-        const float* x[MAX_INPUTS];
-        read_inputs(chunk, buffers, x);
-        // all results before the first is stored, because outputs may be inputs
-        for (std::size_t m = 0; m < outputs.size(); ++m) combine(static_cast<int>(m), chunk, x, results[m], spare);
-        for (std::size_t m = 0; m < outputs.size(); ++m)
-            loops.store(results[m].values, chunk.at(outputs[m]), outputs[m].dtype, chunk.size);
+        Buffer converted[MAX_INPUTS], spare;
+        Buffer* results = scratch(outputs.size());
+        const void* x[MAX_INPUTS];
+        for (std::size_t k = 0; k < inputs.size(); ++k) x[k] = input(static_cast<int>(k), chunk, converted[k]);
+        const Chunk entry{chunk.row / std::max<std::int64_t>(inputs[0].rows, 1), chunk.column, chunk.size};
+        const float* g = gate ? read(loops, *gate, entry, spare) : nullptr;
+        for (std::size_t m = 0; m < outputs.size(); ++m) {
+            const void* own[MAX_INPUTS];
+            const int count = static_cast<int>(terms[m].inputs.size());
+            for (int t = 0; t < count; ++t) own[t] = x[terms[m].inputs[t]];
+            const bool direct = in_place && !buffered;
+            void* to = direct ? chunk.at(outputs[m]) : static_cast<void*>(results[buffered ? m : 0].values);
+            if (count == 0) std::memset(to, 0, chunk.size * size_of(dtype));
+            loops.map(own, terms[m].coefficients.data(), count, base, terms[m].factor, g, to, dtype, chunk.size);
+            if (!direct && !buffered) put(m, chunk, to);
+        }
+        if (buffered)
+            for (std::size_t m = 0; m < outputs.size(); ++m) put(m, chunk, results[m].values);
+    }
+
+    void put(std::size_t m, const Chunk& chunk, const void* from) const {
+        char* to = chunk.at(outputs[m]);
+        if (outputs[m].dtype == dtype)
+            std::memcpy(to, from, chunk.size * size_of(dtype));
+        else
+            loops.store(static_cast<const float*>(from), to, outputs[m].dtype, chunk.size);
     }
 };
 
@@ -73,23 +91,16 @@ struct Work {
 
 void linear_map(const Views& inputs, const Views& outputs, const Map& map, const std::optional<View>& gate,
                 const std::vector<const float*>& scales, int threads) {
-    const Loops& loops = active();
+    const int count = static_cast<int>(inputs.size());
     Views all = inputs;
     all.insert(all.end(), outputs.begin(), outputs.end());
     if (!gate && scales.empty()) flatten(all);
-    const auto middle = all.begin() + static_cast<std::ptrdiff_t>(inputs.size());
+    const auto middle = all.begin() + count;
     const Views in(all.begin(), middle), out(middle, all.end());
-    if (simple(in, out, map, gate.has_value(), !scales.empty())) {
-        const float factor = map.factors.empty() ? 1.0f : map.factors[0];
-        for_chunks(Space(in[0]), threads, [&](const Chunk& chunk, int) {
-            const void* x[MAX_INPUTS];
-            for (std::size_t k = 0; k < in.size(); ++k) x[k] = chunk.at(in[k]);
-            loops.map_same(x, map.coefficients.data(), static_cast<int>(in.size()), map.base, factor, chunk.at(out[0]),
-                           out[0].dtype, chunk.size);
-        });
-        return;
-    }
-    const Work work{loops, in, out, map, gate, scales};
+    const bool same = scales.empty() && uniform(all);
+    const std::vector<Output> terms = outputs_of(map, count, static_cast<int>(out.size()));
+    const Work work{active(), in,   out, terms, map.base, gate, scales, same ? all[0].dtype : Dtype::float32, same,
+                    written_while_read(in, out)};
     for_chunks(Space(in[0]), threads, [&](const Chunk& chunk, int) { work(chunk); });
 }
 

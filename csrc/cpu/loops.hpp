@@ -18,15 +18,13 @@ struct Loops {
     // Numbers of any dtype to and from fp32; rounded to nearest, ties to even.
     void (*load)(const void* from, Dtype dtype, float* to, Size n);
     void (*store)(const float* from, void* to, Dtype dtype, Size n);
-    // y = x_0 + sum over k >= 1, or, without base, factor * sum over all k of c_k x_k; inputs and output of one
-    // dtype, every product rounded before it is added.
-    void (*map_same)(const void* const* x, const float* c, int count, bool base, float factor, void* y, Dtype dtype,
-                     Size n);
-    // y = c x; y += c x; y *= c; y = x + g y; y = x - z.
-    void (*scale)(const float* x, float c, float* y, Size n);
+    // y = x_0 + g sum over k >= 1 of c_k x_k, or, without base, factor * sum over all k; the gate may be null. Up to nine
+    // inputs, and the output, all fp32 or all bf16; every product is rounded before it is added. The output may be one of
+    // the inputs.
+    void (*map)(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+                Dtype dtype, Size n);
+    // y += c x; y = x - z.
     void (*add_scaled)(const float* x, float c, float* y, Size n);
-    void (*multiply)(float* y, float c, Size n);
-    void (*gate)(const float* x, const float* g, float* y, Size n);
     void (*subtract)(const float* x, const float* z, float* y, Size n);
     // Whether NaN or infinity is among the numbers.
     bool (*has_bad)(const float* x, Size n);
@@ -48,12 +46,15 @@ struct Loops {
     // beta f + (1 - beta) c, from the nearer end; fp32 or bf16. Backward: out = beta grad, returns sum grad (f - c).
     void (*lerp)(const void* f, const void* c, float beta, void* o, Dtype dtype, Size n);
     double (*lerp_backward)(const float* grad, const float* f, const float* c, float beta, float* out, Size n);
-    // y = x y; sum x; sum (x - mean)^2; z = (x - mean) factor; z = z (1 + scale) + shift; v = u + scale (c - u).
+    // y = x y; sum x; sum (x - mean)^2.
     void (*product)(const float* x, float* y, Size n);
     double (*sum)(const float* x, Size n);
     double (*centred_square)(const float* x, float mean, Size n);
-    void (*standardise)(const float* x, float mean, float factor, float* z, Size n);
-    void (*shift_scale)(const float* scale, const float* shift, float* z, Size n);
+    // z = ((x - mean) factor weight + bias) (1 + scale) + shift; weight and bias may be null.
+    void (*finish)(const float* x, float mean, float factor, const float* weight, const float* bias,
+                   const float* scale, const float* shift, float* z, Size n);
+    // v *= factor; v = u + scale (c - u).
+    void (*rescale)(float* v, float factor, Size n);
     void (*guide)(const float* c, const float* u, float scale, float* v, Size n);
 };
 

@@ -16,6 +16,15 @@ inline float float_of(std::uint32_t bits) {
     return x;
 }
 
+// a b + c for sums, whose last bit nobody compares; elementwise results round every product.
+inline float fused(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 struct Float32 {
     using Stored = float;
     static float load(const float& x) { return x; }
@@ -101,8 +110,8 @@ void store(const float* from, void* to, Dtype dtype, Size n) {
 }
 
 // The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
-template <class T, int COUNT, bool BASE>
-void map_terms(const void* const* inputs, const float* c, float factor, void* output, Size n) {
+template <class T, int COUNT, bool BASE, bool GATED>
+void map_terms(const void* const* inputs, const float* c, float factor, const float* gate, void* output, Size n) {
     const typename T::Stored* x[COUNT];
     float k[COUNT];
     for (int t = 0; t < COUNT; ++t) {
@@ -113,58 +122,49 @@ void map_terms(const void* const* inputs, const float* c, float factor, void* ou
     // outputs may be inputs, element by element
 #pragma GCC ivdep
     for (Size i = 0; i < n; ++i) {
-        float sum = BASE ? T::load(x[0][i]) : 0.0f;
+        float sum = BASE && !GATED ? T::load(x[0][i]) : 0.0f;
         for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * T::load(x[t][i]);
+        if (GATED) sum = T::load(x[0][i]) + gate[i] * sum;
         T::store(BASE ? sum : factor * sum, y[i]);
     }
 }
 
-template <class T, bool BASE>
-bool map_counted(const void* const* x, const float* c, int count, float factor, void* y, Size n) {
+template <class T, bool BASE, bool GATED>
+void map_counted(const void* const* x, const float* c, int count, float factor, const float* gate, void* y, Size n) {
     switch (count) {
-        case 1: map_terms<T, 1, BASE>(x, c, factor, y, n); return true;
-        case 2: map_terms<T, 2, BASE>(x, c, factor, y, n); return true;
-        case 3: map_terms<T, 3, BASE>(x, c, factor, y, n); return true;
-        case 4: map_terms<T, 4, BASE>(x, c, factor, y, n); return true;
-        case 5: map_terms<T, 5, BASE>(x, c, factor, y, n); return true;
-        case 6: map_terms<T, 6, BASE>(x, c, factor, y, n); return true;
-        case 7: map_terms<T, 7, BASE>(x, c, factor, y, n); return true;
-        case 8: map_terms<T, 8, BASE>(x, c, factor, y, n); return true;
-        case 9: map_terms<T, 9, BASE>(x, c, factor, y, n); return true;
-        default: return false;
+        case 1: return map_terms<T, 1, BASE, GATED>(x, c, factor, gate, y, n);
+        case 2: return map_terms<T, 2, BASE, GATED>(x, c, factor, gate, y, n);
+        case 3: return map_terms<T, 3, BASE, GATED>(x, c, factor, gate, y, n);
+        case 4: return map_terms<T, 4, BASE, GATED>(x, c, factor, gate, y, n);
+        case 5: return map_terms<T, 5, BASE, GATED>(x, c, factor, gate, y, n);
+        case 6: return map_terms<T, 6, BASE, GATED>(x, c, factor, gate, y, n);
+        case 7: return map_terms<T, 7, BASE, GATED>(x, c, factor, gate, y, n);
+        case 8: return map_terms<T, 8, BASE, GATED>(x, c, factor, gate, y, n);
+        case 9: return map_terms<T, 9, BASE, GATED>(x, c, factor, gate, y, n);
+        default: return;
     }
 }
 
-void scale(const float* __restrict x, float c, float* __restrict y, Size n) {
-    for (Size i = 0; i < n; ++i) y[i] = 0.0f + c * x[i];
+template <class T>
+void map_of(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+            Size n) {
+    if (gate != nullptr) return map_counted<T, true, true>(x, c, count, factor, gate, y, n);
+    if (base) return map_counted<T, true, false>(x, c, count, factor, gate, y, n);
+    map_counted<T, false, false>(x, c, count, factor, gate, y, n);
+}
+
+void map(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+         Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? map_of<Bfloat16>(x, c, count, base, factor, gate, y, n)
+                             : map_of<Float32>(x, c, count, base, factor, gate, y, n);
 }
 
 void add_scaled(const float* __restrict x, float c, float* __restrict y, Size n) {
     for (Size i = 0; i < n; ++i) y[i] += c * x[i];
 }
 
-void multiply(float* y, float c, Size n) {
-    for (Size i = 0; i < n; ++i) y[i] = c * y[i];
-}
-
-void gate(const float* __restrict x, const float* __restrict g, float* __restrict y, Size n) {
-    for (Size i = 0; i < n; ++i) y[i] = x[i] + g[i] * y[i];
-}
-
 void subtract(const float* __restrict x, const float* __restrict z, float* __restrict y, Size n) {
     for (Size i = 0; i < n; ++i) y[i] = x[i] - z[i];
-}
-
-void map_same(const void* const* x, const float* c, int count, bool base, float factor, void* y, Dtype dtype, Size n) {
-    if (dtype == Dtype::bfloat16)
-        base ? map_counted<Bfloat16, true>(x, c, count, factor, y, n)
-             : map_counted<Bfloat16, false>(x, c, count, factor, y, n);
-    else if (dtype == Dtype::float32)
-        base ? map_counted<Float32, true>(x, c, count, factor, y, n)
-             : map_counted<Float32, false>(x, c, count, factor, y, n);
-    else
-        base ? map_counted<Float16, true>(x, c, count, factor, y, n)
-             : map_counted<Float16, false>(x, c, count, factor, y, n);
 }
 
 bool has_bad(const float* x, Size n) {
@@ -204,10 +204,10 @@ struct PairTotals {
         sums.lane[0][j] += size;
         sums.lane[1][j] += std::fabs(a);
         sums.lane[2][j] += std::fabs(b);
-        sums.lane[3][j] += d * d;
-        sums.lane[4][j] += a * a;
-        sums.lane[5][j] += b * b;
-        sums.lane[6][j] += a * b;
+        sums.lane[3][j] = fused(d, d, sums.lane[3][j]);
+        sums.lane[4][j] = fused(a, a, sums.lane[4][j]);
+        sums.lane[5][j] = fused(b, b, sums.lane[5][j]);
+        sums.lane[6][j] = fused(a, b, sums.lane[6][j]);
         peak[j] = peak[j] < size ? size : peak[j];
     }
 
@@ -273,9 +273,9 @@ void norms_of(const void* const* inputs, const float* c, Size n, double* sums) {
     Totals<2> totals;
     in_lanes(n, [&](Size i, int j) {
         float y = k[0] * T::load(x[0][i]);
-        for (int t = 1; t < COUNT; ++t) y += k[t] * T::load(x[t][i]);
+        for (int t = 1; t < COUNT; ++t) y = fused(k[t], T::load(x[t][i]), y);
         totals.lane[0][j] += std::fabs(y);
-        totals.lane[1][j] += y * y;
+        totals.lane[1][j] = fused(y, y, totals.lane[1][j]);
     });
     totals.add_to(sums);
 }
@@ -318,7 +318,7 @@ void error_norms(const float* const* x, const float* c, int count, const float* 
 
 double dot(const float* a, const float* b, Size n) {
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += a[i] * b[i]; });
+    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] = fused(a[i], b[i], totals.lane[0][j]); });
     double sum = 0;
     totals.add_to(&sum);
     return sum;
@@ -396,7 +396,7 @@ double centred_square(const float* x, float mean, Size n) {
     Totals<1> totals;
     in_lanes(n, [&](Size i, int j) {
         const float d = x[i] - mean;
-        totals.lane[0][j] += d * d;
+        totals.lane[0][j] = fused(d, d, totals.lane[0][j]);
     });
     double sum = 0;
     totals.add_to(&sum);
@@ -411,18 +411,22 @@ double sum(const float* x, Size n) {
     return all;
 }
 
-void standardise(const float* __restrict x, float mean, float factor, float* __restrict z, Size n) {
+void finish(const float* x, float mean, float factor, const float* weight, const float* bias, const float* scale,
+            const float* shift, float* __restrict z, Size n) {
     for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor;
+    if (weight != nullptr) product(weight, z, n);
+    if (bias != nullptr) add_scaled(bias, 1.0f, z, n);
+    for (Size i = 0; i < n; ++i) z[i] = z[i] * (1.0f + scale[i]) + shift[i];
 }
 
-void shift_scale(const float* __restrict scale, const float* __restrict shift, float* __restrict z, Size n) {
-    for (Size i = 0; i < n; ++i) z[i] = z[i] * (1.0f + scale[i]) + shift[i];
+void rescale(float* v, float factor, Size n) {
+    for (Size i = 0; i < n; ++i) v[i] *= factor;
 }
 
 void guide(const float* __restrict c, const float* __restrict u, float scale, float* __restrict v, Size n) {
     for (Size i = 0; i < n; ++i) v[i] = u[i] + scale * (c[i] - u[i]);
 }
 
-const Loops table{NAME,    load,      store,   map_same, scale, add_scaled,  multiply, gate,  subtract,
-                  has_bad, pair_sums, capture, norms,    error_norms, dot, peak,     encode, decode,
-                  lerp, lerp_backward, product, sum, centred_square, standardise, shift_scale, guide};
+const Loops table{NAME,    load,          store, map, add_scaled, subtract,       has_bad, pair_sums, capture,
+                  norms,   error_norms,   dot,   peak, encode,    decode,         lerp,    lerp_backward,
+                  product, sum,           centred_square, finish, rescale, guide};

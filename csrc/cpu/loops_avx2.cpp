@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 // behind all includes, whose inline functions must not be compiled for this processor alone
-#pragma GCC target("avx2,f16c,bmi,bmi2")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 
 namespace layercache::cpu::avx2 {
 constexpr const char* NAME = "avx2";

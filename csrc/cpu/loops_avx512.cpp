@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 // behind all includes, whose inline functions must not be compiled for this processor alone
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,bmi,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 
 namespace layercache::cpu::avx512 {
 constexpr const char* NAME = "avx512";

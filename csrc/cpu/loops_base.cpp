@@ -25,7 +25,8 @@ extern const Loops* const table_of;
 const Loops* loops(const char* name) {
     const std::string wanted = name == nullptr ? "" : name;
 #if defined(__x86_64__) && defined(__GNUC__)
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (has_avx512 && (wanted.empty() || wanted == "avx512")) return avx512::table_of;

@@ -70,6 +70,13 @@ struct alignas(64) Buffer {
     float values[CHUNK];
 };
 
+// Buffers that a thread keeps, because clearing new ones would cost as much as the work.
+inline Buffer* scratch(std::size_t count) {
+    thread_local std::vector<Buffer> kept;
+    if (kept.size() < count) kept.resize(count);
+    return kept.data();
+}
+
 // The dtype in which chunks of all these views can be read in place: that of all, if loops take it, else fp32.
 inline Dtype common_dtype(const Views& views) {
     for (const View& view : views)

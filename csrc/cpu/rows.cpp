@@ -24,41 +24,43 @@ std::int64_t vector_row(const View& vectors, const View& model, std::int64_t row
     return vectors.batch * vectors.rows > 1 ? row / model.rows : 0;
 }
 
+// What a thread keeps: its row, and the vectors, which change only with the batch.
 struct Scratch {
-    Row y, z, a, b;
-    explicit Scratch(std::int64_t cols) : y(cols), z(cols), a(cols), b(cols) {}
+    Row y, z, other, scale, shift, weight, bias;
+    std::int64_t batch = -1;
+    Scratch(const Loops& loops, const Modulation& m) : y(m.x.cols), z(y), other(y), scale(y), shift(y) {
+        if (m.weight) load_row(loops, *m.weight, 0, weight = y);
+        if (m.bias) load_row(loops, *m.bias, 0, bias = y);
+    }
 };
 
 void modulate_row(const Loops& loops, const Modulation& m, std::int64_t row, Scratch& s, double* sums) {
-    const std::int64_t n = m.x.cols;
+    const std::int64_t n = m.x.cols, batch = row / m.x.rows;
+    if (batch != s.batch) {
+        load_row(loops, m.scale, vector_row(m.scale, m.x, row), s.scale);
+        load_row(loops, m.shift, vector_row(m.shift, m.x, row), s.shift);
+        s.batch = batch;
+    }
     load_row(loops, m.x, row, s.y);
     for (std::size_t k = 0; k < m.residuals.size(); ++k) {
-        load_row(loops, m.residuals[k], row, s.a);
-        loops.add_scaled(s.a.data(), m.coefficients[k], s.y.data(), n);
+        load_row(loops, m.residuals[k], row, s.other);
+        loops.add_scaled(s.other.data(), m.coefficients[k], s.y.data(), n);
     }
     if (m.stream) store_row(loops, s.y, *m.stream, row);
     const float mean = static_cast<float>(loops.sum(s.y.data(), n) / double(n));
     const double variance = loops.centred_square(s.y.data(), mean, n) / double(n);
-    loops.standardise(s.y.data(), mean, static_cast<float>(1.0 / std::sqrt(variance + m.eps)), s.z.data(), n);
-    if (m.weight) {
-        load_row(loops, *m.weight, 0, s.a);
-        loops.product(s.a.data(), s.z.data(), n);
-    }
-    if (m.bias) {
-        load_row(loops, *m.bias, 0, s.a);
-        loops.add_scaled(s.a.data(), 1.0f, s.z.data(), n);
-    }
-    load_row(loops, m.scale, vector_row(m.scale, m.x, row), s.a);
-    load_row(loops, m.shift, vector_row(m.shift, m.x, row), s.b);
-    loops.shift_scale(s.a.data(), s.b.data(), s.z.data(), n);
+    loops.finish(s.y.data(), mean, static_cast<float>(1.0 / std::sqrt(variance + m.eps)),
+                 m.weight ? s.weight.data() : nullptr, m.bias ? s.bias.data() : nullptr, s.scale.data(),
+                 s.shift.data(), s.z.data(), n);
     // the previous one may be where the new one goes
-    if (m.previous) load_row(loops, *m.previous, row, s.b);
+    if (m.previous) load_row(loops, *m.previous, row, s.other);
     store_row(loops, s.z, m.z, row);
     if (!m.previous) return;
     load_row(loops, m.z, row, s.z);
     for (std::size_t part = 0; part + 1 < m.bounds.size(); ++part) {
         const std::int64_t first = m.bounds[part], count = m.bounds[part + 1] - first;
-        loops.pair_sums(s.z.data() + first, s.b.data() + first, Dtype::float32, count, sums + part * PAIR_STATISTICS);
+        loops.pair_sums(s.z.data() + first, s.other.data() + first, Dtype::float32, count,
+                        sums + part * PAIR_STATISTICS);
     }
 }
 
@@ -70,7 +72,7 @@ Sums modulate(const Modulation& m, int threads) {
     const int ranges = static_cast<int>(m.bounds.size()) - 1;
     Partials partials(ranges * PAIR_STATISTICS);
     for_parts(rows, threads_for(m.x.numel(), threads), [&](std::int64_t first, std::int64_t last, int part) {
-        Scratch scratch(m.x.cols);
+        Scratch scratch(loops, m);
         for (std::int64_t row = first; row < last; ++row) modulate_row(loops, m, row, scratch, partials.part(part));
     });
     Sums sums = partials.sum();
@@ -94,7 +96,7 @@ void guidance(const View& cond, const View& uncond, float scale, bool rescale, c
                       if (rescale) {
                           const float wanted = static_cast<float>(std::sqrt(loops.dot(c.data(), c.data(), n)));
                           const float found = static_cast<float>(std::sqrt(loops.dot(v.data(), v.data(), n)));
-                          loops.multiply(v.data(), wanted / (found == 0.0f ? 1.0f : found), n);
+                          loops.rescale(v.data(), wanted / (found == 0.0f ? 1.0f : found), n);
                       }
                       store_row(loops, v, out, row);
                   }

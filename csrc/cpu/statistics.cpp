@@ -3,6 +3,9 @@
 
 namespace layercache::cpu {
 
+// Elements that a set of combination_error works on at a time.
+constexpr std::int64_t PIECE = 512;
+
 Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int threads) {
     const Loops& loops = active();
     Sums sums;
@@ -44,15 +47,18 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
             }
     Partials partials(2 * sets + 2);
     for_chunks(Space(views.back()), threads, [&](const Chunk& chunk, int part) {
-        std::vector<Buffer> buffers(views.size());
+        Buffer* buffers = scratch(views.size());
         std::vector<const float*> x(views.size()), p;
         for (std::size_t k = 0; k < views.size(); ++k) x[k] = read(loops, views[k], chunk, buffers[k]);
         double* sums = partials.part(part);
-        for (int s = 0; s < sets; ++s) {
-            p.clear();
-            for (int k : index[s]) p.push_back(x[k]);
-            loops.error_norms(p.data(), used[s].data(), static_cast<int>(p.size()), x[count], chunk.size, sums + 2 * s);
-        }
+        // a piece of all tensors stays in the first cache while the sets go over it
+        for (std::int64_t first = 0; first < chunk.size; first += PIECE)
+            for (int s = 0; s < sets; ++s) {
+                p.clear();
+                for (int k : index[s]) p.push_back(x[k] + first);
+                loops.error_norms(p.data(), used[s].data(), static_cast<int>(p.size()), x[count] + first,
+                                  std::min(PIECE, chunk.size - first), sums + 2 * s);
+            }
         const float one = 1.0f;
         const void* goal = x[count];
         loops.norms(&goal, &one, 1, Dtype::float32, chunk.size, sums + 2 * sets);
@@ -71,7 +77,7 @@ Sums gram(const Views& tensors, int threads) {
     flatten(views);
     Partials partials(n * n);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
-        std::vector<Buffer> buffers(n);
+        Buffer* buffers = scratch(n);
         std::vector<const float*> x(n);
         for (int k = 0; k < n; ++k) x[k] = read(loops, views[k], chunk, buffers[k]);
         double* sums = partials.part(part);
@@ -92,12 +98,11 @@ Sums linear_sums(const Views& tensors, const Map& map, int outputs, int threads)
     const Dtype dtype = common_dtype(views);
     Partials partials(2 * outputs);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
-        std::vector<Buffer> buffers(dtype == views[0].dtype ? 0 : count);
-        Buffer none;
+        Buffer* buffers = scratch(count);
         std::vector<const void*> x(count), terms;
         std::vector<float> coefficients;
         for (int k = 0; k < count; ++k)
-            x[k] = read_as(loops, views[k], dtype, chunk, buffers.empty() ? none : buffers[k]);
+            x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
         for (int m = 0; m < outputs; ++m) {
             terms.clear();
             coefficients.clear();

@@ -47,11 +47,11 @@ class Case:
         tensors: inputs of full size.
         ours, eager: the op, and the usual PyTorch (methods.md §15.2, "Unfused"); both return tensors to compare.
         passes: full-size tensors that must be moved, in S of methods.md §15.
-        launches: of ours on a GPU.
         outputs: full-size tensors written to.
         prepare: adds to the inputs.
         text: the second stream takes part.
         gradient: runs with grad mode on.
+        compiled: makes the variant for torch.compile, where that is not the compiled ``eager``.
     """
 
     name: str
@@ -60,11 +60,15 @@ class Case:
     ours: Run
     eager: Run
     passes: float
-    launches: int
     outputs: int = 0
     prepare: Callable[[Inputs], None] | None = None
     text: bool = False
     gradient: bool = False
+    compiled: Callable[[], Run] | None = None
+
+    def compile(self) -> Run:
+        """The eager spelling under torch.compile."""
+        return torch.compile(self.eager, fullgraph=True) if self.compiled is None else self.compiled()
 
     def inputs(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random inputs, never zeros."""
@@ -199,6 +203,10 @@ def _eager_lerp(i: Inputs) -> Tensor:
     return i.extra["beta"] * i.x[0] + (1 - i.extra["beta"]) * i.x[1]
 
 
+def _lerp_of(fresh: Tensor, i: Inputs) -> Tensor:
+    return (i.extra["beta"] * fresh + (1 - i.extra["beta"]) * i.x[1]).to(fresh.dtype)
+
+
 def _backward(run: Callable[[Tensor, Inputs], Tensor]) -> Run:
     def step(i: Inputs) -> list[Tensor]:
         fresh, beta = i.x[0].detach().requires_grad_(), i.extra["beta"].detach().requires_grad_()
@@ -305,12 +313,12 @@ def _eager_reuse(i: Inputs) -> list[Tensor]:
 _EIGHT = [1.0, -0.5, 0.25, -0.125, 0.5, -0.25, 0.125, -0.0625]
 
 CASES: tuple[Case, ...] = (
-    Case("capture", "capture", 2, _ours_plain_capture, _eager_plain_capture, 3, 1, outputs=1),
-    Case("capture, two streams", "capture", 3, _ours_plain_capture, _eager_plain_capture, 3, 1, outputs=1, text=True),
-    Case("capture with statistics", "capture", 3, _ours_capture, _eager_capture, 4, 2, outputs=1),
-    Case("capture with slope", "linear_map", 3, _ours_slope, _eager_slope, 5, 1, outputs=2),
-    Case("relative L1", "pair_statistics", 2, _ours_change, lambda i: _mean_change(i.x[0], i.x[1]), 2, 2),
-    Case("pair statistics", "pair_statistics", 2, _ours_pair, _eager_pair, 2, 2),
+    Case("capture", "capture", 2, _ours_plain_capture, _eager_plain_capture, 3, outputs=1),
+    Case("capture, two streams", "capture", 3, _ours_plain_capture, _eager_plain_capture, 3, outputs=1, text=True),
+    Case("capture with statistics", "capture", 3, _ours_capture, _eager_capture, 4, outputs=1),
+    Case("capture with slope", "linear_map", 3, _ours_slope, _eager_slope, 5, outputs=2),
+    Case("relative L1", "pair_statistics", 2, _ours_change, lambda i: _mean_change(i.x[0], i.x[1]), 2),
+    Case("pair statistics", "pair_statistics", 2, _ours_pair, _eager_pair, 2),
     Case(
         "reuse",
         "linear_combination",
@@ -318,10 +326,9 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.linear_combination(i.x[:1], [i.x[1:]], [1.0]),
         lambda i: i.x[0] + i.x[1],
         3,
-        1,
     ),
-    Case("JVP reuse", "linear_combination", 3, _ours_reuse, _eager_reuse, 4, 1),
-    Case("JVP reuse, two streams", "linear_combination", 3, _ours_reuse, _eager_reuse, 4, 1, text=True),
+    Case("JVP reuse", "linear_combination", 3, _ours_reuse, _eager_reuse, 4),
+    Case("JVP reuse, two streams", "linear_combination", 3, _ours_reuse, _eager_reuse, 4, text=True),
     Case(
         "eight terms",
         "linear_combination",
@@ -329,7 +336,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.linear_combination(i.x[:1], [i.x[1:]], _EIGHT),
         lambda i: _eager_sum(i, _EIGHT),
         10,
-        1,
     ),
     Case(
         "gated reuse",
@@ -338,7 +344,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.linear_combination(i.x[:1], [i.x[1:]], [1.0], gates=[i.gate]),
         lambda i: i.x[0] + i.gate * i.x[1],
         3,
-        1,
     ),
     Case(
         "finite difference",
@@ -347,10 +352,9 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.finite_difference(i.x[0], i.x[1], 4.0),
         lambda i: (i.x[0] - i.x[1]) * 4.0,
         3,
-        1,
     ),
-    Case("Taylor update, order 1", "linear_map", 2, _ours_update, _eager_update, 4, 1, outputs=2),
-    Case("Taylor update, order 2", "linear_map", 3, _ours_update, _eager_update, 6, 1, outputs=3),
+    Case("Taylor update, order 1", "linear_map", 2, _ours_update, _eager_update, 4, outputs=2),
+    Case("Taylor update, order 2", "linear_map", 3, _ours_update, _eager_update, 6, outputs=3),
     Case(
         "Taylor forecast, order 1",
         "linear_map",
@@ -358,7 +362,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.taylor_forecast(i.x, [1.0, 2.0]),
         lambda i: _eager_eval(i, [1.0, 2.0]),
         3,
-        1,
     ),
     Case(
         "Taylor forecast, order 2",
@@ -367,7 +370,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.taylor_forecast(i.x, [1.0, 2.0, 2.0]),
         lambda i: _eager_eval(i, [1.0, 2.0, 2.0]),
         4,
-        1,
     ),
     Case(
         "mean velocity",
@@ -376,11 +378,10 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.mean_velocity(i.x[0], i.x[1], i.x[2], i.x[3], 1.25, 0.8)[0],
         _eager_velocity,
         5,
-        1,
     ),
-    Case("alignment", "align", 6, lambda i: ops.align(i.x[0], i.x[1], i.x[2:4], i.x[4:]), _eager_align, 8, 4),
-    Case("errors of ten spans", "combination_error", 12, _ours_errors, _eager_errors, 12, 2),
-    Case("Gram matrix of four", "gram", 4, _ours_gram, _eager_gram, 4, 2),
+    Case("alignment", "align", 6, lambda i: ops.align(i.x[0], i.x[1], i.x[2:4], i.x[4:]), _eager_align, 8),
+    Case("errors of ten spans", "combination_error", 12, _ours_errors, _eager_errors, 12),
+    Case("Gram matrix of four", "gram", 4, _ours_gram, _eager_gram, 4),
     Case(
         "router lerp",
         "router_lerp",
@@ -388,7 +389,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.router_lerp(i.x[0], i.x[1], i.extra["beta"]),
         _eager_lerp,
         3,
-        1,
         prepare=_beta,
     ),
     Case(
@@ -396,14 +396,14 @@ CASES: tuple[Case, ...] = (
         "router_lerp",
         3,
         _backward(lambda fresh, i: ops.router_lerp(fresh, i.x[1], i.extra["beta"])),
-        _backward(lambda fresh, i: (i.extra["beta"] * fresh + (1 - i.extra["beta"]) * i.x[1]).to(fresh.dtype)),
+        _backward(_lerp_of),
         7,
-        3,
         prepare=_beta,
         gradient=True,
+        compiled=lambda: _backward(torch.compile(_lerp_of, fullgraph=True)),
     ),
-    Case("modulate", "modulate", 1, lambda i: ops.modulate(i.x[0], i.gate, i.gate)[0], _eager_modulate, 2, 1),
-    Case("modulate with metric", "modulate", 2, _ours_metric, _eager_metric, 3, 4),
+    Case("modulate", "modulate", 1, lambda i: ops.modulate(i.x[0], i.gate, i.gate)[0], _eager_modulate, 2),
+    Case("modulate with metric", "modulate", 2, _ours_metric, _eager_metric, 3),
     Case(
         "reuse and modulate",
         "modulate",
@@ -411,7 +411,6 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.modulate(i.x[0], i.gate, i.gate, residuals=i.x[1:], coefficients=[1.0])[0],
         lambda i: _eager_modulate(Inputs([i.x[0] + i.x[1]], [], i.gate, [])),
         3,
-        1,
     ),
     Case(
         "guidance with norm",
@@ -420,13 +419,10 @@ CASES: tuple[Case, ...] = (
         lambda i: ops.combine_guidance(i.x[0], i.x[1], 4.0, True),
         _eager_guidance,
         3,
-        1,
     ),
-    Case(
-        "row statistics", "row_statistics", 2, lambda i: ops.row_statistics(i.x[0], i.x[1])[0, ::2], _eager_rows, 2, 9
-    ),
-    Case("compact capture", "capture_compact", 2, _ours_compact, _eager_compact, 2.5, 1, prepare=_codes),
-    Case("compact reuse", "linear_combination", 2, _ours_codes, _eager_codes, 2.5, 1, prepare=_codes),
+    Case("row statistics", "row_statistics", 2, lambda i: ops.row_statistics(i.x[0], i.x[1])[0, ::2], _eager_rows, 2),
+    Case("compact capture", "capture_compact", 2, _ours_compact, _eager_compact, 2.5, prepare=_codes),
+    Case("compact reuse", "linear_combination", 2, _ours_codes, _eager_codes, 2.5, prepare=_codes),
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,8 +48,8 @@ class Row:
         bytes: that must be moved.
         seconds: by variant: ours, eager, compiled (if measured) and copy, a plain copy of as many bytes.
         error: of ours against eager, norm-wise; ``right`` says whether that is within tolerance.
-        operators: that eager PyTorch calls.
-        launches: of ours on a GPU.
+        operators: that ours and eager PyTorch call.
+        launches: of kernels by ours and eager, counted by the profiler (GPU).
         host_seconds: to issue a call of ours and of eager without waiting (GPU).
     """
 
@@ -60,8 +62,8 @@ class Row:
     seconds: dict[str, Timing]
     error: float
     right: bool
-    operators: int
-    launches: int
+    operators: dict[str, int]
+    launches: dict[str, int] = field(default_factory=dict)
     host_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,21 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _count_operators(run: Callable[[Inputs], Any], inputs: Inputs) -> int:
+    with _Operators() as operators:
+        run(inputs)
+    return operators.count
+
+
+def _count_launches(run: Callable[[Inputs], Any], inputs: Inputs) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(inputs)
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
 def measure(
     case: Case,
     shape: Sequence[int],
@@ -120,22 +137,25 @@ def measure(
         seconds: least duration of one measurement.
         on_round: called after every round.
     """
+    keep_memory()
     size = case.bytes(shape, dtype)
     sets = max(2, min(MAX_SETS, -(-COLD_BYTES[device.type] // max(size, 1))))
     inputs = [case.inputs(shape, dtype, device, seed) for seed in range(sets)]
     copies = _copies(size, sets, device)
     with torch.set_grad_enabled(case.gradient):
         error = relative_error(case.ours(inputs[0]), case.eager(inputs[0]))
-        with _Operators() as operators:
-            case.eager(inputs[0])
+        spellings = {"ours": case.ours, "eager": case.eager}
+        operators = {name: _count_operators(run, inputs[0]) for name, run in spellings.items()}
+        launches = {}
+        if device.type == "cuda":
+            launches = {name: _count_launches(run, inputs[0]) for name, run in spellings.items()}
         variants: dict[str, Iterator[Callable[[], Any]]] = {
             "ours": _calls(case.ours, inputs),
             "eager": _calls(case.eager, inputs),
             "copy": iter(_Cycle([lambda pair=pair: pair[0].copy_(pair[1]) for pair in copies])),  # type: ignore[misc]
         }
         if compiled:
-            torch._dynamo.reset()
-            variants["compiled"] = _calls(torch.compile(case.eager, fullgraph=True), inputs)
+            variants |= _compiled(case, inputs)
         times = _in_turn(variants, rounds, seconds, device, on_round)
         host = _host_seconds(variants) if device.type == "cuda" else {}
     return Row(
@@ -148,10 +168,33 @@ def measure(
         seconds={name: Timing.of(values) for name, values in times.items()},
         error=error,
         right=error <= TOLERANCE[dtype],
-        operators=operators.count,
-        launches=case.launches,
+        operators=operators,
+        launches=launches,
         host_seconds=host,
     )
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory, so that no variant is timed while the kernel clears pages for it."""
+    trim, top_pad, mmap = -1, -2, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    for option, value in ((mmap, 1 << 30), (trim, (1 << 31) - 1), (top_pad, 64 << 20)):
+        mallopt(option, value)
+
+
+def _compiled(case: Case, inputs: Sequence[Inputs]) -> dict[str, Iterator[Callable[[], Any]]]:
+    """The variant of torch.compile; none, with a warning, where it does not work."""
+    torch._dynamo.reset()
+    run = case.compile()
+    try:
+        run(inputs[0])
+    except Exception as error:  # no C++ compiler, an operator that it cannot take, ...
+        warnings.warn(f"torch.compile of {case.name!r} is left out: {error}", stacklevel=2)
+        return {}
+    return {"compiled": _calls(run, inputs)}
 
 
 class _Cycle:

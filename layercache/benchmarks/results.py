@@ -50,19 +50,18 @@ def table(rows: Sequence[Row]) -> Table:
     title = f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}"
     out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case", no_wrap=True)
-    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "launches", "ops"):
+    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "calls"):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
             row.case,
-            f"{row.bytes / 1e6:.1f}",
+            f"{row.bytes / 1e6:.0f}",
             f"{row.seconds['ours'].median * 1e3:.3f}",
-            f"{row.gigabytes_per_second:.1f}",
+            f"{row.gigabytes_per_second:.0f}",
             f"{row.share_of_limit:.0%}",
             _ratio(row, "eager"),
             _ratio(row, "compiled"),
-            str(row.launches),
-            str(row.operators),
+            "{ours} : {eager}".format(**(row.launches or row.operators)),
             style=None if row.right else "red",
         )
     return out

@@ -1,0 +1,156 @@
+"""The benchmarks measure what they say: right results only, bytes by formula, results that know their kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from layercache import ops
+from layercache.benchmarks import results
+from layercache.benchmarks.cases import CASES, find_cases, relative_error
+from layercache.benchmarks.measuring import TOLERANCE, Timing, measure
+from layercache.cli import app
+from layercache.errors import OpInputError
+
+SHAPE, CPU = (1, 16, 64), torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ours_agrees_with_eager(case, dtype):
+    inputs = case.inputs((2, 24, 64), dtype, CPU)
+    with torch.set_grad_enabled(case.gradient):
+        assert relative_error(case.ours(inputs), case.eager(inputs)) <= TOLERANCE[dtype]
+        # and again, on what the first call left behind
+        assert relative_error(case.ours(inputs), case.eager(inputs)) <= TOLERANCE[dtype]
+
+
+def test_every_op_is_measured():
+    assert {case.op for case in CASES} == set(ops.OP_NAMES)
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_bytes_are_those_of_the_ops():
+    size = 16 * 64 * 2
+    x = [torch.ones(1, 16, 64).bfloat16() for _ in range(9)]
+    known = {
+        "capture": ops.minimum_bytes("capture", x[:1], x[:1], x[:1]),
+        "capture with statistics": ops.minimum_bytes("capture", x[:1], x[:1], x[:1], None, x[:1]),
+        "pair statistics": ops.minimum_bytes("pair_statistics", x[:1], x[:1]),
+        "JVP reuse": ops.minimum_bytes("linear_combination", x[:1], [x[:2]], [1.0, 2.0]),
+        "alignment": ops.minimum_bytes("align", x[0], x[0], x[:2], x[:2]),
+        "Taylor update, order 2": ops.minimum_bytes("linear_map", [x[:3]], [x[:3]]),
+        "errors of ten spans": 12 * size,
+        "guidance with norm": ops.minimum_bytes("combine_guidance", x[0], x[0]),
+    }
+    for case in CASES:
+        if case.name in known:
+            assert case.bytes(SHAPE, torch.bfloat16) == known.pop(case.name), case.name
+    assert not known
+
+
+def test_a_row_of_figures():
+    (case,) = find_cases(["JVP reuse, two streams"])
+    row = measure(case, SHAPE, torch.float32, CPU, rounds=2, compiled=False, seconds=1e-4)
+    assert row.right and row.bytes == 4 * (16 + 2) * 64 * 4 and row.operators == {"ours": 1, "eager": 6}
+    assert set(row.seconds) == {"ours", "eager", "copy"}
+    data = row.to_json()
+    assert data["speedup_over_eager"] == pytest.approx(row.seconds["eager"].median / row.seconds["ours"].median)
+    assert data["speedup_over_compiled"] is None
+
+
+def test_no_speedup_is_claimed_for_a_wrong_result():
+    (case,) = find_cases(["reuse"])[:1]
+    wrong = dataclasses.replace(case, ours=lambda i: i.x[0] - i.x[1])
+    row = measure(wrong, SHAPE, torch.float32, CPU, rounds=1, compiled=False, seconds=1e-4)
+    assert not row.right and row.speedup("eager") is None
+
+
+def test_a_wrong_result_fails_the_command(monkeypatch):
+    wrong = dataclasses.replace(find_cases(["reuse"])[0], ours=lambda i: i.x[0] - i.x[1])
+    monkeypatch.setattr("layercache.benchmarks.cases.CASES", (wrong,))
+    done = CliRunner().invoke(app, ["bench", "kernels", "--no-compile", "--rounds", "1", "--shape", "1x4x16"])
+    assert done.exit_code == 1 and "WRONG" in done.stdout
+
+
+def test_what_does_not_compile_is_left_out():
+    def fail(inputs):
+        raise RuntimeError("no compiler")
+
+    case = dataclasses.replace(find_cases(["reuse"])[0], compiled=lambda: fail)
+    with pytest.warns(UserWarning, match="left out: no compiler"):
+        row = measure(case, SHAPE, torch.float32, CPU, rounds=1, seconds=1e-4)
+    assert row.right and "compiled" not in row.seconds
+
+
+def test_timing_is_by_quantiles():
+    assert Timing.of([1.0]) == Timing(1.0, 1.0, 1.0)
+    timing = Timing.of([5.0, 1.0, 2.0, 100.0, 3.0, 4.0])
+    assert timing.median == 3.5 and timing.low == 2.0 and timing.high == 5.0
+
+
+def test_command(tmp_path):
+    file = tmp_path / "result.json"
+    arguments = ["bench", "kernels", "--op", "gram", "--op", "reuse", "--no-compile", "--rounds", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--shape", "1x8x64", "--dtype", "float32", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "Gram matrix of four" in done.stdout and "1x8x64 float32 on cpu" in done.stdout
+    data = json.loads(file.read_text())
+    assert {row["case"] for row in data["rows"]} >= {"Gram matrix of four", "reuse"}
+    assert data["kernel_hash"] == results.kernel_hash() and data["machine"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "4096x3072"], "is not a shape such as 1x4096x3072"),
+        (["--dtype", "int8"], "is not one of bfloat16"),
+        (["--op", "nothing"], "there is no benchmark of 'nothing'; the ops are align"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = CliRunner().invoke(app, ["bench", "kernels", *arguments])
+    assert done.exit_code != 0 and message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_unknown_case():
+    with pytest.raises(OpInputError, match="there is no benchmark of 'x'"):
+        find_cases(["x"])
+
+
+class TestStaleness:
+    def write(self, folder, **data):
+        path = folder / "gpu.json"
+        path.write_text(json.dumps(data))
+        return path
+
+    def test_of_other_kernels(self, tmp_path):
+        path = self.write(tmp_path, kernel_hash="0" * 12, rows=[1])
+        assert results.stale_files(tmp_path) == [path]
+        assert results.mark_stale(tmp_path) == [path]
+        assert json.loads(path.read_text()) == {"stale": True, "kernel_hash": "0" * 12, "rows": [1]}
+        assert results.stale_files(tmp_path) == []
+        done = CliRunner().invoke(app, ["bench", "results", str(tmp_path)])
+        assert done.stdout == "gpu.json: stale\n"
+
+    def test_of_these_kernels(self, tmp_path):
+        self.write(tmp_path, kernel_hash=results.kernel_hash())
+        assert results.stale_files(tmp_path) == []
+        assert CliRunner().invoke(app, ["bench", "results", str(tmp_path)]).stdout == "gpu.json: current\n"
+
+    def test_committed_results(self):
+        """A result older than the kernels it measured says that it is stale."""
+        stale = [path.name for path in results.stale_files(ROOT / "bench" / "results")]
+        assert not stale, f"measure again, or run: layercache bench results --mark-stale  ({', '.join(stale)})"
+
+
+def test_the_gpu_script_is_sound():
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    for needed in ("tests/gpu", "bench kernels --device cuda", "bench/end_to_end.py", "build_ext --inplace"):
+        assert needed in script
