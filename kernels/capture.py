@@ -38,7 +38,7 @@ _FROM_PAIR = (1, 4, 0, 3, 2, 5, 6)
 _FROM_INPUT = (1, 4, 2, 5)
 
 
-@jit()
+@jit(do_not_specialize_on_alignment=["flag_ptr"])
 def _capture_kernel(
     out_ptrs,
     in_ptrs,

@@ -33,9 +33,11 @@ MAX_INPUTS = MAX_TERMS + 1
 MAX_OUTPUTS = 6
 
 Matrix = Sequence[Sequence["float | None"]]
+# Per stream and input the scales of its codes, or None where it holds numbers.
+Scales = Sequence[Sequence["Tensor | None"]]
 
 
-@jit()
+@jit(do_not_specialize_on_alignment=["coefficients_ptr"])
 def _linear_map_kernel(
     in_ptrs,
     out_ptrs,
@@ -48,6 +50,7 @@ def _linear_map_kernel(
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     USED: tl.constexpr,
+    CODED: tl.constexpr,
     BASE: tl.constexpr,
     ENTRIES: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -55,7 +58,8 @@ def _linear_map_kernel(
     VEC: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Pointers are entry-major. Bit ``m * INPUTS + k`` of ``USED`` says whether output m has a term in input k.
+    """Pointers are entry-major. Bit ``m * INPUTS + k`` of ``USED`` says whether output m has a term in input k, and bit
+    k of ``CODED`` whether input k holds codes, whose scales are among ``scale_ptrs``.
 
     Coefficients, output-major, are host numbers or, with ``coefficients_ptr``, read from the device. With ``BASE`` (one
     output) input 0 has no coefficient, and all others are multiplied by the gate, if there is one.
@@ -72,9 +76,9 @@ def _linear_map_kernel(
         for k in tl.static_range(INPUTS):
             x_ptr = of_entry(in_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
             off = groups_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-            if scale_ptrs is not None and k > 0:
+            if (CODED >> k) & 1:
                 code = tl.load(x_ptr + off, mask=live, other=0)
-                scale_ptr = of_entry(scale_ptrs, k - 1, INPUTS - 1, sizes, pid, ENTRIES, FIELDS)
+                scale_ptr = of_entry(scale_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
                 row = group.to(tl.int32) // size_of_entry(3, sizes, pid, ENTRIES, FIELDS)
                 x = e4m3_to_float(code) * tl.load(scale_ptr + row, mask=group < groups, other=0.0)[:, None]
             else:
@@ -127,7 +131,7 @@ def linear_combination_triton(
         coefficients if on_device else None,  # type: ignore[arg-type]
         None,
         gates,
-        scales,
+        None if scales is None else [(None, *stream) for stream in scales],
         True,
         groups,
     )
@@ -139,6 +143,7 @@ def linear_map_triton(
     outputs: Sequence[Sequence[Tensor]],
     matrix: Matrix | Tensor,
     factors: Sequence[float] | None = None,
+    scales: Scales | None = None,
     groups: int | None = None,
 ) -> None:
     """`linear_map_reference` in one launch per eight streams.
@@ -154,7 +159,7 @@ def linear_map_triton(
         matrix if on_device else None,  # type: ignore[arg-type]
         factors,
         None,
-        None,
+        scales,
         False,
         groups,
     )
@@ -167,7 +172,7 @@ def _launch(
     on_device: Tensor | None,
     factors: Sequence[float] | None,
     gates: Sequence[Tensor] | None,
-    scales: Sequence[Sequence[Tensor]] | None,
+    scales: Scales | None,
     base: bool,
     groups: int | None,
 ) -> None:
@@ -187,7 +192,7 @@ def _launch(
                 tuple(t for s in some for t in inputs[s]),
                 tuple(t for s in some for t in outputs[s]),
                 None if gates is None else tuple(gates[s] for s in some),
-                None if scales is None else tuple(t for s in some for t in scales[s]),
+                None if scales is None else tuple(t for s in some for t in _pointers(scales[s], outputs[s][0])),
                 None if flat is None else tuple(float(c or 0.0) for c in flat),
                 None if factors is None else tuple(map(float, factors)),
                 on_device,
@@ -195,9 +200,16 @@ def _launch(
                 INPUTS=count,
                 OUTPUTS=results,
                 USED=sum((flat is None or c is not None) << bit for bit, c in enumerate(flat or [0] * count * results)),
+                CODED=0 if scales is None else sum((t is not None) << k for k, t in enumerate(scales[0])),
                 BASE=base,
                 **launch.constants,
             )
+
+
+def _pointers(scales: Sequence[Tensor | None], instead: Tensor) -> list[Tensor]:
+    """Something for every input, also where there is no scale, which is never read."""
+    known = [t for t in scales if t is not None]
+    return [(known or [instead])[0] if t is None else t for t in scales]
 
 
 def as_rows(gate: Tensor) -> Tensor:
@@ -265,6 +277,7 @@ def linear_map_reference(
     outputs: Sequence[Sequence[Tensor]],
     matrix: Matrix | Tensor,
     factors: Sequence[float] | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """``y_sm = f_m * sum_k M_mk x_sk``, in fp32 (fp64 for fp64), in the order of k from 0, rounded once at the end.
 
@@ -275,13 +288,18 @@ def linear_map_reference(
         outputs: per stream its y_sm, likewise; written.
         matrix: M [outputs, inputs], host numbers with None where an input is not used, or fp32 on the device.
         factors: f_m, host numbers; by default 1.
+        scales: per stream and input, where it holds codes of `compact` (uint8), fp32 [rows]; None elsewhere.
 
     Source: methods.md §15 P4, P5, P7, P8, P11, P12. Bytes: see `map_minimum_bytes`.
     """
     rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
-    for stream, written in zip(inputs, outputs, strict=True):
-        accumulator = accumulator_dtype(stream[0].dtype)
-        values = [x.to(accumulator) for x in stream]
+    for s, (stream, written) in enumerate(zip(inputs, outputs, strict=True)):
+        accumulator = accumulator_dtype(written[0].dtype)
+        own = [None] * len(stream) if scales is None else scales[s]
+        values = [
+            x.to(accumulator) if scale is None else decode_reference(x, scale, x.shape)
+            for x, scale in zip(stream, own, strict=True)
+        ]
         sums = []
         for m, row in enumerate(rows):
             total = torch.zeros(stream[0].shape, dtype=accumulator, device=stream[0].device)

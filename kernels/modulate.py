@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .combine import as_rows
+from .compact import decode_reference, e4m3_to_float
 from .rows import row_offsets, share_out
 from .statistics import PAIR_STATISTICS, pair_sums
 from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, jit, nbytes, new_partials, on_device_of
@@ -24,6 +25,7 @@ MAX_SEGMENTS = 4
 def _modulate_kernel(
     x_ptr,
     residual_ptrs,
+    code_scale_ptrs,
     scale_ptr,
     shift_ptr,
     weight_ptr,
@@ -65,7 +67,11 @@ def _modulate_kernel(
             tl.float32
         )
         for k in tl.static_range(TERMS):
-            r = tl.load(residual_ptrs[k] + off, mask=live, other=0.0).to(tl.float32)
+            if code_scale_ptrs is None:
+                r = tl.load(residual_ptrs[k] + off, mask=live, other=0.0).to(tl.float32)
+            else:
+                code_scale = tl.load(code_scale_ptrs[k] + row, mask=row < rows, other=0.0)
+                r = e4m3_to_float(tl.load(residual_ptrs[k] + off, mask=live, other=0)) * code_scale
             if coefficients_ptr is None:
                 y += coefficients[k] * r
             else:
@@ -129,6 +135,7 @@ def modulate_triton(
     bias: Tensor | None = None,
     result: Tensor | None = None,
     stream: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`modulate_reference` in one launch, and a second tiny one with ``previous``."""
     z = torch.empty(x.shape, dtype=x.dtype, device=x.device) if result is None else result
@@ -149,6 +156,7 @@ def modulate_triton(
         _modulate_kernel[(programs,)](
             x,
             tuple(residuals) or None,
+            None if scales is None else tuple(scales),
             scale,
             shift,
             weight,
@@ -198,6 +206,7 @@ def modulate_reference(
     bias: Tensor | None = None,
     result: Tensor | None = None,
     stream: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``z = LayerNorm(y) * (1 + scale) + shift`` of ``y = x + sum_k c_k r_k``, in fp32 (fp64 for fp64), rounded once.
 
@@ -211,6 +220,7 @@ def modulate_reference(
         weight, bias: [channels], of the LayerNorm.
         result: written instead of a new tensor.
         stream: receives y.
+        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
 
     Returns:
         z, and the eight statistics of a pair (see `statistics`) of z as stored and ``previous``: fp32
@@ -221,6 +231,8 @@ def modulate_reference(
     """
     accumulator = accumulator_dtype(x.dtype)
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+    if scales is not None:
+        residuals = [decode_reference(code, own, x.shape) for code, own in zip(residuals, scales, strict=True)]
     y = x.to(accumulator)
     for r, c in zip(residuals, values, strict=True):
         y = y + torch.tensor(c, dtype=accumulator) * r.to(accumulator)

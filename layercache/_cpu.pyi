@@ -22,7 +22,7 @@ def linear_map(
     factors: list[float],
     base: bool,
     gate: View | None,
-    scales: list[View],
+    scales: list[View | None],
     threads: int,
 ) -> None: ...
 def combination_error(target: View, terms: list[View], coefficients: list[float], threads: int) -> list[float]: ...
@@ -47,6 +47,7 @@ def modulate(
     stream: View | None,
     bounds: list[int],
     eps: float,
+    scales: list[View],
     threads: int,
 ) -> list[float]: ...
 def guidance(cond: View, uncond: View, scale: float, rescale: bool, out: View, threads: int) -> None: ...

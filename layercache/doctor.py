@@ -84,6 +84,7 @@ def diagnose() -> Diagnosis:
     checks = (
         *(_package(name, needed=True) for name in ("torch", "diffusers", "numpy", "safetensors")),
         _compiled_core(),
+        _cpu_kernels(),
         _attempt("ops", _ops_importable),
         _gpu(),
         _triton(),
@@ -124,6 +125,18 @@ def _compiled_core() -> Check:
             "compiled core", "broken", f"does not load ({error}); schedules cannot be planned: reinstall layercache"
         )
     return Check("compiled core", "ok", Path(str(core.__file__)).name)
+
+
+def _cpu_kernels() -> Check:
+    name = "CPU kernels"
+    try:
+        from layercache.ops import native
+
+        if native.UNAVAILABLE:
+            return Check(name, "optional", f"{native.UNAVAILABLE}; PyTorch's own operations are used, which are slower")
+        return Check(name, "ok", native.describe())
+    except Exception as error:
+        return Check(name, "optional", f"{type(error).__name__}: {error}")
 
 
 def _ops_importable() -> str:

@@ -427,6 +427,23 @@ class TestCompactStorage:
         expected = exact(base) + 1.5 * decoded[0].numpy() - 0.5 * decoded[1].numpy()
         assert_close(found, expected, np.abs(exact(base)) + 1.5 * np.abs(decoded[0].numpy()))
 
+    def test_taylor_of_stored_codes(self) -> None:
+        """Any input of a linear map may be codes."""
+        tensors = [torch.randn(2, 5, 32).bfloat16() for _ in range(3)]
+        codes, scales = self.new((2, 5, 32))
+        ops.capture_compact([tensors[1]], [torch.zeros_like(tensors[1])], [codes], [scales])
+        found, other = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+        inputs = [[tensors[0], codes, tensors[2]]]
+        matrix = [[1.0, 2.0, None], [None, 0.5, -1.0]]
+        ops.linear_map(inputs, [[found, other]], matrix, [1.0, 4.0], [[None, scales, None]])
+        decoded = codes.view(torch.float8_e4m3fn).float() * scales[..., None]
+        assert torch.equal(found, (tensors[0].float() + 2.0 * decoded).bfloat16())
+        assert torch.equal(other, ((0.5 * decoded - tensors[2].float()) * 4.0).bfloat16())
+        with pytest.raises(OpInputError, match=r"inputs\[0\]\[1\] is torch.uint8"):
+            ops.linear_map(inputs, [[found, other]], matrix)
+        with pytest.raises(OpInputError, match=r"scales\[0\] is a list of 2; expected 3 entries"):
+            ops.linear_map(inputs, [[found, other]], matrix, None, [[None, scales]])
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

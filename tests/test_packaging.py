@@ -20,9 +20,10 @@ LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-i
 SYSTEM_LIBRARIES = {"libstdc++", "libgcc_s", "libm", "libc", "libpthread", "libdl", "ld-linux-x86-64", "linux-vdso"}
 EMPTY_EXTENSION = """
 #include <Python.h>
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_core", nullptr, -1};
-PyMODINIT_FUNC PyInit__core() { return PyModule_Create(&definition); }
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "NAME", nullptr, -1};
+PyMODINIT_FUNC PyInit_NAME() { return PyModule_Create(&definition); }
 """
+EXTENSIONS = {"_core": "csrc", "_cpu": "csrc/cpu"}
 WHERE_KERNELS_ARE = "import importlib.util as util; print(util.find_spec('layercache.kernels.{}').origin)"
 
 
@@ -107,7 +108,10 @@ def test_sdist_holds_sources_and_headers(sdist: Path, checkout: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = [checkout / name for name in ("setup.py", "pyproject.toml", "LICENSE", "Makefile", "constraints.txt")]
-    expected += [*(checkout / "csrc").iterdir(), *(checkout / "kernels").rglob("*.py")]
+    expected += [
+        *(path for path in (checkout / "csrc").rglob("*") if path.is_file()),
+        *(checkout / "kernels").rglob("*.py"),
+    ]
     assert {path.relative_to(checkout).as_posix() for path in expected} <= names
 
 
@@ -117,15 +121,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Path) -
     code = {name for name in names if name.startswith("layercache/")}
     extension = {name for name in code if name.endswith(sysconfig.get_config_var("EXT_SUFFIX"))}
     assert code - extension == shipped_files(checkout)
-    assert [Path(name).name.partition(".")[0] for name in extension] == ["_core"]
+    assert sorted(Path(name).name.partition(".")[0] for name in extension) == sorted(EXTENSIONS)
     assert all(name.startswith("layercache-") and ".dist-info/" in name for name in names - code)
     assert any(name.endswith("/LICENSE") for name in names)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
-def test_extension_links_only_the_compiler_runtime(installed: Path) -> None:
-    (extension,) = (installed / "layercache").glob("_core*.so")
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_extension_links_only_the_compiler_runtime(installed: Path, name: str) -> None:
+    (extension,) = (installed / "layercache").glob(f"{name}.*.so")
     lines = run("ldd", extension, cwd=installed).splitlines()
     libraries = {Path(line.split()[0]).name.partition(".so")[0] for line in lines}
     assert "libstdc++" in libraries
@@ -159,8 +164,9 @@ def quick_checkout(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The tree with an empty extension: where modules are found does not depend on what it holds."""
     copy = Path(shutil.copytree(checkout, tmp_path_factory.mktemp("quick") / "repository", ignore=LEFT_OUT))
     shutil.rmtree(copy / "csrc")
-    (copy / "csrc").mkdir()
-    (copy / "csrc" / "empty.cpp").write_text(EMPTY_EXTENSION)
+    for name, folder in EXTENSIONS.items():
+        (copy / folder).mkdir()
+        (copy / folder / "empty.cpp").write_text(EMPTY_EXTENSION.replace("NAME", name))
     return copy
 
 
@@ -173,7 +179,8 @@ def test_editable_install_finds_the_kernels(mode: str, quick_checkout: Path, tmp
     pip(python, "install", *flags, "--config-settings", f"editable_mode={mode}", "-e", repository, cwd=tmp_path)
     for folder in (tmp_path, repository):
         assert repository in kernels_origin(python, folder).parents
-        assert run(python, "-c", "import layercache._core as core; print(core.__name__)", cwd=folder)
+        for name in EXTENSIONS:
+            assert run(python, "-c", f"import layercache.{name} as extension; print(extension.__name__)", cwd=folder)
 
 
 def test_raw_checkout_finds_the_kernels(checkout: Path, python: Path, tmp_path: Path) -> None:

@@ -183,6 +183,17 @@ class TestModulate:
         z, _ = ops.modulate(x, zero, zero, weight=weight, bias=bias)
         torch.testing.assert_close(z, torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-6))
 
+    def test_codes(self, dtype: torch.dtype) -> None:
+        x, v, r = outlier_tensor((2, 5, 32), dtype), torch.randn(2, 32).to(dtype), torch.randn(2, 5, 32).to(dtype)
+        codes, scales = torch.empty(2, 5, 32, dtype=torch.uint8), torch.empty(2, 5)
+        ops.capture_compact([r], [torch.zeros_like(r)], [codes], [scales])
+        decoded = (codes.view(torch.float8_e4m3fn).float() * scales[..., None]).to(dtype)
+        found, _ = ops.modulate(x, v, v, residuals=[codes], coefficients=[0.5], scales=[scales])
+        # decoded numbers have few bits, so that they are exact in every dtype
+        assert torch.equal(found, ops.modulate(x, v, v, residuals=[decoded], coefficients=[0.5])[0])
+        with pytest.raises(OpInputError, match=r"scales\[0\] is 5 numbers; expected 10"):
+            ops.modulate(x, v, v, residuals=[codes], coefficients=[0.5], scales=[scales[:1]])
+
     def test_coefficients_on_the_device(self) -> None:
         x, r, v = torch.randn(2, 5, 24), [torch.randn(2, 5, 24)], torch.randn(2, 24)
         host, _ = ops.modulate(x, v, v, residuals=r, coefficients=[0.5])
@@ -364,7 +375,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ours.router_lerp.default, (fresh, x, beta.clone().requires_grad_(), v, x))
     torch.library.opcheck(ours.router_lerp_backward.default, (x, x, x, beta, v))
     previous = x.clone()
-    arguments = (x.clone(), None, x, v, v, [x], [0.5], None, previous, [8], 1e-6, None, None)
+    arguments = (x.clone(), None, x, v, v, [x], [0.5], None, previous, [8], 1e-6, None, None, [])
     torch.library.opcheck(ours.modulate.default, arguments)
     torch.library.opcheck(ours.combine_guidance.default, (x, x + 1, 4.0, True))
     torch.library.opcheck(ours.row_statistics.default, (x, x + 1, True))

@@ -32,8 +32,8 @@ std::pair<bool, Sums> bind_capture(const Views& outputs, const Views& inputs, co
 }
 
 void bind_map(const Views& inputs, const Views& outputs, const std::vector<std::optional<float>>& coefficients,
-              const std::vector<float>& factors, bool base, const std::optional<View>& gate, const Views& scales,
-              int threads) {
+              const std::vector<float>& factors, bool base, const std::optional<View>& gate,
+              const std::vector<std::optional<View>>& scales, int threads) {
     Map map;
     map.base = base;
     map.factors = factors;
@@ -44,7 +44,7 @@ void bind_map(const Views& inputs, const Views& outputs, const std::vector<std::
     if (map.coefficients.size() != inputs.size() * outputs.size() || inputs.size() > 9 || outputs.size() > 6)
         throw std::invalid_argument("coefficients do not fit inputs and outputs");
     std::vector<const float*> rows;
-    for (const View& view : scales) rows.push_back(reinterpret_cast<const float*>(view.data));
+    for (const auto& view : scales) rows.push_back(view ? reinterpret_cast<const float*>(view->data) : nullptr);
     linear_map(inputs, outputs, map, gate, rows, threads);
 }
 
@@ -66,8 +66,10 @@ Sums bind_modulate(const View& x, const View& scale, const View& shift, const Vi
                    const std::vector<float>& coefficients, const std::optional<View>& previous,
                    const std::optional<View>& weight, const std::optional<View>& bias,
                    const std::optional<View>& stream, const std::vector<std::int64_t>& bounds, float eps,
-                   int threads) {
-    return modulate({x, scale, shift, z, residuals, coefficients, previous, weight, bias, stream, bounds, eps},
+                   const Views& scales, int threads) {
+    std::vector<const float*> rows;
+    for (const View& view : scales) rows.push_back(reinterpret_cast<const float*>(view.data));
+    return modulate({x, scale, shift, z, residuals, coefficients, previous, weight, bias, stream, bounds, eps, rows},
                     threads);
 }
 

@@ -51,9 +51,9 @@ struct Work {
     bool buffered;  // whether results wait until all are there
 
     const void* input(int k, const Chunk& chunk, Buffer& buffer) const {
-        if (k == 0 || scales.empty()) return read_as(loops, inputs[k], dtype, chunk, buffer);
+        if (scales.empty() || scales[k] == nullptr) return read_as(loops, inputs[k], dtype, chunk, buffer);
         const auto* codes = reinterpret_cast<const std::uint8_t*>(chunk.at(inputs[k]));
-        loops.decode(codes, scales[k - 1][chunk.row], buffer.values, chunk.size);
+        loops.decode(codes, scales[k][chunk.row], buffer.values, chunk.size);
         return buffer.values;
     }
 

@@ -18,7 +18,7 @@ bool capture(Views outputs, Views inputs, Views residuals, Views previous, int s
 Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int threads);
 
 // Coefficients [outputs][inputs]; `used` says which there are. With base (one output) input 0 is added as it is and
-// the others are multiplied by the gate, if any. Scales: inputs but the first are e4m3 codes.
+// the others are multiplied by the gate, if any. Scales, if any: one per input, null where it holds no e4m3 codes.
 struct Map {
     std::vector<float> coefficients;
     std::vector<char> used;
@@ -48,6 +48,7 @@ struct Modulation {
     std::optional<View> previous, weight, bias, stream;
     std::vector<std::int64_t> bounds;
     float eps;
+    std::vector<const float*> code_scales;  // of residuals that are e4m3 codes
 };
 // Statistics of z and previous, range by range.
 Sums modulate(const Modulation& m, int threads);

@@ -43,7 +43,11 @@ void modulate_row(const Loops& loops, const Modulation& m, std::int64_t row, Scr
     }
     load_row(loops, m.x, row, s.y);
     for (std::size_t k = 0; k < m.residuals.size(); ++k) {
-        load_row(loops, m.residuals[k], row, s.other);
+        if (m.code_scales.empty())
+            load_row(loops, m.residuals[k], row, s.other);
+        else
+            loops.decode(reinterpret_cast<const std::uint8_t*>(m.residuals[k].row(row)), m.code_scales[k][row],
+                         s.other.data(), n);
         loops.add_scaled(s.other.data(), m.coefficients[k], s.y.data(), n);
     }
     if (m.stream) store_row(loops, s.y, *m.stream, row);

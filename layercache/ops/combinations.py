@@ -102,6 +102,7 @@ def linear_map(
     outputs: Sequence[Sequence[Tensor]],
     matrix: Sequence[Sequence[float | None]] | Tensor,
     factors: Sequence[float] | None = None,
+    scales: Sequence[Sequence[Tensor | None]] | None = None,
 ) -> None:
     """Writes ``y_sm = f_m * sum_k M_mk x_sk`` for all streams, in one launch that reads every input once.
 
@@ -115,6 +116,8 @@ def linear_map(
             no memory with any argument.
         matrix: M [outputs, inputs], finite host numbers with None where an input is not used; or fp32 on the device.
         factors: f_m, finite host numbers; by default 1; not with a matrix on the device.
+        scales: per stream and input, where it holds codes of `capture_compact` (uint8): their scales, fp32, one number
+            per row; None for inputs that hold numbers.
 
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
@@ -122,7 +125,7 @@ def linear_map(
     Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
     """
     op = "linear_map"
-    count, results = _check_map_tensors(inputs, outputs)
+    count, results = _check_map_tensors(inputs, outputs, scales)
     flat_inputs = [x for stream in inputs for x in stream]
     flat_outputs = [y for stream in outputs for y in stream]
     check_no_grad(op, [*flat_inputs, *flat_outputs])
@@ -135,13 +138,16 @@ def linear_map(
         flat = [] if isinstance(matrix, Tensor) else [c for row in rows for c in row]
         values, used = [c or 0.0 for c in flat], [c is not None for c in flat]
         on_device = matrix if isinstance(matrix, Tensor) else None
-        LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device)
+        flat_scales = [t for stream in scales or () for t in stream]
+        LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device, flat_scales)
         return
-    check_written(op, "outputs", flat_outputs, "inputs", [inputs[k // results] for k in range(len(flat_outputs))], [])
-    MAP_KERNELS.choose(inputs[0][0])(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors)
+    own = [inputs[k // results] for k in range(len(flat_outputs))]
+    check_written(op, "outputs", flat_outputs, "inputs", own, [])
+    run = MAP_KERNELS.choose(outputs[0][0])
+    run(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales)
 
 
-def _check_map_tensors(inputs: Any, outputs: Any) -> tuple[int, int]:
+def _check_map_tensors(inputs: Any, outputs: Any, scales: Any) -> tuple[int, int]:
     """Streams of linear_map; the numbers of inputs and outputs."""
     op = "linear_map"
     for name, streams, most in (("inputs", inputs, kernels.MAX_INPUTS), ("outputs", outputs, kernels.MAX_OUTPUTS)):
@@ -153,14 +159,28 @@ def _check_map_tensors(inputs: Any, outputs: Any) -> tuple[int, int]:
             check_list(op, f"{name}[{s}]", stream, 1, most)
             if len(stream) != len(streams[0]):
                 fail(op, f"{name}[{s}]", describe(stream), f"{len(streams[0])} tensors as {name}[0]")
-            check_kind(op, f"{name}[{s}][0]", stream[0])
             for k, tensor in enumerate(stream):
-                dtype = getattr(streams[0][k], "dtype", None)
-                check_tensor(op, f"{name}[{s}]", k, tensor, f"inputs[{s}][0]", inputs[s][0], dtype)
+                coded = name == "inputs" and scales is not None and _scale(scales, s, k, len(stream)) is not None
+                if not coded:
+                    check_kind(op, f"{name}[{s}][{k}]", tensor)
+                dtype = torch.uint8 if coded else getattr(streams[0][k], "dtype", None)
+                check_tensor(op, f"{name}[{s}]", k, tensor, f"inputs[{s}][0]", inputs[s][0], dtype, contiguous=coded)
+                if coded:
+                    check_scales(op, f"scales[{s}][{k}]", scales[s][k], tensor)
     doubles = [t.dtype == torch.float64 for streams in (inputs, outputs) for stream in streams for t in stream]
     if any(doubles) and not all(doubles):
         fail(op, "inputs", "float64 beside another dtype", "float64 for all or for none")
     return len(inputs[0]), len(outputs[0])
+
+
+def _scale(scales: Any, stream: int, index: int, count: int) -> Any:
+    """The scale of an input, after a look at the lists."""
+    op = "linear_map"
+    if not isinstance(scales, (list, tuple)) or stream >= len(scales) or not isinstance(scales[stream], (list, tuple)):
+        fail(op, "scales", describe(scales), "a list of tensors or None for every stream")
+    if len(scales[stream]) != count:
+        fail(op, f"scales[{stream}]", describe(scales[stream]), f"{count} entries, one per input")
+    return scales[stream][index]
 
 
 def _check_matrix(matrix: Any, inputs: int, outputs: int, device: torch.device) -> list[list[float | None]]:
@@ -243,7 +263,7 @@ def _registered(
     return list(results)
 
 
-def _rows(flat: list[Tensor], streams: int) -> list[list[Tensor]]:
+def _rows(flat: list[Any], streams: int) -> list[list[Any]]:
     """Per stream its tensors; a schema can hold flat lists only."""
     each = len(flat) // streams
     return [flat[k : k + each] for k in range(0, len(flat), each)] if each else []
@@ -284,12 +304,14 @@ def _linear_map(
     used: list[bool],
     factors: list[float],
     on_device: Tensor | None,
+    scales: list[Tensor | None],
 ) -> None:
     nested = _rows(inputs, streams)
     count = len(nested[0])
     flat = [value if use else None for value, use in zip(values, used, strict=True)]
     matrix = on_device if on_device is not None else [flat[k : k + count] for k in range(0, len(flat), count)]
-    MAP_KERNELS.choose(inputs[0])(nested, _rows(outputs, streams), matrix, factors or None)
+    run = MAP_KERNELS.choose(outputs[0])
+    run(nested, _rows(outputs, streams), matrix, factors or None, _rows(scales, streams) or None)
 
 
 LINEAR_COMBINATION = register(
@@ -306,7 +328,7 @@ LINEAR_COMBINATION_OUT = register(
 )
 LINEAR_MAP = register(
     "linear_map(Tensor[] inputs, Tensor(a!)[] outputs, int streams, float[] matrix, bool[] used, float[] factors, "
-    "Tensor? device_matrix) -> ()",
+    "Tensor? device_matrix, Tensor?[] scales) -> ()",
     _linear_map,
     lambda *arguments: None,
 )

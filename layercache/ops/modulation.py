@@ -20,6 +20,7 @@ from layercache.ops.checks import (
     check_layout,
     check_list,
     check_no_grad,
+    check_scales,
     check_tensor,
     check_written,
     fail,
@@ -56,6 +57,7 @@ def modulate(
     bias: Tensor | None = None,
     result: Tensor | None = None,
     stream: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``z = LayerNorm(y) * (1 + scale) + shift`` of ``y = x + sum_k c_k r_k``, in one launch (two with ``previous``).
 
@@ -73,6 +75,7 @@ def modulate(
         weight, bias: [channels] in x's dtype, of a LayerNorm that has them.
         result: written instead of a new tensor, contiguous, like x.
         stream: receives y, contiguous, like x.
+        scales: when the residuals are codes of `capture_compact` (uint8): their scales, fp32, one number per row.
 
     Returns:
         z; and fp32 [ranges, 8], the statistics of `pair_statistics` of z as stored and ``previous``, or None.
@@ -93,7 +96,12 @@ def modulate(
         if tensor is not None:
             check_tensor(op, name, 0, tensor, "x", x, x.dtype, contiguous=True)
     for k, residual in enumerate(residuals):
-        check_tensor(op, "residuals", k, residual, "x", x, x.dtype, contiguous=True)
+        dtype = x.dtype if scales is None else torch.uint8
+        check_tensor(op, "residuals", k, residual, "x", x, dtype, contiguous=True)
+    if scales is not None:
+        check_list(op, "scales", scales, len(residuals), len(residuals))
+        for k, own in enumerate(scales):
+            check_scales(op, f"scales[{k}]", own, x)
     if isinstance(coefficients, Tensor):
         check_device_coefficients(op, coefficients, (len(residuals),), x.device)
     else:
@@ -112,14 +120,14 @@ def modulate(
     check_no_grad(op, everything)
     if through_registry(everything):
         return _registered(
-            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream
+            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
         )
     written = [t for t in (result, stream) if t is not None]
     read = [("x", [x]), ("residuals", residuals), ("scale", [scale]), ("shift", [shift])]
-    own = [[previous] if t is result and previous is not None else [] for t in written]
-    check_written(op, "result", written, "previous", own, read)
+    replaced = [[previous] if t is result and previous is not None else [] for t in written]
+    check_written(op, "result", written, "previous", replaced, read)
     return MODULATE_KERNELS(
-        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     )
 
 
@@ -255,12 +263,26 @@ def _registered(
     bias: Tensor | None,
     result: Tensor | None,
     stream: Tensor | None,
+    scales: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """modulate through torch.library, which may not return what it writes."""
     z = x.new_empty(x.shape) if result is None else result
     host, on_device = ([], coefficients) if isinstance(coefficients, Tensor) else (coefficients, None)
     statistics = MODULATE(
-        z, stream, x, scale, shift, residuals, host, on_device, previous, list(segments), eps, weight, bias
+        z,
+        stream,
+        x,
+        scale,
+        shift,
+        residuals,
+        host,
+        on_device,
+        previous,
+        list(segments),
+        eps,
+        weight,
+        bias,
+        scales or [],
     )
     return z, None if previous is None else statistics
 
@@ -279,10 +301,11 @@ def _modulate(
     eps: float,
     weight: Tensor | None,
     bias: Tensor | None,
+    scales: list[Tensor],
 ) -> Tensor:
     coefficients = host if on_device is None else on_device
     _, statistics = MODULATE_KERNELS(
-        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream, scales or None
     )
     return _no_statistics(x) if statistics is None else statistics
 
@@ -298,9 +321,9 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 MODULATE = register(
     "modulate(Tensor(a!) z, Tensor(b!)? stream, Tensor x, Tensor scale, Tensor shift, Tensor[] residuals, "
     "float[] coefficients, Tensor? device_coefficients, Tensor? previous, int[] segments, float eps, Tensor? weight, "
-    "Tensor? bias) -> Tensor",
+    "Tensor? bias, Tensor[] scales) -> Tensor",
     _modulate,
-    lambda z, stream, x, scale, shift, residuals, host, on_device, previous, segments, eps, weight, bias: (
+    lambda z, stream, x, scale, shift, residuals, host, on_device, previous, segments, eps, weight, bias, scales: (
         _no_statistics(x)
         if previous is None
         else x.new_empty((len(segments) + 1, kernels.PAIR_STATISTICS), dtype=_statistics_dtype(x))

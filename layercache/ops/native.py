@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layercache.kernels.capture import statistics_count
-from layercache.kernels.combine import Matrix, as_rows, new_like
+from layercache.kernels.combine import Matrix, Scales, as_rows, new_like
 from layercache.kernels.decisions import from_row_sums
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
@@ -133,7 +133,7 @@ def linear_combination(
     threads = torch.get_num_threads()
     for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
         gate = None if gates is None else view(as_rows(gates[s]))
-        scale = [] if scales is None else views(scales[s])
+        scale = [] if scales is None else [None, *views(scales[s])]
         inputs = views((x, *terms))
         _cpu.linear_map(inputs, [view(y)], [1.0, *values], [], True, gate, scale, threads)  # type: ignore[union-attr]
     return results
@@ -144,13 +144,15 @@ def linear_map(
     outputs: Sequence[Sequence[Tensor]],
     matrix: Matrix | Tensor,
     factors: Sequence[float] | None = None,
+    scales: Scales | None = None,
 ) -> None:
     rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
     flat = [c for row in rows for c in row]
     threads = torch.get_num_threads()
-    for stream, written in zip(inputs, outputs, strict=True):
+    for s, (stream, written) in enumerate(zip(inputs, outputs, strict=True)):
         lists = views(stream), views(written)
-        _cpu.linear_map(*lists, flat, list(factors or ()), False, None, [], threads)  # type: ignore[union-attr]
+        scale = [] if scales is None else list(map(_optional, scales[s]))
+        _cpu.linear_map(*lists, flat, list(factors or ()), False, None, scale, threads)  # type: ignore[union-attr]
 
 
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]]) -> Tensor:
@@ -208,6 +210,7 @@ def modulate(
     bias: Tensor | None = None,
     result: Tensor | None = None,
     stream: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     z = new_like([x])[0] if result is None else result
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else list(coefficients)
@@ -218,6 +221,7 @@ def modulate(
         *map(_optional, (previous, weight, bias, stream)),
         [0, *segments, x.shape[-1]],
         eps,
+        views(scales or ()),
         torch.get_num_threads(),
     )
     return z, None if previous is None else _sums(sums, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layercache.kernels import decisions, guidance, modulate, router
+from layercache.kernels import compact, decisions, guidance, modulate, router
 from torch import Tensor
 
 from interpreter.support import CASES, Case, Memory, assert_sums_close, same_bits
@@ -78,6 +78,16 @@ def test_modulate(case: Case, dtype: torch.dtype, memory: Memory, form: str) -> 
             assert ((row - part).abs() <= 1e-5 * limit + 1e-30).all()
         again, same = modulate.modulate_triton(*arguments, previous)
         assert again is previous and same is not None and torch.equal(same, sums) and same_bits([again], [found])
+
+
+def test_modulation_of_codes() -> None:
+    x, scale = torch.randn(2, 5, 32).bfloat16(), torch.randn(2, 32).bfloat16()
+    codes, scales = torch.empty(2, 5, 32, dtype=torch.uint8), torch.empty(2, 5)
+    compact.capture_compact_reference([x], [torch.zeros_like(x)], [codes], [scales])
+    streams = [torch.zeros(2, 5, 32).bfloat16() for _ in range(2)]
+    for run, stream in zip((modulate.modulate_triton, modulate.modulate_reference), streams, strict=True):
+        run(x, scale, scale, [codes], [0.5], stream=stream, scales=[scales])
+    assert same_bits(streams[:1], streams[1:])
 
 
 def test_affine_modulation() -> None:
