@@ -36,8 +36,6 @@ struct Loops {
                     double* sums);
     // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1]; fp32 or bf16.
     void (*norms)(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums);
-    // Adds {|e|, e^2} of e = sum_k c_k x_k - t to sums[0..1].
-    void (*error_norms)(const float* const* x, const float* c, int count, const float* t, Size n, double* sums);
     double (*dot)(const float* a, const float* b, Size n);
     float (*peak)(const float* x, Size n);
     // fp8 e4m3 codes: of numbers times a power of two; and back.

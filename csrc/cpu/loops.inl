@@ -18,7 +18,7 @@ inline float float_of(std::uint32_t bits) {
 
 // a b + c for sums, whose last bit nobody compares; elementwise results round every product.
 inline float fused(float a, float b, float c) {
-#ifdef __FMA__
+#ifdef HAS_FMA_AND_F16C
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;
@@ -75,7 +75,7 @@ void store_as(const float* __restrict from, void* to, Size n) {
     for (Size i = 0; i < n; ++i) T::store(from[i], y[i]);
 }
 
-#ifdef __F16C__
+#ifdef HAS_FMA_AND_F16C
 inline void load_half(const void* from, float* to, Size n) {
     const auto* x = static_cast<const std::uint16_t*>(from);
     Size i = 0;
@@ -300,22 +300,6 @@ void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n,
                              : norms_counted<Float32>(x, c, count, n, sums);
 }
 
-void error_norms(const float* const* x, const float* c, int count, const float* t, Size n, double* sums) {
-    float sum[CHUNK], one = 1.0f;
-    const float minus = -1.0f;
-    if (count < 3) {
-        // the target is one more term; nothing is stored
-        const void* terms[] = {count > 0 ? x[0] : t, count > 1 ? x[1] : t, t};
-        const float coefficients[] = {count > 0 ? c[0] : minus, count > 1 ? c[1] : minus, minus};
-        return norms_counted<Float32>(terms, coefficients, count + 1, n, sums);
-    }
-    for (Size i = 0; i < n; ++i) sum[i] = c[0] * x[0][i];
-    for (int s = 1; s < count; ++s) add_scaled(x[s], c[s], sum, n);
-    for (Size i = 0; i < n; ++i) sum[i] -= t[i];
-    const void* all = sum;
-    norms_of<Float32, 1>(&all, &one, n, sums);
-}
-
 double dot(const float* a, const float* b, Size n) {
     Totals<1> totals;
     in_lanes(n, [&](Size i, int j) { totals.lane[0][j] = fused(a[i], b[i], totals.lane[0][j]); });
@@ -413,6 +397,10 @@ double sum(const float* x, Size n) {
 
 void finish(const float* x, float mean, float factor, const float* weight, const float* bias, const float* scale,
             const float* shift, float* __restrict z, Size n) {
+    if (weight == nullptr && bias == nullptr) {
+        for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor * (1.0f + scale[i]) + shift[i];
+        return;
+    }
     for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor;
     if (weight != nullptr) product(weight, z, n);
     if (bias != nullptr) add_scaled(bias, 1.0f, z, n);
@@ -428,5 +416,5 @@ void guide(const float* __restrict c, const float* __restrict u, float scale, fl
 }
 
 const Loops table{NAME,    load,          store, map, add_scaled, subtract,       has_bad, pair_sums, capture,
-                  norms,   error_norms,   dot,   peak, encode,    decode,         lerp,    lerp_backward,
+                  norms,   dot,   peak, encode,    decode,         lerp,    lerp_backward,
                   product, sum,           centred_square, finish, rescale, guide};

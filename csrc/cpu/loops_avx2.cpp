@@ -12,6 +12,8 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 
 namespace layercache::cpu::avx2 {
+// g++ reads all of a file before it acts on the pragma, so that __FMA__ and __F16C__ are not defined
+#define HAS_FMA_AND_F16C
 constexpr const char* NAME = "avx2";
 #include "loops.inl"
 extern const Loops* const table_of;

@@ -12,6 +12,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 
 namespace layercache::cpu::avx512 {
+// g++ reads all of a file before it acts on the pragma, so that __FMA__ and __F16C__ are not defined
+#define HAS_FMA_AND_F16C
 constexpr const char* NAME = "avx512";
 #include "loops.inl"
 extern const Loops* const table_of;

@@ -4,7 +4,9 @@
 namespace layercache::cpu {
 
 // Elements that a set of combination_error works on at a time.
-constexpr std::int64_t PIECE = 512;
+constexpr std::int64_t PIECE = 1024;
+// Terms that the loops take in registers.
+constexpr int MAX_TERMS = 8;
 
 Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int threads) {
     const Loops& loops = active();
@@ -30,43 +32,76 @@ Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int t
     return sums;
 }
 
+namespace {
+
+// A coefficient set: the terms that count, and last the target with coefficient -1.
+struct Set {
+    std::vector<int> terms;
+    std::vector<float> coefficients;
+};
+
+std::vector<Set> sets_of(const std::vector<float>& coefficients, int count) {
+    std::vector<Set> sets(coefficients.size() / count);
+    for (std::size_t s = 0; s < sets.size(); ++s) {
+        for (int k = 0; k < count; ++k)
+            if (const float c = coefficients[s * count + k]; c != 0) {
+                sets[s].terms.push_back(k);
+                sets[s].coefficients.push_back(c);
+            }
+        sets[s].terms.push_back(count);
+        sets[s].coefficients.push_back(-1.0f);
+    }
+    return sets;
+}
+
+// Norms of a set with more terms than the loops take in registers.
+void many_terms(const Loops& loops, const Set& set, const std::vector<View>& views, const Chunk& chunk, double* sums) {
+    Buffer total, spare;
+    std::fill(total.values, total.values + chunk.size, 0.0f);
+    for (std::size_t t = 0; t < set.terms.size(); ++t)
+        loops.add_scaled(read(loops, views[set.terms[t]], chunk, spare), set.coefficients[t], total.values, chunk.size);
+    const float one = 1.0f;
+    const void* all = total.values;
+    loops.norms(&all, &one, 1, Dtype::float32, chunk.size, sums);
+}
+
+}  // namespace
+
 Sums combination_error(const View& target, const Views& terms, const std::vector<float>& coefficients, int threads) {
     const Loops& loops = active();
-    const int count = static_cast<int>(terms.size()), sets = static_cast<int>(coefficients.size()) / count;
+    const int count = static_cast<int>(terms.size());
+    const std::vector<Set> sets = sets_of(coefficients, count);
     Views views = terms;
     views.push_back(target);
     flatten(views);
-    // of each set only the terms that count
-    std::vector<std::vector<int>> index(sets);
-    std::vector<std::vector<float>> used(sets);
-    for (int s = 0; s < sets; ++s)
-        for (int k = 0; k < count; ++k)
-            if (const float c = coefficients[s * count + k]; c != 0) {
-                index[s].push_back(k);
-                used[s].push_back(c);
-            }
-    Partials partials(2 * sets + 2);
-    for_chunks(Space(views.back()), threads, [&](const Chunk& chunk, int part) {
-        Buffer* buffers = scratch(views.size());
-        std::vector<const float*> x(views.size()), p;
-        for (std::size_t k = 0; k < views.size(); ++k) x[k] = read(loops, views[k], chunk, buffers[k]);
+    const Dtype dtype = common_dtype(views);
+    Partials partials(2 * static_cast<int>(sets.size()) + 2);
+    for_chunks(Space(views.back()), threads, [&](const Chunk& whole, int part) {
         double* sums = partials.part(part);
+        Buffer* buffers = scratch(views.size());
+        std::vector<const void*> x(views.size());
+        const void* own[MAX_TERMS];
         // a piece of all tensors stays in the first cache while the sets go over it
-        for (std::int64_t first = 0; first < chunk.size; first += PIECE)
-            for (int s = 0; s < sets; ++s) {
-                p.clear();
-                for (int k : index[s]) p.push_back(x[k] + first);
-                loops.error_norms(p.data(), used[s].data(), static_cast<int>(p.size()), x[count] + first,
-                                  std::min(PIECE, chunk.size - first), sums + 2 * s);
+        for (Chunk chunk = whole; chunk.column < whole.column + whole.size; chunk.column += PIECE) {
+            chunk.size = std::min(PIECE, whole.column + whole.size - chunk.column);
+            for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
+            for (std::size_t s = 0; s < sets.size(); ++s) {
+                const int terms_of = static_cast<int>(sets[s].terms.size());
+                if (terms_of > MAX_TERMS) {
+                    many_terms(loops, sets[s], views, chunk, sums + 2 * s);
+                    continue;
+                }
+                for (int t = 0; t < terms_of; ++t) own[t] = x[sets[s].terms[t]];
+                loops.norms(own, sets[s].coefficients.data(), terms_of, dtype, chunk.size, sums + 2 * s);
             }
-        const float one = 1.0f;
-        const void* goal = x[count];
-        loops.norms(&goal, &one, 1, Dtype::float32, chunk.size, sums + 2 * sets);
+            const float one = 1.0f;
+            loops.norms(&x[count], &one, 1, dtype, chunk.size, sums + 2 * sets.size());
+        }
     });
     const Sums found = partials.sum();
     Sums sums;
-    for (int s = 0; s < sets; ++s)
-        sums.insert(sums.end(), {found[2 * s], found[2 * s + 1], found[2 * sets], found[2 * sets + 1]});
+    for (std::size_t s = 0; s < sets.size(); ++s)
+        sums.insert(sums.end(), {found[2 * s], found[2 * s + 1], found[2 * sets.size()], found[2 * sets.size() + 1]});
     return sums;
 }
 
