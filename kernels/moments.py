@@ -284,11 +284,6 @@ def gram_minimum_bytes(tensors: Sequence[Tensor]) -> int:
     return nbytes(tensors)
 
 
-def linear_sums_minimum_bytes(tensors: Sequence[Tensor], matrix: object = None) -> int:
-    """Bytes that must move: every tensor once in."""
-    return nbytes(tensors)
-
-
 def align_minimum_bytes(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> int:
     """Bytes that must move: x twice, because the coefficient depends on all of it; the others once; the result out."""
     return nbytes((x, x, y, *probes, *residuals, x))

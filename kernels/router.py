@@ -225,10 +225,3 @@ def minimum_bytes(
 ) -> int:
     """Bytes that must move: fresh, cached, gate and residual once in, the result once out."""
     return nbytes(t for t in (fresh, cached, fresh, gate, residual) if t is not None)
-
-
-def backward_minimum_bytes(
-    grad: Tensor, fresh: Tensor, cached: Tensor, beta: Tensor, gate: Tensor | None = None
-) -> int:
-    """Bytes that must move: grad, fresh, cached and gate once in, the gradient of fresh once out."""
-    return nbytes(t for t in (grad, fresh, cached, fresh, gate) if t is not None)
