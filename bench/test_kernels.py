@@ -1,6 +1,7 @@
 """Every op form, by pytest-benchmark: ``pytest bench/ --benchmark-json=FILE``, on the CPU or a GPU.
 
-LAYERCACHE_BENCH_SHAPE (such as 1x4096x3072) and LAYERCACHE_BENCH_DTYPE change what is measured. Variants are measured
+LAYERCACHE_BENCH_SHAPE (such as 1x4096x3072) and LAYERCACHE_BENCH_DTYPE change what is measured,
+LAYERCACHE_BENCH_COMPILE=1 adds torch.compile. Variants are measured
 one after the other here; `layercache bench kernels` measures them in turn and is the one to quote.
 """
 
@@ -11,11 +12,12 @@ import os
 import pytest
 import torch
 
-from layercache.benchmarks.cases import CASES, Case, relative_error
+from layercache.benchmarks.cases import CASES, Case
 from layercache.benchmarks.measuring import TOLERANCE, keep_memory
 
 SHAPE = tuple(int(size) for size in os.environ.get("LAYERCACHE_BENCH_SHAPE", "1x1024x1152").split("x"))
 DTYPE = getattr(torch, os.environ.get("LAYERCACHE_BENCH_DTYPE", "bfloat16"))
+COMPILE = os.environ.get("LAYERCACHE_BENCH_COMPILE") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -24,13 +26,14 @@ def kept_memory() -> None:
     keep_memory()
 
 
-@pytest.mark.parametrize("variant", ["ours", "eager"])
+@pytest.mark.parametrize("variant", ["ours", "eager", "compile"] if COMPILE else ["ours", "eager"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels(benchmark, case: Case, variant: str) -> None:
     inputs = case.inputs(SHAPE, DTYPE, DEVICE)
+    assert case.error(inputs) <= TOLERANCE[DTYPE]
     with torch.set_grad_enabled(case.gradient):
-        assert relative_error(case.ours(inputs), case.eager(inputs)) <= TOLERANCE[DTYPE]
-        run = case.ours if variant == "ours" else case.eager
+        torch._dynamo.reset()
+        run = {"ours": lambda: case.ours, "eager": lambda: case.eager, "compile": case.compile}[variant]()
 
         def call() -> None:
             run(inputs)

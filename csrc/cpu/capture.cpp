@@ -31,7 +31,7 @@ bool convert(const Loops& loops, const Stream& stream, int statistics, const Chu
     return loops.has_bad(residual.values, chunk.size);
 }
 
-bool run(const Stream& stream, bool same, int statistics, int threads, double* sums) {
+bool run(const Stream& stream, bool same, int statistics, bool look, int threads, double* sums) {
     const Loops& loops = active();
     const Dtype dtype = stream.output.dtype;
     Partials partials(PAIR_STATISTICS);
@@ -39,7 +39,8 @@ bool run(const Stream& stream, bool same, int statistics, int threads, double* s
     for_chunks(Space(stream.output), threads, [&](const Chunk& chunk, int part) {
         const void* older = statistics == 7 ? chunk.at(stream.previous) : nullptr;
         const bool found = same ? loops.capture(chunk.at(stream.output), chunk.at(stream.before), older,
-                                                chunk.at(stream.residual), dtype, chunk.size, partials.part(part))
+                                                chunk.at(stream.residual), dtype, look, chunk.size,
+                                                partials.part(part))
                                 : convert(loops, stream, statistics, chunk, partials.part(part));
         if (found) bad = true;
     });
@@ -76,7 +77,7 @@ bool capture(Views outputs, Views inputs, Views residuals, Views previous, int s
             if (!statistics && !look && same)
                 subtract_all(stream, threads);
             else
-                bad |= run(stream, same, statistics, threads, sums.data() + (s * samples + b) * statistics);
+                bad |= run(stream, same, statistics, look, threads, sums.data() + (s * samples + b) * statistics);
         }
     }
     return bad;

@@ -31,9 +31,9 @@ struct Loops {
     // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|; fp32 or bf16.
     void (*pair_sums)(const void* a, const void* b, Dtype dtype, Size n, double* sums);
     // residual = output - input, and the sums of the pair (residual, previous), or (residual, input) where previous is
-    // null; all fp32 or all bf16. Whether NaN or infinity is among the residuals.
-    bool (*capture)(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, Size n,
-                    double* sums);
+    // null, without the maximum; all fp32 or all bf16. Whether NaN or infinity is among the residuals, if `look`.
+    bool (*capture)(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, bool look,
+                    Size n, double* sums);
     // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1]; fp32 or bf16.
     void (*norms)(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums);
     double (*dot)(const float* a, const float* b, Size n);

@@ -194,7 +194,8 @@ inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
     for (int j = 0; i < n; ++i, ++j) step(i, j);
 }
 
-// The eight sums of a pair, one element at a time.
+// The eight sums of a pair, the last of them if PEAK says so, one element at a time.
+template <bool PEAK>
 struct PairTotals {
     Totals<7> sums;
     float peak[LANES] = {};
@@ -208,11 +209,12 @@ struct PairTotals {
         sums.lane[4][j] = fused(a, a, sums.lane[4][j]);
         sums.lane[5][j] = fused(b, b, sums.lane[5][j]);
         sums.lane[6][j] = fused(a, b, sums.lane[6][j]);
-        peak[j] = peak[j] < size ? size : peak[j];
+        if (PEAK) peak[j] = peak[j] < size ? size : peak[j];
     }
 
     void add_to(double* totals) const {
         sums.add_to(totals);
+        if (!PEAK) return;
         for (float p : peak) totals[7] = totals[7] < p ? double(p) : totals[7];
         // a maximum drops NaN, which must never look like a small difference; the sum keeps it
         if (std::isnan(totals[0])) totals[7] = totals[0];
@@ -223,7 +225,7 @@ template <class T>
 void pair_of(const void* first, const void* second, Size n, double* sums) {
     const auto* a = static_cast<const typename T::Stored*>(first);
     const auto* b = static_cast<const typename T::Stored*>(second);
-    PairTotals totals;
+    PairTotals<true> totals;
     in_lanes(n, [&](Size i, int j) { totals.add(T::load(a[i]), T::load(b[i]), j); });
     totals.add_to(sums);
 }
@@ -234,20 +236,20 @@ void pair_sums(const void* a, const void* b, Dtype dtype, Size n, double* sums) 
 
 // Subtracts, rounds, stores, and adds up the residual as stored with `other`: the previous residual, which may be
 // where the new one goes, or the input.
-template <class T>
+template <class T, bool LOOK>
 bool capture_of(const void* output, const void* input, const void* previous, void* residual, Size n, double* sums) {
     const auto* o = static_cast<const typename T::Stored*>(output);
     const auto* b = static_cast<const typename T::Stored*>(input);
     const auto* p = static_cast<const typename T::Stored*>(previous == nullptr ? input : previous);
     auto* r = static_cast<typename T::Stored*>(residual);
-    PairTotals totals;
+    PairTotals<false> totals;
     std::uint32_t bad[LANES] = {};
     in_lanes(n, [&](Size i, int j) {
         typename T::Stored stored;
         T::store(T::load(o[i]) - T::load(b[i]), stored);
         const float kept = T::load(stored);
         totals.add(kept, T::load(p[i]), j);
-        bad[j] |= (bits_of(kept) & 0x7F800000) == 0x7F800000 ? 1 : 0;
+        if (LOOK) bad[j] |= (bits_of(kept) & 0x7F800000) == 0x7F800000 ? 1 : 0;
         r[i] = stored;
     });
     totals.add_to(sums);
@@ -256,10 +258,17 @@ bool capture_of(const void* output, const void* input, const void* previous, voi
     return any != 0;
 }
 
-bool capture(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, Size n,
-             double* sums) {
-    return dtype == Dtype::bfloat16 ? capture_of<Bfloat16>(output, input, previous, residual, n, sums)
-                                    : capture_of<Float32>(output, input, previous, residual, n, sums);
+template <class T>
+bool capture_as(const void* output, const void* input, const void* previous, void* residual, bool look, Size n,
+                double* sums) {
+    return look ? capture_of<T, true>(output, input, previous, residual, n, sums)
+                : capture_of<T, false>(output, input, previous, residual, n, sums);
+}
+
+bool capture(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, bool look,
+             Size n, double* sums) {
+    return dtype == Dtype::bfloat16 ? capture_as<Bfloat16>(output, input, previous, residual, look, n, sums)
+                                    : capture_as<Float32>(output, input, previous, residual, look, n, sums);
 }
 
 template <class T, int COUNT>

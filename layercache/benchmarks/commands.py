@@ -66,17 +66,25 @@ def kernels(
     printer = Printer(json_to)
     chosen, place = _dtype(dtype), torch.device(choose_device(device))
     cases = find_cases(op or ())
-    rows = []
+    rows, failures = [], {}
     with tqdm(total=len(cases) * len(shapes) * rounds, unit="round", leave=False) as bar:
         for size in shapes:
             for case in cases:
                 bar.set_description(case.name)
-                rows.append(measure(case, size, chosen, place, rounds=rounds, compiled=compiled, on_round=bar.update))
+                try:
+                    row = measure(case, size, chosen, place, rounds=rounds, compiled=compiled, on_round=bar.update)
+                except Exception as error:  # one case must not lose the others
+                    failures[f"{case.name}, {'x'.join(map(str, size))}"] = f"{type(error).__name__}: {error}"
+                else:
+                    rows.append(row)
     for size in shapes:
-        printer.say(results.table([row for row in rows if row.shape == size]))
+        if any(row.shape == size for row in rows):
+            printer.say(results.table([row for row in rows if row.shape == size]))
+    for name, reason in failures.items():
+        printer.say(f"failed: {name}: {reason}", style="red")
     settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shapes": [list(size) for size in shapes]}
-    printer.figures(results.figures(rows, settings))
-    if not all(row.right for row in rows):
+    printer.figures(results.figures(rows, settings) | {"failures": failures})
+    if failures or not all(row.right for row in rows):
         raise typer.Exit(1)
 
 
