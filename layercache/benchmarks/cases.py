@@ -409,7 +409,7 @@ CASES: tuple[Case, ...] = (
         "pair_statistics",
         2,
         _ours_pair,
-        lambda i: _mean_change(*i.x),
+        lambda i: _mean_change(i.x[0], i.x[1]),
         2,
         derive=lambda sums, i: _derive_pair(sums, i)[:2],
     ),
