@@ -54,6 +54,7 @@ Sums bind_linear_sums(const Views& tensors, const std::vector<std::optional<floa
         map.coefficients.push_back(c.value_or(0.0f));
         map.used.push_back(c.has_value());
     }
+    if (tensors.size() > 8) throw std::invalid_argument("more than eight tensors");
     return linear_sums(tensors, map, static_cast<int>(coefficients.size() / tensors.size()), threads);
 }
 

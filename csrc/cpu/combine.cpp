@@ -63,7 +63,7 @@ struct Work {
         const void* x[MAX_INPUTS];
         for (std::size_t k = 0; k < inputs.size(); ++k) x[k] = input(static_cast<int>(k), chunk, converted[k]);
         const Chunk entry{chunk.row / std::max<std::int64_t>(inputs[0].rows, 1), chunk.column, chunk.size};
-        const float* g = gate ? read(loops, *gate, entry, spare) : nullptr;
+        const void* g = gate ? read_as(loops, *gate, dtype, entry, spare) : nullptr;
         for (std::size_t m = 0; m < outputs.size(); ++m) {
             const void* own[MAX_INPUTS];
             const int count = static_cast<int>(terms[m].inputs.size());
@@ -97,6 +97,7 @@ void linear_map(const Views& inputs, const Views& outputs, const Map& map, const
     if (!gate && scales.empty()) flatten(all);
     const auto middle = all.begin() + count;
     const Views in(all.begin(), middle), out(middle, all.end());
+    if (gate) all.push_back(*gate);
     const bool same = scales.empty() && uniform(all);
     const std::vector<Output> terms = outputs_of(map, count, static_cast<int>(out.size()));
     const Work work{active(), in,   out, terms, map.base, gate, scales, same ? all[0].dtype : Dtype::float32, same,

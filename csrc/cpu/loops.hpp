@@ -19,41 +19,46 @@ struct Loops {
     void (*load)(const void* from, Dtype dtype, float* to, Size n);
     void (*store)(const float* from, void* to, Dtype dtype, Size n);
     // y = x_0 + g sum over k >= 1 of c_k x_k, or, without base, factor * sum over all k; the gate may be null. Up to nine
-    // inputs, and the output, all fp32 or all bf16; every product is rounded before it is added. The output may be one of
-    // the inputs.
-    void (*map)(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+    // inputs, the gate and the output, all fp32 or all bf16; every product is rounded before it is added. The output may
+    // be one of the inputs.
+    void (*map)(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
                 Dtype dtype, Size n);
-    // y += c x; y = x - z.
-    void (*add_scaled)(const float* x, float c, float* y, Size n);
+    // y = x - z; y += c x; y = x y.
     void (*subtract)(const float* x, const float* z, float* y, Size n);
+    void (*add_scaled)(const float* x, float c, float* y, Size n);
+    void (*product)(const float* x, float* y, Size n);
     // Whether NaN or infinity is among the numbers.
     bool (*has_bad)(const float* x, Size n);
-    // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|; fp32 or bf16.
+
+    // What follows takes tensors that are all fp32 or all bf16.
+
+    // Adds {|a-b|, |a|, |b|, (a-b)^2, a^2, b^2, a b} to sums[0..6], and raises sums[7] to max|a-b|.
     void (*pair_sums)(const void* a, const void* b, Dtype dtype, Size n, double* sums);
     // residual = output - input, and the sums of the pair (residual, previous), or (residual, input) where previous is
-    // null, without the maximum; all fp32 or all bf16. Whether NaN or infinity is among the residuals, if `look`.
+    // null, without the maximum. Whether NaN or infinity is among the residuals, if `look`.
     bool (*capture)(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, bool look,
                     Size n, double* sums);
-    // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1]; fp32 or bf16.
+    // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1].
     void (*norms)(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums);
-    double (*dot)(const float* a, const float* b, Size n);
+    // Adds a b_k to sums[k].
+    void (*products)(const void* a, const void* const* b, int count, Dtype dtype, Size n, double* sums);
     float (*peak)(const float* x, Size n);
     // fp8 e4m3 codes: of numbers times a power of two; and back.
     void (*encode)(const float* x, float inverse, std::uint8_t* codes, Size n);
     void (*decode)(const std::uint8_t* codes, float scale, float* x, Size n);
-    // beta f + (1 - beta) c, from the nearer end; fp32 or bf16. Backward: out = beta grad, returns sum grad (f - c).
-    void (*lerp)(const void* f, const void* c, float beta, void* o, Dtype dtype, Size n);
-    double (*lerp_backward)(const float* grad, const float* f, const float* c, float beta, float* out, Size n);
-    // y = x y; sum x; sum (x - mean)^2.
-    void (*product)(const float* x, float* y, Size n);
-    double (*sum)(const float* x, Size n);
+    // o = r + g (beta f + (1 - beta) c), from the nearer end; gate and residual may be null.
+    void (*lerp)(const void* f, const void* c, float beta, const void* g, const void* r, void* o, Dtype dtype, Size n);
+    // o = beta g d; returns the sum of g d (f - c); the gate may be null.
+    double (*lerp_backward)(const void* d, const void* f, const void* c, float beta, const void* g, void* o,
+                            Dtype dtype, Size n);
+    // Rows: as fp32, with their sum; sum (x - mean)^2; z = (x - mean) factor scale + shift.
+    double (*load_and_sum)(const void* from, Dtype dtype, float* to, Size n);
     double (*centred_square)(const float* x, float mean, Size n);
-    // z = ((x - mean) factor weight + bias) (1 + scale) + shift; weight and bias may be null.
-    void (*finish)(const float* x, float mean, float factor, const float* weight, const float* bias,
-                   const float* scale, const float* shift, float* z, Size n);
-    // v *= factor; v = u + scale (c - u).
+    void (*finish)(const float* x, float mean, float factor, const float* scale, const float* shift, void* z,
+                   Dtype dtype, Size n);
+    // v = u + scale (c - u), and adds c^2 and v^2 to sums[0..1]; v *= factor.
+    void (*guide)(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums);
     void (*rescale)(float* v, float factor, Size n);
-    void (*guide)(const float* c, const float* u, float scale, float* v, Size n);
 };
 
 // The best the processor has, or the one of that name ("base", "avx2", "avx512"); nullptr if it has not.

@@ -111,26 +111,27 @@ void store(const float* from, void* to, Dtype dtype, Size n) {
 
 // The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
 template <class T, int COUNT, bool BASE, bool GATED>
-void map_terms(const void* const* inputs, const float* c, float factor, const float* gate, void* output, Size n) {
+void map_terms(const void* const* inputs, const float* c, float factor, const void* gates, void* output, Size n) {
     const typename T::Stored* x[COUNT];
     float k[COUNT];
     for (int t = 0; t < COUNT; ++t) {
         x[t] = static_cast<const typename T::Stored*>(inputs[t]);
         k[t] = c[t];
     }
+    const auto* gate = static_cast<const typename T::Stored*>(gates);
     auto* y = static_cast<typename T::Stored*>(output);
     // outputs may be inputs, element by element
 #pragma GCC ivdep
     for (Size i = 0; i < n; ++i) {
         float sum = BASE && !GATED ? T::load(x[0][i]) : 0.0f;
         for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * T::load(x[t][i]);
-        if (GATED) sum = T::load(x[0][i]) + gate[i] * sum;
+        if (GATED) sum = T::load(x[0][i]) + T::load(gate[i]) * sum;
         T::store(BASE ? sum : factor * sum, y[i]);
     }
 }
 
 template <class T, bool BASE, bool GATED>
-void map_counted(const void* const* x, const float* c, int count, float factor, const float* gate, void* y, Size n) {
+void map_counted(const void* const* x, const float* c, int count, float factor, const void* gate, void* y, Size n) {
     switch (count) {
         case 1: return map_terms<T, 1, BASE, GATED>(x, c, factor, gate, y, n);
         case 2: return map_terms<T, 2, BASE, GATED>(x, c, factor, gate, y, n);
@@ -146,14 +147,14 @@ void map_counted(const void* const* x, const float* c, int count, float factor, 
 }
 
 template <class T>
-void map_of(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+void map_of(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
             Size n) {
     if (gate != nullptr) return map_counted<T, true, true>(x, c, count, factor, gate, y, n);
     if (base) return map_counted<T, true, false>(x, c, count, factor, gate, y, n);
     map_counted<T, false, false>(x, c, count, factor, gate, y, n);
 }
 
-void map(const void* const* x, const float* c, int count, bool base, float factor, const float* gate, void* y,
+void map(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
          Dtype dtype, Size n) {
     dtype == Dtype::bfloat16 ? map_of<Bfloat16>(x, c, count, base, factor, gate, y, n)
                              : map_of<Float32>(x, c, count, base, factor, gate, y, n);
@@ -178,9 +179,11 @@ struct Totals {
     float lane[COUNT][LANES] = {};
     void add_to(double* sums) const {
         for (int s = 0; s < COUNT; ++s) {
-            double total = 0;
-            for (int j = 0; j < LANES; ++j) total += lane[s][j];
-            sums[s] += total;
+            float half[LANES / 2];
+            for (int j = 0; j < LANES / 2; ++j) half[j] = lane[s][j] + lane[s][j + LANES / 2];
+            for (int width = LANES / 4; width > 0; width /= 2)
+                for (int j = 0; j < width; ++j) half[j] += half[j + width];
+            sums[s] += half[0];
         }
     }
 };
@@ -309,14 +312,6 @@ void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n,
                              : norms_counted<Float32>(x, c, count, n, sums);
 }
 
-double dot(const float* a, const float* b, Size n) {
-    Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] = fused(a[i], b[i], totals.lane[0][j]); });
-    double sum = 0;
-    totals.add_to(&sum);
-    return sum;
-}
-
 float peak(const float* x, Size n) {
     // as integers, the order of sizes is that of numbers; NaN is left out
     std::int32_t most[LANES] = {};
@@ -353,10 +348,13 @@ void decode(const std::uint8_t* __restrict codes, float scale, float* __restrict
     }
 }
 
-template <class T>
-void lerp_of(const void* fresh, const void* cached, float beta, void* output, Size n) {
+template <class T, bool GATED, bool RESIDUAL>
+void lerp_of(const void* fresh, const void* cached, float beta, const void* gates, const void* residual, void* output,
+             Size n) {
     const auto* f = static_cast<const typename T::Stored*>(fresh);
     const auto* c = static_cast<const typename T::Stored*>(cached);
+    const auto* g = static_cast<const typename T::Stored*>(gates);
+    const auto* r = static_cast<const typename T::Stored*>(residual);
     auto* o = static_cast<typename T::Stored*>(output);
     // from the nearer end, so that 0 gives c and 1 gives f bit by bit
     const bool near = beta < 0.5f;
@@ -364,21 +362,54 @@ void lerp_of(const void* fresh, const void* cached, float beta, void* output, Si
 #pragma GCC ivdep
     for (Size i = 0; i < n; ++i) {
         const float x = T::load(f[i]), y = T::load(c[i]);
-        T::store((near ? y : x) + weight * (x - y), o[i]);
+        float mixed = (near ? y : x) + weight * (x - y);
+        if (GATED) mixed = T::load(g[i]) * mixed;
+        if (RESIDUAL) mixed = T::load(r[i]) + mixed;
+        T::store(mixed, o[i]);
     }
 }
 
-void lerp(const void* f, const void* c, float beta, void* o, Dtype dtype, Size n) {
-    dtype == Dtype::bfloat16 ? lerp_of<Bfloat16>(f, c, beta, o, n) : lerp_of<Float32>(f, c, beta, o, n);
+template <class T>
+void lerp_as(const void* f, const void* c, float beta, const void* g, const void* r, void* o, Size n) {
+    if (g == nullptr && r == nullptr) return lerp_of<T, false, false>(f, c, beta, g, r, o, n);
+    if (g == nullptr) return lerp_of<T, false, true>(f, c, beta, g, r, o, n);
+    if (r == nullptr) return lerp_of<T, true, false>(f, c, beta, g, r, o, n);
+    lerp_of<T, true, true>(f, c, beta, g, r, o, n);
 }
 
-double lerp_backward(const float* grad, const float* f, const float* c, float beta, float* __restrict out, Size n) {
+void lerp(const void* f, const void* c, float beta, const void* g, const void* r, void* o, Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? lerp_as<Bfloat16>(f, c, beta, g, r, o, n) : lerp_as<Float32>(f, c, beta, g, r, o, n);
+}
+
+template <class T, bool GATED>
+double lerp_backward_of(const void* grads, const void* fresh, const void* cached, float beta, const void* gates,
+                        void* output, Size n) {
+    const auto* d = static_cast<const typename T::Stored*>(grads);
+    const auto* f = static_cast<const typename T::Stored*>(fresh);
+    const auto* c = static_cast<const typename T::Stored*>(cached);
+    const auto* g = static_cast<const typename T::Stored*>(gates);
+    auto* o = static_cast<typename T::Stored*>(output);
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += grad[i] * (f[i] - c[i]); });
-    for (Size i = 0; i < n; ++i) out[i] = beta * grad[i];
+    in_lanes(n, [&](Size i, int j) {
+        const float grad = GATED ? T::load(g[i]) * T::load(d[i]) : T::load(d[i]);
+        totals.lane[0][j] = fused(grad, T::load(f[i]) - T::load(c[i]), totals.lane[0][j]);
+        T::store(beta * grad, o[i]);
+    });
     double sum = 0;
     totals.add_to(&sum);
     return sum;
+}
+
+template <class T>
+double lerp_backward_as(const void* d, const void* f, const void* c, float beta, const void* g, void* o, Size n) {
+    return g == nullptr ? lerp_backward_of<T, false>(d, f, c, beta, g, o, n)
+                        : lerp_backward_of<T, true>(d, f, c, beta, g, o, n);
+}
+
+double lerp_backward(const void* d, const void* f, const void* c, float beta, const void* g, void* o, Dtype dtype,
+                     Size n) {
+    return dtype == Dtype::bfloat16 ? lerp_backward_as<Bfloat16>(d, f, c, beta, g, o, n)
+                                    : lerp_backward_as<Float32>(d, f, c, beta, g, o, n);
 }
 
 void product(const float* __restrict x, float* __restrict y, Size n) {
@@ -396,34 +427,86 @@ double centred_square(const float* x, float mean, Size n) {
     return sum;
 }
 
-double sum(const float* x, Size n) {
+template <class T>
+double load_and_sum_as(const void* from, float* __restrict to, Size n) {
+    const auto* x = static_cast<const typename T::Stored*>(from);
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) { totals.lane[0][j] += x[i]; });
+    in_lanes(n, [&](Size i, int j) {
+        to[i] = T::load(x[i]);
+        totals.lane[0][j] += to[i];
+    });
     double all = 0;
     totals.add_to(&all);
     return all;
 }
 
-void finish(const float* x, float mean, float factor, const float* weight, const float* bias, const float* scale,
-            const float* shift, float* __restrict z, Size n) {
-    if (weight == nullptr && bias == nullptr) {
-        for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor * (1.0f + scale[i]) + shift[i];
-        return;
-    }
-    for (Size i = 0; i < n; ++i) z[i] = (x[i] - mean) * factor;
-    if (weight != nullptr) product(weight, z, n);
-    if (bias != nullptr) add_scaled(bias, 1.0f, z, n);
-    for (Size i = 0; i < n; ++i) z[i] = z[i] * (1.0f + scale[i]) + shift[i];
+double load_and_sum(const void* from, Dtype dtype, float* to, Size n) {
+    return dtype == Dtype::bfloat16 ? load_and_sum_as<Bfloat16>(from, to, n) : load_and_sum_as<Float32>(from, to, n);
+}
+
+template <class T>
+void finish_as(const float* x, float mean, float factor, const float* scale, const float* shift, void* output, Size n) {
+    auto* __restrict z = static_cast<typename T::Stored*>(output);
+    for (Size i = 0; i < n; ++i) T::store((x[i] - mean) * factor * scale[i] + shift[i], z[i]);
+}
+
+void finish(const float* x, float mean, float factor, const float* scale, const float* shift, void* z, Dtype dtype,
+            Size n) {
+    dtype == Dtype::bfloat16 ? finish_as<Bfloat16>(x, mean, factor, scale, shift, z, n)
+                             : finish_as<Float32>(x, mean, factor, scale, shift, z, n);
+}
+
+template <class T>
+void guide_as(const void* cond, const void* uncond, float scale, float* __restrict v, Size n, double* sums) {
+    const auto* c = static_cast<const typename T::Stored*>(cond);
+    const auto* u = static_cast<const typename T::Stored*>(uncond);
+    Totals<2> totals;
+    in_lanes(n, [&](Size i, int j) {
+        const float x = T::load(c[i]), y = T::load(u[i]), mixed = y + scale * (x - y);
+        v[i] = mixed;
+        totals.lane[0][j] = fused(x, x, totals.lane[0][j]);
+        totals.lane[1][j] = fused(mixed, mixed, totals.lane[1][j]);
+    });
+    totals.add_to(sums);
+}
+
+void guide(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums) {
+    dtype == Dtype::bfloat16 ? guide_as<Bfloat16>(c, u, scale, v, n, sums) : guide_as<Float32>(c, u, scale, v, n, sums);
 }
 
 void rescale(float* v, float factor, Size n) {
     for (Size i = 0; i < n; ++i) v[i] *= factor;
 }
 
-void guide(const float* __restrict c, const float* __restrict u, float scale, float* __restrict v, Size n) {
-    for (Size i = 0; i < n; ++i) v[i] = u[i] + scale * (c[i] - u[i]);
+template <class T, int COUNT>
+void products_of(const void* first, const void* const* others, Size n, double* sums) {
+    const auto* a = static_cast<const typename T::Stored*>(first);
+    const typename T::Stored* b[COUNT];
+    for (int t = 0; t < COUNT; ++t) b[t] = static_cast<const typename T::Stored*>(others[t]);
+    Totals<COUNT> totals;
+    in_lanes(n, [&](Size i, int j) {
+        const float x = T::load(a[i]);
+        for (int t = 0; t < COUNT; ++t) totals.lane[t][j] = fused(x, T::load(b[t][i]), totals.lane[t][j]);
+    });
+    totals.add_to(sums);
 }
 
-const Loops table{NAME,    load,          store, map, add_scaled, subtract,       has_bad, pair_sums, capture,
-                  norms,   dot,   peak, encode,    decode,         lerp,    lerp_backward,
-                  product, sum,           centred_square, finish, rescale, guide};
+template <class T>
+void products_as(const void* a, const void* const* b, int count, Size n, double* sums) {
+    for (; count > 4; b += 4, sums += 4, count -= 4) products_of<T, 4>(a, b, n, sums);
+    switch (count) {
+        case 1: return products_of<T, 1>(a, b, n, sums);
+        case 2: return products_of<T, 2>(a, b, n, sums);
+        case 3: return products_of<T, 3>(a, b, n, sums);
+        case 4: return products_of<T, 4>(a, b, n, sums);
+        default: return;
+    }
+}
+
+void products(const void* a, const void* const* b, int count, Dtype dtype, Size n, double* sums) {
+    dtype == Dtype::bfloat16 ? products_as<Bfloat16>(a, b, count, n, sums) : products_as<Float32>(a, b, count, n, sums);
+}
+
+const Loops table{NAME,   load,  store,    map,    subtract, add_scaled,   product,        has_bad, pair_sums,
+                  capture, norms, products, peak,   encode,   decode,       lerp,           lerp_backward,
+                  load_and_sum,   centred_square, finish, guide,  rescale};

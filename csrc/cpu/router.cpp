@@ -5,9 +5,23 @@ namespace layercache::cpu {
 
 namespace {
 
-// A chunk of a tensor that has one row per entry of the batch.
-const float* read_gate(const Loops& loops, const View& gate, std::int64_t rows, const Chunk& chunk, Buffer& buffer) {
-    return read(loops, gate, Chunk{chunk.row / rows, chunk.column, chunk.size}, buffer);
+// What may be missing, after what is always there, in one list.
+Views listed(Views views, const std::optional<View>& gate, const std::optional<View>& residual) {
+    if (gate) views.push_back(*gate);
+    if (residual) views.push_back(*residual);
+    return views;
+}
+
+// The chunk of a tensor that has one row per entry of the batch.
+Chunk of_batch(const Chunk& chunk, std::int64_t rows) { return {chunk.row / rows, chunk.column, chunk.size}; }
+
+// Writes the chunk that `compute(to, dtype)` gives: straight, or by way of fp32.
+template <class Compute>
+void write(const Loops& loops, const View& view, Dtype dtype, const Chunk& chunk, Compute&& compute) {
+    if (view.dtype == dtype) return compute(static_cast<void*>(chunk.at(view)));
+    Buffer result;
+    compute(static_cast<void*>(result.values));
+    loops.store(result.values, chunk.at(view), view.dtype, chunk.size);
 }
 
 }  // namespace
@@ -15,51 +29,48 @@ const float* read_gate(const Loops& loops, const View& gate, std::int64_t rows, 
 void router_lerp(const View& fresh, const View& cached, const std::vector<float>& beta, const std::optional<View>& gate,
                  const std::optional<View>& residual, const View& out, int threads) {
     const Loops& loops = active();
+    const Dtype dtype = common_dtype(listed({fresh, cached, out}, gate, residual));
     Views views{fresh, cached, out};
-    const bool plain = !gate && !residual && uniform(views);
-    if (plain && beta.size() == 1) flatten(views);
-    const std::int64_t rows = views[0].rows;
+    if (residual) views.push_back(*residual);
+    if (!gate && beta.size() == 1) flatten(views);
+    const std::int64_t rows = std::max<std::int64_t>(views[0].rows, 1);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int) {
-        const float weight = beta[beta.size() > 1 ? chunk.row / rows : 0];
-        if (plain) {
-            loops.lerp(chunk.at(views[0]), chunk.at(views[1]), weight, chunk.at(views[2]), views[0].dtype, chunk.size);
-            return;
-        }
-        Buffer f, c, o, spare;
-        loops.lerp(read(loops, fresh, chunk, f), read(loops, cached, chunk, c), weight, o.values, Dtype::float32,
-                   chunk.size);
-        if (gate) loops.product(read_gate(loops, *gate, rows, chunk, spare), o.values, chunk.size);
-        if (residual) loops.add_scaled(read(loops, *residual, chunk, spare), 1.0f, o.values, chunk.size);
-        loops.store(o.values, chunk.at(out), out.dtype, chunk.size);
+        Buffer f, c, g, r;
+        const Chunk entry = of_batch(chunk, rows);
+        const void* gates = gate ? read_as(loops, *gate, dtype, entry, g) : nullptr;
+        const void* added = residual ? read_as(loops, views[3], dtype, chunk, r) : nullptr;
+        const float weight = beta[beta.size() > 1 ? entry.row : 0];
+        write(loops, views[2], dtype, chunk, [&](void* to) {
+            loops.lerp(read_as(loops, views[0], dtype, chunk, f), read_as(loops, views[1], dtype, chunk, c), weight,
+                       gates, added, to, dtype, chunk.size);
+        });
     });
 }
 
 Sums router_lerp_backward(const View& grad, const View& fresh, const View& cached, const std::vector<float>& beta,
                           const std::optional<View>& gate, const View& grad_fresh, int threads) {
     const Loops& loops = active();
+    const Dtype dtype = common_dtype(listed({grad, fresh, cached, grad_fresh}, gate, std::nullopt));
     const std::int64_t samples = static_cast<std::int64_t>(beta.size());
     Sums sums;
     for (std::int64_t b = 0; b < samples; ++b) {
         Views views{grad, fresh, cached, grad_fresh};
-        if (samples > 1)
+        std::optional<View> own = gate;
+        if (samples > 1) {
             for (View& view : views) view = view.sample(b);
+            if (gate) own = gate->sample(b);
+        }
         if (!gate) flatten(views);
-        const std::int64_t rows = views[0].rows;
+        const std::int64_t rows = std::max<std::int64_t>(views[0].rows, 1);
         Partials partials(1);
         for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
-            Buffer g, f, c, out, spare;
-            const float* inner = read(loops, views[0], chunk, g);
-            if (gate) {
-                const View own = samples > 1 ? gate->sample(b) : *gate;
-                std::copy(inner, inner + chunk.size, out.values);
-                loops.product(read_gate(loops, own, rows, chunk, spare), out.values, chunk.size);
-                std::copy(out.values, out.values + chunk.size, g.values);
-                inner = g.values;
-            }
-            *partials.part(part) += loops.lerp_backward(inner, read(loops, views[1], chunk, f),
-                                                        read(loops, views[2], chunk, c), beta[b], out.values,
-                                                        chunk.size);
-            loops.store(out.values, chunk.at(views[3]), views[3].dtype, chunk.size);
+            Buffer d, f, c, g;
+            const void* gates = own ? read_as(loops, *own, dtype, of_batch(chunk, rows), g) : nullptr;
+            write(loops, views[3], dtype, chunk, [&](void* to) {
+                *partials.part(part) += loops.lerp_backward(
+                    read_as(loops, views[0], dtype, chunk, d), read_as(loops, views[1], dtype, chunk, f),
+                    read_as(loops, views[2], dtype, chunk, c), beta[b], gates, to, dtype, chunk.size);
+            });
         });
         sums.push_back(partials.sum()[0]);
     }

@@ -1,6 +1,6 @@
 // Ops that need a whole row at a time; a thread keeps its row in fp32 in its own cache.
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels.hpp"
 #include "parallel.hpp"
@@ -24,24 +24,42 @@ std::int64_t vector_row(const View& vectors, const View& model, std::int64_t row
     return vectors.batch * vectors.rows > 1 ? row / model.rows : 0;
 }
 
-// What a thread keeps: its row, and the vectors, which change only with the batch.
+// A row in a dtype that the loops take.
+const void* row_as(const Loops& loops, const View& view, Dtype dtype, std::int64_t row, Row& buffer) {
+    if (view.dtype == dtype) return view.row(row);
+    load_row(loops, view, row, buffer);
+    return buffer.data();
+}
+
+// What a thread keeps: its row, and the vectors, which change only with the batch. The LayerNorm's weight and bias are
+// part of them: scale = weight (1 + scale), shift = bias (1 + scale) + shift.
 struct Scratch {
-    Row y, z, other, scale, shift, weight, bias;
+    Row y, other, scale, shift, z;
     std::int64_t batch = -1;
-    Scratch(const Loops& loops, const Modulation& m) : y(m.x.cols), z(y), other(y), scale(y), shift(y) {
-        if (m.weight) load_row(loops, *m.weight, 0, weight = y);
-        if (m.bias) load_row(loops, *m.bias, 0, bias = y);
-    }
+    explicit Scratch(std::int64_t cols) : y(cols), other(cols), scale(cols), shift(cols), z(cols) {}
 };
 
-void modulate_row(const Loops& loops, const Modulation& m, std::int64_t row, Scratch& s, double* sums) {
-    const std::int64_t n = m.x.cols, batch = row / m.x.rows;
-    if (batch != s.batch) {
-        load_row(loops, m.scale, vector_row(m.scale, m.x, row), s.scale);
-        load_row(loops, m.shift, vector_row(m.shift, m.x, row), s.shift);
-        s.batch = batch;
+void load_vectors(const Loops& loops, const Modulation& m, std::int64_t row, Scratch& s) {
+    const std::int64_t n = m.x.cols;
+    load_row(loops, m.scale, vector_row(m.scale, m.x, row), s.scale);
+    load_row(loops, m.shift, vector_row(m.shift, m.x, row), s.shift);
+    for (float& scale : s.scale) scale += 1.0f;
+    if (m.bias) {
+        load_row(loops, *m.bias, 0, s.other);
+        loops.product(s.scale.data(), s.other.data(), n);
+        loops.add_scaled(s.other.data(), 1.0f, s.shift.data(), n);
     }
-    load_row(loops, m.x, row, s.y);
+    if (m.weight) {
+        load_row(loops, *m.weight, 0, s.other);
+        loops.product(s.other.data(), s.scale.data(), n);
+    }
+}
+
+// y = x + terms, in fp32; returns its sum.
+double load_stream(const Loops& loops, const Modulation& m, Dtype dtype, std::int64_t row, Scratch& s) {
+    const std::int64_t n = m.x.cols;
+    double sum = loops.load_and_sum(row_as(loops, m.x, dtype, row, s.other), dtype, s.y.data(), n);
+    if (m.residuals.empty()) return sum;
     for (std::size_t k = 0; k < m.residuals.size(); ++k) {
         if (m.code_scales.empty())
             load_row(loops, m.residuals[k], row, s.other);
@@ -50,20 +68,37 @@ void modulate_row(const Loops& loops, const Modulation& m, std::int64_t row, Scr
                          s.other.data(), n);
         loops.add_scaled(s.other.data(), m.coefficients[k], s.y.data(), n);
     }
+    std::copy(s.y.begin(), s.y.end(), s.other.begin());
+    return loops.load_and_sum(s.other.data(), Dtype::float32, s.y.data(), n);
+}
+
+void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int64_t row, Scratch& s, double* sums) {
+    const std::int64_t n = m.x.cols, batch = row / m.x.rows;
+    if (batch != s.batch) load_vectors(loops, m, row, s);
+    s.batch = batch;
+    const float mean = static_cast<float>(load_stream(loops, m, dtype, row, s) / double(n));
     if (m.stream) store_row(loops, s.y, *m.stream, row);
-    const float mean = static_cast<float>(loops.sum(s.y.data(), n) / double(n));
     const double variance = loops.centred_square(s.y.data(), mean, n) / double(n);
-    loops.finish(s.y.data(), mean, static_cast<float>(1.0 / std::sqrt(variance + m.eps)),
-                 m.weight ? s.weight.data() : nullptr, m.bias ? s.bias.data() : nullptr, s.scale.data(),
-                 s.shift.data(), s.z.data(), n);
+    const float factor = static_cast<float>(1.0 / std::sqrt(variance + m.eps));
     // the previous one may be where the new one goes
-    if (m.previous) load_row(loops, *m.previous, row, s.other);
-    store_row(loops, s.z, m.z, row);
+    const bool kept = m.previous && m.previous->data == m.z.data;
+    const void* older = nullptr;
+    if (m.previous) {
+        if (kept) load_row(loops, *m.previous, row, s.other);
+        older = kept ? s.other.data() : row_as(loops, *m.previous, dtype, row, s.other);
+    }
+    if (m.z.dtype == dtype) {
+        loops.finish(s.y.data(), mean, factor, s.scale.data(), s.shift.data(), m.z.row(row), dtype, n);
+    } else {
+        loops.finish(s.y.data(), mean, factor, s.scale.data(), s.shift.data(), s.z.data(), Dtype::float32, n);
+        store_row(loops, s.z, m.z, row);
+    }
     if (!m.previous) return;
-    load_row(loops, m.z, row, s.z);
+    const Dtype compared = kept ? Dtype::float32 : dtype;
+    const void* newer = row_as(loops, m.z, compared, row, s.z);
     for (std::size_t part = 0; part + 1 < m.bounds.size(); ++part) {
-        const std::int64_t first = m.bounds[part], count = m.bounds[part + 1] - first;
-        loops.pair_sums(s.z.data() + first, s.other.data() + first, Dtype::float32, count,
+        const std::int64_t first = m.bounds[part], count = m.bounds[part + 1] - first, skip = first * size_of(compared);
+        loops.pair_sums(static_cast<const char*>(newer) + skip, static_cast<const char*>(older) + skip, compared, count,
                         sums + part * PAIR_STATISTICS);
     }
 }
@@ -73,11 +108,13 @@ void modulate_row(const Loops& loops, const Modulation& m, std::int64_t row, Scr
 Sums modulate(const Modulation& m, int threads) {
     const Loops& loops = active();
     const std::int64_t rows = m.x.batch * m.x.rows;
+    const Dtype dtype = m.x.dtype == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32;
     const int ranges = static_cast<int>(m.bounds.size()) - 1;
     Partials partials(ranges * PAIR_STATISTICS);
     for_parts(rows, threads_for(m.x.numel(), threads), [&](std::int64_t first, std::int64_t last, int part) {
-        Scratch scratch(loops, m);
-        for (std::int64_t row = first; row < last; ++row) modulate_row(loops, m, row, scratch, partials.part(part));
+        Scratch scratch(m.x.cols);
+        for (std::int64_t row = first; row < last; ++row)
+            modulate_row(loops, m, dtype, row, scratch, partials.part(part));
     });
     Sums sums = partials.sum();
     for (int range = 0; range < ranges; ++range) {
@@ -90,16 +127,17 @@ Sums modulate(const Modulation& m, int threads) {
 void guidance(const View& cond, const View& uncond, float scale, bool rescale, const View& out, int threads) {
     const Loops& loops = active();
     const std::int64_t n = cond.cols;
+    const Dtype dtype = common_dtype({cond, uncond});
     for_parts(cond.batch * cond.rows, threads_for(cond.numel(), threads),
               [&](std::int64_t first, std::int64_t last, int) {
                   Row c(n), u(n), v(n);
                   for (std::int64_t row = first; row < last; ++row) {
-                      load_row(loops, cond, row, c);
-                      load_row(loops, uncond, row, u);
-                      loops.guide(c.data(), u.data(), scale, v.data(), n);
+                      double squares[2] = {0, 0};
+                      loops.guide(row_as(loops, cond, dtype, row, c), row_as(loops, uncond, dtype, row, u), dtype,
+                                  scale, v.data(), n, squares);
                       if (rescale) {
-                          const float wanted = static_cast<float>(std::sqrt(loops.dot(c.data(), c.data(), n)));
-                          const float found = static_cast<float>(std::sqrt(loops.dot(v.data(), v.data(), n)));
+                          const float wanted = static_cast<float>(std::sqrt(squares[0]));
+                          const float found = static_cast<float>(std::sqrt(squares[1]));
                           loops.rescale(v.data(), wanted / (found == 0.0f ? 1.0f : found), n);
                       }
                       store_row(loops, v, out, row);
@@ -110,21 +148,25 @@ void guidance(const View& cond, const View& uncond, float scale, bool rescale, c
 Sums row_statistics(const View& a, const View& b, std::int64_t samples, int threads) {
     const Loops& loops = active();
     const std::int64_t n = a.cols, rows = a.batch * a.rows / samples;
+    const Dtype dtype = common_dtype({a, b});
     Sums sums;
     for (std::int64_t sample = 0; sample < samples; ++sample) {
         Partials partials(3);
         for_parts(rows, threads_for(rows * n, threads), [&](std::int64_t first, std::int64_t last, int part) {
-            Row x(n), y(n);
+            Row x_row(n), y_row(n);
             double* total = partials.part(part);
             for (std::int64_t row = first; row < last; ++row) {
-                load_row(loops, a, sample * rows + row, x);
-                load_row(loops, b, sample * rows + row, y);
-                const double x_norm = std::sqrt(loops.dot(x.data(), x.data(), n));
-                const double y_norm = std::sqrt(loops.dot(y.data(), y.data(), n));
+                const void* x = row_as(loops, a, dtype, sample * rows + row, x_row);
+                const void* y = row_as(loops, b, dtype, sample * rows + row, y_row);
+                const void* both[] = {x, y};
+                double products[3] = {0, 0, 0};
+                loops.products(x, both, 2, dtype, n, products);
+                loops.products(y, &y, 1, dtype, n, products + 2);
+                const double x_norm = std::sqrt(products[0]), y_norm = std::sqrt(products[2]);
                 const double change = x_norm / y_norm - 1;
                 total[0] += change;
                 total[1] += change * change;
-                total[2] += 1 - loops.dot(x.data(), y.data(), n) / (x_norm * y_norm);
+                total[2] += 1 - products[1] / (x_norm * y_norm);
             }
         });
         const Sums found = partials.sum();

@@ -79,7 +79,8 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
     for_chunks(Space(views.back()), threads, [&](const Chunk& whole, int part) {
         double* sums = partials.part(part);
         Buffer* buffers = scratch(views.size());
-        std::vector<const void*> x(views.size());
+        thread_local std::vector<const void*> x;
+        x.resize(views.size());
         const void* own[MAX_TERMS];
         // a piece of all tensors stays in the first cache while the sets go over it
         for (Chunk chunk = whole; chunk.column < whole.column + whole.size; chunk.column += PIECE) {
@@ -110,14 +111,15 @@ Sums gram(const Views& tensors, int threads) {
     const int n = static_cast<int>(tensors.size());
     Views views = tensors;
     flatten(views);
+    const Dtype dtype = common_dtype(views);
     Partials partials(n * n);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
         Buffer* buffers = scratch(n);
-        std::vector<const float*> x(n);
-        for (int k = 0; k < n; ++k) x[k] = read(loops, views[k], chunk, buffers[k]);
-        double* sums = partials.part(part);
+        thread_local std::vector<const void*> x;
+        x.resize(n);
+        for (int k = 0; k < n; ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
         for (int i = 0; i < n; ++i)
-            for (int j = i; j < n; ++j) sums[i * n + j] += loops.dot(x[i], x[j], chunk.size);
+            loops.products(x[i], &x[i], n - i, dtype, chunk.size, partials.part(part) + i * n + i);
     });
     Sums sums = partials.sum();
     for (int i = 0; i < n; ++i)
@@ -134,20 +136,18 @@ Sums linear_sums(const Views& tensors, const Map& map, int outputs, int threads)
     Partials partials(2 * outputs);
     for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
         Buffer* buffers = scratch(count);
-        std::vector<const void*> x(count), terms;
-        std::vector<float> coefficients;
-        for (int k = 0; k < count; ++k)
-            x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
+        const void* x[MAX_TERMS];
+        for (int k = 0; k < count; ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
         for (int m = 0; m < outputs; ++m) {
-            terms.clear();
-            coefficients.clear();
+            const void* terms[MAX_TERMS];
+            float coefficients[MAX_TERMS];
+            int used = 0;
             for (int k = 0; k < count; ++k)
                 if (map.used[m * count + k]) {
-                    terms.push_back(x[k]);
-                    coefficients.push_back(map.coefficients[m * count + k]);
+                    terms[used] = x[k];
+                    coefficients[used++] = map.coefficients[m * count + k];
                 }
-            loops.norms(terms.data(), coefficients.data(), static_cast<int>(terms.size()), dtype, chunk.size,
-                        partials.part(part) + 2 * m);
+            loops.norms(terms, coefficients, used, dtype, chunk.size, partials.part(part) + 2 * m);
         }
     });
     return partials.sum();
