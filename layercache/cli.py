@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from layercache.schedule import Schedule
 
 DEMO_SAMPLES = 3
+PIPE_WIDTH = 120
 
 
 class Commands(TyperGroup):
@@ -130,6 +131,9 @@ class Printer:
     def __init__(self, json_to: str | None):
         self.json_to = json_to
         self.console = Console(stderr=json_to == "-", markup=False, highlight=False)
+        if not self.console.is_terminal:
+            # into a file or a pipe, tables keep their columns
+            self.console = Console(stderr=json_to == "-", markup=False, highlight=False, width=PIPE_WIDTH)
 
     def say(self, *parts: Any, style: str | None = None) -> None:
         for part in parts:

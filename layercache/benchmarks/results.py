@@ -50,11 +50,12 @@ def table(rows: Sequence[Row]) -> Table:
     title = f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}"
     out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case", no_wrap=True)
-    for name in ("ms", "GB/s", "copy", "eager", "compile", "calls"):
+    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "calls"):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
             row.case,
+            f"{row.bytes / 1e6:.0f}",
             f"{row.seconds['ours'].median * 1e3:.3f}",
             f"{row.gigabytes_per_second:.0f}",
             f"{row.share_of_limit:.0%}",
