@@ -148,6 +148,8 @@ def export(ema: AveragedModel, losses: list[float], args, seconds: float, out: P
 
     parameters = sum(p.numel() for p in models.parameters())
     rows = "\n".join(f"| {name} | {PHOTOGRAPHS[name][1]} | {PHOTOGRAPHS[name][2]} |" for name in CLASS_NAMES)
+    given = {"steps": args.steps, "batch": args.batch, "seed": args.seed, "layers": args.layers, "heads": args.heads}
+    recipe = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
     final = float(np.mean(losses[-max(1, len(losses) // 20) :]))
     card = f"""# The layercache demonstration model
 
@@ -168,7 +170,7 @@ scaled to a shorter side of {", ".join(map(str, SCALES))} pixels.
 
 ## Recipe
 
-`python examples/train_demo.py --steps {args.steps} --batch {args.batch} --seed {args.seed}`: flow matching
+`python examples/train_demo.py {recipe}`: flow matching
 (`x = (1-t) clean + t noise`, target `noise - clean`), logit-normal t, AdamW {args.lr:g} with cosine decay,
 weight decay {args.weight_decay:g}, EMA {args.ema:g}, null class on {NULL_SHARE:.0%} of the crops, bf16 autocast,
 zero-initialised modulation and output layers. Final loss {final:.4f} (mean of the last twentieth, `loss.json`);
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--layers", type=int, default=None, help="number of blocks (default: the shipped model's)")
+    parser.add_argument("--heads", type=int, default=None, help="attention heads, 28 wide each (default: as shipped)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--ema", type=float, default=0.999)
@@ -204,7 +207,7 @@ def main() -> None:
     checkpoint = args.checkpoint or args.out / "checkpoint.pt"
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    transformer, encoder = new_models(args.layers)
+    transformer, encoder = new_models(args.layers, args.heads)
     models = nn.ModuleDict({"transformer": transformer, "class_encoder": encoder}).to(device)
     ema = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     optimizer = torch.optim.AdamW(models.parameters(), lr=args.lr, weight_decay=args.weight_decay)

@@ -76,14 +76,20 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int, patch_size: in
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, height, width)
 
 
-def new_models(num_layers: int | None = None) -> tuple[QwenImageTransformer2DModel, ClassEncoder]:
+def new_models(
+    num_layers: int | None = None, num_heads: int | None = None
+) -> tuple[QwenImageTransformer2DModel, ClassEncoder]:
     """Freshly initialised transformer and class encoder, ready to be trained.
+
+    The shipped model's depth and width unless others are given; a head is 28 wide.
 
     Modulation and output layers start at zero, so that every block starts as the identity.
     """
     config = dict(TRANSFORMER_CONFIG)
     if num_layers is not None:
         config["num_layers"] = num_layers
+    if num_heads is not None:
+        config["num_attention_heads"] = num_heads
     transformer = QwenImageTransformer2DModel(**config)
     zeroed = [transformer.norm_out.linear, transformer.proj_out]
     for block in transformer.transformer_blocks:
