@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from layercache.compat import allow_graphs, has_foreign_cache, is_compiled, outside_graphs
+from layercache.compat import allow_graphs, has_foreign_cache, is_compiled, outside_graphs, scheduler_step
 from layercache.errors import CacheStateError
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import RoutedModuleList, Router
@@ -22,8 +22,9 @@ _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 class Attachment:
     """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
 
-    def __init__(self, target: Any, router: Router):
+    def __init__(self, target: Any, router: Router, scheduler: Any = None):
         self.router = router
+        self.scheduler = scheduler
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
@@ -48,6 +49,8 @@ class Attachment:
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
         if self.pipeline is not None and hasattr(self.pipeline, "maybe_free_model_hooks"):
             self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
+        if self.router.steers:
+            self._shadow(self.scheduler, "step", self._sampler_step(self.scheduler.step))
 
     def detach(self) -> None:
         for blocks, cls in self._classes:
@@ -87,6 +90,15 @@ class Attachment:
 
         return maybe_free_model_hooks
 
+    def _sampler_step(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            at = scheduler_step(self.scheduler)
+            velocity = model_output if at is None else self.router.pass_on(at, model_output, sample)
+            return original(velocity, timestep, sample, *args, **kwargs)
+
+        return step
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         require_inference()
         dry_run = None
@@ -106,8 +118,8 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return None
 
 
-def attach(target: Any, router: Router) -> Attachment:
-    """Attaches a router to a pipeline or transformer.
+def attach(target: Any, router: Router, scheduler: Any = None) -> Attachment:
+    """Attaches a router to a pipeline or transformer, and to the scheduler if the router steers.
 
     Raises:
         CacheStateError: another cache, ours or one of diffusers, is enabled on it.
@@ -121,18 +133,19 @@ def attach(target: Any, router: Router) -> Attachment:
         raise CacheStateError(
             "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
         )
-    attachment = Attachment(target, router)
+    attachment = Attachment(target, router, scheduler)
     attachment.attach()
     return attachment
 
 
-def enable(target: Any, schedule: Schedule) -> ScheduleRouter:
+def enable(target: Any, schedule: Schedule, scheduler: Any = None) -> ScheduleRouter:
     """Runs ``target`` by ``schedule`` from now on.
 
     Args:
         target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step.
         schedule: made for this transformer (`layercache.plan`).
+        scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``.
@@ -140,15 +153,20 @@ def enable(target: Any, schedule: Schedule) -> ScheduleRouter:
     Raises:
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
-        CacheStateError: a cache is already enabled.
+        CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
     """
     transformer = find_transformer(target)
     spec = spec_for(transformer)
     schedule.fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
-    scheduler = getattr(target, "scheduler", None)
+    scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
     ends = hasattr(target, "maybe_free_model_hooks")
     router = ScheduleRouter(transformer, spec, schedule, scheduler, end_is_announced=ends)
-    attach(target, router)
+    if router.steers and not hasattr(scheduler, "step_index"):
+        raise CacheStateError(
+            "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
+            "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"
+        )
+    attach(target, router, scheduler)
     return router
 
 
@@ -165,13 +183,13 @@ def disable(target: Any) -> None:
 
 
 @contextmanager
-def enabled(target: Any, schedule: Schedule) -> Iterator[ScheduleRouter]:
+def enabled(target: Any, schedule: Schedule, scheduler: Any = None) -> Iterator[ScheduleRouter]:
     """``enable`` for the length of a ``with`` block.
 
     Raises:
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
-    cache = enable(target, schedule)
+    cache = enable(target, schedule, scheduler)
     try:
         yield cache
         cache.check()

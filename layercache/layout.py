@@ -18,7 +18,8 @@ class GroupAction(NamedTuple):
     Attributes:
         kind: `COMPUTE`, `CAPTURE` (compute and store the residual) or `REUSE`.
         text: `CAPTURE` also stores the text residual; `REUSE` also advances the text stream.
-        ends_run: a reused group behind which a computed one, or the head, follows.
+        ends_run: a reused group behind which a computed one, or the head, follows. Without one at its end, a run
+            passes the streams on as they are: the step is skipped.
     """
 
     kind: str
@@ -57,12 +58,35 @@ class RowLayout:
 
 
 @dataclass(frozen=True)
+class VelocityLayout:
+    """What happens to the velocity of one step on its way to the sampler.
+
+    Attributes:
+        reads: ``(slot, step)`` of the stored velocities that are combined.
+        coefficients: theirs, in the same order.
+        fresh: coefficient of the model's own output, ``None`` where it is not used.
+        latents: coefficient of the latents, ``None`` where they are not used.
+        capture: slot that stores the model's own output.
+        changes: whether the sampler gets anything else than the model's own output.
+    """
+
+    reads: tuple[tuple[int, int], ...] = ()
+    coefficients: tuple[float, ...] = ()
+    fresh: float | None = 1.0
+    latents: float | None = None
+    capture: int | None = None
+    changes: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """All rows of a schedule and the number of slots they share."""
 
     rows: tuple[RowLayout, ...]
     image_slots: int
     text_slots: int
+    velocities: tuple[VelocityLayout, ...] = ()
+    velocity_slots: int = 0
 
 
 class _Pool:
@@ -125,7 +149,9 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
             text = has_text and run.stop < num_groups
             terms = [((anchor, g), c) for g in run for anchor, c in sorted((row[g] or {}).items(), reverse=True)]
             for group in run:
-                actions[group] = GroupAction(REUSE, text, group == run.stop - 1)
+                actions[group] = GroupAction(REUSE, text, bool(terms) and group == run.stop - 1)
+            if not terms:
+                continue
             runs[run.stop - 1] = Run(
                 image_slots=tuple(slots[key][0] for key, _ in terms),
                 text_slots=tuple(slots[key][1] for key, _ in terms) if text else None,  # type: ignore[misc]
@@ -139,4 +165,29 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
                 slots[key] = captures[group] = (images.take(step, last_image[key]), text_slot)
                 actions[group] = GroupAction(CAPTURE, text_slot is not None)
         rows.append(RowLayout(tuple(actions), tuple(captures), tuple(runs), tuple(reads)))
-    return Layout(tuple(rows), images.size, texts.size)
+    return Layout(tuple(rows), images.size, texts.size, *_lay_out_velocities(schedule))
+
+
+def _lay_out_velocities(schedule: Schedule) -> tuple[tuple[VelocityLayout, ...], int]:
+    """The same for velocities: every step's combination, and the slots it needs."""
+    if not schedule.velocities:
+        return (), 0
+    last_use = {source: step for step, v in enumerate(schedule.velocities) if v for source in v.terms if source < step}
+    pool, slots = _Pool(), dict[int, int]()
+    layouts = []
+    for step, velocity in enumerate(schedule.velocities):
+        older = [] if velocity is None else [(s, c) for s, c in velocity.terms.items() if s < step]
+        reads = tuple((slots[source], source) for source, _ in older)
+        if step in last_use:
+            slots[step] = pool.take(step, last_use[step])
+        layouts.append(
+            VelocityLayout(
+                reads=reads,
+                coefficients=tuple(c for _, c in older),
+                fresh=1.0 if velocity is None else velocity.terms.get(step),
+                latents=(velocity.latents or None) if velocity else None,
+                capture=slots.get(step),
+                changes=velocity is not None and (velocity.terms != {step: 1.0} or bool(velocity.latents)),
+            )
+        )
+    return tuple(layouts), pool.size

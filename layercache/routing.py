@@ -152,6 +152,14 @@ class Router:
         """
         raise NotImplementedError
 
+    @property
+    def steers(self) -> bool:
+        """Whether the velocity passes through `pass_on` on its way to the sampler."""
+        return False
+
+    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return velocity
+
     def finish(self) -> None:
         """The pipeline has ended a generation."""
 

@@ -16,6 +16,7 @@ from layercache.models import ModelSpec
 from layercache.routing import Router, Trip
 from layercache.schedule import Schedule
 from layercache.steps import StepCounter
+from layercache.velocities import VelocityTrack
 
 MAX_TERMS = ops.MAX_TERMS
 
@@ -165,7 +166,7 @@ class CacheReport:
         forwards: calls of the transformer.
         fallback_rows: forwards that computed everything because a residual they would have read was not
             there (a run that began in the middle, or changed its shape).
-        cache_bytes: memory of the stored residuals, all branches.
+        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
         branches: names of the branches seen.
     """
 
@@ -208,6 +209,7 @@ class ScheduleRouter(Router):
         self.states: dict[str, CacheState] = {}
         self.state: CacheState
         self.row: Row
+        self.track = VelocityTrack(self.layout)
         self._dry_trip: DryTrip | None = None
         self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
         self._computed = [0] * len(schedule.groups)
@@ -239,6 +241,8 @@ class ScheduleRouter(Router):
         changed = state.expect(arguments)
         if changed and dry_run is not None:
             self._fit_ahead(state, dry_run)
+        if self.track.layouts:
+            self.track.begin(place.step, self.steps.run)
         self._choose_row(state, place.step)
 
     def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
@@ -273,7 +277,8 @@ class ScheduleRouter(Router):
         row = state.rows[step]
         self.state, self.row = state, row
         actions = row.layout.actions
-        if state.is_valid(row):
+        skipped_in_vain = self.schedule.is_skipped(step) and not self.track.is_complete
+        if state.is_valid(row) and not skipped_in_vain:
             state.note_captures(step, row)
             if row.layout.reads:
                 state.upload_coefficients()
@@ -309,8 +314,26 @@ class ScheduleRouter(Router):
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
         self.steps.reset()
+        self.track.reset()
         for state in self.states.values():
             state.reset()
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.track.layouts)
+
+    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """What the sampler gets at a step instead of the model's velocity.
+
+        Raises:
+            CacheStateError: the sampler steps where the transformer was not called.
+        """
+        if step != self.track.step:
+            raise CacheStateError(
+                f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "
+                "a schedule with velocities needs one scheduler, stepped once after every call of the transformer"
+            )
+        return self.track.pass_on(velocity, latents)
 
     def finish(self) -> None:
         self.check()
@@ -345,7 +368,7 @@ class ScheduleRouter(Router):
             generations=max(self._generations.values(), default=0),
             forwards=self._forwards,
             fallback_rows=self._fallback_rows,
-            cache_bytes=sum(state.nbytes for state in self.states.values()),
+            cache_bytes=sum(state.nbytes for state in self.states.values()) + self.track.nbytes,
             branches=tuple(self.states),
         )
 

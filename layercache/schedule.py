@@ -14,11 +14,38 @@ from layercache.errors import FileFormatError, ScheduleError, ScheduleMismatchEr
 from layercache.files import write_atomically
 
 FORMAT = "layercache schedule"
-VERSION = 1
+VERSION = 2
 SIGMA_TOLERANCE = 1e-3
 
 Cell = Mapping[int, float] | None
-"""``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead."""
+"""``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead.
+
+An empty mapping passes the group by: its step is skipped as a whole, the velocity comes from a `Velocity`."""
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """How the velocity that the sampler gets at a step is put together: ``sum_k c_k v[k] + latents * x``.
+
+    ``v[k]`` is what the model itself (guidance included) gave at step k, the step's own number standing for the
+    fresh one; ``x`` are the latents the step starts from. Source: methods.md §17 (ours).
+
+    Attributes:
+        terms: ``{step: coefficient}``.
+        latents: coefficient of ``x``.
+    """
+
+    terms: Mapping[int, float]
+    latents: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        latents = {"latents": self.latents} if self.latents else {}
+        return {str(step): value for step, value in self.terms.items()} | latents
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Velocity:
+        terms = {int(step): float(value) for step, value in data.items() if step != "latents"}
+        return cls(terms, float(data.get("latents", 0.0)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,7 @@ class Schedule:
         groups: block ranges ``[lo, hi)`` that tile ``0..num_blocks``, counted over all block lists.
         cells: ``cells[step][group]``, see `Cell`.
         group_seconds: measured seconds of computing each group once; weights of `used`.
+        velocities: per step what the sampler gets, or ``None`` for the model's own output; empty: none is changed.
         made_by: how it was found (method, budget, predicted error, ...), for people to read.
 
     Raises:
@@ -109,6 +137,7 @@ class Schedule:
     cells: tuple[tuple[Cell, ...], ...]
     group_seconds: tuple[float, ...]
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    velocities: tuple[Velocity | None, ...] = ()
 
     def __post_init__(self) -> None:
         check_groups(self.groups, self.fingerprint.num_blocks)
@@ -118,16 +147,43 @@ class Schedule:
             math.isfinite(s) and s > 0 for s in self.group_seconds
         ):
             raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
+        if self.velocities and len(self.velocities) != self.num_steps:
+            raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")
         for step, row in enumerate(self.cells):
             if len(row) != len(self.groups):
                 raise ScheduleError(f"step {step} has {len(row)} cells for {len(self.groups)} groups")
             for group, cell in enumerate(row):
                 if cell is not None:
                     self._check_cell(step, group, cell)
+            self._check_velocity(step)
+
+    def is_skipped(self, step: int) -> bool:
+        """Whether the blocks are passed by and the velocity comes from older ones alone."""
+        return all(cell is not None and not cell for cell in self.cells[step])
+
+    def velocity(self, step: int) -> Velocity | None:
+        return self.velocities[step] if self.velocities else None
+
+    def _check_velocity(self, step: int) -> None:
+        velocity = self.velocity(step)
+        if velocity is None:
+            if self.is_skipped(step):
+                raise ScheduleError(f"step {step} skips every group but has no velocity to go on with")
+            return
+        if not velocity.terms or not all(map(math.isfinite, (*velocity.terms.values(), velocity.latents))):
+            raise ScheduleError(f"the velocity of step {step} needs a term and finite coefficients: {velocity}")
+        for source in velocity.terms:
+            if not 0 <= source <= step or self.is_skipped(source):
+                raise ScheduleError(
+                    f"the velocity of step {step} reads that of step {source}, which is not an earlier step at which "
+                    "the model runs"
+                )
 
     def _check_cell(self, step: int, group: int, cell: Mapping[int, float]) -> None:
-        if not cell:
-            raise ScheduleError(f"cell (step {step}, group {group}) combines no residual; compute it instead")
+        if not cell and not self.is_skipped(step):
+            raise ScheduleError(
+                f"cell (step {step}, group {group}) combines no residual; compute it, or skip all groups of the step"
+            )
         for anchor, coefficient in cell.items():
             if not 0 <= anchor < step or self.cells[anchor][group] is not None:
                 raise ScheduleError(
@@ -189,7 +245,11 @@ class Schedule:
         for row in self.cells:
             cells = ["compute" if cell is None else {str(a): c for a, c in cell.items()} for cell in row]
             rows.append("    " + json.dumps(cells, allow_nan=False))
-        return "{\n" + "\n".join(lines) + '\n  "cells": [\n' + ",\n".join(rows) + "\n  ]\n}\n"
+        text = "{\n" + "\n".join(lines) + '\n  "cells": [\n' + ",\n".join(rows) + "\n  ]"
+        if self.velocities:
+            given = [json.dumps(v and v.to_json(), allow_nan=False) for v in self.velocities]
+            text += ',\n  "velocities": [\n    ' + ",\n    ".join(given) + "\n  ]"
+        return text + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = "schedule") -> Schedule:
@@ -210,6 +270,7 @@ class Schedule:
                 cells=cells,
                 group_seconds=tuple(float(s) for s in data["group_seconds"]),
                 made_by=dict(data.get("made_by", {})),
+                velocities=tuple(v and Velocity.from_json(v) for v in data.get("velocities", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error

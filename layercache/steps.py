@@ -65,6 +65,11 @@ class StepCounter:
     _unnamed: tuple[object, int] = (None, -1)
 
     @property
+    def run(self) -> object:
+        """The scheduler's timesteps: another object in every generation."""
+        return getattr(self.scheduler, "timesteps", None)
+
+    @property
     def num_steps(self) -> int | None:
         return None if self.sigmas is None else len(self.sigmas) - 1
 

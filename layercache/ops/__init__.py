@@ -43,6 +43,7 @@ from layercache.ops.statistics import MAX_ERROR_TERMS, align, combination_error,
 
 __all__ = [
     "MAX_ERROR_TERMS",
+    "MAX_INPUTS",
     "MAX_STREAMS",
     "MAX_TERMS",
     "OP_NAMES",
@@ -74,6 +75,7 @@ __all__ = [
 ]
 
 MAX_TERMS = _combine_kernels.MAX_TERMS
+MAX_INPUTS = _combine_kernels.MAX_INPUTS
 
 _BYTES: dict[str, Callable[..., int]] = {
     "capture": _capture_kernels.minimum_bytes,
