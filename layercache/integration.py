@@ -63,6 +63,13 @@ class Attachment:
             owner.__dict__.pop(name, None)
         self._classes, self._hooks, self._instance_attributes = [], [], []
 
+    def switch(self, router: Router) -> None:
+        """Routes by another router of the same transformer from now on."""
+        self.router = router
+        router.attachment = self  # type: ignore[attr-defined]
+        for blocks, _ in self._classes:
+            blocks.__dict__["_layercache_router"] = router
+
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute, so that removing the attribute restores it."""
         owner.__dict__[name] = replacement

@@ -23,10 +23,11 @@ def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], stor
     """
     flat = [_rows(t) for t in tensors]
     result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
-    outputs, matrix = [_rows(result)], [list(coefficients[:MAX_INPUTS])]
+    outputs: list[torch.Tensor] = [_rows(result)]
+    matrix: list[list[float | None]] = [list(coefficients[:MAX_INPUTS])]
     if store is not None and store[0] < MAX_INPUTS:
         outputs.append(_rows(store[1]))
-        matrix.append([1.0 if k == store[0] else None for k in range(len(matrix[0]))])  # type: ignore[list-item]
+        matrix.append([1.0 if k == store[0] else None for k in range(len(matrix[0]))])
     ops.linear_map([flat[:MAX_INPUTS]], [outputs], matrix)
     for lo in range(MAX_INPUTS, len(flat), MAX_INPUTS - 1):
         part = flat[lo : lo + MAX_INPUTS - 1]
