@@ -21,6 +21,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 if TYPE_CHECKING:
     from layercache.calibration import calibrate as calibrate
     from layercache.errors import LayerCacheError as LayerCacheError
+    from layercache.front import Front as Front
     from layercache.integration import disable as disable
     from layercache.integration import enable as enable
     from layercache.integration import enabled as enabled
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from layercache.planner import plan as plan
     from layercache.profile import StabilityProfile as StabilityProfile
     from layercache.schedule import Schedule as Schedule
+    from layercache.searching import search as search
 
 # Loaded on first use, so that `import layercache` costs no torch or diffusers import.
 _HOMES = {
@@ -36,11 +38,13 @@ _HOMES = {
     "disable": "integration",
     "enable": "integration",
     "enabled": "integration",
+    "Front": "front",
     "LayerCacheError": "errors",
     "ModelSpec": "models",
     "plan": "planner",
     "register_model": "models",
     "Schedule": "schedule",
+    "search": "searching",
     "StabilityProfile": "profile",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,6 +87,16 @@ class Layout:
     text_slots: int
     velocities: tuple[VelocityLayout, ...] = ()
     velocity_slots: int = 0
+
+    def nbytes(self, streams: Iterable[tuple[int, int]], latents: int = 0) -> int:
+        """Memory of everything that is stored.
+
+        Args:
+            streams: per branch, the bytes of the image and of the text stream.
+            latents: bytes of a velocity.
+        """
+        residuals = sum(self.image_slots * image + self.text_slots * text for image, text in streams)
+        return residuals + self.velocity_slots * latents
 
 
 class _Pool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from layercache.errors import BudgetError
 from layercache.forecast import secant_coefficients
+from layercache.front import Front
 from layercache.profile import StabilityProfile
 from layercache.schedule import Cell, Schedule
 
@@ -17,10 +18,11 @@ SPANS = (1, 2, 3, 4, 5, 6)
 
 
 def plan(
-    profile: StabilityProfile,
+    profile: StabilityProfile | Front,
     budget: float | None = None,
     *,
     speedup: float | None = None,
+    min_psnr: float | None = None,
     spans: Sequence[int] = SPANS,
     history: int = 3,
     max_run: int = 8,
@@ -32,16 +34,19 @@ def plan(
     text_weight: float = 0.1,
     method: str = "best",
 ) -> Schedule:
-    """Greedy budget allocation over steps, groups and spans.
+    """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
 
-    The error of caching group g at step i, m steps after its anchor and with span K, is
-    ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; the greedy keeps its sum low.
+    From a `layercache.Front` the best of what `layercache.search` found is taken, and only ``budget``, ``speedup``
+    and ``min_psnr`` count. From a profile it is planned, greedily: the error of caching group g at step i, m steps
+    after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; its sum is kept
+    low.
     Source: methods.md §1.5 (option D), §1.6, §1.7.
 
     Args:
-        profile: from `layercache.calibrate`.
+        profile: from `layercache.calibrate`, or a front from `layercache.search`.
         budget: largest share of the block time that is computed, in (0, 1].
         speedup: instead of a budget, the speedup of the whole denoising loop to reach, by the measured seconds.
+        min_psnr: with a front only: the least compute that reaches this mean PSNR on its calibration pictures.
         spans: spans K of the secant to choose from; empty means plain reuse only.
         history: computed steps whose residuals are kept, the newest included.
         max_run: longest run of cached steps of a group.
@@ -56,6 +61,10 @@ def plan(
     Raises:
         BudgetError: out of range, or below what the protected steps and the longest run allow.
     """
+    if isinstance(profile, Front):
+        return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
+    if min_psnr is not None:
+        raise BudgetError("min_psnr needs a front of measured schedules: run layercache.search first")
     num_steps = profile.fingerprint.num_steps
     first = max(3, math.ceil(0.1 * num_steps)) if protect_first is None else protect_first
     last = (2 if num_steps > 28 else 1) if protect_last is None else protect_last

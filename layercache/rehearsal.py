@@ -16,7 +16,7 @@ from layercache.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.fitting import Forecast, fit_velocity
 from layercache.integration import attach
-from layercache.layout import COMPUTE, REUSE, GroupAction
+from layercache.layout import CAPTURE, REUSE, GroupAction, lay_out
 from layercache.lockstep import Turn, clones, paused_at_steps, run_in_step
 from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import Router
@@ -107,16 +107,20 @@ class _ActorRouter(ScheduleRouter):
 
 
 class _Watcher(Router):
-    """Computes everything and notes which branches there are."""
+    """Computes everything and notes which branches there are, and the bytes of their streams."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         self.steps = StepCounter(scheduler=scheduler)
-        self.branches: dict[str, None] = {}
+        self.branches: dict[str, tuple[int, int]] = {}
+        self._branch = ""
 
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        self.branches[self.steps.locate(branch, step, None).branch] = None
-        self.open((GroupAction(COMPUTE),))
+        self._branch = self.steps.locate(branch, step, None).branch
+        self.open((GroupAction(CAPTURE, text=True),))
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self.branches[self._branch] = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
 
 
 class Rehearsal:
@@ -153,7 +157,8 @@ class Rehearsal:
         self.branches: tuple[str, ...] = ()
         self.runs = 0
         self.full: tuple[Trace, ...] = ()
-        self.pictures: list[Any] = []
+        self.pictures: list[np.ndarray] = []
+        self._streams: list[tuple[int, int]] = []
         self.sigmas: tuple[float, ...] = ()
         self.is_euler = False
         self._run_in_full()
@@ -171,6 +176,15 @@ class Rehearsal:
             sigmas=self.sigmas,
             branches=self.branches,
             package_version=__version__,
+        )
+
+    def cache_bytes(self, schedule: Schedule) -> int:
+        """What a schedule stores while the largest of the samples is generated, all branches together."""
+        layout = lay_out(schedule, self.spec.has_text)
+        count = len(self.branches)
+        samples = [self._streams[lo : lo + count] for lo in range(0, len(self._streams), count)]
+        return max(
+            layout.nbytes(streams, trace.latents[0].nbytes) for streams, trace in zip(samples, self.full, strict=True)
         )
 
     def run(
@@ -226,6 +240,7 @@ class Rehearsal:
                 "scheduler with sigmas that is stepped once per step"
             )
         self.full, self.branches = traces, tuple(watchers[0].branches)
+        self._streams = [size for watcher in watchers for size in watcher.branches.values()]
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
     def _perform(self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]]) -> list[np.ndarray]:

@@ -1,0 +1,160 @@
+"""`Front`: schedules that were tried on calibration samples, and the best of them for every amount of compute."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layercache.errors import BudgetError, FileFormatError
+from layercache.files import write_atomically
+from layercache.metrics import Summary, summarise
+from layercache.schedule import Schedule, check_header
+
+FORMAT = "layercache front"
+VERSION = 1
+SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule and what it gave.
+
+    Attributes:
+        schedule: with its forecasts.
+        origin: how it was found, for people.
+        psnr: per calibration picture, in dB against the full run.
+        held_out: the same of pictures that nothing was fitted to; empty if there were none.
+    """
+
+    schedule: Schedule
+    origin: str
+    psnr: tuple[float, ...]
+    held_out: tuple[float, ...] = ()
+
+    @property
+    def used(self) -> float:
+        return self.schedule.used
+
+    @property
+    def calibration(self) -> Summary:
+        return summarise(self.psnr)
+
+    @property
+    def validation(self) -> Summary | None:
+        return summarise(self.held_out) if self.held_out else None
+
+
+@dataclass(frozen=True)
+class Front:
+    """The Pareto front ``used -> PSNR`` of everything that was tried; less used comes first.
+
+    Attributes:
+        points: each better than all that use less.
+        seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
+        tried: how many runs the search took.
+    """
+
+    points: tuple[Point, ...]
+    seconds: tuple[float, float, float]
+    tried: int = 0
+
+    @classmethod
+    def of(cls, points: Iterable[Point], seconds: Sequence[float], tried: int = 0) -> Front:
+        """Keeps of all points those that no other point beats."""
+        kept: list[Point] = []
+        for point in sorted(points, key=lambda p: (p.used, -p.calibration.mean)):
+            if not kept or point.calibration.mean > kept[-1].calibration.mean:
+                kept.append(point)
+        blocks, fixed, reuse = seconds
+        return cls(tuple(kept), (blocks, fixed, reuse), tried)
+
+    def speedup(self, point: Point) -> float:
+        """Expected speedup of the denoising loop, by the measured seconds (methods.md §1.6)."""
+        blocks, fixed, reuse = self.seconds
+        return (fixed + blocks) / (fixed + point.used * blocks + (1 - point.used) * reuse)
+
+    def choose(
+        self, budget: float | None = None, *, speedup: float | None = None, min_psnr: float | None = None
+    ) -> Point:
+        """The point of the highest PSNR within a budget or at a speedup, or of the least used at a PSNR.
+
+        Raises:
+            BudgetError: not exactly one condition, or none of the points fulfils it.
+        """
+        if sum(value is not None for value in (budget, speedup, min_psnr)) != 1:
+            raise BudgetError("give one of a budget (such as 0.6), a speedup (such as 1.4) or min_psnr (such as 40)")
+        if not self.points:
+            raise BudgetError("the front is empty; search for schedules first (layercache.search)")
+        if min_psnr is not None:
+            fitting = [p for p in self.points if p.calibration.mean >= min_psnr][:1]
+            known = f"the best schedule found reaches {self.points[-1].calibration.mean:.1f} dB"
+        elif budget is not None:
+            if not 0 < budget <= 1:
+                raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")
+            fitting = [p for p in self.points if p.used <= budget + SLACK]
+            known = f"the cheapest schedule found uses {self.points[0].used:.3f}"
+        else:
+            assert speedup is not None
+            if not (math.isfinite(speedup) and speedup >= 1):
+                raise BudgetError(f"speedup must be a number of at least 1, got {speedup}")
+            fitting = [p for p in self.points if self.speedup(p) >= speedup - SLACK]
+            known = f"the fastest schedule found has {self.speedup(self.points[0]):.2f}"
+        if not fitting:
+            raise BudgetError(f"no schedule of this front fulfils that: {known}; search with other budgets")
+        return fitting[-1]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the front as JSON; the file appears whole or not at all."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "seconds": list(self.seconds),
+            "tried": self.tried,
+            "points": [
+                {
+                    "used": point.used,
+                    "origin": point.origin,
+                    "psnr": list(point.psnr),
+                    "held_out": list(point.held_out),
+                    "schedule": json.loads(point.schedule.to_json()),
+                }
+                for point in self.points
+            ],
+        }
+        text = json.dumps(data, allow_nan=False) + "\n"
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Front:
+        """Reads a front file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"cannot read the front {path}: {error}") from error
+        except json.JSONDecodeError as error:
+            raise FileFormatError(f"{path} is not a whole JSON file ({error}); was it cut off or edited?") from error
+        check_header(data, FORMAT, VERSION, str(path))
+        try:
+            blocks, fixed, reuse = (float(value) for value in data["seconds"])
+            points = tuple(_point(entry, str(path)) for entry in data["points"])
+            return cls(points, (blocks, fixed, reuse), int(data["tried"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _point(entry: Any, name: str) -> Point:
+    return Point(
+        schedule=Schedule.from_json(json.dumps(entry["schedule"]), name),
+        origin=str(entry["origin"]),
+        psnr=tuple(float(value) for value in entry["psnr"]),
+        held_out=tuple(float(value) for value in entry["held_out"]),
+    )

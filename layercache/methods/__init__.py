@@ -1,0 +1,1 @@
+"""Published caching methods, one file each, as schedules of the one executor."""

@@ -1,0 +1,164 @@
+"""MeanCache (arXiv 2601.19961): whole steps skipped, velocities extended by an average-velocity JVP.
+
+Everything it caches is a velocity after guidance, and everything it computes from them is linear, so its forecasts
+are coefficients of the velocities the model gave: no latents are logged. Source: methods.md §2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from layercache.errors import BudgetError, ScheduleError
+from layercache.schedule import Fingerprint, Schedule, Velocity
+
+FORMS = ("recursive", "one-shot")
+SPANS = (1, 2, 3, 4, 5, 6)
+
+Linear = dict[int, float]
+"""Coefficients of the model's velocities, by step."""
+
+
+def build_schedule(
+    fingerprint: Fingerprint, computed: Sequence[int], spans: Sequence[int], form: str = "recursive"
+) -> Schedule:
+    """The schedule that computes these steps and extrapolates between them.
+
+    Args:
+        fingerprint: of the model and run.
+        computed: the steps the network is called at, ascending, step 0 first.
+        spans: K of every interval from one computed step to the next, the last ending behind the last step;
+            K = 1 is plain reuse.
+        form: ``"recursive"``: every cached step extends the velocity of the step before it, which may itself be
+            extrapolated, as in the released code; ``"one-shot"``: one average velocity for a whole interval, the
+            computed step included, as in the paper.
+
+    Source: methods.md §2.3 and §2.5.
+
+    Raises:
+        ScheduleError: unknown form, or steps and spans that do not match.
+    """
+    if form not in FORMS:
+        raise ScheduleError(f"unknown form {form!r} of MeanCache; choose {' or '.join(FORMS)}")
+    steps, ends = list(computed), [*computed, fingerprint.num_steps]
+    if not steps or steps[0] != 0 or any(b <= a for a, b in pairwise(ends)):
+        raise ScheduleError(f"computed steps must ascend from 0 to below {fingerprint.num_steps}, got {steps}")
+    if len(spans) != len(steps) or min(spans) < 1:
+        raise ScheduleError(f"give one span K >= 1 for each of the {len(steps)} intervals, got {list(spans)}")
+    extend = _recursive if form == "recursive" else _one_shot
+    log: list[Linear] = []
+    for start, end, span in zip(steps, ends[1:], spans, strict=True):
+        extend(log, fingerprint.sigmas, start, end, span)
+    velocities = [
+        None if terms == {step: 1.0} else Velocity({s: c for s, c in sorted(terms.items(), reverse=True) if c})
+        for step, terms in enumerate(log)
+    ]
+    return Schedule(
+        fingerprint,
+        ((0, fingerprint.num_blocks),),
+        tuple((None,) if step in steps else ({},) for step in range(fingerprint.num_steps)),
+        (1.0,),
+        {"method": "meancache", "form": form, "spans": list(spans)},
+        tuple(velocities),
+    )
+
+
+def _recursive(log: list[Linear], sigmas: Sequence[float], start: int, end: int, span: int) -> None:
+    """``v[i] = v[i-1] + JVP * (sigma[i+1] - sigma[i])``, the JVP over the last ``span`` steps of the log."""
+    log.append({start: 1.0})
+    for step in range(start + 1, end):
+        if span == 1:
+            log.append(dict(log[-1]))
+            continue
+        older = step - min(span, step)
+        gap = sigmas[step] - sigmas[older]
+        jvp = _scaled(_sum(_average(log, sigmas, older, step), _scaled(log[older], -1.0)), 1.0 / gap)
+        log.append(_sum(log[-1], _scaled(jvp, sigmas[step + 1] - sigmas[step])))
+
+
+def _one_shot(log: list[Linear], sigmas: Sequence[float], start: int, end: int, span: int) -> None:
+    """``v = v[t] + (s - t) * JVP`` for the whole interval, the JVP over the ``span`` steps before it."""
+    velocity: Linear = {start: 1.0}
+    older = start - min(span, start)
+    if span > 1 and older < start and end > start + 1:
+        gap = sigmas[start] - sigmas[older]
+        jvp = _scaled(_sum(_average(log, sigmas, older, start), _scaled(log[older], -1.0)), 1.0 / gap)
+        velocity = _sum(velocity, _scaled(jvp, sigmas[end] - sigmas[start]))
+    log += [dict(velocity) for _ in range(start, end)]
+
+
+def _average(log: Sequence[Linear], sigmas: Sequence[float], start: int, end: int) -> Linear:
+    """Average velocity from one step to another: displacement over time, with the velocities that were taken."""
+    total: Linear = {}
+    for step in range(start, end):
+        total = _sum(total, _scaled(log[step], sigmas[step + 1] - sigmas[step]))
+    return _scaled(total, 1.0 / (sigmas[end] - sigmas[start]))
+
+
+def _sum(a: Linear, b: Linear) -> Linear:
+    return {step: a.get(step, 0.0) + b.get(step, 0.0) for step in {**a, **b}}
+
+
+def _scaled(a: Linear, factor: float) -> Linear:
+    return {step: factor * value for step, value in a.items()}
+
+
+def stability_deviation(
+    velocities: Sequence[Sequence[torch.Tensor]],
+    sigmas: Sequence[float],
+    max_length: int = 9,
+    spans: Sequence[int] = SPANS,
+) -> np.ndarray:
+    """``L_K(t, s) = mean |u(t, s) - (v[t] + (s - t) JVP_K)|`` of full runs, ``[N, max_length + 1, len(spans)]``.
+
+    Entry ``[t, n]`` is the interval from step t to step t + n (at most N); 0 where n = 1, infinite where the interval
+    or the span does not exist. Averaged over the samples. Source: methods.md §2.3.
+
+    Args:
+        velocities: per sample, of every step.
+        sigmas: N + 1 noise levels.
+    """
+    num_steps = len(sigmas) - 1
+    table = np.full((num_steps, max_length + 1, len(spans)), np.inf)
+    table[:, 1] = 0.0
+    for start in range(num_steps):
+        for length in range(2, min(max_length, num_steps - start) + 1):
+            for k, span in enumerate(spans):
+                if span == 1 or span <= start:
+                    errors = [_deviation(v, sigmas, start, start + length, span) for v in velocities]
+                    table[start, length, k] = np.mean(errors)
+    return table
+
+
+def _deviation(v: Sequence[torch.Tensor], sigmas: Sequence[float], start: int, end: int, span: int) -> float:
+    log: list[Linear] = [{step: 1.0} for step in range(start)]
+    _one_shot(log, sigmas, start, end, span)
+    truth = _average([{step: 1.0} for step in range(end)], sigmas, start, end)
+    difference = _sum(truth, _scaled(log[start], -1.0))
+    return float(sum(c * v[step].double() for step, c in difference.items()).abs().mean())  # type: ignore[union-attr]
+
+
+def plan_steps(
+    deviation: np.ndarray, budget: int, spans: Sequence[int] = SPANS, gamma: float = 5.0
+) -> tuple[list[int], list[int]]:
+    """Computed steps and the span of every interval: the peak-suppressed shortest path within ``budget`` evaluations.
+
+    Args:
+        deviation: from `stability_deviation`.
+        budget: network evaluations.
+        gamma: every deviation counts with this power; large values avoid single bad intervals.
+
+    Source: methods.md §2.4.
+
+    Raises:
+        BudgetError: no path has so few evaluations.
+    """
+    from layercache import _core
+
+    path = _core.shortest_path(deviation, budget, gamma=gamma)
+    if not path.feasible:
+        raise BudgetError(f"{budget} evaluations are too few for intervals of at most {deviation.shape[1] - 1} steps")
+    return list(path.steps), [spans[k] for k in path.choices]

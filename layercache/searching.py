@@ -1,0 +1,376 @@
+"""Searching schedules closed loop: candidates are run on calibration samples, the best refined, the front returned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchError
+from layercache.files import write_atomically
+from layercache.fitting import Forecast, solve_ridge
+from layercache.forecast import secant_coefficients
+from layercache.front import Front, Point
+from layercache.planner import SPANS, plan
+from layercache.profile import StabilityProfile, readable
+from layercache.rehearsal import Rehearsal, Take, skipping
+from layercache.schedule import Schedule, check_header
+
+BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
+STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
+TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
+JOURNAL, JOURNAL_VERSION = "layercache search", 1
+
+
+def search(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    *,
+    profiles: StabilityProfile | Sequence[StabilityProfile],
+    seeds: Sequence[int] | None = None,
+    validation: tuple[Sequence[Any], Sequence[int]] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    forecasts: Sequence[Forecast] | None = None,
+    trials: int = 40,
+    time_limit: float | None = None,
+    max_cache_bytes: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **call: Any,
+) -> Front:
+    """Finds the schedules of highest PSNR for every budget, by running them.
+
+    For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, each
+    with every forecast. The best schedule of whole steps is then refined: one computed step against one skipped step
+    at a time, in the order of what a step's own fit says of it. Nothing is drawn by chance but that order's ties and
+    every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts, seeds, call: the calibration samples, see `layercache.rehearsal.Rehearsal`.
+        profiles: from `layercache.calibrate`, on the same settings: costs, and the groups to try.
+        validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
+        budgets: shares of the block time.
+        forecasts: of velocities; by default steered ones, where the sampler takes Euler steps.
+        trials: exchanges tried per budget, at most.
+        time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
+        max_cache_bytes: schedules that would store more than this, all branches together, are left out.
+        resume: a file that keeps what every run gave; a search that was stopped goes on from it.
+        seed: of the order of exchanges.
+        progress: show a progress bar.
+
+    Raises:
+        BudgetError: a budget is out of range.
+        ScheduleMismatchError: a profile was measured on something else.
+        CalibrationError: as for `Rehearsal`.
+    """
+    measured = [profiles] if isinstance(profiles, StabilityProfile) else list(profiles)
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
+    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    for profile in measured:
+        _check_profile(profile, rehearsal)
+    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed)
+    hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
+        for budget in sorted(budgets, reverse=True):
+            hunt.explore(budget, trials, bar)
+    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs)
+    if validation is None:
+        return front
+    return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
+
+
+def validated(points: Sequence[Point], pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
+    """The points with their PSNR on other samples: nothing is fitted here."""
+    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    for point in points:
+        yield replace(point, held_out=rehearsal.run(point.schedule).psnr)
+
+
+def _check_profile(profile: StabilityProfile, rehearsal: Rehearsal) -> None:
+    here, there = rehearsal.fingerprint, profile.fingerprint
+    there.check_model(here.model_class, here.config_hash, here.num_blocks)
+    there.check_sigmas(here.sigmas)
+    if set(here.branches) != set(there.branches):
+        raise ScheduleMismatchError(
+            f"the profile was measured with the branches {', '.join(there.branches)}, this run has "
+            f"{', '.join(here.branches)}; calibrate with the same guidance"
+        )
+
+
+def _seconds(profile: StabilityProfile) -> tuple[float, float, float]:
+    return sum(profile.group_seconds), profile.fixed_seconds, sum(profile.reuse_seconds)
+
+
+@dataclass
+class _Tried:
+    """A candidate after its run; a run that the journal remembers has no traces until they are asked for."""
+
+    skeleton: Schedule
+    forecast: Forecast
+    origin: str
+    psnr: tuple[float, ...]
+    take: Take | None = None
+
+    @property
+    def quality(self) -> float:
+        return float(np.mean(self.psnr))
+
+
+class _Journal:
+    """What every run gave, in a file if there is one, so that a search can be stopped and gone on with."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, rehearsal: Rehearsal):
+        self.path = None if path is None else Path(path)
+        call = {name: repr(value) for name, value in sorted(rehearsal.call.items())}
+        told = [rehearsal.fingerprint.to_json(), repr(rehearsal.prompts), rehearsal.seeds, call]
+        self.samples = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        self.results: dict[str, list[float]] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"cannot go on from {path}: {error}; remove it to start again") from error
+        check_header(data, JOURNAL, JOURNAL_VERSION, str(path))
+        if data.get("samples") != self.samples:
+            raise ScheduleMismatchError(f"{path} belongs to a search with other samples or settings; name another file")
+        self.results = dict(data["results"])
+
+    def add(self, key: str, psnr: Sequence[float]) -> None:
+        self.results[key] = list(psnr)
+        if self.path is None:
+            return
+        data = {"format": JOURNAL, "version": JOURNAL_VERSION, "samples": self.samples, "results": self.results}
+        text = json.dumps(data)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class _Search:
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        profiles: Sequence[StabilityProfile],
+        forecasts: Sequence[Forecast] | None,
+        max_cache_bytes: int | None,
+        journal: _Journal,
+        seed: int,
+    ):
+        self.rehearsal, self.profiles, self.journal = rehearsal, profiles, journal
+        self.forecasts = forecasts or (STEERED if rehearsal.is_euler else TAUGHT)
+        self.max_cache_bytes = max_cache_bytes
+        self.random = np.random.default_rng(seed)
+        self.deadline = math.inf
+        self.points: list[Point] = []
+        self.errors = velocity_errors(rehearsal)
+        self.best: _Tried | None = None
+
+    def explore(self, budget: float, trials: int, bar: Any) -> None:
+        """Runs the portfolio of a budget, then exchanges steps in the best schedule of whole steps."""
+        count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
+        tried = []
+        for origin, skeleton in self._portfolio(budget, count):
+            if self._fits(skeleton):
+                tried += [self._run(skeleton, f, origin) for f in self.forecasts]
+        whole = [t for t in tried if len(t.skeleton.groups) == 1]
+        if whole:
+            best = max(whole, key=lambda t: t.quality)
+            best = self._refine(best, trials, bar)
+            self.best = best
+            tried.append(best)
+        for one in sorted(tried, key=lambda t: t.quality)[-3:]:
+            take = self._take(one)
+            self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
+
+    def _portfolio(self, budget: float, count: int) -> Iterator[tuple[str, Schedule]]:
+        fingerprint, steps = self.rehearsal.fingerprint, self.rehearsal.num_steps
+        seen: set[tuple[int, ...]] = set()
+        lists = []
+        for gamma in (1.0, 2.0):
+            lists.append((f"whole steps, velocity errors^{gamma:g}", self._solved(count, gamma)))
+        lists.append(
+            ("whole steps, evenly", sorted({round(k * (steps - 1) / max(1, count - 1)) for k in range(count)}))
+        )
+        if self.best is not None:
+            lists.append(("whole steps, thinned out", self._thinned(self.best, count)))
+        for origin, computed in lists:
+            if computed and tuple(computed) not in seen:
+                seen.add(tuple(computed))
+                yield origin, skipping(fingerprint, computed)
+        for profile in self.profiles:
+            if len(profile.groups) < 2:
+                continue
+            try:
+                schedule = plan(profile, budget)
+            except BudgetError:
+                continue
+            yield f"{len(profile.groups)} groups", schedule
+
+    def _solved(self, count: int, gamma: float) -> list[int]:
+        """The solver's choice of whole steps, by how well old velocities forecast new ones."""
+        from layercache import _core
+
+        steps = self.rehearsal.num_steps
+        protected = np.zeros((steps, 1), dtype=bool)
+        protected[:2] = True
+        protected[-1:] = count > 3
+        result = _core.solve(
+            np.ascontiguousarray(self.errors**gamma),
+            np.ones(1),
+            np.zeros(1),
+            float(count),
+            protected,
+            list(SPANS),
+            max_run=self.errors.shape[2] - 1,
+        )
+        return [step for step in range(steps) if result.cells[step, 0] < 0] if result.feasible else []
+
+    def _thinned(self, tried: _Tried, count: int) -> list[int]:
+        """The computed steps of a richer schedule without those that are forecast best."""
+        computed = _computed(tried.skeleton)
+        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        droppable = sorted((s for s in computed if s > 0), key=lambda s: need[s])
+        dropped = set(droppable[: max(0, len(computed) - count)])
+        return [step for step in computed if step not in dropped]
+
+    def _refine(self, best: _Tried, trials: int, bar: Any) -> _Tried:
+        known = {tuple(_computed(best.skeleton))}
+        bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
+        exchanges = self._exchanges(best)
+        for _ in range(trials):
+            found = next((steps for steps in exchanges if steps not in known), None)
+            if found is None or time.monotonic() > self.deadline:
+                break
+            known.add(found)
+            origin = best.origin.removesuffix(", refined") + ", refined"
+            trial = self._run(skipping(self.rehearsal.fingerprint, found), best.forecast, origin, best)
+            if trial.quality > best.quality:
+                best = trial
+                exchanges = self._exchanges(best)
+                bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
+            bar.update()
+        return best
+
+    def _exchanges(self, tried: _Tried) -> Iterator[tuple[int, ...]]:
+        """Lists of computed steps with one exchanged, the most promising first, every fourth by chance."""
+        computed = _computed(tried.skeleton)
+        skipped = [step for step in range(self.rehearsal.num_steps) if step not in computed]
+        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        pairs = [(out, into) for out in computed[1:] for into in skipped]
+
+        # a neighbour takes over most of what a step gives, so shifts are the gentler moves
+        def gain(pair: tuple[int, int]) -> float:
+            out, into = pair
+            return need[into] - need[out] * (0.5 if abs(out - into) == 1 else 1.0)
+
+        pairs.sort(key=gain, reverse=True)
+        while pairs:
+            for _ in range(3):
+                if pairs:
+                    yield _exchanged(computed, *pairs.pop(0))
+            if pairs:
+                yield _exchanged(computed, *pairs.pop(int(self.random.integers(len(pairs)))))
+
+    def _run(self, skeleton: Schedule, forecast: Forecast, origin: str, near: _Tried | None = None) -> _Tried:
+        key = _key(skeleton, forecast)
+        if key in self.journal.results:
+            return _Tried(skeleton, forecast, origin, tuple(self.journal.results[key]))
+        start, first = None, 0
+        if near is not None and forecast == near.forecast:
+            start = self._take(near)
+            first = _first_difference(skeleton, near.skeleton)
+        take = self.rehearsal.run(skeleton, forecast, start=start, first=first)
+        self.journal.add(key, take.psnr)
+        return _Tried(skeleton, forecast, origin, take.psnr, take)
+
+    def _take(self, tried: _Tried) -> Take:
+        if tried.take is None:
+            tried.take = self.rehearsal.run(tried.skeleton, tried.forecast)
+        made_by = {"method": "layercache", "origin": tried.origin, "forecast": tried.forecast.name}
+        schedule = replace(tried.take.schedule, made_by={**tried.skeleton.made_by, **made_by})
+        return replace(tried.take, schedule=schedule)
+
+    def _fits(self, skeleton: Schedule) -> bool:
+        return self.max_cache_bytes is None or self.rehearsal.cache_bytes(skeleton) <= self.max_cache_bytes
+
+
+def _computed(schedule: Schedule) -> list[int]:
+    return [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+
+
+def _exchanged(computed: Sequence[int], out: int, into: int) -> tuple[int, ...]:
+    return tuple(sorted({*computed, into} - {out}))
+
+
+def _first_difference(a: Schedule, b: Schedule) -> int:
+    return next((step for step, rows in enumerate(zip(a.cells, b.cells, strict=True)) if rows[0] != rows[1]), 0)
+
+
+def _key(skeleton: Schedule, forecast: Forecast) -> str:
+    told = json.dumps([skeleton.groups, [[c and dict(c) for c in row] for row in skeleton.cells], forecast.__dict__])
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
+    """The solver's table for whole steps, ``[N, 1, max_distance + 1, max_span + 1]``, from the full runs' velocities.
+
+    ``|sigma[i+1] - sigma[i]| * mean |(1 + c) v[a] - c v[b] - v[i]|`` as for residuals of groups (methods.md §1.5).
+    """
+    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
+    table = np.full((steps, 1, max_distance + 1, max_span + 1), np.inf)
+    for step, distance, span in np.argwhere(readable(steps, max_distance, max_span)).tolist():
+        anchor = step - distance
+        terms = secant_coefficients(sigmas, step, anchor, anchor - span if span else None)
+        errors = [
+            float((sum(c * trace.taken[s] for s, c in terms.items()) - trace.taken[step]).abs().mean())
+            for trace in rehearsal.full
+        ]
+        table[step, 0, distance, span] = abs(sigmas[step + 1] - sigmas[step]) * np.mean(errors)
+    return table
+
+
+def step_needs(take: Take, rehearsal: Rehearsal, forecast: Forecast) -> np.ndarray:
+    """How far a step's velocity is from any forecast of it, times the length of the step, ``[N]``.
+
+    Of a skipped step: what its forecast missed. Of a computed one: what the forecast would have missed without it.
+    """
+    sigmas, needs = rehearsal.sigmas, np.zeros(rehearsal.num_steps)
+    for step in range(rehearsal.num_steps):
+        length = sigmas[step + 1] - sigmas[step]
+        sources = [k for k in range(step - 1, -1, -1) if take.traces[0].raw[k] is not None][: forecast.terms]
+        if not sources:
+            needs[step] = math.inf
+            continue
+        missed = 0.0
+        for trace, full in zip(take.traces, rehearsal.full, strict=True):
+            if trace.raw[step] is None:
+                target = (full.after(step, sigmas) - trace.latents[step]) / length
+                left = trace.taken[step] - target
+            else:
+                left = _left_over([trace.raw[k] for k in sources], trace.latents[step], trace.raw[step])
+            missed += float(left.float().pow(2).mean())
+        needs[step] = abs(length) * math.sqrt(missed / len(take.traces))
+    return needs
+
+
+def _left_over(features: Sequence[Any], latents: torch.Tensor, target: Any) -> torch.Tensor:
+    """What is left of the target after the best combination of the features."""
+    columns = torch.stack([t.float().flatten() for t in (*features, latents)])
+    gram, right = columns @ columns.T, columns @ target.float().flatten()
+    weights = solve_ridge(gram.double().cpu().numpy(), right.double().cpu().numpy(), 1e-6)
+    return target.float().flatten() - columns.T @ torch.tensor(weights, dtype=torch.float32, device=columns.device)
