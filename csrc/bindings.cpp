@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "greedy.hpp"
+#include "paths.hpp"
 #include "problem.hpp"
 
 namespace py = pybind11;
@@ -91,6 +92,36 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     return solver(problem);
 }
 
+bool is_lexicographic(const std::string& mode) {
+    if (mode != "sum" && mode != "lexicographic") {
+        throw std::invalid_argument("mode must be 'sum' or 'lexicographic', got '" + mode + "'");
+    }
+    return mode == "lexicographic";
+}
+
+Path path_of(const Doubles& errors, int budget, double gamma, const std::string& mode, const py::object& required) {
+    const char* expected = "[steps, lengths + 1, choices] with at least 1, 2 and 1 entries";
+    if (errors.ndim() != 3 || errors.size() == 0 || errors.shape(1) < 2) refuse_shape("errors", expected, errors);
+    PathProblem problem;
+    problem.steps = extent(errors, 0);
+    problem.max_length = extent(errors, 1) - 1;
+    problem.choices = extent(errors, 2);
+    problem.errors = flat(errors);
+    problem.required.assign(problem.steps, 0);
+    if (!required.is_none()) {
+        const auto steps = required.cast<Bools>();
+        if (steps.ndim() != 1 || steps.shape(0) != problem.steps) {
+            refuse_shape("required", "[" + std::to_string(problem.steps) + "]", steps);
+        }
+        std::copy(steps.data(), steps.data() + steps.size(), problem.required.begin());
+    }
+    problem.budget = budget;
+    problem.gamma = gamma;
+    problem.lexicographic = is_lexicographic(mode);
+    py::gil_scoped_release released;
+    return shortest_path(problem);
+}
+
 // A read-only view that keeps the result alive.
 py::array view(const py::object& self, std::vector<int> Result::*member) {
     const auto& result = self.cast<const Result&>();
@@ -123,6 +154,23 @@ void bind_result(py::module_& module) {
         .def("__repr__", &describe);
 }
 
+void bind_path(py::module_& module) {
+    py::class_<Path>(module, "Path", "A shortest path over the steps.")
+        .def_readonly("feasible", &Path::feasible)
+        .def_readonly("steps", &Path::steps, "The computed steps, ascending.")
+        .def_readonly("choice", &Path::choice, "Which of the parallel edges starts at each of them.")
+        .def_readonly("cost", &Path::cost, "Sum of the edges' errors to the power gamma.")
+        .def_readonly("curve", &Path::curve, "The cost with k computed steps, for every k up to the budget.");
+}
+
+const char* const path_doc =
+    R"(Choose at most `budget` computed steps so that the edges between them cost least.
+
+errors[t, n, k] is the error of computing step t and next step t + n (or, at the end, no further one) with
+the k-th forecast in between; n = 1 skips nothing and costs nothing, infinity forbids. Every error counts
+to the power gamma. mode 'sum' adds them up; 'lexicographic' makes the largest as small as possible, then
+the second largest, and so on. required[t] steps are always computed.)";
+
 const char* const solve_doc =
     R"(Choose which cells to compute so that the error is small and the seconds stay within target.
 
@@ -142,6 +190,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     using namespace layercache;
     module.doc() = "Schedulers in C++.";
     bind_result(module);
+    bind_path(module);
+    module.def("shortest_path", &path_of, path_doc, py::arg("errors"), py::arg("budget"), py::arg("gamma") = 5.0,
+               py::arg("mode") = "sum", py::arg("required") = py::none());
     module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),
                py::arg("target"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
                py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best",

@@ -41,3 +41,28 @@ def solve(
     method: str = "best",
     monotone: bool = False,
 ) -> Result: ...
+
+class Path:
+    """A shortest path over the steps."""
+
+    @property
+    def feasible(self) -> bool: ...
+    @property
+    def steps(self) -> list[int]:
+        """The computed steps, ascending."""
+    @property
+    def choice(self) -> list[int]:
+        """Which of the parallel edges starts at each of them."""
+    @property
+    def cost(self) -> float: ...
+    @property
+    def curve(self) -> list[float]:
+        """The cost with k computed steps, for every k up to the budget."""
+
+def shortest_path(
+    errors: ArrayLike,
+    budget: int,
+    gamma: float = 5.0,
+    mode: Literal["sum", "lexicographic"] = "sum",
+    required: ArrayLike | None = None,
+) -> Path: ...

@@ -161,4 +161,4 @@ def plan_steps(
     path = _core.shortest_path(deviation, budget, gamma=gamma)
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {deviation.shape[1] - 1} steps")
-    return list(path.steps), [spans[k] for k in path.choices]
+    return list(path.steps), [spans[k] for k in path.choice]
