@@ -112,7 +112,7 @@ def save_pictures(
                 axes.set_title(columns[column], fontsize=8, pad=4)
             if row.captions:
                 axes.text(0.5, -0.03, row.captions[column], transform=axes.transAxes, fontsize=7, va="top", ha="center")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _scale(side: int, smallest: int) -> float:
@@ -141,7 +141,7 @@ def save_maps(path: str | os.PathLike[str], panels: Sequence[MapPanel]) -> Path:
     legend = _legend(panels)
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _colour_limit(panels: Sequence[MapPanel]) -> float:
@@ -222,7 +222,15 @@ def _legend(panels: Sequence[MapPanel]) -> list[Any]:
     return [Line2D([], [], color=labels[k][0], label=labels[k][1], **square) for k in sorted(kinds)]
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    figure = _figure_class()(figsize=(width, height), dpi=DPI)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure as PNG, whole or not at all."""
     return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 

@@ -51,9 +51,9 @@ def search(
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, by running them.
 
-    For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, each
-    with every forecast. The best schedule of whole steps is then refined: one computed step against one skipped step
-    at a time, in the order of what a step's own fit says of it. Nothing is drawn by chance but that order's ties and
+    For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
+    two best with every forecast. The best schedule of whole steps is then refined: one computed step against one skipped
+    one at a time, in the order of what a step's own fit says of it. Nothing is drawn by chance but that order's ties and
     every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
@@ -183,16 +183,17 @@ class _Search:
     def explore(self, budget: float, trials: int, bar: Any) -> None:
         """Runs the portfolio of a budget, then exchanges steps in the best schedule of whole steps."""
         count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
-        tried = []
-        for origin, skeleton in self._portfolio(budget, count):
-            if self._fits(skeleton):
-                tried += [self._run(skeleton, f, origin) for f in self.forecasts]
+        tried = [
+            self._run(skeleton, self.forecasts[0], origin)
+            for origin, skeleton in self._portfolio(budget, count)
+            if self._fits(skeleton)
+        ]
+        for one in sorted(tried, key=lambda t: t.quality)[-2:]:
+            tried += [self._run(one.skeleton, f, one.origin) for f in self.forecasts[1:]]
         whole = [t for t in tried if len(t.skeleton.groups) == 1]
         if whole:
-            best = max(whole, key=lambda t: t.quality)
-            best = self._refine(best, trials, bar)
-            self.best = best
-            tried.append(best)
+            self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
+            tried.append(self.best)
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             take = self._take(one)
             self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))

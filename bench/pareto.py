@@ -1,0 +1,153 @@
+"""Quality per compute: searched schedules against MeanCache and plain reuse, on seeds that nothing was fitted to.
+
+    python bench/pareto.py --steps 30 --guidance 4 --out bench/results/pareto-demo-30-cfg4
+
+Writes OUT.json (figures, seeds, settings, machine), OUT.png and OUT.html, and the front OUT.front.json. A search that
+is stopped goes on where it was when the same command is given again (OUT.journal.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from rich.console import Console
+
+import layercache
+from layercache import report
+from layercache.demo.model import CLASS_NAMES, ClassEncoder
+from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
+from layercache.errors import BudgetError
+from layercache.fitting import HOLD
+from layercache.front import Point
+from layercache.front_report import FrontRow, front_table, save_front_page, save_front_plot
+from layercache.methods import meancache
+from layercache.rehearsal import Rehearsal, skipping
+
+BATCH = 24
+GAMMAS = (1.0, 2.0, 5.0)
+
+
+def load(model: str, device: str | None) -> DemoPipeline:
+    """The bundled pipeline, or one that examples/train_demo.py wrote."""
+    if model == "demo":
+        return load_demo_pipeline(device)
+    pipe = DemoPipeline(
+        transformer=QwenImageTransformer2DModel.from_pretrained(Path(model) / "transformer", torch_dtype=torch.float32),
+        class_encoder=ClassEncoder.from_pretrained(Path(model) / "class_encoder", torch_dtype=torch.float32),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def samples(seeds: range) -> list[list[str]]:
+    """Classes of the pictures, a batch a call."""
+    names = [CLASS_NAMES[seed % len(CLASS_NAMES)] for seed in seeds]
+    return [names[lo : lo + BATCH] for lo in range(0, len(names), BATCH)]
+
+
+def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9) -> list[tuple[str, Point]]:
+    """Both forms of MeanCache at a budget, each with the gamma that is best on the calibration samples."""
+    steps = calibration.num_steps
+    deviation = meancache.stability_deviation([t.taken for t in calibration.full], calibration.sigmas, max_length)
+    found = []
+    for form in meancache.FORMS:
+        tried = []
+        for gamma in GAMMAS:
+            try:
+                computed, spans = meancache.plan_steps(deviation, int(budget * steps + 1e-9), gamma=gamma)
+            except BudgetError:
+                continue
+            schedule = meancache.build_schedule(calibration.fingerprint, computed, spans, form)
+            take = calibration.run(schedule)
+            tried.append((take.quality, gamma, Point(schedule, f"MeanCache {form}, gamma {gamma:g}", take.psnr)))
+        if tried:
+            found.append((f"MeanCache, {form}", max(tried, key=lambda t: t[:2])[2]))
+    return found
+
+
+def held_point(calibration: Rehearsal, point: Point) -> Point:
+    """The same computed steps, holding the newest velocity in between: what the forecasts are worth."""
+    schedule = point.schedule
+    computed = [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+    take = calibration.run(skipping(calibration.fingerprint, computed), HOLD)
+    return Point(take.schedule, "whole-step reuse", take.psnr)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.33, 0.25])
+    parser.add_argument("--calibration", type=int, default=24, help="pictures to fit to, seeds from 1000 on")
+    parser.add_argument("--seeds", type=int, default=48, help="held-out pictures, seeds from 0 on")
+    parser.add_argument("--trials", type=int, default=40, help="exchanges per budget")
+    parser.add_argument("--partitions", nargs="*", default=["thirds"], help="groups to try besides whole steps")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    pipe = load(args.model, args.device)
+    call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    fitted, held = range(1000, 1000 + args.calibration), range(args.seeds)
+    profiles = [
+        layercache.calibrate(pipe, samples(fitted)[:1], seeds=[fitted[0]], partition=partition, **call)
+        for partition in args.partitions or ["whole"]
+    ]
+    front = layercache.search(
+        pipe,
+        samples(fitted),
+        seeds=list(fitted),
+        profiles=profiles,
+        budgets=args.budgets,
+        trials=args.trials,
+        resume=args.out.with_suffix(".journal.json"),
+        **call,
+    )
+    calibration = Rehearsal(pipe, samples(fitted), list(fitted), **call)
+    judge = Rehearsal(pipe, samples(held), list(held), **call)
+    rows = []
+    for budget in sorted(args.budgets, reverse=True):
+        try:
+            best = front.choose(budget)
+        except BudgetError as error:
+            print(f"budget {budget}: {error}", file=sys.stderr)
+            continue
+        entries = [("layercache", best), *meancache_points(calibration, budget)]
+        if len(best.schedule.groups) == 1:
+            entries.append(("same steps, held", held_point(calibration, best)))
+        for name, point in entries:
+            psnr = judge.run(point.schedule).psnr
+            rows.append(FrontRow(name, budget, point.used, point.origin, point.psnr, psnr, front.speedup(point)))
+    figures = {
+        "command": "python bench/pareto.py " + " ".join(sys.argv[1:]),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "calibration_seeds": list(fitted),
+        "held_out_seeds": list(held),
+        "machine": report.machine_info(),
+        "runs": front.tried,
+        "rows": [row.to_json() for row in rows],
+        "schedules": {
+            f"{r.name} {r.budget}": [s for s in range(args.steps) if not p.is_skipped(s)]
+            for r, p in ((r, front.choose(r.budget).schedule) for r in rows if r.name == "layercache")
+        },
+    }
+    front.save(args.out.with_suffix(".front.json"))
+    report.write_json(args.out.with_suffix(".json"), figures)
+    title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
+    save_front_plot(args.out.with_suffix(".png"), rows, title)
+    save_front_page(args.out.with_suffix(".html"), rows, title)
+    Console(width=140).print(front_table(rows, title))
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()
