@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,7 @@ from layercache.errors import LayerCacheError, UnsupportedModelError
 if TYPE_CHECKING:
     import numpy as np
 
+    from layercache.front import Front
     from layercache.profile import StabilityProfile
     from layercache.schedule import Schedule
 
@@ -99,7 +100,7 @@ class Partition(str, Enum):
 
 
 class Method(str, Enum):
-    """Directions of the greedy."""
+    """Solvers."""
 
     best = "best"
     removal = "removal"
@@ -273,9 +274,7 @@ def _demo_classes() -> list[str]:
 
 def _check_demo_prompts(pipe: Any, prompts: Sequence[Any]) -> None:
     """The demo model knows classes, not prompts; say so before anything runs."""
-    from layercache.demo.pipeline import DemoPipeline
-
-    if not isinstance(pipe, DemoPipeline):
+    if not _is_demo(pipe):
         return
     try:
         for prompt in prompts:
@@ -289,14 +288,25 @@ def _check_demo_prompts(pipe: Any, prompts: Sequence[Any]) -> None:
 
 @app.command()
 def plan(
-    profile: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A profile from 'calibrate'.")],
+    profile: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A profile from 'calibrate', or a front from --pareto.")
+    ],
     budget: Annotated[
         float | None, typer.Option(callback=_share, help="Share of the block time that may be computed, above 0 to 1.")
     ] = None,
     speedup: Annotated[
         float | None, typer.Option(min=1.0, help="Instead of a budget: how many times faster the steps should be.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")] = Path("schedule.json"),
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Instead of a budget, from a front: the mean PSNR to reach with least compute.")
+    ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Run candidates on the model and keep the best for every budget (minutes)."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="What to write: schedule.json, with --pareto front.json.")
+    ] = None,
     spans: Annotated[
         str, typer.Option(help="Spans K a forecast may use, such as '1,2,3'; 'none' for plain reuse.")
     ] = "1,2,3,4,5,6",
@@ -307,27 +317,73 @@ def plan(
     tau: Annotated[float, typer.Option(min=0.0, help="Gain over plain reuse from which on a forecast is used.")] = 0.05,
     gamma: Annotated[float, typer.Option(min=0.0, help="Above 1, single large errors weigh more.")] = 1.0,
     kappa: Annotated[float, typer.Option(min=0.0, help="Standard deviations added to the mean error.")] = 0.0,
-    method: Annotated[Method, typer.Option(help="Direction of the greedy.")] = Method.best,
+    method: Annotated[Method, typer.Option(help="Which solver.")] = Method.best,
+    model: Annotated[str, typer.Option(help="--pareto: the model, as for 'calibrate'.")] = "demo",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="--pareto: a prompt to fit to; may be repeated.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="--pareto: a text file with one prompt per line.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="--pareto: pictures to fit to, prompts in turn.")] = 16,
+    validation: Annotated[
+        int, typer.Option(min=0, help="--pareto: further pictures, with other seeds, to judge the result by.")
+    ] = 16,
+    budgets: Annotated[str, typer.Option(help="--pareto: budgets to search at.")] = "0.75,0.6,0.5,0.4,0.33,0.25",
+    trials: Annotated[int, typer.Option(min=0, help="--pareto: exchanges of steps to try per budget.")] = 40,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0.0, help="--pareto: seconds after which no further exchange is tried.")
+    ] = None,
+    max_cache_mb: Annotated[
+        float | None, typer.Option(min=0.0, help="--pareto: leave out what would store more than so many MB.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="--pareto: seed of the first picture, the others follow.")] = 1000,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,
 ) -> None:
     """Turn a profile into a schedule for the budget or the speedup you want.
 
     A budget of 0.6 computes at most 60 % of the block time; a smaller one is faster and further from the
-    full picture. This takes less than a second, so try several.
+    full picture. From a profile this takes less than a second, so try several.
 
-    Example: `layercache plan qwen.safetensors --budget 0.6 -o qwen-60.json`
+    With --pareto candidates are run on the model, and their forecasts fitted to what they miss: many decibels better,
+    but it takes minutes. It writes a front, from which 'plan' then picks a schedule at once, and beside it the front
+    as a plot (.png) and a page (.html).
+
+    Examples: `layercache plan qwen.safetensors --budget 0.6 -o qwen-60.json`
+
+    `layercache plan qwen.safetensors --pareto --model Qwen/Qwen-Image --guidance 4 --prompts-file prompts.txt
+    -o front.json`, then `layercache plan front.json --budget 0.5`
     """
-    if (budget is None) == (speedup is None):
-        raise typer.BadParameter("give either --budget or --speedup.")
-    chosen_spans = _parse_spans(spans)
     import layercache
     from layercache import report
 
     printer = Printer(json_to)
+    conditions = sum(value is not None for value in (budget, speedup, min_psnr))
+    if pareto:
+        if conditions:
+            raise typer.BadParameter("--pareto searches all --budgets; pick one from the front afterwards.")
+        prompts = [*(prompt or []), *_read_prompts(prompts_file)]
+        settings = _SearchSettings(samples, validation, _parse_shares(budgets), trials, time_limit, max_cache_mb, seed)
+        pipe = _load_pipeline(model, device, dtype)
+        call = _call_arguments(pipe, guidance, height, width)
+        _plan_front(printer, profile, pipe, prompts, settings, call, output or Path("front.json"))
+        return
+    if conditions != 1:
+        raise typer.BadParameter("give either --budget, --speedup or, from a front, --min-psnr; or --pareto.")
+    chosen_spans = _parse_spans(spans)
+    source = _load(profile)
+    if isinstance(source, layercache.Schedule):
+        raise typer.BadParameter(f"{profile} is a schedule already; give a profile, or a front.")
     schedule = layercache.plan(
-        layercache.StabilityProfile.load(profile),
+        source,
         budget,
         speedup=speedup,
+        min_psnr=min_psnr,
         spans=chosen_spans,
         history=history,
         max_run=max_run,
@@ -338,10 +394,93 @@ def plan(
         kappa=kappa,
         method=method.value,
     )
+    output = output or Path("schedule.json")
     schedule.save(output)
     printer.say(report.schedule_sentences(schedule), f"schedule: {output}")
     printer.say(f"next: layercache generate --schedule {output} --prompt ... --compare", style="dim")
     printer.figures(report.schedule_figures(schedule))
+
+
+@dataclass(frozen=True)
+class _SearchSettings:
+    samples: int
+    validation: int
+    budgets: tuple[float, ...]
+    trials: int
+    time_limit: float | None
+    max_cache_mb: float | None
+    seed: int
+
+
+def _plan_front(
+    printer: Printer,
+    path: Path,
+    pipe: Any,
+    prompts: list[Any],
+    settings: _SearchSettings,
+    call: dict[str, Any],
+    output: Path,
+) -> None:
+    import layercache
+    from layercache import plots
+    from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
+
+    plots.check_installed()
+    profile = layercache.StabilityProfile.load(path)
+    prompts = prompts or _demo_prompts(pipe)
+    _check_demo_prompts(pipe, prompts)
+
+    def chosen(count: int) -> list[Any]:
+        names = [prompts[k % len(prompts)] for k in range(count)]
+        return [names] if _is_demo(pipe) else names
+
+    first, last = settings.seed, settings.seed + settings.samples
+    held_out = (chosen(settings.validation), range(last, last + settings.validation)) if settings.validation else None
+    with _pipeline_complaints():
+        front = layercache.search(
+            pipe,
+            chosen(settings.samples),
+            seeds=range(first, last),
+            profiles=profile,
+            validation=held_out,
+            budgets=settings.budgets,
+            trials=settings.trials,
+            time_limit=settings.time_limit,
+            max_cache_bytes=None if settings.max_cache_mb is None else int(settings.max_cache_mb * 1e6),
+            resume=output.with_suffix(".journal.json"),
+            num_inference_steps=profile.fingerprint.num_steps,
+            **call,
+        )
+    rows = rows_of(front)
+    title = f"{profile.fingerprint.model_class}, {profile.fingerprint.num_steps} steps"
+    front.save(output)
+    save_front_plot(output.with_suffix(".png"), rows, title)
+    page = save_front_page(output.with_suffix(".html"), rows, title)
+    printer.say(front_table(rows, title), f"front: {output}", f"page: {page}")
+    printer.say(f"next: layercache plan {output} --budget {front.points[0].used:.2f}", style="dim")
+    printer.figures({"kind": "front", "runs": front.tried, "points": [row.to_json() for row in rows]})
+
+
+def _is_demo(pipe: Any) -> bool:
+    from layercache.demo.pipeline import DemoPipeline
+
+    return isinstance(pipe, DemoPipeline)
+
+
+def _demo_prompts(pipe: Any) -> list[Any]:
+    if not _is_demo(pipe):
+        raise typer.BadParameter("give at least one --prompt, or a --prompts-file.")
+    return _demo_classes()
+
+
+def _parse_shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = (0.0,)
+    if not all(0 < share <= 1 for share in shares):
+        raise typer.BadParameter(f"--budgets takes shares above 0 and at most 1 such as '0.6,0.5'; got {text!r}.")
+    return shares
 
 
 def _parse_spans(text: str) -> tuple[int, ...]:
@@ -491,11 +630,11 @@ def _check_extras() -> None:
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A schedule or a profile.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A schedule, a profile or a front.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw it, as a PNG.")] = None,
     json_to: Json = None,
 ) -> None:
-    """Explain a schedule or a profile in words and as a table of steps by groups.
+    """Explain a schedule or a profile in words and as a table of steps by groups; a front as a table of schedules.
 
     Example: `layercache show schedule.json --plot schedule.png`
     """
@@ -511,11 +650,14 @@ def show(
     printer.figures(figures)
 
 
-def _explain(content: Schedule | StabilityProfile) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
+def _explain(content: Schedule | StabilityProfile | Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
     """What to print, what its marks mean, and the figures."""
     from layercache import report
+    from layercache.front import Front
     from layercache.schedule import Schedule
 
+    if isinstance(content, Front):
+        return _explain_front(content)
     if isinstance(content, Schedule):
         parts = (report.schedule_sentences(content), "", report.schedule_table(content), "")
         return parts, report.schedule_legend(content), report.schedule_figures(content)
@@ -523,23 +665,41 @@ def _explain(content: Schedule | StabilityProfile) -> tuple[tuple[Any, ...], str
     return parts, report.profile_legend(content), report.profile_figures(content)
 
 
-def _load(path: Path) -> Schedule | StabilityProfile:
-    """A schedule is a JSON object; a profile begins with the length of its header."""
+def _explain_front(front: Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
+    from layercache.front_report import front_table, rows_of
+
+    rows = rows_of(front)
+    legend = (
+        "Every schedule is better than all that use less; 'layercache plan' takes one out by --budget and the like."
+    )
+    return (front_table(rows),), legend, {"kind": "front", "points": [row.to_json() for row in rows]}
+
+
+def _load(path: Path) -> Schedule | StabilityProfile | Front:
+    """Schedules and fronts are JSON objects that begin with their format; a profile begins with a length."""
+    from layercache.front import FORMAT, Front
     from layercache.schedule import Schedule
 
     with path.open("rb") as file:
-        begins = file.read(64).lstrip()[:1]
-    if path.suffix == ".json" or begins == b"{":
+        begins = file.read(64).lstrip()
+    if FORMAT.encode() in begins:
+        return Front.load(path)
+    if path.suffix == ".json" or begins[:1] == b"{":
         return Schedule.load(path)
     from layercache.profile import StabilityProfile
 
     return StabilityProfile.load(path)
 
 
-def _plot(path: Path, title: str, content: Schedule | StabilityProfile) -> Path:
+def _plot(path: Path, title: str, content: Schedule | StabilityProfile | Front) -> Path:
     from layercache import plots
+    from layercache.front import Front
     from layercache.schedule import Schedule
 
+    if isinstance(content, Front):
+        from layercache.front_report import rows_of, save_front_plot
+
+        return save_front_plot(path, rows_of(content), title)
     sigmas = content.fingerprint.sigmas
     if isinstance(content, Schedule):
         title = f"{title}: {content.used:.1%} of the block time computed"

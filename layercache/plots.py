@@ -22,7 +22,7 @@ DPI = 100
 SMALLEST_CELL, LARGEST_CELL = 96, 512
 LABEL_WIDTH, TITLE_HEIGHT, COLUMN_HEIGHT, CAPTION_HEIGHT, GAP = 130, 28, 26, 16, 8
 DIFFERENCE_GAIN = 4.0
-COMPUTED, REUSED, FORECAST = "#1b7837", "#c7dcef", "#d8c3e8"
+COMPUTED, REUSED, FORECAST, SKIPPED = "#1b7837", "#c7dcef", "#d8c3e8", "#f3ead2"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _draw_map(axis: Any, panel: MapPanel, limit: float) -> Any:
         image = axis.imshow(panel.stability.T, cmap="viridis", vmin=0, vmax=limit, **grid)
     else:
         kinds = np.array([[_kind(cell) for cell in row] for row in _cells(panel)]).T
-        image = axis.imshow(kinds, cmap=ListedColormap([COMPUTED, REUSED, FORECAST]), vmin=0, vmax=2, **grid)
+        image = axis.imshow(kinds, cmap=ListedColormap([COMPUTED, REUSED, FORECAST, SKIPPED]), vmin=0, vmax=3, **grid)
     axis.set_facecolor("#d0d0d0")
     axis.set_title(panel.title, fontsize=9, loc="left")
     axis.set_yticks(range(len(panel.groups)), [group_name(group) for group in panel.groups], fontsize=8)
@@ -178,7 +178,9 @@ def _cells(panel: MapPanel) -> Sequence[Sequence[Cell]]:
 
 
 def _kind(cell: Cell) -> int:
-    return 0 if cell is None else 1 if len(cell) == 1 else 2
+    if cell is None:
+        return 0
+    return min(len(cell), 2) if cell else 3
 
 
 def _draw_schedule(axis: Any, panel: MapPanel) -> None:
@@ -218,7 +220,12 @@ def _legend(panels: Sequence[MapPanel]) -> list[Any]:
         entries.append(Line2D([], [], linestyle="none", label="unmarked: reused"))
         number = [Line2D([], [], marker="$K$", linestyle="none", color="black", label="forecast over span K")]
         return entries + (number if 2 in kinds else [])
-    labels = ((COMPUTED, "computed"), (REUSED, "reused"), (FORECAST, "forecast (number: span K)"))
+    labels = (
+        (COMPUTED, "computed"),
+        (REUSED, "reused"),
+        (FORECAST, "forecast (number: span K)"),
+        (SKIPPED, "skipped: velocity from earlier steps"),
+    )
     return [Line2D([], [], color=labels[k][0], label=labels[k][1], **square) for k in sorted(kinds)]
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from layercache._version import __version__
 from layercache.files import write_atomically
 from layercache.metrics import Summary, summarise
-from layercache.schedule import Cell, Schedule
+from layercache.schedule import Cell, Schedule, Velocity
 
 if TYPE_CHECKING:
     from layercache.profile import StabilityProfile
@@ -207,6 +207,7 @@ def schedule_figures(schedule: Schedule) -> dict[str, Any]:
                 "blocks": list(group),
                 "seconds": schedule.group_seconds[index],
                 "computed_steps": sum(cell is None for cell in column),
+                "skipped_steps": sum(cell is not None and not cell for cell in column),
                 "reused_steps": sum(cell is not None and len(cell) == 1 for cell in column),
                 "forecast_steps": sum(cell is not None and len(cell) > 1 for cell in column),
                 "longest_cached_run": _longest_cached_run(column),
@@ -239,10 +240,11 @@ def schedule_sentences(schedule: Schedule) -> str:
     lines = [
         f"A schedule for {figures['model_class']} ({figures['num_blocks']} blocks in {len(schedule.groups)} "
         f"{_plural('group', len(schedule.groups))}) and {schedule.num_steps} steps.",
-        f"It computes {schedule.used:.1%} of the block time; the rest is put together from stored residuals.",
+        f"It computes {schedule.used:.1%} of the block time; the rest is put together from what is stored.",
     ]
     for group in figures["groups"]:
         lines.append(_group_sentence(group, schedule.num_steps))
+    lines += _velocity_sentences(schedule)
     made_by = ", ".join(f"{key} {_setting(value)}" for key, value in schedule.made_by.items() if value is not None)
     lines.append(f"Made by layercache {figures['package_version']}: {made_by or 'unknown'}.")
     return "\n".join(lines)
@@ -253,12 +255,39 @@ def _group_sentence(group: Mapping[str, Any], num_steps: int) -> str:
     text = f"- {group_name((lo, hi))}: computed at {group['computed_steps']} of {num_steps} steps"
     ways = [
         f"{verb} at {group[key]}"
-        for verb, key in (("reused", "reused_steps"), ("forecast", "forecast_steps"))
+        for verb, key in (("skipped", "skipped_steps"), ("reused", "reused_steps"), ("forecast", "forecast_steps"))
         if group[key]
     ]
     if not ways:
         return text + "."
     return f"{text}, {', '.join(ways)}; longest cached run: {group['longest_cached_run']}."
+
+
+def _velocity_sentences(schedule: Schedule) -> list[str]:
+    """What happens to velocities on their way to the sampler; nothing where they are the model's own."""
+    steps = range(schedule.num_steps)
+    skipped = sum(schedule.is_skipped(step) for step in steps)
+    given = [step for step in steps if schedule.velocity(step) is not None]
+    lines = []
+    if skipped:
+        lines.append(
+            f"- {skipped} steps are skipped whole: no block runs, no residual is stored, and the velocity is put "
+            "together from those of earlier steps."
+        )
+    if len(given) > skipped:
+        lines.append(
+            f"- At {len(given) - skipped} further steps the model's own velocity is corrected by earlier ones."
+        )
+    return lines
+
+
+def velocity_text(step: int, velocity: Velocity | None) -> Text:
+    """The combination that the sampler gets, newest first; x are the latents."""
+    if velocity is None:
+        return Text("")
+    terms = [f"{c:+.2f}·v{source}" for source, c in sorted(velocity.terms.items(), reverse=True)]
+    terms += [f"{velocity.latents:+.3f}·x"] if velocity.latents else []
+    return Text(" ".join(terms).removeprefix("+"), style="green" if step in velocity.terms else "magenta")
 
 
 def _plural(word: str, count: int) -> str:
@@ -278,6 +307,8 @@ def cell_text(cell: Cell, compact: bool = False) -> Text:
     if cell is None:
         return Text("■" if compact else "compute", style="bold green")
     anchors = sorted(cell, reverse=True)
+    if not anchors:
+        return Text("-" if compact else "skip", style="cyan")
     if len(anchors) == 1 and cell[anchors[0]] == 1.0:
         return Text("·" if compact else f"as step {anchors[0]}", style="cyan")
     if compact:
@@ -290,14 +321,27 @@ def schedule_table(schedule: Schedule) -> Table:
     """One line per step, one column per group; `schedule_legend` explains the cells."""
     compact = _is_compact(schedule.groups)
     table = _steps_table(schedule.groups)
+    if schedule.velocities:
+        table.add_column("velocity", no_wrap=True)
     for step, row in enumerate(schedule.cells):
         cells = [cell_text(cell, compact) for cell in row]
+        if schedule.velocities:
+            cells.append(velocity_text(step, schedule.velocity(step)))
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
 
 def schedule_legend(schedule: Schedule) -> str:
     """How to read `schedule_table`."""
+    return _cell_legend(schedule) + (
+        " skip (-): no block runs. velocity: what the sampler gets, v5 being what the model gave at step 5 and x the "
+        "latents; empty: the model's own."
+        if schedule.velocities
+        else ""
+    )
+
+
+def _cell_legend(schedule: Schedule) -> str:
     if _is_compact(schedule.groups):
         return (
             "A column is headed by its group's first block. ■: the blocks run. ·: the stored residual (output minus "

@@ -52,9 +52,9 @@ def search(
     """Finds the schedules of highest PSNR for every budget, by running them.
 
     For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
-    two best with every forecast. The best schedule of whole steps is then refined: one computed step against one skipped
-    one at a time, in the order of what a step's own fit says of it. Nothing is drawn by chance but that order's ties and
-    every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
+    two best with every forecast. The best schedule of whole steps is then refined: one computed step is exchanged
+    for a skipped one, in the order of what a step's own fit says of it. Nothing is drawn by chance but every fourth
+    exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
         pipeline: a diffusers pipeline.

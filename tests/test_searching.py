@@ -1,0 +1,325 @@
+"""Rehearsals, the search and its front, on a tiny untrained pipeline."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import layercache
+from layercache.errors import BudgetError, CacheStateError, CalibrationError, FileFormatError, ScheduleMismatchError
+from layercache.fitting import HOLD, Forecast
+from layercache.front import Front, Point
+from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
+from layercache.integration import attachment_of
+from layercache.rehearsal import Rehearsal, psnr_of, skipping
+from layercache.report import plain_text
+from layercache.searching import search, step_needs, velocity_errors
+from tiny import generators, mixed_cells, schedule_for, tiny_pipeline
+
+STEPS = 8
+PROMPTS = [["cat", "coffee"], "rocket"]
+SEEDS = [3, 4, 5]
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def rehearsal(pipe):
+    return Rehearsal(pipe, PROMPTS, SEEDS, **CALL)
+
+
+@pytest.fixture(scope="module")
+def profile(pipe):
+    return layercache.calibrate(pipe, ["cat"], progress=False, max_distance=6, max_span=6, **CALL)
+
+
+def pictures(pipe, schedule=None):
+    """What the pipeline itself draws for the samples."""
+    results = []
+    for prompt, seed, count in (("cat coffee".split(), 3, 2), ("rocket", 5, 1)):
+        seeds = generators(count, seed)
+        call = CALL | {"generator": seeds if count > 1 else seeds[0], "output_type": "np"}
+        if schedule is None:
+            results.append(pipe(prompt, **call).images)
+        else:
+            with layercache.enabled(pipe, schedule):
+                results.append(pipe(prompt, **call).images)
+    return results
+
+
+def test_the_full_run_is_the_pipelines_own(pipe, rehearsal):
+    for a, b in zip(pictures(pipe), rehearsal.pictures, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rehearsal.branches == ("cond", "uncond")
+    assert rehearsal.num_steps == STEPS
+    assert rehearsal.is_euler
+
+
+@pytest.mark.parametrize("forecast", [Forecast(terms=3), Forecast("open", terms=2), Forecast("teacher", terms=2), HOLD])
+def test_a_fitted_schedule_gives_the_same_when_it_is_used(pipe, rehearsal, forecast):
+    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 7]), forecast)
+    for a, b, full in zip(pictures(pipe, take.schedule), _split(take.psnr), rehearsal.pictures, strict=True):
+        np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
+
+
+def _split(values):
+    return [values[:2], values[2:]]
+
+
+def test_group_schedules_are_steered_too(pipe, rehearsal):
+    plain = schedule_for(pipe, mixed_cells())
+    schedule = replace(plain, fingerprint=rehearsal.fingerprint)
+    as_it_is, steered = rehearsal.run(schedule), rehearsal.run(schedule, Forecast(terms=3))
+    assert as_it_is.schedule.velocities == ()
+    assert steered.quality > as_it_is.quality
+    for a, b, full in zip(pictures(pipe, steered.schedule), _split(steered.psnr), rehearsal.pictures, strict=True):
+        np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
+
+
+def test_steering_hits_the_full_run_where_it_can(rehearsal):
+    """With as many free terms as needed the latents are back on the full run's; one sample, so it can be exact."""
+    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), Forecast(terms=4, ridge=1e-12))
+    hold = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), HOLD)
+
+    def drift(take, step):
+        pairs = zip(take.traces, rehearsal.full, strict=True)
+        return sum(float((t.latents[step] - f.latents[step]).pow(2).sum()) for t, f in pairs)
+
+    assert drift(take, 6) == 0
+    assert 0 < drift(take, 7) < drift(hold, 7)
+
+
+def test_open_fits_use_the_full_runs_velocities(rehearsal):
+    """The coefficients of an open fit do not depend on what was skipped before."""
+    forecast = Forecast("open", terms=2)
+    a = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 5, 7]), forecast).schedule
+    b = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), forecast).schedule
+    assert a.velocity(6) == b.velocity(6)
+
+
+def test_a_run_can_begin_where_two_schedules_part(rehearsal):
+    start = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 7]), Forecast(terms=2))
+    other = skipping(rehearsal.fingerprint, [0, 1, 3, 5, 7])
+    whole, tail = rehearsal.run(other, Forecast(terms=2)), rehearsal.run(other, Forecast(terms=2), start=start, first=4)
+    assert tail.schedule == whole.schedule
+    assert tail.psnr == whole.psnr
+
+
+def test_nothing_is_left_behind(pipe, rehearsal):
+    rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), HOLD)
+    assert attachment_of(pipe.transformer) is None
+    assert "step" not in pipe.scheduler.__dict__
+    assert "maybe_free_model_hooks" not in pipe.__dict__
+
+
+def test_an_enabled_cache_is_in_the_way(pipe, rehearsal):
+    with layercache.enabled(pipe, schedule_for(pipe, mixed_cells())), pytest.raises(CacheStateError, match="already"):
+        rehearsal.run(skipping(rehearsal.fingerprint, [0, 7]), HOLD)
+
+
+def test_a_model_that_breaks_is_refused(rehearsal):
+    schedule = skipping(rehearsal.fingerprint, [0, 1, 7])
+    block = rehearsal.transformer.transformer_blocks[0]
+
+    def spoil(module, args, output):
+        return output[0], output[1] * float("nan")
+
+    handle = block.register_forward_hook(spoil)
+    try:
+        with pytest.raises(CalibrationError, match="NaN"):
+            rehearsal.run(schedule, Forecast(terms=2))
+    finally:
+        handle.remove()
+    assert attachment_of(rehearsal.transformer) is None
+
+
+def test_steering_needs_euler_steps(pipe):
+    other = tiny_pipeline()
+    other.scheduler.step = _second_order(other.scheduler.step)
+    rehearsal = Rehearsal(other, ["cat"], [1], **CALL)
+    assert not rehearsal.is_euler
+    with pytest.raises(CalibrationError, match="teacher"):
+        rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), Forecast())
+    assert rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), Forecast("teacher")).quality > 0
+
+
+def _second_order(step):
+    def halved(velocity, timestep, latents, **kwargs):
+        return step(velocity * 0.5, timestep, latents, **kwargs)
+
+    return halved
+
+
+@pytest.mark.parametrize(("prompts", "seeds", "message"), [([], None, "at least one"), (["cat"], [1, 2], "one seed")])
+def test_bad_samples(pipe, prompts, seeds, message):
+    with pytest.raises(CalibrationError, match=message):
+        Rehearsal(pipe, prompts, seeds, **CALL)
+
+
+def test_cache_bytes_are_what_is_allocated(pipe, rehearsal):
+    for schedule in (
+        replace(schedule_for(pipe, mixed_cells()), fingerprint=rehearsal.fingerprint),
+        rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 4]), Forecast(terms=3)).schedule,
+    ):
+        with layercache.enabled(pipe, schedule) as cache:
+            pipe(["cat", "coffee"], **CALL)
+            assert cache.report().cache_bytes == rehearsal.cache_bytes(schedule)
+
+
+def test_errors_of_velocities_against_a_loop(rehearsal):
+    table = velocity_errors(rehearsal, 3, 2)
+    sigmas = rehearsal.sigmas
+    ratio = (sigmas[5] - sigmas[3]) / (sigmas[3] - sigmas[1])
+    expected = np.mean(
+        [float(((1 + ratio) * t.raw[3] - ratio * t.raw[1] - t.raw[5]).abs().mean()) for t in rehearsal.full]
+    )
+    assert table[5, 0, 2, 2] == pytest.approx(expected * abs(sigmas[6] - sigmas[5]), rel=1e-5)
+    assert np.isinf(table[1, 0, 2]).all()
+
+
+def test_needs_are_zero_where_nothing_was_missed(rehearsal):
+    forecast = Forecast(terms=3)
+    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 4, 7]), forecast)
+    needs = step_needs(take, rehearsal, forecast)
+    assert needs[0] == np.inf
+    assert (needs[1:] > 0).all()
+    step, length = 3, rehearsal.sigmas[4] - rehearsal.sigmas[3]
+    missed = [
+        float((t.taken[step] - (f.latents[4] - t.latents[3]) / length).pow(2).mean())
+        for t, f in zip(take.traces, rehearsal.full, strict=True)
+    ]
+    assert needs[step] == pytest.approx(abs(length) * np.sqrt(np.mean(missed)), rel=1e-4)
+
+
+def run_search(pipe, profile, **settings):
+    settings = {"budgets": (0.75, 0.5), "trials": 3, "progress": False, **settings}
+    return search(pipe, PROMPTS, seeds=SEEDS, profiles=profile, **settings, **CALL)
+
+
+@pytest.fixture(scope="module")
+def front(pipe, profile):
+    return run_search(pipe, profile, validation=(["temple"], [9]))
+
+
+def test_the_front_keeps_what_it_promises(pipe, rehearsal, front):
+    assert [p.used for p in front.points] == sorted(p.used for p in front.points)
+    means = [p.calibration.mean for p in front.points]
+    assert means == sorted(means)
+    for point in front.points:
+        assert rehearsal.run(point.schedule).psnr == pytest.approx(point.psnr, rel=1e-9)
+        assert len(point.held_out) == 1
+
+
+def test_budgets_speedups_and_qualities_are_chosen(front):
+    assert layercache.plan(front, 0.5).used <= 0.5
+    assert layercache.plan(front, 0.75).used <= 0.75
+    best = front.points[-1]
+    assert layercache.plan(front, min_psnr=best.calibration.mean) == best.schedule
+    assert front.choose(speedup=1.0) == best
+    speed = front.speedup(front.points[0])
+    assert front.choose(speedup=speed) == front.points[0]
+    for condition in ({"budget": 0.01}, {"speedup": 50.0}, {"min_psnr": 1000.0}, {}, {"budget": 0.5, "speedup": 2.0}):
+        with pytest.raises(BudgetError):
+            front.choose(**condition)
+    for condition in ({"budget": 0.0}, {"budget": 1.5}, {"speedup": 0.5}):
+        with pytest.raises(BudgetError):
+            front.choose(**condition)
+
+
+def test_refinement_never_loses(pipe, profile):
+    plain = run_search(pipe, profile, trials=0, budgets=(0.5,))
+    refined = run_search(pipe, profile, trials=6, budgets=(0.5,))
+    assert refined.points[-1].calibration.mean >= plain.points[-1].calibration.mean
+
+
+def test_the_search_is_deterministic_and_goes_on_where_it_stopped(pipe, profile, front, tmp_path):
+    journal = tmp_path / "journal.json"
+    first = run_search(pipe, profile, resume=journal)
+    again = run_search(pipe, profile, resume=journal)
+    assert [p.schedule for p in again.points] == [p.schedule for p in first.points]
+    assert [p.schedule for p in first.points] == [p.schedule for p in front.points]
+    assert again.tried < first.tried
+    results = json.loads(journal.read_text())["results"]
+    del results[list(results)[-1]]
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"results": results}))
+    resumed = run_search(pipe, profile, resume=journal)
+    assert [p.schedule for p in resumed.points] == [p.schedule for p in first.points]
+
+
+def test_another_searchs_journal_is_refused(pipe, profile, tmp_path):
+    journal = tmp_path / "journal.json"
+    run_search(pipe, profile, resume=journal, budgets=(0.5,), trials=0)
+    with pytest.raises(ScheduleMismatchError, match="other samples"):
+        search(pipe, ["cat"], seeds=[1], profiles=profile, resume=journal, progress=False, **CALL)
+    journal.write_text("{")
+    with pytest.raises(FileFormatError, match="remove it"):
+        run_search(pipe, profile, resume=journal)
+
+
+def test_a_time_limit_ends_the_trials(pipe, profile):
+    assert run_search(pipe, profile, trials=50, time_limit=0.0, budgets=(0.5,)).tried < 20
+
+
+def test_a_memory_limit_leaves_out_what_stores_more(pipe, profile, rehearsal):
+    limited = run_search(pipe, profile, max_cache_bytes=200_000, trials=0)
+    assert limited.points
+    assert all(rehearsal.cache_bytes(p.schedule) <= 200_000 for p in limited.points)
+
+
+def test_a_profile_of_something_else_is_refused(pipe, profile):
+    with pytest.raises(BudgetError):
+        run_search(pipe, profile, budgets=(0.0,))
+    other = layercache.calibrate(pipe, ["cat"], progress=False, num_inference_steps=STEPS, guidance_scale=1.0)
+    with pytest.raises(ScheduleMismatchError, match="branches"):
+        run_search(pipe, other)
+
+
+def test_files(front, tmp_path):
+    path = front.save(tmp_path / "front.json")
+    assert Front.load(path) == front
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(FileFormatError, match="whole"):
+        Front.load(path)
+    path.write_text(json.dumps(json.loads(text) | {"version": 99}))
+    with pytest.raises(FileFormatError, match="upgrade"):
+        Front.load(path)
+    with pytest.raises(FileFormatError, match="cannot read"):
+        Front.load(tmp_path / "none.json")
+
+
+def test_dominated_points_are_dropped(rehearsal):
+    cheap, dear = (skipping(rehearsal.fingerprint, steps) for steps in ([0, 4], [0, 2, 4]))
+    points = [Point(cheap, "a", (30.0,)), Point(dear, "b", (29.0,)), Point(dear, "c", (31.0,))]
+    assert [p.origin for p in Front.of(points, (1.0, 0.1, 0.01)).points] == ["a", "c"]
+
+
+def test_table_plot_and_page(front, tmp_path):
+    rows = rows_of(front)
+    text = plain_text(front_table(rows, "a title"), width=200)
+    assert f"{front.points[0].validation.mean:.2f}" in text
+    assert save_front_plot(tmp_path / "f.png", rows).read_bytes().startswith(b"\x89PNG")
+    page = save_front_page(tmp_path / "f.html", rows, "<budget>").read_text()
+    assert "&lt;budget&gt;" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="data:image/png;base64,' in page
+
+
+def test_psnr_by_hand():
+    a, b = np.zeros((2, 2, 2, 3)), np.zeros((2, 2, 2, 3))
+    b[1] += 0.1
+    assert psnr_of(a, b) == pytest.approx([100.0, 20.0])
+    with pytest.raises(CalibrationError, match="NaN"):
+        psnr_of(a, b * np.nan)
+
+
+def test_pictures_may_be_tensors(pipe):
+    rehearsal = Rehearsal(pipe, ["cat"], [1], output_type="pt", **CALL)
+    assert isinstance(rehearsal.pictures[0], np.ndarray)
+    assert torch.is_tensor(rehearsal.full[0].raw[0])
