@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "exact.hpp"
 #include "greedy.hpp"
 #include "paths.hpp"
 #include "problem.hpp"
@@ -67,8 +68,17 @@ std::vector<char> read_protected(const Bools& cells, const Problem& problem) {
 Solver solver_of(const std::string& method) {
     if (method == "removal") return solve_removal;
     if (method == "addition") return solve_addition;
+    if (method == "exact") return solve_exact;
+    if (method == "lagrangian") return solve_lagrangian;
     if (method == "best") return solve_best;
-    throw std::invalid_argument("method must be 'removal', 'addition' or 'best', got '" + method + "'");
+    throw std::invalid_argument("method must be 'removal', 'addition', 'exact', 'lagrangian' or 'best', got '" +
+                                method + "'");
+}
+
+// Lets Ctrl-C end a solver.
+void look_for_signals() {
+    const py::gil_scoped_acquire held;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double target,
@@ -86,6 +96,7 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     problem.max_run = max_run;
     problem.tau = tau;
     problem.monotone = monotone;
+    problem.interrupt = look_for_signals;
 
     py::gil_scoped_release released; // the problem owns copies: nothing of Python is read from here on
     normalise(problem);
@@ -181,7 +192,9 @@ included. A span is used only where it lowers a run's error by more than the sha
 
 method: 'removal' drops the cell with the least error per second until the target is met; 'addition'
 starts from the fewest cells allowed and adds the one that saves most error per second, as long as one
-fits and saves any; 'best' keeps the better of the two.)";
+fits and saves any; 'exact' finds the least error there is (history of more than 3 counts as 3);
+'lagrangian' comes close to it, for many groups; 'best' keeps the best of the greedy two and of 'exact',
+or of 'lagrangian' where that would take seconds.)";
 
 } // namespace
 } // namespace layercache

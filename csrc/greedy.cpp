@@ -6,12 +6,16 @@
 #include <utility>
 #include <vector>
 
+#include "exact.hpp"
 #include "runs.hpp"
 #include "selection.hpp"
 #include "starts.hpp"
 
 namespace layercache {
 namespace {
+
+// Above this (about a second) the exact solver is not asked.
+constexpr double most_effort = 5e8;
 
 enum class Move { remove, add };
 
@@ -117,6 +121,11 @@ Result solve_removal(const Problem& problem) {
 Result solve_addition(const Problem& problem) {
     const RunCosts costs(problem);
     Selection selection(problem, costs, sparsest_steps(problem, costs));
+    fill(problem, selection);
+    return selection.result("addition");
+}
+
+void fill(const Problem& problem, Selection& selection) {
     Queue queue(problem, selection, Move::add);
     Candidate candidate;
     while (queue.pop(candidate)) {
@@ -125,13 +134,15 @@ Result solve_addition(const Problem& problem) {
         selection.flip(candidate.step, candidate.group);
         queue.moved(candidate.step, candidate.group);
     }
-    return selection.result("addition");
 }
 
 Result solve_best(const Problem& problem) {
-    Result removal = solve_removal(problem);
-    Result addition = solve_addition(problem);
-    return better(addition, removal) ? std::move(addition) : std::move(removal);
+    Result best = solve_removal(problem);
+    Result other = solve_addition(problem);
+    if (better(other, best)) best = std::move(other);
+    if (problem.monotone && problem.groups > 1) return best;
+    other = exact_effort(problem) <= most_effort ? solve_exact(problem) : solve_lagrangian(problem);
+    return better(other, best) ? std::move(other) : std::move(best);
 }
 
 } // namespace layercache

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "problem.hpp"
+#include "selection.hpp"
 
 namespace layercache {
 
@@ -10,7 +11,10 @@ namespace layercache {
 Result solve_removal(const Problem& problem);
 Result solve_addition(const Problem& problem);
 
-// Both of the above; the feasible one, then the one with the smaller error, then the removal.
+// Computes the cells that save most error per second, as long as one fits and saves any.
+void fill(const Problem& problem, Selection& selection);
+
+// Of both of the above and an exact or Lagrangian solver: a feasible one, then one with the smaller error.
 Result solve_best(const Problem& problem);
 
 } // namespace layercache

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,11 @@ struct Problem {
     int max_run = 8;                   // most cached steps in a row
     double tau = 0.05;                 // least relative gain of a span over plain reuse
     bool monotone = false;             // a group is cached only where all shallower groups are
+    std::function<void()> interrupt;   // called now and then in long loops; may throw
+
+    void poll() const {
+        if (interrupt) interrupt();
+    }
 
     std::size_t cell(int step, int group) const { return static_cast<std::size_t>(step) * groups + group; }
 

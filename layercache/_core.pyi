@@ -25,7 +25,7 @@ class Result:
     def feasible(self) -> bool:
         """Whether spent stays within the target."""
     @property
-    def method(self) -> Literal["removal", "addition"]:
+    def method(self) -> Literal["removal", "addition", "exact", "lagrangian"]:
         """The solver that found it."""
 
 def solve(

@@ -201,14 +201,6 @@ def addition(problem: Problem) -> Solution:
         computed = flipped(computed, step, group)
 
 
-def best(problem: Problem) -> Solution:
-    def rank(candidate: Solution) -> tuple[bool, float, float]:
-        feasible = candidate.feasible(problem)
-        return not feasible, 0.0 if feasible else candidate.spent, candidate.total_error
-
-    return min(removal(problem), addition(problem), key=rank)
-
-
 def subsets(problem: Problem, group: int) -> Iterator[list[int]]:
     free = [step for step in range(problem.steps) if not problem.must_compute(step, group)]
     forced = [step for step in range(problem.steps) if problem.must_compute(step, group)]

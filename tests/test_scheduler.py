@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import oracle_scheduler as oracle
 from layercache import _core
 from oracle_scheduler import Problem
 
-METHODS = ["removal", "addition", "best"]
+GREEDY = ["removal", "addition"]
+METHODS = [*GREEDY, "exact", "lagrangian", "best"]
+
+
+def methods_for(problem: Problem) -> list[str]:
+    """A monotone schedule couples its groups, which only the greedy solvers follow."""
+    return [*GREEDY, "best"] if problem.monotone and problem.groups > 1 else METHODS
 
 
 def solve(problem: Problem, method: str = "best") -> _core.Result:
@@ -129,6 +137,7 @@ def check_result(problem: Problem, result: _core.Result) -> None:
 @settings(max_examples=200, deadline=None)
 @given(problems(), st.sampled_from(METHODS))
 def test_result_obeys_every_rule(problem: Problem, method: str) -> None:
+    assume(method in methods_for(problem))
     result = solve(problem, method)
     check_result(problem, result)
     spent = sum(
@@ -140,7 +149,7 @@ def test_result_obeys_every_rule(problem: Problem, method: str) -> None:
 
 
 @settings(max_examples=600, deadline=None)
-@given(problems(), st.sampled_from(METHODS))
+@given(problems(), st.sampled_from(GREEDY))
 def test_equals_the_plain_python_twin(problem: Problem, method: str) -> None:
     result = solve(problem, method)
     twin = getattr(oracle, method)(problem)
@@ -163,6 +172,7 @@ def test_equals_the_twin_on_smooth_tables(method: str, seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(problems(max_steps=10, max_groups=1), st.sampled_from(METHODS))
 def test_never_below_brute_force_one_group(problem: Problem, method: str) -> None:
+    assume(method in methods_for(problem))
     result = solve(problem, method)
     if result.feasible:
         assert result.total_error >= oracle.brute_force(problem)
@@ -171,9 +181,95 @@ def test_never_below_brute_force_one_group(problem: Problem, method: str) -> Non
 @settings(max_examples=40, deadline=None)
 @given(problems(max_steps=6, max_groups=2), st.sampled_from(METHODS))
 def test_never_below_brute_force_two_groups(problem: Problem, method: str) -> None:
+    assume(method in methods_for(problem))
     result = solve(problem, method)
     if result.feasible:
         assert result.total_error >= oracle.brute_force(problem)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(max_steps=10, max_groups=1))
+def test_exact_is_brute_force_one_group(problem: Problem) -> None:
+    check_exact(replace(problem, history=min(problem.history, 3)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(max_steps=6, max_groups=2))
+def test_exact_is_brute_force_two_groups(problem: Problem) -> None:
+    check_exact(replace(problem, history=min(problem.history, 3), monotone=False))
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(max_steps=5, max_groups=3))
+def test_exact_is_brute_force_three_groups(problem: Problem) -> None:
+    check_exact(replace(problem, history=min(problem.history, 3), monotone=False))
+
+
+def check_exact(problem: Problem) -> None:
+    result, least = solve(problem, "exact"), oracle.brute_force(problem)
+    assert result.feasible == math.isfinite(least)
+    if result.feasible:
+        assert result.total_error == least
+        assert result.method == "exact"
+        assert solve(problem, "best").total_error == least
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_best_is_the_best(problem: Problem) -> None:
+    problem = replace(problem, history=min(problem.history, 3))
+    best = solve(problem, "best")
+    others = [solve(problem, method) for method in methods_for(problem)]
+    assert best.feasible == any(other.feasible for other in others)
+    if best.feasible:
+        assert best.total_error == min(other.total_error for other in others if other.feasible)
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6, 0.4, 0.3])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_lagrangian_is_close_to_exact(groups: int, budget: float) -> None:
+    problem = smooth_problem(steps=40, groups=groups, budget=budget)
+    exact, lagrangian = solve(problem, "exact"), solve(problem, "lagrangian")
+    assert exact.feasible and lagrangian.feasible
+    assert exact.total_error <= lagrangian.total_error <= (1.02 if groups > 1 else 1.1) * exact.total_error
+
+
+def test_exact_of_many_unequal_groups_says_that_it_is_lagrangian() -> None:
+    rng = np.random.default_rng(0)
+    groups = 24
+    problem = smooth_problem(steps=60, groups=groups, compute_cost=list(rng.uniform(0.5, 2.0, groups)), target=1000.0)
+    assert solve(problem, "exact").method == "lagrangian"
+
+
+@pytest.mark.parametrize("method", ["exact", "lagrangian"])
+def test_coupled_groups_are_refused(method: str) -> None:
+    problem = smooth_problem(steps=12, groups=2, monotone=True)
+    with pytest.raises(ValueError, match="removal"):
+        solve(problem, method)
+    assert solve(problem, "best").feasible
+
+
+def test_ctrl_c_ends_a_solver() -> None:
+    code = (
+        "import numpy as np, signal, sys; sys.path.insert(0, 'tests');"
+        "import test_scheduler as t;"
+        "p = t.smooth_problem(steps=180, groups=60, max_run=8);"
+        "signal.setitimer(signal.ITIMER_REAL, 0.3); signal.signal(signal.SIGALRM, signal.default_int_handler);"
+        "t.solve(p, 'exact')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_the_gil_is_released() -> None:
+    problem, seen = smooth_problem(steps=100, groups=20), []
+    thread = threading.Thread(target=lambda: (solve(problem, "exact"), seen.append("solved")))
+    thread.start()
+    count = 0
+    while not seen:
+        count += 1
+    thread.join()
+    assert count > 1000
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -233,11 +329,11 @@ def test_best_prefers_the_feasible_method() -> None:
         protected=np.zeros((4, 1), bool),
         max_run=1,
     )
-    removal, addition, best = (solve(problem, method) for method in METHODS)
+    removal, addition, best = (solve(problem, method) for method in [*GREEDY, "best"])
     assert removal.feasible and addition.feasible and best.method == "removal"
 
     problem.errors[1, 0, 1, 0] = problem.errors[3, 0, 1, 0] = 1.0
-    removal, addition, best = (solve(problem, method) for method in METHODS)
+    removal, addition, best = (solve(problem, method) for method in [*GREEDY, "best"])
     assert not removal.feasible and addition.feasible and best.method == "addition"
 
 
@@ -245,7 +341,7 @@ def test_monotone_can_cache_deep_groups() -> None:
     # The deep group looks cheapest at first, where it is not allowed yet.
     problem = smooth_problem(steps=20, groups=2, budget=0.5, monotone=True)
     problem.errors[:, 1] *= 0.01
-    for method in METHODS:
+    for method in [*GREEDY, "best"]:
         result = solve(problem, method)
         assert result.feasible
         assert (result.cells[:, 1] >= 0).any()

@@ -1,0 +1,246 @@
+#include "exact.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "chains.hpp"
+#include "greedy.hpp"
+#include "runs.hpp"
+#include "selection.hpp"
+#include "starts.hpp"
+
+namespace layercache {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr std::size_t most_combinations = 500000; // looked at for one group
+constexpr int bisections = 60;
+// Moves of all groups up to which states of three kept steps are affordable. Above, two have to do: a forecast
+// reads two residuals, and which older one it could read instead is left to the final evaluation.
+constexpr double most_moves = 3e6;
+
+void refuse_monotone(const Problem& problem) {
+    if (problem.monotone && problem.groups > 1) {
+        throw std::invalid_argument("a monotone schedule couples its groups: use method 'removal' or 'addition'");
+    }
+}
+
+// The least error of one group for every number of computed steps.
+class CountedGroup {
+public:
+    CountedGroup(const Problem& problem, const RunCosts& costs, int group)
+        : chains_(problem, costs, group, Chains::most_history), counts_(problem.steps + 1),
+          best_(static_cast<std::size_t>(counts_) * chains_.states(), infinity), previous_(best_.size(), -1) {
+        best_[index(0, chains_.start())] = 0.0;
+        for (int state = 0; state < chains_.end(); ++state) {
+            if (state % 256 == 0) problem.poll();
+            for (int gap = 1; gap <= chains_.longest_gap(); ++gap) relax(state, gap);
+        }
+    }
+
+    double error(int count) const { return best_[index(count, chains_.end())]; }
+
+    Steps steps(int count) const {
+        Steps steps{chains_.step(chains_.end())};
+        for (int state = chains_.end(); count > 0; --count) {
+            state = previous_[index(count, state)];
+            steps.push_back(chains_.step(state));
+        }
+        std::reverse(steps.begin(), steps.end());
+        return steps;
+    }
+
+private:
+    // After `count` moves, that is with so many computed steps behind.
+    std::size_t index(int count, int state) const {
+        return static_cast<std::size_t>(state) * counts_ + count;
+    }
+
+    void relax(int state, int gap) {
+        const double cost = chains_.cost(state, gap);
+        if (!std::isfinite(cost)) return;
+        const int next = chains_.next(state, gap);
+        for (int count = 0; count + 1 < counts_; ++count) {
+            const double value = best_[index(count, state)] + cost;
+            double& best = best_[index(count + 1, next)];
+            if (value < best) {
+                best = value;
+                previous_[index(count + 1, next)] = state;
+            }
+        }
+    }
+
+    Chains chains_;
+    int counts_;
+    std::vector<double> best_;
+    std::vector<int> previous_;
+};
+
+// Some groups together: what they cost, and how that came about.
+struct Combination {
+    double seconds;
+    double error;
+    int count;    // computed steps of the last of the groups
+    int previous; // among the combinations of the groups before it
+};
+
+double seconds_of(const Problem& problem, int group, int count) {
+    return count * problem.compute_cost[group] + (problem.steps - count) * problem.cached_cost[group];
+}
+
+// Keeps those that are better than everything cheaper.
+void prune(std::vector<Combination>& combinations) {
+    std::sort(combinations.begin(), combinations.end(), [](const Combination& a, const Combination& b) {
+        return std::pair(a.seconds, a.error) < std::pair(b.seconds, b.error);
+    });
+    double least = infinity;
+    const auto dominated = [&least](const Combination& c) { return c.error < least ? (least = c.error, false) : true; };
+    combinations.erase(std::remove_if(combinations.begin(), combinations.end(), dominated), combinations.end());
+}
+
+// Every useful combination of the first groups and one more. Seconds the groups behind will need at least
+// are kept free.
+std::vector<Combination> combine(const Problem& problem, const std::vector<Combination>& before, int group,
+                                 const CountedGroup& counted, double reserved) {
+    std::vector<Combination> combinations;
+    for (int at = 0; at < static_cast<int>(before.size()); ++at) {
+        for (int count = 1; count <= problem.steps; ++count) {
+            const double error = before[at].error + counted.error(count);
+            const double seconds = before[at].seconds + seconds_of(problem, group, count);
+            if (!std::isfinite(error) || !problem.affords(seconds + reserved)) continue;
+            combinations.push_back({seconds, error, count, at});
+        }
+    }
+    prune(combinations);
+    return combinations;
+}
+
+double least_seconds(const Problem& problem, int group, const CountedGroup& counted) {
+    for (int count = 1; count <= problem.steps; ++count) {
+        if (std::isfinite(counted.error(count))) return seconds_of(problem, group, count);
+    }
+    return seconds_of(problem, group, problem.steps);
+}
+
+Result cheapest(const Problem& problem, const RunCosts& costs, const char* method) {
+    return Selection(problem, costs, sparsest_steps(problem, costs)).result(method);
+}
+
+// One shortest path per multiplier, for one group.
+class PricedGroup {
+public:
+    PricedGroup(const Problem& problem, const RunCosts& costs, int group, int history)
+        : chains_(problem, costs, group, history), price_(problem.saving(group)), best_(chains_.states()),
+          previous_(chains_.states()) {}
+
+    // The computed steps of least error + multiplier * seconds, with the end mark.
+    Steps steps(double multiplier) {
+        std::fill(best_.begin(), best_.end(), infinity);
+        best_[chains_.start()] = 0.0;
+        for (int state = 0; state < chains_.end(); ++state) {
+            if (!std::isfinite(best_[state])) continue;
+            const double here = best_[state] + multiplier * price_;
+            for (int gap = 1; gap <= chains_.longest_gap(); ++gap) {
+                const double value = here + chains_.cost(state, gap);
+                const int next = std::isfinite(value) ? chains_.next(state, gap) : -1;
+                if (next < 0 || value >= best_[next]) continue;
+                best_[next] = value;
+                previous_[next] = state;
+            }
+        }
+        Steps steps{chains_.step(chains_.end())};
+        for (int state = chains_.end(); state != chains_.start();) {
+            state = previous_[state];
+            steps.push_back(chains_.step(state));
+        }
+        std::reverse(steps.begin(), steps.end());
+        return steps;
+    }
+
+private:
+    Chains chains_;
+    double price_;
+    std::vector<double> best_;
+    std::vector<int> previous_;
+};
+
+std::vector<Steps> priced_steps(const Problem& problem, std::vector<PricedGroup>& groups, double multiplier) {
+    std::vector<Steps> steps;
+    for (PricedGroup& group : groups) {
+        problem.poll();
+        steps.push_back(group.steps(multiplier));
+    }
+    return steps;
+}
+
+} // namespace
+
+Result solve_exact(const Problem& problem) {
+    refuse_monotone(problem);
+    const RunCosts costs(problem);
+    std::vector<std::unique_ptr<CountedGroup>> counted;
+    double reserved = 0.0;
+    for (int group = 0; group < problem.groups; ++group) {
+        counted.push_back(std::make_unique<CountedGroup>(problem, costs, group));
+        reserved += least_seconds(problem, group, *counted.back());
+    }
+    std::vector<std::vector<Combination>> layers{{{0.0, 0.0, 0, -1}}};
+    for (int group = 0; group < problem.groups; ++group) {
+        problem.poll();
+        reserved -= least_seconds(problem, group, *counted[group]);
+        if (layers.back().size() * static_cast<std::size_t>(problem.steps) > most_combinations) {
+            return solve_lagrangian(problem);
+        }
+        layers.push_back(combine(problem, layers.back(), group, *counted[group], std::max(0.0, reserved)));
+        if (layers.back().empty()) return cheapest(problem, costs, "exact");
+    }
+    // pruned by seconds, so the last has the least error
+    int at = static_cast<int>(layers.back().size()) - 1;
+    std::vector<Steps> computed(problem.groups);
+    for (int group = problem.groups - 1; group >= 0; --group) {
+        const Combination& combination = layers[group + 1][at];
+        computed[group] = counted[group]->steps(combination.count);
+        at = combination.previous;
+    }
+    return Selection(problem, costs, std::move(computed)).result("exact");
+}
+
+Result solve_lagrangian(const Problem& problem) {
+    refuse_monotone(problem);
+    const RunCosts costs(problem);
+    const int history = exact_effort(problem) <= most_moves * problem.steps ? Chains::most_history : 2;
+    std::vector<PricedGroup> groups;
+    for (int group = 0; group < problem.groups; ++group) {
+        problem.poll();
+        groups.emplace_back(problem, costs, group, history);
+    }
+    const auto selected = [&](double multiplier) {
+        return Selection(problem, costs, priced_steps(problem, groups, multiplier));
+    };
+    double low = 0.0, high = 1e-12;
+    while (!problem.affords(selected(high).spent())) {
+        if (high > 1e18) return cheapest(problem, costs, "lagrangian");
+        low = high;
+        high *= 64.0;
+    }
+    for (int round = 0; round < bisections && high - low > 1e-9 * high; ++round) {
+        const double middle = 0.5 * (low + high);
+        (problem.affords(selected(middle).spent()) ? high : low) = middle;
+    }
+    Selection selection = selected(high);
+    fill(problem, selection);
+    return selection.result("lagrangian");
+}
+
+double exact_effort(const Problem& problem) {
+    const double gap = problem.run_limit() + 1.0;
+    const double kept = std::min(problem.history, static_cast<int>(Chains::most_history)) - 1.0;
+    return problem.groups * std::pow(problem.steps, 2.0) * std::pow(gap + 1.0, kept) * gap;
+}
+
+} // namespace layercache
