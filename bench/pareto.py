@@ -27,6 +27,7 @@ from layercache.front import Point
 from layercache.front_report import FrontRow, front_table, save_front_page, save_front_plot
 from layercache.methods import meancache
 from layercache.rehearsal import Rehearsal, skipping
+from layercache.searching import STEERED
 
 BATCH = 24
 GAMMAS = (1.0, 2.0, 5.0)
@@ -67,6 +68,25 @@ def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9)
             tried.append((take.quality, gamma, Point(schedule, f"MeanCache {form}, gamma {gamma:g}", take.psnr)))
         if tried:
             found.append((f"MeanCache, {form}", max(tried, key=lambda t: t[:2])[2]))
+    return found
+
+
+def group_points(calibration: Rehearsal, profiles: list, budget: float) -> list[tuple[str, Point]]:
+    """Schedules per group of layers at a budget, as planned, and with the forecast that suits each best."""
+    found = []
+    for profile in profiles:
+        if len(profile.groups) < 2:
+            continue
+        try:
+            schedule = layercache.plan(profile, budget)
+        except BudgetError:
+            continue
+        name = f"{len(profile.groups)} groups"
+        take = calibration.run(schedule)
+        found.append((name, Point(take.schedule, "planned", take.psnr)))
+        takes = [(calibration.run(schedule, forecast), forecast.name) for forecast in STEERED]
+        best, forecast = max(takes, key=lambda entry: entry[0].quality)
+        found.append((f"{name}, steered", Point(best.schedule, f"planned, {forecast}", best.psnr)))
     return found
 
 
@@ -122,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"budget {budget}: {error}", file=sys.stderr)
             continue
         entries = [("layercache", best), *meancache_points(calibration, budget)]
+        entries += group_points(calibration, profiles, budget)
         if len(best.schedule.groups) == 1:
             entries.append(("same steps, held", held_point(calibration, best)))
         for name, point in entries:

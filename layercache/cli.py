@@ -103,6 +103,8 @@ class Method(str, Enum):
     """Solvers."""
 
     best = "best"
+    exact = "exact"
+    lagrangian = "lagrangian"
     removal = "removal"
     addition = "addition"
 

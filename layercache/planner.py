@@ -37,7 +37,7 @@ def plan(
     """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
 
     From a `layercache.Front` the best of what `layercache.search` found is taken, and only ``budget``, ``speedup``
-    and ``min_psnr`` count. From a profile it is planned, greedily: the error of caching group g at step i, m steps
+    and ``min_psnr`` count. From a profile it is planned: the error of caching group g at step i, m steps
     after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; its sum is kept
     low.
     Source: methods.md §1.5 (option D), §1.6, §1.7.
@@ -56,7 +56,8 @@ def plan(
         gamma: above 1, single large errors weigh more (peak suppression).
         kappa: standard deviations over the samples added to the mean error.
         text_weight: weight of the text stream's error.
-        method: ``"removal"``, ``"addition"`` or ``"best"`` of both.
+        method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them; see
+            ``layercache._core.solve``.
 
     Raises:
         BudgetError: out of range, or below what the protected steps and the longest run allow.

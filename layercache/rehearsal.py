@@ -330,6 +330,21 @@ def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float =
     return Schedule(fingerprint, ((0, fingerprint.num_blocks),), tuple(cells), (seconds,), velocities=velocities)
 
 
+def with_terms_of(schedule: Schedule, forecast: Forecast) -> Schedule:
+    """The schedule with the terms that a fit would give it, newest first, and coefficients that hold the newest."""
+    velocities: list[Velocity | None] = []
+    raw: list[int] = []
+    for step in range(schedule.num_steps):
+        runs = not schedule.is_skipped(step)
+        raw = [step, *raw] if runs else raw
+        corrects = step > 0 and forecast.target == "steer" and forecast.everywhere
+        if runs and not corrects:
+            velocities.append(None)
+            continue
+        velocities.append(Velocity({source: float(source == raw[0]) for source in raw[: forecast.terms]}))
+    return replace(schedule, velocities=tuple(velocities))
+
+
 def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
     """The newest velocity held where a step is skipped; something has to be there for the schedule to be whole."""
     newest, velocities = 0, list[Velocity | None]()

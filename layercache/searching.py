@@ -23,7 +23,7 @@ from layercache.forecast import secant_coefficients
 from layercache.front import Front, Point
 from layercache.planner import SPANS, plan
 from layercache.profile import StabilityProfile, readable
-from layercache.rehearsal import Rehearsal, Take, skipping
+from layercache.rehearsal import Rehearsal, Take, skipping, with_terms_of
 from layercache.schedule import Schedule, check_header
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
@@ -183,13 +183,12 @@ class _Search:
     def explore(self, budget: float, trials: int, bar: Any) -> None:
         """Runs the portfolio of a budget, then exchanges steps in the best schedule of whole steps."""
         count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
-        tried = [
-            self._run(skeleton, self.forecasts[0], origin)
-            for origin, skeleton in self._portfolio(budget, count)
-            if self._fits(skeleton)
+        portfolio = list(self._portfolio(budget, count))
+        tried = self._run_all([(skeleton, self.forecasts[0], origin) for origin, skeleton in portfolio])
+        ahead = sorted(tried, key=lambda t: t.quality)[-2:] or [
+            _Tried(skeleton, self.forecasts[0], origin, ()) for origin, skeleton in portfolio
         ]
-        for one in sorted(tried, key=lambda t: t.quality)[-2:]:
-            tried += [self._run(one.skeleton, f, one.origin) for f in self.forecasts[1:]]
+        tried += self._run_all([(one.skeleton, f, one.origin) for one in ahead for f in self.forecasts[1:]])
         whole = [t for t in tried if len(t.skeleton.groups) == 1]
         if whole:
             self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
@@ -197,6 +196,9 @@ class _Search:
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             take = self._take(one)
             self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
+
+    def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
+        return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
 
     def _portfolio(self, budget: float, count: int) -> Iterator[tuple[str, Schedule]]:
         fingerprint, steps = self.rehearsal.fingerprint, self.rehearsal.num_steps
@@ -258,6 +260,8 @@ class _Search:
             if found is None or time.monotonic() > self.deadline:
                 break
             known.add(found)
+            if not self._fits(skipping(self.rehearsal.fingerprint, found), best.forecast):
+                continue
             origin = best.origin.removesuffix(", refined") + ", refined"
             trial = self._run(skipping(self.rehearsal.fingerprint, found), best.forecast, origin, best)
             if trial.quality > best.quality:
@@ -306,8 +310,10 @@ class _Search:
         schedule = replace(tried.take.schedule, made_by={**tried.skeleton.made_by, **made_by})
         return replace(tried.take, schedule=schedule)
 
-    def _fits(self, skeleton: Schedule) -> bool:
-        return self.max_cache_bytes is None or self.rehearsal.cache_bytes(skeleton) <= self.max_cache_bytes
+    def _fits(self, skeleton: Schedule, forecast: Forecast) -> bool:
+        if self.max_cache_bytes is None:
+            return True
+        return self.rehearsal.cache_bytes(with_terms_of(skeleton, forecast)) <= self.max_cache_bytes
 
 
 def _computed(schedule: Schedule) -> list[int]:

@@ -13,7 +13,7 @@ from layercache.fitting import HOLD, Forecast
 from layercache.front import Front, Point
 from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
 from layercache.integration import attachment_of
-from layercache.rehearsal import Rehearsal, psnr_of, skipping
+from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
 from layercache.report import plain_text
 from layercache.searching import search, step_needs, velocity_errors
 from tiny import generators, mixed_cells, schedule_for, tiny_pipeline
@@ -267,9 +267,26 @@ def test_a_time_limit_ends_the_trials(pipe, profile):
 
 
 def test_a_memory_limit_leaves_out_what_stores_more(pipe, profile, rehearsal):
-    limited = run_search(pipe, profile, max_cache_bytes=200_000, trials=0)
-    assert limited.points
-    assert all(rehearsal.cache_bytes(p.schedule) <= 200_000 for p in limited.points)
+    one = 2 * 64 * 48 * 4  # a velocity of two pictures
+    free = run_search(pipe, profile, trials=4)
+    limited = run_search(pipe, profile, trials=4, max_cache_bytes=2 * one)
+    assert max(rehearsal.cache_bytes(p.schedule) for p in free.points) > 2 * one
+    assert 0 < max(rehearsal.cache_bytes(p.schedule) for p in limited.points) <= 2 * one
+    assert run_search(pipe, profile, trials=0, max_cache_bytes=one - 1).points == ()
+
+
+def test_terms_of_a_forecast_are_known_before_it_is_fitted(rehearsal):
+    for forecast in (
+        Forecast(terms=3),
+        Forecast(terms=2, everywhere=False),
+        Forecast("teacher", terms=4, everywhere=False),
+    ):
+        schedule = skipping(rehearsal.fingerprint, [0, 1, 2, 4, 5, 7])
+        fitted = rehearsal.run(schedule, forecast).schedule
+        expected = with_terms_of(schedule, forecast)
+        for step in range(3, STEPS):
+            a, b = fitted.velocity(step), expected.velocity(step)
+            assert (a and set(a.terms)) == (b and set(b.terms))
 
 
 def test_a_profile_of_something_else_is_refused(pipe, profile):
