@@ -47,9 +47,12 @@ Run RunCosts::best(int group, const Steps& steps, std::size_t at) const {
 
     const Run reuse{cost(group, anchor, length, 0), 0, -1};
     Run best = reuse;
+    int looked_at = -1;
     for (int span : problem_.spans) {
         const int base = resolve_base(steps, at, span);
-        if (base < 0) continue;
+        // many spans come down to the same older step
+        if (base < 0 || base == looked_at) continue;
+        looked_at = base;
         const double value = cost(group, anchor, length, anchor - base);
         if (value < best.cost) best = {value, span, base};
     }

@@ -47,12 +47,12 @@ double Selection::gain(int step, int group) const {
     const auto before = before_end - at_most(problem_.history, before_end - steps.begin());
     const auto after_end = after + at_most(problem_.history, steps.end() - after);
 
-    Steps window(before, before_end);
-    const std::size_t first = window.size() - 1;
-    window.insert(window.end(), after, after_end);
-    const double without = cost(group, window, first);
-    window.insert(window.begin() + static_cast<std::ptrdiff_t>(first) + 1, step);
-    return without - cost(group, window, first);
+    window_.assign(before, before_end);
+    const std::size_t first = window_.size() - 1;
+    window_.insert(window_.end(), after, after_end);
+    const double without = cost(group, window_, first);
+    window_.insert(window_.begin() + static_cast<std::ptrdiff_t>(first) + 1, step);
+    return without - cost(group, window_, first);
 }
 
 std::pair<int, int> Selection::neighbourhood(int step, int group) const {

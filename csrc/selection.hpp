@@ -36,6 +36,7 @@ private:
     const RunCosts& costs_;
     std::vector<Steps> steps_;
     std::vector<char> computed_;
+    mutable Steps window_; // scratch of gain()
 };
 
 } // namespace layercache

@@ -10,7 +10,7 @@ import torch
 from layercache import ops
 from layercache.layout import Layout, VelocityLayout
 
-MAX_INPUTS = ops.MAX_INPUTS
+MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
 
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], store: tuple[int, torch.Tensor] | None):

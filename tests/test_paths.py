@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracle_solvers
 from layercache import _core
 
 
@@ -101,3 +102,13 @@ def test_a_bad_entry_is_named(bad):
     errors[1, 2, 1] = bad
     with pytest.raises(ValueError, match="step 1, length 2, choice 1"):
         _core.shortest_path(errors, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_the_plain_python_twin(seed):
+    errors = np.random.default_rng(seed).random((20, 7, 3))
+    for budget in (5, 8, 14):
+        cost, steps = oracle_solvers.shortest_path(errors, budget, 3.0)
+        path = _core.shortest_path(errors, budget, gamma=3.0)
+        assert path.cost == pytest.approx(cost)
+        assert path.steps == steps

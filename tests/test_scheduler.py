@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import oracle_scheduler as oracle
+import oracle_solvers
 from layercache import _core
 from oracle_scheduler import Problem
 
@@ -486,3 +487,12 @@ def test_threads_do_not_disturb_each_other() -> None:
         thread.join()
     assert len(found) == 4
     assert all(np.array_equal(cells, expected) for cells in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lagrangian_is_no_worse_than_its_plain_twin(seed: int) -> None:
+    """The twin stops at the multiplier; ours also spends what is left, and may read an older residual."""
+    problem = smooth_problem(steps=16, groups=3, budget=0.6, seed=seed, history=2)
+    result = solve(problem, "lagrangian")
+    assert result.feasible
+    assert result.total_error <= oracle_solvers.lagrangian(problem) + 1e-9

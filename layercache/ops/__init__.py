@@ -43,7 +43,6 @@ from layercache.ops.statistics import MAX_ERROR_TERMS, align, combination_error,
 
 __all__ = [
     "MAX_ERROR_TERMS",
-    "MAX_INPUTS",
     "MAX_STREAMS",
     "MAX_TERMS",
     "OP_NAMES",
@@ -75,7 +74,6 @@ __all__ = [
 ]
 
 MAX_TERMS = _combine_kernels.MAX_TERMS
-MAX_INPUTS = _combine_kernels.MAX_INPUTS
 
 _BYTES: dict[str, Callable[..., int]] = {
     "capture": _capture_kernels.minimum_bytes,

@@ -1,0 +1,149 @@
+"""Times of the schedulers in C++ against the plain Python of the tests, and how far the greedy ones are from exact.
+
+python bench/solvers.py --json bench/results/solvers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from layercache import _core
+from layercache.report import machine_info, write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import oracle_scheduler
+import oracle_solvers
+from oracle_scheduler import Problem
+
+STEPS, GROUPS, SPANS, LONGEST = 100, 60, 8, 12
+
+
+def table(rng: np.random.Generator, steps: int, groups: int, rough: float = 0.1) -> np.ndarray:
+    """Errors that grow with the distance and shrink with the span up to a point, as measured ones do."""
+    scale = rng.uniform(0.5, 2.0, (steps, groups, 1, 1))
+    distance = np.arange(LONGEST + 1.0)[:, None] ** rng.uniform(1.0, 1.6)
+    damping = 1 - 0.5 * np.sin(np.linspace(0, 3, SPANS + 1))
+    noise = rng.uniform(1 - rough, 1 + rough, (steps, groups, LONGEST + 1, SPANS + 1))
+    return scale * distance * damping * noise
+
+
+def problem_of(rng: np.random.Generator, steps: int, groups: int, budget: float, rough: float = 0.1) -> Problem:
+    return Problem(
+        errors=table(rng, steps, groups, rough),
+        compute_cost=[1.0] * groups,
+        cached_cost=[0.01] * groups,
+        target=budget * steps * groups,
+        protected=np.zeros((steps, groups), bool),
+        spans=list(range(1, SPANS + 1)),
+        max_run=LONGEST,
+    )
+
+
+def solve(problem: Problem, method: str) -> _core.Result:
+    return _core.solve(**asdict(problem), method=method)
+
+
+def milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds)
+
+
+def times(repeats: int, python: bool) -> list[dict[str, Any]]:
+    """Every solver at 100 steps, 60 groups, 8 spans and runs of up to 12; plain Python once, on one core."""
+    rng = np.random.default_rng(0)
+    problem = problem_of(rng, STEPS, GROUPS, 0.55)
+    edges = np.ascontiguousarray(problem.errors[:, 0])
+    # the greedy Python costs every group again for every candidate: a small share of the moves has to do
+    short = problem_of(rng, 40, 6, 0.8)
+    calls: list[tuple[str, Callable[[], Any], Callable[[], Any] | None, Callable[[], Any] | None]] = [
+        (
+            "removal",
+            lambda: solve(problem, "removal"),
+            lambda: solve(short, "removal"),
+            lambda: oracle_scheduler.removal(short),
+        ),
+        ("addition", lambda: solve(problem, "addition"), None, None),
+        (
+            "lagrangian",
+            lambda: solve(problem, "lagrangian"),
+            lambda: solve(short, "lagrangian"),
+            lambda: oracle_solvers.lagrangian(short),
+        ),
+        ("exact, 50 steps, 3 groups", lambda: solve(problem_of(rng, 50, 3, 0.6), "exact"), None, None),
+        (
+            "peak-suppressed path",
+            lambda: _core.shortest_path(edges, 50),
+            lambda: _core.shortest_path(edges, 50),
+            lambda: oracle_solvers.shortest_path(edges, 50, 5.0),
+        ),
+        ("lexicographic path", lambda: _core.shortest_path(edges, 50, mode="lexicographic"), None, None),
+    ]
+    rows = []
+    for name, full, same, plain in tqdm(calls, desc="timing"):
+        row: dict[str, Any] = {"solver": name, "milliseconds": milliseconds(full, repeats)}
+        if python and same is not None and plain is not None:
+            row["python_ratio"] = milliseconds(plain, 1) / milliseconds(same, repeats)
+        rows.append(row)
+    return rows
+
+
+def gaps(count: int) -> dict[str, Any]:
+    """Error above the exact optimum's, relative, over random tables."""
+    found: dict[str, list[float]] = {"removal": [], "addition": [], "lagrangian": [], "best": []}
+    for seed in tqdm(range(count), desc="gaps"):
+        rng = np.random.default_rng([1, seed])
+        steps, groups = int(rng.integers(12, 41)), int(rng.integers(1, 5))
+        problem = problem_of(rng, steps, groups, float(rng.uniform(0.3, 0.9)), rough=float(rng.uniform(0.0, 0.5)))
+        exact = solve(problem, "exact")
+        for method, values in found.items():
+            result = solve(problem, method)
+            if exact.feasible and result.feasible and exact.total_error > 0:
+                values.append(result.total_error / exact.total_error - 1)
+    return {
+        method: {
+            "tables": len(values),
+            "mean": float(np.mean(values)),
+            "quantile90": float(np.quantile(values, 0.9)),
+            "largest": float(np.max(values)),
+        }
+        for method, values in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=int, default=1000, help="random tables for the gaps")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-python", action="store_true", help="leave out the plain Python (a minute)")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    measured = times(args.repeats, not args.no_python)
+    for row in measured:
+        ratio = f"{row['python_ratio']:8.0f}x Python" if "python_ratio" in row else ""
+        print(f"{row['solver']:28} {row['milliseconds']:8.2f} ms {ratio}")
+    statistics = gaps(args.tables)
+    for method, gap in statistics.items():
+        print(
+            f"{method:28} above exact: mean {gap['mean']:.2%}, 90 % {gap['quantile90']:.2%}, most {gap['largest']:.2%}"
+        )
+    if args.json:
+        size = {"steps": STEPS, "groups": GROUPS, "spans": SPANS, "longest_run": LONGEST}
+        write_json(args.json, {"machine": machine_info(), "size": size, "times": measured, "gaps": statistics})
+
+
+if __name__ == "__main__":
+    main()
