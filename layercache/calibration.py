@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,14 +22,15 @@ from layercache.compat import progress_bar_settings
 from layercache.errors import CalibrationError
 from layercache.forecast import secant_coefficients
 from layercache.integration import attach
-from layercache.layout import CAPTURE, GroupAction
-from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, spec_for
+from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, first_tensor, spec_for
 from layercache.partition import Partition, cut, cut_by_curves
 from layercache.profile import StabilityProfile
 from layercache.routing import Router, Trip
 from layercache.schedule import Fingerprint
 from layercache.steps import StepCounter
 from layercache.stopwatch import Stopwatch
+from layercache.velocities import as_rows
 
 Sample = tuple[str, Callable[[], object]]
 
@@ -49,6 +51,7 @@ def calibrate(
     max_distance: int = 8,
     max_span: int = 9,
     eta: float = 1.0,
+    sensitivity: bool = False,
     progress: bool = True,
     **call: Any,
 ) -> StabilityProfile:
@@ -70,6 +73,9 @@ def calibrate(
         max_distance: longest distance to the anchor that is measured.
         max_span: longest distance between the two anchors that is measured.
         eta: damping of the secant.
+        sensitivity: also measure what a group's error does to the velocity, by putting the residual of the step
+            before in its place and running the groups behind it: about one more full run per sample (methods.md §1.5,
+            option A).
         progress: show a progress bar.
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
@@ -90,7 +96,7 @@ def calibrate(
         curves = _observe(target, observer, todo, progress, "measuring blocks").stability()[1:]
         partition = cut_by_curves(curves, num_groups)
     groups = cut(partition, lengths)
-    observer = Observer(transformer, spec, groups, sigmas, scheduler, max_distance, max_span, eta)
+    observer = Observer(transformer, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity)
     return _observe(target, observer, todo, progress, "calibrating")
 
 
@@ -170,6 +176,7 @@ class _Branch:
     def __init__(self, num_groups: int, window: int):
         self.windows: list[deque] = [deque(maxlen=window) for _ in range(num_groups)]
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
+        self.responses: dict[tuple[int, int], torch.Tensor] = {}
         self.reuse: dict[int, float] = {}
         self.steps = 0
 
@@ -187,6 +194,7 @@ class Observer(Router):
         max_distance: int,
         max_span: int,
         eta: float,
+        sensitivity: bool = False,
     ):
         super().__init__(transformer, spec, groups)
         self.groups = tuple(groups)
@@ -196,6 +204,8 @@ class Observer(Router):
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
         self._branches: dict[str, _Branch] = {}
+        self._measures_sensitivity = sensitivity
+        self._substitutes: list[list[torch.Tensor]] | None = None
 
     def _take_sigmas(self, sigmas: Sequence[float]) -> None:
         if not self.sigmas:
@@ -204,7 +214,7 @@ class Observer(Router):
             raise CalibrationError("the samples do not share one noise schedule; use one step count and resolution")
 
     def new_trip(self) -> Trip:
-        return _ObservedTrip(self)
+        return _ObservedTrip(self) if self._substitutes is None else super().new_trip()
 
     def start_sample(self) -> None:
         self._branches = {}
@@ -255,6 +265,33 @@ class Observer(Router):
         if group not in seen.reuse and step >= 1:
             seen.reuse[group] = _time_reuse(outputs, residuals)
 
+    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
+        """With the last step's residual in a group's place, what becomes of the velocity?"""
+        step, seen = self.place.step, self._branches[self.place.branch]
+        if not self._measures_sensitivity or step == 0:
+            return
+        self.clock.mark(("sensitivity", step))
+        velocity = first_tensor(output)
+        here, before = ([window[age] for window in seen.windows] for age in (0, 1))
+        try:
+            for group in range(len(self.groups)):
+                # this step's residuals of the groups in front lead to the group's own input again
+                self._substitutes = [*here[:group], before[group]]
+                ahead = [GroupAction(REUSE, text=True, ends_run=k == group) for k in range(group + 1)]
+                self.open((*ahead, *[GroupAction(COMPUTE)] * (len(self.groups) - group - 1)))
+                changed = first_tensor(rerun())
+                seen.responses[step, group] = ops.pair_statistics([as_rows(changed)], [as_rows(velocity)])
+        finally:
+            self._substitutes = None
+        self.clock.mark(("rest", step))
+
+    def reuse(self, group, image, text):
+        for residuals in self._substitutes or ():
+            streams = [image] if text is None else [image, text]
+            image, *rest = ops.linear_combination(streams, [[r] for r in residuals[: len(streams)]], (1.0,))
+            text = rest[0] if rest else None
+        return image, text
+
     def end_sample(self, name: str) -> dict[str, Any]:
         """Fetches a finished sample's statistics from the device."""
         num_steps = max(0, len(self.sigmas) - 1)
@@ -270,10 +307,25 @@ class Observer(Router):
             for b, seen in enumerate(self._branches.values()):
                 self._fill(errors[:, b], norms[:, b], seen, stream)
             tables[stream] = (errors, norms)
+        responses = np.stack([self._responses(seen) for seen in self._branches.values()])
         reuse = [[b.reuse.get(g, 0.0) for g in range(len(self.groups))] for b in self._branches.values()]
-        found = {"branches": tuple(self._branches), "tables": tables, "seconds": seconds, "reuse": reuse}
+        found = {
+            "branches": tuple(self._branches),
+            "tables": tables,
+            "seconds": seconds,
+            "reuse": reuse,
+            "responses": responses,
+        }
         self._branches = {}
         return found
+
+    def _responses(self, seen: _Branch) -> np.ndarray:
+        """Relative L1 change of the velocity, ``[N, G]``; 0 at step 0."""
+        table = np.zeros((len(self.sigmas) - 1, len(self.groups)))
+        for (step, group), sums in seen.responses.items():
+            change, _, norm = sums[0, :3].double().cpu().tolist()
+            table[step, group] = change / norm if norm > 0 else math.inf
+        return table
 
     def _fill(self, errors: np.ndarray, norms: np.ndarray, seen: _Branch, stream: str) -> None:
         keys = [key for key in seen.statistics if key[2] == stream]
@@ -306,6 +358,8 @@ class Observer(Router):
             "image_norm_l2": stack("image", 1, 1),
             "text_norm_l1": stack("text", 1, 0),
         }
+        if self._measures_sensitivity:
+            tables["velocity_response"] = np.stack([result["responses"] for result in results])
         groups = range(len(self.groups))
         steps = range(len(self.sigmas) - 1)
         every = [(result["seconds"], step) for result in results for step in steps]

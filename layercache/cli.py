@@ -219,6 +219,10 @@ def calibrate(
     width: Width = None,
     partition: Annotated[Partition, typer.Option(help="How to cut the blocks into groups.")] = Partition.thirds,
     groups: Annotated[int, typer.Option(min=1, help="Number of groups of the 'measured' partition.")] = 3,
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Also measure what a group's error does to the result (twice the time)."),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path("profile.safetensors"),
     device: Device = None,
     dtype: DtypeOption = Dtype.bfloat16,
@@ -253,6 +257,7 @@ def calibrate(
             num_inference_steps=steps,
             partition=partition.value,
             num_groups=groups,
+            sensitivity=sensitivity,
             **_call_arguments(pipe, guidance, height, width),
         )
     profile.save(output)

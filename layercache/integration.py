@@ -43,7 +43,9 @@ class Attachment:
         allow_graphs(self.router.graphs)
         self._hooks = [
             self.transformer.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
-            self.transformer.register_forward_hook(outside_graphs(self._after_forward), always_call=True),
+            self.transformer.register_forward_hook(
+                outside_graphs(self._after_forward), with_kwargs=True, always_call=True
+            ),
         ]
         if hasattr(self.transformer, "cache_context"):
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
@@ -113,8 +115,12 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         self.router.begin(self._branch, self._step, kwargs, dry_run)
 
-    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.router.shut()
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            if output is not None:  # the forward did not fail
+                self.router.after(output, functools.partial(module.forward, *args, **kwargs))
+        finally:
+            self.router.shut()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

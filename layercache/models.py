@@ -108,6 +108,11 @@ def find_transformer(target: Any) -> nn.Module:
     return unwrap_compiled(module)
 
 
+def first_tensor(output: Any) -> torch.Tensor:
+    """The velocity in what a transformer's forward returns: a tensor, a tuple, or one of diffusers' outputs."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 def config_hash(transformer: nn.Module) -> str:
     """Twelve hex digits that change when the transformer's configuration does."""
     text = json.dumps(model_config(transformer), sort_keys=True, default=str)

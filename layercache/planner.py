@@ -32,6 +32,7 @@ def plan(
     gamma: float = 1.0,
     kappa: float = 0.0,
     text_weight: float = 0.1,
+    sensitivity: bool | None = None,
     method: str = "best",
 ) -> Schedule:
     """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
@@ -56,6 +57,8 @@ def plan(
         gamma: above 1, single large errors weigh more (peak suppression).
         kappa: standard deviations over the samples added to the mean error.
         text_weight: weight of the text stream's error.
+        sensitivity: weigh every error by what it does to the velocity (`StabilityProfile.sensitivity`); by default
+            if it was measured.
         method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them; see
             ``layercache._core.solve``.
 
@@ -73,12 +76,13 @@ def plan(
     protected[:first] = True
     protected[max(0, num_steps - last) :] = True
 
+    weighs = profile.has_sensitivity if sensitivity is None else sensitivity
     compute_cost = np.asarray(profile.group_seconds)
     cached_cost, target = _target(profile, budget, speedup)
     from layercache import _core
 
     result = _core.solve(
-        weighted_errors(profile, gamma, kappa, text_weight),
+        weighted_errors(profile, gamma, kappa, text_weight, weighs),
         compute_cost,
         cached_cost,
         target,
@@ -109,17 +113,21 @@ def plan(
             "gamma": gamma,
             "kappa": kappa,
             "text_weight": text_weight,
+            "sensitivity": weighs,
             "error": result.total_error,
             "samples": len(profile.samples),
         },
     )
 
 
-def weighted_errors(profile: StabilityProfile, gamma: float, kappa: float, text_weight: float) -> np.ndarray:
-    """The solver's table ``D [N, G, M+1, K+1]`` of methods.md §1.5 with sensitivity and step weight 1."""
+def weighted_errors(
+    profile: StabilityProfile, gamma: float, kappa: float, text_weight: float, sensitivity: bool = False
+) -> np.ndarray:
+    """The solver's table ``D [N, G, M+1, K+1]`` of methods.md §1.5, with sensitivity (else 1) and step weight 1."""
     step_size = np.abs(np.diff(np.asarray(profile.fingerprint.sigmas)))
     errors = profile.relative_errors(text_weight=text_weight, kappa=kappa)
-    return np.ascontiguousarray((step_size[:, None, None, None] * errors) ** gamma)
+    weights = profile.sensitivity()[:, :, None, None] if sensitivity else 1.0
+    return np.ascontiguousarray((step_size[:, None, None, None] * weights * errors) ** gamma)
 
 
 def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:

@@ -20,6 +20,7 @@ FORMAT = "layercache profile"
 VERSION = 1
 
 _TINY = 1e-12
+_RESPONSE = "velocity_response"
 _ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
 _NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
 
@@ -42,6 +43,9 @@ class StabilityProfile:
     * ``image_error_l1``: ``sum |prediction - residual|``, ``image_error_l2``: the root of the sum of squares,
       ``text_error_l1``: as the first, of the text stream (zeros for models without one);
     * ``image_norm_l1``, ``image_norm_l2``, ``text_norm_l1`` ``[P, B, N, G]``: the same sums of the residual itself.
+
+    * ``velocity_response`` ``[P, B, N, G]``, only where sensitivity was measured: relative L1 change of the velocity
+      with the group's residual of the step before in the place of its own (0 at step 0).
 
     Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
 
@@ -70,11 +74,34 @@ class StabilityProfile:
         shape = (len(self.samples), len(self.fingerprint.branches), self.fingerprint.num_steps, len(self.groups))
         for name in _NORMS:
             self._check_table(name, shape)
+        if self.has_sensitivity:
+            self._check_table(_RESPONSE, shape)
         for name in _ERRORS:
             self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
         seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
         if len(seconds) != 2 * len(self.groups) + 1 or not all(np.isfinite(seconds)) or min(self.group_seconds) <= 0:
             raise CalibrationError(f"the measured seconds are not usable: {seconds}")
+
+    @property
+    def has_sensitivity(self) -> bool:
+        return _RESPONSE in self.tables
+
+    def sensitivity(self) -> np.ndarray:
+        """Relative change of the velocity per relative error of a group's residual, ``w [N, G]``.
+
+        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))`` of the forecast by the residual of the step before, mean over
+        samples and branches; 1 at step 0. Source: methods.md §1.5, option A.
+
+        Raises:
+            CalibrationError: it was not measured.
+        """
+        if not self.has_sensitivity:
+            raise CalibrationError("this profile has no sensitivity; calibrate with sensitivity=True")
+        change = self._relative("image")[..., 1, 0]
+        response = self.tables[_RESPONSE]
+        weights = np.divide(response, change, out=np.ones_like(response), where=np.isfinite(change) & (change > _TINY))
+        weights[:, :, 0] = 1.0
+        return weights.mean(axis=(0, 1))
 
     @property
     def max_distance(self) -> int:
@@ -143,7 +170,8 @@ class StabilityProfile:
             "samples": list(self.samples),
             "eta": self.eta,
         }
-        tables = {name: np.ascontiguousarray(self.tables[name]) for name in (*_ERRORS, *_NORMS)}
+        names = [*_ERRORS, *_NORMS, *([_RESPONSE] if self.has_sensitivity else [])]
+        tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
         metadata = {"header": json.dumps(header)}
         return write_atomically(path, lambda temporary: save_file(tables, temporary, metadata=metadata))
 
@@ -158,7 +186,8 @@ class StabilityProfile:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 check_header(header, FORMAT, VERSION, str(path))
-                tables = {name: file.get_tensor(name) for name in (*_ERRORS, *_NORMS)}
+                names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name == _RESPONSE)]
+                tables = {name: file.get_tensor(name) for name in names}
             return cls(
                 fingerprint=Fingerprint.from_json(header["fingerprint"]),
                 groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),

@@ -152,6 +152,9 @@ class Router:
         """
         raise NotImplementedError
 
+    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
+        """The announced forward gave ``output``; ``rerun`` runs the same one again."""
+
     @property
     def steers(self) -> bool:
         """Whether the velocity passes through `pass_on` on its way to the sampler."""

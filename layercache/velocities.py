@@ -21,12 +21,12 @@ def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], stor
         coefficients: one for each.
         store: ``(k, copy)``: tensor k is also copied there, in the same launch.
     """
-    flat = [_rows(t) for t in tensors]
+    flat = [as_rows(t) for t in tensors]
     result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
-    outputs: list[torch.Tensor] = [_rows(result)]
+    outputs: list[torch.Tensor] = [as_rows(result)]
     matrix: list[list[float | None]] = [list(coefficients[:MAX_INPUTS])]
     if store is not None and store[0] < MAX_INPUTS:
-        outputs.append(_rows(store[1]))
+        outputs.append(as_rows(store[1]))
         matrix.append([1.0 if k == store[0] else None for k in range(len(matrix[0]))])
     ops.linear_map([flat[:MAX_INPUTS]], [outputs], matrix)
     for lo in range(MAX_INPUTS, len(flat), MAX_INPUTS - 1):
@@ -36,7 +36,8 @@ def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], stor
     return result
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Of any rank, as the ops take it: ``[1, rows, channels]``."""
     return tensor.contiguous().view(1, -1, tensor.shape[-1] if tensor.dim() else 1)
 
 
