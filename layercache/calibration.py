@@ -178,6 +178,7 @@ class _Branch:
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
         self.responses: dict[tuple[int, int], torch.Tensor] = {}
         self.reuse: dict[int, float] = {}
+        self.stream_bytes = (0, 0)
         self.steps = 0
 
 
@@ -245,6 +246,7 @@ class Observer(Router):
         inputs, outputs = [image_in], [image_out]
         if text_in is not None:
             inputs, outputs = [image_in, text_in], [image_out, text_out]
+        seen.stream_bytes = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
         residuals = [torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
         ops.capture(outputs, inputs, residuals, None)
         window = seen.windows[group]
@@ -315,6 +317,7 @@ class Observer(Router):
             "seconds": seconds,
             "reuse": reuse,
             "responses": responses,
+            "stream_bytes": tuple(seen.stream_bytes for seen in self._branches.values()),
         }
         self._branches = {}
         return found
@@ -380,7 +383,12 @@ class Observer(Router):
             samples=tuple(samples),
             tables=tables,
             eta=self.eta,
+            stream_bytes=max((result["stream_bytes"] for result in results), key=sum_of_pairs),
         )
+
+
+def sum_of_pairs(pairs: Sequence[tuple[int, int]]) -> int:
+    return sum(image + text for image, text in pairs)
 
 
 def coefficient_sets(

@@ -304,6 +304,9 @@ def plan(
     speedup: Annotated[
         float | None, typer.Option(min=1.0, help="Instead of a budget: how many times faster the steps should be.")
     ] = None,
+    full_steps: Annotated[
+        float | None, typer.Option(min=0.0, help="Instead of a budget: the compute of so many full steps.")
+    ] = None,
     min_psnr: Annotated[
         float | None, typer.Option(help="Instead of a budget, from a front: the mean PSNR to reach with least compute.")
     ] = None,
@@ -341,9 +344,7 @@ def plan(
     time_limit: Annotated[
         float | None, typer.Option(min=0.0, help="--pareto: seconds after which no further exchange is tried.")
     ] = None,
-    max_cache_mb: Annotated[
-        float | None, typer.Option(min=0.0, help="--pareto: leave out what would store more than so many MB.")
-    ] = None,
+    max_cache_mb: Annotated[float | None, typer.Option(min=0.0, help="Store no more than so many MB.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="--pareto: seed of the first picture, the others follow.")] = 1000,
     guidance: Guidance = None,
     height: Height = None,
@@ -370,7 +371,7 @@ def plan(
     from layercache import report
 
     printer = Printer(json_to)
-    conditions = sum(value is not None for value in (budget, speedup, min_psnr))
+    conditions = sum(value is not None for value in (budget, speedup, full_steps, min_psnr))
     if pareto:
         if conditions:
             raise typer.BadParameter("--pareto searches all --budgets; pick one from the front afterwards.")
@@ -381,7 +382,9 @@ def plan(
         _plan_front(printer, profile, pipe, prompts, settings, call, output or Path("front.json"))
         return
     if conditions != 1:
-        raise typer.BadParameter("give either --budget, --speedup or, from a front, --min-psnr; or --pareto.")
+        raise typer.BadParameter(
+            "give either --budget, --speedup, --full-steps or, from a front, --min-psnr; or --pareto."
+        )
     chosen_spans = _parse_spans(spans)
     source = _load(profile)
     if isinstance(source, layercache.Schedule):
@@ -390,7 +393,9 @@ def plan(
         source,
         budget,
         speedup=speedup,
+        full_steps=full_steps,
         min_psnr=min_psnr,
+        max_cache_bytes=None if max_cache_mb is None else int(max_cache_mb * 1e6),
         spans=chosen_spans,
         history=history,
         max_run=max_run,

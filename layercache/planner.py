@@ -22,7 +22,9 @@ def plan(
     budget: float | None = None,
     *,
     speedup: float | None = None,
+    full_steps: float | None = None,
     min_psnr: float | None = None,
+    max_cache_bytes: int | None = None,
     spans: Sequence[int] = SPANS,
     history: int = 3,
     max_run: int = 8,
@@ -47,7 +49,10 @@ def plan(
         profile: from `layercache.calibrate`, or a front from `layercache.search`.
         budget: largest share of the block time that is computed, in (0, 1].
         speedup: instead of a budget, the speedup of the whole denoising loop to reach, by the measured seconds.
+        full_steps: instead of a budget, in equivalent full steps: ``budget * N``.
         min_psnr: with a front only: the least compute that reaches this mean PSNR on its calibration pictures.
+        max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated;
+            fewer anchors are kept until that holds. A front keeps it by its search.
         spans: spans K of the secant to choose from; empty means plain reuse only.
         history: computed steps whose residuals are kept, the newest included.
         max_run: longest run of cached steps of a group.
@@ -63,60 +68,93 @@ def plan(
             ``layercache._core.solve``.
 
     Raises:
-        BudgetError: out of range, or below what the protected steps and the longest run allow.
+        BudgetError: out of range, or below what the protected steps, the longest run or the memory allow.
     """
+    budget = _share_of(profile, budget, full_steps)
     if isinstance(profile, Front):
         return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
     if min_psnr is not None:
         raise BudgetError("min_psnr needs a front of measured schedules: run layercache.search first")
+    settings = {
+        "budget": budget,
+        "speedup": speedup,
+        "max_run": max_run,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
+        "tau": tau,
+        "gamma": gamma,
+        "kappa": kappa,
+        "text_weight": text_weight,
+        "sensitivity": profile.has_sensitivity if sensitivity is None else sensitivity,
+        "solver": method,
+    }
+    schedule = _solved(profile, {**settings, "spans": list(spans), "history": history})
+    if max_cache_bytes is None:
+        return schedule
+    needed = [profile.cache_bytes(schedule)]
+    # a second anchor costs memory, and the choice between older ones more of it
+    for fewer in ({"spans": list(spans), "history": min(2, history)}, {"spans": [], "history": 1}):
+        if needed[-1] <= max_cache_bytes:
+            return schedule
+        schedule = _solved(profile, {**settings, **fewer})
+        needed.append(profile.cache_bytes(schedule))
+    if needed[-1] <= max_cache_bytes:
+        return schedule
+    raise BudgetError(
+        f"max_cache_bytes of {max_cache_bytes} is too little for this budget: {min(needed)} bytes are needed at least; "
+        "cut the blocks into fewer groups, calibrate smaller batches, or take a schedule of whole steps from a front"
+    )
+
+
+def _share_of(profile: StabilityProfile | Front, budget: float | None, full_steps: float | None) -> float | None:
+    if full_steps is None:
+        return budget
+    if budget is not None:
+        raise BudgetError("give either a budget or full_steps, which is the same times the number of steps")
+    if isinstance(profile, Front) and not profile.points:
+        raise BudgetError("the front is empty; search for schedules first (layercache.search)")
+    fingerprint = profile.points[0].schedule.fingerprint if isinstance(profile, Front) else profile.fingerprint
+    if not 0 < full_steps <= fingerprint.num_steps:
+        raise BudgetError(f"full_steps must be above 0 and at most {fingerprint.num_steps}, got {full_steps}")
+    return full_steps / fingerprint.num_steps
+
+
+def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
+    """The solver's schedule; `plan` says what the settings mean."""
     num_steps = profile.fingerprint.num_steps
+    protect_first, protect_last = settings["protect_first"], settings["protect_last"]
     first = max(3, math.ceil(0.1 * num_steps)) if protect_first is None else protect_first
     last = (2 if num_steps > 28 else 1) if protect_last is None else protect_last
     protected = np.zeros((num_steps, len(profile.groups)), dtype=bool)
     protected[:first] = True
     protected[max(0, num_steps - last) :] = True
 
-    weighs = profile.has_sensitivity if sensitivity is None else sensitivity
     compute_cost = np.asarray(profile.group_seconds)
-    cached_cost, target = _target(profile, budget, speedup)
+    cached_cost, target = _target(profile, settings["budget"], settings["speedup"])
     from layercache import _core
 
     result = _core.solve(
-        weighted_errors(profile, gamma, kappa, text_weight, weighs),
+        weighted_errors(profile, *(settings[name] for name in ("gamma", "kappa", "text_weight", "sensitivity"))),
         compute_cost,
         cached_cost,
         target,
         protected,
-        list(spans),
-        history=history,
-        max_run=min(max_run, profile.max_distance),
-        tau=tau,
-        method=method,
+        settings["spans"],
+        history=settings["history"],
+        max_run=min(settings["max_run"], profile.max_distance),
+        tau=settings["tau"],
+        method=settings["solver"],
     )
     if not result.feasible:
-        _refuse(profile, result.spent, budget, cached_cost)
+        _refuse(profile, result.spent, settings["budget"], cached_cost)
+    told = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
+    kept = {name: value for name, value in settings.items() if not name.startswith("protect")}
     return Schedule(
         fingerprint=profile.fingerprint,
         groups=profile.groups,
         cells=_cells(profile, result),
         group_seconds=tuple(profile.group_seconds),
-        made_by={
-            "method": "layercache",
-            "solver": result.method,
-            "budget": budget,
-            "speedup": speedup,
-            "spans": list(spans),
-            "history": history,
-            "max_run": max_run,
-            "protect": [first, last],
-            "tau": tau,
-            "gamma": gamma,
-            "kappa": kappa,
-            "text_weight": text_weight,
-            "sensitivity": weighs,
-            "error": result.total_error,
-            "samples": len(profile.samples),
-        },
+        made_by={"method": "layercache", **kept, "solver": result.method, **told},
     )
 
 

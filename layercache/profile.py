@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from layercache.errors import CalibrationError, FileFormatError
 from layercache.files import write_atomically
-from layercache.schedule import Fingerprint, check_groups, check_header
+from layercache.layout import lay_out
+from layercache.schedule import Fingerprint, Schedule, check_groups, check_header
 
 FORMAT = "layercache profile"
 VERSION = 1
@@ -54,6 +55,7 @@ class StabilityProfile:
         reuse_seconds: seconds of reusing it instead, ``[G]``.
         fixed_seconds: seconds of a step outside the blocks (embedders, head, guidance, sampler).
         eta: damping of the secant the tables were measured with.
+        stream_bytes: per branch, bytes of the image and of the text stream in the largest sample; empty in old files.
         samples: what was run, one line per sample.
 
     Raises:
@@ -68,6 +70,7 @@ class StabilityProfile:
     samples: tuple[str, ...]
     tables: Mapping[str, np.ndarray]
     eta: float = 1.0
+    stream_bytes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         check_groups(self.groups, self.fingerprint.num_blocks)
@@ -151,6 +154,19 @@ class StabilityProfile:
         error = self.tables[f"{stream}_error_l1"]
         return np.divide(error, norm, out=np.full_like(error, np.inf), where=norm > _TINY)
 
+    def cache_bytes(self, schedule: Schedule) -> int:
+        """Memory of the residuals a schedule stores, all branches together, at the batch of the largest sample.
+
+        Exactly what is allocated. Source: methods.md §1.9 (slots by liveness).
+
+        Raises:
+            CalibrationError: the profile was written before sizes were kept.
+        """
+        if not self.stream_bytes:
+            raise CalibrationError("this profile does not say how large the streams are; calibrate again")
+        has_text = any(text for _, text in self.stream_bytes)
+        return lay_out(schedule, has_text).nbytes(self.stream_bytes)
+
     def stability(self) -> np.ndarray:
         """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""
         change = self._relative("image").mean(axis=(0, 1))[:, :, 1, 0]
@@ -169,6 +185,7 @@ class StabilityProfile:
             "fixed_seconds": self.fixed_seconds,
             "samples": list(self.samples),
             "eta": self.eta,
+            "stream_bytes": [list(sizes) for sizes in self.stream_bytes],
         }
         names = [*_ERRORS, *_NORMS, *([_RESPONSE] if self.has_sensitivity else [])]
         tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
@@ -197,6 +214,7 @@ class StabilityProfile:
                 samples=tuple(header["samples"]),
                 tables=tables,
                 eta=float(header["eta"]),
+                stream_bytes=tuple((int(image), int(text)) for image, text in header.get("stream_bytes", ())),
             )
         except FileFormatError:
             raise

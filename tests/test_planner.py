@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from layercache.forecast import secant_coefficients
 from layercache.planner import weighted_errors
 from layercache.profile import StabilityProfile, readable
 from layercache.schedule import Fingerprint
+from tiny import tiny_pipeline
 
 
 def made_profile(seed=0, steps=20, groups=3, distance=8, span=9) -> StabilityProfile:
@@ -112,3 +114,33 @@ def test_an_infinite_cell_is_computed():
     tables["image_norm_l1"][0, 0, 10, 1] = 0
     schedule = layercache.plan(dataclasses.replace(profile, tables=tables), 0.5)
     assert schedule.cells[10][1] is None
+
+
+def test_full_steps_are_a_budget():
+    profile = made_profile()
+    steps = profile.fingerprint.num_steps
+    assert layercache.plan(profile, full_steps=0.6 * steps).cells == layercache.plan(profile, 0.6).cells
+    for wrong in ({"full_steps": 0}, {"full_steps": steps + 1}, {"full_steps": 5, "budget": 0.5}):
+        with pytest.raises(BudgetError):
+            layercache.plan(profile, **wrong)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.5])
+def test_memory_is_kept_to_what_is_allowed(share):
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 12, "guidance_scale": 3.0}
+    profile = layercache.calibrate(pipe, [["cat", "grass"]], progress=False, **call)
+    free = layercache.plan(profile, 0.6)
+    limit = int(share * profile.cache_bytes(free))
+    try:
+        schedule = layercache.plan(profile, 0.6, max_cache_bytes=limit)
+    except BudgetError as error:
+        least = int(re.search(r"(\d+) bytes are needed", str(error)).group(1))
+        assert limit < least <= profile.cache_bytes(free)
+        assert share < 0.8
+        return
+    assert schedule.used <= 0.6 + 1e-9
+    assert profile.cache_bytes(schedule) <= limit
+    with layercache.enabled(pipe, schedule) as cache:
+        pipe(["cat", "grass"], **call)
+        assert cache.report().cache_bytes == profile.cache_bytes(schedule)
