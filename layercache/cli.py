@@ -408,9 +408,19 @@ def plan(
     )
     output = output or Path("schedule.json")
     schedule.save(output)
-    printer.say(report.schedule_sentences(schedule), f"schedule: {output}")
+    printer.say(report.schedule_sentences(schedule), *_memory_line(source, schedule), f"schedule: {output}")
     printer.say(f"next: layercache generate --schedule {output} --prompt ... --compare", style="dim")
     printer.figures(report.schedule_figures(schedule))
+
+
+def _memory_line(source: StabilityProfile | Front, schedule: Schedule) -> list[str]:
+    """What the schedule will store, where that is known."""
+    from layercache.profile import StabilityProfile
+
+    if not isinstance(source, StabilityProfile) or not source.stream_bytes:
+        return []
+    size = source.cache_bytes(schedule) / 1e6
+    return [f"It stores {size:.1f} MB of residuals for a batch as large as the calibration's."]
 
 
 @dataclass(frozen=True)
@@ -468,7 +478,7 @@ def _plan_front(
     front.save(output)
     save_front_plot(output.with_suffix(".png"), rows, title)
     page = save_front_page(output.with_suffix(".html"), rows, title)
-    printer.say(front_table(rows, title), f"front: {output}", f"page: {page}")
+    printer.say(front_table(rows, title), *front.notes, f"front: {output}", f"page: {page}")
     printer.say(f"next: layercache plan {output} --budget {front.points[0].used:.2f}", style="dim")
     printer.figures({"kind": "front", "runs": front.tried, "points": [row.to_json() for row in rows]})
 
@@ -681,10 +691,11 @@ def _explain_front(front: Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
     from layercache.front_report import front_table, rows_of
 
     rows = rows_of(front)
+    figures = {"kind": "front", "notes": list(front.notes), "points": [row.to_json() for row in rows]}
     legend = (
         "Every schedule is better than all that use less; 'layercache plan' takes one out by --budget and the like."
     )
-    return (front_table(rows),), legend, {"kind": "front", "points": [row.to_json() for row in rows]}
+    return (front_table(rows), *front.notes), legend, figures
 
 
 def _load(path: Path) -> Schedule | StabilityProfile | Front:

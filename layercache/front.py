@@ -57,21 +57,23 @@ class Front:
         points: each better than all that use less.
         seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
         tried: how many runs the search took.
+        notes: what the search found out on the way, a sentence each.
     """
 
     points: tuple[Point, ...]
     seconds: tuple[float, float, float]
     tried: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, points: Iterable[Point], seconds: Sequence[float], tried: int = 0) -> Front:
+    def of(cls, points: Iterable[Point], seconds: Sequence[float], tried: int = 0, notes: Iterable[str] = ()) -> Front:
         """Keeps of all points those that no other point beats."""
         kept: list[Point] = []
         for point in sorted(points, key=lambda p: (p.used, -p.calibration.mean)):
             if not kept or point.calibration.mean > kept[-1].calibration.mean:
                 kept.append(point)
         blocks, fixed, reuse = seconds
-        return cls(tuple(kept), (blocks, fixed, reuse), tried)
+        return cls(tuple(kept), (blocks, fixed, reuse), tried, tuple(notes))
 
     def speedup(self, point: Point) -> float:
         """Expected speedup of the denoising loop, by the measured seconds (methods.md §1.6)."""
@@ -115,6 +117,7 @@ class Front:
             "version": VERSION,
             "seconds": list(self.seconds),
             "tried": self.tried,
+            "notes": list(self.notes),
             "points": [
                 {
                     "used": point.used,
@@ -146,7 +149,8 @@ class Front:
         try:
             blocks, fixed, reuse = (float(value) for value in data["seconds"])
             points = tuple(_point(entry, str(path)) for entry in data["points"])
-            return cls(points, (blocks, fixed, reuse), int(data["tried"]))
+            notes = tuple(str(note) for note in data.get("notes", ()))
+            return cls(points, (blocks, fixed, reuse), int(data["tried"]), notes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 

@@ -87,7 +87,7 @@ def search(
     with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
             hunt.explore(budget, trials, bar)
-    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs)
+    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes)
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
@@ -177,6 +177,7 @@ class _Search:
         self.random = np.random.default_rng(seed)
         self.deadline = math.inf
         self.points: list[Point] = []
+        self.notes: list[str] = []
         self.errors = velocity_errors(rehearsal)
         self.best: _Tried | None = None
 
@@ -190,12 +191,23 @@ class _Search:
         ]
         tried += self._run_all([(one.skeleton, f, one.origin) for one in ahead for f in self.forecasts[1:]])
         whole = [t for t in tried if len(t.skeleton.groups) == 1]
+        self._note(budget, whole, [t for t in tried if len(t.skeleton.groups) > 1])
         if whole:
             self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
             tried.append(self.best)
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             take = self._take(one)
             self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
+
+    def _note(self, budget: float, whole: Sequence[_Tried], grouped: Sequence[_Tried]) -> None:
+        """Says whether deciding per group of layers pays, before anything is refined."""
+        if not whole or not grouped:
+            return
+        steps, groups = (max(t.quality for t in kind) for kind in (whole, grouped))
+        verdict = (
+            "the groups change alike, whole steps are the better unit" if steps >= groups else "deciding per group pays"
+        )
+        self.notes.append(f"budget {budget:g}: whole steps {steps:.1f} dB, groups {groups:.1f} dB: {verdict}")
 
     def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
         return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]

@@ -211,6 +211,8 @@ def test_the_front_keeps_what_it_promises(pipe, rehearsal, front):
     assert [p.used for p in front.points] == sorted(p.used for p in front.points)
     means = [p.calibration.mean for p in front.points]
     assert means == sorted(means)
+    assert [note.split(":")[0] for note in front.notes] == ["budget 0.75", "budget 0.5"]
+    assert all("whole steps" in note and "groups" in note for note in front.notes)
     for point in front.points:
         assert rehearsal.run(point.schedule).psnr == pytest.approx(point.psnr, rel=1e-9)
         assert len(point.held_out) == 1
