@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from layercache.errors import ScheduleError
+from layercache.schedule import Schedule
 
 COEFFICIENT_LIMIT = 4.0
+FORECASTS = ("hold", "secant", "newton", "taylor")
 
 
 def secant_coefficients(
@@ -36,3 +41,104 @@ def secant_coefficients(
         raise ScheduleError(f"steps {anchor} and {base} have the same sigma {sigmas[anchor]}; no slope between them")
     c = min(eta * (sigmas[step] - sigmas[anchor]) / gap, COEFFICIENT_LIMIT)
     return {anchor: 1.0 + c, base: -c}
+
+
+def newton_forecast(sigmas: Sequence[float], step: int, anchors: Sequence[int]) -> dict[int, float]:
+    """The polynomial in sigma through the residuals of all anchors, at ``step``: ``{anchor: coefficient}``.
+
+    ``c_k = prod_{j != k} (sigma[step] - sigma[j]) / (sigma[k] - sigma[j])``; exact for polynomials of degree
+    ``len(anchors) - 1``. Where rounding noise would grow by more than a secant's may (sum of ``|c_k|`` above 9), the
+    oldest anchor is left out. Source: methods.md §15 P7 (Newton variant), §15.4 (ours).
+
+    Args:
+        sigmas: noise levels.
+        step: the cached step.
+        anchors: earlier steps, newest first, one at least.
+
+    Raises:
+        ScheduleError: the steps are out of order, or two anchors share one sigma.
+    """
+    _check_anchors(step, anchors)
+    nodes = [sigmas[anchor] for anchor in anchors]
+    if len(set(nodes)) != len(nodes):
+        raise ScheduleError(f"two of the steps {list(anchors)} have the same sigma; no polynomial through both")
+    x = sigmas[step]
+    coefficients = {
+        anchor: math.prod((x - other) / (node - other) for other in nodes if other != node)
+        for anchor, node in zip(anchors, nodes, strict=True)
+    }
+    if sum(map(abs, coefficients.values())) > 1 + 2 * COEFFICIENT_LIMIT:
+        return newton_forecast(sigmas, step, anchors[:-1])
+    return coefficients
+
+
+def taylor_forecast(step: int, anchors: Sequence[int], order: int) -> dict[int, float]:
+    """TaylorSeer's forecast as coefficients of the stored residuals: ``sum_q F_q x^q / q!``, ``x = step - anchors[0]``.
+
+    ``F_q`` are its finite differences: at every anchor each order is divided by the distance, in steps, to the anchor
+    before, which equals derivatives for even spacing only. Source: methods.md §7.
+
+    Args:
+        step: the cached step.
+        anchors: earlier steps, newest first, one at least; those beyond ``order + 1`` are not looked at.
+        order: highest difference; fewer where there are not so many anchors.
+
+    Raises:
+        ScheduleError: the steps are out of order, or the order is negative.
+    """
+    _check_anchors(step, anchors)
+    if order < 0:
+        raise ScheduleError(f"the order of a Taylor forecast must be at least 0, got {order}")
+    used = list(anchors[: order + 1])[::-1]
+    factors: list[dict[int, float]] = []
+    for position, anchor in enumerate(used):
+        updated = [{anchor: 1.0}]
+        for old in factors:
+            distance = anchor - used[position - 1]
+            newest = updated[-1]
+            updated.append({k: (newest.get(k, 0.0) - old.get(k, 0.0)) / distance for k in {**newest, **old}})
+        factors = updated
+    x = step - anchors[0]
+    total: dict[int, float] = {}
+    for q, factor in enumerate(factors):
+        for anchor, value in factor.items():
+            total[anchor] = total.get(anchor, 0.0) + value * x**q / math.factorial(q)
+    return total
+
+
+def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) -> Schedule:
+    """The same computed cells with other forecasts in between.
+
+    Args:
+        schedule: cells that skip whole steps stay as they are.
+        kind: ``"hold"``, ``"secant"`` (through the last two anchors, damped by ``eta``), ``"newton"`` or ``"taylor"``.
+        order: of Newton and Taylor: so many anchors more than one are read.
+        eta: damping of the secant.
+
+    Raises:
+        ScheduleError: unknown kind.
+    """
+    if kind not in FORECASTS:
+        raise ScheduleError(f"unknown forecast {kind!r}; choose one of {', '.join(FORECASTS)}")
+    sigmas = schedule.fingerprint.sigmas
+
+    def forecast(step: int, group: int) -> dict[int, float]:
+        anchors = [k for k in range(step - 1, -1, -1) if schedule.cells[k][group] is None]
+        if kind == "newton":
+            return newton_forecast(sigmas, step, anchors[: order + 1])
+        if kind == "taylor":
+            return taylor_forecast(step, anchors, order)
+        base = anchors[1] if kind == "secant" and len(anchors) > 1 else None
+        return secant_coefficients(sigmas, step, anchors[0], base, eta)
+
+    cells = tuple(
+        tuple(forecast(step, group) if cell else cell for group, cell in enumerate(row))
+        for step, row in enumerate(schedule.cells)
+    )
+    told = {"forecast": kind, "order": order if kind in ("newton", "taylor") else None, "eta": eta}
+    return replace(schedule, cells=cells, made_by={**schedule.made_by, **told})
+
+
+def _check_anchors(step: int, anchors: Sequence[int]) -> None:
+    if not anchors or any(b >= a for a, b in pairwise([step, *anchors])) or anchors[-1] < 0:
+        raise ScheduleError(f"anchors must be older than step {step}, newest first: got {list(anchors)}")
