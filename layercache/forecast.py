@@ -8,7 +8,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from layercache.errors import ScheduleError
-from layercache.schedule import Schedule
+from layercache.schedule import Cell, Schedule
+
+Cells = tuple[tuple[Cell, ...], ...]
 
 COEFFICIENT_LIMIT = 4.0
 FORECASTS = ("hold", "secant", "newton", "taylor")
@@ -122,8 +124,8 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
         raise ScheduleError(f"unknown forecast {kind!r}; choose one of {', '.join(FORECASTS)}")
     sigmas = schedule.fingerprint.sigmas
 
-    def forecast(step: int, group: int) -> dict[int, float]:
-        anchors = [k for k in range(step - 1, -1, -1) if schedule.cells[k][group] is None]
+    def forecast(cells: Cells, step: int, group: int) -> dict[int, float]:
+        anchors = [k for k in range(step - 1, -1, -1) if cells[k][group] is None]
         if kind == "newton":
             return newton_forecast(sigmas, step, anchors[: order + 1])
         if kind == "taylor":
@@ -131,12 +133,19 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
         base = anchors[1] if kind == "secant" and len(anchors) > 1 else None
         return secant_coefficients(sigmas, step, anchors[0], base, eta)
 
-    cells = tuple(
-        tuple(forecast(step, group) if cell else cell for group, cell in enumerate(row))
-        for step, row in enumerate(schedule.cells)
-    )
+    def changed(cells: Cells) -> Cells:
+        return tuple(
+            tuple(forecast(cells, step, group) if cell else cell for group, cell in enumerate(row))
+            for step, row in enumerate(cells)
+        )
+
     told = {"forecast": kind, "order": order if kind in ("newton", "taylor") else None, "eta": eta}
-    return replace(schedule, cells=cells, made_by={**schedule.made_by, **told})
+    return replace(
+        schedule,
+        cells=changed(schedule.cells),
+        branch_cells={name: changed(cells) for name, cells in schedule.branch_cells.items()},
+        made_by={**schedule.made_by, **told},
+    )
 
 
 def _check_anchors(step: int, anchors: Sequence[int]) -> None:

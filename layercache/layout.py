@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,16 +88,6 @@ class Layout:
     velocities: tuple[VelocityLayout, ...] = ()
     velocity_slots: int = 0
 
-    def nbytes(self, streams: Iterable[tuple[int, int]], latents: int = 0) -> int:
-        """Memory of everything that is stored.
-
-        Args:
-            streams: per branch, the bytes of the image and of the text stream.
-            latents: bytes of a velocity.
-        """
-        residuals = sum(self.image_slots * image + self.text_slots * text for image, text in streams)
-        return residuals + self.velocity_slots * latents
-
 
 class _Pool:
     """Slots handed out so that one is taken again only after the last step that reads it."""
@@ -130,16 +120,16 @@ def _runs(row: tuple) -> Iterator[range]:
             start = None
 
 
-def lay_out(schedule: Schedule, has_text: bool) -> Layout:
-    """Slots by liveness: a residual that is never read is never stored, a dead one gives up its slot.
+def lay_out(schedule: Schedule, has_text: bool, branch: str = "") -> Layout:
+    """Slots of one branch by liveness: a residual that is never read is never stored, a dead one gives up its slot.
 
     The text residual is stored only where a run that reads it is followed by a computed group.
     Source: methods.md §1.9 (``keep``), design.md, rules of the hot path 2 and 4.
     """
-    num_groups = len(schedule.groups)
+    num_groups, cells = len(schedule.groups), schedule.cells_of(branch)
     last_image: dict[tuple[int, int], int] = {}
     last_text: dict[tuple[int, int], int] = {}
-    for step, row in enumerate(schedule.cells):
+    for step, row in enumerate(cells):
         for run in _runs(row):
             for group in run:
                 for anchor in row[group] or ():
@@ -150,7 +140,7 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
     images, texts = _Pool(), _Pool()
     slots: dict[tuple[int, int], tuple[int, int | None]] = {}
     rows = []
-    for step, row in enumerate(schedule.cells):
+    for step, row in enumerate(cells):
         actions = [GroupAction(COMPUTE)] * num_groups
         captures: list[tuple[int, int | None] | None] = [None] * num_groups
         runs: list[Run | None] = [None] * num_groups
@@ -176,6 +166,20 @@ def lay_out(schedule: Schedule, has_text: bool) -> Layout:
                 actions[group] = GroupAction(CAPTURE, text_slot is not None)
         rows.append(RowLayout(tuple(actions), tuple(captures), tuple(runs), tuple(reads)))
     return Layout(tuple(rows), images.size, texts.size, *_lay_out_velocities(schedule))
+
+
+def stored_bytes(schedule: Schedule, streams: Mapping[str, tuple[int, int]], latents: int = 0) -> int:
+    """Memory of everything that a schedule stores, all branches together.
+
+    Args:
+        streams: per branch, the bytes of the image and of the text stream (0 without one).
+        latents: bytes of a velocity.
+    """
+    total = 0
+    for branch, (image, text) in streams.items():
+        layout = lay_out(schedule, bool(text), branch)
+        total += layout.image_slots * image + layout.text_slots * text
+    return total + _lay_out_velocities(schedule)[1] * latents
 
 
 def _lay_out_velocities(schedule: Schedule) -> tuple[tuple[VelocityLayout, ...], int]:

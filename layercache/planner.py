@@ -35,6 +35,7 @@ def plan(
     kappa: float = 0.0,
     text_weight: float = 0.1,
     sensitivity: bool | None = None,
+    per_branch: bool = False,
     method: str = "best",
 ) -> Schedule:
     """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
@@ -64,6 +65,8 @@ def plan(
         text_weight: weight of the text stream's error.
         sensitivity: weigh every error by what it does to the velocity (`StabilityProfile.sensitivity`); by default
             if it was measured.
+        per_branch: decide for every guidance branch on its own. Guidance amplifies the difference of the branches, so
+            one decision for both is the better default (methods.md §17.2).
         method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them; see
             ``layercache._core.solve``.
 
@@ -86,6 +89,7 @@ def plan(
         "kappa": kappa,
         "text_weight": text_weight,
         "sensitivity": profile.has_sensitivity if sensitivity is None else sensitivity,
+        "per_branch": per_branch and len(profile.fingerprint.branches) > 1,
         "solver": method,
     }
     schedule = _solved(profile, {**settings, "spans": list(spans), "history": history})
@@ -125,18 +129,20 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
     protect_first, protect_last = settings["protect_first"], settings["protect_last"]
     first = max(3, math.ceil(0.1 * num_steps)) if protect_first is None else protect_first
     last = (2 if num_steps > 28 else 1) if protect_last is None else protect_last
-    protected = np.zeros((num_steps, len(profile.groups)), dtype=bool)
+    branches: list[int | None] = [*range(len(profile.fingerprint.branches))] if settings["per_branch"] else [None]
+    count = len(branches)
+    protected = np.zeros((num_steps, count * len(profile.groups)), dtype=bool)
     protected[:first] = True
     protected[max(0, num_steps - last) :] = True
 
-    compute_cost = np.asarray(profile.group_seconds)
+    weighing = {name: settings[name] for name in ("gamma", "kappa", "text_weight", "sensitivity")}
     cached_cost, target = _target(profile, settings["budget"], settings["speedup"])
     from layercache import _core
 
     result = _core.solve(
-        weighted_errors(profile, *(settings[name] for name in ("gamma", "kappa", "text_weight", "sensitivity"))),
-        compute_cost,
-        cached_cost,
+        np.concatenate([weighted_errors(profile, **weighing, branch=branch) for branch in branches], axis=1),
+        np.tile(np.asarray(profile.group_seconds) / count, count),
+        np.tile(cached_cost / count, count),
         target,
         protected,
         settings["spans"],
@@ -149,21 +155,31 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
         _refuse(profile, result.spent, settings["budget"], cached_cost)
     told = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
     kept = {name: value for name, value in settings.items() if not name.startswith("protect")}
+    cells = [_cells(profile, result, number * len(profile.groups)) for number in range(count)]
     return Schedule(
         fingerprint=profile.fingerprint,
         groups=profile.groups,
-        cells=_cells(profile, result),
+        cells=cells[0],
         group_seconds=tuple(profile.group_seconds),
         made_by={"method": "layercache", **kept, "solver": result.method, **told},
+        branch_cells=dict(zip(profile.fingerprint.branches[1:], cells[1:], strict=False)),
     )
 
 
 def weighted_errors(
-    profile: StabilityProfile, gamma: float, kappa: float, text_weight: float, sensitivity: bool = False
+    profile: StabilityProfile,
+    gamma: float,
+    kappa: float,
+    text_weight: float,
+    sensitivity: bool = False,
+    branch: int | None = None,
 ) -> np.ndarray:
-    """The solver's table ``D [N, G, M+1, K+1]`` of methods.md §1.5, with sensitivity (else 1) and step weight 1."""
+    """The solver's table ``D [N, G, M+1, K+1]`` of methods.md §1.5, with sensitivity (else 1) and step weight 1.
+
+    Of one guidance branch, or the mean over all.
+    """
     step_size = np.abs(np.diff(np.asarray(profile.fingerprint.sigmas)))
-    errors = profile.relative_errors(text_weight=text_weight, kappa=kappa)
+    errors = profile.relative_errors(text_weight=text_weight, kappa=kappa, branch=branch)
     weights = profile.sensitivity()[:, :, None, None] if sensitivity else 1.0
     return np.ascontiguousarray((step_size[:, None, None, None] * weights * errors) ** gamma)
 
@@ -202,13 +218,13 @@ def _refuse(profile: StabilityProfile, spent: float, budget: float | None, cache
     raise BudgetError(f"that speedup cannot be reached: at most {fastest:.2f} is possible; {hint}")
 
 
-def _cells(profile: StabilityProfile, result: Any) -> tuple[tuple[Cell, ...], ...]:
-    """Coefficients of the solver's anchors."""
+def _cells(profile: StabilityProfile, result: Any, offset: int = 0) -> tuple[tuple[Cell, ...], ...]:
+    """Coefficients of the solver's anchors, its columns from ``offset`` on."""
     sigmas = profile.fingerprint.sigmas
     rows = []
     for step in range(profile.fingerprint.num_steps):
         row: list[Cell] = []
-        for group in range(len(profile.groups)):
+        for group in range(offset, offset + len(profile.groups)):
             if result.cells[step, group] < 0:
                 row.append(None)
                 continue

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from layercache.errors import CalibrationError, FileFormatError
 from layercache.files import write_atomically
-from layercache.layout import lay_out
+from layercache.layout import stored_bytes
 from layercache.schedule import Fingerprint, Schedule, check_groups, check_header
 
 FORMAT = "layercache profile"
@@ -129,12 +129,12 @@ class StabilityProfile:
             "or infinity there, so no schedule can be planned from this run: use bfloat16 or float32, or other inputs"
         )
 
-    def relative_errors(self, text_weight: float = 0.1, kappa: float = 0.0) -> np.ndarray:
+    def relative_errors(self, text_weight: float = 0.1, kappa: float = 0.0, branch: int | None = None) -> np.ndarray:
         """Relative L1 error of every forecast, ``float64 [N, G, M+1, K+1]``.
 
         ``image + text_weight * text``, the text left out for the last group (its text is discarded);
-        mean over samples and branches plus ``kappa`` standard deviations. A residual of norm 0 and an
-        entry that does not exist give infinity. Source: methods.md §1.4.
+        mean over samples and branches (or over the samples of one branch) plus ``kappa`` standard deviations. A
+        residual of norm 0 and an entry that does not exist give infinity. Source: methods.md §1.4.
         """
         error = self._relative("image")
         if text_weight:
@@ -143,6 +143,8 @@ class StabilityProfile:
             text[~has_text] = 0.0
             text[..., -1, :, :] = 0.0
             error = error + text_weight * text
+        if branch is not None:
+            error = error[:, branch : branch + 1]
         combined = error.mean(axis=(0, 1))
         if kappa:
             combined = combined + kappa * error.std(axis=(0, 1))
@@ -164,8 +166,7 @@ class StabilityProfile:
         """
         if not self.stream_bytes:
             raise CalibrationError("this profile does not say how large the streams are; calibrate again")
-        has_text = any(text for _, text in self.stream_bytes)
-        return lay_out(schedule, has_text).nbytes(self.stream_bytes)
+        return stored_bytes(schedule, dict(zip(self.fingerprint.branches, self.stream_bytes, strict=True)))
 
     def stability(self) -> np.ndarray:
         """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""

@@ -16,7 +16,7 @@ from layercache.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.fitting import Forecast, fit_velocity
 from layercache.integration import attach
-from layercache.layout import CAPTURE, REUSE, GroupAction, lay_out
+from layercache.layout import CAPTURE, REUSE, GroupAction, stored_bytes
 from layercache.lockstep import Turn, clones, paused_at_steps, run_in_step
 from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import Router
@@ -158,7 +158,7 @@ class Rehearsal:
         self.runs = 0
         self.full: tuple[Trace, ...] = ()
         self.pictures: list[np.ndarray] = []
-        self._streams: list[tuple[int, int]] = []
+        self._streams: list[dict[str, tuple[int, int]]] = []
         self.sigmas: tuple[float, ...] = ()
         self.is_euler = False
         self._run_in_full()
@@ -180,12 +180,8 @@ class Rehearsal:
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
-        layout = lay_out(schedule, self.spec.has_text)
-        count = len(self.branches)
-        samples = [self._streams[lo : lo + count] for lo in range(0, len(self._streams), count)]
-        return max(
-            layout.nbytes(streams, trace.latents[0].nbytes) for streams, trace in zip(samples, self.full, strict=True)
-        )
+        pairs = zip(self._streams, self.full, strict=True)
+        return max(stored_bytes(schedule, streams, trace.latents[0].nbytes) for streams, trace in pairs)
 
     def run(
         self,
@@ -210,7 +206,13 @@ class Rehearsal:
             raise CalibrationError(
                 "velocities can only be steered where the sampler takes Euler steps; fit to 'teacher' instead"
             )
-        if first and any(anchor < first for row in schedule.cells[first:] for cell in row for anchor in cell or ()):
+        if first and any(
+            anchor < first
+            for cells in (schedule.cells, *schedule.branch_cells.values())
+            for row in cells[first:]
+            for cell in row
+            for anchor in cell or ()
+        ):
             raise ScheduleError(f"a step from {first} on reads a residual of a step that is not run again")
         performance = _Performance(self, schedule, forecast, start, first)
         routers = [
@@ -240,7 +242,7 @@ class Rehearsal:
                 "scheduler with sigmas that is stepped once per step"
             )
         self.full, self.branches = traces, tuple(watchers[0].branches)
-        self._streams = [size for watcher in watchers for size in watcher.branches.values()]
+        self._streams = [watcher.branches for watcher in watchers]
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
     def _perform(self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]]) -> list[np.ndarray]:

@@ -245,6 +245,8 @@ def schedule_sentences(schedule: Schedule) -> str:
     for group in figures["groups"]:
         lines.append(_group_sentence(group, schedule.num_steps))
     lines += _velocity_sentences(schedule)
+    if schedule.branch_cells:
+        lines.append(f"- Branch {', '.join(schedule.branch_cells)} has steps of its own; the others are shown.")
     made_by = ", ".join(f"{key} {_setting(value)}" for key, value in schedule.made_by.items() if value is not None)
     lines.append(f"Made by layercache {figures['package_version']}: {made_by or 'unknown'}.")
     return "\n".join(lines)

@@ -221,7 +221,12 @@ class ScheduleRouter(Router):
     @property
     def graphs(self) -> int:
         """One per distinct row (actions and number of terms), one that allocates, one that computes everything."""
-        rows = {(row.actions, tuple(run and len(run.coefficients) for run in row.runs)) for row in self.layout.rows}
+        layouts = [lay_out(self.schedule, self.spec.has_text, name) for name in ("", *self.schedule.branch_cells)]
+        rows = {
+            (row.actions, tuple(run and len(run.coefficients) for run in row.runs))
+            for layout in layouts
+            for row in layout.rows
+        }
         return len(rows) + 2
 
     def begin(
@@ -235,7 +240,8 @@ class ScheduleRouter(Router):
         place = self.steps.locate(branch, step, timestep)
         state = self.states.get(place.branch)
         if state is None:
-            state = self.states[place.branch] = CacheState(self.layout)
+            layout = lay_out(self.schedule, self.spec.has_text, place.branch)
+            state = self.states[place.branch] = CacheState(layout)
         if place.starts:
             self._start_generation(place.branch, state)
         changed = state.expect(arguments)

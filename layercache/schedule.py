@@ -125,6 +125,8 @@ class Schedule:
         groups: block ranges ``[lo, hi)`` that tile ``0..num_blocks``, counted over all block lists.
         cells: ``cells[step][group]``, see `Cell`.
         group_seconds: measured seconds of computing each group once; weights of `used`.
+        branch_cells: cells of branches that do not follow ``cells``, by the branch's name. A step is skipped as a
+            whole in all branches or in none.
         velocities: per step what the sampler gets, or ``None`` for the model's own output; empty: none is changed.
         made_by: how it was found (method, budget, predicted error, ...), for people to read.
 
@@ -138,28 +140,43 @@ class Schedule:
     group_seconds: tuple[float, ...]
     made_by: Mapping[str, Any] = field(default_factory=dict)
     velocities: tuple[Velocity | None, ...] = ()
+    branch_cells: Mapping[str, tuple[tuple[Cell, ...], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_groups(self.groups, self.fingerprint.num_blocks)
-        if len(self.cells) != self.num_steps:
-            raise ScheduleError(f"{len(self.cells)} rows of cells for {self.num_steps} steps")
         if len(self.group_seconds) != len(self.groups) or not all(
             math.isfinite(s) and s > 0 for s in self.group_seconds
         ):
             raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
         if self.velocities and len(self.velocities) != self.num_steps:
             raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")
-        for step, row in enumerate(self.cells):
+        self._check_cells(self.cells, "")
+        for branch, cells in self.branch_cells.items():
+            if branch not in self.fingerprint.branches:
+                raise ScheduleError(f"cells for branch {branch!r}, which is none of {self.fingerprint.branches}")
+            self._check_cells(cells, f" of branch {branch}")
+        for step in range(self.num_steps):
+            self._check_velocity(step)
+
+    def _check_cells(self, cells: Sequence[Sequence[Cell]], whose: str) -> None:
+        if len(cells) != self.num_steps:
+            raise ScheduleError(f"{len(cells)} rows of cells{whose} for {self.num_steps} steps")
+        for step, row in enumerate(cells):
             if len(row) != len(self.groups):
-                raise ScheduleError(f"step {step} has {len(row)} cells for {len(self.groups)} groups")
+                raise ScheduleError(f"step {step}{whose} has {len(row)} cells for {len(self.groups)} groups")
+            if _is_skip(row) != self.is_skipped(step):
+                raise ScheduleError(f"step {step} is skipped as a whole in some branches only; skip it in all")
             for group, cell in enumerate(row):
                 if cell is not None:
-                    self._check_cell(step, group, cell)
-            self._check_velocity(step)
+                    self._check_cell(cells, step, group, whose)
+
+    def cells_of(self, branch: str) -> tuple[tuple[Cell, ...], ...]:
+        """The cells a branch follows."""
+        return self.branch_cells.get(branch, self.cells)
 
     def is_skipped(self, step: int) -> bool:
         """Whether the blocks are passed by and the velocity comes from older ones alone."""
-        return all(cell is not None and not cell for cell in self.cells[step])
+        return _is_skip(self.cells[step])
 
     def velocity(self, step: int) -> Velocity | None:
         return self.velocities[step] if self.velocities else None
@@ -179,19 +196,18 @@ class Schedule:
                     "the model runs"
                 )
 
-    def _check_cell(self, step: int, group: int, cell: Mapping[int, float]) -> None:
+    def _check_cell(self, cells: Sequence[Sequence[Cell]], step: int, group: int, whose: str) -> None:
+        cell = cells[step][group] or {}
+        place = f"cell (step {step}, group {group}){whose}"
         if not cell and not self.is_skipped(step):
-            raise ScheduleError(
-                f"cell (step {step}, group {group}) combines no residual; compute it, or skip all groups of the step"
-            )
+            raise ScheduleError(f"{place} combines no residual; compute it, or skip all groups of the step")
         for anchor, coefficient in cell.items():
-            if not 0 <= anchor < step or self.cells[anchor][group] is not None:
+            if not 0 <= anchor < step or cells[anchor][group] is not None:
                 raise ScheduleError(
-                    f"cell (step {step}, group {group}) reads step {anchor}, which is not an earlier step that "
-                    "computes the group"
+                    f"{place} reads step {anchor}, which is not an earlier step that computes the group"
                 )
             if not math.isfinite(coefficient):
-                raise ScheduleError(f"cell (step {step}, group {group}) has the coefficient {coefficient}")
+                raise ScheduleError(f"{place} has the coefficient {coefficient}")
 
     @classmethod
     def compute_all(cls, fingerprint: Fingerprint, groups: Sequence[tuple[int, int]] | None = None) -> Schedule:
@@ -208,10 +224,15 @@ class Schedule:
     @property
     def used(self) -> float:
         """Share of the block time that is computed, by the measured seconds of the groups."""
+        branches = self.fingerprint.branches or ("",)
         computed = sum(
-            seconds for row in self.cells for cell, seconds in zip(row, self.group_seconds, strict=True) if cell is None
+            seconds
+            for branch in branches
+            for row in self.cells_of(branch)
+            for cell, seconds in zip(row, self.group_seconds, strict=True)
+            if cell is None
         )
-        return computed / (self.num_steps * sum(self.group_seconds))
+        return computed / (len(branches) * self.num_steps * sum(self.group_seconds))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the schedule as JSON, one line per step; the file appears whole or not at all."""
@@ -241,11 +262,10 @@ class Schedule:
             "made_by": dict(self.made_by),
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}," for key, value in head.items()]
-        rows = []
-        for row in self.cells:
-            cells = ["compute" if cell is None else {str(a): c for a, c in cell.items()} for cell in row]
-            rows.append("    " + json.dumps(cells, allow_nan=False))
-        text = "{\n" + "\n".join(lines) + '\n  "cells": [\n' + ",\n".join(rows) + "\n  ]"
+        text = "{\n" + "\n".join(lines) + '\n  "cells": ' + _rows_json(self.cells, "  ")
+        if self.branch_cells:
+            own = [f"    {json.dumps(name)}: " + _rows_json(cells, "    ") for name, cells in self.branch_cells.items()]
+            text += ',\n  "branch_cells": {\n' + ",\n".join(own) + "\n  }"
         if self.velocities:
             given = [json.dumps(v and v.to_json(), allow_nan=False) for v in self.velocities]
             text += ',\n  "velocities": [\n    ' + ",\n    ".join(given) + "\n  ]"
@@ -260,20 +280,36 @@ class Schedule:
             raise FileFormatError(f"{name} is not a whole JSON file ({error}); was it cut off or edited?") from error
         check_header(data, FORMAT, VERSION, name)
         try:
-            cells = tuple(
-                tuple(None if c == "compute" else {int(a): float(k) for a, k in c.items()} for c in row)
-                for row in data["cells"]
-            )
             return cls(
                 fingerprint=Fingerprint.from_json(data["fingerprint"]),
                 groups=tuple((int(lo), int(hi)) for lo, hi in data["groups"]),
-                cells=cells,
+                cells=_rows_from_json(data["cells"]),
                 group_seconds=tuple(float(s) for s in data["group_seconds"]),
                 made_by=dict(data.get("made_by", {})),
                 velocities=tuple(v and Velocity.from_json(v) for v in data.get("velocities", ())),
+                branch_cells={str(k): _rows_from_json(rows) for k, rows in data.get("branch_cells", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _is_skip(row: Sequence[Cell]) -> bool:
+    return all(cell is not None and not cell for cell in row)
+
+
+def _rows_json(cells: Sequence[Sequence[Cell]], indent: str) -> str:
+    """One line per step."""
+    lines = []
+    for row in cells:
+        items = ["compute" if cell is None else {str(a): c for a, c in cell.items()} for cell in row]
+        lines.append(indent + "  " + json.dumps(items, allow_nan=False))
+    return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
+
+
+def _rows_from_json(rows: Any) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(
+        tuple(None if c == "compute" else {int(a): float(k) for a, k in c.items()} for c in row) for row in rows
+    )
 
 
 def check_header(data: Any, expected: str, version: int, name: str) -> None:

@@ -45,6 +45,7 @@ def search(
     time_limit: float | None = None,
     max_cache_bytes: int | None = None,
     resume: str | os.PathLike[str] | None = None,
+    per_branch: bool = False,
     seed: int = 0,
     progress: bool = True,
     **call: Any,
@@ -66,6 +67,7 @@ def search(
         trials: exchanges tried per budget, at most.
         time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
         max_cache_bytes: schedules that would store more than this, all branches together, are left out.
+        per_branch: also try schedules that compute the guidance branches at different steps.
         resume: a file that keeps what every run gave; a search that was stopped goes on from it.
         seed: of the order of exchanges.
         progress: show a progress bar.
@@ -83,6 +85,7 @@ def search(
     for profile in measured:
         _check_profile(profile, rehearsal)
     hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed)
+    hunt.per_branch = per_branch
     hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
@@ -176,6 +179,7 @@ class _Search:
         self.max_cache_bytes = max_cache_bytes
         self.random = np.random.default_rng(seed)
         self.deadline = math.inf
+        self.per_branch = False
         self.points: list[Point] = []
         self.notes: list[str] = []
         self.errors = velocity_errors(rehearsal)
@@ -208,6 +212,17 @@ class _Search:
             "the groups change alike, whole steps are the better unit" if steps >= groups else "deciding per group pays"
         )
         self.notes.append(f"budget {budget:g}: whole steps {steps:.1f} dB, groups {groups:.1f} dB: {verdict}")
+        if not self.per_branch:
+            return
+        together, apart = (
+            max((t.quality for t in grouped if bool(t.skeleton.branch_cells) == own), default=math.nan)
+            for own in (False, True)
+        )
+        paid = "paid" if apart > together else "did not pay"
+        self.notes.append(
+            f"budget {budget:g}: branches at the same steps {together:.1f} dB, at different ones {apart:.1f} dB: "
+            f"deciding per branch {paid}"
+        )
 
     def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
         return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
@@ -230,11 +245,12 @@ class _Search:
         for profile in self.profiles:
             if len(profile.groups) < 2:
                 continue
-            try:
-                schedule = plan(profile, budget)
-            except BudgetError:
-                continue
-            yield f"{len(profile.groups)} groups", schedule
+            for apart in (False, True)[: 1 + self.per_branch]:
+                try:
+                    schedule = plan(profile, budget, per_branch=apart)
+                except BudgetError:
+                    continue
+                yield f"{len(profile.groups)} groups" + (", branches apart" if apart else ""), schedule
 
     def _solved(self, count: int, gamma: float) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
@@ -337,12 +353,15 @@ def _exchanged(computed: Sequence[int], out: int, into: int) -> tuple[int, ...]:
 
 
 def _first_difference(a: Schedule, b: Schedule) -> int:
+    """The first step whose cells differ; 0 where branches have cells of their own."""
+    if a.branch_cells or b.branch_cells:
+        return 0
     return next((step for step, rows in enumerate(zip(a.cells, b.cells, strict=True)) if rows[0] != rows[1]), 0)
 
 
 def _key(skeleton: Schedule, forecast: Forecast) -> str:
-    told = json.dumps([skeleton.groups, [[c and dict(c) for c in row] for row in skeleton.cells], forecast.__dict__])
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    told = [skeleton.groups, skeleton.cells, forecast.__dict__, dict(skeleton.branch_cells)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
 def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
