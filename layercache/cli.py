@@ -185,8 +185,8 @@ def demo(
 ) -> None:
     """See what caching does to speed and pictures, on a small model that comes along.
 
-    It generates the same pictures in full, with LayerCache and with whole-step reuse at the same budget,
-    prints speed and similarity, and saves pictures to look at. Two minutes on two CPU cores.
+    It generates the same pictures in full, with LayerCache as planned and as searched, and with whole-step reuse at
+    the same budget, prints speed and similarity, and saves pictures to look at. Two minutes on two CPU cores.
 
     Example: `layercache demo --budget 0.5`
     """

@@ -217,7 +217,7 @@ def _legend(panels: Sequence[MapPanel]) -> list[Any]:
     kinds = {_kind(cell) for panel in panels for row in _cells(panel) for cell in row}
     if any(panel.stability is not None for panel in panels):
         entries = [Line2D([], [], color="white", label="computed", **square)]
-        entries.append(Line2D([], [], linestyle="none", label="unmarked: reused"))
+        entries.append(Line2D([], [], linestyle="none", label="unmarked: not computed"))
         number = [Line2D([], [], marker="$K$", linestyle="none", color="black", label="forecast over span K")]
         return entries + (number if 2 in kinds else [])
     labels = (

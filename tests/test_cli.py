@@ -355,12 +355,15 @@ def check_demo(output, figures, seeds: int) -> None:
         "profile.safetensors",
         "report.json",
         "schedule.json",
+        "searched.json",
         "stability.png",
     ]
     assert json.loads((output / "report.json").read_text()) == figures
-    full, layer, whole = figures["methods"]
-    assert (full["name"], layer["name"], whole["name"]) == ("full", "LayerCache", "whole-step reuse")
-    assert full["used"] == 1.0 and layer["used"] <= 0.6 and whole["used"] <= 0.6
+    full, layer, searched, whole = figures["methods"]
+    names = ["full", "LayerCache", "LayerCache, searched", "whole-step reuse"]
+    assert [method["name"] for method in figures["methods"]] == names
+    assert full["used"] == 1.0 and max(m["used"] for m in (layer, searched, whole)) <= 0.6
+    assert Schedule.load(output / "searched.json").used == pytest.approx(searched["used"])
     for method in figures["methods"]:
         assert method.get("cache", {"fallback_rows": 0})["fallback_rows"] == 0
         assert method["seconds"] == pytest.approx(sum(method["seconds_per_batch"]))
@@ -378,7 +381,7 @@ def test_demo_on_a_tiny_model(tiny_demo, tmp_path):
     assert len(result.profile.samples) == 2
     # the seeds that are compared are not among those that were calibrated on
     assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 5", "seed 6"]
-    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3]
+    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3, 3]
     assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(tiny_demo, result), abs=0.05)
 
 
@@ -421,8 +424,9 @@ def test_demo_with_the_bundled_model(tmp_path):
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     check_demo(tmp_path / "out", figures, seeds=4)
-    # a trained model: the cached pictures resemble the full ones
-    assert figures["methods"][1]["psnr"]["median"] > 20
+    # a trained model: the cached pictures resemble the full ones, those of the searched schedule most
+    planned, searched, _ = (method["psnr"]["median"] for method in figures["methods"][1:])
+    assert 20 < planned < searched
     assert "whole-step reuse" in result.stderr
 
 

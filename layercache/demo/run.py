@@ -26,8 +26,9 @@ from layercache.profile import StabilityProfile
 from layercache.report import Measured
 from layercache.runtime import CacheReport
 from layercache.schedule import Schedule
+from layercache.searching import STEERED
 
-FULL, LAYERCACHE = "full", "LayerCache"
+FULL, LAYERCACHE, SEARCHED = "full", "LayerCache", "LayerCache, searched"
 COMPARISON_COLUMNS = 12
 UNSTEADY = 1.5
 
@@ -82,8 +83,8 @@ class DemoResult:
     """What the demonstration measured and wrote.
 
     Attributes:
-        measured: the full run, then every one of `METHODS`.
-        profile, schedule: of LayerCache.
+        measured: the full run, then every schedule.
+        profile, schedule: of LayerCache as planned from its profile.
         figures: content of ``report.json``.
         files: everything that was written, by what it is.
     """
@@ -123,9 +124,9 @@ def run_demo(
     console: Console | None = None,
     pipe: DemoPipeline | None = None,
 ) -> DemoResult:
-    """Compares LayerCache with reusing whole steps at the same budget, on the bundled model.
+    """Compares LayerCache, planned and searched, with reusing whole steps at the same budget, on the bundled model.
 
-    The schedules are planned from calibration pictures and judged on other seeds. Every batch is
+    The schedules are planned or searched on calibration pictures and judged on other seeds. Every batch is
     generated in full and by each method in turn, in an order that changes from batch to batch, so that
     a machine that slows down or speeds up treats them alike; one untimed batch of each comes first.
 
@@ -159,7 +160,12 @@ def run_demo(
         partitions = dict.fromkeys(method.partition for method in METHODS)
         measured_on = {name: _calibrate(pipe, settings, name, progress) for name in partitions}
         profiles = {method.name: measured_on[method.partition] for method in METHODS}
-        schedules = {m.name: layercache.plan(profiles[m.name], budget, spans=m.spans) for m in METHODS}
+        planned = {m.name: layercache.plan(profiles[m.name], budget, spans=m.spans) for m in METHODS}
+        searched = _search(pipe, settings, profiles[LAYERCACHE], progress)
+        schedules = {LAYERCACHE: planned.pop(LAYERCACHE), SEARCHED: searched, **planned}
+        profiles[SEARCHED] = next(
+            (p for p in measured_on.values() if p.groups == searched.groups), profiles[LAYERCACHE]
+        )
         runs = _generate(pipe, settings, schedules, progress)
     measured = _measure(runs)
     figures = _figures(settings, pipe, measured, runs, schedules)
@@ -205,6 +211,27 @@ def _calibrate(pipe: DemoPipeline, settings: Settings, partition: str, progress:
         callback_on_step_end=advance,
         progress=False,
     )
+
+
+def _search(pipe: DemoPipeline, settings: Settings, profile: StabilityProfile, progress: Progress) -> Schedule:
+    """The best schedule found by running candidates, whose forecasts are fitted on the way."""
+    task = progress.add_task("searching", total=None)
+    pictures = settings.calibration_samples * settings.batch
+    first = settings.seeds  # the seeds after those that are compared
+    front = layercache.search(
+        pipe,
+        [_classes(range(lo, lo + settings.batch)) for lo in range(0, pictures, settings.batch)],
+        seeds=range(first, first + pictures),
+        profiles=profile,
+        budgets=(settings.budget,),
+        forecasts=STEERED[:1],
+        trials=0,
+        progress=False,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+    )
+    progress.update(task, total=1, completed=1)
+    return front.choose(settings.budget).schedule
 
 
 def _classes(numbers: Sequence[int]) -> list[str]:
@@ -351,6 +378,7 @@ def _save(
         "stability and schedules": _save_maps(output / "stability.png", profiles, schedules),
         "profile": profiles[LAYERCACHE].save(output / "profile.safetensors"),
         "schedule": schedules[LAYERCACHE].save(output / "schedule.json"),
+        "searched schedule": schedules[SEARCHED].save(output / "searched.json"),
         "figures": report.write_json(output / "report.json", figures),
     }
 
