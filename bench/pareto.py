@@ -2,8 +2,9 @@
 
     python bench/pareto.py --steps 30 --guidance 4 --out bench/results/pareto-demo-30-cfg4
 
-Writes OUT.json (figures, seeds, settings, machine), OUT.png and OUT.html, and the front OUT.front.json. A search that
-is stopped goes on where it was when the same command is given again (OUT.journal.json).
+Writes OUT.json (figures, seeds, settings, machine), OUT.png and OUT.html, the front OUT.front.json, and OUT.map.png,
+how much each block changes from step to step. A search that is stopped goes on where it was when the same command is
+given again (OUT.journal.json).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from layercache.fitting import HOLD
 from layercache.front import Point
 from layercache.front_report import FrontRow, front_table, save_front_page, save_front_plot
 from layercache.methods import meancache
+from layercache.plots import MapPanel, save_maps
 from layercache.rehearsal import Rehearsal, skipping
 from layercache.searching import STEERED
 
@@ -98,6 +100,16 @@ def held_point(calibration: Rehearsal, point: Point) -> Point:
     return Point(take.schedule, "whole-step reuse", take.psnr)
 
 
+def save_block_map(path: Path, pipe: DemoPipeline, prompts: list[str], seed: int, call: dict) -> None:
+    """How alike the blocks change: relative change of every block's residual from the step before."""
+    blocks = [(k, k + 1) for k in range(len(pipe.transformer.transformer_blocks))]
+    profile = layercache.calibrate(pipe, [prompts], seeds=[seed], partition=blocks, max_distance=1, max_span=0, **call)
+    change = profile.stability()
+    spread = np.nanmean(np.nanmax(change, axis=1) / np.nanmin(change, axis=1))
+    title = f"relative change per step and block; largest over smallest of a step: {spread:.1f} on average"
+    save_maps(path, [MapPanel(title, profile.groups, profile.fingerprint.sigmas, change)])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
@@ -155,12 +167,14 @@ def main(argv: list[str] | None = None) -> None:
         "held_out_seeds": list(held),
         "machine": report.machine_info(),
         "runs": front.tried,
+        "notes": list(front.notes),
         "rows": [row.to_json() for row in rows],
         "schedules": {
             f"{r.name} {r.budget}": [s for s in range(args.steps) if not p.is_skipped(s)]
             for r, p in ((r, front.choose(r.budget).schedule) for r in rows if r.name == "layercache")
         },
     }
+    save_block_map(args.out.with_suffix(".map.png"), pipe, samples(fitted)[0], fitted[0], call)
     front.save(args.out.with_suffix(".front.json"))
     report.write_json(args.out.with_suffix(".json"), figures)
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
