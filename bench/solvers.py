@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +50,9 @@ def problem_of(rng: np.random.Generator, steps: int, groups: int, budget: float,
 
 
 def solve(problem: Problem, method: str) -> _core.Result:
-    return _core.solve(**asdict(problem), method=method)
+    # not asdict, which would copy the table
+    arguments = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    return _core.solve(**arguments, method=method)
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> float:

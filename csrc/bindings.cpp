@@ -48,7 +48,7 @@ void read_errors(const Doubles& errors, Problem& problem) {
     problem.groups = extent(errors, 1);
     problem.max_distance = extent(errors, 2) - 1;
     problem.max_span = extent(errors, 3) - 1;
-    problem.errors = flat(errors);
+    problem.errors = errors.data();
 }
 
 std::vector<double> read_costs(const char* name, const Doubles& costs, const Problem& problem) {
@@ -99,7 +99,7 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     problem.monotone = monotone;
     problem.interrupt = look_for_signals;
 
-    py::gil_scoped_release released; // the problem owns copies: nothing of Python is read from here on
+    py::gil_scoped_release released; // `errors` is held by the caller's frame, everything else is a copy
     normalise(problem);
     return solver(problem);
 }

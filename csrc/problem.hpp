@@ -16,7 +16,7 @@ struct Problem {
     int groups = 0;
     int max_distance = 0;
     int max_span = 0;
-    std::vector<double> errors;        // [steps, groups, max_distance + 1, max_span + 1]
+    const double* errors = nullptr;    // [steps, groups, max_distance + 1, max_span + 1], the caller's
     std::vector<double> compute_cost;  // [groups], seconds of a computed cell
     std::vector<double> cached_cost;   // [groups], seconds of a cached cell
     double target = 0.0;               // largest allowed sum of cell seconds

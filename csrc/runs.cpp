@@ -7,12 +7,14 @@ namespace layercache {
 
 RunCosts::RunCosts(const Problem& problem) : problem_(problem), limit_(problem.run_limit()) {
     const std::size_t spans = static_cast<std::size_t>(problem.max_span) + 1;
-    sums_.assign(problem.cell(problem.steps, 0) * (limit_ + 1) * spans, 0.0);
+    // not cleared: only entries that exist are written and read, and clearing would touch every page twice
+    sums_.reset(new double[problem.cell(problem.steps, 0) * (limit_ + 1) * spans]);
     for (int anchor = 0; anchor < problem.steps; ++anchor) {
         for (int group = 0; group < problem.groups; ++group) {
             double* row = &sums_[problem.cell(anchor, group) * (limit_ + 1) * spans];
             const int longest = std::min(limit_, problem.steps - 1 - anchor);
             const int widest = std::min(anchor, problem.max_span);
+            std::fill_n(row, widest + 1, 0.0);
             for (int length = 1; length <= longest; ++length, row += spans) {
                 for (int span = 0; span <= widest; ++span) {
                     row[spans + span] = row[span] + problem.error(anchor + length, group, length, span);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "problem.hpp"
@@ -32,7 +33,7 @@ private:
 
     const Problem& problem_;
     int limit_;
-    std::vector<double> sums_; // [anchor, group, length, effective span], errors added up along a run
+    std::unique_ptr<double[]> sums_; // [anchor, group, length, effective span], errors added up along a run
 };
 
 } // namespace layercache
