@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -62,7 +62,8 @@ def calibrate(
 
     Args:
         target: a diffusers pipeline, or a transformer.
-        prompts: for a pipeline, one call per entry (an entry may be a list: one call with that batch).
+        prompts: for a pipeline, one call per entry. An entry may be a list (one call with that batch), or a mapping of
+            arguments of the call, such as ``{"prompt": ..., "image": ...}``.
         run: for a transformer, ``run(k)`` does the k-th full generation with it (give ``samples`` and ``sigmas``).
         samples: number of calls of ``run``.
         sigmas: noise levels of ``run``, one more than steps.
@@ -126,11 +127,17 @@ def _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, 
     def sample(prompt: Any, seed: int) -> Sample:
         def generate() -> None:
             generator = torch.Generator("cpu").manual_seed(seed)
-            target(prompt=prompt, generator=generator, **arguments)
+            target(**{**arguments, **arguments_of(prompt), "generator": generator})
 
-        return f"seed {seed}: {prompt}", generate
+        told = ", ".join(prompt) if isinstance(prompt, Mapping) and "prompt" not in prompt else prompt
+        return f"seed {seed}: {told['prompt'] if isinstance(told, Mapping) else told}", generate
 
     return [sample(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def arguments_of(prompt: Any) -> dict[str, Any]:
+    """Arguments of a pipeline's call for one sample: those it names, or its prompt."""
+    return dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
 
 
 def _observe(target: Any, observer: Observer, todo: list[Sample], progress: bool, title: str) -> StabilityProfile:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from layercache._version import __version__
+from layercache.calibration import arguments_of
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.fitting import Forecast, fit_velocity
@@ -131,7 +132,8 @@ class Rehearsal:
 
     Args:
         pipeline: a diffusers pipeline with a scheduler.
-        prompts: one call per entry; an entry may be a list (one call with that batch).
+        prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
+            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
@@ -261,7 +263,7 @@ class Rehearsal:
         for prompt, seeds in zip(self.prompts, self.seeds, strict=True):
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             one = generators if isinstance(prompt, (list, tuple)) else generators[0]
-            calls.append(self.call | {"prompt": prompt, "generator": one})
+            calls.append(self.call | arguments_of(prompt) | {"generator": one})
         return calls
 
 
