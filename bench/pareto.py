@@ -119,6 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=24, help="pictures to fit to, seeds from 1000 on")
     parser.add_argument("--seeds", type=int, default=48, help="held-out pictures, seeds from 0 on")
     parser.add_argument("--trials", type=int, default=40, help="exchanges per budget")
+    parser.add_argument("--tail", type=float, default=0.5, help="weight of the 10 %% quantile beside the mean")
     parser.add_argument("--partitions", nargs="*", default=["thirds"], help="groups to try besides whole steps")
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, required=True, help="results without suffix")
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         profiles=profiles,
         budgets=args.budgets,
         trials=args.trials,
+        tail=args.tail,
         resume=args.out.with_suffix(".journal.json"),
         **call,
     )

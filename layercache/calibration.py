@@ -184,6 +184,7 @@ class _Branch:
         self.windows: list[deque] = [deque(maxlen=window) for _ in range(num_groups)]
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
         self.responses: dict[tuple[int, int], torch.Tensor] = {}
+        self.grams: dict[tuple[int, int], torch.Tensor] = {}
         self.reuse: dict[int, float] = {}
         self.stream_bytes = (0, 0)
         self.steps = 0
@@ -258,6 +259,7 @@ class Observer(Router):
         ops.capture(outputs, inputs, residuals, None)
         window = seen.windows[group]
         window.appendleft(residuals)
+        seen.grams[step, group] = ops.gram([entry[0] for entry in window])
         sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
         for stream, name in enumerate(("image", "text")[: len(residuals)]):
             older = [entry[stream] for entry in list(window)[1:]]
@@ -324,10 +326,20 @@ class Observer(Router):
             "seconds": seconds,
             "reuse": reuse,
             "responses": responses,
+            "grams": np.stack([self._grams(seen) for seen in self._branches.values()]),
             "stream_bytes": tuple(seen.stream_bytes for seen in self._branches.values()),
         }
         self._branches = {}
         return found
+
+    def _grams(self, seen: _Branch) -> np.ndarray:
+        """Inner products of the residuals of a step and those before it, ``[N, G, W, W]``; 0 where there is none."""
+        width = 1 + self.max_distance + self.max_span
+        table = np.zeros((len(self.sigmas) - 1, len(self.groups), width, width))
+        for (step, group), gram in seen.grams.items():
+            count = gram.shape[0]
+            table[step, group, :count, :count] = gram.double().cpu().numpy()
+        return table
 
     def _responses(self, seen: _Branch) -> np.ndarray:
         """Relative L1 change of the velocity, ``[N, G]``; 0 at step 0."""
@@ -368,6 +380,7 @@ class Observer(Router):
             "image_norm_l2": stack("image", 1, 1),
             "text_norm_l1": stack("text", 1, 0),
         }
+        tables["image_gram"] = np.stack([result["grams"] for result in results])
         if self._measures_sensitivity:
             tables["velocity_response"] = np.stack([result["responses"] for result in results])
         groups = range(len(self.groups))

@@ -109,6 +109,16 @@ class Method(str, Enum):
     addition = "addition"
 
 
+class ForecastKind(str, Enum):
+    """What the residual of a cached group is taken to be."""
+
+    secant = "secant"
+    fitted = "fitted"
+    newton = "newton"
+    taylor = "taylor"
+    hold = "hold"
+
+
 def _share(value: float | None) -> float | None:
     if value is not None and not 0 < value <= 1:
         raise typer.BadParameter(f"{value:g} is not a share of the block time above 0 and at most 1, such as 0.6.")
@@ -328,6 +338,8 @@ def plan(
     gamma: Annotated[float, typer.Option(min=0.0, help="Above 1, single large errors weigh more.")] = 1.0,
     kappa: Annotated[float, typer.Option(min=0.0, help="Standard deviations added to the mean error.")] = 0.0,
     method: Annotated[Method, typer.Option(help="Which solver.")] = Method.best,
+    forecast: Annotated[ForecastKind, typer.Option(help="What cached groups are given.")] = ForecastKind.secant,
+    order: Annotated[int, typer.Option(min=0, help="Residuals more than one that a forecast combines.")] = 1,
     model: Annotated[str, typer.Option(help="--pareto: the model, as for 'calibrate'.")] = "demo",
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="--pareto: a prompt to fit to; may be repeated.")
@@ -405,6 +417,8 @@ def plan(
         gamma=gamma,
         kappa=kappa,
         method=method.value,
+        forecast=forecast.value,
+        order=order,
     )
     output = output or Path("schedule.json")
     schedule.save(output)

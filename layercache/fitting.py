@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from layercache.errors import CalibrationError, ScheduleError
-from layercache.schedule import Velocity
+from layercache.forecast import Cells
+from layercache.profile import StabilityProfile
+from layercache.schedule import Schedule, Velocity
 
 TARGETS = ("none", "open", "teacher", "steer")
 
@@ -105,6 +107,65 @@ def fit_velocity(
     coefficients = {source: solution.get(("d", k), 0.0) for k, source in enumerate(sources)}
     coefficients[sources[0]] = 1.0 - sum(coefficients.values()) + solution.get(("b", 0), 0.0)
     return Velocity(coefficients, float(solution.get(("a", 0), 0.0)))
+
+
+def fit_residuals(
+    profile: StabilityProfile, schedule: Schedule, terms: int = 2, free_sum: bool = True, ridge: float = 1e-3
+) -> Schedule:
+    """The same computed cells, with the forecasts between them fitted to the residuals of the full runs.
+
+    ``r = F_0 + sum_k d_k (F_k - F_0) + b F_0`` as for velocities, F being the residuals of the newest computed steps of
+    the group; least squares over samples, elements and (where they share cells) branches of the image stream, from the
+    profile's inner products. The text stream takes the same coefficients. Source: methods.md §17.1, "open" (ours).
+
+    Args:
+        profile: what the schedule was planned from.
+        schedule: cells that skip whole steps stay as they are.
+        terms: how many residuals are combined at most; each more costs memory.
+        free_sum: whether b is fitted.
+        ridge: relative to the mean square of each term.
+
+    Raises:
+        CalibrationError: the profile has no inner products.
+        ScheduleError: terms out of range.
+    """
+    if not 1 <= terms <= 8:
+        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
+
+    def fitted(cells: Cells, branch: int | None) -> Cells:
+        return tuple(
+            tuple(fit(cells, step, group, branch) if cell else cell for group, cell in enumerate(row))
+            for step, row in enumerate(cells)
+        )
+
+    def fit(cells: Cells, step: int, group: int, branch: int | None) -> dict[int, float]:
+        gram = profile.gram(step, group, branch)
+        older = [k for k in range(step - 1, max(-1, step - len(gram)), -1) if cells[k][group] is None][:terms]
+        return _fit_from_gram(gram, step, older, free_sum, ridge)
+
+    names = profile.fingerprint.branches
+    return replace(
+        schedule,
+        cells=fitted(schedule.cells, 0 if schedule.branch_cells else None),
+        branch_cells={name: fitted(cells, names.index(name)) for name, cells in schedule.branch_cells.items()},
+        made_by={**schedule.made_by, "forecast": "fitted", "terms": terms},
+    )
+
+
+def _fit_from_gram(gram: np.ndarray, step: int, older: Sequence[int], free_sum: bool, ridge: float) -> dict[int, float]:
+    """Coefficients by step, from inner products of the residuals of ``step, step - 1, ...``."""
+    at = [step - k for k in older]
+    # rows are F_k - F_0 and F_0 in terms of the residuals; the target is r - F_0
+    rows = np.zeros((len(at) - 1 + free_sum, len(gram)))
+    for row, k in zip(rows, at[1:], strict=False):
+        row[k], row[at[0]] = 1.0, -1.0
+    if free_sum:
+        rows[-1, at[0]] = 1.0
+    target = np.zeros(len(gram))
+    target[0], target[at[0]] = 1.0, -1.0
+    solution = solve_ridge(rows @ gram @ rows.T, rows @ gram @ target, ridge) if len(rows) else []
+    found = {k: float(solution[n]) for n, k in enumerate(older[1:])}
+    return {older[0]: 1.0 - sum(found.values()) + (float(solution[-1]) if free_sum else 0.0), **found}
 
 
 def solve_ridge(gram: np.ndarray, right: np.ndarray, ridge: float) -> list[float]:

@@ -49,12 +49,18 @@ class Point:
         return summarise(self.held_out) if self.held_out else None
 
 
+def quality(psnr: Sequence[float], tail: float) -> float:
+    """``(1 - tail) * mean + tail * 10 % quantile``: with a tail weight, single pictures that go astray count."""
+    summary = summarise(psnr)
+    return (1 - tail) * summary.mean + tail * summary.quantile10
+
+
 @dataclass(frozen=True)
 class Front:
-    """The Pareto front ``used -> PSNR`` of everything that was tried; less used comes first.
+    """The Pareto front ``used -> quality`` of everything that was tried; less used comes first.
 
     Attributes:
-        points: each better than all that use less.
+        points: each of higher `quality` than all that use less.
         seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
         tried: how many runs the search took.
         notes: what the search found out on the way, a sentence each.
@@ -66,11 +72,18 @@ class Front:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, points: Iterable[Point], seconds: Sequence[float], tried: int = 0, notes: Iterable[str] = ()) -> Front:
-        """Keeps of all points those that no other point beats."""
+    def of(
+        cls,
+        points: Iterable[Point],
+        seconds: Sequence[float],
+        tried: int = 0,
+        notes: Iterable[str] = (),
+        tail: float = 0.0,
+    ) -> Front:
+        """Keeps of all points those that no other point beats in `quality` with this tail weight."""
         kept: list[Point] = []
-        for point in sorted(points, key=lambda p: (p.used, -p.calibration.mean)):
-            if not kept or point.calibration.mean > kept[-1].calibration.mean:
+        for point in sorted(points, key=lambda p: (p.used, -quality(p.psnr, tail))):
+            if not kept or quality(point.psnr, tail) > quality(kept[-1].psnr, tail):
                 kept.append(point)
         blocks, fixed, reuse = seconds
         return cls(tuple(kept), (blocks, fixed, reuse), tried, tuple(notes))
@@ -83,7 +96,7 @@ class Front:
     def choose(
         self, budget: float | None = None, *, speedup: float | None = None, min_psnr: float | None = None
     ) -> Point:
-        """The point of the highest PSNR within a budget or at a speedup, or of the least used at a PSNR.
+        """The best point within a budget or at a speedup, or the one of least used with this mean PSNR.
 
         Raises:
             BudgetError: not exactly one condition, or none of the points fulfils it.
@@ -94,7 +107,7 @@ class Front:
             raise BudgetError("the front is empty; search for schedules first (layercache.search)")
         if min_psnr is not None:
             fitting = [p for p in self.points if p.calibration.mean >= min_psnr][:1]
-            known = f"the best schedule found reaches {self.points[-1].calibration.mean:.1f} dB"
+            known = f"the best schedule found reaches {max(p.calibration.mean for p in self.points):.1f} dB"
         elif budget is not None:
             if not 0 < budget <= 1:
                 raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from layercache.errors import BudgetError
-from layercache.forecast import secant_coefficients
+from layercache.errors import BudgetError, ScheduleError
+from layercache.fitting import fit_residuals
+from layercache.forecast import FORECASTS, reforecast, secant_coefficients
 from layercache.front import Front
 from layercache.profile import StabilityProfile
 from layercache.schedule import Cell, Schedule
@@ -36,6 +37,8 @@ def plan(
     text_weight: float = 0.1,
     sensitivity: bool | None = None,
     per_branch: bool = False,
+    forecast: str = "secant",
+    order: int = 1,
     method: str = "best",
 ) -> Schedule:
     """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
@@ -67,6 +70,10 @@ def plan(
             if it was measured.
         per_branch: decide for every guidance branch on its own. Guidance amplifies the difference of the branches, so
             one decision for both is the better default (methods.md §17.2).
+        forecast: what cached cells are given: ``"secant"`` over the spans the solver chose, ``"fitted"``
+            (`layercache.fitting.fit_residuals`), ``"newton"``, ``"taylor"`` or ``"hold"``
+            (`layercache.forecast.reforecast`).
+        order: of all but the secant: so many residuals more than one are combined.
         method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them; see
             ``layercache._core.solve``.
 
@@ -91,7 +98,11 @@ def plan(
         "sensitivity": profile.has_sensitivity if sensitivity is None else sensitivity,
         "per_branch": per_branch and len(profile.fingerprint.branches) > 1,
         "solver": method,
+        "forecast": forecast,
+        "order": order,
     }
+    if forecast not in ("fitted", *FORECASTS):
+        raise ScheduleError(f"unknown forecast {forecast!r}; choose fitted, {', '.join(FORECASTS)}")
     schedule = _solved(profile, {**settings, "spans": list(spans), "history": history})
     if max_cache_bytes is None:
         return schedule
@@ -156,7 +167,7 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
     told = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
     kept = {name: value for name, value in settings.items() if not name.startswith("protect")}
     cells = [_cells(profile, result, number * len(profile.groups)) for number in range(count)]
-    return Schedule(
+    schedule = Schedule(
         fingerprint=profile.fingerprint,
         groups=profile.groups,
         cells=cells[0],
@@ -164,6 +175,12 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
         made_by={"method": "layercache", **kept, "solver": result.method, **told},
         branch_cells=dict(zip(profile.fingerprint.branches[1:], cells[1:], strict=False)),
     )
+    kind, order = settings["forecast"], settings["order"] if settings["history"] > 1 else 0
+    if kind == "secant":
+        return schedule
+    if kind == "fitted":
+        return fit_residuals(profile, schedule, order + 1)
+    return reforecast(schedule, kind, order)
 
 
 def weighted_errors(

@@ -22,6 +22,8 @@ VERSION = 1
 
 _TINY = 1e-12
 _RESPONSE = "velocity_response"
+_GRAM = "image_gram"
+_OPTIONAL = (_RESPONSE, _GRAM)
 _ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
 _NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
 
@@ -47,6 +49,9 @@ class StabilityProfile:
 
     * ``velocity_response`` ``[P, B, N, G]``, only where sensitivity was measured: relative L1 change of the velocity
       with the group's residual of the step before in the place of its own (0 at step 0).
+
+    * ``image_gram`` ``[P, B, N, G, W, W]``, missing in old files: inner products of the image residuals of a step and
+      of the ``W - 1`` steps before it, newest first; for fits.
 
     Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
 
@@ -79,6 +84,10 @@ class StabilityProfile:
             self._check_table(name, shape)
         if self.has_sensitivity:
             self._check_table(_RESPONSE, shape)
+        if _GRAM in self.tables and not np.isfinite(self.tables[_GRAM]).all():
+            raise CalibrationError(
+                f"{_GRAM} is not finite; the model gave NaN or infinity, or its squares overflow fp32"
+            )
         for name in _ERRORS:
             self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
         seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
@@ -156,6 +165,17 @@ class StabilityProfile:
         error = self.tables[f"{stream}_error_l1"]
         return np.divide(error, norm, out=np.full_like(error, np.inf), where=norm > _TINY)
 
+    def gram(self, step: int, group: int, branch: int | None = None) -> np.ndarray:
+        """Inner products of the residuals of ``step, step - 1, ...`` summed over samples (and branches), ``[W, W]``.
+
+        Raises:
+            CalibrationError: the profile was written before they were kept.
+        """
+        if _GRAM not in self.tables:
+            raise CalibrationError("this profile has no inner products to fit forecasts to; calibrate again")
+        table = self.tables[_GRAM][:, :, step, group]
+        return (table if branch is None else table[:, branch : branch + 1]).sum(axis=(0, 1))
+
     def cache_bytes(self, schedule: Schedule) -> int:
         """Memory of the residuals a schedule stores, all branches together, at the batch of the largest sample.
 
@@ -188,7 +208,7 @@ class StabilityProfile:
             "eta": self.eta,
             "stream_bytes": [list(sizes) for sizes in self.stream_bytes],
         }
-        names = [*_ERRORS, *_NORMS, *([_RESPONSE] if self.has_sensitivity else [])]
+        names = [*_ERRORS, *_NORMS, *(name for name in _OPTIONAL if name in self.tables)]
         tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
         metadata = {"header": json.dumps(header)}
         return write_atomically(path, lambda temporary: save_file(tables, temporary, metadata=metadata))
@@ -204,7 +224,7 @@ class StabilityProfile:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 check_header(header, FORMAT, VERSION, str(path))
-                names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name == _RESPONSE)]
+                names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name in _OPTIONAL)]
                 tables = {name: file.get_tensor(name) for name in names}
             return cls(
                 fingerprint=Fingerprint.from_json(header["fingerprint"]),

@@ -20,7 +20,7 @@ from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchErro
 from layercache.files import write_atomically
 from layercache.fitting import Forecast, solve_ridge
 from layercache.forecast import secant_coefficients
-from layercache.front import Front, Point
+from layercache.front import Front, Point, quality
 from layercache.planner import SPANS, plan
 from layercache.profile import StabilityProfile, readable
 from layercache.rehearsal import Rehearsal, Take, skipping, with_terms_of
@@ -46,6 +46,7 @@ def search(
     max_cache_bytes: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     per_branch: bool = False,
+    tail: float = 0.5,
     seed: int = 0,
     progress: bool = True,
     **call: Any,
@@ -68,6 +69,7 @@ def search(
         time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
         max_cache_bytes: schedules that would store more than this, all branches together, are left out.
         per_branch: also try schedules that compute the guidance branches at different steps.
+        tail: weight of the 10 % quantile of the PSNR beside its mean; 0 looks at the mean alone.
         resume: a file that keeps what every run gave; a search that was stopped goes on from it.
         seed: of the order of exchanges.
         progress: show a progress bar.
@@ -81,16 +83,18 @@ def search(
     for budget in budgets:
         if not 0 < budget <= 1:
             raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
+    if not 0 <= tail <= 1:
+        raise BudgetError(f"tail is a weight from 0 to 1, got {tail}")
     rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rehearsal)
-    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed)
+    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed, tail)
     hunt.per_branch = per_branch
     hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
             hunt.explore(budget, trials, bar)
-    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes)
+    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes, tail)
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
@@ -126,11 +130,8 @@ class _Tried:
     forecast: Forecast
     origin: str
     psnr: tuple[float, ...]
+    quality: float
     take: Take | None = None
-
-    @property
-    def quality(self) -> float:
-        return float(np.mean(self.psnr))
 
 
 class _Journal:
@@ -173,10 +174,12 @@ class _Search:
         max_cache_bytes: int | None,
         journal: _Journal,
         seed: int,
+        tail: float,
     ):
         self.rehearsal, self.profiles, self.journal = rehearsal, profiles, journal
         self.forecasts = forecasts or (STEERED if rehearsal.is_euler else TAUGHT)
         self.max_cache_bytes = max_cache_bytes
+        self.tail = tail
         self.random = np.random.default_rng(seed)
         self.deadline = math.inf
         self.per_branch = False
@@ -191,7 +194,7 @@ class _Search:
         portfolio = list(self._portfolio(budget, count))
         tried = self._run_all([(skeleton, self.forecasts[0], origin) for origin, skeleton in portfolio])
         ahead = sorted(tried, key=lambda t: t.quality)[-2:] or [
-            _Tried(skeleton, self.forecasts[0], origin, ()) for origin, skeleton in portfolio
+            _Tried(skeleton, self.forecasts[0], origin, (), -math.inf) for origin, skeleton in portfolio
         ]
         tried += self._run_all([(one.skeleton, f, one.origin) for one in ahead for f in self.forecasts[1:]])
         whole = [t for t in tried if len(t.skeleton.groups) == 1]
@@ -322,14 +325,15 @@ class _Search:
     def _run(self, skeleton: Schedule, forecast: Forecast, origin: str, near: _Tried | None = None) -> _Tried:
         key = _key(skeleton, forecast)
         if key in self.journal.results:
-            return _Tried(skeleton, forecast, origin, tuple(self.journal.results[key]))
+            psnr = tuple(self.journal.results[key])
+            return _Tried(skeleton, forecast, origin, psnr, quality(psnr, self.tail))
         start, first = None, 0
         if near is not None and forecast == near.forecast:
             start = self._take(near)
             first = _first_difference(skeleton, near.skeleton)
         take = self.rehearsal.run(skeleton, forecast, start=start, first=first)
         self.journal.add(key, take.psnr)
-        return _Tried(skeleton, forecast, origin, take.psnr, take)
+        return _Tried(skeleton, forecast, origin, take.psnr, quality(take.psnr, self.tail), take)
 
     def _take(self, tried: _Tried) -> Take:
         if tried.take is None:

@@ -81,6 +81,8 @@ def test_every_statistic_against_a_transcription(pipe, profile):
                     if stream == "image":
                         expected["image_error_l2"][p, b, i, g, m, k] = error.square().sum().sqrt()
     for name, table in profile.tables.items():
+        if name == "image_gram":
+            continue  # test_residual_fits.py
         np.testing.assert_allclose(table, expected[name], rtol=2e-4, err_msg=name)
 
 
@@ -205,6 +207,8 @@ def test_profile_file(tmp_path, profile):
     assert loaded.groups == profile.groups
     assert loaded.group_seconds == profile.group_seconds
     for name, table in profile.tables.items():
+        if name == "image_gram":
+            continue  # test_residual_fits.py
         np.testing.assert_array_equal(loaded.tables[name], table)
 
 

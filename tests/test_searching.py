@@ -10,7 +10,7 @@ import torch
 import layercache
 from layercache.errors import BudgetError, CacheStateError, CalibrationError, FileFormatError, ScheduleMismatchError
 from layercache.fitting import HOLD, Forecast
-from layercache.front import Front, Point
+from layercache.front import Front, Point, quality
 from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
 from layercache.integration import attachment_of
 from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
@@ -209,8 +209,8 @@ def front(pipe, profile):
 
 def test_the_front_keeps_what_it_promises(pipe, rehearsal, front):
     assert [p.used for p in front.points] == sorted(p.used for p in front.points)
-    means = [p.calibration.mean for p in front.points]
-    assert means == sorted(means)
+    qualities = [quality(p.psnr, 0.5) for p in front.points]
+    assert qualities == sorted(qualities)
     assert [note.split(":")[0] for note in front.notes] == ["budget 0.75", "budget 0.5"]
     assert all("whole steps" in note and "groups" in note for note in front.notes)
     for point in front.points:
@@ -222,7 +222,8 @@ def test_budgets_speedups_and_qualities_are_chosen(front):
     assert layercache.plan(front, 0.5).used <= 0.5
     assert layercache.plan(front, 0.75).used <= 0.75
     best = front.points[-1]
-    assert layercache.plan(front, min_psnr=best.calibration.mean) == best.schedule
+    top = max(p.calibration.mean for p in front.points)
+    assert layercache.plan(front, min_psnr=top) == next(p for p in front.points if p.calibration.mean == top).schedule
     assert front.choose(speedup=1.0) == best
     speed = front.speedup(front.points[0])
     assert front.choose(speedup=speed) == front.points[0]
@@ -237,7 +238,7 @@ def test_budgets_speedups_and_qualities_are_chosen(front):
 def test_refinement_never_loses(pipe, profile):
     plain = run_search(pipe, profile, trials=0, budgets=(0.5,))
     refined = run_search(pipe, profile, trials=6, budgets=(0.5,))
-    assert refined.points[-1].calibration.mean >= plain.points[-1].calibration.mean
+    assert quality(refined.points[-1].psnr, 0.5) >= quality(plain.points[-1].psnr, 0.5)
 
 
 def test_the_search_is_deterministic_and_goes_on_where_it_stopped(pipe, profile, front, tmp_path):
@@ -317,6 +318,10 @@ def test_dominated_points_are_dropped(rehearsal):
     cheap, dear = (skipping(rehearsal.fingerprint, steps) for steps in ([0, 4], [0, 2, 4]))
     points = [Point(cheap, "a", (30.0,)), Point(dear, "b", (29.0,)), Point(dear, "c", (31.0,))]
     assert [p.origin for p in Front.of(points, (1.0, 0.1, 0.01)).points] == ["a", "c"]
+    astray = Point(dear, "d", (60.0,) * 4 + (10.0,))  # a good mean, one bad picture
+    for tail, origins in ((0.0, ["a", "d"]), (1.0, ["a", "c"])):
+        front = Front.of([*points, astray], (1.0, 0.1, 0.01), tail=tail)
+        assert [p.origin for p in front.points] == origins
 
 
 def test_table_plot_and_page(front, tmp_path):
@@ -342,3 +347,10 @@ def test_pictures_may_be_tensors(pipe):
     rehearsal = Rehearsal(pipe, ["cat"], [1], output_type="pt", **CALL)
     assert isinstance(rehearsal.pictures[0], np.ndarray)
     assert torch.is_tensor(rehearsal.full[0].raw[0])
+
+
+def test_quality_weighs_the_tail():
+    psnr = (60.0,) * 9 + (10.0,)
+    assert quality(psnr, 0.0) == pytest.approx(55.0)
+    assert quality(psnr, 1.0) == pytest.approx(np.quantile(psnr, 0.1))
+    assert quality(psnr, 0.5) == pytest.approx((55.0 + np.quantile(psnr, 0.1)) / 2)
