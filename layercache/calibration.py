@@ -34,6 +34,9 @@ from layercache.velocities import as_rows
 
 Sample = tuple[str, Callable[[], object]]
 
+SENSITIVITIES = ("substitution", "random")
+NOISE = 0.01  # of a random change, relative to the residual
+
 _STATISTICS = 4  # of one stream and coefficient set: error l1, error l2^2, norm l1, norm l2^2
 
 
@@ -51,7 +54,7 @@ def calibrate(
     max_distance: int = 8,
     max_span: int = 9,
     eta: float = 1.0,
-    sensitivity: bool = False,
+    sensitivity: str | None = None,
     progress: bool = True,
     **call: Any,
 ) -> StabilityProfile:
@@ -74,9 +77,9 @@ def calibrate(
         max_distance: longest distance to the anchor that is measured.
         max_span: longest distance between the two anchors that is measured.
         eta: damping of the secant.
-        sensitivity: also measure what a group's error does to the velocity, by putting the residual of the step
-            before in its place and running the groups behind it: about one more full run per sample (methods.md §1.5,
-            option A).
+        sensitivity: also measure what a group's error does to the velocity, by changing its residual and running the
+            groups behind it, about one more full run per sample: ``"substitution"`` puts the residual of the step
+            before in its place, ``"random"`` adds noise of a hundredth of its size (methods.md §1.5, options A, B).
         progress: show a progress bar.
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
@@ -86,6 +89,8 @@ def calibrate(
     """
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
+    if sensitivity not in (None, *SENSITIVITIES):
+        raise CalibrationError(f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}")
     transformer = find_transformer(target)
     spec = spec_for(transformer)
     todo = _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
@@ -203,7 +208,7 @@ class Observer(Router):
         max_distance: int,
         max_span: int,
         eta: float,
-        sensitivity: bool = False,
+        sensitivity: str | None = None,
     ):
         super().__init__(transformer, spec, groups)
         self.groups = tuple(groups)
@@ -213,7 +218,7 @@ class Observer(Router):
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
         self._branches: dict[str, _Branch] = {}
-        self._measures_sensitivity = sensitivity
+        self._sensitivity = sensitivity
         self._substitutes: list[list[torch.Tensor]] | None = None
 
     def _take_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -277,21 +282,25 @@ class Observer(Router):
             seen.reuse[group] = _time_reuse(outputs, residuals)
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
-        """With the last step's residual in a group's place, what becomes of the velocity?"""
+        """With another residual in a group's place, what becomes of the velocity?"""
         step, seen = self.place.step, self._branches[self.place.branch]
-        if not self._measures_sensitivity or step == 0:
+        if not self._sensitivity or step == 0:
             return
         self.clock.mark(("sensitivity", step))
         velocity = first_tensor(output)
-        here, before = ([window[age] for window in seen.windows] for age in (0, 1))
+        here = [window[0] for window in seen.windows]
         try:
             for group in range(len(self.groups)):
                 # this step's residuals of the groups in front lead to the group's own input again
-                self._substitutes = [*here[:group], before[group]]
+                other = seen.windows[group][1] if self._sensitivity == "substitution" else _disturbed(here[group], step)
+                self._substitutes = [*here[:group], other]
                 ahead = [GroupAction(REUSE, text=True, ends_run=k == group) for k in range(group + 1)]
                 self.open((*ahead, *[GroupAction(COMPUTE)] * (len(self.groups) - group - 1)))
                 changed = first_tensor(rerun())
-                seen.responses[step, group] = ops.pair_statistics([as_rows(changed)], [as_rows(velocity)])
+                pairs = [(changed, velocity), (other[0], here[group][0])]
+                seen.responses[step, group] = torch.cat(
+                    [ops.pair_statistics([as_rows(a)], [as_rows(b)]) for a, b in pairs]
+                )
         finally:
             self._substitutes = None
         self.clock.mark(("rest", step))
@@ -342,11 +351,11 @@ class Observer(Router):
         return table
 
     def _responses(self, seen: _Branch) -> np.ndarray:
-        """Relative L1 change of the velocity, ``[N, G]``; 0 at step 0."""
-        table = np.zeros((len(self.sigmas) - 1, len(self.groups)))
+        """Relative L1 changes of velocity and residual, ``[2, N, G]``; 0 at step 0."""
+        table = np.zeros((2, len(self.sigmas) - 1, len(self.groups)))
         for (step, group), sums in seen.responses.items():
-            change, _, norm = sums[0, :3].double().cpu().tolist()
-            table[step, group] = change / norm if norm > 0 else math.inf
+            for kind, (change, _, norm) in enumerate(sums[:, :3].double().cpu().tolist()):
+                table[kind, step, group] = change / norm if norm > 0 else math.inf
         return table
 
     def _fill(self, errors: np.ndarray, norms: np.ndarray, seen: _Branch, stream: str) -> None:
@@ -381,8 +390,9 @@ class Observer(Router):
             "text_norm_l1": stack("text", 1, 0),
         }
         tables["image_gram"] = np.stack([result["grams"] for result in results])
-        if self._measures_sensitivity:
-            tables["velocity_response"] = np.stack([result["responses"] for result in results])
+        if self._sensitivity:
+            responses = np.stack([result["responses"] for result in results])
+            tables["velocity_response"], tables["substitute_error"] = responses[:, :, 0], responses[:, :, 1]
         groups = range(len(self.groups))
         steps = range(len(self.sigmas) - 1)
         every = [(result["seconds"], step) for result in results for step in steps]
@@ -405,6 +415,17 @@ class Observer(Router):
             eta=self.eta,
             stream_bytes=max((result["stream_bytes"] for result in results), key=sum_of_pairs),
         )
+
+
+def _disturbed(residuals: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Residuals with Gaussian noise of a hundredth of their root mean square added, the same for every call."""
+    found = []
+    for residual in residuals:
+        generator = torch.Generator(residual.device).manual_seed(seed)
+        noise = torch.randn(residual.shape, generator=generator, device=residual.device, dtype=torch.float32)
+        size = NOISE * residual.float().pow(2).mean().sqrt()
+        found.append((residual.float() + size * noise).to(residual.dtype))
+    return found
 
 
 def sum_of_pairs(pairs: Sequence[tuple[int, int]]) -> int:

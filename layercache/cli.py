@@ -109,6 +109,13 @@ class Method(str, Enum):
     addition = "addition"
 
 
+class Sensitivity(str, Enum):
+    """How the sensitivity of a group is measured."""
+
+    substitution = "substitution"
+    random = "random"
+
+
 class ForecastKind(str, Enum):
     """What the residual of a cached group is taken to be."""
 
@@ -230,9 +237,8 @@ def calibrate(
     partition: Annotated[Partition, typer.Option(help="How to cut the blocks into groups.")] = Partition.thirds,
     groups: Annotated[int, typer.Option(min=1, help="Number of groups of the 'measured' partition.")] = 3,
     sensitivity: Annotated[
-        bool,
-        typer.Option("--sensitivity", help="Also measure what a group's error does to the result (twice the time)."),
-    ] = False,
+        Sensitivity | None, typer.Option(help="Also measure what a group's error does to the result (twice the time).")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path("profile.safetensors"),
     device: Device = None,
     dtype: DtypeOption = Dtype.bfloat16,
@@ -267,7 +273,7 @@ def calibrate(
             num_inference_steps=steps,
             partition=partition.value,
             num_groups=groups,
-            sensitivity=sensitivity,
+            sensitivity=sensitivity.value if sensitivity else None,
             **_call_arguments(pipe, guidance, height, width),
         )
     profile.save(output)

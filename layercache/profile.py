@@ -22,8 +22,9 @@ VERSION = 1
 
 _TINY = 1e-12
 _RESPONSE = "velocity_response"
+_SUBSTITUTE = "substitute_error"
 _GRAM = "image_gram"
-_OPTIONAL = (_RESPONSE, _GRAM)
+_OPTIONAL = (_RESPONSE, _SUBSTITUTE, _GRAM)
 _ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
 _NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
 
@@ -47,8 +48,8 @@ class StabilityProfile:
       ``text_error_l1``: as the first, of the text stream (zeros for models without one);
     * ``image_norm_l1``, ``image_norm_l2``, ``text_norm_l1`` ``[P, B, N, G]``: the same sums of the residual itself.
 
-    * ``velocity_response`` ``[P, B, N, G]``, only where sensitivity was measured: relative L1 change of the velocity
-      with the group's residual of the step before in the place of its own (0 at step 0).
+    * ``velocity_response`` and ``substitute_error`` ``[P, B, N, G]``, only where sensitivity was measured: relative L1
+      change of the velocity, and of the group's residual that was changed for it (0 at step 0).
 
     * ``image_gram`` ``[P, B, N, G, W, W]``, missing in old files: inner products of the image residuals of a step and
       of the ``W - 1`` steps before it, newest first; for fits.
@@ -84,6 +85,7 @@ class StabilityProfile:
             self._check_table(name, shape)
         if self.has_sensitivity:
             self._check_table(_RESPONSE, shape)
+            self._check_table(_SUBSTITUTE, shape)
         if _GRAM in self.tables and not np.isfinite(self.tables[_GRAM]).all():
             raise CalibrationError(
                 f"{_GRAM} is not finite; the model gave NaN or infinity, or its squares overflow fp32"
@@ -101,16 +103,15 @@ class StabilityProfile:
     def sensitivity(self) -> np.ndarray:
         """Relative change of the velocity per relative error of a group's residual, ``w [N, G]``.
 
-        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))`` of the forecast by the residual of the step before, mean over
-        samples and branches; 1 at step 0. Source: methods.md §1.5, option A.
+        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))``, mean over samples and branches; 1 at step 0.
+        Source: methods.md §1.5, options A and B.
 
         Raises:
             CalibrationError: it was not measured.
         """
         if not self.has_sensitivity:
-            raise CalibrationError("this profile has no sensitivity; calibrate with sensitivity=True")
-        change = self._relative("image")[..., 1, 0]
-        response = self.tables[_RESPONSE]
+            raise CalibrationError("this profile has no sensitivity; calibrate with sensitivity='substitution'")
+        response, change = self.tables[_RESPONSE], self.tables[_SUBSTITUTE]
         weights = np.divide(response, change, out=np.ones_like(response), where=np.isfinite(change) & (change > _TINY))
         weights[:, :, 0] = 1.0
         return weights.mean(axis=(0, 1))
