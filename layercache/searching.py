@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchError
 from layercache.files import write_atomically
-from layercache.fitting import Forecast, solve_ridge
+from layercache.fitting import HOLD, Forecast, solve_ridge
 from layercache.forecast import secant_coefficients
 from layercache.front import Front, Point, quality
 from layercache.planner import SPANS, plan
@@ -47,6 +47,7 @@ def search(
     resume: str | os.PathLike[str] | None = None,
     per_branch: bool = False,
     tail: float = 0.5,
+    step_probes: int = 0,
     seed: int = 0,
     progress: bool = True,
     **call: Any,
@@ -70,6 +71,8 @@ def search(
         max_cache_bytes: schedules that would store more than this, all branches together, are left out.
         per_branch: also try schedules that compute the guidance branches at different steps.
         tail: weight of the 10 % quantile of the PSNR beside its mean; 0 looks at the mean alone.
+        step_probes: measure at so many steps what an error becomes at the end (`step_weights`), and also try schedules
+            of whole steps that weigh errors by it. A probe costs half a full run on average.
         resume: a file that keeps what every run gave; a search that was stopped goes on from it.
         seed: of the order of exchanges.
         progress: show a progress bar.
@@ -90,6 +93,8 @@ def search(
         _check_profile(profile, rehearsal)
     hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed, tail)
     hunt.per_branch = per_branch
+    if step_probes and rehearsal.is_euler:
+        hunt.weights = step_weights(rehearsal, step_probes)
     hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
@@ -183,6 +188,7 @@ class _Search:
         self.random = np.random.default_rng(seed)
         self.deadline = math.inf
         self.per_branch = False
+        self.weights: np.ndarray | None = None
         self.points: list[Point] = []
         self.notes: list[str] = []
         self.errors = velocity_errors(rehearsal)
@@ -235,7 +241,10 @@ class _Search:
         seen: set[tuple[int, ...]] = set()
         lists = []
         for gamma in (1.0, 2.0):
-            lists.append((f"whole steps, velocity errors^{gamma:g}", self._solved(count, gamma)))
+            lists.append((f"whole steps, velocity errors^{gamma:g}", self._solved(count, self.errors**gamma)))
+        if self.weights is not None:
+            weighted = self.weights[:, None, None, None] * self.errors
+            lists.append(("whole steps, weighted velocity errors", self._solved(count, weighted)))
         lists.append(
             ("whole steps, evenly", sorted({round(k * (steps - 1) / max(1, count - 1)) for k in range(count)}))
         )
@@ -255,7 +264,7 @@ class _Search:
                     continue
                 yield f"{len(profile.groups)} groups" + (", branches apart" if apart else ""), schedule
 
-    def _solved(self, count: int, gamma: float) -> list[int]:
+    def _solved(self, count: int, errors: np.ndarray) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
         from layercache import _core
 
@@ -264,13 +273,13 @@ class _Search:
         protected[:2] = True
         protected[-1:] = count > 3
         result = _core.solve(
-            np.ascontiguousarray(self.errors**gamma),
+            np.ascontiguousarray(errors),
             np.ones(1),
             np.zeros(1),
             float(count),
             protected,
             list(SPANS),
-            max_run=self.errors.shape[2] - 1,
+            max_run=errors.shape[2] - 1,
         )
         return [step for step in range(steps) if result.cells[step, 0] < 0] if result.feasible else []
 
@@ -384,6 +393,29 @@ def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int =
         ]
         table[step, 0, distance, span] = abs(sigmas[step + 1] - sigmas[step]) * np.mean(errors)
     return table
+
+
+def step_weights(rehearsal: Rehearsal, probes: int = 10) -> np.ndarray:
+    """What an error of the velocity becomes by the end of the run, relative to the other steps, ``phi [N]``, mean 1.
+
+    At each probed step alone the velocity of the step before is held; ``phi`` is how far the final latents move, over
+    how far the step moved them. Steps in between are interpolated. Source: methods.md §1.5, option C.
+    """
+    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
+    full = Take(Schedule.compute_all(rehearsal.fingerprint), (), rehearsal.full)
+    probed = sorted({round(step) for step in np.linspace(1, steps - 1, probes)})
+    found = []
+    for step in probed:
+        others = [k for k in range(steps) if k != step]
+        take = rehearsal.run(skipping(rehearsal.fingerprint, others), HOLD, start=full, first=step)
+        moved = introduced = 0.0
+        for trace, reference in zip(take.traces, rehearsal.full, strict=True):
+            end, true_end = (t.after(steps - 1, sigmas) for t in (trace, reference))
+            moved += float((end - true_end).float().abs().mean())
+            introduced += float((trace.taken[step] - reference.taken[step]).float().abs().mean())
+        found.append(moved / max(introduced * abs(sigmas[step + 1] - sigmas[step]), 1e-30))
+    weights = np.interp(np.arange(steps), probed, found)
+    return weights / weights.mean()
 
 
 def step_needs(take: Take, rehearsal: Rehearsal, forecast: Forecast) -> np.ndarray:

@@ -15,7 +15,7 @@ from layercache.front_report import front_table, rows_of, save_front_page, save_
 from layercache.integration import attachment_of
 from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
 from layercache.report import plain_text
-from layercache.searching import search, step_needs, velocity_errors
+from layercache.searching import search, step_needs, step_weights, velocity_errors
 from tiny import generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
@@ -354,3 +354,43 @@ def test_quality_weighs_the_tail():
     assert quality(psnr, 0.0) == pytest.approx(55.0)
     assert quality(psnr, 1.0) == pytest.approx(np.quantile(psnr, 0.1))
     assert quality(psnr, 0.5) == pytest.approx((55.0 + np.quantile(psnr, 0.1)) / 2)
+
+
+def test_step_weights_by_hand(pipe, rehearsal):
+    """One velocity held in a plain loop, the rest computed: how far the end moves over how far the step moved."""
+    weights = step_weights(rehearsal, STEPS - 1)
+
+    def end_with(held):
+        ends, steps = [], []
+        inner = pipe.scheduler.step
+
+        def step(velocity, timestep, latents, **kwargs):
+            steps.append(velocity)
+            k = (len(steps) - 1) % STEPS
+            return inner(steps[-2] if k == held else velocity, timestep, latents, **kwargs)
+
+        pipe.scheduler.step = step
+        try:
+            for prompt, seed, count in ((PROMPTS[0], 3, 2), (PROMPTS[1], 5, 1)):
+                seeds = generators(count, seed)
+                call = CALL | {"generator": seeds if count > 1 else seeds[0], "output_type": "latent"}
+                ends.append(pipe(prompt, **call).images)
+        finally:
+            del pipe.scheduler.step
+        return ends, steps
+
+    full, velocities = end_with(None)
+    expected = []
+    for held in range(1, STEPS):
+        ends, _ = end_with(held)
+        moved = sum(float((a - b).abs().mean()) for a, b in zip(ends, full, strict=True))
+        gap = sum(float((velocities[k + held - 1] - velocities[k + held]).abs().mean()) for k in (0, STEPS))
+        expected.append(moved / gap / abs(rehearsal.sigmas[held + 1] - rehearsal.sigmas[held]))
+    ratio = weights[1:] / np.array(expected)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
+    assert weights.mean() == pytest.approx(1.0)
+
+
+def test_search_with_step_weights(pipe, profile):
+    front = run_search(pipe, profile, budgets=(0.6,), trials=0, step_probes=4)
+    assert front.points
