@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,17 +74,16 @@ def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9)
     return found
 
 
-def group_points(calibration: Rehearsal, profiles: list, budget: float) -> list[tuple[str, Point]]:
+def group_points(calibration: Rehearsal, profiles: dict[str, Any], budget: float) -> list[tuple[str, Point]]:
     """Schedules per group of layers at a budget, as planned, and with the forecast that suits each best."""
     found = []
-    for profile in profiles:
+    for name, profile in profiles.items():
         if len(profile.groups) < 2:
             continue
         try:
             schedule = layercache.plan(profile, budget)
         except BudgetError:
             continue
-        name = f"{len(profile.groups)} groups"
         take = calibration.run(schedule)
         found.append((name, Point(take.schedule, "planned", take.psnr)))
         takes = [(calibration.run(schedule, forecast), forecast.name) for forecast in STEERED]
@@ -131,15 +131,15 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load(args.model, args.device)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     fitted, held = range(1000, 1000 + args.calibration), range(args.seeds)
-    profiles = [
-        layercache.calibrate(pipe, samples(fitted)[:1], seeds=[fitted[0]], partition=partition, **call)
+    profiles = {
+        partition: layercache.calibrate(pipe, samples(fitted)[:1], seeds=[fitted[0]], partition=partition, **call)
         for partition in args.partitions or ["whole"]
-    ]
+    }
     front = layercache.search(
         pipe,
         samples(fitted),
         seeds=list(fitted),
-        profiles=profiles,
+        profiles=list(profiles.values()),
         budgets=args.budgets,
         trials=args.trials,
         tail=args.tail,
