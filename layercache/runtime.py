@@ -345,20 +345,23 @@ class ScheduleRouter(Router):
         self.check()
 
     def check(self) -> None:
-        """Reads the device flag of the finished generation.
+        """Reads the device flag of the finished generation, and looks at its stored velocities.
 
         Raises:
-            NonFiniteResidualError: a stored residual held NaN or infinity. The flag is cleared.
+            NonFiniteResidualError: a stored residual or velocity held NaN or infinity. The flag is cleared.
         """
         bad = []
         for name, state in self.states.items():
             if state.flag.tensor is not None and int(state.flag.tensor.item()):
                 state.flag.tensor.zero_()
                 bad.append(name)
+        if not self.track.is_finite():
+            self.track.reset()
+            bad.append("all")
         if bad:
             raise NonFiniteResidualError(
-                f"a stored residual of branch {', '.join(bad)} held NaN or infinity, so the result of the last "
-                "generation is not usable; the model itself produced it (try bfloat16 or float32 instead of "
+                f"a stored residual or velocity of branch {', '.join(bad)} held NaN or infinity, so the result of the "
+                "last generation is not usable; the model itself produced it (try bfloat16 or float32 instead of "
                 "float16), caching was not the cause"
             )
 

@@ -104,6 +104,11 @@ class VelocityTrack:
             slot = self.slots[index] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return slot
 
+    def is_finite(self) -> bool:
+        """Whether the stored velocities are; asks the device. What is not finite once stays so by the latents."""
+        held = [slot for slot, step in zip(self.slots, self.held, strict=True) if slot is not None and step is not None]
+        return all(bool(torch.isfinite(slot).all()) for slot in held)
+
     @property
     def nbytes(self) -> int:
         return sum(slot.numel() * slot.element_size() for slot in self.slots if slot is not None)

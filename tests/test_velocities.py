@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
-from layercache.errors import CacheStateError, ScheduleError
+from layercache.errors import CacheStateError, NonFiniteResidualError, ScheduleError
 from layercache.layout import lay_out
 from layercache.schedule import Schedule, Velocity
 from layercache.velocities import combine
@@ -266,3 +266,19 @@ def test_one_launch_and_no_host_read_per_step(pipe):
                 track.pass_on(velocity, latents)
     assert ours == ["layercache::linear_map"] * sum(row.changes for row in cache.layout.velocities)
     assert not reads
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_velocity_is_reported_when_the_generation_ends(pipe, value):
+    schedule = skipping(pipe)
+
+    def spoil(module, args, output):
+        return output[0], output[1] * value
+
+    with layercache.enabled(pipe, schedule):
+        clean = generate(pipe)
+        handle = pipe.transformer.transformer_blocks[2].register_forward_hook(spoil)
+        with pytest.raises(NonFiniteResidualError, match="velocity"):
+            generate(pipe)
+        handle.remove()
+        assert torch.equal(generate(pipe), clean)
