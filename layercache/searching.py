@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from tqdm.auto import tqdm
 from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchError
 from layercache.files import write_atomically
 from layercache.fitting import HOLD, Forecast, solve_ridge
-from layercache.forecast import secant_coefficients
+from layercache.forecast import reforecast, secant_coefficients
 from layercache.front import Front, Point, quality
-from layercache.planner import SPANS, plan
+from layercache.planner import SPANS, plan, weighted_errors
 from layercache.profile import StabilityProfile, readable
 from layercache.rehearsal import Rehearsal, Take, skipping, with_terms_of
-from layercache.schedule import Schedule, check_header
+from layercache.schedule import Cell, Schedule, check_header
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
 TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
+WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
 JOURNAL, JOURNAL_VERSION = "layercache search", 1
 
 
@@ -55,9 +56,9 @@ def search(
     """Finds the schedules of highest PSNR for every budget, by running them.
 
     For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
-    two best with every forecast. The best schedule of whole steps is then refined: one computed step is exchanged
-    for a skipped one, in the order of what a step's own fit says of it. Nothing is drawn by chance but every fourth
-    exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
+    two best with every forecast. The best schedule of whole steps, and of groups where that is close, is then refined:
+    one computed cell is exchanged for a cached one, in the order of what their errors promise. Nothing is drawn by
+    chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -66,7 +67,7 @@ def search(
         validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
         budgets: shares of the block time.
         forecasts: of velocities; by default steered ones, where the sampler takes Euler steps.
-        trials: exchanges tried per budget, at most.
+        trials: exchanges tried per budget and kind of schedule, at most.
         time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
         max_cache_bytes: schedules that would store more than this, all branches together, are left out.
         per_branch: also try schedules that compute the guidance branches at different steps.
@@ -96,7 +97,7 @@ def search(
     if step_probes and rehearsal.is_euler:
         hunt.weights = step_weights(rehearsal, step_probes)
     hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    with tqdm(total=len(budgets) * trials, desc="searching", disable=not progress, unit="trial") as bar:
+    with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
             hunt.explore(budget, trials, bar)
     front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes, tail)
@@ -195,7 +196,7 @@ class _Search:
         self.best: _Tried | None = None
 
     def explore(self, budget: float, trials: int, bar: Any) -> None:
-        """Runs the portfolio of a budget, then exchanges steps in the best schedule of whole steps."""
+        """Runs the portfolio of a budget, then refines the best of whole steps and, if they are close, of groups."""
         count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
         portfolio = list(self._portfolio(budget, count))
         tried = self._run_all([(skeleton, self.forecasts[0], origin) for origin, skeleton in portfolio])
@@ -204,10 +205,13 @@ class _Search:
         ]
         tried += self._run_all([(one.skeleton, f, one.origin) for one in ahead for f in self.forecasts[1:]])
         whole = [t for t in tried if len(t.skeleton.groups) == 1]
-        self._note(budget, whole, [t for t in tried if len(t.skeleton.groups) > 1])
+        grouped = [t for t in tried if len(t.skeleton.groups) > 1]
+        self._note(budget, whole, grouped)
         if whole:
             self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
             tried.append(self.best)
+        if grouped and max(t.quality for t in grouped) > max(t.quality for t in tried) - WORTH_REFINING:
+            tried.append(self._refine(max(grouped, key=lambda t: t.quality), trials, bar))
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             take = self._take(one)
             self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
@@ -292,44 +296,64 @@ class _Search:
         return [step for step in computed if step not in dropped]
 
     def _refine(self, best: _Tried, trials: int, bar: Any) -> _Tried:
-        known = {tuple(_computed(best.skeleton))}
+        """Exchanges one computed cell for a cached one at a time, as long as that helps."""
+        known = {_key(best.skeleton, best.forecast)}
         bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
-        exchanges = self._exchanges(best)
+        neighbours = self._neighbours(best)
         for _ in range(trials):
-            found = next((steps for steps in exchanges if steps not in known), None)
+            found = next((s for s in neighbours if _key(s, best.forecast) not in known), None)
             if found is None or time.monotonic() > self.deadline:
                 break
-            known.add(found)
-            if not self._fits(skipping(self.rehearsal.fingerprint, found), best.forecast):
+            known.add(_key(found, best.forecast))
+            if not self._fits(found, best.forecast):
                 continue
-            origin = best.origin.removesuffix(", refined") + ", refined"
-            trial = self._run(skipping(self.rehearsal.fingerprint, found), best.forecast, origin, best)
+            trial = self._run(found, best.forecast, best.origin.removesuffix(", refined") + ", refined", best)
             if trial.quality > best.quality:
-                best = trial
-                exchanges = self._exchanges(best)
+                best, neighbours = trial, self._neighbours(trial)
                 bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
             bar.update()
         return best
 
-    def _exchanges(self, tried: _Tried) -> Iterator[tuple[int, ...]]:
-        """Lists of computed steps with one exchanged, the most promising first, every fourth by chance."""
+    def _neighbours(self, tried: _Tried) -> Iterator[Schedule]:
+        """Schedules with one computed cell exchanged for a cached one."""
+        if len(tried.skeleton.groups) > 1:
+            return self._cell_exchanges(tried.skeleton)
+        return self._step_exchanges(tried)
+
+    def _step_exchanges(self, tried: _Tried) -> Iterator[Schedule]:
         computed = _computed(tried.skeleton)
         skipped = [step for step in range(self.rehearsal.num_steps) if step not in computed]
         need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
         pairs = [(out, into) for out in computed[1:] for into in skipped]
+        for out, into in self._mixed(pairs, lambda pair: _gain(need, *pair)):
+            yield skipping(self.rehearsal.fingerprint, sorted({*computed, into} - {out}))
 
-        # a neighbour takes over most of what a step gives, so shifts are the gentler moves
-        def gain(pair: tuple[int, int]) -> float:
-            out, into = pair
-            return need[into] - need[out] * (0.5 if abs(out - into) == 1 else 1.0)
+    def _cell_exchanges(self, skeleton: Schedule) -> Iterator[Schedule]:
+        profile = next((p for p in self.profiles if p.groups == skeleton.groups), None)
+        if profile is None or skeleton.branch_cells:
+            return
+        need = cell_needs(profile, skeleton)
+        cells = skeleton.cells
+        steps = range(1, skeleton.num_steps)
+        moves = [
+            (group, out, into)
+            for group in range(len(skeleton.groups))
+            for out in steps
+            for into in steps
+            if cells[out][group] is None and cells[into][group] is not None
+        ]
+        for group, out, into in self._mixed(moves, lambda move: _gain(need[:, move[0]], *move[1:])):
+            yield reforecast(_with_exchanged(skeleton, group, out, into), "secant")
 
-        pairs.sort(key=gain, reverse=True)
-        while pairs:
+    def _mixed(self, moves: list[Any], gain: Callable[[Any], float]) -> Iterator[Any]:
+        """By falling gain, every fourth drawn by chance."""
+        moves.sort(key=gain, reverse=True)
+        while moves:
             for _ in range(3):
-                if pairs:
-                    yield _exchanged(computed, *pairs.pop(0))
-            if pairs:
-                yield _exchanged(computed, *pairs.pop(int(self.random.integers(len(pairs)))))
+                if moves:
+                    yield moves.pop(0)
+            if moves:
+                yield moves.pop(int(self.random.integers(len(moves))))
 
     def _run(self, skeleton: Schedule, forecast: Forecast, origin: str, near: _Tried | None = None) -> _Tried:
         key = _key(skeleton, forecast)
@@ -361,13 +385,38 @@ def _computed(schedule: Schedule) -> list[int]:
     return [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
 
 
-def _exchanged(computed: Sequence[int], out: int, into: int) -> tuple[int, ...]:
-    return tuple(sorted({*computed, into} - {out}))
+def _gain(need: np.ndarray, out: int, into: int) -> float:
+    """A neighbour takes over most of what a step gives, so shifts are the gentler moves."""
+    return float(need[into] - need[out] * (0.5 if abs(out - into) == 1 else 1.0))
+
+
+def _with_exchanged(schedule: Schedule, group: int, out: int, into: int) -> Schedule:
+    """One cell of a group cached, another computed; every cached cell reuses step 0 until it is given a forecast."""
+
+    def cell(step: int, k: int) -> Cell:
+        computed = schedule.cells[step][k] is None
+        if k == group and step in (out, into):
+            computed = step == into
+        return None if computed else {0: 1.0}
+
+    cells = tuple(tuple(cell(step, k) for k in range(len(schedule.groups))) for step in range(schedule.num_steps))
+    return replace(schedule, cells=cells, velocities=())
+
+
+def cell_needs(profile: StabilityProfile, schedule: Schedule) -> np.ndarray:
+    """Weighted error of reusing the newest computed residual, ``[N, G]``; of computed cells, if they were cached."""
+    errors = weighted_errors(profile, 1.0, 0.0, 0.1)
+    needs = np.full(errors.shape[:2], np.inf)
+    for step in range(1, schedule.num_steps):
+        for group in range(len(schedule.groups)):
+            anchor = max(k for k in range(step) if schedule.cells[k][group] is None)
+            needs[step, group] = errors[step, group, min(step - anchor, profile.max_distance), 0]
+    return needs
 
 
 def _first_difference(a: Schedule, b: Schedule) -> int:
-    """The first step whose cells differ; 0 where branches have cells of their own."""
-    if a.branch_cells or b.branch_cells:
+    """The first step whose cells differ; 0 where residuals are stored, which a later start would lack."""
+    if any(cell for schedule in (a, b) for row in schedule.cells for cell in row):
         return 0
     return next((step for step, rows in enumerate(zip(a.cells, b.cells, strict=True)) if rows[0] != rows[1]), 0)
 

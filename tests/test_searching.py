@@ -8,14 +8,17 @@ import pytest
 import torch
 
 import layercache
+from layercache import searching
 from layercache.errors import BudgetError, CacheStateError, CalibrationError, FileFormatError, ScheduleMismatchError
 from layercache.fitting import HOLD, Forecast
+from layercache.forecast import reforecast
 from layercache.front import Front, Point, quality
 from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
 from layercache.integration import attachment_of
+from layercache.planner import weighted_errors
 from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
 from layercache.report import plain_text
-from layercache.searching import search, step_needs, step_weights, velocity_errors
+from layercache.searching import _with_exchanged, cell_needs, search, step_needs, step_weights, velocity_errors
 from tiny import generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
@@ -394,3 +397,30 @@ def test_step_weights_by_hand(pipe, rehearsal):
 def test_search_with_step_weights(pipe, profile):
     front = run_search(pipe, profile, budgets=(0.6,), trials=0, step_probes=4)
     assert front.points
+
+
+def test_exchanged_cells_keep_the_budget_and_read_what_is_there(pipe, profile):
+    schedule = layercache.plan(profile, 0.7, protect_first=1, protect_last=1)
+    group, out = next((g, k) for g in range(3) for k in range(1, STEPS) if schedule.cells[k][g] is None)
+    into = next(k for k in range(1, STEPS) if schedule.cells[k][group] is not None)
+    other = reforecast(_with_exchanged(schedule, group, out, into), "secant")
+    assert other.cells[into][group] is None
+    assert other.cells[out][group] is not None
+    changed = [
+        (k, g) for k in range(STEPS) for g in range(3) if (other.cells[k][g] is None) != (schedule.cells[k][g] is None)
+    ]
+    assert sorted(changed) == sorted([(out, group), (into, group)])
+    assert other.used == pytest.approx(schedule.used)
+    needs = cell_needs(profile, schedule)
+    table = weighted_errors(profile, 1.0, 0.0, 0.1)
+    anchor = max(k for k in range(into) if schedule.cells[k][group] is None)
+    assert needs[into, group] == table[into, group, into - anchor, 0]
+    assert np.isinf(needs[0]).all()
+
+
+def test_groups_are_refined_where_they_are_close(pipe, profile, monkeypatch):
+    monkeypatch.setattr(searching, "WORTH_REFINING", 1000.0)
+    front = run_search(pipe, profile, budgets=(0.7,), trials=4)
+    hunted = [p.origin for p in front.points]
+    assert front.tried > run_search(pipe, profile, budgets=(0.7,), trials=0).tried + 4
+    assert hunted
