@@ -1,6 +1,8 @@
 #include "greedy.hpp"
 
 #include <cmath>
+#include <cstddef>
+#include <limits>
 #include <queue>
 #include <tuple>
 #include <utility>
@@ -45,7 +47,7 @@ class Queue {
 public:
     Queue(const Problem& problem, const Selection& selection, Move move)
         : problem_(problem), selection_(selection), move_(move), versions_(problem.cell(problem.steps, 0), 0),
-          heap_(LowerPriority{move}) {
+          gains_(versions_.size(), not_queued), heap_(LowerPriority{move}) {
         for (int group = 0; group < problem.groups; ++group) refresh(group, 0, problem.steps - 1);
     }
 
@@ -53,7 +55,10 @@ public:
         while (!heap_.empty()) {
             out = heap_.top();
             heap_.pop();
-            if (out.version == versions_[problem_.cell(out.step, out.group)]) return true;
+            const std::size_t cell = problem_.cell(out.step, out.group);
+            if (out.version != versions_[cell]) continue;
+            gains_[cell] = not_queued;
+            return true;
         }
         return false;
     }
@@ -71,12 +76,18 @@ public:
     }
 
 private:
+    static constexpr double not_queued = std::numeric_limits<double>::quiet_NaN();
+
     void refresh_cell(int step, int group) {
-        const int version = ++versions_[problem_.cell(step, group)];
-        if (!may_move(step, group)) return;
-        const double gain = selection_.gain(step, group);
+        const std::size_t cell = problem_.cell(step, group);
+        const bool movable = may_move(step, group);
+        const double gain = movable ? selection_.gain(step, group) : 0.0;
         // Infinite: the run would be too long or hold a cell that must not be cached.
-        const bool worth = move_ == Move::remove ? std::isfinite(gain) : gain > 0.0;
+        const bool worth = movable && (move_ == Move::remove ? std::isfinite(gain) : gain > 0.0);
+        // most scores nearby do not change at all; their entry in the heap is still the right one
+        if (worth && gain == gains_[cell]) return;
+        const int version = ++versions_[cell];
+        gains_[cell] = worth ? gain : not_queued;
         if (!worth) return;
         heap_.push({gain / problem_.saving(group), problem_.compute_cost[group], step, group, version});
     }
@@ -95,6 +106,7 @@ private:
     const Selection& selection_;
     Move move_;
     std::vector<int> versions_;
+    std::vector<double> gains_; // of the valid entry in the heap, if there is one
     std::priority_queue<Candidate, std::vector<Candidate>, LowerPriority> heap_;
 };
 
