@@ -131,6 +131,10 @@ Result cheapest(const Problem& problem, const RunCosts& costs, const char* metho
     return Selection(problem, costs, sparsest_steps(problem, costs)).result(method);
 }
 
+// With fewer kept steps than the problem's, a forecast may turn out to read another older step than was counted
+// with, and that one may be out of the question. The greedy looks at all kept steps.
+bool is_finite(const Selection& selection) { return std::isfinite(selection.result("").total_error); }
+
 // One shortest path per multiplier, for one group.
 class PricedGroup {
 public:
@@ -207,7 +211,8 @@ Result solve_exact(const Problem& problem) {
         computed[group] = counted[group]->steps(combination.count);
         at = combination.previous;
     }
-    return Selection(problem, costs, std::move(computed)).result("exact");
+    const Selection selection(problem, costs, std::move(computed));
+    return is_finite(selection) ? selection.result("exact") : solve_removal(problem);
 }
 
 Result solve_lagrangian(const Problem& problem) {
@@ -233,6 +238,7 @@ Result solve_lagrangian(const Problem& problem) {
         (problem.affords(selected(middle).spent()) ? high : low) = middle;
     }
     Selection selection = selected(high);
+    if (!is_finite(selection)) return solve_removal(problem);
     fill(problem, selection);
     return selection.result("lagrangian");
 }

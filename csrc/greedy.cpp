@@ -26,7 +26,7 @@ struct Candidate {
     double cost;
     int step;
     int group;
-    int version;
+    double gain;
 };
 
 // The order in which cells are given up; additions take them in exactly the opposite order.
@@ -41,13 +41,13 @@ struct LowerPriority {
     }
 };
 
-// Candidates by score. A move changes the scores nearby; those cells are pushed again under a new
-// version, and entries of an older version are skipped when they come up.
+// Candidates by score. A move changes the gains nearby. A cell that moves up is pushed again at once, one that
+// falls back keeps its entry until that comes up, and is then pushed to its new place.
 class Queue {
 public:
     Queue(const Problem& problem, const Selection& selection, Move move)
-        : problem_(problem), selection_(selection), move_(move), versions_(problem.cell(problem.steps, 0), 0),
-          gains_(versions_.size(), not_queued), heap_(LowerPriority{move}) {
+        : problem_(problem), selection_(selection), move_(move), gains_(problem.cell(problem.steps, 0), none),
+          queued_(gains_.size(), none), heap_(LowerPriority{move}) {
         for (int group = 0; group < problem.groups; ++group) refresh(group, 0, problem.steps - 1);
     }
 
@@ -56,9 +56,10 @@ public:
             out = heap_.top();
             heap_.pop();
             const std::size_t cell = problem_.cell(out.step, out.group);
-            if (out.version != versions_[cell]) continue;
-            gains_[cell] = not_queued;
-            return true;
+            if (out.gain != queued_[cell]) continue; // the cell has an entry further up, or had
+            queued_[cell] = none;
+            if (out.gain == gains_[cell]) return true;
+            if (!std::isnan(gains_[cell])) push(out.step, out.group);
         }
         return false;
     }
@@ -76,7 +77,7 @@ public:
     }
 
 private:
-    static constexpr double not_queued = std::numeric_limits<double>::quiet_NaN();
+    static constexpr double none = std::numeric_limits<double>::quiet_NaN();
 
     void refresh_cell(int step, int group) {
         const std::size_t cell = problem_.cell(step, group);
@@ -84,12 +85,16 @@ private:
         const double gain = movable ? selection_.gain(step, group) : 0.0;
         // Infinite: the run would be too long or hold a cell that must not be cached.
         const bool worth = movable && (move_ == Move::remove ? std::isfinite(gain) : gain > 0.0);
-        // most scores nearby do not change at all; their entry in the heap is still the right one
-        if (worth && gain == gains_[cell]) return;
-        const int version = ++versions_[cell];
-        gains_[cell] = worth ? gain : not_queued;
-        if (!worth) return;
-        heap_.push({gain / problem_.saving(group), problem_.compute_cost[group], step, group, version});
+        gains_[cell] = worth ? gain : none;
+        const double queued = queued_[cell];
+        const bool waits = move_ == Move::remove ? queued <= gain : queued >= gain;
+        if (worth && !waits) push(step, group);
+    }
+
+    void push(int step, int group) {
+        const std::size_t cell = problem_.cell(step, group);
+        const double gain = queued_[cell] = gains_[cell];
+        heap_.push({gain / problem_.saving(group), problem_.compute_cost[group], step, group, gain});
     }
 
     bool may_move(int step, int group) const {
@@ -105,8 +110,8 @@ private:
     const Problem& problem_;
     const Selection& selection_;
     Move move_;
-    std::vector<int> versions_;
-    std::vector<double> gains_; // of the valid entry in the heap, if there is one
+    std::vector<double> gains_;  // of every cell that is worth a move
+    std::vector<double> queued_; // the gain under which the cell stands in the heap
     std::priority_queue<Candidate, std::vector<Candidate>, LowerPriority> heap_;
 };
 

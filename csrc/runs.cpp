@@ -24,38 +24,32 @@ RunCosts::RunCosts(const Problem& problem) : problem_(problem), limit_(problem.r
     }
 }
 
-double RunCosts::cost(int group, int anchor, int length, int effective_span) const {
-    const std::size_t row = problem_.cell(anchor, group) * (limit_ + 1) + length;
-    return sums_[row * (problem_.max_span + 1) + effective_span];
+const double* RunCosts::run(int group, int anchor, int length) const {
+    return &sums_[(problem_.cell(anchor, group) * (limit_ + 1) + length) * (problem_.max_span + 1)];
 }
 
-// Step b for a requested span: the newest kept step at least `span` before the anchor, else the oldest
-// kept one. -1 where nothing is kept or the error table does not reach that far.
-int RunCosts::resolve_base(const Steps& steps, std::size_t at, int span) const {
-    const std::size_t kept = std::min(at, static_cast<std::size_t>(problem_.history - 1));
-    if (kept == 0) return -1;
-    const int anchor = steps[at];
-    std::size_t back = 1;
-    while (back < kept && steps[at - back] > anchor - span) ++back;
-    const int base = steps[at - back];
-    return anchor - base <= problem_.max_span ? base : -1;
-}
-
+// Step b of a requested span is the newest kept step at least that far before the anchor, else the oldest kept
+// one. The spans ascend, so that b only gets older.
 Run RunCosts::best(int group, const Steps& steps, std::size_t at) const {
     const int anchor = steps[at];
     const int length = steps[at + 1] - anchor - 1;
     if (length == 0) return {};
     if (length > limit_) return {std::numeric_limits<double>::infinity(), 0, -1};
 
-    const Run reuse{cost(group, anchor, length, 0), 0, -1};
+    const double* costs = run(group, anchor, length);
+    const Run reuse{costs[0], 0, -1};
     Run best = reuse;
-    int looked_at = -1;
+    const std::size_t kept = std::min(at, static_cast<std::size_t>(problem_.history - 1));
+    std::size_t back = 0;
     for (int span : problem_.spans) {
-        const int base = resolve_base(steps, at, span);
-        // many spans come down to the same older step
-        if (base < 0 || base == looked_at) continue;
-        looked_at = base;
-        const double value = cost(group, anchor, length, anchor - base);
+        if (back == kept) break; // nothing older is kept
+        const std::size_t newest = back;
+        if (back == 0) back = 1;
+        while (back < kept && steps[at - back] > anchor - span) ++back;
+        const int base = steps[at - back];
+        if (anchor - base > problem_.max_span) break; // the table does not reach that far
+        if (back == newest) continue; // many spans come down to the same older step
+        const double value = costs[anchor - base];
         if (value < best.cost) best = {value, span, base};
     }
     return best.cost > (1.0 - problem_.tau) * reuse.cost ? reuse : best;

@@ -28,8 +28,8 @@ public:
     Run best(int group, const Steps& steps, std::size_t at) const;
 
 private:
-    double cost(int group, int anchor, int length, int effective_span) const;
-    int resolve_base(const Steps& steps, std::size_t at, int span) const;
+    // Error of the cached steps anchor + 1 .. anchor + length, by effective span.
+    const double* run(int group, int anchor, int length) const;
 
     const Problem& problem_;
     int limit_;

@@ -13,11 +13,13 @@ std::ptrdiff_t at_most(int history, std::ptrdiff_t available) {
 } // namespace
 
 Selection::Selection(const Problem& problem, const RunCosts& costs, std::vector<Steps> computed)
-    : problem_(problem), costs_(costs), steps_(std::move(computed)), computed_(problem.cell(problem.steps, 0), 0) {
+    : problem_(problem), costs_(costs), steps_(std::move(computed)), computed_(problem.cell(problem.steps, 0), 0),
+      run_costs_(computed_.size(), 0.0) {
     for (int group = 0; group < problem.groups; ++group) {
         for (int step : steps_[group]) {
             if (step < problem.steps) computed_[problem.cell(step, group)] = 1;
         }
+        price(group, 0, steps_[group].size());
     }
 }
 
@@ -25,12 +27,27 @@ void Selection::flip(int step, int group) {
     char& state = computed_[problem_.cell(step, group)];
     Steps& steps = steps_[group];
     const auto place = std::lower_bound(steps.begin(), steps.end(), step);
+    const auto at = static_cast<std::size_t>(place - steps.begin());
     if (state) {
         steps.erase(place);
     } else {
         steps.insert(place, step);
     }
     state = !state;
+    price(group, at - 1, at + problem_.history);
+}
+
+void Selection::price(int group, std::size_t first, std::size_t last) {
+    const Steps& steps = steps_[group];
+    for (std::size_t at = first; at < last && at + 1 < steps.size(); ++at) {
+        run_costs_[problem_.cell(steps[at], group)] = costs_.best(group, steps, at).cost;
+    }
+}
+
+double Selection::priced(int group, const Steps& steps, std::size_t first) const {
+    double sum = 0.0;
+    for (std::size_t at = first; at + 1 < steps.size(); ++at) sum += run_costs_[problem_.cell(steps[at], group)];
+    return sum;
 }
 
 double Selection::cost(int group, const Steps& steps, std::size_t first) const {
@@ -50,9 +67,10 @@ double Selection::gain(int step, int group) const {
     window_.assign(before, before_end);
     const std::size_t first = window_.size() - 1;
     window_.insert(window_.end(), after, after_end);
-    const double without = cost(group, window_, first);
+    const bool now = computed(step, group);
+    const double without = now ? cost(group, window_, first) : priced(group, window_, first);
     window_.insert(window_.begin() + static_cast<std::ptrdiff_t>(first) + 1, step);
-    return without - cost(group, window_, first);
+    return without - (now ? priced(group, window_, first) : cost(group, window_, first));
 }
 
 std::pair<int, int> Selection::neighbourhood(int step, int group) const {

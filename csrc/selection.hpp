@@ -29,6 +29,11 @@ public:
     Result result(std::string method) const;
 
 private:
+    // Prices the runs after the computed steps [first, last) of a group's list, as it stands now.
+    void price(int group, std::size_t first, std::size_t last);
+
+    // Sum over the runs of a window from `first` on: as priced, and for a window that is not in force.
+    double priced(int group, const Steps& steps, std::size_t first) const;
     double cost(int group, const Steps& steps, std::size_t first) const;
     double fill_group(int group, Result& result) const;
 
@@ -36,6 +41,7 @@ private:
     const RunCosts& costs_;
     std::vector<Steps> steps_;
     std::vector<char> computed_;
+    std::vector<double> run_costs_; // of the run after each computed cell
     mutable Steps window_; // scratch of gain()
 };
 

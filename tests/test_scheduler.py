@@ -226,6 +226,15 @@ def test_best_is_the_best(problem: Problem) -> None:
         assert best.total_error == min(other.total_error for other in others if other.feasible)
 
 
+@pytest.mark.parametrize("method", ["exact", "lagrangian"])
+def test_more_history_than_the_solver_looks_at_never_picks_a_forbidden_forecast(method: str) -> None:
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        errors = table(rng, (9, 1, 3, 4), forbidden=0.5)
+        problem = Problem(errors, [1.0], [0.0], 6.0, np.zeros((9, 1), bool), spans=[1, 3], history=4, max_run=2, tau=0.0)
+        check_result(problem, solve(problem, method))
+
+
 @pytest.mark.parametrize("budget", [0.9, 0.6, 0.4, 0.3])
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_lagrangian_is_close_to_exact(groups: int, budget: float) -> None:
