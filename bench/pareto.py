@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 
 import layercache
 from layercache import report
+from layercache.coaching import coach
 from layercache.demo.model import CLASS_NAMES, ClassEncoder
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 from layercache.errors import BudgetError
@@ -30,7 +32,7 @@ from layercache.front_report import FrontRow, front_table, save_front_page, save
 from layercache.methods import meancache
 from layercache.plots import MapPanel, save_maps
 from layercache.rehearsal import Rehearsal, skipping
-from layercache.searching import STEERED
+from layercache.searching import COACHED_TERMS, RESIDUAL_FORECASTS, STEERED
 
 BATCH = 24
 GAMMAS = (1.0, 2.0, 5.0)
@@ -75,20 +77,26 @@ def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9)
 
 
 def group_points(calibration: Rehearsal, profiles: dict[str, Any], budget: float) -> list[tuple[str, Point]]:
-    """Schedules per group of layers at a budget, as planned, and with the forecast that suits each best."""
+    """Schedules per group of layers at a budget: as planned, with the forecasts that suit each best, and coached."""
     found = []
     for name, profile in profiles.items():
         if len(profile.groups) < 2:
             continue
         try:
-            schedule = layercache.plan(profile, budget)
+            planned = [layercache.plan(profile, budget, forecast=residuals) for residuals in RESIDUAL_FORECASTS]
         except BudgetError:
             continue
-        take = calibration.run(schedule)
+        take = calibration.run(planned[0])
         found.append((name, Point(take.schedule, "planned", take.psnr)))
-        takes = [(calibration.run(schedule, forecast), forecast.name) for forecast in STEERED]
-        best, forecast = max(takes, key=lambda entry: entry[0].quality)
-        found.append((f"{name}, steered", Point(best.schedule, f"planned, {forecast}", best.psnr)))
+        takes = [
+            (calibration.run(schedule, velocities), schedule, velocities)
+            for schedule, velocities in product(planned, STEERED)
+        ]
+        best, schedule, velocities = max(takes, key=lambda entry: entry[0].quality)
+        origin = f"planned, {schedule.made_by['forecast']}, {velocities.name}"
+        found.append((f"{name}, steered", Point(best.schedule, origin, best.psnr)))
+        coached = coach(calibration, schedule, "teacher", COACHED_TERMS, velocities)
+        found.append((f"{name}, steered, coached", Point(coached.schedule, f"{origin}, coached", coached.psnr)))
     return found
 
 

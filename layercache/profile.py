@@ -166,13 +166,18 @@ class StabilityProfile:
         error = self.tables[f"{stream}_error_l1"]
         return np.divide(error, norm, out=np.full_like(error, np.inf), where=norm > _TINY)
 
+    @property
+    def has_gram(self) -> bool:
+        """Whether forecasts of residuals can be fitted to this profile."""
+        return _GRAM in self.tables
+
     def gram(self, step: int, group: int, branch: int | None = None) -> np.ndarray:
         """Inner products of the residuals of ``step, step - 1, ...`` summed over samples (and branches), ``[W, W]``.
 
         Raises:
             CalibrationError: the profile was written before they were kept.
         """
-        if _GRAM not in self.tables:
+        if not self.has_gram:
             raise CalibrationError("this profile has no inner products to fit forecasts to; calibrate again")
         table = self.tables[_GRAM][:, :, step, group]
         return (table if branch is None else table[:, branch : branch + 1]).sum(axis=(0, 1))

@@ -89,7 +89,7 @@ class _AlwaysThere(VelocityTrack):
         self.step, self.run, self.is_complete = step, run, True
 
 
-class _ActorRouter(ScheduleRouter):
+class ActorRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, schedule: Schedule, scheduler: Any, first: int):
@@ -217,15 +217,38 @@ class Rehearsal:
         ):
             raise ScheduleError(f"a step from {first} on reads a residual of a step that is not run again")
         performance = _Performance(self, schedule, forecast, start, first)
-        routers = [
-            _ActorRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones
-        ]
-        pictures = self._perform(routers, performance.answer)
+        routers = [ActorRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones]
+        return self._take(performance, self._perform(routers, performance.answer, self._clones))
+
+    def run_beside_full(
+        self,
+        schedule: Schedule,
+        forecast: Forecast | None,
+        routers: Callable[[Any, Any], tuple[Router, ActorRouter]],
+    ) -> Take:
+        """As `run`, but before every step of a sample the same step of its full run is taken.
+
+        Args:
+            routers: of the schedulers of a full and a cached generation, the routers of the two.
+        """
+        performance = _Performance(self, schedule, forecast, None, 0)
+        beside = clones(self.pipeline, len(self._clones))
+        pairs = [(full, own) for full, own in zip(beside, self._clones, strict=True)]
+        routed = [router for full, own in pairs for router in routers(full.scheduler, own.scheduler)]
+
+        def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+            taken = performance.answer(step, items[1::2])
+            return [v for (full, _), own in zip(items[::2], taken, strict=True) for v in (full, own)]
+
+        pictures = self._perform(routed, answer, [clone for pair in pairs for clone in pair])
+        return self._take(performance, pictures[1::2])
+
+    def _take(self, performance: _Performance, pictures: Sequence[np.ndarray]) -> Take:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
         velocities = tuple(performance.velocities)
         if all(velocity is None for velocity in velocities):
             velocities = ()
-        return Take(replace(schedule, velocities=velocities), tuple(psnr), performance.traces)
+        return Take(replace(performance.schedule, velocities=velocities), tuple(psnr), performance.traces)
 
     def _run_in_full(self) -> None:
         watchers = [_Watcher(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
@@ -237,7 +260,7 @@ class Rehearsal:
                 trace.add(latents, velocity, velocity)
             return [velocity for velocity, _ in items]
 
-        self.pictures = self._perform(watchers, answer)
+        self.pictures = self._perform(watchers, answer, self._clones)
         if len(traces[0].raw) != self.num_steps:
             raise CalibrationError(
                 f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rehearsals need a "
@@ -247,11 +270,18 @@ class Rehearsal:
         self._streams = [watcher.branches for watcher in watchers]
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
-    def _perform(self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]]) -> list[np.ndarray]:
-        """One generation of every sample, each by its own router; ``answer`` says which velocities are taken."""
-        self.runs += 1
+    def _perform(
+        self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]], cast: Sequence[Any]
+    ) -> list[np.ndarray]:
+        """One generation of every sample, each by its own router; ``answer`` says which velocities are taken.
+
+        ``cast`` are the pipelines, as many for every sample, those of a sample side by side.
+        """
+        self.runs += len(cast) // len(self.prompts)
         attachment = attach(self.pipeline, routers[0])
-        turns = [_turn(clone, call) for clone, call in zip(self._clones, self._calls(), strict=True)]
+        each = len(cast) // len(self.prompts)
+        calls = [call for one in zip(*(self._calls() for _ in range(each)), strict=True) for call in one]
+        turns = [_turn(clone, call) for clone, call in zip(cast, calls, strict=True)]
         try:
             results = run_in_step(turns, lambda k: attachment.switch(routers[k]), answer)
         finally:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from layercache.coaching import coach, with_terms
 from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchError
 from layercache.files import write_atomically
-from layercache.fitting import HOLD, Forecast, solve_ridge
+from layercache.fitting import HOLD, Forecast, fit_residuals, solve_ridge
 from layercache.forecast import reforecast, secant_coefficients
 from layercache.front import Front, Point, quality
 from layercache.planner import SPANS, plan, weighted_errors
@@ -29,6 +30,8 @@ from layercache.schedule import Cell, Schedule, check_header
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
 TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
+RESIDUAL_FORECASTS = ("secant", "fitted")
+COACHED_TERMS = 3
 WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
 JOURNAL, JOURNAL_VERSION = "layercache search", 1
 
@@ -57,7 +60,8 @@ def search(
 
     For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
     two best with every forecast. The best schedule of whole steps, and of groups where that is close, is then refined:
-    one computed cell is exchanged for a cached one, in the order of what their errors promise. Nothing is drawn by
+    one computed cell is exchanged for a cached one, in the order of what their errors promise. At last the forecasts
+    of the groups' residuals are fitted while the schedule runs (`layercache.coaching.coach`). Nothing is drawn by
     chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
@@ -130,7 +134,10 @@ def _seconds(profile: StabilityProfile) -> tuple[float, float, float]:
 
 @dataclass
 class _Tried:
-    """A candidate after its run; a run that the journal remembers has no traces until they are asked for."""
+    """A candidate after its run; a run that the journal remembers has no traces until they are asked for.
+
+    Where it was coached, the skeleton is the schedule from before.
+    """
 
     skeleton: Schedule
     forecast: Forecast
@@ -138,6 +145,7 @@ class _Tried:
     psnr: tuple[float, ...]
     quality: float
     take: Take | None = None
+    is_coached: bool = False
 
 
 class _Journal:
@@ -211,7 +219,8 @@ class _Search:
             self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
             tried.append(self.best)
         if grouped and max(t.quality for t in grouped) > max(t.quality for t in tried) - WORTH_REFINING:
-            tried.append(self._refine(max(grouped, key=lambda t: t.quality), trials, bar))
+            refined = self._refine(max(grouped, key=lambda t: t.quality), trials, bar)
+            tried += [refined, *self._coach(refined)]
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             take = self._take(one)
             self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
@@ -236,6 +245,20 @@ class _Search:
             f"budget {budget:g}: branches at the same steps {together:.1f} dB, at different ones {apart:.1f} dB: "
             f"deciding per branch {paid}"
         )
+
+    def _coach(self, tried: _Tried) -> Iterator[_Tried]:
+        """The same cells with residuals fitted as they run; not where time or memory forbid it."""
+        if time.monotonic() > self.deadline or not self._fits(
+            with_terms(tried.skeleton, COACHED_TERMS), tried.forecast
+        ):
+            return
+        coached = replace(tried, origin=f"{tried.origin}, coached", is_coached=True, take=None)
+        key = f"{_key(tried.skeleton, tried.forecast)} coached"
+        if key not in self.journal.results:
+            self.journal.add(key, self._take(coached).psnr)
+        coached.psnr = tuple(self.journal.results[key])
+        coached.quality = quality(coached.psnr, self.tail)
+        yield coached
 
     def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
         return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
@@ -262,11 +285,12 @@ class _Search:
             if len(profile.groups) < 2:
                 continue
             for apart in (False, True)[: 1 + self.per_branch]:
-                try:
-                    schedule = plan(profile, budget, per_branch=apart)
-                except BudgetError:
-                    continue
-                yield f"{len(profile.groups)} groups" + (", branches apart" if apart else ""), schedule
+                for forecast in RESIDUAL_FORECASTS[: 1 + profile.has_gram]:
+                    try:
+                        schedule = plan(profile, budget, per_branch=apart, forecast=forecast)
+                    except BudgetError:
+                        continue
+                    yield f"{len(profile.groups)} groups, {forecast}" + (", branches apart" if apart else ""), schedule
 
     def _solved(self, count: int, errors: np.ndarray) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
@@ -343,7 +367,11 @@ class _Search:
             if cells[out][group] is None and cells[into][group] is not None
         ]
         for group, out, into in self._mixed(moves, lambda move: _gain(need[:, move[0]], *move[1:])):
-            yield reforecast(_with_exchanged(skeleton, group, out, into), "secant")
+            exchanged = _with_exchanged(skeleton, group, out, into)
+            if skeleton.made_by.get("forecast") == "fitted":
+                yield fit_residuals(profile, exchanged)
+            else:
+                yield reforecast(exchanged, "secant")
 
     def _mixed(self, moves: list[Any], gain: Callable[[Any], float]) -> Iterator[Any]:
         """By falling gain, every fourth drawn by chance."""
@@ -369,10 +397,12 @@ class _Search:
         return _Tried(skeleton, forecast, origin, take.psnr, quality(take.psnr, self.tail), take)
 
     def _take(self, tried: _Tried) -> Take:
-        if tried.take is None:
+        if tried.take is None and tried.is_coached:
+            tried.take = coach(self.rehearsal, tried.skeleton, "teacher", COACHED_TERMS, tried.forecast)
+        elif tried.take is None:
             tried.take = self.rehearsal.run(tried.skeleton, tried.forecast)
         made_by = {"method": "layercache", "origin": tried.origin, "forecast": tried.forecast.name}
-        schedule = replace(tried.take.schedule, made_by={**tried.skeleton.made_by, **made_by})
+        schedule = replace(tried.take.schedule, made_by={**tried.take.schedule.made_by, **made_by})
         return replace(tried.take, schedule=schedule)
 
     def _fits(self, skeleton: Schedule, forecast: Forecast) -> bool:

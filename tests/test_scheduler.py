@@ -231,7 +231,9 @@ def test_more_history_than_the_solver_looks_at_never_picks_a_forbidden_forecast(
     for seed in range(400):
         rng = np.random.default_rng(seed)
         errors = table(rng, (9, 1, 3, 4), forbidden=0.5)
-        problem = Problem(errors, [1.0], [0.0], 6.0, np.zeros((9, 1), bool), spans=[1, 3], history=4, max_run=2, tau=0.0)
+        problem = Problem(
+            errors, [1.0], [0.0], 6.0, np.zeros((9, 1), bool), spans=[1, 3], history=4, max_run=2, tau=0.0
+        )
         check_result(problem, solve(problem, method))
 
 
