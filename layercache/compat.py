@@ -74,6 +74,14 @@ def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:
     return tuple(float(s) for s in values)
 
 
+def takes_euler_steps(scheduler: Any) -> bool:
+    """Whether every step adds ``(sigma[i+1] - sigma[i]) * velocity`` to the latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    stochastic = getattr(getattr(scheduler, "config", None), "stochastic_sampling", False)
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not stochastic
+
+
 def progress_bar_settings(pipeline: Any) -> dict[str, Any]:
     """What `DiffusionPipeline.set_progress_bar_config` was last given."""
     return dict(getattr(pipeline, "_progress_bar_config", {}))

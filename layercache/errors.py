@@ -31,6 +31,10 @@ class BudgetError(LayerCacheError, ValueError):
     """A budget or speedup is out of range or cannot be reached under the constraints."""
 
 
+class MethodError(LayerCacheError, ValueError):
+    """A setting of a caching method is out of range, or does not fit the model or the run."""
+
+
 class UnsupportedModelError(LayerCacheError, TypeError):
     """The library does not know how to route the blocks of this model."""
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, overload
 
 from torch import nn
 
 from layercache.compat import allow_graphs, has_foreign_cache, is_compiled, outside_graphs, scheduler_step
+from layercache.dynamic import DynamicRouter
 from layercache.errors import CacheStateError
+from layercache.methods.easycache import EasyCache
+from layercache.methods.policy import DynamicMethod
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
 from layercache.routing import RoutedModuleList, Router
 from layercache.runtime import ScheduleRouter, require_inference
 from layercache.schedule import Schedule
+from layercache.stepwise import StepRouter
+
+Plan = Schedule | DynamicMethod | EasyCache
+Cache = ScheduleRouter | DynamicRouter | StepRouter
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
@@ -151,29 +158,55 @@ def attach(target: Any, router: Router, scheduler: Any = None) -> Attachment:
     return attachment
 
 
-def enable(target: Any, schedule: Schedule, scheduler: Any = None) -> ScheduleRouter:
-    """Runs ``target`` by ``schedule`` from now on.
+@overload
+def enable(target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None) -> ScheduleRouter: ...
+
+
+@overload
+def enable(target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None) -> DynamicRouter: ...
+
+
+@overload
+def enable(target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None) -> StepRouter: ...
+
+
+def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None) -> Cache:
+    """Runs ``target`` by ``plan`` from now on.
 
     Args:
         target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step.
-        schedule: made for this transformer (`layercache.plan`).
+        plan: a schedule made for this transformer (`layercache.plan`), or a method that decides as it runs
+            (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
+        num_steps: of your own loop without a scheduler, for methods that ask for it.
 
     Returns:
-        The cache: ``report()``, ``reset()``, ``check()``.
+        The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
 
     Raises:
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
+        MethodError: the method cannot work on this model.
     """
     transformer = find_transformer(target)
     spec = spec_for(transformer)
-    schedule.fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
     scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
+    if not isinstance(plan, Schedule):
+        if isinstance(plan, EasyCache):
+            router: StepRouter | DynamicRouter = StepRouter(transformer, spec, plan, scheduler)
+        else:
+            router = DynamicRouter(transformer, spec, plan, scheduler, num_steps)
+        attach(target, router, scheduler)
+        return router
+    return _enable_schedule(target, plan, transformer, scheduler)
+
+
+def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any) -> ScheduleRouter:
+    schedule.fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
     ends = hasattr(target, "maybe_free_model_hooks")
-    router = ScheduleRouter(transformer, spec, schedule, scheduler, end_is_announced=ends)
+    router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, end_is_announced=ends)
     if router.steers and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
@@ -195,14 +228,38 @@ def disable(target: Any) -> None:
     attachment.detach()
 
 
-@contextmanager
-def enabled(target: Any, schedule: Schedule, scheduler: Any = None) -> Iterator[ScheduleRouter]:
+@overload
+def enabled(
+    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None
+) -> AbstractContextManager[ScheduleRouter]: ...
+
+
+@overload
+def enabled(
+    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None
+) -> AbstractContextManager[DynamicRouter]: ...
+
+
+@overload
+def enabled(
+    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None
+) -> AbstractContextManager[StepRouter]: ...
+
+
+def enabled(
+    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None
+) -> AbstractContextManager[Any]:
     """``enable`` for the length of a ``with`` block.
 
     Raises:
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
-    cache = enable(target, schedule, scheduler)
+    return _enabled(target, plan, scheduler, num_steps)
+
+
+@contextmanager
+def _enabled(target: Any, plan: Plan, scheduler: Any, num_steps: int | None) -> Iterator[Cache]:
+    cache = enable(target, plan, scheduler, num_steps)  # type: ignore[call-overload]
     try:
         yield cache
         cache.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from layercache.compat import model_config, unwrap_compiled
 from layercache.errors import UnsupportedModelError
+
+Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ModelSpec:
             blocks return one tensor has ``("image",)``.
         arguments: the block's argument names of the streams, ``(image, text)``, also their positions.
         timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does.
+        modulation: of the first block and the arguments of its call, scale and shift ``[B, D]`` of its modulated input
+            ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for methods that look at it.
     """
 
     model_class: str
@@ -34,6 +38,7 @@ class ModelSpec:
     streams: tuple[str, ...] = ("text", "image")
     arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     timestep: str | None = "timestep"
+    modulation: Modulation | None = None
 
     @property
     def has_text(self) -> bool:
@@ -70,8 +75,30 @@ def register_model(spec: ModelSpec) -> None:
     _REGISTRY[spec.model_class] = spec
 
 
-register_model(ModelSpec("QwenImageTransformer2DModel"))
-register_model(ModelSpec("FluxTransformer2DModel", block_lists=("transformer_blocks", "single_transformer_blocks")))
+def _qwen_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    if call.get("modulate_index") is not None:
+        raise UnsupportedModelError(
+            "this Qwen-Image model modulates parts of the picture differently (zero_cond_t); methods that watch the "
+            "modulated input do not follow that, take FBCache instead"
+        )
+    shift, scale = block.img_mod(call["temb"]).chunk(6, dim=-1)[:2]
+    return scale, shift, block.img_norm1.eps
+
+
+def _flux_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    norm = block.norm1
+    shift, scale = norm.linear(norm.silu(call["temb"])).chunk(6, dim=1)[:2]
+    return scale, shift, norm.norm.eps
+
+
+register_model(ModelSpec("QwenImageTransformer2DModel", modulation=_qwen_modulation))
+register_model(
+    ModelSpec(
+        "FluxTransformer2DModel",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        modulation=_flux_modulation,
+    )
+)
 
 
 def known_models() -> tuple[ModelSpec, ...]:

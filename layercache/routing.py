@@ -9,7 +9,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,15 @@ from layercache.layout import CAPTURE, COMPUTE, GroupAction
 from layercache.models import ModelSpec
 
 _CLOSED = -1
+
+
+class Place(NamedTuple):
+    """Where a block stands: its group, its number over all lists, whether it is the group's first, and its last."""
+
+    group: int
+    block: int
+    opens: bool
+    closes: bool
 
 
 class Trip:
@@ -49,32 +58,32 @@ class Trip:
 class CapturedBlock:
     """The first or last block of a computed group whose residual is stored."""
 
-    def __init__(self, trip: Trip, block: nn.Module, group: int, opens: bool, closes: bool):
-        self.trip, self.block, self.group, self.opens, self.closes = trip, block, group, opens, closes
+    def __init__(self, trip: Trip, block: nn.Module, place: Place):
+        self.trip, self.block, self.place = trip, block, place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spec = self.trip.router.spec
-        if self.opens:
-            self.trip.open(self.group, *spec.inputs(args, kwargs))
+        if self.place.opens:
+            self.trip.open(self.place.group, *spec.inputs(args, kwargs))
         output = self.block(*args, **kwargs)
-        if self.closes:
-            self.trip.close(self.group, *spec.unpack(output))
+        if self.place.closes:
+            self.trip.close(self.place.group, *spec.unpack(output))
         return output
 
 
 class SkippedBlock:
     """A block of a reused group: passes the streams on, and at the group's end replaces them."""
 
-    def __init__(self, trip: Trip, action: GroupAction, group: int, opens: bool, closes: bool):
-        self.trip, self.action, self.group, self.opens, self.closes = trip, action, group, opens, closes
+    def __init__(self, trip: Trip, action: GroupAction, place: Place):
+        self.trip, self.action, self.place = trip, action, place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spec = self.trip.router.spec
         image, text = spec.inputs(args, kwargs)
-        if self.opens:
-            self.trip.open(self.group, image, text)
-        if self.closes:
-            image, text = self.trip.skip(self.group, self.action)
+        if self.place.opens:
+            self.trip.open(self.place.group, image, text)
+        if self.place.closes:
+            image, text = self.trip.skip(self.place.group, self.action)
         return spec.pack(image, text)
 
 
@@ -92,9 +101,11 @@ class Router:
         self._next_list = _CLOSED
         self._trip: Trip | None = None
         position = [
-            (group, block == lo, block == hi - 1) for group, (lo, hi) in enumerate(groups) for block in range(lo, hi)
+            Place(group, block, block == lo, block == hi - 1)
+            for group, (lo, hi) in enumerate(groups)
+            for block in range(lo, hi)
         ]
-        self._positions: list[list[tuple[int, bool, bool]]] = []
+        self._positions: list[list[Place]] = []
         for blocks in spec.block_modules(transformer):
             self._positions.append(position[: len(blocks)])
             position = position[len(blocks) :]
@@ -122,17 +133,17 @@ class Router:
         last = index == len(self._positions) - 1
         self._next_list = _CLOSED if last else index + 1
         self._trip = None if last else trip
-        items: list[Any] = []
-        for block, (group, opens, closes) in zip(blocks, self._positions[index], strict=True):
-            action = self.actions[group]
-            if action.kind == COMPUTE:
-                items.append(block)
-            elif action.kind == CAPTURE:
-                edge = opens or closes
-                items.append(CapturedBlock(trip, block, group, opens, closes) if edge else block)
-            else:
-                items.append(SkippedBlock(trip, action, group, opens, closes))
-        return iter(items)
+        placed = zip(blocks, self._positions[index], strict=True)
+        return iter([self.item(trip, block, place) for block, place in placed])
+
+    def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
+        """What stands for a block in the announced forward."""
+        action = self.actions[place.group]
+        if action.kind == COMPUTE:
+            return block
+        if action.kind == CAPTURE:
+            return CapturedBlock(trip, block, place) if place.opens or place.closes else block
+        return SkippedBlock(trip, action, place)
 
     @property
     def graphs(self) -> int:

@@ -1,0 +1,355 @@
+"""Executing a method that decides as it runs: whether the blocks behind its probe are computed or reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache import ops
+from layercache._version import __version__
+from layercache.compat import scheduler_sigmas
+from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
+from layercache.layout import COMPUTE, GroupAction
+from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
+from layercache.models import ModelSpec, config_hash, count_blocks
+from layercache.routing import Place, Router, Trip
+from layercache.runtime import CacheReport
+from layercache.schedule import Cell, Fingerprint, Schedule
+from layercache.steps import StepCounter
+
+
+class Reader:
+    """Brings statistics to the host: those of this step at once, or those of the step before without waiting."""
+
+    def __init__(self, sync: str):
+        self._lagged = sync == "lagged"
+        self._under_way: tuple[torch.Tensor, Any] | None = None
+
+    def read(self, statistics: torch.Tensor | None) -> list[float] | None:
+        """The newest numbers that may be looked at; ``None`` where there are none yet."""
+        if not self._lagged:
+            return None if statistics is None else statistics.flatten().tolist()
+        before, self._under_way = self._under_way, None
+        if statistics is not None:
+            self._under_way = self._send(statistics.flatten())
+        if before is None or (before[1] is not None and not before[1].query()):
+            return None
+        return before[0].tolist()
+
+    @staticmethod
+    def _send(statistics: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if statistics.device.type != "cuda":
+            return statistics.cpu().clone(), None
+        host = torch.empty(statistics.shape, dtype=statistics.dtype, pin_memory=True)
+        host.copy_(statistics, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host, arrived
+
+
+@dataclass
+class BranchState:
+    """Stored residuals, references and decisions of one branch.
+
+    Attributes:
+        anchors: steps whose residuals are stored, newest first.
+        stored: their residuals, image and text, in the same order.
+        log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
+    """
+
+    decider: Decider
+    reader: Reader
+    anchors: list[int] = field(default_factory=list)
+    stored: list[list[torch.Tensor]] = field(default_factory=list)
+    log: list[Cell] = field(default_factory=list)
+    signature: tuple | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [t for one in self.stored for t in one]
+        return sum(t.numel() * t.element_size() for t in tensors) + self.decider.nbytes
+
+
+class _Visit(Trip):
+    """One passage through the blocks."""
+
+    router: DynamicRouter
+
+    def __init__(self, router: DynamicRouter):
+        super().__init__(router)
+        self.start: torch.Tensor | None = None
+        self.base: list[torch.Tensor] = []
+        self.reuses = False
+
+    def arrive(self, block: nn.Module, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The streams are in front of block number ``at``."""
+        router, method = self.router, self.router.method
+        image, text = router.spec.inputs(args, kwargs)
+        if at == 0:
+            self.start = image
+            if method.needs_modulation:
+                modulation = router.spec.modulation
+                assert modulation is not None
+                router.modulation = lambda: modulation(block, kwargs)
+        if at == method.skip_from:
+            self.base = [image, text] if router.keeps_text and text is not None else [image]
+        if at == method.probe:
+            assert self.start is not None
+            self.reuses = router.decides_to_reuse(Sight(self.start, image, router.modulation))
+
+    def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
+        """The blocks were computed: stores what they added."""
+        streams = [image, text] if len(self.base) == 2 else [image]
+        self.router.keep(streams, self.base)  # type: ignore[arg-type]
+
+    def restore(self, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = self.router.add_stored(self.base)
+        return found[0], found[1] if len(found) == 2 else text
+
+
+class _Gate:
+    """A block that is computed or skipped by what was decided on the way to it."""
+
+    def __init__(self, visit: _Visit, block: nn.Module, place: Place):
+        self.visit, self.block, self.place = visit, block, place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        visit, at = self.visit, self.place.block
+        router = visit.router
+        if at in router.landmarks:
+            visit.arrive(self.block, at, args, kwargs)
+        if at < router.method.probe or not visit.reuses:
+            output = self.block(*args, **kwargs)
+            if at == router.end - 1:
+                visit.leave(*router.spec.unpack(output))
+            return output
+        image, text = router.spec.inputs(args, kwargs)
+        if at == router.end - 1:
+            image, text = visit.restore(text)
+        return router.spec.pack(image, text)
+
+
+class DynamicRouter(Router):
+    """Routes a transformer by a `DynamicMethod`; this is what ``layercache.enable`` returns for one."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        method: DynamicMethod,
+        scheduler: Any = None,
+        num_steps: int | None = None,
+    ):
+        count = count_blocks(transformer)
+        super().__init__(transformer, spec, [(0, count)])
+        method = method.for_model(type(transformer).__name__) if hasattr(method, "for_model") else method
+        method.check_blocks(count)
+        if method.needs_modulation and spec.modulation is None:
+            raise MethodError(
+                f"{method.name} watches the modulated input of the first block, and the description of "
+                f"{spec.model_class} does not say how to get it; take fbcache, or add ModelSpec.modulation"
+            )
+        if method.needs_num_steps and scheduler is None and num_steps is None:
+            raise MethodError(
+                f"{method.name} must know the number of steps: enable it on the pipeline, or give num_steps"
+            )
+        self.method = method
+        self.num_blocks, self.end = count, count - method.tail
+        self.landmarks = frozenset({0, method.skip_from, method.probe})
+        self.keeps_text = spec.has_text and method.tail > 0
+        self.steps = StepCounter(scheduler=scheduler)
+        self.states: dict[str, BranchState] = {}
+        self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
+        self._num_steps = num_steps
+        self._sigmas: tuple[float, ...] | None = None
+        self._branch, self._step = "", 0
+        self._flag: torch.Tensor | None = None
+        self._counts = {"computed": 0, "reused": 0, "generations": 0}
+
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        if dry_run is not None:
+            raise CacheStateError(
+                f"{self.method.name} decides inside the forward, which one compiled graph cannot hold: compile the "
+                "blocks (transformer.compile_repeated_blocks()), or run the schedule of cache.export_schedule()"
+            )
+        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
+        place = self.steps.locate(branch, step, timestep)
+        self._branch, self._step = place.branch, place.step
+        signature = tuple(
+            (name, value.shape, value.dtype, value.device)
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+        )
+        state = self.states.get(place.branch)
+        if state is None or place.starts or state.signature != signature:
+            self._start(place.branch, place.step, signature)
+        self.open((GroupAction(COMPUTE),))
+
+    def _start(self, branch: str, step: int, signature: tuple) -> None:
+        self._counts["generations"] += not self.states or branch == next(iter(self.states))
+        if self.steps.scheduler is not None and (step == 0 or self._sigmas is None):
+            self._sigmas = scheduler_sigmas(self.steps.scheduler)
+        steps = self._num_steps if self._sigmas is None else len(self._sigmas) - 1
+        decider = self.method.decider(Run(steps, self._sigmas))
+        # a run that begins in the middle, or changes its shape: what came before was computed, or is gone
+        before = self.states[branch].log[:step] if step and branch in self.states else []
+        log: list[Cell] = [*before, *[None] * (step - len(before))]
+        self.states[branch] = BranchState(decider, Reader(self.method.sync), log=log, signature=signature)
+
+    def new_trip(self) -> Trip:
+        return _Visit(self)
+
+    def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
+        assert isinstance(trip, _Visit)
+        gated = place.block in self.landmarks or self.method.probe <= place.block < self.end
+        return _Gate(trip, block, place) if gated else block
+
+    def decides_to_reuse(self, sight: Sight) -> bool:
+        """Looks, decides, and notes what was decided."""
+        state, step = self.states[self._branch], self._step
+        leader = self._leader()
+        if leader is not None:
+            terms = leader.log[step] if set(leader.log[step] or ()) <= set(state.anchors) else None
+        else:
+            terms = self._decide(state, step, sight)
+        del state.log[step:]
+        state.log += [None] * (step - len(state.log)) + [terms]
+        self._counts["computed" if terms is None else "reused"] += 1
+        return terms is not None
+
+    def _decide(self, state: BranchState, step: int, sight: Sight) -> Cell:
+        decider = state.decider
+        must = not state.anchors or decider.must_compute(step)
+        numbers = state.reader.read(self._seen(state, step, sight, must))
+        reuses = not must and numbers is not None and decider.may_reuse(step, numbers)
+        decider.settle(step, not reuses)
+        return decider.terms(step, state.anchors) if reuses else None
+
+    def _seen(self, state: BranchState, step: int, sight: Sight, must: bool) -> torch.Tensor | None:
+        """Statistics of what is seen; not sent to the host where nothing depends on them."""
+        statistics = state.decider.observe(step, sight)
+        return None if must and self.method.sync == "step" else statistics
+
+    def _leader(self) -> BranchState | None:
+        """The branch whose decision at this step the present one follows."""
+        first = next(iter(self.states))
+        if self.method.per_branch or self._branch == first or len(self.states[first].log) <= self._step:
+            return None
+        return self.states[first]
+
+    def keep(self, streams: list[torch.Tensor], base: list[torch.Tensor]) -> None:
+        state = self.states[self._branch]
+        if len(state.stored) < self.method.depth:
+            state.stored.insert(0, [torch.empty_like(s, memory_format=torch.contiguous_format) for s in streams])
+        else:
+            state.stored.insert(0, state.stored.pop())
+        del state.anchors[self.method.depth - 1 :]
+        state.anchors.insert(0, self._step)
+        if self._flag is None or self._flag.device != streams[0].device:
+            self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
+        ops.capture(streams, base, state.stored[0], self._flag)
+
+    def add_stored(self, base: list[torch.Tensor]) -> list[torch.Tensor]:
+        state = self.states[self._branch]
+        terms = state.log[self._step] or {}
+        stored = dict(zip(state.anchors, state.stored, strict=True))
+        residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
+        return ops.linear_combination(base, residuals, list(terms.values()))
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+        self.states.clear()
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Reads the device flag of the finished generation.
+
+        Raises:
+            NonFiniteResidualError: a stored residual held NaN or infinity. The flag is cleared.
+        """
+        if self._flag is not None and int(self._flag.item()):
+            self._flag.zero_()
+            raise NonFiniteResidualError(
+                "a stored residual held NaN or infinity, so the result of the last generation is not usable; the model "
+                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
+            )
+
+    @property
+    def decisions(self) -> dict[str, tuple[bool, ...]]:
+        """Of the last generation, per branch and step: whether the blocks were computed."""
+        return {name: tuple(cell is None for cell in state.log) for name, state in self.states.items()}
+
+    def export_schedule(self) -> Schedule:
+        """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
+
+        Raises:
+            CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
+        """
+        logs = {name: state.log for name, state in self.states.items()}
+        if self._sigmas is None:
+            raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
+        steps = len(self._sigmas) - 1
+        if not logs or any(len(log) != steps for log in logs.values()):
+            seen = {name: len(log) for name, log in logs.items()}
+            raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
+        groups, place = self._groups()
+        cells = {
+            name: tuple(tuple(cell if g == place else None for g in range(len(groups))) for cell in log)
+            for name, log in logs.items()
+        }
+        shared = next(iter(cells.values()))
+        prints = Fingerprint(
+            type(self.transformer).__name__,
+            config_hash(self.transformer),
+            self.num_blocks,
+            self._sigmas,
+            tuple(logs),
+            __version__,
+        )
+        return Schedule(
+            prints,
+            groups,
+            shared,
+            tuple(float(hi - lo) for lo, hi in groups),
+            {"method": self.method.name, "settings": repr(self.method)},
+            branch_cells={name: own for name, own in cells.items() if own != shared},
+        )
+
+    def _groups(self) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Block ranges of the schedule, and which of them is reused."""
+        edges = [0, self.method.skip_from, self.end, self.num_blocks]
+        groups = tuple((lo, hi) for lo, hi in zip(edges, edges[1:], strict=False) if lo < hi)
+        return groups, groups.index((self.method.skip_from, self.end))
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled; shares are counted in blocks."""
+        computed, reused = self._counts["computed"], self._counts["reused"]
+        skipped = reused * (self.end - self.method.probe)
+        blocks = (computed + reused) * self.num_blocks
+        return CacheReport(
+            used=1.0 - skipped / blocks if blocks else 1.0,
+            computed_cells=computed,
+            cached_cells=reused,
+            generations=self._counts["generations"],
+            forwards=computed + reused,
+            fallback_rows=0,
+            cache_bytes=sum(state.nbytes for state in self.states.values()),
+            branches=tuple(self.states),
+        )
+
+
+def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:
+    raise CacheStateError("this method did not ask for the modulated input")

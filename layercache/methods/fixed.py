@@ -1,0 +1,141 @@
+"""Schedules that follow from step numbers or a profile alone: uniform skips, TaylorSeer, SmoothCache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from layercache.forecast import taylor_forecast
+from layercache.methods.policy import check_range
+from layercache.profile import StabilityProfile
+from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
+
+
+def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldown: int = 0) -> Schedule:
+    """Computes every ``interval``-th step and holds the velocity in between: the floor for every other method.
+
+    Source: FORA's rule on whole steps; methods.md §11 (uniform "every n-th").
+
+    Args:
+        fingerprint: of the model and run.
+        interval: 1 computes everything.
+        warmup, cooldown: steps at the beginning and end that are computed.
+
+    Raises:
+        MethodError: out of range.
+    """
+    check_range("interval", interval, 1)
+    steps = fingerprint.num_steps
+    _check_ends(warmup, cooldown)
+    computed = [
+        k for k in range(steps) if k < warmup or k >= steps - cooldown or (k - max(0, warmup - 1)) % interval == 0
+    ]
+    return _whole_steps(fingerprint, computed, 0, {"method": "uniform", "interval": interval})
+
+
+def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: int | None = None) -> list[int]:
+    """The steps that diffusers' TaylorSeer computes: ``i < warmup``, every ``interval``-th from there, ``i >= stop``.
+
+    Source: methods.md §7.
+    """
+    return [
+        step
+        for step in range(num_steps)
+        if step < warmup or (step - warmup - 1) % interval == 0 or (stop is not None and step >= stop)
+    ]
+
+
+def taylorseer(
+    fingerprint: Fingerprint,
+    interval: int = 5,
+    order: int = 1,
+    warmup: int = 3,
+    stop: int | None = None,
+    groups: Sequence[tuple[int, int]] | None = None,
+) -> Schedule:
+    """Forecasts by a Taylor series in the step number between periodic full steps.
+
+    Args:
+        fingerprint: of the model and run.
+        interval: steps from one full step to the next.
+        order: of the series; ``order + 1`` tensors are combined.
+        warmup: steps at the beginning that are computed.
+        stop: from this step on everything is computed.
+        groups: block ranges whose residuals are forecast, for example one per block; by default the velocity is, as in
+            diffusers' lite mode, which stores next to nothing.
+
+    Source: methods.md §7.
+
+    Raises:
+        MethodError: out of range.
+    """
+    check_range("interval", interval, 1)
+    check_range("order", order, 0, 7)
+    check_range("warmup", warmup, 1)
+    computed = taylorseer_steps(fingerprint.num_steps, interval, warmup, stop)
+    told = {"method": "taylorseer", "interval": interval, "order": order}
+    if groups is None:
+        return _whole_steps(fingerprint, computed, order, told)
+    ranges = tuple((int(lo), int(hi)) for lo, hi in groups)
+    rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint.num_steps, computed, order))
+    return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), told)
+
+
+def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: int = 3) -> Schedule:
+    """Every group's residual is reused as far ahead as its error at the far end stays within ``alpha``.
+
+    SmoothCache's rule, with the profile's groups in the place of its module types: from a computed step the longest
+    run is taken whose last step has a relative L1 error of at most alpha; first and last step are computed.
+    Source: methods.md §11.
+
+    Args:
+        profile: of full runs; its errors are ``|r_old - r_new| / |r_new|``.
+        alpha: bound of the error.
+        max_distance: longest run, at most the profile's.
+
+    Raises:
+        MethodError: out of range.
+    """
+    check_range("alpha", alpha, 0)
+    check_range("max_distance", max_distance, 1, profile.max_distance)
+    errors = profile.relative_errors(text_weight=0.0)[..., 0]
+    columns = [_smooth(errors[:, group], alpha, max_distance) for group in range(len(profile.groups))]
+    return Schedule(
+        profile.fingerprint,
+        profile.groups,
+        tuple(zip(*columns, strict=True)),
+        profile.group_seconds,
+        {"method": "smoothcache", "alpha": alpha},
+    )
+
+
+def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
+    """``errors [N, M + 1]``: of step i from an anchor so many steps before."""
+    steps = len(errors)
+    cells: list[Cell] = []
+    while len(cells) < steps:
+        anchor = len(cells)
+        ends = (j for j in range(longest, 0, -1) if anchor + j < steps and errors[anchor + j, j] <= alpha)
+        cells += [None, *[{anchor: 1.0}] * next(ends, 0)]
+    cells[-1] = None
+    return cells
+
+
+def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, told: dict) -> Schedule:
+    velocities = [
+        None if cell is None else Velocity(cell) for cell in _forecasts(fingerprint.num_steps, computed, order)
+    ]
+    rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if v is None else ({},) for v in velocities)
+    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), told, tuple(velocities))
+
+
+def _forecasts(num_steps: int, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
+    for step in range(num_steps):
+        anchors = [k for k in computed if k < step][::-1]
+        yield None if step in computed else taylor_forecast(step, anchors, order)
+
+
+def _check_ends(warmup: int, cooldown: int) -> None:
+    check_range("warmup", warmup, 1)
+    check_range("cooldown", cooldown, 0)
