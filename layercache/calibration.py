@@ -17,17 +17,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache import ops
-from layercache._version import __version__
 from layercache.compat import progress_bar_settings
 from layercache.errors import CalibrationError
 from layercache.forecast import secant_coefficients
 from layercache.integration import attach
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
-from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, first_tensor, spec_for
+from layercache.models import ModelSpec, find_transformer, fingerprint_of, first_tensor, spec_for
 from layercache.partition import Partition, cut, cut_by_curves
 from layercache.profile import StabilityProfile
 from layercache.routing import Router, Trip
-from layercache.schedule import Fingerprint
 from layercache.steps import StepCounter
 from layercache.stopwatch import Stopwatch
 from layercache.velocities import as_rows
@@ -398,14 +396,7 @@ class Observer(Router):
         every = [(result["seconds"], step) for result in results for step in steps]
         reuse = np.median(np.array([result["reuse"] for result in results]).sum(axis=1), axis=0)
         return StabilityProfile(
-            fingerprint=Fingerprint(
-                model_class=type(self.transformer).__name__,
-                config_hash=config_hash(self.transformer),
-                num_blocks=count_blocks(self.transformer),
-                sigmas=self.sigmas,
-                branches=branches,
-                package_version=__version__,
-            ),
+            fingerprint=fingerprint_of(self.transformer, self.sigmas, branches),
             groups=self.groups,
             group_seconds=tuple(median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups),
             reuse_seconds=tuple(float(seconds) for seconds in reuse),

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from layercache import ops
-from layercache._version import __version__
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.layout import COMPUTE, GroupAction
 from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
-from layercache.models import ModelSpec, config_hash, count_blocks
+from layercache.models import ModelSpec, count_blocks, fingerprint_of
 from layercache.routing import Place, Router, Trip
 from layercache.runtime import CacheReport
-from layercache.schedule import Cell, Fingerprint, Schedule
+from layercache.schedule import Cell, Schedule
 from layercache.steps import StepCounter
 
 
@@ -311,14 +310,7 @@ class DynamicRouter(Router):
             for name, log in logs.items()
         }
         shared = next(iter(cells.values()))
-        prints = Fingerprint(
-            type(self.transformer).__name__,
-            config_hash(self.transformer),
-            self.num_blocks,
-            self._sigmas,
-            tuple(logs),
-            __version__,
-        )
+        prints = fingerprint_of(self.transformer, self._sigmas, tuple(logs))
         return Schedule(
             prints,
             groups,

@@ -39,7 +39,7 @@ class Attachment:
         self._step: int | None = None
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
-        self._instance_attributes: list[tuple[Any, str]] = []
+        self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
 
     def attach(self) -> None:
         for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
@@ -68,8 +68,9 @@ class Attachment:
                 delattr(blocks, name)
         for hook in self._hooks:
             hook.remove()
-        for owner, name in self._instance_attributes:
+        for owner, name, before in self._instance_attributes:
             owner.__dict__.pop(name, None)
+            owner.__dict__.update(before)
         self._classes, self._hooks, self._instance_attributes = [], [], []
 
     def switch(self, router: Router) -> None:
@@ -80,9 +81,10 @@ class Attachment:
             blocks.__dict__["_layercache_router"] = router
 
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
-        """Hides a method behind an instance attribute, so that removing the attribute restores it."""
+        """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
+        before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
         owner.__dict__[name] = replacement
-        self._instance_attributes.append((owner, name))
+        self._instance_attributes.append((owner, name, before))
 
     def _cache_context(self, original: Any) -> Any:
         @functools.wraps(original)

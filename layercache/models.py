@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercache._version import __version__
 from layercache.compat import model_config, unwrap_compiled
 from layercache.errors import UnsupportedModelError
+from layercache.schedule import Fingerprint
 
 Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
 
@@ -148,3 +150,15 @@ def config_hash(transformer: nn.Module) -> str:
 
 def count_blocks(transformer: nn.Module) -> int:
     return sum(len(blocks) for blocks in spec_for(transformer).block_modules(transformer))
+
+
+def fingerprint_of(transformer: nn.Module, sigmas: Sequence[float], branches: Sequence[str]) -> Fingerprint:
+    """What a schedule for this transformer, these noise levels and guidance branches is valid for."""
+    return Fingerprint(
+        model_class=type(transformer).__name__,
+        config_hash=config_hash(transformer),
+        num_blocks=count_blocks(transformer),
+        sigmas=tuple(sigmas),
+        branches=tuple(branches),
+        package_version=__version__,
+    )

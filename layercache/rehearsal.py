@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from layercache._version import __version__
 from layercache.calibration import arguments_of
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
@@ -19,7 +18,7 @@ from layercache.fitting import Forecast, fit_velocity
 from layercache.integration import attach
 from layercache.layout import CAPTURE, REUSE, GroupAction, stored_bytes
 from layercache.lockstep import Turn, clones, paused_at_steps, run_in_step
-from layercache.models import ModelSpec, config_hash, count_blocks, find_transformer, spec_for
+from layercache.models import ModelSpec, count_blocks, find_transformer, fingerprint_of, spec_for
 from layercache.routing import Router
 from layercache.runtime import CacheState, ScheduleRouter
 from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
@@ -171,14 +170,7 @@ class Rehearsal:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        return Fingerprint(
-            model_class=type(self.transformer).__name__,
-            config_hash=config_hash(self.transformer),
-            num_blocks=count_blocks(self.transformer),
-            sigmas=self.sigmas,
-            branches=self.branches,
-            package_version=__version__,
-        )
+        return fingerprint_of(self.transformer, self.sigmas, self.branches)
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""

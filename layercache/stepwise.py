@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercache._version import __version__
 from layercache.compat import scheduler_sigmas, takes_euler_steps
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction
 from layercache.methods.easycache import EasyCache, StepDecider
 from layercache.methods.policy import Run
-from layercache.models import ModelSpec, config_hash, count_blocks
+from layercache.models import ModelSpec, count_blocks, fingerprint_of
 from layercache.routing import Router
 from layercache.runtime import CacheReport
-from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
+from layercache.schedule import Cell, Schedule, Velocity
 from layercache.steps import StepCounter
 from layercache.velocities import combine
 
@@ -141,14 +140,7 @@ class StepRouter(Router):
         steps = len(self._sigmas) - 1
         if steps < 1 or len(self.log) != steps:
             raise CacheStateError(f"run a whole generation first; steps seen so far: {len(self.log)}")
-        prints = Fingerprint(
-            type(self.transformer).__name__,
-            config_hash(self.transformer),
-            count_blocks(self.transformer),
-            self._sigmas,
-            tuple(self.branches),
-            __version__,
-        )
+        prints = fingerprint_of(self.transformer, self._sigmas, self.branches)
         cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in self.log)
         told = {"method": self.method.name, "settings": repr(self.method)}
         return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), told, tuple(self.log))
