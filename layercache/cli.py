@@ -1,4 +1,4 @@
-"""The command line: ``layercache demo | calibrate | plan | generate | show | doctor | bench``.
+"""The command line: ``layercache demo | calibrate | plan | generate | compare | show | doctor | bench``.
 
 Nothing heavy is imported here, so that help and mistakes in the arguments are answered at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -72,8 +73,8 @@ app = typer.Typer(
     Start with `layercache demo`: it runs on any machine and downloads nothing.
 
     For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
-    the speed you want, `generate` draws with that schedule. `show` explains a file,
-    `doctor` your installation, `bench` measures the ops.
+    the speed you want, `generate` draws with that schedule, `compare` runs every method beside it.
+    `show` explains a file, `doctor` your installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
@@ -665,6 +666,88 @@ def _check_extras() -> None:
 
     metrics.check_installed()
     plots.check_installed()
+
+
+# --- compare -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    model: Model = "demo",
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between them; 'ours', 'peers' or 'all' for all of a kind.")
+    ] = "all",
+    budgets: Annotated[str, typer.Option(help="Shares of the block time, with commas between them.")] = "0.75,0.5,0.33",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures to compare.")] = 12,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 4,
+    calibration: Annotated[int, typer.Option(min=1, help="Pictures to fit and tune on, with other seeds.")] = 8,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Denoising steps.")] = 30,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    trials: Annotated[int, typer.Option(min=0, help="Exchanges of LayerCache's search, per budget.")] = 12,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; a comparison in it goes on.")] = Path(
+        "comparison"
+    ),
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json_to: Json = None,
+) -> None:
+    """Compare every caching method, and the caches of other packages, on one model, the same seeds and budgets.
+
+    Thresholds are tuned on calibration pictures so that every method comes as close to each budget as it can; PSNR and
+    SSIM are of other seeds. Given again with the same folder, it goes on where it was stopped.
+
+    Example: `layercache compare --methods layercache,meancache,fbcache,diffusers:fbcache --budgets 0.6,0.4`
+    """
+    from layercache import plots
+    from layercache.comparison import Comparison
+    from layercache.comparison_report import comparison_table, failures, save_comparison
+    from layercache.contestants import METHODS, PEERS, Workshop, check_methods
+
+    printer = Printer(json_to)
+    plots.check_installed()
+    kinds = {"ours": list(METHODS), "peers": list(PEERS), "all": [*METHODS, *PEERS]}
+    names = kinds.get(methods) or [name.strip() for name in methods.split(",") if name.strip()]
+    check_methods(names)
+    shares = _parse_shares(budgets)
+    prompts: list[str] = [*(prompt or []), *_read_prompts(prompts_file)]
+    if not prompts and model != "demo":
+        raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
+    pipe = _load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = prompts or _demo_classes()
+    _check_demo_prompts(pipe, prompts)
+    given = 4.0 if guidance is None and model == "demo" else guidance
+    call = {"num_inference_steps": steps, **_call_arguments(pipe, given, height, width)}
+
+    def batches(first: int, count: int) -> list[list[str]]:
+        chosen = [prompts[k % len(prompts)] for k in range(first, first + count)]
+        return [chosen[lo : lo + batch] for lo in range(0, count, batch)]
+
+    output.mkdir(parents=True, exist_ok=True)
+    shop = Workshop(
+        pipe,
+        batches(seeds, calibration),
+        list(range(seeds, seeds + calibration)),
+        call,
+        shares,
+        trials,
+        output / "search.journal.json",
+    )
+    with _pipeline_complaints(), printer.console.status("comparing") as status:
+        comparison = Comparison(shop, batches(0, seeds), list(range(seeds)), output)
+        outcomes = comparison.run(names, lambda text: status.update(text))
+    title = f"{model}, {steps} steps, {seeds} pictures"
+    shown = [name for one in batches(0, min(seeds, 8)) for name in one]
+    files = save_comparison(comparison, outcomes, [textwrap.shorten(name, 16) for name in shown], title)
+    printer.say(comparison_table(outcomes, title), *failures(outcomes), "")
+    printer.say(*(f"{name}: {path}" for name, path in files.items()))
+    printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
 # --- show and doctor ---------------------------------------------------------------------------------------

@@ -96,9 +96,14 @@ def _run(pipeline: Any, router: WholeRouter, prompts: Sequence[Any], seeds: Sequ
     attachment = attach(pipeline, router)
     try:
         for prompt, seed in zip(prompts, given, strict=True):
-            pipeline(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
+            generate_once(pipeline, prompt, seed, call)
     finally:
         attachment.detach()
+
+
+def generate_once(pipeline: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
+    """One call of the pipeline; a list of prompts is a batch that shares one generator."""
+    return pipeline(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def input_output_changes(

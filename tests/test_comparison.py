@@ -1,0 +1,190 @@
+"""`layercache compare`: its figures against the same runs made by hand, going on after a stop, and its page."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import layercache
+from layercache import contestants as contestants_module
+from layercache.cli import app
+from layercache.comparison import Comparison, Counter, Outcome
+from layercache.comparison_report import comparison_table, failures, save_comparison
+from layercache.contestants import METHODS, PEERS, Workshop
+from layercache.demo.pipeline import load_demo_pipeline
+from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
+from layercache.integration import attachment_of
+from layercache.methods.fixed import uniform
+from layercache.metrics import psnr, ssim
+from layercache.report import plain_text
+
+STEPS = 8
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+PROMPTS, SEEDS = [["cat", "coffee"], ["rocket"]], [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_demo_pipeline("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def shop(pipe):
+    return Workshop(pipe, [["retina", "temple"]], [10, 11], CALL, [0.5], trials=0)
+
+
+def pictures(pipe, plan=None):
+    found = []
+    for prompts, seeds in ((PROMPTS[0], SEEDS[:2]), (PROMPTS[1], SEEDS[2:])):
+        call = {**CALL, "generator": [torch.Generator().manual_seed(s) for s in seeds], "output_type": "np"}
+        if plan is None:
+            found.append(pipe(prompts, **call).images)
+        else:
+            with layercache.enabled(pipe, plan):
+                found.append(pipe(prompts, **call).images)
+    return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def compared(shop, tmp_path_factory):
+    comparison = Comparison(shop, PROMPTS, SEEDS, tmp_path_factory.mktemp("compare"))
+    names = ["uniform", "fbcache", "easycache", "diffusers:fbcache", "cache-dit:dbcache"]
+    return comparison, comparison.run(names)
+
+
+def test_figures_are_those_of_the_same_runs(pipe, shop, compared):
+    comparison, outcomes = compared
+    schedule = uniform(shop.fingerprint, 2)
+    reference, cached = pictures(pipe), pictures(pipe, schedule)
+    found = outcomes[0]
+    assert (found.method, found.setting, found.used) == ("uniform", "interval 2", 0.5)
+    assert found.psnr == pytest.approx(psnr(reference, cached)) and found.ssim == pytest.approx(ssim(reference, cached))
+    assert np.array_equal(comparison.full_pictures(), reference)
+    np.testing.assert_array_equal(comparison.pictures(found), cached)
+    assert found.cache_bytes > 0 and found.operators > 100 and found.seconds > 0 and found.speedup > 0
+
+
+def test_a_peer_with_the_same_decisions_gives_the_same_pictures(compared):
+    ours, theirs = compared[1][1], compared[1][3]
+    # tuned on another sample, so the share is near the budget only
+    assert 0.3 < ours.used < 0.7 and theirs.used == pytest.approx(ours.used)
+    assert theirs.psnr == pytest.approx(ours.psnr, abs=0.05) and theirs.cache_bytes is None
+    assert theirs.setting == ours.setting
+
+
+def test_one_failure_does_not_lose_the_others(compared):
+    pytest.importorskip("diffusers")
+    last = compared[1][-1]
+    if last.error:
+        assert "not installed" in last.error and math.isnan(last.used)
+        assert failures(compared[1]) == ["cache-dit:dbcache at 0.5: cache-dit is not installed: pip install cache-dit"]
+    assert not any(outcome.error for outcome in compared[1][:4])
+
+
+def test_goes_on_where_it_was_stopped(shop, compared, monkeypatch):
+    comparison, outcomes = compared
+    again = Comparison(shop, PROMPTS, SEEDS, comparison.folder)
+    monkeypatch.setattr(again, "_generate", lambda *a: pytest.fail("generated again"))
+    names = [o.method for o in outcomes if not o.error]
+    assert [o.psnr for o in again.run(names)] == [o.psnr for o in outcomes if not o.error]
+    with pytest.raises(ScheduleMismatchError, match="another folder"):
+        Comparison(shop, PROMPTS, [4, 5, 6], comparison.folder)
+
+
+def test_a_damaged_file_is_refused(shop, tmp_path):
+    (tmp_path / "compare.json").write_text("{")
+    with pytest.raises(FileFormatError, match="remove it"):
+        Comparison(shop, PROMPTS, SEEDS, tmp_path)
+    with pytest.raises(LayerCacheError, match="one seed per picture"):
+        Comparison(shop, PROMPTS, [1], tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("layercache", "uniform", "easycache")])
+def test_every_method_keeps_to_the_budget(shop, name):
+    plan, setting = METHODS[name](shop, 0.6)
+    used = plan.used if isinstance(plan, layercache.Schedule) else shop.used_by(plan)
+    assert 0 < used <= 0.6 + 1e-9 and setting
+    assert attachment_of(shop.pipeline.transformer) is None
+
+
+def test_thresholds_are_tuned_to_the_largest_share_within_the_budget(shop):
+    tried = []
+    build = contestants_module._threshold(
+        lambda shop, t: tried.append(t) or uniform(shop.fingerprint, 1 + int(t)), 1, 64
+    )
+    plan, _ = build(shop, 0.55)
+    assert plan.used == pytest.approx(0.5) and len(tried) == 9
+    with pytest.raises(BudgetError, match="no threshold"):
+        build(shop, 0.01)
+
+
+def test_searched_layercache_is_in_it(pipe, shop):
+    plan, origin = METHODS["layercache"](shop, 0.5)
+    assert plan.used <= 0.5 and origin
+
+
+def test_unknown_methods_are_refused_at_once(shop, tmp_path):
+    with pytest.raises(MethodError, match=r"unknown method nocache.*fbcache"):
+        Comparison(shop, PROMPTS, SEEDS, tmp_path).run(["nocache"])
+    result = CliRunner().invoke(app, ["compare", "--methods", "nocache", "-o", str(tmp_path / "x")])
+    assert result.exit_code == 1 and "unknown method nocache" in result.output and not (tmp_path / "x").exists()
+
+
+def test_counting():
+    with Counter() as counter:
+        x = torch.ones(3) + 1
+        assert float(x.sum()) == 6.0
+        x.tolist()
+        bool(x[0] > 0)
+    assert counter.operators >= 4 and counter.reads >= 3
+    assert torch.ones(1).item() == 1.0 and torch.Tensor.item.__name__ == "item"
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources, self.opened, self.closed = [], 0, 0
+
+    def handle_starttag(self, tag, attributes):
+        self.opened += tag not in ("meta", "img")
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self.closed += 1
+
+
+def test_the_page_is_whole_and_refers_to_nothing(compared):
+    comparison, outcomes = compared
+    files = save_comparison(comparison, outcomes, ["cat", "coffee", "rocket"], "a <title>")
+    assert all(path.stat().st_size > 1000 for path in files.values())
+    text = files["page"].read_text(encoding="utf-8")
+    parser = Links()
+    parser.feed(text)
+    assert parser.opened == parser.closed and len(parser.sources) == 2
+    assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
+    assert "a &lt;title&gt;" in text and "fbcache" in text
+    table = plain_text(comparison_table(outcomes), 160)
+    assert "uniform" in table and "0.500" in table
+    data = json.loads(files["figures"].read_text())
+    assert {"machine", "settings", "outcomes"} <= set(data)
+    assert [Outcome.from_json(o).psnr for o in data["outcomes"]][0] == pytest.approx(outcomes[0].psnr)
+
+
+def test_command(tmp_path):
+    arguments = ["compare", "--methods", "uniform,meancache", "--budgets", "0.6", "--steps", "6", "--seeds", "2"]
+    arguments += ["--calibration", "2", "--batch", "2", "-o", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"compare.json", "compare.html", "compare.png"}
+    rows = json.loads((tmp_path / "f.json").read_text())["outcomes"]
+    assert [row["method"] for row in rows] == ["uniform", "meancache"] and all(len(r["psnr"]) == 2 for r in rows)
+
+
+def test_peers_are_named_after_their_packages():
+    assert all(":" in name for name in PEERS) and not any(":" in name for name in METHODS)
