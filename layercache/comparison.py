@@ -193,9 +193,11 @@ class Comparison:
         counted = self._count(contestant)
         first = [0]
         before = self._generate(nullcontext(), first)[1][0]
-        with contestant.attach() as cache:
+        with contestant.attach() as cache, _block_calls(self.shop.pipeline.transformer) as calls:
             pictures, seconds = self._generate(nullcontext(), range(len(self._batches)))
-            used, stored = (cache.report().used, cache.report().cache_bytes) if cache else (counted["used"], None)
+            told = cache.report() if cache else None
+        used = told.used if told else calls[0] / (len(self._batches) * self._blocks_per_batch)
+        stored = told.cache_bytes if told else None
         after = self._generate(nullcontext(), first)[1][0]
         outcome = Outcome(
             contestant.method,
@@ -216,17 +218,16 @@ class Comparison:
         return outcome
 
     def _count(self, contestant: Contestant) -> dict[str, float]:
-        """Operators, reads and block calls per step of one batch; also warms up."""
+        """Operators and reads per step of one batch; also warms up."""
         steps = self.shop.fingerprint.num_steps
-        with contestant.attach(), _block_calls(self.shop.pipeline.transformer) as calls:
-            with Counter() as counter:
-                self._generate(nullcontext(), [0])
-        blocks = self.shop.fingerprint.num_blocks * len(self.shop.fingerprint.branches) * steps
-        return {
-            "operators": counter.operators / steps,
-            "reads": counter.reads / steps,
-            "used": calls[0] / blocks,
-        }
+        with contestant.attach(), Counter() as counter:
+            self._generate(nullcontext(), [0])
+        return {"operators": counter.operators / steps, "reads": counter.reads / steps}
+
+    @property
+    def _blocks_per_batch(self) -> int:
+        prints = self.shop.fingerprint
+        return prints.num_blocks * len(prints.branches) * prints.num_steps
 
     def _generate(self, context: Any, batches: Sequence[int]) -> tuple[np.ndarray, list[float]]:
         pictures, seconds = [], []

@@ -15,13 +15,15 @@ from layercache.errors import CacheStateError
 from layercache.methods.easycache import EasyCache
 from layercache.methods.policy import DynamicMethod
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
+from layercache.module_schedule import ModuleSchedule
+from layercache.modules import ModuleScheduleRouter
 from layercache.routing import RoutedModuleList, Router
 from layercache.runtime import ScheduleRouter, require_inference
-from layercache.schedule import Schedule
+from layercache.schedule import Fingerprint, Schedule
 from layercache.stepwise import StepRouter
 
-Plan = Schedule | DynamicMethod | EasyCache
-Cache = ScheduleRouter | DynamicRouter | StepRouter
+Plan = Schedule | DynamicMethod | EasyCache | ModuleSchedule
+Cache = ScheduleRouter | DynamicRouter | StepRouter | ModuleScheduleRouter
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
@@ -58,6 +60,8 @@ class Attachment:
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
         if self.pipeline is not None and hasattr(self.pipeline, "maybe_free_model_hooks"):
             self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
+        for owner, name, replacement in self.router.shadows():
+            self._shadow(owner, name, replacement)
         if self.router.steers:
             self._shadow(self.scheduler, "step", self._sampler_step(self.scheduler.step))
 
@@ -172,14 +176,20 @@ def enable(target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: i
 def enable(target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None) -> StepRouter: ...
 
 
+@overload
+def enable(
+    target: Any, plan: ModuleSchedule, scheduler: Any = None, num_steps: int | None = None
+) -> ModuleScheduleRouter: ...
+
+
 def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None) -> Cache:
     """Runs ``target`` by ``plan`` from now on.
 
     Args:
         target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step.
-        plan: a schedule made for this transformer (`layercache.plan`), or a method that decides as it runs
-            (`layercache.methods`).
+        plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
+            Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
         num_steps: of your own loop without a scheduler, for methods that ask for it.
 
@@ -195,18 +205,26 @@ def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None
     transformer = find_transformer(target)
     spec = spec_for(transformer)
     scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
-    if not isinstance(plan, Schedule):
-        if isinstance(plan, EasyCache):
-            router: StepRouter | DynamicRouter = StepRouter(transformer, spec, plan, scheduler)
-        else:
-            router = DynamicRouter(transformer, spec, plan, scheduler, num_steps)
-        attach(target, router, scheduler)
-        return router
-    return _enable_schedule(target, plan, transformer, scheduler)
+    if isinstance(plan, Schedule):
+        return _enable_schedule(target, plan, transformer, scheduler)
+    router: StepRouter | DynamicRouter | ModuleScheduleRouter
+    if isinstance(plan, EasyCache):
+        router = StepRouter(transformer, spec, plan, scheduler)
+    elif isinstance(plan, ModuleSchedule):
+        _check_fingerprint(plan.fingerprint, transformer)
+        router = ModuleScheduleRouter(transformer, spec, plan, scheduler)
+    else:
+        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps)
+    attach(target, router, scheduler)
+    return router
+
+
+def _check_fingerprint(fingerprint: Fingerprint, transformer: nn.Module) -> None:
+    fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
 
 
 def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any) -> ScheduleRouter:
-    schedule.fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
+    _check_fingerprint(schedule.fingerprint, transformer)
     ends = hasattr(target, "maybe_free_model_hooks")
     router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, end_is_announced=ends)
     if router.steers and not hasattr(scheduler, "step_index"):
@@ -246,6 +264,12 @@ def enabled(
 def enabled(
     target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None
 ) -> AbstractContextManager[StepRouter]: ...
+
+
+@overload
+def enabled(
+    target: Any, plan: ModuleSchedule, scheduler: Any = None, num_steps: int | None = None
+) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
 def enabled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class ModelSpec:
         timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does.
         modulation: of the first block and the arguments of its call, scale and shift ``[B, D]`` of its modulated input
             ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for methods that look at it.
+        modules: per block list, the modules of a block whose outputs (before the gate) can be cached apart: each entry
+            names submodules that run one after the other, of which the last one's output is kept.
     """
 
     model_class: str
@@ -41,6 +43,7 @@ class ModelSpec:
     arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     timestep: str | None = "timestep"
     modulation: Modulation | None = None
+    modules: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     @property
     def has_text(self) -> bool:
@@ -93,12 +96,22 @@ def _flux_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor,
     return scale, shift, norm.norm.eps
 
 
-register_model(ModelSpec("QwenImageTransformer2DModel", modulation=_qwen_modulation))
+register_model(
+    ModelSpec(
+        "QwenImageTransformer2DModel",
+        modulation=_qwen_modulation,
+        modules={"transformer_blocks": (("attn",), ("img_mlp",), ("txt_mlp",))},
+    )
+)
 register_model(
     ModelSpec(
         "FluxTransformer2DModel",
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         modulation=_flux_modulation,
+        modules={
+            "transformer_blocks": (("attn",), ("ff",), ("ff_context",)),
+            "single_transformer_blocks": (("attn",), ("proj_mlp", "act_mlp")),
+        },
     )
 )
 

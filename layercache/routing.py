@@ -8,7 +8,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +149,10 @@ class Router:
     def graphs(self) -> int:
         """How many graphs a compiled transformer needs under this router."""
         return 1
+
+    def shadows(self) -> Iterable[tuple[Any, str, Any]]:
+        """``(owner, name, replacement)`` of further methods that are hidden while the router is attached."""
+        return ()
 
     def begin(
         self,

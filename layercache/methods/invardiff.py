@@ -1,0 +1,336 @@
+"""InvarDiff: where features change by a nearly constant rate, on a few runs, fixes one plan (methods.md §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from layercache import ops
+from layercache.errors import MethodError
+from layercache.integration import attach
+from layercache.layout import CAPTURE, GroupAction
+from layercache.methods.policy import check_range
+from layercache.methods.watching import generate_once
+from layercache.models import find_transformer, fingerprint_of, spec_for
+from layercache.module_schedule import ModuleSchedule
+from layercache.modules import ModuleRouter, Output, copy_of, sigmas_of, tensors_of
+from layercache.schedule import Fingerprint
+from layercache.stopwatch import Stopwatch
+
+TINY = 1e-8
+
+# quantiles of FLUX.1-dev at 28 steps, and of DiT-XL/2 at 50 (methods.md §3.6)
+PROFILES: dict[str, dict[str, Any]] = {
+    "flux-fast": {"nonskip": 0.10, "step_quantile": 0.70, "module_quantiles": 0.68},
+    "flux-medium-1": {
+        "nonskip": 0.10,
+        "step_quantile": 0.70,
+        "module_quantiles": {
+            "transformer_blocks.attn": 0.68,
+            "transformer_blocks.ff": 0.0,
+            "transformer_blocks.ff_context": 0.0,
+            "single_transformer_blocks.attn": 0.68,
+            "single_transformer_blocks.proj_mlp+act_mlp": 0.0,
+        },
+    },
+    "flux-medium-2": {
+        "nonskip": 0.15,
+        "step_quantile": 0.70,
+        "module_quantiles": {
+            "transformer_blocks.attn": 0.68,
+            "transformer_blocks.ff": 0.0,
+            "transformer_blocks.ff_context": 0.0,
+            "single_transformer_blocks.attn": 0.70,
+            "single_transformer_blocks.proj_mlp+act_mlp": 0.0,
+        },
+    },
+    "flux-slow": {
+        "nonskip": 0.22,
+        "step_quantile": 0.72,
+        "module_quantiles": {
+            "transformer_blocks.attn": 0.68,
+            "transformer_blocks.ff": 0.66,
+            "transformer_blocks.ff_context": 0.0,
+            "single_transformer_blocks.attn": 0.68,
+            "single_transformer_blocks.proj_mlp+act_mlp": 0.62,
+        },
+    },
+    "dit-fast": {"nonskip": 0.0, "step_quantile": 0.63, "module_quantiles": 0.22},
+    "dit-slow": {"nonskip": 0.0, "step_quantile": 0.61, "module_quantiles": 0.20},
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of change on full runs: mean over prompts and branches.
+
+    Attributes:
+        fingerprint: of the model and run.
+        units: names of the modules.
+        kinds: of each, what shares a quantile.
+        steps: ``rho[t]`` of the final hidden state, ``[N]``; 1 at both ends.
+        modules: ``rho[t, unit]``, ``[N, U]``.
+        seconds: of each module.
+    """
+
+    fingerprint: Fingerprint
+    units: tuple[str, ...]
+    kinds: tuple[str, ...]
+    steps: np.ndarray
+    modules: np.ndarray
+    seconds: tuple[float, ...] = ()
+
+
+@dataclass
+class _Track:
+    """The newest accepted output of one unit in one branch, and how far it had moved."""
+
+    reference: Output = None
+    moved: torch.Tensor | None = None
+    flagged: bool = False
+    sums: list[torch.Tensor] = field(default_factory=list)
+
+
+class _RateRouter(ModuleRouter):
+    """Computes everything; per branch and unit, ``|Z_k - ref|`` over that of the step before.
+
+    ``is_cached(step, unit)`` tells which outputs are taken to be reused in the second phase, unit -1 being the final
+    hidden state.
+    """
+
+    def __init__(self, transformer: Any, spec: Any, scheduler: Any, is_cached: Callable[[int, int], bool] | None):
+        super().__init__(transformer, spec, scheduler)
+        self.is_cached = is_cached
+        self.tracks: dict[tuple[str, int], _Track] = {}
+        self.ratios: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
+        self.branches: list[str] = []
+        self.clock = Stopwatch(next(transformer.parameters()).device)
+        self.sigmas: tuple[float, ...] = ()
+
+    def announce(self, arguments: Mapping[str, Any]) -> None:
+        if self.branch not in self.branches:
+            self.branches.append(self.branch)
+        if self.starts:
+            self.sigmas = sigmas_of(self.steps.scheduler)
+            self.tracks = {key: track for key, track in self.tracks.items() if key[0] != self.branch}
+        self.open((GroupAction(CAPTURE),))
+
+    def through(self, number: int, compute: Callable[[], Output]) -> Output:
+        self.clock.mark(number)
+        output = compute()
+        self.clock.mark(None)
+        self._follow(number, output)
+        return output
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self._follow(-1, image_out)
+
+    def _follow(self, number: int, output: Output) -> None:
+        step = self.step
+        track = self.tracks.setdefault((self.branch, number), _Track())
+        if step == 0:
+            track.reference = copy_of(output, track.reference)
+            return
+        pairs = [list(tensors_of(value)) for value in (output, track.reference)]
+        moved = sum(ops.pair_statistics([a], [b])[0, 0].double() for a, b in zip(*pairs, strict=True))
+        count = sum(t.numel() for t in pairs[0])
+        moved = torch.clamp(moved, min=TINY * count)  # type: ignore[arg-type]
+        if step >= 2 and track.moved is not None:
+            self.ratios.setdefault((self.branch, number), []).append((step - 1, moved / track.moved))
+        keeps = False
+        if step >= 2 and self.is_cached is not None and self.is_cached(step - 1, number):
+            # of consecutive cached steps only the first moves the reference
+            keeps, track.flagged = track.flagged, True
+        else:
+            track.flagged = False
+        if not keeps:
+            track.moved = moved
+            track.reference = copy_of(output, track.reference)
+
+    def mean_ratios(self, number: int, num_steps: int) -> np.ndarray:
+        rho = np.ones(num_steps)
+        values: dict[int, list[float]] = {}
+        for (_, unit), found in self.ratios.items():
+            if unit == number:
+                for step, ratio in found:
+                    values.setdefault(step, []).append(float(ratio))
+        for step, own in values.items():
+            rho[step] = np.mean(own)
+        rho[0] = rho[-1] = 1.0
+        return rho
+
+
+def measure(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    cached: tuple[np.ndarray, np.ndarray] | None = None,
+    **call: Any,
+) -> Rates:
+    """Rates of change of every module and of the final hidden state, on full runs.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts, seeds, call: the runs (the paper takes 5 prompts); see `layercache.calibrate`.
+        cached: of a first phase, which steps ``[N]`` and modules ``[N, U]`` would be reused: distances are then taken
+            from what would be there (the resampling correction).
+
+    Source: methods.md §3.3, §3.4.
+
+    Raises:
+        MethodError: no prompts, or seeds that do not match.
+    """
+    transformer = find_transformer(pipeline)
+    if not prompts:
+        raise MethodError("InvarDiff measures at least one full run; give a prompt")
+    given = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(given) != len(prompts):
+        raise MethodError(f"give one seed per prompt: {len(prompts)} prompts, {len(given)} seeds")
+
+    def reuses(step: int, unit: int) -> bool:
+        assert cached is not None
+        return bool(cached[0][step] if unit < 0 else cached[1][step, unit])
+
+    is_cached = None if cached is None else reuses
+    router = _RateRouter(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None), is_cached)
+    attachment = attach(pipeline, router)
+    try:
+        for prompt, seed in zip(prompts, given, strict=True):
+            generate_once(pipeline, prompt, seed, call)
+    finally:
+        attachment.detach()
+    steps = len(router.sigmas) - 1
+    totals = router.clock.totals()
+    seconds = [totals.get(unit, 0.0) / steps for unit in range(len(router.units))]
+    return Rates(
+        fingerprint_of(transformer, router.sigmas, router.branches),
+        tuple(unit.name for unit in router.units),
+        tuple(unit.kind for unit in router.units),
+        router.mean_ratios(-1, steps),
+        np.stack([router.mean_ratios(unit, steps) for unit in range(len(router.units))], axis=1),
+        tuple(seconds),
+    )
+
+
+def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
+    """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none before ``first``, nor the last.
+
+    Source: methods.md §3.3.
+    """
+    inner = rho[1:-1]
+    if quantile <= 0 or not inner.size:
+        return np.zeros(rho.shape, dtype=bool)
+    found = rho < np.quantile(inner, quantile)
+    found[:first] = False
+    found[-1] = False
+    return found
+
+
+def first_phase(rates: Rates, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Reused steps ``[N]`` and modules ``[N, U]`` of uncorrected rates."""
+    return below_quantile(rates.steps, settings.step_quantile, settings.first(len(rates.steps))), _modules(
+        rates, settings, 1
+    )
+
+
+def _modules(rates: Rates, settings: Settings, first: int) -> np.ndarray:
+    cached = np.zeros(rates.modules.shape, dtype=bool)
+    for kind in dict.fromkeys(rates.kinds):
+        columns = [unit for unit, own in enumerate(rates.kinds) if own == kind]
+        # all layers of a kind share one threshold
+        cached[:, columns] = below_quantile(rates.modules[:, columns], settings.quantile_of(kind), first)
+    return cached
+
+
+@dataclass(frozen=True)
+class Settings:
+    """InvarDiff's settings.
+
+    Attributes:
+        step_quantile: share of the steps, about, whose final hidden state is reused.
+        module_quantiles: the same for modules; one number for all, or by kind (`Rates.kinds`).
+        nonskip: share of the steps at the beginning that is computed.
+    """
+
+    step_quantile: float = 0.5
+    module_quantiles: float | Mapping[str, float] = 0.3
+    nonskip: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("step_quantile", self.step_quantile, 0, 1)
+        check_range("nonskip", self.nonskip, 0, 1)
+        given = self.module_quantiles
+        for kind, value in given.items() if isinstance(given, Mapping) else [("all", given)]:
+            check_range(f"module_quantiles of {kind}", value, 0, 1)
+
+    def quantile_of(self, kind: str) -> float:
+        given = self.module_quantiles
+        if not isinstance(given, Mapping):
+            return float(given)
+        if kind not in given:
+            raise MethodError(f"module_quantiles has no entry for {kind}; it has {', '.join(given)}")
+        return float(given[kind])
+
+    def first(self, num_steps: int) -> int:
+        return max(1, int(self.nonskip * num_steps))
+
+
+def plan(rates: Rates, corrected: Rates, settings: Settings) -> ModuleSchedule:
+    """The final plan: steps of the first phase, modules of the corrected rates; after a reused step all are computed.
+
+    Source: methods.md §3.4.
+    """
+    num_steps = len(rates.steps)
+    first = settings.first(num_steps)
+    steps, _ = first_phase(rates, settings)
+    modules = _modules(corrected, settings, first)
+    for step in range(num_steps):
+        if steps[step]:
+            modules[step] = True
+            if step + 1 < num_steps:
+                modules[step + 1] = False
+    return ModuleSchedule(
+        rates.fingerprint,
+        rates.units,
+        tuple(tuple(not c for c in row) for row in modules.tolist()),
+        frozenset(np.flatnonzero(steps).tolist()),
+        rates.seconds,
+        {
+            "method": "invardiff",
+            "step_quantile": settings.step_quantile,
+            "module_quantiles": dict(settings.module_quantiles)
+            if isinstance(settings.module_quantiles, Mapping)
+            else settings.module_quantiles,
+            "nonskip": settings.nonskip,
+        },
+    )
+
+
+def build_schedule(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    settings: Settings | str = Settings(),
+    **call: Any,
+) -> ModuleSchedule:
+    """Both phases: full runs, a first plan, the same runs with distances from what it would reuse, the final plan.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts, seeds, call: the runs.
+        settings: or the name of a published profile (`PROFILES`).
+
+    Raises:
+        MethodError: unknown profile, or settings that do not fit the model.
+    """
+    if isinstance(settings, str):
+        if settings not in PROFILES:
+            raise MethodError(f"unknown profile {settings!r}; choose one of {', '.join(PROFILES)}")
+        settings = Settings(**PROFILES[settings])
+    rates = measure(pipeline, prompts, seeds, **call)
+    corrected = measure(pipeline, prompts, seeds, cached=first_phase(rates, settings), **call)
+    return plan(rates, corrected, settings)
