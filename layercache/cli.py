@@ -1,4 +1,4 @@
-"""The command line: ``layercache demo | calibrate | plan | generate | compare | show | doctor | bench``.
+"""The command line: ``layercache demo | calibrate | plan | generate | compare | train-router | show | doctor | bench``.
 
 Nothing heavy is imported here, so that help and mistakes in the arguments are answered at once.
 """
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from layercache.front import Front
+    from layercache.module_schedule import ModuleSchedule
     from layercache.profile import StabilityProfile
     from layercache.schedule import Schedule
+
+    Content = Schedule | ModuleSchedule | StabilityProfile | Front
 
 DEMO_SAMPLES = 3
 PIPE_WIDTH = 120
@@ -388,6 +391,7 @@ def plan(
     """
     import layercache
     from layercache import report
+    from layercache.module_schedule import ModuleSchedule
 
     printer = Printer(json_to)
     conditions = sum(value is not None for value in (budget, speedup, full_steps, min_psnr))
@@ -406,7 +410,7 @@ def plan(
         )
     chosen_spans = _parse_spans(spans)
     source = _load(profile)
-    if isinstance(source, layercache.Schedule):
+    if isinstance(source, (layercache.Schedule, ModuleSchedule)):
         raise typer.BadParameter(f"{profile} is a schedule already; give a profile, or a front.")
     schedule = layercache.plan(
         source,
@@ -547,7 +551,9 @@ def generate(
     model: Model = "demo",
     schedule: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A schedule from 'plan'; nothing is cached without."),
+        typer.Option(
+            exists=True, dir_okay=False, help="A schedule from 'plan' or 'train-router'; nothing is cached without."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")] = 0,
     steps: Annotated[
@@ -576,10 +582,9 @@ def generate(
     if compare:
         _check_extras()
     from layercache.report import machine_info
-    from layercache.schedule import Schedule
 
     printer = Printer(json_to)
-    plan = Schedule.load(schedule) if schedule is not None else None
+    plan = _load_schedule(schedule) if schedule is not None else None
     steps = steps or (plan.num_steps if plan is not None else 30)
     pipe = _load_pipeline(model, device, dtype)
     _check_demo_prompts(pipe, [prompt])
@@ -602,7 +607,7 @@ def generate(
 
 
 def _draw(
-    pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | None, label: str
+    pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | ModuleSchedule | None, label: str
 ) -> tuple[np.ndarray, float, Any]:
     """The picture ``[H, W, 3]`` in 0..1, its seconds, and the report of the cache."""
     import torch
@@ -666,6 +671,81 @@ def _check_extras() -> None:
 
     metrics.check_installed()
     plots.check_installed()
+
+
+# --- train-router ------------------------------------------------------------------------------------------
+
+
+@app.command("train-router")
+def train_router(
+    model: Model = "demo",
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Generations to learn from.")] = 24,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per generation.")] = 4,
+    penalty: Annotated[float, typer.Option(min=0, help="Weight of computing, beside the error.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Modules with a larger beta are computed.")] = 0.1,
+    budget: Annotated[
+        float | None, typer.Option(callback=_share, help="Instead of a threshold: share of the modules' time.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps you will generate with.")] = 30,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")] = Path("router.json"),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File kept after every round; OUTPUT.pt if left out. Training goes on from it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve, as PNG.")] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json_to: Json = None,
+) -> None:
+    """Train a Learning-to-Cache router: which modules can be left out at every second step.
+
+    It learns from the model's own generations; the model is not changed. A training that was stopped goes on when the
+    same command is given again.
+
+    Example: `layercache train-router --rounds 40 --budget 0.7 -o router.json`
+    """
+    from layercache import plots
+    from layercache.methods import l2c
+
+    printer = Printer(json_to)
+    if plot is not None:
+        plots.check_installed()
+        _check_picture_name(plot)
+    prompts: list[str] = [*(prompt or []), *_read_prompts(prompts_file)]
+    if not prompts and model != "demo":
+        raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
+    settings = l2c.Settings(penalty, learning_rate, rounds)
+    pipe = _load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = prompts or _demo_classes()
+    _check_demo_prompts(pipe, prompts)
+    given = 4.0 if guidance is None and model == "demo" else guidance
+    call = {"num_inference_steps": steps, **_call_arguments(pipe, given, height, width)}
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        call["output_type"] = "latent"
+    samples = [[prompts[(k + j) % len(prompts)] for j in range(batch)] for k in range(0, len(prompts), batch)]
+    kept = checkpoint or output.with_suffix(".pt")
+    with _pipeline_complaints():
+        router = l2c.train(pipe, samples, settings, kept, printer.console.is_terminal, **call)
+    schedule = router.schedule(budget=budget) if budget is not None else router.schedule(threshold)
+    files = {"schedule": schedule.save(output), "checkpoint": kept}
+    if plot is not None:
+        files["loss curve"] = plots.save_losses(plot, router.losses, len(router.units))
+    first, last = router.losses[0], router.losses[-1]
+    printer.say(
+        f"squared error {first[0]:.3g} in the first round, {last[0]:.3g} in the last; "
+        f"{last[1]:.1f} of {len(router.units)} modules in use at a cache step",
+        f"the schedule computes {schedule.used:.1%} of the modules' time",
+        *(f"{name}: {path}" for name, path in files.items()),
+    )
+    printer.figures({"losses": router.losses, "used": schedule.used, "beta": router.beta.tolist()})
 
 
 # --- compare -----------------------------------------------------------------------------------------------
@@ -775,14 +855,27 @@ def show(
     printer.figures(figures)
 
 
-def _explain(content: Schedule | StabilityProfile | Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
+def _explain(content: Content) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
     """What to print, what its marks mean, and the figures."""
     from layercache import report
     from layercache.front import Front
+    from layercache.module_schedule import ModuleSchedule
     from layercache.schedule import Schedule
 
     if isinstance(content, Front):
         return _explain_front(content)
+    if isinstance(content, ModuleSchedule):
+        parts = (report.module_sentences(content), "", report.module_table(content), "")
+        return (
+            parts,
+            "Modules that are computed, of each kind; the others take their last output.",
+            {
+                "kind": "module schedule",
+                "used": content.used,
+                "reused_steps": sorted(content.reused_steps),
+                "made_by": dict(content.made_by),
+            },
+        )
     if isinstance(content, Schedule):
         parts = (report.schedule_sentences(content), "", report.schedule_table(content), "")
         return parts, report.schedule_legend(content), report.schedule_figures(content)
@@ -801,31 +894,43 @@ def _explain_front(front: Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
     return (front_table(rows), *front.notes), legend, figures
 
 
-def _load(path: Path) -> Schedule | StabilityProfile | Front:
+def _load(path: Path) -> Content:
     """Schedules and fronts are JSON objects that begin with their format; a profile begins with a length."""
     from layercache.front import FORMAT, Front
-    from layercache.schedule import Schedule
 
     with path.open("rb") as file:
         begins = file.read(64).lstrip()
     if FORMAT.encode() in begins:
         return Front.load(path)
     if path.suffix == ".json" or begins[:1] == b"{":
-        return Schedule.load(path)
+        return _load_schedule(path)
     from layercache.profile import StabilityProfile
 
     return StabilityProfile.load(path)
 
 
-def _plot(path: Path, title: str, content: Schedule | StabilityProfile | Front) -> Path:
+def _load_schedule(path: Path) -> Schedule | ModuleSchedule:
+    """Of groups of layers, or of single modules."""
+    from layercache.module_schedule import FORMAT, ModuleSchedule
+    from layercache.schedule import Schedule
+
+    with path.open("rb") as file:
+        begins = file.read(64)
+    return ModuleSchedule.load(path) if FORMAT.encode() in begins else Schedule.load(path)
+
+
+def _plot(path: Path, title: str, content: Content) -> Path:
     from layercache import plots
     from layercache.front import Front
+    from layercache.module_schedule import ModuleSchedule
     from layercache.schedule import Schedule
 
     if isinstance(content, Front):
         from layercache.front_report import rows_of, save_front_plot
 
         return save_front_plot(path, rows_of(content), title)
+    if isinstance(content, ModuleSchedule):
+        return plots.save_modules(path, content, f"{title}: {content.used:.1%} of the modules' time computed")
     sigmas = content.fingerprint.sigmas
     if isinstance(content, Schedule):
         title = f"{title}: {content.used:.1%} of the block time computed"

@@ -13,12 +13,13 @@ import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
 from layercache.front import Front
 from layercache.integration import Plan
-from layercache.methods import fixed, magcache, meancache, teacache
+from layercache.methods import fixed, invardiff, l2c, magcache, meancache, teacache
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import SpectralCache, TeaCache
 from layercache.methods.watching import magnitude_ratios
+from layercache.module_schedule import ModuleSchedule
 from layercache.profile import StabilityProfile
 from layercache.rehearsal import Rehearsal
 from layercache.schedule import Fingerprint
@@ -36,6 +37,8 @@ class Workshop:
         call: arguments of every call.
         budgets: shares of the block time.
         trials: exchanges of the search.
+        journal: file of the search, so that it can be gone on with.
+        rounds: generations that Learning-to-Cache learns from.
     """
 
     pipeline: Any
@@ -45,6 +48,7 @@ class Workshop:
     budgets: Sequence[float]
     trials: int = 12
     journal: Any = None
+    rounds: int = 12
 
     @cached_property
     def profile(self) -> StabilityProfile:
@@ -89,6 +93,26 @@ class Workshop:
             return TeaCache().for_model(name)
         coefficients, _ = teacache.fit(self.pipeline, self.prompts, range(len(self.prompts)), **self._latent_call)
         return TeaCache(coefficients=coefficients)
+
+    @cached_property
+    def rates(self) -> invardiff.Rates:
+        return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+
+    def invardiff(self, quantile: float) -> ModuleSchedule:
+        """One quantile for steps and modules."""
+        settings = invardiff.Settings(quantile, quantile)
+        cached = invardiff.first_phase(self.rates, settings)
+        again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
+        return invardiff.plan(self.rates, again, settings)
+
+    @cached_property
+    def router(self) -> l2c.LearnedRouter:
+        settings = l2c.Settings(rounds=self.rounds)
+        return l2c.train(self.pipeline, self.prompts, settings, progress=False, **self._latent_call)
+
+    @property
+    def _call_seeds(self) -> list[int]:
+        return list(self.seeds[: len(self.prompts)])
 
     @property
     def _latent_call(self) -> dict[str, Any]:
@@ -169,7 +193,7 @@ def _threshold(build: Callable[[Workshop, float], Plan], low: float, high: float
         for _ in range(rounds):
             value = (least * most) ** 0.5
             plan = build(shop, value)
-            used = plan.used if isinstance(plan, layercache.Schedule) else shop.used_by(plan)
+            used = plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else shop.used_by(plan)
             if used <= budget + 1e-9:
                 most = value
                 best = (used, value) if best is None or used > best[0] else best
@@ -212,6 +236,8 @@ METHODS: dict[str, Maker] = {
     "spectralcache": _threshold(
         lambda shop, t: SpectralCache(coefficients=shop.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
+    "invardiff": _threshold(lambda shop, q: shop.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "l2c": lambda shop, budget: (shop.router.schedule(budget=budget), "learned"),
     "dicache": _threshold(lambda shop, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": _threshold(lambda shop, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }

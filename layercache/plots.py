@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from layercache.files import write_atomically
 from layercache.metrics import as_pictures
 from layercache.report import group_name
 from layercache.schedule import Cell, Schedule
+
+if TYPE_CHECKING:
+    from layercache.module_schedule import ModuleSchedule
 
 DPI = 100
 # pixels of the page of pictures
@@ -227,6 +230,35 @@ def _legend(panels: Sequence[MapPanel]) -> list[Any]:
         (SKIPPED, "skipped: velocity from earlier steps"),
     )
     return [Line2D([], [], color=labels[k][0], label=labels[k][1], **square) for k in sorted(kinds)]
+
+
+def save_losses(path: str | os.PathLike[str], losses: Sequence[tuple[float, float]], units: int) -> Path:
+    """Squared error and modules in use over the rounds of a router's training, as a PNG."""
+    figure = new_figure(6.5, 3.8)
+    axis = figure.subplots()
+    rounds = range(1, len(losses) + 1)
+    axis.plot(rounds, [error for error, _ in losses], color="tab:blue", marker="o", markersize=3)
+    axis.set(xlabel="round", yscale="log")
+    axis.set_ylabel("squared error of the output", color="tab:blue")
+    other = axis.twinx()
+    other.plot(rounds, [used for _, used in losses], color="tab:orange")
+    other.set_ylabel(f"sum of the betas, of {units} modules", color="tab:orange")
+    axis.grid(alpha=0.3)
+    return save_figure(figure, path)
+
+
+def save_modules(path: str | os.PathLike[str], schedule: ModuleSchedule, title: str = "") -> Path:
+    """Steps by modules: dark where a module is computed, light where its last output is taken, as a PNG."""
+    cells = np.array(schedule.computed, dtype=float).T
+    for step in schedule.reused_steps:
+        cells[:, step] = 0.5
+    figure = new_figure(max(5.0, 0.16 * schedule.num_steps + 2.5), max(3.0, 0.07 * len(schedule.units) + 1.2))
+    axis = figure.subplots()
+    axis.imshow(cells, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
+    axis.set(xlabel="step (half dark: the step before is reused whole)", ylabel="module", title=title)
+    every = max(1, len(schedule.units) // 16)
+    axis.set_yticks(range(0, len(schedule.units), every), schedule.units[::every], fontsize=6)
+    return save_figure(figure, path)
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -25,6 +25,7 @@ from layercache.metrics import Summary, summarise
 from layercache.schedule import Cell, Schedule, Velocity
 
 if TYPE_CHECKING:
+    from layercache.module_schedule import ModuleSchedule
     from layercache.profile import StabilityProfile
 
 PACKAGES = ("torch", "diffusers", "triton", "numpy", "scikit-image")
@@ -330,6 +331,36 @@ def schedule_table(schedule: Schedule) -> Table:
         if schedule.velocities:
             cells.append(velocity_text(step, schedule.velocity(step)))
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
+    return table
+
+
+def module_sentences(schedule: ModuleSchedule) -> str:
+    """What a schedule of single modules does, in words."""
+    prints, reused = schedule.fingerprint, sorted(schedule.reused_steps)
+    made_by = schedule.made_by.get("method", "unknown")
+    lines = [
+        f"A schedule of {len(schedule.units)} modules of {prints.model_class} over {prints.num_steps} steps, made by "
+        f" {made_by}: {schedule.used:.1%} of the modules' time is computed."
+    ]
+    if reused:
+        lines.append(f"Steps {', '.join(map(str, reused))} take the last hidden state of the step before as it is.")
+    return "\n".join(lines)
+
+
+def module_table(schedule: ModuleSchedule) -> Table:
+    """Steps by kinds of modules: how many are computed."""
+    kinds = [name.split(".", 2)[0] + "." + name.split(".", 2)[2] for name in schedule.units]
+    columns = list(dict.fromkeys(kinds))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("step", "sigma", *columns):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step, row in enumerate(schedule.computed):
+        counts = [
+            f"{sum(c for c, own in zip(row, kinds, strict=True) if own == kind)} of {kinds.count(kind)}"
+            for kind in columns
+        ]
+        shown = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
+        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *shown)
     return table
 
 
