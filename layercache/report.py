@@ -340,7 +340,7 @@ def module_sentences(schedule: ModuleSchedule) -> str:
     made_by = schedule.made_by.get("method", "unknown")
     lines = [
         f"A schedule of {len(schedule.units)} modules of {prints.model_class} over {prints.num_steps} steps, made by "
-        f" {made_by}: {schedule.used:.1%} of the modules' time is computed."
+        f"{made_by}: {schedule.used:.1%} of the modules' time is computed."
     ]
     if reused:
         lines.append(f"Steps {', '.join(map(str, reused))} take the last hidden state of the step before as it is.")

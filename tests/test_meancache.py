@@ -149,3 +149,66 @@ def test_steps_are_planned_within_the_budget():
 def test_refusals(steps, spans, form, message):
     with pytest.raises(ScheduleError, match=message):
         meancache.build_schedule(prints(), steps, spans, form)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations", "computed", "edges"),
+    [
+        ("qwen-image", 25, [*range(17), 24, 32, 40, 43, 45, 47, 48, 49], [1] * 16 + [1, 1, 1, 5, 5, 5, 1, 1]),
+        ("qwen-image", 17, [*range(9), 10, 17, 24, 31, 38, 45, 48, 49], [1] * 8 + [2, 1, 1, 1, 1, 1, 4, 1]),
+        ("qwen-image", 10, [0, 1, 3, 7, 14, 21, 28, 35, 42, 49], [1, 2, 1, 1, 1, 1, 1, 1, 4]),
+        ("qwen-image-2512", 25, [*range(16), 23, 31, 37, *range(44, 50)], [1] * 15 + [2, 2, 2, 1] + [1] * 5),
+        ("qwen-image-2512", 17, [*range(10), 11, 19, 27, 35, 43, 47, 49], [1] * 9 + [2, 1, 1, 1, 1, 5, 5]),
+        ("qwen-image-2512", 10, [0, 2, 4, 7, 14, 21, 28, 35, 42, 49], [1, 3, 1, 1, 1, 1, 1, 1, 4]),
+        (
+            "z-image",
+            25,
+            [*range(7), 8, *range(10, 14), *range(15, 19), 20, 22, 29, 37, 42, 45, 47, 48, 49],
+            [1] * 6 + [2, 2, 1, 1, 1, 2, 1, 1, 1, 5, 5, 1, 1, 1, 5, 5, 1, 1],
+        ),
+        (
+            "z-image",
+            20,
+            [*range(5), 6, 8, 10, 12, 14, 16, 18, 20, 22, 30, 38, 43, 46, 48, 49],
+            [1] * 4 + [2] * 5 + [5, 4, 5, 5, 1, 1, 1, 5, 2, 1],
+        ),
+        (
+            "z-image",
+            17,
+            [*range(5), 6, 8, 10, 12, 14, 19, 27, 35, 43, 46, 48, 49],
+            [1] * 4 + [2] * 5 + [1] * 4 + [5, 2, 1],
+        ),
+        ("z-image", 15, [*range(4), 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49], [1] * 3 + [2] * 4 + [1] * 4 + [5, 4, 1]),
+        ("z-image", 13, [*range(4), 5, 9, 15, 22, 29, 36, 43, 47, 49], [1] * 3 + [2] + [1] * 6 + [5, 2]),
+    ],
+)
+def test_released_schedules(name, evaluations, computed, edges):
+    schedule = meancache.preset(prints(np.linspace(1, 0, 51).tolist()), name, evaluations)
+    assert [step for step in range(50) if not schedule.is_skipped(step)] == computed
+    assert schedule.made_by["spans"] == [*edges, 1] and len(computed) == evaluations
+    assert schedule.used == pytest.approx(evaluations / 50)
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ScheduleError, match="z-image: 25, 20"):
+        meancache.preset(prints(), "qwen-image", 26)
+    with pytest.raises(ScheduleError, match="50 steps"):
+        meancache.preset(prints(), "qwen-image", 25)
+
+
+def test_lexicographic_path_is_the_least_of_all_by_brute_force():
+    rng = np.random.default_rng(3)
+    steps, budget = 9, 4
+    errors = rng.integers(1, 50, (steps, steps + 1)).astype(float)
+    errors[:, 1] = 0.0
+    best = min(
+        (
+            sorted((errors[a, b - a] for a, b in zip([0, *inner], [*inner, steps], strict=True)), reverse=True),
+            (0, *inner),
+        )
+        for count in range(budget)
+        for inner in itertools.combinations(range(1, steps), count)
+    )
+    found = meancache.lexicographic_steps(errors, budget)
+    cost = sorted((errors[a, b - a] for a, b in zip(found, [*found[1:], steps], strict=True)), reverse=True)
+    assert [c for c in cost if c] == [c for c in best[0] if c]

@@ -7,6 +7,8 @@ from diffusers.hooks import (
     MagCacheConfig,
     TaylorSeerCacheConfig,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import layercache
 from layercache.demo.pipeline import load_demo_pipeline
@@ -54,6 +56,56 @@ def decided(schedule, group):
     return {
         name: tuple(row[group] is None for row in schedule.cells_of(name)) for name in schedule.fingerprint.branches
     }
+
+
+class FullSize(TorchDispatchMode):
+    """Operators that read or write a tensor as large as the image stream, per call of the transformer."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.calls, self.ours = size, [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        aliases = [r.alias_info for r in function._schema.returns]
+        is_view = any(info is not None and not info.is_write for info in aliases)
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        if not is_view and "empty" not in str(function) and any(t.numel() >= self.size for t in tensors) and self.calls:
+            self.calls[-1] += 1
+            self.ours[-1] += function.namespace == "layercache"
+        return result
+
+
+def full_size_counts(pipe):
+    config = pipe.transformer.config
+    mode = FullSize(64 * config.num_attention_heads * config.attention_head_dim)
+
+    def begin(*_):
+        mode.calls.append(0)
+        mode.ours.append(0)
+
+    hook = pipe.transformer.register_forward_pre_hook(begin, prepend=True)
+    try:
+        with mode:
+            generate(pipe, prompts=["cat"], steps=STEPS)
+    finally:
+        hook.remove()
+    return mode.calls, mode.ours
+
+
+def test_a_cached_step_of_fbcache_takes_two_full_size_operators_instead_of_seven(pipe):
+    with layercache.enabled(pipe, FBCache(threshold=0.35)) as cache:
+        calls, ours = full_size_counts(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.35))
+    try:
+        theirs, _ = full_size_counts(pipe)
+    finally:
+        pipe.transformer.disable_cache()
+    cached = [2 * step for step, computed in enumerate(cache.decisions["cond"]) if not computed]
+    assert cached
+    for call in cached:
+        of_the_model = calls[call] - ours[call]
+        assert ours[call] == 2 and theirs[call] - of_the_model == 7
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.2, 0.35])

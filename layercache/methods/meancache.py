@@ -7,6 +7,7 @@ are coefficients of the velocities the model gave: no latents are logged. Source
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,28 @@ from layercache.schedule import Fingerprint, Schedule, Velocity
 
 FORMS = ("recursive", "one-shot")
 SPANS = (1, 2, 3, 4, 5, 6)
+
+# Released schedules for 50 steps, by model and evaluations: computed steps, "a-b" one after the other, "K:s" step s
+# behind an interval with span K (methods.md §2.6).
+PRESETS: dict[str, dict[int, str]] = {
+    "qwen-image": {
+        25: "0-16 1:24 1:32 1:40 5:43 5:45 5:47 48-49",
+        17: "0-8 2:10 1:17 1:24 1:31 1:38 1:45 4:48 49",
+        10: "0-1 2:3 1:7 1:14 1:21 1:28 1:35 1:42 4:49",
+    },
+    "qwen-image-2512": {
+        25: "0-15 2:23 2:31 2:37 1:44 45-49",
+        17: "0-9 2:11 1:19 1:27 1:35 1:43 5:47 5:49",
+        10: "0 1:2 3:4 1:7 1:14 1:21 1:28 1:35 1:42 4:49",
+    },
+    "z-image": {
+        25: "0-6 2:8 2:10 11-13 2:15 16-18 5:20 5:22 1:29 1:37 1:42 5:45 5:47 48-49",
+        20: "0-4 2:6 2:8 2:10 2:12 2:14 5:16 4:18 5:20 5:22 1:30 1:38 1:43 5:46 2:48 49",
+        17: "0-4 2:6 2:8 2:10 2:12 2:14 1:19 1:27 1:35 1:43 5:46 2:48 49",
+        15: "0-3 2:5 2:7 2:10 2:12 1:17 1:25 1:33 1:41 5:45 4:48 49",
+        13: "0-3 2:5 1:9 1:15 1:22 1:29 1:36 1:43 5:47 2:49",
+    },
+}
 
 Linear = dict[int, float]
 """Coefficients of the model's velocities, by step."""
@@ -64,6 +87,54 @@ def build_schedule(
         {"method": "meancache", "form": form, "spans": list(spans)},
         tuple(velocities),
     )
+
+
+def preset(fingerprint: Fingerprint, name: str, evaluations: int) -> Schedule:
+    """A released schedule (`PRESETS`), in the recursive form it was made for. Source: methods.md §2.6.
+
+    Raises:
+        ScheduleError: unknown name or number of evaluations, or a run of other than 50 steps.
+    """
+    known = PRESETS.get(name, {})
+    if evaluations not in known:
+        choices = "; ".join(f"{model}: {', '.join(map(str, budgets))}" for model, budgets in PRESETS.items())
+        raise ScheduleError(f"no schedule is released for {name!r} with {evaluations} evaluations; there are {choices}")
+    if fingerprint.num_steps != 50:
+        raise ScheduleError(f"the released schedules are for 50 steps, this run has {fingerprint.num_steps}")
+    computed, spans = _parse_preset(known[evaluations])
+    schedule = build_schedule(fingerprint, computed, spans)
+    return replace(schedule, made_by={**schedule.made_by, "preset": f"{name} {evaluations}"})
+
+
+def _parse_preset(text: str) -> tuple[list[int], list[int]]:
+    computed, spans = list[int](), list[int]()
+    for word in text.split():
+        span, _, steps = word.rpartition(":")
+        first, _, last = steps.partition("-")
+        # the span belongs to the interval in front of the step
+        spans += [int(span or 1)] * bool(computed) + [1] * (int(last or first) - int(first))
+        computed += range(int(first), int(last or first) + 1)
+    return computed, [*spans, 1]
+
+
+def lexicographic_steps(errors: np.ndarray, budget: int) -> list[int]:
+    """LeMiCa's choice: the path whose largest edge is least, then the next largest, with plain reuse on every edge.
+
+    Args:
+        errors: ``[N, max_length + 1]``, of reusing step t's velocity up to step ``t + n``; infinite where not allowed.
+        budget: network evaluations.
+
+    Source: methods.md §2.4.
+
+    Raises:
+        BudgetError: no path has so few evaluations.
+    """
+    from layercache import _core
+
+    path = _core.shortest_path(np.ascontiguousarray(errors[..., None]), budget, mode="lexicographic")
+    if not path.feasible:
+        raise BudgetError(f"{budget} evaluations are too few for intervals of at most {errors.shape[1] - 1} steps")
+    return list(path.steps)
 
 
 def _recursive(log: list[Linear], sigmas: Sequence[float], start: int, end: int, span: int) -> None:
