@@ -49,6 +49,7 @@ class Workshop:
     trials: int = 12
     journal: Any = None
     rounds: int = 12
+    _made: dict[tuple[str, float], tuple[Plan, str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def profile(self) -> StabilityProfile:
@@ -117,6 +118,12 @@ class Workshop:
     @property
     def _latent_call(self) -> dict[str, Any]:
         return {k: v for k, v in self.call.items() if k != "output_type"}
+
+    def made(self, name: str, budget: float) -> tuple[Plan, str]:
+        """A method's plan for a budget and what was set; made once, others of the same settings share it."""
+        if (name, budget) not in self._made:
+            self._made[name, budget] = METHODS[name](self, budget)
+        return self._made[name, budget]
 
     def used_by(self, plan: Plan) -> float:
         """Share of the blocks that a plan computes on the first calibration sample."""
@@ -266,18 +273,18 @@ def contestants(shop: Workshop, names: Sequence[str]) -> Iterator[tuple[str, flo
 def _made(shop: Workshop, name: str, budget: float) -> Contestant:
     if name in PEERS:
         return PEERS[name](shop, budget)
-    plan, setting = METHODS[name](shop, budget)
+    plan, setting = shop.made(name, budget)
     return Contestant(name, setting, budget, lambda: layercache.enabled(shop.pipeline, plan))  # type: ignore[call-overload]
 
 
 # --- caches of other packages, through their public interfaces ----------------------------------------------
 
 
-def _diffusers(make_config: Callable[[Workshop, Plan], Any], ours: Maker, name: str) -> Callable[..., Contestant]:
+def _diffusers(make_config: Callable[[Workshop, Plan], Any], ours: str) -> Callable[..., Contestant]:
     """A hook of diffusers with the setting that ours was tuned to: both take the same decisions."""
 
     def make(shop: Workshop, budget: float) -> Contestant:
-        plan, setting = ours(shop, budget)
+        plan, setting = shop.made(ours, budget)
 
         @contextmanager
         def attach() -> Iterator[None]:
@@ -288,7 +295,7 @@ def _diffusers(make_config: Callable[[Workshop, Plan], Any], ours: Maker, name: 
             finally:
                 transformer.disable_cache()
 
-        return Contestant(name, setting, budget, attach)
+        return Contestant(f"diffusers:{ours}", setting, budget, attach)
 
     return make
 
@@ -322,7 +329,7 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
     def make(shop: Workshop, budget: float) -> Contestant:
         if importlib.util.find_spec("cache_dit") is None:
             raise LayerCacheError("cache-dit is not installed: pip install cache-dit")
-        plan, setting = METHODS["dbcache"](shop, budget)
+        plan, setting = shop.made("dbcache", budget)
         assert isinstance(plan, DBCache)
 
         @contextmanager
@@ -358,9 +365,9 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
 
 
 PEERS: dict[str, Callable[..., Contestant]] = {
-    "diffusers:fbcache": _diffusers(_first_block, METHODS["fbcache"], "diffusers:fbcache"),
-    "diffusers:taylorseer": _diffusers(_taylor, METHODS["taylorseer"], "diffusers:taylorseer"),
-    "diffusers:magcache": _diffusers(_mag, METHODS["magcache"], "diffusers:magcache"),
+    "diffusers:fbcache": _diffusers(_first_block, "fbcache"),
+    "diffusers:taylorseer": _diffusers(_taylor, "taylorseer"),
+    "diffusers:magcache": _diffusers(_mag, "magcache"),
     "cache-dit:dbcache": _cache_dit(False, "cache-dit:dbcache"),
     "cache-dit:dbcache-taylor": _cache_dit(True, "cache-dit:dbcache-taylor"),
 }
