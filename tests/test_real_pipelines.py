@@ -6,7 +6,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import layercache
+from layercache import ops
 from layercache.fitting import Forecast
+from layercache.methods import invardiff, l2c
+from layercache.methods.dicache import DiCache
+from layercache.methods.easycache import EasyCache
+from layercache.methods.fbcache import DBCache, FBCache
+from layercache.methods.invardiff import Settings
+from layercache.methods.teacache import SpectralCache, TeaCache
+from layercache.models import _flux_modulation
 from layercache.rehearsal import Rehearsal, psnr_of, skipping
 from tiny import randomise
 
@@ -96,3 +104,71 @@ def test_search_from_calibration_to_picture(pipe, samples):
     full, cached = pictures(pipe, samples), pictures(pipe, samples, schedule)
     psnr = [value for a, b in zip(full, cached, strict=True) for value in psnr_of(a, b)]
     assert psnr == pytest.approx(front.choose(0.67).psnr, rel=1e-6)
+
+
+DYNAMIC = [
+    FBCache(threshold=1.0, warmup=2),
+    DBCache(front=2, back=1, warmup=2, threshold=1.0),
+    TeaCache(threshold=5.0),  # FLUX has published coefficients
+    SpectralCache(threshold=20.0),
+    DiCache(threshold=5.0, retention=0.0),
+    EasyCache(threshold=5.0, warmup=2),
+]
+
+
+@pytest.mark.parametrize("method", DYNAMIC, ids=lambda m: m.name)
+def test_dynamic_methods_across_both_block_lists(pipe, samples, method):
+    full = pictures(pipe, samples[:1])
+    with layercache.enabled(pipe, method) as cache:
+        call = {**CALL, **samples[0], "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        cached = pipe(**call).images
+    (decisions,) = set(cache.decisions.values())
+    assert set(decisions) == {True, False} and not np.array_equal(cached, full[0])
+    np.testing.assert_array_equal(pictures(pipe, samples[:1], cache.export_schedule())[0], cached)
+
+
+def test_the_modulated_input_is_the_blocks_own(pipe, samples):
+    """What TeaCache watches, against what the first block's own norm makes."""
+    block, seen, ours = pipe.transformer.transformer_blocks[0], [], []
+    hooks = [
+        block.norm1.register_forward_hook(lambda m, a, out: seen.append(out[0])),
+        block.register_forward_pre_hook(
+            lambda m, a, k: ours.append((k["hidden_states"], _flux_modulation(m, k))), with_kwargs=True
+        ),
+    ]
+    pipe(**CALL, **samples[0], generator=torch.Generator().manual_seed(0), output_type="latent")
+    for hook in hooks:
+        hook.remove()
+    (hidden, (scale, shift, eps)), expected = ours[0], seen[0]
+    found, _ = ops.modulate(hidden, scale, shift, eps=eps)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_of_both_kinds_of_blocks(pipe, samples):
+    schedule = invardiff.build_schedule(pipe, samples[:2], settings=invardiff.Settings(0.4, 0.6, 0.0), **CALL)
+    kinds = {name.split(".", 2)[2] for name in schedule.units}
+    assert kinds == {"attn", "ff", "ff_context", "proj_mlp+act_mlp"}
+    named = Settings(**invardiff.PROFILES["flux-slow"])
+    assert {named.quantile_of(f"single_transformer_blocks.{kind}") for kind in ("attn", "proj_mlp+act_mlp")} == {
+        0.68,
+        0.62,
+    }
+    calls = []
+    module = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    original = module.forward
+    module.forward = lambda *a, **k: calls.append(1) or original(*a, **k)
+    try:
+        pictures(pipe, samples[:1], schedule)
+        assert module.forward.__name__ == "<lambda>"
+    finally:
+        del module.forward
+    unit = schedule.units.index("single_transformer_blocks.0.proj_mlp+act_mlp")
+    ran = [row[unit] for step, row in enumerate(schedule.computed) if step not in schedule.reused_steps]
+    assert len(calls) == sum(ran)
+
+
+def test_a_router_is_trained_on_a_real_pipeline(pipe, samples):
+    settings = l2c.Settings(rounds=1)
+    router = l2c.train(pipe, samples[:1], settings, progress=False, output_type="latent", **CALL)
+    assert router.theta.shape == (3, 2 * 3 + 2 * 2) and np.isfinite(router.losses).all()
+    assert np.isfinite(pictures(pipe, samples[:1], router.schedule(0.5))[0]).all()
