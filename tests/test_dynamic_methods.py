@@ -499,3 +499,19 @@ def test_published_coefficients_are_taken_as_they_are():
     named = replace(TeaCache(), coefficients="mochi").for_model("Anything")
     assert named.rescaled(0.1) == pytest.approx(max(0.0, np.polyval(COEFFICIENTS["mochi"], 0.1)))
     assert TeaCache(coefficients=(1.0, -5.0)).rescaled(1.0) == 0.0
+
+
+def test_compiled_blocks(full):
+    """One graph for all blocks, no more of them with the cache on."""
+    other = tiny_pipeline()
+    torch._dynamo.reset()
+    other.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    uncached = generate(other, steps=STEPS)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with layercache.enabled(other, DBCache(front=1, threshold=1.0, warmup=3)) as cache:
+        first = generate(other, steps=STEPS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert set(cache.decisions["cond"]) == {True, False}
+    with layercache.enabled(other, cache.export_schedule()):
+        assert torch.equal(generate(other, steps=STEPS), first)
+    assert not torch.equal(first, uncached)
