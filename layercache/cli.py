@@ -825,7 +825,7 @@ def compare(
     title = f"{model}, {steps} steps, {seeds} pictures"
     shown = [name for one in batches(0, min(seeds, 8)) for name in one]
     files = save_comparison(comparison, outcomes, [textwrap.shorten(name, 16) for name in shown], title)
-    printer.say(comparison_table(outcomes, title), *failures(outcomes), "")
+    printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
     printer.say(*(f"{name}: {path}" for name, path in files.items()))
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 

@@ -23,8 +23,8 @@ from layercache.plots import PictureRow, new_figure, save_figure, save_pictures
 WIDTH = 170
 
 
-def comparison_table(outcomes: Sequence[Outcome], title: str = "") -> Table:
-    """A row per method and budget; what failed is in `failures`."""
+def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = WIDTH) -> Table:
+    """A row per method and budget; what failed is in `failures`. Below 150 columns the settings are left out."""
     with_lpips = any(outcome.lpips for outcome in outcomes)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     table.caption = (
@@ -35,12 +35,11 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "") -> Table:
     headings = ["budget", "used", "speedup", "PSNR", "median", "10 %", "SSIM", *["LPIPS"] * with_lpips]
     for heading in (*headings, "MiB", "operators", "reads"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("setting")
+    with_settings = width >= 150
+    if with_settings:
+        table.add_column("setting", no_wrap=True, overflow="ellipsis", max_width=width - 115)
     for outcome in outcomes:
         if outcome.error:
-            table.add_row(
-                outcome.method, f"{outcome.budget:g}", *[""] * (len(headings) + 2), outcome.error, style="dim"
-            )
             continue
         psnr = summarise(outcome.psnr)
         table.add_row(
@@ -54,7 +53,7 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "") -> Table:
             "-" if outcome.cache_bytes is None else f"{outcome.cache_bytes / 2**20:.1f}",
             f"{outcome.operators:.0f}",
             f"{outcome.reads:.2f}",
-            outcome.setting,
+            *([outcome.setting] * with_settings),
         )
     return table
 
@@ -81,20 +80,21 @@ def save_comparison(comparison: Comparison, outcomes: Sequence[Outcome], columns
 
 def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
     """Mean PSNR over the share of compute, a curve per method."""
-    figure = new_figure(9, 5.4)
+    figure = new_figure(10.5, 5.6)
     axis = figure.subplots()
     good = [outcome for outcome in outcomes if not outcome.error]
-    markers = "os^vD<>pP*Xh"
-    for number, name in enumerate(dict.fromkeys(outcome.method for outcome in good)):
+    names = list(dict.fromkeys(outcome.method for outcome in good))
+    for number, name in enumerate(names):
         own = sorted((outcome for outcome in good if outcome.method == name), key=lambda o: o.used)
         means = [summarise(outcome.psnr).mean for outcome in own]
-        # another package's cache is drawn broken, ours whole
-        style = "--" if ":" in name else "-"
-        axis.plot([o.used for o in own], means, style, marker=markers[number % len(markers)], markersize=4, label=name)
+        # ours first and strong; another package's cache is drawn broken
+        look = {"color": f"C{number % 10}", "marker": "osv^D<>"[number // 10 % 7]}
+        look["linestyle"] = "--" if ":" in name else "-"
+        axis.plot([o.used for o in own], means, markersize=4, linewidth=2.5 if number == 0 else 1.2, label=name, **look)
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=title)
     axis.grid(alpha=0.3)
     if good:
-        axis.legend(fontsize=7, ncols=2)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 

@@ -83,8 +83,10 @@ class Workshop:
         )
 
     @cached_property
-    def magnitudes(self) -> dict[str, tuple[float, ...]]:
-        return magnitude_ratios(self.pipeline, self.prompts[0], self.seeds[0], **self._latent_call)
+    def magnitudes(self) -> tuple[float, ...]:
+        """Mean over the branches, as the published ones: guidance amplifies what is computed for one branch alone."""
+        ratios = magnitude_ratios(self.pipeline, self.prompts[0], self.seeds[0], **self._latent_call)
+        return tuple(sum(values) / len(ratios) for values in zip(*ratios.values(), strict=True))
 
     @cached_property
     def teacache(self) -> TeaCache:
@@ -321,7 +323,7 @@ def _mag(shop: Workshop, plan: Any) -> Any:
         max_skip_steps=told["max_consecutive"],
         retention_ratio=told["retention"],
         num_inference_steps=plan.num_steps,
-        mag_ratios=list(next(iter(shop.magnitudes.values()))),
+        mag_ratios=list(shop.magnitudes),
     )
 
 

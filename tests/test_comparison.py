@@ -171,7 +171,9 @@ def test_the_page_is_whole_and_refers_to_nothing(compared):
     assert parser.opened == parser.closed and len(parser.sources) == 2
     assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
     assert "a &lt;title&gt;" in text and "fbcache" in text
-    table = plain_text(comparison_table(outcomes), 160)
+    assert "interval 2" not in plain_text(comparison_table(outcomes, width=120), 120)
+    table = plain_text(comparison_table(outcomes), 170)
+    assert "interval 2" in table
     assert "uniform" in table and "0.500" in table
     data = json.loads(files["figures"].read_text())
     assert {"machine", "settings", "outcomes"} <= set(data)
