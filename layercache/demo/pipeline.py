@@ -152,8 +152,12 @@ def load_demo_pipeline(device: str | torch.device | None = None) -> DemoPipeline
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DemoPipeline(
-        transformer=QwenImageTransformer2DModel.from_pretrained(WEIGHTS / "transformer", torch_dtype=torch.float32),
-        class_encoder=ClassEncoder.from_pretrained(WEIGHTS / "class_encoder", torch_dtype=torch.float32),
+        transformer=QwenImageTransformer2DModel.from_pretrained(
+            WEIGHTS / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        ),
+        class_encoder=ClassEncoder.from_pretrained(
+            WEIGHTS / "class_encoder", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     return pipe.to(device)
