@@ -22,7 +22,8 @@ from layercache.errors import CalibrationError
 from layercache.forecast import secant_coefficients
 from layercache.integration import attach
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
-from layercache.models import ModelSpec, find_transformer, fingerprint_of, first_tensor, spec_for
+from layercache.model_spec import ModelSpec
+from layercache.models import find_transformer, fingerprint_of, first_tensor, spec_for
 from layercache.partition import Partition, cut, cut_by_curves
 from layercache.profile import StabilityProfile
 from layercache.routing import Router, Trip
@@ -303,7 +304,7 @@ class Observer(Router):
             self._substitutes = None
         self.clock.mark(("rest", step))
 
-    def reuse(self, group, image, text):
+    def reuse(self, group, image, text, results=None):
         for residuals in self._substitutes or ():
             streams = [image] if text is None else [image, text]
             image, *rest = ops.linear_combination(streams, [[r] for r in residuals[: len(streams)]], (1.0,))

@@ -12,7 +12,7 @@ import torch
 from layercache.errors import CalibrationError, ScheduleError
 from layercache.fitting import Forecast, solve_ridge
 from layercache.layout import CAPTURE, GroupAction
-from layercache.models import ModelSpec
+from layercache.model_spec import ModelSpec
 from layercache.rehearsal import ActorRouter, Rehearsal, Take
 from layercache.routing import Router
 from layercache.runtime import CacheState
@@ -93,14 +93,14 @@ class _StudentRouter(ActorRouter):
         super()._choose_row(state, step)
         self._place = step, next(name for name, own in self.states.items() if own is state)
 
-    def reuse(self, group, image, text):
+    def reuse(self, group, image, text, results=None):
         step, branch = self._place
         products = self._lesson.at(step, group, branch)
         streams = self._model.streams[branch]
         start = image if self._lesson.target == "steer" else streams[products.terms[0][1]][0]
         residuals = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.images]
         products.add(streams[group][1].double() - start.double(), residuals)
-        return super().reuse(group, image, text)
+        return super().reuse(group, image, text, results)
 
 
 def coach(

@@ -65,11 +65,24 @@ def scheduler_step(scheduler: Any) -> int | None:
     return int(getattr(scheduler, "begin_index", None) or 0)
 
 
+def counts_steps(scheduler: Any) -> bool:
+    """Whether the scheduler has a counter of its own."""
+    return hasattr(scheduler, "step_index")
+
+
 def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:
-    """Noise levels of the current run, ``num_steps + 1`` values; reads them from the device once."""
+    """Noise levels of the current run, ``num_steps + 1`` values; reads them from the device once.
+
+    A scheduler without sigmas (DDIM, DDPM, CogVideoX's) has ``sqrt((1 - a) / a)`` of its cumulative alphas, and 0
+    at the end.
+    """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
-        return None
+        alphas, timesteps = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "timesteps", None)
+        if alphas is None or timesteps is None:
+            return None
+        kept = alphas.double().cpu()[torch.as_tensor(timesteps).long().cpu()]
+        return (*((1 - kept) / kept).sqrt().tolist(), 0.0)
     values = torch.as_tensor(sigmas).tolist()
     return tuple(float(s) for s in values)
 

@@ -14,11 +14,12 @@ from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.layout import COMPUTE, GroupAction
 from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
-from layercache.models import ModelSpec, count_blocks, fingerprint_of
-from layercache.routing import Place, Router, Trip
+from layercache.model_spec import ModelSpec, Streams
+from layercache.models import count_blocks, fingerprint_of
+from layercache.routing import Place, Router, StandIn, Trip
 from layercache.runtime import CacheReport
 from layercache.schedule import Cell, Schedule
-from layercache.steps import StepCounter
+from layercache.steps import StepCounter, signature_of
 
 
 class Reader:
@@ -84,10 +85,11 @@ class _Visit(Trip):
         self.base: list[torch.Tensor] = []
         self.reuses = False
 
-    def arrive(self, block: nn.Module, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The streams are in front of block number ``at``."""
+    def arrive(self, block: nn.Module, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The streams are in front of a block."""
         router, method = self.router, self.router.method
-        image, text = router.spec.inputs(args, kwargs)
+        image, text = self.inputs(place, args, kwargs)
+        at = place.block
         if at == 0:
             self.start = image
             if method.needs_modulation:
@@ -105,31 +107,33 @@ class _Visit(Trip):
         streams = [image, text] if len(self.base) == 2 else [image]
         self.router.keep(streams, self.base)  # type: ignore[arg-type]
 
-    def restore(self, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        found = self.router.add_stored(self.base)
+    def restore(self, text: torch.Tensor | None, results: Streams | None) -> Streams:
+        found = self.router.add_stored(self.base, results)
         return found[0], found[1] if len(found) == 2 else text
 
 
-class _Gate:
+class _Gate(StandIn):
     """A block that is computed or skipped by what was decided on the way to it."""
 
-    def __init__(self, visit: _Visit, block: nn.Module, place: Place):
-        self.visit, self.block, self.place = visit, block, place
+    trip: _Visit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        visit, at = self.visit, self.place.block
+        visit, at = self.trip, self.place.block
         router = visit.router
         if at in router.landmarks:
-            visit.arrive(self.block, at, args, kwargs)
+            visit.arrive(self.block, self.place, args, kwargs)
         if at < router.method.probe or not visit.reuses:
             output = self.block(*args, **kwargs)
             if at == router.end - 1:
-                visit.leave(*router.spec.unpack(output))
+                visit.leave(*visit.outputs(self.place, output))
             return output
-        image, text = router.spec.inputs(args, kwargs)
+        if at == router.method.probe and self.place.list in router.rewritten and at != router.end - 1:
+            return router.spec.given(args, kwargs).clone()
+        here = new = visit.inputs(self.place, args, kwargs)
         if at == router.end - 1:
-            image, text = visit.restore(text)
-        return router.spec.pack(image, text)
+            joined = router.spec.order(self.place.list) is not None
+            new = visit.restore(here[1], here if joined else None)
+        return visit.packed(self.place, args, kwargs, here, new)
 
 
 class DynamicRouter(Router):
@@ -159,7 +163,7 @@ class DynamicRouter(Router):
         self.method = method
         self.num_blocks, self.end = count, count - method.tail
         self.landmarks = frozenset({0, method.skip_from, method.probe})
-        self.keeps_text = spec.has_text and method.tail > 0
+        self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
         self.steps = StepCounter(scheduler=scheduler)
         self.states: dict[str, BranchState] = {}
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
@@ -184,11 +188,7 @@ class DynamicRouter(Router):
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
         self._branch, self._step = place.branch, place.step
-        signature = tuple(
-            (name, value.shape, value.dtype, value.device)
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
-        )
+        signature = signature_of(arguments)
         state = self.states.get(place.branch)
         if state is None or place.starts or state.signature != signature:
             self._start(place.branch, place.step, signature)
@@ -258,12 +258,13 @@ class DynamicRouter(Router):
             self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
         ops.capture(streams, base, state.stored[0], self._flag)
 
-    def add_stored(self, base: list[torch.Tensor]) -> list[torch.Tensor]:
+    def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
         state = self.states[self._branch]
         terms = state.log[self._step] or {}
         stored = dict(zip(state.anchors, state.stored, strict=True))
         residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
-        return ops.linear_combination(base, residuals, list(terms.values()))
+        into = None if results is None else [r for r in results[: len(base)] if r is not None]
+        return ops.linear_combination(base, residuals, list(terms.values()), into)
 
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""

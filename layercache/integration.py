@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, overload
 
 from torch import nn
 
-from layercache.compat import allow_graphs, has_foreign_cache, is_compiled, outside_graphs, scheduler_step
+from layercache.compat import allow_graphs, counts_steps, has_foreign_cache, is_compiled, outside_graphs, scheduler_step
 from layercache.dynamic import DynamicRouter
 from layercache.errors import CacheStateError
 from layercache.methods.easycache import EasyCache
@@ -20,6 +21,7 @@ from layercache.modules import ModuleScheduleRouter
 from layercache.routing import RoutedModuleList, Router
 from layercache.runtime import ScheduleRouter, require_inference
 from layercache.schedule import Fingerprint, Schedule
+from layercache.steps import StepTally
 from layercache.stepwise import StepRouter
 
 Plan = Schedule | DynamicMethod | EasyCache | ModuleSchedule
@@ -37,6 +39,10 @@ class Attachment:
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
+        sampler = router.steps.scheduler
+        counted = sampler is None or counts_steps(sampler) or not hasattr(sampler, "step")
+        self._tally = None if counted else StepTally(sampler)
+        self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._branch: str | None = None
         self._step: int | None = None
         self._classes: list[tuple[nn.ModuleList, type]] = []
@@ -48,7 +54,7 @@ class Attachment:
             self._classes.append((blocks, type(blocks)))
             blocks.__dict__.update(zip(_ROUTED_NAMES, (self.router, index), strict=True))
             blocks.__class__ = RoutedModuleList
-        self.router.attachment = self  # type: ignore[attr-defined]
+        self._lead(self.router)
         allow_graphs(self.router.graphs)
         self._hooks = [
             self.transformer.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
@@ -62,6 +68,9 @@ class Attachment:
             self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
         for owner, name, replacement in self.router.shadows():
             self._shadow(owner, name, replacement)
+        if self._tally is not None:
+            sampler = self._tally.scheduler
+            self._shadow(sampler, "step", self._counted_step(sampler.step, self._tally))
         if self.router.steers:
             self._shadow(self.scheduler, "step", self._sampler_step(self.scheduler.step))
 
@@ -79,10 +88,15 @@ class Attachment:
 
     def switch(self, router: Router) -> None:
         """Routes by another router of the same transformer from now on."""
-        self.router = router
-        router.attachment = self  # type: ignore[attr-defined]
+        self._lead(router)
         for blocks, _ in self._classes:
             blocks.__dict__["_layercache_router"] = router
+
+    def _lead(self, router: Router) -> None:
+        self.router = router
+        router.attachment = self  # type: ignore[attr-defined]
+        if self._tally is not None and router.steps.scheduler is self._tally.scheduler:
+            router.steps.tally = self._tally
 
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
@@ -112,6 +126,15 @@ class Attachment:
 
         return maybe_free_model_hooks
 
+    def _counted_step(self, original: Any, tally: StepTally) -> Any:
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            tally.count()
+            return result
+
+        return step
+
     def _sampler_step(self, original: Any) -> Any:
         @functools.wraps(original)
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,14 +146,22 @@ class Attachment:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         require_inference()
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        arguments = {name: given[name] for name in self._parameters if name in given}
+        spec = self.router.spec
+        if any(arguments.get(name) is not None for name in spec.bypass):
+            return
+        if spec.rewritten:
+            writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
+            self.router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        self.router.begin(self._branch, self._step, kwargs, dry_run)
+        self.router.begin(self._branch, self._step, arguments, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
-            if output is not None:  # the forward did not fail
+            if output is not None and self.router.is_announced:  # the forward did not fail
                 self.router.after(output, functools.partial(module.forward, *args, **kwargs))
         finally:
             self.router.shut()

@@ -109,8 +109,11 @@ class _Pool:
         return slot
 
 
-def _runs(row: tuple) -> Iterator[range]:
-    """Ranges of consecutive reused groups of a row of cells."""
+def _runs(row: tuple, joined: bool = True) -> Iterator[range]:
+    """Ranges of consecutive reused groups of a row of cells; each for itself unless ``joined``."""
+    if not joined and any(row):
+        yield from (range(group, group + 1) for group, cell in enumerate(row) if cell is not None)
+        return
     start = None
     for group, cell in enumerate((*row, None)):
         if cell is not None and start is None:
@@ -120,21 +123,24 @@ def _runs(row: tuple) -> Iterator[range]:
             start = None
 
 
-def lay_out(schedule: Schedule, has_text: bool, branch: str = "") -> Layout:
+def lay_out(
+    schedule: Schedule, has_text: bool, branch: str = "", text_leaves: bool = False, joined: bool = True
+) -> Layout:
     """Slots of one branch by liveness: a residual that is never read is never stored, a dead one gives up its slot.
 
-    The text residual is stored only where a run that reads it is followed by a computed group.
+    The text residual is stored only where a run that reads it is followed by a computed group, or where the head reads
+    the text stream too (``text_leaves``). Consecutive reused groups are one run unless ``joined`` is false.
     Source: methods.md §1.9 (``keep``), design.md, rules of the hot path 2 and 4.
     """
     num_groups, cells = len(schedule.groups), schedule.cells_of(branch)
     last_image: dict[tuple[int, int], int] = {}
     last_text: dict[tuple[int, int], int] = {}
     for step, row in enumerate(cells):
-        for run in _runs(row):
+        for run in _runs(row, joined):
             for group in run:
                 for anchor in row[group] or ():
                     last_image[anchor, group] = step
-                    if has_text and run.stop < num_groups:
+                    if has_text and (text_leaves or run.stop < num_groups):
                         last_text[anchor, group] = step
 
     images, texts = _Pool(), _Pool()
@@ -145,8 +151,8 @@ def lay_out(schedule: Schedule, has_text: bool, branch: str = "") -> Layout:
         captures: list[tuple[int, int | None] | None] = [None] * num_groups
         runs: list[Run | None] = [None] * num_groups
         reads: list[tuple[int, tuple[int, int]]] = []
-        for run in _runs(row):
-            text = has_text and run.stop < num_groups
+        for run in _runs(row, joined):
+            text = has_text and (text_leaves or run.stop < num_groups)
             terms = [((anchor, g), c) for g in run for anchor, c in sorted((row[g] or {}).items(), reverse=True)]
             for group in run:
                 actions[group] = GroupAction(REUSE, text, bool(terms) and group == run.stop - 1)
@@ -168,7 +174,9 @@ def lay_out(schedule: Schedule, has_text: bool, branch: str = "") -> Layout:
     return Layout(tuple(rows), images.size, texts.size, *_lay_out_velocities(schedule))
 
 
-def stored_bytes(schedule: Schedule, streams: Mapping[str, tuple[int, int]], latents: int = 0) -> int:
+def stored_bytes(
+    schedule: Schedule, streams: Mapping[str, tuple[int, int]], latents: int = 0, text_leaves: bool = False
+) -> int:
     """Memory of everything that a schedule stores, all branches together.
 
     Args:
@@ -177,7 +185,7 @@ def stored_bytes(schedule: Schedule, streams: Mapping[str, tuple[int, int]], lat
     """
     total = 0
     for branch, (image, text) in streams.items():
-        layout = lay_out(schedule, bool(text), branch)
+        layout = lay_out(schedule, bool(text), branch, text_leaves)
         total += layout.image_slots * image + layout.text_slots * text
     return total + _lay_out_velocities(schedule)[1] * latents
 

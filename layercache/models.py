@@ -1,11 +1,10 @@
-"""What the library knows of each transformer class: where its blocks are and what they pass on."""
+"""The transformers the library knows, and what it asks of one: its blocks, its configuration, its output."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,63 +13,8 @@ from torch import nn
 from layercache._version import __version__
 from layercache.compat import model_config, unwrap_compiled
 from layercache.errors import UnsupportedModelError
+from layercache.model_spec import ModelSpec
 from layercache.schedule import Fingerprint
-
-Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """How a transformer's forward runs through its blocks.
-
-    Attributes:
-        model_class: class name; subclasses of it are found too.
-        block_lists: attribute names of the ``ModuleList`` s, in the order the forward runs through them.
-            Streams must not change between two lists.
-        streams: order in which a block returns its streams, of ``"image"`` and ``"text"``. A model whose
-            blocks return one tensor has ``("image",)``.
-        arguments: the block's argument names of the streams, ``(image, text)``, also their positions.
-        timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does.
-        modulation: of the first block and the arguments of its call, scale and shift ``[B, D]`` of its modulated input
-            ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for methods that look at it.
-        modules: per block list, the modules of a block whose outputs (before the gate) can be cached apart: each entry
-            names submodules that run one after the other, of which the last one's output is kept.
-    """
-
-    model_class: str
-    block_lists: tuple[str, ...] = ("transformer_blocks",)
-    streams: tuple[str, ...] = ("text", "image")
-    arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
-    timestep: str | None = "timestep"
-    modulation: Modulation | None = None
-    modules: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
-
-    @property
-    def has_text(self) -> bool:
-        return "text" in self.streams
-
-    def block_modules(self, transformer: nn.Module) -> list[nn.ModuleList]:
-        return [getattr(transformer, name) for name in self.block_lists]
-
-    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Image and text stream among the arguments of a block's call."""
-        found = []
-        for position, name in enumerate(self.arguments):
-            found.append(kwargs[name] if name in kwargs else args[position])
-        return found[0], found[1] if self.has_text else None
-
-    def unpack(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Image and text stream of a block's output."""
-        if not self.has_text:
-            return (output[0] if isinstance(output, tuple) else output), None
-        return output[self.streams.index("image")], output[self.streams.index("text")]
-
-    def pack(self, image: torch.Tensor, text: torch.Tensor | None) -> Any:
-        """The output a block would give for these streams."""
-        if not self.has_text:
-            return image
-        return tuple(image if stream == "image" else text for stream in self.streams)
-
 
 _REGISTRY: dict[str, ModelSpec] = {}
 
@@ -96,24 +40,93 @@ def _flux_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor,
     return scale, shift, norm.norm.eps
 
 
-register_model(
+_TWO_LISTS = ("transformer_blocks", "single_transformer_blocks")
+_IMAGE_FIRST = ("image", "text")
+_IMAGE = ("image",)
+_ATTENTION_TWICE = (("attn1",), ("attn2",))
+
+for _spec in (
     ModelSpec(
         "QwenImageTransformer2DModel",
         modulation=_qwen_modulation,
         modules={"transformer_blocks": (("attn",), ("img_mlp",), ("txt_mlp",))},
-    )
-)
-register_model(
+    ),
     ModelSpec(
         "FluxTransformer2DModel",
-        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        block_lists=_TWO_LISTS,
         modulation=_flux_modulation,
         modules={
             "transformer_blocks": (("attn",), ("ff",), ("ff_context",)),
             "single_transformer_blocks": (("attn",), ("proj_mlp", "act_mlp")),
         },
-    )
-)
+    ),
+    ModelSpec(
+        "Flux2Transformer2DModel", block_lists=_TWO_LISTS, joint={"single_transformer_blocks": ("text", "image")}
+    ),
+    ModelSpec(
+        "ChromaTransformer2DModel",
+        block_lists=_TWO_LISTS,
+        joint={"single_transformer_blocks": ("text", "image")},
+        rewritten={"single_transformer_blocks": "controlnet_single_block_samples"},
+    ),
+    ModelSpec("LongCatImageTransformer2DModel", block_lists=_TWO_LISTS),
+    ModelSpec("OvisImageTransformer2DModel", block_lists=_TWO_LISTS),
+    ModelSpec("BriaTransformer2DModel", block_lists=_TWO_LISTS),
+    ModelSpec(
+        "AuraFlowTransformer2DModel",
+        block_lists=("joint_transformer_blocks", "single_transformer_blocks"),
+        joint={"single_transformer_blocks": ("text", "image")},
+    ),
+    ModelSpec(
+        "HiDreamImageTransformer2DModel",
+        block_lists=("double_stream_blocks", "single_stream_blocks"),
+        streams=_IMAGE_FIRST,
+        joint={"single_stream_blocks": _IMAGE_FIRST},
+        timestep="timesteps",
+    ),
+    ModelSpec("SD3Transformer2DModel", bypass=("skip_layers",)),
+    ModelSpec("CogView3PlusTransformer2DModel", streams=_IMAGE_FIRST, timestep=None),
+    ModelSpec("CogView4Transformer2DModel", streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanImageTransformer2DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanVideoTransformer3DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanVideoFramepackTransformer3DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanVideo15Transformer3DModel", streams=_IMAGE_FIRST),
+    ModelSpec("CogVideoXTransformer3DModel", streams=_IMAGE_FIRST, timestep=None),
+    ModelSpec("MochiTransformer3DModel", streams=_IMAGE_FIRST, timestep=None),
+    ModelSpec(
+        "LTX2VideoTransformer3DModel",
+        streams=_IMAGE_FIRST,
+        arguments=("hidden_states", "audio_hidden_states"),
+        leaves=_IMAGE_FIRST,
+    ),
+    ModelSpec("LTXVideoTransformer3DModel", streams=_IMAGE),
+    ModelSpec("WanTransformer3DModel", ("blocks",), _IMAGE, modules={"blocks": (*_ATTENTION_TWICE, ("ffn",))}),
+    ModelSpec("WanVACETransformer3DModel", ("blocks",), _IMAGE),
+    ModelSpec("WanAnimateTransformer3DModel", ("blocks",), _IMAGE, couples=True),
+    ModelSpec("ChronoEditTransformer3DModel", ("blocks",), _IMAGE),
+    ModelSpec("SkyReelsV2Transformer3DModel", ("blocks",), _IMAGE),
+    ModelSpec(
+        "Kandinsky5Transformer3DModel",
+        ("visual_transformer_blocks",),
+        _IMAGE,
+        arguments=("visual_embed", "text_embed"),
+    ),
+    ModelSpec("CosmosTransformer3DModel", streams=_IMAGE, timestep=None),
+    ModelSpec("ZImageTransformer2DModel", ("layers",), _IMAGE, arguments=("x", "attn_mask"), timestep=None),
+    ModelSpec("Lumina2Transformer2DModel", ("layers",), _IMAGE, timestep=None),
+    ModelSpec("SanaTransformer2DModel", streams=_IMAGE),
+    ModelSpec(
+        "PixArtTransformer2DModel",
+        streams=_IMAGE,
+        timestep=None,
+        modules={"transformer_blocks": (*_ATTENTION_TWICE, ("ff",))},
+    ),
+    ModelSpec(
+        "DiTTransformer2DModel", streams=_IMAGE, timestep=None, modules={"transformer_blocks": (("attn1",), ("ff",))}
+    ),
+    ModelSpec("StableAudioDiTModel", streams=_IMAGE, timestep=None),
+):
+    register_model(_spec)
 
 
 def known_models() -> tuple[ModelSpec, ...]:
@@ -150,9 +163,15 @@ def find_transformer(target: Any) -> nn.Module:
     return unwrap_compiled(module)
 
 
+def text_leaves_of(model_class: str) -> bool:
+    """Whether the head of a registered class reads the second stream too; ``False`` of an unknown class."""
+    return model_class in _REGISTRY and _REGISTRY[model_class].text_leaves
+
+
 def first_tensor(output: Any) -> torch.Tensor:
-    """The velocity in what a transformer's forward returns: a tensor, a tuple, or one of diffusers' outputs."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    """The velocity in what a transformer's forward returns: a tensor, a list of one per picture, or an output class."""
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    return torch.stack(list(first)) if isinstance(first, (list, tuple)) else first
 
 
 def config_hash(transformer: nn.Module) -> str:

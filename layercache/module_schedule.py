@@ -14,7 +14,7 @@ from torch import nn
 
 from layercache.errors import FileFormatError, ScheduleError, UnsupportedModelError
 from layercache.files import write_atomically
-from layercache.models import ModelSpec
+from layercache.model_spec import ModelSpec
 from layercache.schedule import Fingerprint, check_header
 
 FORMAT, VERSION = "layercache module schedule", 1

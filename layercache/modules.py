@@ -11,11 +11,12 @@ from torch import nn
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, NonFiniteResidualError, ScheduleMismatchError
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
-from layercache.models import ModelSpec, count_blocks
+from layercache.model_spec import ModelSpec
+from layercache.models import count_blocks
 from layercache.module_schedule import ModuleSchedule, ModuleUnit, module_units
 from layercache.routing import Router
 from layercache.runtime import CacheReport
-from layercache.steps import StepCounter
+from layercache.steps import StepCounter, signature_of
 
 Output = Any
 """What a module returns: a tensor, or a tuple of tensors (joint attention)."""
@@ -47,7 +48,6 @@ class ModuleRouter(Router):
         self.units = module_units(transformer, spec)
         self.steps = StepCounter(scheduler=scheduler)
         self.branch, self.step, self.starts = "", 0, False
-        self.is_open = False
 
     def shadows(self) -> Iterable[tuple[Any, str, Any]]:
         for number, unit in enumerate(self.units):
@@ -60,7 +60,7 @@ class ModuleRouter(Router):
         """A module before a unit's last: passed by where the unit is."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.is_open and self.passes_by(number):
+            if self.is_announced and self.passes_by(number):
                 return args[0] if args else next(iter(kwargs.values()))
             return original(*args, **kwargs)
 
@@ -68,7 +68,7 @@ class ModuleRouter(Router):
 
     def _last(self, number: int, unit: ModuleUnit, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.is_open:
+            if not self.is_announced:
                 return original(*args, **kwargs)
             return self.through(number, lambda: original(*args, **kwargs))
 
@@ -89,16 +89,11 @@ class ModuleRouter(Router):
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
         self.branch, self.step, self.starts = place.branch, place.step, place.starts
-        self.is_open = True
         self.announce(arguments)
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         """A forward starts; calls `open`."""
         self.open((GroupAction(COMPUTE),))
-
-    def shut(self) -> None:
-        super().shut()
-        self.is_open = False
 
     def passes_by(self, number: int) -> bool:
         """Whether the unit's own work is left out in the present forward."""
@@ -145,11 +140,7 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         branch, step = self.branch, self.step
-        signature = tuple(
-            (name, value.shape, value.dtype, value.device)
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
-        )
+        signature = signature_of(arguments)
         if self.starts or self._signatures.get(branch) != signature:
             self._signatures[branch] = signature
             self._valid[branch] = set()
@@ -193,7 +184,7 @@ class ModuleScheduleRouter(ModuleRouter):
         self.finals[self.branch] = copy_of(image_out, self.finals.get(self.branch))
         self._final_valid.add(self.branch)
 
-    def reuse(self, group, image, text):
+    def reuse(self, group, image, text, results=None):
         return self.finals[self.branch], text
 
     def reset(self) -> None:

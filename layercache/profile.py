@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from layercache.errors import CalibrationError, FileFormatError
 from layercache.files import write_atomically
 from layercache.layout import stored_bytes
+from layercache.models import text_leaves_of
 from layercache.schedule import Fingerprint, Schedule, check_groups, check_header
 
 FORMAT = "layercache profile"
@@ -182,6 +183,11 @@ class StabilityProfile:
         table = self.tables[_GRAM][:, :, step, group]
         return (table if branch is None else table[:, branch : branch + 1]).sum(axis=(0, 1))
 
+    @property
+    def text_leaves(self) -> bool:
+        """Whether the model's head reads the second stream too."""
+        return text_leaves_of(self.fingerprint.model_class)
+
     def cache_bytes(self, schedule: Schedule) -> int:
         """Memory of the residuals a schedule stores, all branches together, at the batch of the largest sample.
 
@@ -192,7 +198,8 @@ class StabilityProfile:
         """
         if not self.stream_bytes:
             raise CalibrationError("this profile does not say how large the streams are; calibrate again")
-        return stored_bytes(schedule, dict(zip(self.fingerprint.branches, self.stream_bytes, strict=True)))
+        streams = dict(zip(self.fingerprint.branches, self.stream_bytes, strict=True))
+        return stored_bytes(schedule, streams, text_leaves=self.text_leaves)
 
     def stability(self) -> np.ndarray:
         """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""

@@ -18,7 +18,8 @@ from layercache.fitting import Forecast, fit_velocity
 from layercache.integration import attach
 from layercache.layout import CAPTURE, REUSE, GroupAction, stored_bytes
 from layercache.lockstep import Turn, clones, paused_at_steps, run_in_step
-from layercache.models import ModelSpec, count_blocks, find_transformer, fingerprint_of, spec_for
+from layercache.model_spec import ModelSpec
+from layercache.models import count_blocks, find_transformer, fingerprint_of, spec_for
 from layercache.routing import Router
 from layercache.runtime import CacheState, ScheduleRouter
 from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
@@ -175,7 +176,9 @@ class Rehearsal:
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
         pairs = zip(self._streams, self.full, strict=True)
-        return max(stored_bytes(schedule, streams, trace.latents[0].nbytes) for streams, trace in pairs)
+        return max(
+            stored_bytes(schedule, streams, trace.latents[0].nbytes, self.spec.text_leaves) for streams, trace in pairs
+        )
 
     def run(
         self,

@@ -15,18 +15,28 @@ import torch
 from torch import nn
 
 from layercache.layout import CAPTURE, COMPUTE, GroupAction
-from layercache.models import ModelSpec
+from layercache.model_spec import ModelSpec, Streams, Tokens
+from layercache.steps import StepCounter
 
 _CLOSED = -1
 
 
 class Place(NamedTuple):
-    """Where a block stands: its group, its number over all lists, whether it is the group's first, and its last."""
+    """Where a block stands: group, number over all lists, whether it is the group's first, and its last; its list."""
 
     group: int
     block: int
     opens: bool
     closes: bool
+    list: int = 0
+
+
+def dense(streams: Streams) -> Streams:
+    """The streams with their channels side by side; some models come from a transposed convolution's output."""
+    image, text = streams
+    if image.stride(-1) != 1:
+        image = image.contiguous()
+    return image, text.contiguous() if text is not None and text.stride(-1) != 1 else text
 
 
 class Trip:
@@ -34,8 +44,25 @@ class Trip:
 
     def __init__(self, router: Router):
         self.router = router
+        self.tokens = Tokens()
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
+
+    def inputs(self, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
+        return dense(self.router.spec.inputs(place.list, args, kwargs, self.tokens))
+
+    def outputs(self, place: Place, output: Any) -> Streams:
+        return dense(self.router.spec.unpack(place.list, output, self.tokens))
+
+    def packed(self, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
+        """The output of a block that does not run; of joined streams, what is new replaces its part in place."""
+        spec = self.router.spec
+        first = spec.given(args, kwargs)
+        if spec.order(place.list) is not None:
+            for old, other in zip(here, new, strict=True):
+                if other is not None and other is not old:
+                    old.copy_(other)  # type: ignore[union-attr]
+        return spec.pack(place.list, first, *new)
 
     def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
         self.image, self.text = image, text
@@ -46,45 +73,62 @@ class Trip:
         self.image = self.text = None
         self.router.capture(group, image_in, text_in, image, text)
 
-    def skip(self, group: int, action: GroupAction) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def skip(self, group: int, action: GroupAction, results: Streams | None = None) -> Streams:
         """The open group was skipped: its output is its input, or the end of the whole run."""
         image, text = self.image, self.text
         self.image = self.text = None
         if not action.ends_run:
             return image, text  # type: ignore[return-value]
-        return self.router.reuse(group, image, text)
+        return self.router.reuse(group, image, text, results)
 
 
-class CapturedBlock:
-    """The first or last block of a computed group whose residual is stored."""
+class StandIn:
+    """Called where the forward calls a block; has the block's attributes, should the forward look at them."""
 
     def __init__(self, trip: Trip, block: nn.Module, place: Place):
         self.trip, self.block, self.place = trip, block, place
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class CapturedBlock(StandIn):
+    """The first or last block of a computed group whose residual is stored."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        spec = self.trip.router.spec
         if self.place.opens:
-            self.trip.open(self.place.group, *spec.inputs(args, kwargs))
+            self.trip.open(self.place.group, *self.trip.inputs(self.place, args, kwargs))
         output = self.block(*args, **kwargs)
         if self.place.closes:
-            self.trip.close(self.place.group, *spec.unpack(output))
+            self.trip.close(self.place.group, *self.trip.outputs(self.place, output))
         return output
 
 
-class SkippedBlock:
+class SkippedBlock(StandIn):
     """A block of a reused group: passes the streams on, and at the group's end replaces them."""
 
-    def __init__(self, trip: Trip, action: GroupAction, place: Place):
-        self.trip, self.action, self.place = trip, action, place
+    def __init__(self, trip: Trip, block: nn.Module, place: Place, action: GroupAction):
+        super().__init__(trip, block, place)
+        self.action = action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        spec = self.trip.router.spec
-        image, text = spec.inputs(args, kwargs)
+        here = new = self.trip.inputs(self.place, args, kwargs)
         if self.place.opens:
-            self.trip.open(self.place.group, image, text)
+            self.trip.open(self.place.group, *here)
+            if self.place.list in self.trip.router.rewritten and not self.place.closes:
+                return self.trip.router.spec.given(args, kwargs).clone()
         if self.place.closes:
-            image, text = self.trip.skip(self.place.group, self.action)
-        return spec.pack(image, text)
+            joined = self.trip.router.spec.order(self.place.list) is not None
+            new = self.trip.skip(self.place.group, self.action, here if joined else None)
+        return self.trip.packed(self.place, args, kwargs, here, new)
+
+
+class MeasuredBlock(StandIn):
+    """The very first block of a model that joins its streams later: notes how many tokens each has."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.trip.tokens.note(*self.trip.inputs(self.place, args, kwargs))
+        return self.block(*args, **kwargs)
 
 
 class Router:
@@ -92,32 +136,40 @@ class Router:
 
     Attributes:
         actions: what each group does in the forward that is about to run, one `GroupAction` per group.
+        steps: says which step a forward belongs to.
+        is_announced: whether a forward is under way that follows the actions.
+        rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
     """
+
+    rewritten: frozenset[int] = frozenset()
+    steps: StepCounter
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
         self.transformer = transformer
         self.spec = spec
         self.actions: tuple[GroupAction, ...] = ()
+        self.is_announced = False
         self._next_list = _CLOSED
         self._trip: Trip | None = None
+        lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
+        lists = [index for index, length in enumerate(lengths) for _ in range(length)]
         position = [
-            Place(group, block, block == lo, block == hi - 1)
+            Place(group, block, block == lo, block == hi - 1, lists[block])
             for group, (lo, hi) in enumerate(groups)
             for block in range(lo, hi)
         ]
-        self._positions: list[list[Place]] = []
-        for blocks in spec.block_modules(transformer):
-            self._positions.append(position[: len(blocks)])
-            position = position[len(blocks) :]
+        self._positions = [[place for place in position if place.list == index] for index in range(len(lengths))]
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         """Announces a forward: the routed lists follow ``actions`` once, each in its turn."""
         self.actions = actions
+        self.is_announced = True
         self._next_list = 0
         self._trip = None
 
     def shut(self) -> None:
         """No forward is running: the lists yield their blocks, as for anybody who looks at the model."""
+        self.is_announced = False
         self._next_list = _CLOSED
         self._trip = None
 
@@ -134,7 +186,10 @@ class Router:
         self._next_list = _CLOSED if last else index + 1
         self._trip = None if last else trip
         placed = zip(blocks, self._positions[index], strict=True)
-        return iter([self.item(trip, block, place) for block, place in placed])
+        return iter([self._measured(trip, self.item(trip, block, place), place) for block, place in placed])
+
+    def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
+        return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
 
     def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
         """What stands for a block in the announced forward."""
@@ -143,7 +198,7 @@ class Router:
             return block
         if action.kind == CAPTURE:
             return CapturedBlock(trip, block, place) if place.opens or place.closes else block
-        return SkippedBlock(trip, action, place)
+        return SkippedBlock(trip, block, place, action)
 
     @property
     def graphs(self) -> int:
@@ -184,7 +239,8 @@ class Router:
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         raise NotImplementedError
 
-    def reuse(self, group, image, text) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def reuse(self, group, image, text, results=None) -> Streams:
+        """The streams behind a run of reused groups; may be written into ``results``, parts of a joined tensor."""
         raise NotImplementedError
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from layercache import ops
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
-from layercache.models import ModelSpec
+from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
 from layercache.schedule import Schedule
-from layercache.steps import StepCounter
+from layercache.steps import StepCounter, signature_of
 from layercache.velocities import VelocityTrack
 
 MAX_TERMS = ops.MAX_TERMS
@@ -84,11 +84,7 @@ class CacheState:
 
     def expect(self, arguments: Mapping[str, Any]) -> bool:
         """Forgets residuals of other shapes, dtypes or devices than the forward's; whether it had to."""
-        signature = tuple(
-            (name, value.shape, value.dtype, value.device)
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
-        )
+        signature = signature_of(arguments)
         changed = self.signature != signature
         if changed:
             self.reset()
@@ -204,7 +200,7 @@ class ScheduleRouter(Router):
         super().__init__(transformer, spec, schedule.groups)
         self.schedule = schedule
         self._end_is_announced = end_is_announced
-        self.layout = lay_out(schedule, spec.has_text)
+        self.layout = self._lay_out("")
         self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
         self.states: dict[str, CacheState] = {}
         self.state: CacheState
@@ -221,7 +217,7 @@ class ScheduleRouter(Router):
     @property
     def graphs(self) -> int:
         """One per distinct row (actions and number of terms), one that allocates, one that computes everything."""
-        layouts = [lay_out(self.schedule, self.spec.has_text, name) for name in ("", *self.schedule.branch_cells)]
+        layouts = [self._lay_out(name) for name in ("", *self.schedule.branch_cells)]
         rows = {
             (row.actions, tuple(run and len(run.coefficients) for run in row.runs))
             for layout in layouts
@@ -240,8 +236,7 @@ class ScheduleRouter(Router):
         place = self.steps.locate(branch, step, timestep)
         state = self.states.get(place.branch)
         if state is None:
-            layout = lay_out(self.schedule, self.spec.has_text, place.branch)
-            state = self.states[place.branch] = CacheState(layout)
+            state = self.states[place.branch] = CacheState(self._lay_out(place.branch))
         if place.starts:
             self._start_generation(place.branch, state)
         changed = state.expect(arguments)
@@ -250,6 +245,10 @@ class ScheduleRouter(Router):
         if self.track.layouts:
             self.track.begin(place.step, self.steps.run)
         self._choose_row(state, place.step)
+
+    def _lay_out(self, branch: str) -> Layout:
+        spec = self.spec
+        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
 
     def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
         """Allocates the slots outside the graph, which would be compiled again once they are there.
@@ -307,14 +306,13 @@ class ScheduleRouter(Router):
             residuals = [image_slot.tensor, text_slot.tensor]
             ops.capture([image_out, text_out], [image_in, text_in], residuals, state.flag.tensor)
 
-    def reuse(self, group, image, text):
+    def reuse(self, group, image, text, results=None):
         for terms in self.row.runs[group]:
-            images = [buffer.tensor for buffer in terms.images]
-            if terms.texts is None:
-                image = ops.linear_combination([image], [images], terms.coefficients)[0]
-            else:
-                texts = [buffer.tensor for buffer in terms.texts]
-                image, text = ops.linear_combination([image, text], [images, texts], terms.coefficients)
+            streams = [image] if terms.texts is None else [image, text]
+            stored = [[buffer.tensor for buffer in stream] for stream in (terms.images, terms.texts) if stream]
+            into = results[: len(streams)] if results else None
+            image, *rest = ops.linear_combination(streams, stored, terms.coefficients, into)
+            text = rest[0] if rest else text
         return image, text
 
     def reset(self) -> None:

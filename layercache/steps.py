@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,50 @@ class Place:
     branch: str
     step: int
     starts: bool
+
+
+def signature_of(arguments: Mapping[str, Any]) -> tuple:
+    """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
+    found: list[tuple] = []
+    for name, value in arguments.items():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                found.append((name, tensor.shape, tensor.dtype, tensor.device))
+    return tuple(found)
+
+
+class StepTally:
+    """The step of a sampler that keeps no counter (DDIM, CogVideoX's): its calls of ``step`` in the present run.
+
+    Where a run begins (img2img starts in the middle) its first timestep says, which is read once per run.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self._run: Any = None
+        self._begin = self._taken = 0
+
+    def count(self) -> None:
+        self._taken += 1
+
+    def step(self, timestep: Any) -> int | None:
+        """The step about to be taken; ``None`` before the sampler's timesteps are set."""
+        run: Any = getattr(self.scheduler, "timesteps", None)
+        if run is None or len(run) == 0:
+            return None
+        if run is not self._run or self._begin + self._taken >= len(run):
+            self._run, self._taken = run, 0
+            self._begin = _position(run, timestep)
+        return self._begin + self._taken
+
+
+def _position(timesteps: Any, timestep: Any) -> int:
+    """Index of a timestep among a run's; 0 where the model was given something else (sigma, say)."""
+    if timestep is None:
+        return 0
+    first = float(torch.as_tensor(timestep).reshape(-1)[0])
+    found = [k for k, t in enumerate(torch.as_tensor(timesteps).tolist()) if t == first]
+    return found[0] if found else 0
 
 
 @dataclass
@@ -56,11 +100,13 @@ class StepCounter:
     Attributes:
         sigmas: noise levels of the run; ``None`` takes whatever the scheduler has (calibration).
         scheduler: the pipeline's scheduler, if there is a pipeline.
+        tally: counts the scheduler's steps where it does not count them itself.
     """
 
     sigmas: Sequence[float] | None = None
     scheduler: Any = None
     check: Any = None
+    tally: StepTally | None = None
     _branches: dict[str, _Branch] = field(default_factory=dict)
     _unnamed: tuple[object, int] = (None, -1)
 
@@ -90,6 +136,8 @@ class StepCounter:
             ScheduleMismatchError: the run has other steps or noise levels than `sigmas`.
         """
         counted = scheduler_step(self.scheduler) if self.scheduler is not None else None
+        if counted is None and self.tally is not None:
+            counted = self.tally.step(timestep)
         if counted is not None:
             return self._from_scheduler(branch, counted if hint is None else hint)
         if hint is not None:

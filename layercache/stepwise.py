@@ -13,7 +13,8 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.layout import COMPUTE, REUSE, GroupAction
 from layercache.methods.easycache import EasyCache, StepDecider
 from layercache.methods.policy import Run
-from layercache.models import ModelSpec, count_blocks, fingerprint_of
+from layercache.model_spec import ModelSpec
+from layercache.models import count_blocks, fingerprint_of
 from layercache.routing import Router
 from layercache.runtime import CacheReport
 from layercache.schedule import Cell, Schedule, Velocity
@@ -51,7 +52,7 @@ class StepRouter(Router):
         dry_run: Callable[[], Any] | None = None,
     ) -> None:
         place = self.steps.locate(branch, step, None)
-        inputs = arguments[self.spec.arguments[0]]
+        inputs = next(iter(arguments.values()))
         if place.branch not in self.branches:
             self.branches.append(place.branch)
         signature = (inputs.shape, inputs.dtype, inputs.device)

@@ -13,7 +13,8 @@ from layercache.calibration import arguments_of
 from layercache.errors import MethodError
 from layercache.integration import attach
 from layercache.layout import CAPTURE, GroupAction
-from layercache.models import ModelSpec, count_blocks, find_transformer, spec_for
+from layercache.model_spec import ModelSpec
+from layercache.models import count_blocks, find_transformer, spec_for
 from layercache.routing import CapturedBlock, Place, Router, Trip
 from layercache.steps import StepCounter
 

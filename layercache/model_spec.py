@@ -1,0 +1,119 @@
+"""What is said of a transformer class: where its blocks are, what they take and what they pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
+
+
+Streams = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a transformer's forward runs through its blocks.
+
+    Up to two streams are followed: the one that carries the picture ("image"), and the one beside it ("text"; LTX-2:
+    the sound). A block takes and returns them apart, or joined along the tokens.
+
+    Attributes:
+        model_class: class name; subclasses of it are found too.
+        block_lists: attribute names of the ``ModuleList`` s, in the order the forward runs through them.
+        streams: order in which a block returns its streams, of ``"image"`` and ``"text"``. A model whose
+            blocks return one tensor has ``("image",)``.
+        arguments: the block's argument names of the streams, ``(image, text)``, also their positions.
+        joint: block lists whose blocks take and return one tensor, with the order in which the streams are joined in
+            it; its argument is the image's. At least the first list must hold the streams apart.
+        leaves: streams that the transformer's head reads.
+        rewritten: block lists behind whose blocks the forward writes into the stream it was given (ControlNet), and
+            the argument of the forward that makes it do so.
+        couples: the forward adds something between blocks that depends on the stream itself (a face adapter), so that
+            every reused group's output must be there before the next group.
+        bypass: arguments of the forward that, when given, leave single blocks out; such a forward runs uncached.
+        timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does; a transformer
+            without a pipeline is followed by it.
+        modulation: of the first block and the arguments of its call, scale and shift ``[B, D]`` of its modulated input
+            ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for methods that look at it.
+        modules: per block list, the modules of a block whose outputs (before the gate) can be cached apart: each entry
+            names submodules that run one after the other, of which the last one's output is kept.
+    """
+
+    model_class: str
+    block_lists: tuple[str, ...] = ("transformer_blocks",)
+    streams: tuple[str, ...] = ("text", "image")
+    arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    joint: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ("image",)
+    rewritten: Mapping[str, str] = field(default_factory=dict)
+    couples: bool = False
+    bypass: tuple[str, ...] = ()
+    timestep: str | None = "timestep"
+    modulation: Modulation | None = None
+    modules: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def has_text(self) -> bool:
+        return "text" in self.streams
+
+    @property
+    def text_leaves(self) -> bool:
+        return "text" in self.leaves
+
+    def block_modules(self, transformer: nn.Module) -> list[nn.ModuleList]:
+        return [getattr(transformer, name) for name in self.block_lists]
+
+    def order(self, index: int) -> tuple[str, str] | None:
+        """How block list ``index`` joins the streams; ``None`` where they are apart."""
+        return self.joint.get(self.block_lists[index])
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The first stream argument of a block's call: the image, or both streams joined."""
+        return kwargs[self.arguments[0]] if self.arguments[0] in kwargs else args[0]
+
+    def inputs(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: Tokens) -> Streams:
+        """Image and text stream among the arguments of a call of a block of list ``index``."""
+        first, order = self.given(args, kwargs), self.order(index)
+        if order is not None:
+            return tokens.split(first, order)
+        if not self.has_text:
+            return first, None
+        return first, kwargs[self.arguments[1]] if self.arguments[1] in kwargs else args[1]
+
+    def unpack(self, index: int, output: Any, tokens: Tokens) -> Streams:
+        """Image and text stream of such a block's output."""
+        order = self.order(index)
+        if order is not None:
+            return tokens.split(output, order)
+        if not self.has_text:
+            return (output[0] if isinstance(output, tuple) else output), None
+        return output[self.streams.index("image")], output[self.streams.index("text")]
+
+    def pack(self, index: int, first: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """The output such a block would give; joined streams are taken to be parts of ``first``, the block's input."""
+        if self.order(index) is not None:
+            return first
+        if not self.has_text:
+            return image
+        return tuple(image if stream == "image" else text for stream in self.streams)
+
+
+class Tokens:
+    """How many tokens each stream has in the present forward, noted where the streams are apart."""
+
+    def __init__(self) -> None:
+        self.image = self.text = 0
+
+    def note(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
+        self.image, self.text = image.shape[1], 0 if text is None else text.shape[1]
+
+    def split(self, joined: torch.Tensor, order: tuple[str, str]) -> Streams:
+        """Views of image and text."""
+        if order[0] == "text":
+            return joined[:, self.text :], joined[:, : self.text]
+        return joined[:, : self.image], joined[:, self.image :]
