@@ -687,6 +687,9 @@ def train_router(
     batch: Annotated[int, typer.Option(min=1, help="Pictures per generation.")] = 4,
     penalty: Annotated[float, typer.Option(min=0, help="Weight of computing, beside the error.")] = 1e-4,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.1,
+    shifted: Annotated[
+        bool, typer.Option("--shifted", help="Cache the points of the outer grid of single-step DPM-Solver-2.")
+    ] = False,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Modules with a larger beta are computed.")] = 0.1,
     budget: Annotated[
         float | None, typer.Option(callback=_share, help="Instead of a threshold: share of the modules' time.")
@@ -721,7 +724,7 @@ def train_router(
     prompts: list[str] = [*(prompt or []), *_read_prompts(prompts_file)]
     if not prompts and model != "demo":
         raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
-    settings = l2c.Settings(penalty, learning_rate, rounds)
+    settings = l2c.Settings(penalty, learning_rate, rounds, shifted=shifted)
     pipe = _load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     prompts = prompts or _demo_classes()

@@ -173,12 +173,17 @@ class ModuleSchedule:
 
 
 def alternating(
-    fingerprint: Fingerprint, units: Sequence[str], cached: Sequence[Sequence[str]], seconds: Sequence[float] = ()
+    fingerprint: Fingerprint,
+    units: Sequence[str],
+    cached: Sequence[Sequence[str]],
+    seconds: Sequence[float] = (),
+    first: int = 1,
 ) -> ModuleSchedule:
-    """Full steps 0, 2, 4, ...; at step ``2 k + 1`` the modules ``cached[k]`` take the output of the step before."""
+    """At step ``2 k + first`` the modules ``cached[k]`` take the output of the step before; the others are full."""
     rows = []
     for step in range(fingerprint.num_steps):
-        reused = set(cached[step // 2]) if step % 2 and step // 2 < len(cached) else set()
+        number, rest = divmod(step - first, 2)
+        reused = set(cached[number]) if not rest and 0 <= number < len(cached) else set()
         rows.append(tuple(unit not in reused for unit in units))
     return ModuleSchedule(fingerprint, tuple(units), tuple(rows), seconds=tuple(seconds))
 

@@ -338,32 +338,40 @@ def router(pipe):
     return l2c.train(pipe, ["cat", "rocket"], SETTINGS, progress=False, **CALL)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 3e-7])
-def test_the_first_update_follows_the_published_gradient(pipe, penalty):
+@pytest.mark.parametrize(
+    "penalty, changes",
+    [(0.0, {}), (3e-7, {}), (3e-7, {"shifted": True}), (0.0, {"straight_through": 0.5})],
+    ids=str,
+)
+def test_the_first_update_follows_the_published_gradient(pipe, penalty, changes):
     """AdamW's first step is the sign of the gradient, which is computed here from its definition."""
-    one = l2c.train(pipe, ["cat"], replace(SETTINGS, rounds=1, penalty=penalty), progress=False, **CALL)
-    start = torch.randn(STEPS // 2, len(UNITS), generator=torch.Generator().manual_seed(0))
+    settings = replace(SETTINGS, rounds=1, penalty=penalty, **changes)
+    one = l2c.train(pipe, ["cat"], settings, progress=False, **CALL)
+    shifted = settings.shifted
+    start = torch.randn((STEPS - shifted) // 2, len(UNITS), generator=torch.Generator().manual_seed(0))
+    assert one.theta.shape == start.shape
     # cond updates first, then uncond: the first change of row 0 has the sign of its gradient
-    gradient = first_gradient(pipe, start[0], penalty)
+    gradient = first_gradient(pipe, start[0], penalty, 2 if shifted else 0, settings.straight_through)
     moved = one.theta[0] - start[0]
     clear = gradient.abs() > 0.2 * gradient.abs().max()
     assert clear.sum() >= 3
     assert torch.equal(torch.sign(moved[clear]), -torch.sign(gradient[clear]))
-    assert len(set(torch.sign(gradient[clear]).tolist())) == (2 if penalty else 1)
+    if not changes:
+        assert len(set(torch.sign(gradient[clear]).tolist())) == (2 if penalty else 1)
     assert (moved.abs() <= 2 * SETTINGS.learning_rate + 1e-4).all()
 
 
-def first_gradient(pipe, theta, penalty):
-    """d(mean squared error + penalty * sum beta)/d theta of the first cache step's cond call."""
+def first_gradient(pipe, theta, penalty, recorded=0, threshold=None):
+    """d(mean squared error + penalty * sum beta)/d theta of the cond call behind the ``recorded`` one."""
     model, kept, calls, given = pipe.transformer, {}, [0], {}
     hooks = [
         model.get_submodule(name).register_forward_hook(
-            lambda m, a, out, name=name: kept.__setitem__(name, out) if calls[0] == 0 else None
+            lambda m, a, out, name=name: kept.__setitem__(name, out) if calls[0] == recorded else None
         )
         for name in UNITS
     ]
     hooks.append(
-        model.register_forward_pre_hook(lambda m, a, k: given.update(k) if calls[0] == 2 else None, with_kwargs=True)
+        model.register_forward_pre_hook(lambda m, a, k: given.update(k) if calls[0] == recorded + 2 else None, with_kwargs=True)
     )
     hooks.append(model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)))
     pipe("cat", generator=generators(1, 0)[0], **CALL)
@@ -373,7 +381,8 @@ def first_gradient(pipe, theta, penalty):
         teacher = model(**given)[0]
 
     def loss(values):
-        beta = torch.sigmoid(values)
+        learned = torch.sigmoid(values)
+        beta = learned if threshold is None else (learned > threshold).float() + learned - learned.detach()
         originals = {}
         for number, name in enumerate(UNITS):
             module = model.get_submodule(name)
@@ -391,7 +400,7 @@ def first_gradient(pipe, theta, penalty):
         finally:
             for name in UNITS:
                 del model.get_submodule(name).forward
-        return (teacher - student).pow(2).mean() + penalty * beta.sum()
+        return (teacher - student).pow(2).mean() + penalty * learned.sum()
 
     values = theta.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss(values), values)

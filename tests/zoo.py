@@ -235,7 +235,7 @@ def _pixart() -> tuple[dict, dict]:
 
 def _dit() -> tuple[dict, dict]:
     config = {"in_channels": 4, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8}
-    config |= {"num_layers": 4, "num_embeds_ada_norm": 10, "sample_size": 8}
+    config |= {"num_layers": 4, "num_embeds_ada_norm": 1000, "sample_size": 8}
     labels = torch.tensor([1, 2])
     return config, {"hidden_states": noise(B, 4, 8, 8), "timestep": torch.full((B,), 500), "class_labels": labels}
 

@@ -1,6 +1,6 @@
 """Learning-to-Cache: one learned number per module and cache step says whether its last output will do (methods.md §4).
 
-Every second step is a cache step. While a router is trained, a module gives ``beta * fresh + (1 - beta) * cached``
+Every second step is a cache step: 1, 3, 5, or shifted 2, 4, 6. While a router is trained, a module gives ``beta * fresh + (1 - beta) * cached``
 there, ``beta = sigmoid(theta)``, and theta is moved so that the frozen model's output changes little while few betas
 stay large. Afterwards a module is computed where beta is above a threshold, and its last output is taken elsewhere.
 """
@@ -50,6 +50,10 @@ class Settings:
         rounds: generations that are learned from; each has an update per cache step and branch.
         seed: of theta and of the first generation, the others follow.
         by_cost: betas count by the measured cost of their module (mean 1); otherwise alike, as published.
+        shifted: for single-step DPM-Solver-2 (KDPM2), whose steps are a point of the outer grid and a midpoint in turn:
+            the outer points but the first are cache steps and take what the midpoint before them gave.
+        straight_through: betas above it count as 1 and the others as 0 in training too, with the gradient of beta
+            itself (published code, off by default); ``None`` interpolates.
     """
 
     penalty: float = 1e-4
@@ -57,11 +61,15 @@ class Settings:
     rounds: int = 24
     seed: int = 0
     by_cost: bool = True
+    shifted: bool = False
+    straight_through: float | None = None
 
     def __post_init__(self) -> None:
         check_range("penalty", self.penalty, 0)
         check_range("rounds", self.rounds, 1)
         check_range("seed", self.seed, 0)
+        if self.straight_through is not None:
+            check_range("straight_through", self.straight_through, 0, 1)
         if not self.learning_rate > 0:
             raise MethodError(f"the learning rate must be above 0, got {self.learning_rate}")
 
@@ -76,6 +84,7 @@ class LearnedRouter:
         theta: ``[cache steps, units]``, fp32.
         seconds: measured seconds of every module.
         losses: per round, means over its updates: squared error, and sum of betas.
+        shifted: see `Settings`.
     """
 
     fingerprint: Fingerprint
@@ -83,6 +92,7 @@ class LearnedRouter:
     theta: torch.Tensor
     seconds: tuple[float, ...]
     losses: list[tuple[float, float]] = field(default_factory=list)
+    shifted: bool = False
 
     @property
     def beta(self) -> torch.Tensor:
@@ -106,7 +116,7 @@ class LearnedRouter:
         cached = [
             [unit for unit, b in zip(self.units, row, strict=True) if not b > limit] for row in self.beta.tolist()
         ]
-        found = alternating(self.fingerprint, self.units, cached, self.seconds)
+        found = alternating(self.fingerprint, self.units, cached, self.seconds, first=2 if self.shifted else 1)
         return replace(found, made_by={"method": "learning-to-cache", "threshold": limit})
 
     def _limit_for(self, budget: float) -> float:
@@ -136,10 +146,10 @@ class _Training(ModuleRouter):
         self._mode = "record"
         self._betas: list[torch.Tensor] = []
 
-    def prepare(self, num_steps: int) -> None:
+    def prepare(self, cache_steps: int) -> None:
         """Parameters of every cache step, apart, so that an update moves those of its step alone."""
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
-        starts = torch.randn(num_steps // 2, len(self.units), generator=generator)
+        starts = torch.randn(cache_steps, len(self.units), generator=generator)
         self.theta = [nn.Parameter(row.clone().to(self.device)) for row in starts]
         self.optimizer = torch.optim.AdamW(self.theta, lr=self.settings.learning_rate, weight_decay=0.0)
 
@@ -150,9 +160,16 @@ class _Training(ModuleRouter):
             self.sigmas = sigmas_of(self.steps.scheduler)
             self.recorded.pop(self.branch, None)
         if not self.theta:
-            self.prepare(len(self.sigmas) - 1)
-        self._mode = "teach" if self.step % 2 else "record"
+            steps = len(self.sigmas) - 1
+            self.prepare((steps - self.settings.shifted) // 2)
+        self._mode = "record" if self._cache_step is None else "teach"
         self.open((GroupAction(COMPUTE),))
+
+    @property
+    def _cache_step(self) -> int | None:
+        """The number of the cache step that the present one is."""
+        number, rest = divmod(self.step - self.settings.shifted, 2)
+        return number if rest and number >= 0 else None
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
         if self._mode == "record":
@@ -170,11 +187,12 @@ class _Training(ModuleRouter):
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
         if self._mode != "teach" or self.branch not in self.recorded:
             return
-        theta = self.theta[self.step // 2]
+        assert self._cache_step is not None
+        theta = self.theta[self._cache_step]
         teacher = first_tensor(output).detach()
         with torch.enable_grad():
             betas = torch.sigmoid(theta)
-            self._mode, self._betas = "learn", list(betas.unbind())
+            self._mode, self._betas = "learn", list(self._applied(betas).unbind())
             self.open((GroupAction(COMPUTE),))
             student = first_tensor(rerun())
             error = (teacher.float() - student.float()).pow(2).mean()
@@ -190,6 +208,10 @@ class _Training(ModuleRouter):
         self.sums[0] += float(error.detach())
         self.sums[1] += float(betas.detach().sum())
         self.sums[2] += 1
+
+    def _applied(self, betas: torch.Tensor) -> torch.Tensor:
+        limit = self.settings.straight_through
+        return betas if limit is None else (betas > limit).float() + betas - betas.detach()
 
     def _cost(self) -> torch.Tensor | float:
         """Of every module, mean 1, as measured in the first round."""
@@ -230,7 +252,8 @@ def train(
     """Learns which modules can be cached at every second step, from the pipeline's own generations.
 
     Instead of noised pictures of a data set the model's own trajectories are learned from, every cache step of every
-    generation in turn; nothing but a pipeline is needed. The model's weights are not touched.
+    generation in turn; nothing but a pipeline is needed, with flow matching or with DDIM (DiT). The model's weights
+    are not touched.
     Source: methods.md §4 (the flow-matching form and the cost weights are ours).
 
     Args:
@@ -243,7 +266,7 @@ def train(
         call: arguments of every call, such as ``num_inference_steps``.
 
     Raises:
-        MethodError: no prompts, or fewer than two steps.
+        MethodError: no prompts, or no cache step among so few steps.
         ScheduleMismatchError: the checkpoint belongs to another training.
     """
     if not prompts:
@@ -266,13 +289,14 @@ def train(
     finally:
         attachment.detach()
     if not training.theta:
-        raise MethodError("a router needs at least two steps")
+        raise MethodError(f"a router needs at least {2 + settings.shifted} steps")
     return LearnedRouter(
         fingerprint_of(transformer, training.sigmas, training.branches),
         tuple(unit.name for unit in training.units),
         torch.stack([row.detach().cpu() for row in training.theta]),
         training.seconds,
         losses,
+        settings.shifted,
     )
 
 
@@ -320,7 +344,7 @@ def _resume(training: _Training, path: str | os.PathLike[str] | None, digest: st
         raise FileFormatError(f"cannot go on from {path}: {error}; remove it to start again") from error
     if data["digest"] != digest or units != len(training.units):
         raise ScheduleMismatchError(f"{path} belongs to a training with other settings; name another file")
-    training.prepare(2 * steps)
+    training.prepare(steps)
     with torch.no_grad():
         for row, stored in zip(training.theta, theta, strict=True):
             row.copy_(stored)
