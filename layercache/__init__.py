@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from layercache.calibration import calibrate as calibrate
     from layercache.errors import LayerCacheError as LayerCacheError
     from layercache.front import Front as Front
+    from layercache.inference import infer_model as infer_model
     from layercache.integration import disable as disable
     from layercache.integration import enable as enable
     from layercache.integration import enabled as enabled
-    from layercache.models import ModelSpec as ModelSpec
+    from layercache.model_spec import ModelSpec as ModelSpec
     from layercache.models import register_model as register_model
     from layercache.planner import plan as plan
     from layercache.profile import StabilityProfile as StabilityProfile
@@ -40,7 +41,8 @@ _HOMES = {
     "enabled": "integration",
     "Front": "front",
     "LayerCacheError": "errors",
-    "ModelSpec": "models",
+    "infer_model": "inference",
+    "ModelSpec": "model_spec",
     "plan": "planner",
     "register_model": "models",
     "Schedule": "schedule",

@@ -137,7 +137,11 @@ def _share(value: float | None) -> float | None:
 
 
 Model = Annotated[
-    str, typer.Option(help="'demo' for the bundled model, a Hugging Face model id, or a folder with a pipeline.")
+    str,
+    typer.Option(
+        help="'demo' for the bundled model, a Hugging Face model id, a folder with a pipeline, or a .json file that "
+        "describes one with random weights (examples/tiny_flux.json)."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the model ('demo' is always float32).")]
@@ -944,6 +948,23 @@ def _plot(path: Path, title: str, content: Content) -> Path:
 
 
 @app.command()
+def models(json_to: Json = None) -> None:
+    """List the transformers that are known, and which methods each can take.
+
+    Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
+    TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
+    single modules: where the table has a dash, the model's description does not say where those are. Another class is found
+    out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+    """
+    from layercache.report import model_rows, models_table
+
+    printer = Printer(json_to)
+    rows = model_rows()
+    printer.say(models_table(rows))
+    printer.figures({"models": rows})
+
+
+@app.command()
 def doctor(json_to: Json = None) -> None:
     """Check the installation: packages, compiled core, GPU, and what each operation will run on.
 
@@ -988,6 +1009,10 @@ def _load_pipeline(model: str, device: str | None, dtype: Dtype) -> Any:
             from layercache.demo.pipeline import load_demo_pipeline
 
             return load_demo_pipeline(device)
+        if model.endswith(".json"):
+            from layercache.random_models import load_random_pipeline
+
+            return load_random_pipeline(model, getattr(torch, dtype.value)).to(device)
         from diffusers import DiffusionPipeline
 
         return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)

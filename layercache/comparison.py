@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache import metrics, report
-from layercache.contestants import Contestant, Workshop, contestants
+from layercache.contestants import Contestant, Workshop, block_calls, contestants
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatchError
 from layercache.files import write_atomically
 
@@ -193,7 +193,7 @@ class Comparison:
         counted = self._count(contestant)
         first = [0]
         before = self._generate(nullcontext(), first)[1][0]
-        with contestant.attach() as cache, _block_calls(self.shop.pipeline.transformer) as calls:
+        with contestant.attach() as cache, block_calls(self.shop.pipeline.transformer) as calls:
             pictures, seconds = self._generate(nullcontext(), range(len(self._batches)))
             told = cache.report() if cache else None
         used = told.used if told else calls[0] / (len(self._batches) * self._blocks_per_batch)
@@ -253,28 +253,6 @@ class Comparison:
 def _save_array(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, array)
-
-
-@contextmanager
-def _block_calls(transformer: Any) -> Iterator[list[int]]:
-    """Counts forwards of the attention modules of the blocks, which every cache passes by when it skips a block."""
-    from layercache.models import spec_for
-
-    calls = [0]
-
-    def count(module: Any, args: Any) -> None:
-        calls[0] += 1
-
-    hooks = [
-        (getattr(block, "attn", None) or block).register_forward_pre_hook(count)
-        for blocks in spec_for(transformer).block_modules(transformer)
-        for block in blocks._modules.values()
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _synchronise(device: torch.device) -> None:

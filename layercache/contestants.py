@@ -18,7 +18,8 @@ from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import SpectralCache, TeaCache
-from layercache.methods.watching import magnitude_ratios
+from layercache.methods.watching import generate_once, magnitude_ratios
+from layercache.models import spec_for
 from layercache.module_schedule import ModuleSchedule
 from layercache.profile import StabilityProfile
 from layercache.rehearsal import Rehearsal
@@ -366,10 +367,67 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
     return make
 
 
+SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")
+
+
+def _seacache(shop: Workshop, budget: float) -> Contestant:
+    """Threshold by bisection: none of ours takes its decisions."""
+    transformer = shop.pipeline.transformer
+    if type(transformer).__name__ not in SEACACHE_CLASSES:
+        raise MethodError(f"SeaCache of diffusers covers {' and '.join(SEACACHE_CLASSES)} only")
+
+    def contestant(threshold: float) -> Contestant:
+        @contextmanager
+        def attach() -> Iterator[None]:
+            from diffusers import SeaCacheConfig
+
+            transformer.enable_cache(SeaCacheConfig(threshold=threshold))
+            try:
+                yield None
+            finally:
+                transformer.disable_cache()
+
+        return Contestant("diffusers:seacache", f"threshold {threshold:.3g}", budget, attach)
+
+    def used(threshold: float) -> float:
+        with block_calls(transformer) as full:
+            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
+        with contestant(threshold).attach(), block_calls(transformer) as calls:
+            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
+        return calls[0] / full[0]
+
+    low, high = 1e-3, 4.0
+    for _ in range(8):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if used(middle) <= budget else (middle, high)
+    return contestant(high)
+
+
+@contextmanager
+def block_calls(transformer: Any) -> Iterator[list[int]]:
+    """Counts forwards of the attention modules of the blocks, which every cache passes by when it skips a block."""
+    calls = [0]
+
+    def count(module: Any, args: Any) -> None:
+        calls[0] += 1
+
+    hooks = [
+        (getattr(block, "attn", None) or block).register_forward_pre_hook(count)
+        for blocks in spec_for(transformer).block_modules(transformer)
+        for block in blocks._modules.values()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 PEERS: dict[str, Callable[..., Contestant]] = {
     "diffusers:fbcache": _diffusers(_first_block, "fbcache"),
     "diffusers:taylorseer": _diffusers(_taylor, "taylorseer"),
     "diffusers:magcache": _diffusers(_mag, "magcache"),
+    "diffusers:seacache": _seacache,
     "cache-dit:dbcache": _cache_dit(False, "cache-dit:dbcache"),
     "cache-dit:dbcache-taylor": _cache_dit(True, "cache-dit:dbcache-taylor"),
 }

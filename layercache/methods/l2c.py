@@ -1,8 +1,9 @@
 """Learning-to-Cache: one learned number per module and cache step says whether its last output will do (methods.md §4).
 
-Every second step is a cache step: 1, 3, 5, or shifted 2, 4, 6. While a router is trained, a module gives ``beta * fresh + (1 - beta) * cached``
-there, ``beta = sigmoid(theta)``, and theta is moved so that the frozen model's output changes little while few betas
-stay large. Afterwards a module is computed where beta is above a threshold, and its last output is taken elsewhere.
+Every second step is a cache step: 1, 3, 5, or shifted 2, 4, 6. While a router is trained, a module gives
+``beta * fresh + (1 - beta) * cached`` there, ``beta = sigmoid(theta)``, and theta is moved so that the frozen model's
+output changes little while few betas stay large. Afterwards a module is computed where beta is above a threshold, and
+its last output is taken elsewhere.
 """
 
 from __future__ import annotations
