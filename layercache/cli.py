@@ -953,8 +953,8 @@ def models(json_to: Json = None) -> None:
 
     Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
     TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
-    single modules: where the table has a dash, the model's description does not say where those are. Another class is found
-    out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+    single modules: where the table has a dash, the model's description does not say where those are. Another class is
+    found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
     """
     from layercache.report import model_rows, models_table
 

@@ -166,8 +166,8 @@ def _streams(name: str, steps: list[_Step]) -> tuple[tuple[str, ...], tuple[str,
     became = [next((a for a, t in following.arguments.items() if _same(result, t)), None) for result in first.results]
     if len(became) > 2 or None in became:
         raise UnsupportedModelError(
-            f"the blocks of {name} hand on {len(became)} tensors, of which {became.count(None)} are not arguments of the "
-            "next block as they are; describe it with layercache.register_model(layercache.ModelSpec(...))"
+            f"the blocks of {name} hand on {len(became)} tensors, of which {became.count(None)} are not arguments of "
+            "the next block as they are; describe it with layercache.register_model(layercache.ModelSpec(...))"
         )
     if len(became) == 1:
         return ("image",), (str(became[0]), "")
@@ -236,10 +236,11 @@ def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple, kwargs: dict[st
             stored = outputs()
             if len(proof.residuals) != proof.count or _largest_error(stored, expected):
                 raise UnsupportedModelError(f"{told} does not hold: looking at the blocks changes the output")
-            for proof.reused in [*(frozenset({k}) for k in range(proof.count)), frozenset(range(proof.count))]:
+            for reused in [*(frozenset({k}) for k in range(proof.count)), frozenset(range(proof.count))]:
+                proof.reused = reused
                 error = _largest_error(outputs(), expected)
                 if not error <= TOLERANCE:
-                    places = "all blocks" if len(proof.reused) > 1 else f"block {min(proof.reused)}"
+                    places = "all blocks" if len(reused) > 1 else f"block {min(reused)}"
                     raise UnsupportedModelError(
                         f"{told} does not hold: with {places} replaced by the stored residual the output is off by "
                         f"{error:.1%}; describe the class with layercache.register_model(layercache.ModelSpec(...))"
