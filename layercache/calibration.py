@@ -256,12 +256,17 @@ class Observer(Router):
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         step, seen = self.place.step, self._branches[self.place.branch]
         inputs, outputs = [image_in], [image_out]
-        if text_in is not None:
+        if text_in is not None and text_out is not None:  # the last block may give no text
             inputs, outputs = [image_in, text_in], [image_out, text_out]
         seen.stream_bytes = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
         residuals = [torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
         ops.capture(outputs, inputs, residuals, None)
         window = seen.windows[group]
+        if window and window[0][0].shape != image_out.shape:
+            raise CalibrationError(
+                f"branch {self.place.branch} has other shapes from step {step} on ({tuple(image_out.shape)} after "
+                f"{tuple(window[0][0].shape)}); calibrate with settings that keep them, such as guidance at every step"
+            )
         window.appendleft(residuals)
         seen.grams[step, group] = ops.gram([entry[0] for entry in window])
         sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
@@ -307,8 +312,8 @@ class Observer(Router):
     def reuse(self, group, image, text, results=None):
         for residuals in self._substitutes or ():
             streams = [image] if text is None else [image, text]
-            image, *rest = ops.linear_combination(streams, [[r] for r in residuals[: len(streams)]], (1.0,))
-            text = rest[0] if rest else None
+            changed = ops.linear_combination(streams[: len(residuals)], [[r] for r in residuals], (1.0,))
+            image, text = changed[0], changed[1] if len(changed) == 2 else text
         return image, text
 
     def end_sample(self, name: str) -> dict[str, Any]:

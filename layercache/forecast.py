@@ -29,10 +29,11 @@ def secant_coefficients(
     is extended along the secant: ``{anchor: 1 + c, base: -c}`` with
     ``c = eta * (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])``, limited to 4 because
     rounding noise of the stored residuals grows with it. Exact for residuals linear in sigma.
+    Two evaluations at one sigma (second-order samplers have them) give no slope: the newer one is reused.
     Source: methods.md §1.3 (ours).
 
     Raises:
-        ScheduleError: the steps are out of order, or two anchors share one sigma.
+        ScheduleError: the steps are out of order.
     """
     if not anchor < step or (base is not None and not 0 <= base < anchor):
         raise ScheduleError(f"anchors must be older than step {step}, newest first: got {anchor} and {base}")
@@ -40,7 +41,7 @@ def secant_coefficients(
         return {anchor: 1.0}
     gap = sigmas[anchor] - sigmas[base]
     if gap == 0:
-        raise ScheduleError(f"steps {anchor} and {base} have the same sigma {sigmas[anchor]}; no slope between them")
+        return {anchor: 1.0}
     c = min(eta * (sigmas[step] - sigmas[anchor]) / gap, COEFFICIENT_LIMIT)
     return {anchor: 1.0 + c, base: -c}
 

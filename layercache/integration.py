@@ -33,15 +33,12 @@ _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 class Attachment:
     """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
 
-    def __init__(self, target: Any, router: Router, scheduler: Any = None):
+    def __init__(self, target: Any, router: Router):
         self.router = router
-        self.scheduler = scheduler
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
-        sampler = router.steps.scheduler
-        counted = sampler is None or counts_steps(sampler) or not hasattr(sampler, "step")
-        self._tally = None if counted else StepTally(sampler)
+        self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._branch: str | None = None
         self._step: int | None = None
@@ -64,15 +61,24 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
-        if self.pipeline is not None and hasattr(self.pipeline, "maybe_free_model_hooks"):
-            self._shadow(self.pipeline, "maybe_free_model_hooks", self._at_end(self.pipeline.maybe_free_model_hooks))
         for owner, name, replacement in self.router.shadows():
             self._shadow(owner, name, replacement)
-        if self._tally is not None:
-            sampler = self._tally.scheduler
-            self._shadow(sampler, "step", self._counted_step(sampler.step, self._tally))
+        self._follow(self.pipeline, self.router.steps.scheduler)
+
+    def share(self, pipeline: Any, scheduler: Any) -> None:
+        """Another pipeline generates with the same transformer."""
+        self.router.steps.share(scheduler)
+        self._follow(pipeline, scheduler)
+
+    def _follow(self, pipeline: Any, scheduler: Any) -> None:
+        """Hears of the end of a pipeline's generations and of its scheduler's steps."""
+        if pipeline is not None and hasattr(pipeline, "maybe_free_model_hooks"):
+            self._shadow(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
+        if scheduler is not None and not counts_steps(scheduler) and hasattr(scheduler, "step"):
+            tally = self._tallies[id(scheduler)] = StepTally(scheduler)
+            self._shadow(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self.router.steers:
-            self._shadow(self.scheduler, "step", self._sampler_step(self.scheduler.step))
+            self._shadow(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
         for blocks, cls in self._classes:
@@ -95,8 +101,7 @@ class Attachment:
     def _lead(self, router: Router) -> None:
         self.router = router
         router.attachment = self  # type: ignore[attr-defined]
-        if self._tally is not None and router.steps.scheduler is self._tally.scheduler:
-            router.steps.tally = self._tally
+        router.steps.tallies = self._tallies
 
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
@@ -135,10 +140,10 @@ class Attachment:
 
         return step
 
-    def _sampler_step(self, original: Any) -> Any:
+    def _sampler_step(self, scheduler: Any, original: Any) -> Any:
         @functools.wraps(original)
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            at = scheduler_step(self.scheduler)
+            at = scheduler_step(scheduler)
             velocity = model_output if at is None else self.router.pass_on(at, model_output, sample)
             return original(velocity, timestep, sample, *args, **kwargs)
 
@@ -175,8 +180,8 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return None
 
 
-def attach(target: Any, router: Router, scheduler: Any = None) -> Attachment:
-    """Attaches a router to a pipeline or transformer, and to the scheduler if the router steers.
+def attach(target: Any, router: Router) -> Attachment:
+    """Attaches a router to a pipeline or transformer, and to its scheduler if the router steers.
 
     Raises:
         CacheStateError: another cache, ours or one of diffusers, is enabled on it.
@@ -190,7 +195,7 @@ def attach(target: Any, router: Router, scheduler: Any = None) -> Attachment:
         raise CacheStateError(
             "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
         )
-    attachment = Attachment(target, router, scheduler)
+    attachment = Attachment(target, router)
     attachment.attach()
     return attachment
 
@@ -218,7 +223,8 @@ def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None
 
     Args:
         target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
-            scheduler; a bare transformer is counted, one call per branch and step.
+            scheduler; a bare transformer is counted, one call per branch and step. A second pipeline that shares the
+            transformer joins the cache when the same schedule is enabled on it.
         plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
@@ -246,7 +252,7 @@ def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None
         router = ModuleScheduleRouter(transformer, spec, plan, scheduler)
     else:
         router = DynamicRouter(transformer, spec, plan, scheduler, num_steps)
-    attach(target, router, scheduler)
+    attach(target, router)
     return router
 
 
@@ -256,6 +262,11 @@ def _check_fingerprint(fingerprint: Fingerprint, transformer: nn.Module) -> None
 
 def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any) -> ScheduleRouter:
     _check_fingerprint(schedule.fingerprint, transformer)
+    shared = attachment_of(transformer)
+    if shared is not None and isinstance(shared.router, ScheduleRouter) and shared.router.schedule == schedule:
+        if scheduler is not None and scheduler is not shared.router.steps.scheduler:
+            shared.share(None if isinstance(target, nn.Module) else target, scheduler)
+            return shared.router
     ends = hasattr(target, "maybe_free_model_hooks")
     router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, end_is_announced=ends)
     if router.steers and not hasattr(scheduler, "step_index"):
@@ -263,7 +274,7 @@ def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, sc
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
             "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"
         )
-    attach(target, router, scheduler)
+    attach(target, router)
     return router
 
 

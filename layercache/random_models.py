@@ -37,23 +37,24 @@ def load_random_pipeline(path: str | os.PathLike[str], dtype: torch.dtype = torc
         FileFormatError: not such a file, or diffusers refuses what it says.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = sorted(set(data) - set(KEYS))
-        if unknown:
-            raise ValueError(f"unknown entries {', '.join(unknown)}; there are {', '.join(KEYS)}")
-        base = _diffusers_class(data["pipeline"])
-        generator_state = torch.random.get_rng_state()
-        try:
-            torch.manual_seed(int(data.get("seed", 0)))
-            made = {name: _component(config, dtype) for name, config in data["components"].items()}
-        finally:
-            torch.random.set_rng_state(generator_state)
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in data.get("prompt", {}).items()}
-        wanted = list(inspect.signature(base.__init__).parameters)[1:]
-        return _with_texts(base, shapes, dtype)(**{name: made.get(name) for name in wanted} | made)
+        return make_random_pipeline(json.loads(Path(path).read_text(encoding="utf-8")), dtype)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise FileFormatError(f"cannot make a pipeline of {path}: {told}") from error
+
+
+def make_random_pipeline(data: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The same from the file's content."""
+    unknown = sorted(set(data) - set(KEYS))
+    if unknown:
+        raise ValueError(f"unknown entries {', '.join(unknown)}; there are {', '.join(KEYS)}")
+    base = _diffusers_class(data["pipeline"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(data.get("seed", 0)))
+        made = {name: _component(config, dtype) for name, config in data["components"].items()}
+    shapes = {name: tuple(int(n) for n in shape) for name, shape in data.get("prompt", {}).items()}
+    wanted = list(inspect.signature(base.__init__).parameters)[1:]
+    return _with_texts(base, shapes, dtype)(**{name: made.get(name) for name in wanted} | made)
 
 
 def _diffusers_class(name: str) -> Any:

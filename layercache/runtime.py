@@ -207,7 +207,6 @@ class ScheduleRouter(Router):
         self.row: Row
         self.track = VelocityTrack(self.layout)
         self._dry_trip: DryTrip | None = None
-        self._full = (GroupAction(COMPUTE),) * len(schedule.groups)
         self._computed = [0] * len(schedule.groups)
         self._cached = [0] * len(schedule.groups)
         self._generations: dict[str, int] = {}
@@ -283,13 +282,14 @@ class ScheduleRouter(Router):
         self.state, self.row = state, row
         actions = row.layout.actions
         skipped_in_vain = self.schedule.is_skipped(step) and not self.track.is_complete
-        if state.is_valid(row) and not skipped_in_vain:
-            state.note_captures(step, row)
-            if row.layout.reads:
-                state.upload_coefficients()
-        else:
-            actions = self._full
+        valid = state.is_valid(row) and not skipped_in_vain
+        state.note_captures(step, row)
+        if not valid:
+            # what the row computes anyway is still stored for the rows to come
+            actions = tuple(GroupAction(COMPUTE) if a.kind == REUSE else a for a in actions)
             self._fallback_rows += 1
+        elif row.layout.reads:
+            state.upload_coefficients()
         self._forwards += 1
         for group, action in enumerate(actions):
             counts = self._cached if action.kind == REUSE else self._computed

@@ -9,10 +9,20 @@ from typing import Any
 import torch
 
 from layercache.compat import scheduler_sigmas, scheduler_step
-from layercache.errors import ScheduleMismatchError
+from layercache.errors import CacheStateError, ScheduleMismatchError
 
 # bf16 holds a sigma near 1 only to 2^-9, and a timestep near 1000 to 2
 TIMESTEP_TOLERANCE = 6e-3
+
+
+MAX_CALLS = 8
+"""Of the transformer in one step, where nothing names them."""
+
+_STRANGER = (
+    "the transformer is called, but the scheduler of the pipeline that the cache was enabled on does not take the steps: "
+    "another pipeline or loop uses the transformer too; enable the same schedule on that pipeline as well, or name its "
+    "scheduler: layercache.enable(transformer, schedule, scheduler)"
+)
 
 
 @dataclass
@@ -99,14 +109,17 @@ class StepCounter:
 
     Attributes:
         sigmas: noise levels of the run; ``None`` takes whatever the scheduler has (calibration).
-        scheduler: the pipeline's scheduler, if there is a pipeline.
-        tally: counts the scheduler's steps where it does not count them itself.
+        scheduler: the pipeline's scheduler, if there is a pipeline; of several pipelines that share the transformer,
+            that of the one whose run began last.
+        tallies: count the steps of schedulers that do not count them themselves, by the scheduler's id.
     """
 
     sigmas: Sequence[float] | None = None
     scheduler: Any = None
     check: Any = None
-    tally: StepTally | None = None
+    tallies: dict[int, StepTally] = field(default_factory=dict)
+    _sharers: list[Any] = field(default_factory=list)
+    _runs: dict[int, object] = field(default_factory=dict)
     _branches: dict[str, _Branch] = field(default_factory=dict)
     _unnamed: tuple[object, int] = (None, -1)
 
@@ -114,6 +127,21 @@ class StepCounter:
     def run(self) -> object:
         """The scheduler's timesteps: another object in every generation."""
         return getattr(self.scheduler, "timesteps", None)
+
+    def share(self, scheduler: Any) -> None:
+        """Another pipeline's scheduler drives the same transformer."""
+        for one in (self.scheduler, scheduler):
+            if all(one is not known for known in self._sharers):
+                self._sharers.append(one)
+                self._runs[id(one)] = getattr(one, "timesteps", None)
+
+    def _find_driver(self) -> None:
+        """Of several schedulers, takes the one whose timesteps were set last."""
+        for one in self._sharers:
+            run = getattr(one, "timesteps", None)
+            if run is not self._runs[id(one)]:
+                self._runs[id(one)] = run
+                self.scheduler = one
 
     @property
     def num_steps(self) -> int | None:
@@ -134,10 +162,12 @@ class StepCounter:
 
         Raises:
             ScheduleMismatchError: the run has other steps or noise levels than `sigmas`.
+            CacheStateError: the scheduler's run is over, or it does not move: another one drives the transformer.
         """
+        self._find_driver()
         counted = scheduler_step(self.scheduler) if self.scheduler is not None else None
-        if counted is None and self.tally is not None:
-            counted = self.tally.step(timestep)
+        if counted is None and id(self.scheduler) in self.tallies:
+            counted = self.tallies[id(self.scheduler)].step(timestep)
         if counted is not None:
             return self._from_scheduler(branch, counted if hint is None else hint)
         if hint is not None:
@@ -146,6 +176,8 @@ class StepCounter:
 
     def _from_scheduler(self, branch: str | None, step: int) -> Place:
         run = self.scheduler.timesteps
+        if step >= len(run):
+            raise CacheStateError(_STRANGER)
         name = branch or self._unnamed_branch((id(run), step))
         seen = self._branches.setdefault(name, _Branch())
         starts = seen.run is not run or step < seen.step
@@ -178,6 +210,8 @@ class StepCounter:
         """Calls at one moment are the guidance branches in their order."""
         before, calls = self._unnamed
         calls = calls + 1 if before == moment else 0
+        if calls >= MAX_CALLS:
+            raise CacheStateError(_STRANGER)
         self._unnamed = (moment, calls)
         return f"call {calls}"
 
