@@ -19,8 +19,8 @@ MAX_CALLS = 8
 """Of the transformer in one step, where nothing names them."""
 
 _STRANGER = (
-    "the transformer is called, but the scheduler of the pipeline that the cache was enabled on does not take the steps: "
-    "another pipeline or loop uses the transformer too; enable the same schedule on that pipeline as well, or name its "
+    "the transformer is called, but the scheduler of the pipeline that the cache was enabled on takes no step: another "
+    "pipeline or loop uses the transformer too; enable the same schedule on that pipeline as well, or name its "
     "scheduler: layercache.enable(transformer, schedule, scheduler)"
 )
 

@@ -32,11 +32,9 @@ def make(
 ) -> diffusers.DiffusionPipeline:
     cls = getattr(diffusers, pipeline)
     model, _ = build(transformer)
-    wanted = {name: None for name in list(inspect.signature(cls.__init__).parameters)[1:]}
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    wanted = {p.name: None if p.default is inspect.Parameter.empty else p.default for p in parameters}
     given = {"transformer": model, "scheduler": scheduler or FlowMatchEulerDiscreteScheduler(), "vae": vae}
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
-        if parameter.default is not inspect.Parameter.empty:
-            wanted[name] = parameter.default
     pipe = cls(**{name: value for name, value in (wanted | given | components).items() if name in wanted})
     pipe.set_progress_bar_config(disable=True)
     return pipe
