@@ -22,7 +22,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a module hook out of torch.compile's sight.
+    """Keeps a function out of torch.compile's sight.
 
     The hooks of the outermost compiled module run before and after its graph, but dynamo would still trace
     the hook itself and specialise on the step number.
@@ -39,6 +39,16 @@ def allow_graphs(graphs: int) -> None:
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), 8 + graphs))
+
+
+def keep_address(tensor: torch.Tensor) -> torch.Tensor:
+    """Tells torch.compile that the tensor stays where it is: CUDA graphs may write into it instead of copying it.
+
+    Without it a graph that stores residuals is not captured at all ("mutated inputs"). Other slots at the same place
+    of a graph do not compile it again, they are captured once more.
+    """
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
 
 
 def has_foreign_cache(transformer: nn.Module) -> bool:

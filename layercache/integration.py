@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
 from typing import Any, overload
 
 from torch import nn
@@ -28,6 +29,43 @@ Plan = Schedule | DynamicMethod | EasyCache | ModuleSchedule
 Cache = ScheduleRouter | DynamicRouter | StepRouter | ModuleScheduleRouter
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
+
+
+def _class_method(owner: Any, name: str) -> Any:
+    return MethodType(getattr(type(owner), name), owner)
+
+
+class Shadow:
+    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
+
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any]):
+        self._owner, self._name, self._call = owner, name, call
+        functools.update_wrapper(self, getattr(owner, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _class_method, (self._owner, self._name)
+
+
+class ForwardHook:
+    """A module hook that stays with its module: what copies and pickles of the module get does nothing.
+
+    It runs before or after a compiled module's graph; dynamo would still trace the hook itself and specialise on the
+    step number, if it were not kept out.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None):
+        self._call = call
+
+    @outside_graphs
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __reduce__(self) -> Any:
+        return ForwardHook, ()
 
 
 class Attachment:
@@ -54,9 +92,9 @@ class Attachment:
         self._lead(self.router)
         allow_graphs(self.router.graphs)
         self._hooks = [
-            self.transformer.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
+            self.transformer.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True),
             self.transformer.register_forward_hook(
-                outside_graphs(self._after_forward), with_kwargs=True, always_call=True
+                ForwardHook(self._after_forward), with_kwargs=True, always_call=True
             ),
         ]
         if hasattr(self.transformer, "cache_context"):
@@ -106,11 +144,10 @@ class Attachment:
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-        owner.__dict__[name] = replacement
+        owner.__dict__[name] = Shadow(owner, name, replacement)
         self._instance_attributes.append((owner, name, before))
 
     def _cache_context(self, original: Any) -> Any:
-        @functools.wraps(original)
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
             with original(name, **fields):
@@ -123,7 +160,6 @@ class Attachment:
         return cache_context
 
     def _at_end(self, original: Any) -> Any:
-        @functools.wraps(original)
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.router.finish()
@@ -132,7 +168,6 @@ class Attachment:
         return maybe_free_model_hooks
 
     def _counted_step(self, original: Any, tally: StepTally) -> Any:
-        @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             tally.count()
@@ -141,7 +176,6 @@ class Attachment:
         return step
 
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
-        @functools.wraps(original)
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             at = scheduler_step(scheduler)
             velocity = model_output if at is None else self.router.pass_on(at, model_output, sample)

@@ -195,10 +195,18 @@ def weighted_errors(
 
     Of one guidance branch, or the mean over all.
     """
-    step_size = np.abs(np.diff(np.asarray(profile.fingerprint.sigmas)))
+    step_size = _step_sizes(profile.fingerprint.sigmas)
     errors = profile.relative_errors(text_weight=text_weight, kappa=kappa, branch=branch)
     weights = profile.sensitivity()[:, :, None, None] if sensitivity else 1.0
     return np.ascontiguousarray((step_size[:, None, None, None] * weights * errors) ** gamma)
+
+
+def _step_sizes(sigmas: Sequence[float]) -> np.ndarray:
+    """How far each step goes in sigma; a second evaluation at one sigma belongs to the step before it."""
+    sizes = np.abs(np.diff(np.asarray(sigmas)))
+    for step in np.flatnonzero(sizes == 0):
+        sizes[step] = sizes[step - 1] if step else 1.0
+    return sizes
 
 
 def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:

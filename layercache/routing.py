@@ -256,3 +256,7 @@ class RoutedModuleList(nn.ModuleList):
         if router.follows(self._layercache_index):
             return router.route(self._layercache_index, blocks)  # type: ignore[arg-type]
         return blocks
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are plain lists: they belong to another model, which nothing is enabled on."""
+        return nn.ModuleList, (list(self._modules.values()),)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layercache import ops
+from layercache.compat import keep_address
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
 from layercache.model_spec import ModelSpec
@@ -107,12 +108,12 @@ class CacheState:
             fits = _like(self.texts[0].tensor, text)
         if fits:
             return
-        for buffer in self.images:
-            buffer.tensor = torch.empty(image.shape, dtype=image.dtype, device=image.device)
-        if text is not None:
-            for buffer in self.texts:
-                buffer.tensor = torch.empty(text.shape, dtype=text.dtype, device=text.device)
-        self.flag.tensor = torch.zeros(1, dtype=torch.int32, device=image.device)
+        for buffers, stream in ((self.images, image), (self.texts, text)):
+            if stream is None:
+                continue
+            for buffer in buffers:
+                buffer.tensor = keep_address(torch.empty(stream.shape, dtype=stream.dtype, device=stream.device))
+        self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
 
     def upload_coefficients(self) -> None:
         """Puts the coefficients of all rows where the residuals are, in one transfer."""

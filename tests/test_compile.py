@@ -1,12 +1,18 @@
 """The cache under torch.compile: whole model and repeated blocks, both with fullgraph=True."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import layercache
+from layercache import models
+from layercache.models import spec_for
+from test_models import call, schedule
 from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
+from zoo import build
 
 STEPS = 8
 
@@ -65,6 +71,57 @@ def test_graphs_breaks_and_bits(how, order):
         assert cache.report().fallback_rows == 0
     assert not counters["graph_break"]
     assert torch.equal(generate(pipe), full)
+
+
+CLASSES = {  # graphs of compiled blocks, uncached
+    "Flux2Transformer2DModel": 2,
+    "HunyuanVideoTransformer3DModel": 5,
+    "LTX2VideoTransformer3DModel": 1,
+    "WanTransformer3DModel": 1,
+    "ZImageTransformer2DModel": 3,
+}
+ROWS = ((None,) * 3, ({0: 1.0}, None, {0: 1.0}), ({0: 1.0}, {1: 1.0}, {0: 1.0}))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_other_classes(name, monkeypatch):
+    """Joined streams, two heads, lists of pictures, transposed inputs: still one graph per row and no break."""
+    model, inputs = build(name)
+    monkeypatch.setitem(models._REGISTRY, name, replace(spec_for(model), timestep=None))
+    plan = schedule(model, *ROWS)
+    with layercache.enabled(model, plan):
+        eager = [call(model, inputs) for _ in range(6)]
+    whole, backend = torch.compile(model, backend=(counter := CompileCounter()), fullgraph=True), CompileCounter()
+    frames = []
+    with layercache.enabled(whole, plan) as cache:
+        for expected in eager:
+            assert all(torch.equal(a, b) for a, b in zip(call(whole, inputs), expected, strict=True))
+            frames.append(counter.frame_count)
+        assert cache.report().fallback_rows == 0
+    assert frames == [1, 2, 3, 3, 3, 3] and not counters["graph_break"]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    call(model, inputs)
+    assert backend.frame_count == CLASSES[name]
+    with layercache.enabled(model, plan):
+        for number, expected in enumerate(eager):
+            assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), expected, strict=True))
+            if number == 2:
+                after_one = backend.frame_count
+    assert backend.frame_count == after_one <= CLASSES[name] + 1 and not counters["graph_break"]
+
+
+def test_slots_keep_their_place_for_cuda_graphs():
+    """What a graph writes into is told to be where it is; other slots of the same row shape compile nothing."""
+    pipe = tiny_pipeline(layers=3)
+    schedule = schedule_for(pipe, mixed_cells(), ((0, 1), (1, 2), (2, 3)))
+    with layercache.enabled(pipe, schedule) as cache:
+        generate(pipe)
+        tensors = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts, state.flag)]
+        places = [tensor.data_ptr() for tensor in tensors]
+        assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in tensors)
+        generate(pipe)
+        assert places == [tensor.data_ptr() for tensor in tensors]
 
 
 @pytest.mark.slow
