@@ -89,9 +89,10 @@ class _StudentRouter(ActorRouter):
         self._model, self._lesson = model, lesson
         self._place = (0, "")
 
-    def _choose_row(self, state: CacheState, step: int) -> None:
-        super()._choose_row(state, step)
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
+        actions = super()._choose_row(state, step)
         self._place = step, next(name for name, own in self.states.items() if own is state)
+        return actions
 
     def reuse(self, group, image, text, results=None):
         step, branch = self._place

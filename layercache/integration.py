@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Lock, get_ident, local
 from types import MethodType
 from typing import Any, overload
 
@@ -78,8 +79,9 @@ class Attachment:
         self._target = target
         self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
-        self._branch: str | None = None
-        self._step: int | None = None
+        self._root = router
+        self._place = local()
+        self._lock, self._holder = Lock(), 0
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
@@ -130,8 +132,18 @@ class Attachment:
             owner.__dict__.update(before)
         self._classes, self._hooks, self._instance_attributes = [], [], []
 
+    def follow(self, router: Router, scheduler: Any) -> None:
+        """A request brings a sampler of its own."""
+        router.steps.tallies = self._tallies
+        if all(owner is not scheduler for owner, _, _ in self._instance_attributes):
+            self._follow(None, scheduler)
+
     def switch(self, router: Router) -> None:
         """Routes by another router of the same transformer from now on."""
+        self._root = router
+        self._route_by(router)
+
+    def _route_by(self, router: Router) -> None:
         self._lead(router)
         for blocks, _ in self._classes:
             blocks.__dict__["_layercache_router"] = router
@@ -151,13 +163,18 @@ class Attachment:
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
             with original(name, **fields):
-                self._branch, self._step = name, fields.get("step_index")
+                before = self._where()
+                self._place.where = name, fields.get("step_index")
                 try:
                     yield
                 finally:
-                    self._branch, self._step = None, None
+                    self._place.where = before
 
         return cache_context
+
+    def _where(self) -> tuple[str | None, int | None]:
+        """Name and step of this thread's cache context."""
+        return getattr(self._place, "where", (None, None))
 
     def _at_end(self, original: Any) -> Any:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
@@ -178,13 +195,33 @@ class Attachment:
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             at = scheduler_step(scheduler)
-            velocity = model_output if at is None else self.router.pass_on(at, model_output, sample)
+            router = self._root.for_call()
+            velocity = model_output if at is None else router.pass_on(at, model_output, sample)
             return original(velocity, timestep, sample, *args, **kwargs)
 
         return step
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         require_inference()
+        # one forward at a time; a holder that comes again was interrupted
+        if self._holder != get_ident():
+            self._lock.acquire()
+            self._holder = get_ident()
+        try:
+            self._announce(module, args, kwargs)
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        if self._holder == get_ident():
+            self._holder = 0
+            self._lock.release()
+
+    def _announce(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        router = self._root.for_call()
+        if router is not self.router:
+            self._route_by(router)
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         arguments = {name: given[name] for name in self._parameters if name in given}
         spec = self.router.spec
@@ -196,7 +233,7 @@ class Attachment:
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        self.router.begin(self._branch, self._step, arguments, dry_run)
+        self.router.begin(*self._where(), arguments, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
@@ -204,6 +241,7 @@ class Attachment:
                 self.router.after(output, functools.partial(module.forward, *args, **kwargs))
         finally:
             self.router.shut()
+            self._release()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -97,10 +97,9 @@ class ActorRouter(ScheduleRouter):
         self.track = _AlwaysThere(self.layout)
         self._first = first
 
-    def _choose_row(self, state: CacheState, step: int) -> None:
-        super()._choose_row(state, step)
-        if step < self._first:
-            self.open((GroupAction(REUSE),) * len(self.actions))
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
+        actions = super()._choose_row(state, step)
+        return (GroupAction(REUSE),) * len(actions) if step < self._first else actions
 
     @property
     def steers(self) -> bool:

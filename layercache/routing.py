@@ -209,6 +209,10 @@ class Router:
         """``(owner, name, replacement)`` of further methods that are hidden while the router is attached."""
         return ()
 
+    def for_call(self) -> Router:
+        """The router of the forward that is about to start: this one, or that of the request it belongs to."""
+        return self
+
     def begin(
         self,
         branch: str | None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
 from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
-from layercache.schedule import Schedule
+from layercache.schedule import Cell, Schedule
+from layercache.serving import Requests
 from layercache.steps import StepCounter, signature_of
 from layercache.velocities import VelocityTrack
 
@@ -44,8 +46,8 @@ class Terms:
 class Row:
     """A `RowLayout` bound to the buffers of one branch."""
 
-    def __init__(self, layout: RowLayout, images: list[Buffer], texts: list[Buffer]):
-        self.layout = layout
+    def __init__(self, layout: RowLayout, cells: Sequence[Cell], images: list[Buffer], texts: list[Buffer]):
+        self.layout, self.cells = layout, cells
         self.captures = [
             None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
             for slots in layout.captures
@@ -71,11 +73,12 @@ class CacheState:
     streams change.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]]):
+        self.layout = layout
         self.images = [Buffer() for _ in range(layout.image_slots)]
         self.texts = [Buffer() for _ in range(layout.text_slots)]
         self.flag = Buffer()
-        self.rows = [Row(row, self.images, self.texts) for row in layout.rows]
+        self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
         self.signature: tuple | None = None
 
@@ -208,11 +211,12 @@ class ScheduleRouter(Router):
         self.row: Row
         self.track = VelocityTrack(self.layout)
         self._dry_trip: DryTrip | None = None
-        self._computed = [0] * len(schedule.groups)
-        self._cached = [0] * len(schedule.groups)
+        self.computed = [0] * len(schedule.groups)
+        self.cached = [0] * len(schedule.groups)
         self._generations: dict[str, int] = {}
         self._forwards = 0
         self._fallback_rows = 0
+        self.requests = Requests(self)
 
     @property
     def graphs(self) -> int:
@@ -232,11 +236,24 @@ class ScheduleRouter(Router):
         arguments: Mapping[str, Any],
         dry_run: Callable[[], Any] | None = None,
     ) -> None:
+        actions = self.prepare(branch, step, arguments, dry_run)
+        self.count(actions)
+        self.open(actions)
+
+    def prepare(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> tuple[GroupAction, ...]:
+        """Finds the forward's place, and what its groups do there."""
         timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
         place = self.steps.locate(branch, step, timestep)
         state = self.states.get(place.branch)
         if state is None:
-            state = self.states[place.branch] = CacheState(self._lay_out(place.branch))
+            cells = self.schedule.cells_of(place.branch)
+            state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells)
         if place.starts:
             self._start_generation(place.branch, state)
         changed = state.expect(arguments)
@@ -244,7 +261,7 @@ class ScheduleRouter(Router):
             self._fit_ahead(state, dry_run)
         if self.track.layouts:
             self.track.begin(place.step, self.steps.run)
-        self._choose_row(state, place.step)
+        return self._choose_row(state, place.step)
 
     def _lay_out(self, branch: str) -> Layout:
         spec = self.spec
@@ -277,7 +294,7 @@ class ScheduleRouter(Router):
             state.flag.tensor.zero_()
         state.reset()
 
-    def _choose_row(self, state: CacheState, step: int) -> None:
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
         """The schedule's row, or computing everything where a residual the row reads is not there."""
         row = state.rows[step]
         self.state, self.row = state, row
@@ -291,11 +308,14 @@ class ScheduleRouter(Router):
             self._fallback_rows += 1
         elif row.layout.reads:
             state.upload_coefficients()
+        return actions
+
+    def count(self, actions: Sequence[GroupAction]) -> None:
+        """Notes a forward that is run by ``actions``."""
         self._forwards += 1
         for group, action in enumerate(actions):
-            counts = self._cached if action.kind == REUSE else self._computed
+            counts = self.cached if action.kind == REUSE else self.computed
             counts[group] += 1
-        self.open(actions)
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         state = self.state
@@ -315,6 +335,32 @@ class ScheduleRouter(Router):
             image, *rest = ops.linear_combination(streams, stored, terms.coefficients, into)
             text = rest[0] if rest else text
         return image, text
+
+    def terms(self, groups: range, text: bool) -> list[tuple[float, torch.Tensor, torch.Tensor | None]] | None:
+        """Coefficient, image and text residual of everything that the present row takes for these groups.
+
+        ``None`` where one is not there: nothing says so for the text, which a row stores only as far as it needs it.
+        """
+        found = []
+        row = self.state.layout.rows
+        for group in groups:
+            for anchor, coefficient in sorted((self.row.cells[group] or {}).items(), reverse=True):
+                slots = row[anchor].captures[group]
+                if slots is None or self.state.held[slots[0]] != (anchor, group) or (text and slots[1] is None):
+                    return None
+                image = self.state.images[slots[0]].tensor
+                beside = self.state.texts[slots[1]].tensor if text and slots[1] is not None else None
+                if image is None or (text and beside is None):
+                    return None
+                found.append((coefficient, image, beside))
+        return found
+
+    def drop(self) -> None:
+        """Frees the stored residuals; until there are new ones everything is computed."""
+        for state in self.states.values():
+            state.reset()
+            for buffer in (*state.images, *state.texts, state.flag):
+                buffer.tensor = None
 
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
@@ -364,15 +410,58 @@ class ScheduleRouter(Router):
                 "float16), caching was not the cause"
             )
 
+    def for_call(self) -> Router:
+        return self.requests.router()
+
+    def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
+
+        Requests may be entered again and again, by turns and from several threads; one forward runs at a time.
+
+        Args:
+            request_id: any name; it is new, or its generation goes on.
+            scheduler: the request's own sampler; without one its forwards are counted, one per branch and step.
+        """
+        return self.requests.entered({request_id: None}, scheduler)
+
+    def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block are a batch of several requests, each at its own step.
+
+        A group is reused where all of them reuse it, each sample from its request's residuals; where one has to compute
+        it, it is computed for all.
+
+        Args:
+            rows: requests in the order of the batch, and how many samples of it each has.
+        """
+        return self.requests.entered(rows)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended: its memory is freed.
+
+        Raises:
+            CacheStateError: there is no such request.
+            NonFiniteResidualError: one of its stored residuals held NaN or infinity.
+        """
+        self.requests.forget(request_id)
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
+
+        ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
+        ``seconds_saved`` (block time not spent, by the seconds measured in calibration), ``fallback_rows``, ``bytes``,
+        ``requests`` (known now), ``evictions``.
+        """
+        return self.requests.metrics()
+
     def report(self) -> CacheReport:
-        """What the cache did since it was enabled."""
+        """What the cache did since it was enabled, requests apart (see `metrics`)."""
         seconds = self.schedule.group_seconds
-        computed = sum(n * s for n, s in zip(self._computed, seconds, strict=True))
-        cached = sum(n * s for n, s in zip(self._cached, seconds, strict=True))
+        computed = sum(n * s for n, s in zip(self.computed, seconds, strict=True))
+        cached = sum(n * s for n, s in zip(self.cached, seconds, strict=True))
         return CacheReport(
             used=computed / (computed + cached) if self._forwards else 1.0,
-            computed_cells=sum(self._computed),
-            cached_cells=sum(self._cached),
+            computed_cells=sum(self.computed),
+            cached_cells=sum(self.cached),
             generations=max(self._generations.values(), default=0),
             forwards=self._forwards,
             fallback_rows=self._fallback_rows,
