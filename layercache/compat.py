@@ -51,6 +51,27 @@ def keep_address(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+CACHE_CONFIG = "_cache_config"
+"""Attribute of a transformer that makes diffusers' `is_cache_enabled` true."""
+
+
+ADAPTER_METHODS = (
+    "load_lora_adapter",
+    "add_adapter",
+    "set_adapter",
+    "set_adapters",
+    "enable_adapters",
+    "disable_adapters",
+    "enable_lora",
+    "disable_lora",
+    "fuse_lora",
+    "unfuse_lora",
+    "unload_lora",
+    "delete_adapters",
+)
+"""Methods of a transformer that change what its blocks compute."""
+
+
 def has_foreign_cache(transformer: nn.Module) -> bool:
     """Whether one of diffusers' own caches is enabled on the transformer."""
     return bool(getattr(transformer, "is_cache_enabled", False))

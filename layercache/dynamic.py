@@ -266,6 +266,11 @@ class DynamicRouter(Router):
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
         return ops.linear_combination(base, residuals, list(terms.values()), into)
 
+    def invalidate(self) -> None:
+        for state in self.states.values():
+            state.anchors.clear()
+            state.stored.clear()
+
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
         self.steps.reset()

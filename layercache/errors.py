@@ -43,6 +43,10 @@ class CacheStateError(LayerCacheError, RuntimeError):
     """A cache is enabled twice, disabled without being enabled, or used where it cannot work."""
 
 
+class ForeignCacheError(CacheStateError, ValueError):
+    """One of diffusers' caches is enabled where one of ours is; a `ValueError` as diffusers' own."""
+
+
 class NonFiniteResidualError(LayerCacheError, ArithmeticError):
     """A stored residual held NaN or infinity, so the picture of that generation cannot be trusted."""
 

@@ -12,9 +12,18 @@ from typing import Any, overload
 
 from torch import nn
 
-from layercache.compat import allow_graphs, counts_steps, has_foreign_cache, is_compiled, outside_graphs, scheduler_step
+from layercache.compat import (
+    ADAPTER_METHODS,
+    CACHE_CONFIG,
+    allow_graphs,
+    counts_steps,
+    has_foreign_cache,
+    is_compiled,
+    outside_graphs,
+    scheduler_step,
+)
 from layercache.dynamic import DynamicRouter
-from layercache.errors import CacheStateError
+from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.methods.easycache import EasyCache
 from layercache.methods.policy import DynamicMethod
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
@@ -48,6 +57,13 @@ class Shadow:
 
     def __reduce__(self) -> Any:
         return _class_method, (self._owner, self._name)
+
+
+class Occupied:
+    """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class ForwardHook:
@@ -101,9 +117,38 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
+        self._occupy()
+        for name in ADAPTER_METHODS:
+            if hasattr(self.transformer, name):
+                self._shadow(self.transformer, name, self._changing(getattr(self.transformer, name)))
         for owner, name, replacement in self.router.shadows():
             self._shadow(owner, name, replacement)
         self._follow(self.pipeline, self.router.steps.scheduler)
+
+    def _occupy(self) -> None:
+        """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""
+        transformer = self.transformer
+        if not all(hasattr(transformer, name) for name in ("enable_cache", "disable_cache", "is_cache_enabled")):
+            return
+
+        def enable_cache(config: Any) -> None:
+            raise ForeignCacheError(
+                "Caching has already been enabled on this transformer, with layercache; call layercache.disable first"
+            )
+
+        self._shadow(transformer, "enable_cache", enable_cache)
+        self._shadow(transformer, "disable_cache", self.detach)
+        self._put(transformer, CACHE_CONFIG, Occupied())
+
+    def _changing(self, original: Any) -> Any:
+        """A method after which the model is another one: nothing that it stored before is of use."""
+
+        def changing(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self._root.invalidate()
+            return result
+
+        return changing
 
     def share(self, pipeline: Any, scheduler: Any) -> None:
         """Another pipeline generates with the same transformer."""
@@ -155,8 +200,11 @@ class Attachment:
 
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
+        self._put(owner, name, Shadow(owner, name, replacement))
+
+    def _put(self, owner: Any, name: str, value: Any) -> None:
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-        owner.__dict__[name] = Shadow(owner, name, replacement)
+        owner.__dict__[name] = value
         self._instance_attributes.append((owner, name, before))
 
     def _cache_context(self, original: Any) -> Any:

@@ -187,6 +187,10 @@ class ModuleScheduleRouter(ModuleRouter):
     def reuse(self, group, image, text, results=None):
         return self.finals[self.branch], text
 
+    def invalidate(self) -> None:
+        self._valid = {branch: set() for branch in self._valid}
+        self._final_valid.clear()
+
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
         self.steps.reset()

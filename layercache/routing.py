@@ -237,6 +237,14 @@ class Router:
     def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return velocity
 
+    def invalidate(self) -> None:
+        """The model has changed in the middle of a generation: what is stored may not be used any more."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+
     def finish(self) -> None:
         """The pipeline has ended a generation."""
 
@@ -260,6 +268,12 @@ class RoutedModuleList(nn.ModuleList):
         if router.follows(self._layercache_index):
             return router.route(self._layercache_index, blocks)  # type: ignore[arg-type]
         return blocks
+
+    def __getitem__(self, index: Any) -> Any:
+        """A slice is a plain list of blocks."""
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
 
     def __reduce__(self) -> Any:
         """Copies and pickles are plain lists: they belong to another model, which nothing is enabled on."""

@@ -355,6 +355,12 @@ class ScheduleRouter(Router):
                 found.append((coefficient, image, beside))
         return found
 
+    def invalidate(self) -> None:
+        self.track.held = [None] * len(self.track.held)
+        for state in self.states.values():
+            state.reset()
+        self.requests.invalidate()
+
     def drop(self) -> None:
         """Frees the stored residuals; until there are new ones everything is computed."""
         for state in self.states.values():

@@ -94,6 +94,10 @@ class Requests:
                 total -= held[name]
                 self.evictions += 1
 
+    def invalidate(self) -> None:
+        for router in self._routers.values():
+            router.invalidate()
+
     def forget(self, name: str) -> None:
         router = self._routers.pop(name, None)
         if router is None:

@@ -1,0 +1,313 @@
+"""What else people do with a transformer: diffusers' own caches, copies, adapters, offload, casting, saving."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, MagCacheConfig
+from peft import LoraConfig
+from torch import nn
+
+import layercache
+from layercache.errors import CacheStateError, ForeignCacheError
+from layercache.integration import attachment_of
+from layercache.methods.fbcache import FBCache
+from layercache.routing import RoutedModuleList
+from test_models import call, schedule
+from test_pipelines import generate as run_pipeline
+from test_pipelines import schedule_of
+from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
+from zoo import build
+from zoo_pipelines import _qwen, _wan
+
+REUSE_ALL = ((None,) * 3, ({0: 1.0},) * 3)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def plan(pipe):
+    return schedule_for(pipe, mixed_cells())
+
+
+# --- what diffusers asks of every cache of its own -----------------------------------------------------------
+
+
+class Adapter:
+    """Our cache with the names that diffusers' model tests use."""
+
+    def __init__(self, name: str, monkeypatch):
+        from dataclasses import replace
+
+        from layercache import models
+
+        monkeypatch.setitem(models._REGISTRY, name, replace(models._REGISTRY[name], timestep=None))
+        self.model, self.inputs = build(name)
+
+    def enable_cache(self) -> None:
+        layercache.enable(self.model, schedule(self.model, *REUSE_ALL))
+
+    def hooks(self) -> list:
+        blocks = [child for child in self.model.children() if isinstance(child, RoutedModuleList)]
+        return [*blocks, *self.model._forward_pre_hooks.values(), *self.model._forward_hooks.values()]
+
+    def output(self, **changes) -> torch.Tensor:
+        return call(self.model, self.inputs | changes)[0]
+
+
+@pytest.fixture(
+    params=["FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel", "MochiTransformer3DModel"]
+)
+def adapter(request, monkeypatch):
+    return Adapter(request.param, monkeypatch)
+
+
+def test_enabled_state(adapter):
+    assert not adapter.model.is_cache_enabled
+    adapter.enable_cache()
+    assert adapter.model.is_cache_enabled
+    adapter.model.disable_cache()
+    assert not adapter.model.is_cache_enabled and attachment_of(adapter.model) is None
+    assert "enable_cache" not in vars(adapter.model) and "_cache_config" not in vars(adapter.model)
+
+
+def test_enabling_twice(adapter):
+    adapter.enable_cache()
+    with pytest.raises(CacheStateError, match="already enabled"):
+        adapter.enable_cache()
+    with pytest.raises(ValueError, match="Caching has already been enabled"):
+        adapter.model.enable_cache(FirstBlockCacheConfig())
+    adapter.model.disable_cache()
+
+
+def test_hooks_come_and_go(adapter):
+    assert not adapter.hooks()
+    adapter.enable_cache()
+    assert len(adapter.hooks()) >= 3
+    adapter.model.disable_cache()
+    assert not adapter.hooks()
+
+
+def test_inference(adapter):
+    first = next(name for name, value in adapter.inputs.items() if isinstance(value, torch.Tensor))
+    other = {first: adapter.inputs[first] + 0.1 * torch.randn_like(adapter.inputs[first])}
+    full = adapter.output(**other)
+    adapter.enable_cache()
+    with adapter.model.cache_context("cond"):
+        adapter.output()
+        cached = adapter.output(**other)
+    assert torch.isfinite(cached).all() and (cached - full).abs().max() > 1e-5
+    adapter.model.disable_cache()
+
+
+def test_contexts_are_apart(adapter):
+    adapter.enable_cache()
+    with adapter.model.cache_context("context_1"):
+        one = adapter.output()
+    with adapter.model.cache_context("context_2"):
+        two = adapter.output()
+    assert torch.equal(one, two)
+    adapter.model.disable_cache()
+
+
+def test_reset(adapter):
+    adapter.enable_cache()
+    with adapter.model.cache_context("cond"):
+        adapter.output()
+    adapter.model._reset_stateful_cache()
+    adapter.model.disable_cache()
+
+
+def test_a_cache_of_diffusers_is_not_joined(pipe, plan):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(CacheStateError, match="disable_cache"):
+        layercache.enable(pipe, plan)
+    pipe.transformer.disable_cache()
+    with layercache.enabled(pipe, plan), pytest.raises(ForeignCacheError, match="layercache.disable"):
+        pipe.transformer.enable_cache(MagCacheConfig(mag_ratios=[1.0] * 8, num_inference_steps=8))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    pipe.transformer.disable_cache()
+
+
+# --- copies, files, processes ----------------------------------------------------------------------------------
+
+
+def twin(pipe, transformer):
+    other = type(pipe)(transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["schedule", "dynamic"])
+def test_copies_are_uncached_models_of_their_own(pipe, plan, make, dynamic):
+    method = FBCache(threshold=1.0, warmup=2) if dynamic else plan
+    full = generate(pipe)
+    with layercache.enabled(pipe, method):
+        cached = generate(pipe)
+        other = twin(pipe, make(pipe.transformer))
+        assert not other.transformer.is_cache_enabled and type(other.transformer.transformer_blocks) is nn.ModuleList
+        assert torch.equal(generate(other), full)
+        with layercache.enabled(other, method):
+            assert torch.equal(generate(other), cached)
+        assert torch.equal(generate(other), full) and torch.equal(generate(pipe), cached)
+    assert torch.equal(generate(pipe), full)
+
+
+def test_a_cached_model_is_saved_as_it_is(pipe, plan, tmp_path):
+    full = generate(pipe)
+    with layercache.enabled(pipe, plan):
+        generate(pipe)
+        pipe.transformer.save_pretrained(tmp_path)
+        names = set(pipe.transformer.state_dict())
+    loaded = type(pipe.transformer).from_pretrained(tmp_path)
+    assert set(loaded.state_dict()) == names
+    assert torch.equal(generate(twin(pipe, loaded)), full)
+
+
+# --- other weights ---------------------------------------------------------------------------------------------
+
+
+def lora(seed: int):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    return config
+
+
+def test_adapters_between_generations(pipe, plan):
+    model = pipe.transformer
+    model.add_adapter(lora(0), "a")
+    model.add_adapter(lora(1), "b")
+    expected = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        with layercache.enabled(pipe, plan):
+            expected[name] = generate(pipe)
+    assert not torch.equal(expected["a"], expected["b"])
+    with layercache.enabled(pipe, plan) as cache:
+        for name in ("b", "a", "a", "b"):
+            model.set_adapter(name)
+            assert torch.equal(generate(pipe), expected[name])
+        model.fuse_lora()
+        torch.testing.assert_close(generate(pipe), expected["b"], rtol=1e-3, atol=1e-3)
+        model.unfuse_lora()
+        assert cache.report().fallback_rows == 0
+
+
+def test_an_adapter_switched_in_the_middle_makes_the_next_steps_compute(pipe, plan):
+    """Nothing of the old weights is reused: the steps that would have are computed."""
+    model = pipe.transformer
+    model.add_adapter(lora(0), "a")
+    model.add_adapter(lora(1), "b")
+
+    def switching(pipe, step, timestep, values):
+        model.set_adapter("b" if step >= 2 else "a")
+        return values
+
+    model.set_adapter("a")
+    full = generate(pipe, callback_on_step_end=switching)
+    model.set_adapter("a")
+    assert [cell is None for cell in plan.cells[3]] == [False] * 3
+    with layercache.enabled(pipe, plan) as cache:
+        generate(pipe, callback_on_step_end=switching)
+        assert cache.report().fallback_rows > 0
+    model.set_adapter("a")
+    cells = [(None,) * 3] * 3 + [({2: 1.0},) * 3] + [(None,) * 3] * 4
+    with layercache.enabled(pipe, schedule_for(pipe, cells)):
+        assert torch.equal(generate(pipe, callback_on_step_end=switching), full)
+
+
+def test_layerwise_casting(pipe, plan):
+    expected = cached_and_full(pipe, plan)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    cached, full = cached_and_full(pipe, plan)
+    assert (cached - expected[0]).abs().mean() < 0.1 * expected[0].abs().mean()
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
+    assert not torch.equal(cached, full)
+
+
+def cached_and_full(pipe, plan):
+    full = generate(pipe)
+    with layercache.enabled(pipe, plan) as cache:
+        cached = generate(pipe)
+        assert cache.report().fallback_rows == 0
+    assert torch.equal(generate(pipe), full)
+    return cached, full
+
+
+@pytest.mark.parametrize("order", ["offload first", "cache first"])
+@pytest.mark.parametrize("kind", ["sequential", "group"])
+def test_offload(pipe, plan, order, kind):
+    """Weights that come and go around every module: the hooks of blocks that do not run do not run either."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+    from diffusers.hooks import apply_group_offloading
+
+    expected = cached_and_full(pipe, plan)
+
+    def offload():
+        if kind == "sequential":
+            cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+        else:
+            apply_group_offloading(
+                pipe.transformer, torch.device("cpu"), torch.device("cpu"), "block_level", num_blocks_per_group=2
+            )
+
+    if order == "offload first":
+        offload()
+    with layercache.enabled(pipe, plan) as cache:
+        if order == "cache first":
+            offload()
+        assert torch.equal(generate(pipe), expected[0])
+        assert cache.report().fallback_rows == 0
+    assert torch.equal(generate(pipe), expected[1])
+    if kind == "sequential":
+        remove_hook_from_submodules(pipe.transformer)
+
+
+def test_quantised_weights(plan):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    pipe = tiny_pipeline()
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    cached, full = cached_and_full(pipe, plan)
+    assert torch.isfinite(cached).all() and not torch.equal(cached, full)
+
+
+def test_attention_backends(pipe, plan):
+    expected = cached_and_full(pipe, plan)
+    with layercache.enabled(pipe, plan):
+        pipe.transformer.set_attention_backend("_native_math")
+        torch.testing.assert_close(generate(pipe), expected[0], rtol=1e-3, atol=1e-3)
+        pipe.transformer.reset_attention_backend()
+
+
+def test_inference_mode(pipe, plan):
+    expected = cached_and_full(pipe, plan)[0]
+    with layercache.enabled(pipe, plan), torch.inference_mode():
+        assert torch.equal(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [_qwen, _wan])
+def test_half_precision(make, dtype):
+    pipe, arguments = make()
+    pipe.transformer.to(dtype)
+    arguments = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    full = run_pipeline(pipe, arguments)
+    with layercache.enabled(pipe, schedule_of(pipe, "ccr")) as cache:
+        cached = run_pipeline(pipe, arguments)
+        assert cache.report().fallback_rows == 0
+        (state,) = list(cache.states.values())[:1]
+        assert state.images[0].tensor.dtype == dtype
+    assert torch.isfinite(cached.float()).all() and not torch.equal(cached, full)
