@@ -1,57 +1,73 @@
-class View:
-    def __init__(
-        self, data: int, dtype: int, batch: int, rows: int, cols: int, batch_stride: int, row_stride: int
-    ) -> None: ...
+"""The native ops; tensors are read through their Python attributes."""
 
+from typing import Any
+
+from torch import Tensor
+
+def know_dtypes(objects: list[Any]) -> None: ...
 def capture(
-    outputs: list[View],
-    inputs: list[View],
-    residuals: list[View],
-    previous: list[View],
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    residuals: list[Tensor],
+    previous: list[Tensor],
     statistics: int,
     samples: int,
     look: bool,
     threads: int,
 ) -> tuple[bool, list[float]]: ...
-def capture_compact(output: View, before: View, codes: View, scales: View, look: bool, threads: int) -> bool: ...
-def pair_statistics(a: list[View], b: list[View], samples: int, threads: int) -> list[float]: ...
+def capture_compact(
+    output: Tensor, before: Tensor, codes: Tensor, scales: Tensor, look: bool, threads: int
+) -> bool: ...
+def pair_statistics(a: list[Tensor], b: list[Tensor], samples: int, threads: int) -> list[float]: ...
 def linear_map(
-    inputs: list[View],
-    outputs: list[View],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
     coefficients: list[float | None],
     factors: list[float],
     base: bool,
-    gate: View | None,
-    scales: list[View | None],
+    gate: Tensor | None,
+    scales: list[Tensor | None],
     threads: int,
 ) -> None: ...
-def combination_error(target: View, terms: list[View], coefficients: list[float], threads: int) -> list[float]: ...
-def gram(tensors: list[View], threads: int) -> list[float]: ...
-def linear_sums(tensors: list[View], coefficients: list[float | None], threads: int) -> list[float]: ...
+def combination_error(target: Tensor, terms: list[Tensor], coefficients: list[float], threads: int) -> list[float]: ...
+def gram(tensors: list[Tensor], threads: int) -> list[float]: ...
+def linear_sums(tensors: list[Tensor], coefficients: list[float | None], threads: int) -> list[float]: ...
 def router_lerp(
-    fresh: View, cached: View, beta: list[float], gate: View | None, residual: View | None, out: View, threads: int
+    fresh: Tensor,
+    cached: Tensor,
+    beta: list[float],
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    threads: int,
 ) -> None: ...
 def router_lerp_backward(
-    grad: View, fresh: View, cached: View, beta: list[float], gate: View | None, grad_fresh: View, threads: int
-) -> list[float]: ...
-def modulate(
-    x: View,
-    scale: View,
-    shift: View,
-    z: View,
-    residuals: list[View],
-    coefficients: list[float],
-    previous: View | None,
-    weight: View | None,
-    bias: View | None,
-    stream: View | None,
-    bounds: list[int],
-    eps: float,
-    scales: list[View],
+    grad: Tensor,
+    fresh: Tensor,
+    cached: Tensor,
+    beta: list[float],
+    gate: Tensor | None,
+    grad_fresh: Tensor,
     threads: int,
 ) -> list[float]: ...
-def guidance(cond: View, uncond: View, scale: float, rescale: bool, out: View, threads: int) -> None: ...
-def row_statistics(a: View, b: View, samples: int, threads: int) -> list[float]: ...
+def modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    z: Tensor,
+    residuals: list[Tensor],
+    coefficients: list[float],
+    previous: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stream: Tensor | None,
+    bounds: list[int],
+    eps: float,
+    scales: list[Tensor],
+    threads: int,
+) -> list[float]: ...
+def guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool, out: Tensor, threads: int) -> None: ...
+def row_statistics(a: Tensor, b: Tensor, samples: int, threads: int) -> list[float]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> bool: ...
 def parallel() -> int: ...

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(module)`` wrapper, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module, or of what it wraps, run as a compiled graph."""
-    inner = unwrap_compiled(module)
-    return inner is not module or getattr(inner, "_compiled_call_impl", None) is not None
+    # looked up without nn.Module's own __getattr__, which is slow where there is nothing
+    return isinstance(module, OptimizedModule) or unwrap_compiled(module)._compiled_call_impl is not None
 
 
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:

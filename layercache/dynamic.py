@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,15 +81,18 @@ class _Visit(Trip):
 
     def __init__(self, router: DynamicRouter):
         super().__init__(router)
+        self.restart()
+
+    def restart(self) -> None:
+        super().restart()
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
 
-    def arrive(self, block: nn.Module, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The streams are in front of a block."""
+    def arrive(self, block: nn.Module, at: int, streams: Streams, kwargs: Mapping[str, Any]) -> None:
+        """The streams are in front of block number ``at``."""
         router, method = self.router, self.router.method
-        image, text = self.inputs(place, args, kwargs)
-        at = place.block
+        image, text = streams
         if at == 0:
             self.start = image
             if method.needs_modulation:
@@ -121,23 +124,25 @@ class _Gate(StandIn):
         visit, at = self.trip, self.place.block
         router = visit.router
         if at in router.landmarks:
-            visit.arrive(self.block, self.place, args, kwargs)
+            visit.arrive(self.block, at, self.calls.inputs(args, kwargs, visit.tokens), kwargs)
         if at < router.method.probe or not visit.reuses:
             output = self.block(*args, **kwargs)
             if at == router.end - 1:
-                visit.leave(*visit.outputs(self.place, output))
+                visit.leave(*self.calls.unpack(output, visit.tokens))
             return output
         if at == router.method.probe and self.place.list in router.rewritten and at != router.end - 1:
-            return router.spec.given(args, kwargs).clone()
-        here = new = visit.inputs(self.place, args, kwargs)
-        if at == router.end - 1:
-            joined = router.spec.order(self.place.list) is not None
-            new = visit.restore(here[1], here if joined else None)
-        return visit.packed(self.place, args, kwargs, here, new)
+            return self.calls.given(args, kwargs).clone()
+        if at != router.end - 1:
+            return self.calls.passed(args, kwargs)
+        here = self.calls.inputs(args, kwargs, visit.tokens)
+        new = visit.restore(here[1], here if self.calls.order is not None else None)
+        return self.packed(args, kwargs, here, new)
 
 
 class DynamicRouter(Router):
     """Routes a transformer by a `DynamicMethod`; this is what ``layercache.enable`` returns for one."""
+
+    keeps_items = True
 
     def __init__(
         self,

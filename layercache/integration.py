@@ -270,10 +270,12 @@ class Attachment:
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        arguments = {name: given[name] for name in self._parameters if name in given}
+        arguments = kwargs
+        if args or next(iter(kwargs), None) != self._parameters[0]:
+            given = dict(zip(self._parameters, args, strict=False)) | kwargs
+            arguments = {name: given[name] for name in self._parameters if name in given}
         spec = self.router.spec
-        if any(arguments.get(name) is not None for name in spec.bypass):
+        if spec.bypass and any(arguments.get(name) is not None for name in spec.bypass):
             return
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
@@ -285,8 +287,9 @@ class Attachment:
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
-            if output is not None and self.router.is_announced:  # the forward did not fail
-                self.router.after(output, functools.partial(module.forward, *args, **kwargs))
+            router = self.router
+            if router.looks_back and output is not None and router.is_announced:  # the forward did not fail
+                router.after(output, functools.partial(module.forward, *args, **kwargs))
         finally:
             self.router.shut()
             self._release()

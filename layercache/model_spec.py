@@ -68,39 +68,9 @@ class ModelSpec:
     def block_modules(self, transformer: nn.Module) -> list[nn.ModuleList]:
         return [getattr(transformer, name) for name in self.block_lists]
 
-    def order(self, index: int) -> tuple[str, str] | None:
-        """How block list ``index`` joins the streams; ``None`` where they are apart."""
-        return self.joint.get(self.block_lists[index])
-
-    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The first stream argument of a block's call: the image, or both streams joined."""
-        return kwargs[self.arguments[0]] if self.arguments[0] in kwargs else args[0]
-
-    def inputs(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: Tokens) -> Streams:
-        """Image and text stream among the arguments of a call of a block of list ``index``."""
-        first, order = self.given(args, kwargs), self.order(index)
-        if order is not None:
-            return tokens.split(first, order)
-        if not self.has_text:
-            return first, None
-        return first, kwargs[self.arguments[1]] if self.arguments[1] in kwargs else args[1]
-
-    def unpack(self, index: int, output: Any, tokens: Tokens) -> Streams:
-        """Image and text stream of such a block's output."""
-        order = self.order(index)
-        if order is not None:
-            return tokens.split(output, order)
-        if not self.has_text:
-            return (output[0] if isinstance(output, tuple) else output), None
-        return output[self.streams.index("image")], output[self.streams.index("text")]
-
-    def pack(self, index: int, first: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None) -> Any:
-        """The output such a block would give; joined streams are taken to be parts of ``first``, the block's input."""
-        if self.order(index) is not None:
-            return first
-        if not self.has_text:
-            return image
-        return tuple(image if stream == "image" else text for stream in self.streams)
+    def calls(self, index: int) -> BlockCalls:
+        """How the blocks of list ``index`` are called."""
+        return BlockCalls(self, self.joint.get(self.block_lists[index]))
 
 
 class Tokens:
@@ -117,3 +87,61 @@ class Tokens:
         if order[0] == "text":
             return joined[:, self.text :], joined[:, : self.text]
         return joined[:, : self.image], joined[:, self.image :]
+
+
+class BlockCalls:
+    """How the blocks of one list take and return their streams.
+
+    Attributes:
+        order: how they join the streams; ``None`` where they are apart.
+        single: whether they take and return one tensor.
+    """
+
+    def __init__(self, spec: ModelSpec, order: tuple[str, str] | None):
+        self.order = order
+        self.single = order is not None or not spec.has_text
+        self._first, self._second = spec.arguments
+        self._image, self._text = spec.streams.index("image"), 1 - spec.streams.index("image")
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The first stream argument of a block's call: the image, or both streams joined."""
+        return kwargs[self._first] if self._first in kwargs else args[0]
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: Tokens) -> Streams:
+        """Image and text stream among the arguments of a call."""
+        first = kwargs[self._first] if self._first in kwargs else args[0]
+        if self.order is not None:
+            return tokens.split(first, self.order)
+        if self.single:
+            return dense(first), None
+        return dense(first), dense(kwargs[self._second] if self._second in kwargs else args[1])
+
+    def unpack(self, output: Any, tokens: Tokens) -> Streams:
+        """Image and text stream of a block's output."""
+        if self.order is not None:
+            return tokens.split(output, self.order)
+        if self.single:
+            return dense(output[0] if isinstance(output, tuple) else output), None
+        text = output[self._text]
+        return dense(output[self._image]), None if text is None else dense(text)
+
+    def pack(self, first: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """The output such a block would give; joined streams are taken to be parts of ``first``, the block's input."""
+        if self.order is not None:
+            return first
+        if self.single:
+            return image
+        return (image, text) if self._image == 0 else (text, image)
+
+    def passed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output of a block that changes nothing."""
+        first = kwargs[self._first] if self._first in kwargs else args[0]
+        if self.single:
+            return first
+        second = kwargs[self._second] if self._second in kwargs else args[1]
+        return (first, second) if self._image == 0 else (second, first)
+
+
+def dense(stream: torch.Tensor) -> torch.Tensor:
+    """The stream with its channels side by side; some models take theirs from a transposed convolution's output."""
+    return stream if stream.stride(-1) == 1 else stream.contiguous()

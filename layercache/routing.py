@@ -31,14 +31,6 @@ class Place(NamedTuple):
     list: int = 0
 
 
-def dense(streams: Streams) -> Streams:
-    """The streams with their channels side by side; some models come from a transposed convolution's output."""
-    image, text = streams
-    if image.stride(-1) != 1:
-        image = image.contiguous()
-    return image, text.contiguous() if text is not None and text.stride(-1) != 1 else text
-
-
 class Trip:
     """One passage of the streams through the blocks; remembers the input of the group that is open."""
 
@@ -48,21 +40,9 @@ class Trip:
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
 
-    def inputs(self, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
-        return dense(self.router.spec.inputs(place.list, args, kwargs, self.tokens))
-
-    def outputs(self, place: Place, output: Any) -> Streams:
-        return dense(self.router.spec.unpack(place.list, output, self.tokens))
-
-    def packed(self, place: Place, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
-        """The output of a block that does not run; of joined streams, what is new replaces its part in place."""
-        spec = self.router.spec
-        first = spec.given(args, kwargs)
-        if spec.order(place.list) is not None:
-            for old, other in zip(here, new, strict=True):
-                if other is not None and other is not old:
-                    old.copy_(other)  # type: ignore[union-attr]
-        return spec.pack(place.list, first, *new)
+    def restart(self) -> None:
+        """Another forward begins."""
+        self.image = self.text = None
 
     def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
         self.image, self.text = image, text
@@ -87,47 +67,64 @@ class StandIn:
 
     def __init__(self, trip: Trip, block: nn.Module, place: Place):
         self.trip, self.block, self.place = trip, block, place
+        self.calls = trip.router.calls[place.list]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
+
+    def packed(self, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
+        """What the block gives without running; of joined streams, what is new replaces its part in place."""
+        if self.calls.order is not None:
+            for old, other in zip(here, new, strict=True):
+                if other is not None and other is not old:
+                    old.copy_(other)  # type: ignore[union-attr]
+        return self.calls.pack(self.calls.given(args, kwargs), *new)
 
 
 class CapturedBlock(StandIn):
     """The first or last block of a computed group whose residual is stored."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.place.opens:
-            self.trip.open(self.place.group, *self.trip.inputs(self.place, args, kwargs))
+        trip, place = self.trip, self.place
+        if place.opens:
+            trip.open(place.group, *self.calls.inputs(args, kwargs, trip.tokens))
         output = self.block(*args, **kwargs)
-        if self.place.closes:
-            self.trip.close(self.place.group, *self.trip.outputs(self.place, output))
+        if place.closes:
+            trip.close(place.group, *self.calls.unpack(output, trip.tokens))
         return output
 
 
 class SkippedBlock(StandIn):
-    """A block of a reused group: passes the streams on, and at the group's end replaces them."""
+    """The first or last block of a reused group: passes the streams on, and at the group's end replaces them."""
 
     def __init__(self, trip: Trip, block: nn.Module, place: Place, action: GroupAction):
         super().__init__(trip, block, place)
         self.action = action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = new = self.trip.inputs(self.place, args, kwargs)
-        if self.place.opens:
-            self.trip.open(self.place.group, *here)
-            if self.place.list in self.trip.router.rewritten and not self.place.closes:
-                return self.trip.router.spec.given(args, kwargs).clone()
-        if self.place.closes:
-            joined = self.trip.router.spec.order(self.place.list) is not None
-            new = self.trip.skip(self.place.group, self.action, here if joined else None)
-        return self.trip.packed(self.place, args, kwargs, here, new)
+        trip, place = self.trip, self.place
+        here = new = self.calls.inputs(args, kwargs, trip.tokens)
+        if place.opens:
+            trip.open(place.group, *here)
+            if place.list in trip.router.rewritten and not place.closes:
+                return self.calls.given(args, kwargs).clone()
+        if place.closes:
+            new = trip.skip(place.group, self.action, here if self.calls.order is not None else None)
+        return self.packed(args, kwargs, here, new)
+
+
+class PassedBlock(StandIn):
+    """A block inside a reused group: passes on what it was given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.calls.passed(args, kwargs)
 
 
 class MeasuredBlock(StandIn):
     """The very first block of a model that joins its streams later: notes how many tokens each has."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.trip.tokens.note(*self.trip.inputs(self.place, args, kwargs))
+        self.trip.tokens.note(*self.calls.inputs(args, kwargs, self.trip.tokens))
         return self.block(*args, **kwargs)
 
 
@@ -139,18 +136,24 @@ class Router:
         steps: says which step a forward belongs to.
         is_announced: whether a forward is under way that follows the actions.
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
+        keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
     """
 
+    keeps_items = False
     rewritten: frozenset[int] = frozenset()
     steps: StepCounter
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
         self.transformer = transformer
         self.spec = spec
+        self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
         self.actions: tuple[GroupAction, ...] = ()
         self.is_announced = False
         self._next_list = _CLOSED
         self._trip: Trip | None = None
+        self._kept_trip: Trip | None = None
+        self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
+        self._kept_blocks: list[list[nn.Module]] = [[] for _ in spec.block_lists]
         lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
         lists = [index for index, length in enumerate(lengths) for _ in range(length)]
         position = [
@@ -181,12 +184,31 @@ class Router:
 
     def route(self, index: int, blocks: Iterator[nn.Module]) -> Iterator[Any]:
         """What block list ``index`` yields in the announced forward."""
+        if self.keeps_items and not torch.compiler.is_compiling():
+            return self._route_again(index, list(blocks))
         trip = self.new_trip() if self._trip is None else self._trip
         last = index == len(self._positions) - 1
         self._next_list = _CLOSED if last else index + 1
         self._trip = None if last else trip
+        return iter(self._items(trip, index, blocks))
+
+    def _items(self, trip: Trip, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
         placed = zip(blocks, self._positions[index], strict=True)
-        return iter([self._measured(trip, self.item(trip, block, place), place) for block, place in placed])
+        return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
+
+    def _route_again(self, index: int, blocks: list[nn.Module]) -> Iterator[Any]:
+        """The same from what was made for an earlier forward with the same actions."""
+        self._next_list = _CLOSED if index == len(self._positions) - 1 else index + 1
+        if self._kept_trip is None:
+            self._kept_trip = self.new_trip()
+        if index == 0:
+            self._kept_trip.restart()
+        if blocks != self._kept_blocks[index]:
+            self._kept_blocks[index], self._kept[index] = blocks, {}
+        items = self._kept[index].get(self.actions)
+        if items is None:
+            items = self._kept[index][self.actions] = self._items(self._kept_trip, index, blocks)
+        return iter(items)
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
         return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
@@ -198,7 +220,9 @@ class Router:
             return block
         if action.kind == CAPTURE:
             return CapturedBlock(trip, block, place) if place.opens or place.closes else block
-        return SkippedBlock(trip, block, place, action)
+        if place.opens or place.closes:
+            return SkippedBlock(trip, block, place, action)
+        return PassedBlock(trip, block, place)
 
     @property
     def graphs(self) -> int:
@@ -225,6 +249,11 @@ class Router:
         ``dry_run`` runs the same forward once outside the compiled graph; there is none where nothing is compiled.
         """
         raise NotImplementedError
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether `after` does anything."""
+        return type(self).after is not Router.after
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
         """The announced forward gave ``output``; ``rerun`` runs the same one again."""

@@ -42,6 +42,13 @@ class Terms:
         self.images, self.texts, self.values = images, texts, values
         self.coefficients: torch.Tensor | None = None
 
+    def on(self, device: torch.device) -> torch.Tensor | tuple[float, ...]:
+        """The coefficients for an op there. A compiled graph, and a GPU, do not depend on them as numbers."""
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.values
+        assert self.coefficients is not None
+        return self.coefficients
+
 
 class Row:
     """A `RowLayout` bound to the buffers of one branch."""
@@ -97,7 +104,7 @@ class CacheState:
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
-        return all(self.held[slot] == key for slot, key in row.layout.reads)
+        return not row.layout.reads or all(self.held[slot] == key for slot, key in row.layout.reads)
 
     def note_captures(self, step: int, row: Row) -> None:
         for group, slots in enumerate(row.layout.captures):
@@ -118,6 +125,20 @@ class CacheState:
                 buffer.tensor = keep_address(torch.empty(stream.shape, dtype=stream.dtype, device=stream.device))
         self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
 
+    def is_finite(self) -> bool:
+        """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
+        if self.flag.tensor is None:
+            return True
+        if self.flag.tensor.is_cuda:
+            bad = bool(self.flag.tensor.item())
+        else:
+            held = [buffer.tensor for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
+            bad = not all(bool(torch.isfinite(t).all()) for t in held if t is not None)
+        if bad:
+            self.flag.tensor.zero_()
+            self.reset()
+        return not bad
+
     def upload_coefficients(self) -> None:
         """Puts the coefficients of all rows where the residuals are, in one transfer."""
         if not self.images or self.images[0].tensor is None:
@@ -133,6 +154,19 @@ class CacheState:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
+
+
+def _check_fit(stream: torch.Tensor | None, other: torch.Tensor | None) -> None:
+    """The ops behind do not look: a block that gives another shape or dtype than it takes has no residual."""
+    if stream is None or other is None or stream.shape != other.shape or stream.dtype != other.dtype:
+        raise CacheStateError(
+            f"a group of blocks takes a stream of {describe(stream)} and gives or is given one of {describe(other)}; "
+            "such a group has no residual, cut the blocks into other groups"
+        )
+
+
+def describe(stream: torch.Tensor | None) -> str:
+    return "nothing" if stream is None else f"shape {tuple(stream.shape)}, {stream.dtype}"
 
 
 def _like(stored: torch.Tensor | None, tensor: torch.Tensor) -> bool:
@@ -211,10 +245,9 @@ class ScheduleRouter(Router):
         self.row: Row
         self.track = VelocityTrack(self.layout)
         self._dry_trip: DryTrip | None = None
-        self.computed = [0] * len(schedule.groups)
-        self.cached = [0] * len(schedule.groups)
+        self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
+        self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._generations: dict[str, int] = {}
-        self._forwards = 0
         self._fallback_rows = 0
         self.requests = Requests(self)
 
@@ -285,6 +318,10 @@ class ScheduleRouter(Router):
     def new_trip(self) -> Trip:
         return self._dry_trip or super().new_trip()
 
+    @property
+    def keeps_items(self) -> bool:  # type: ignore[override]
+        return self._dry_trip is None
+
     def _start_generation(self, branch: str, state: CacheState) -> None:
         """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
         self._generations[branch] = self._generations.get(branch, 0) + 1
@@ -299,7 +336,7 @@ class ScheduleRouter(Router):
         row = state.rows[step]
         self.state, self.row = state, row
         actions = row.layout.actions
-        skipped_in_vain = self.schedule.is_skipped(step) and not self.track.is_complete
+        skipped_in_vain = self._skipped[step] and not self.track.is_complete
         valid = state.is_valid(row) and not skipped_in_vain
         state.note_captures(step, row)
         if not valid:
@@ -310,29 +347,45 @@ class ScheduleRouter(Router):
             state.upload_coefficients()
         return actions
 
-    def count(self, actions: Sequence[GroupAction]) -> None:
+    def count(self, actions: tuple[GroupAction, ...]) -> None:
         """Notes a forward that is run by ``actions``."""
-        self._forwards += 1
-        for group, action in enumerate(actions):
-            counts = self.cached if action.kind == REUSE else self.computed
-            counts[group] += 1
+        self._runs[actions] = self._runs.get(actions, 0) + 1
+
+    def _count_of(self, reused: bool) -> list[int]:
+        groups = range(len(self.schedule.groups))
+        return [sum(n for row, n in self._runs.items() if (row[g].kind == REUSE) is reused) for g in groups]
+
+    @property
+    def computed(self) -> list[int]:
+        """Forwards that computed each group."""
+        return self._count_of(False)
+
+    @property
+    def cached(self) -> list[int]:
+        """Forwards that reused each group."""
+        return self._count_of(True)
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         state = self.state
         image_slot, text_slot = self.row.captures[group]
         state.fit(image_out, text_out)
+        _check_fit(image_in, image_out)
+        # without a GPU the stored residuals are looked at when the generation ends, not on their way
+        flag = state.flag.tensor if image_out.is_cuda else None
         if text_slot is None:
-            ops.capture([image_out], [image_in], [image_slot.tensor], state.flag.tensor)
+            ops.store([image_out], [image_in], [image_slot.tensor], flag)
         else:
-            residuals = [image_slot.tensor, text_slot.tensor]
-            ops.capture([image_out, text_out], [image_in, text_in], residuals, state.flag.tensor)
+            _check_fit(text_in, text_out)
+            ops.store([image_out, text_out], [image_in, text_in], [image_slot.tensor, text_slot.tensor], flag)
 
     def reuse(self, group, image, text, results=None):
         for terms in self.row.runs[group]:
             streams = [image] if terms.texts is None else [image, text]
             stored = [[buffer.tensor for buffer in stream] for stream in (terms.images, terms.texts) if stream]
-            into = results[: len(streams)] if results else None
-            image, *rest = ops.linear_combination(streams, stored, terms.coefficients, into)
+            for stream, own in zip(streams, stored, strict=True):
+                _check_fit(stream, own[0])
+            into = list(results[: len(streams)]) if results else None
+            image, *rest = ops.restore(streams, stored, terms.on(image.device), into)
             text = rest[0] if rest else text
         return image, text
 
@@ -403,8 +456,7 @@ class ScheduleRouter(Router):
         """
         bad = []
         for name, state in self.states.items():
-            if state.flag.tensor is not None and int(state.flag.tensor.item()):
-                state.flag.tensor.zero_()
+            if not state.is_finite():
                 bad.append(name)
         if not self.track.is_finite():
             self.track.reset()
@@ -465,11 +517,11 @@ class ScheduleRouter(Router):
         computed = sum(n * s for n, s in zip(self.computed, seconds, strict=True))
         cached = sum(n * s for n, s in zip(self.cached, seconds, strict=True))
         return CacheReport(
-            used=computed / (computed + cached) if self._forwards else 1.0,
+            used=computed / (computed + cached) if self._runs else 1.0,
             computed_cells=sum(self.computed),
             cached_cells=sum(self.cached),
             generations=max(self._generations.values(), default=0),
-            forwards=self._forwards,
+            forwards=sum(self._runs.values()),
             fallback_rows=self._fallback_rows,
             cache_bytes=sum(state.nbytes for state in self.states.values()) + self.track.nbytes,
             branches=tuple(self.states),

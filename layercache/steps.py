@@ -36,11 +36,12 @@ class Place:
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple:
     """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
-    found: list[tuple] = []
+    found: list[Any] = []
     for name, value in arguments.items():
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                found.append((name, tensor.shape, tensor.dtype, tensor.device))
+        if isinstance(value, torch.Tensor):
+            found += (name, value.shape, value.dtype, value.device)
+        elif isinstance(value, (list, tuple)):
+            found += [(name, t.shape, t.dtype, t.device) for t in value if isinstance(t, torch.Tensor)]
     return tuple(found)
 
 
@@ -83,7 +84,7 @@ class _Branch:
     run: object = None
     step: int = -1
     time: float | None = None
-    generation: int = 0
+    limit: int = 0
 
 
 def host_number(value: Any) -> float | None:
@@ -164,9 +165,10 @@ class StepCounter:
             ScheduleMismatchError: the run has other steps or noise levels than `sigmas`.
             CacheStateError: the scheduler's run is over, or it does not move: another one drives the transformer.
         """
-        self._find_driver()
+        if self._sharers:
+            self._find_driver()
         counted = scheduler_step(self.scheduler) if self.scheduler is not None else None
-        if counted is None and id(self.scheduler) in self.tallies:
+        if counted is None and self.tallies and id(self.scheduler) in self.tallies:
             counted = self.tallies[id(self.scheduler)].step(timestep)
         if counted is not None:
             return self._from_scheduler(branch, counted if hint is None else hint)
@@ -176,14 +178,17 @@ class StepCounter:
 
     def _from_scheduler(self, branch: str | None, step: int) -> Place:
         run = self.scheduler.timesteps
-        # a pipeline that begins in the middle may have cut its timesteps
-        if step >= max(len(run), len(getattr(self.scheduler, "sigmas", ())) - 1):
-            raise CacheStateError(_STRANGER)
         name = branch or self._unnamed_branch((id(run), step))
-        seen = self._branches.setdefault(name, _Branch())
+        seen = self._branches.get(name)
+        if seen is None:
+            seen = self._branches[name] = _Branch()
         starts = seen.run is not run or step < seen.step
         if starts:
             self._check_run()
+            # a pipeline that begins in the middle may have cut its timesteps
+            seen.limit = max(len(run), len(getattr(self.scheduler, "sigmas", ())) - 1)
+        if step >= seen.limit:
+            raise CacheStateError(_STRANGER)
         seen.run, seen.step = run, step
         self._check_step(step)
         return Place(name, step, starts)

@@ -133,7 +133,7 @@ def stream_shape(model: nn.Module, inputs: dict) -> torch.Size:
     spec, shapes = spec_for(model), []
     block = spec.block_modules(model)[0][0]
     hook = block.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(spec.given(args, kwargs).shape), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(spec.calls(0).given(args, kwargs).shape), with_kwargs=True
     )
     call(model, inputs)
     hook.remove()
@@ -142,7 +142,7 @@ def stream_shape(model: nn.Module, inputs: dict) -> torch.Size:
 
 def test_one_launch_per_stored_group_and_one_per_run(zoo, monkeypatch):
     model, inputs = zoo
-    launches = {"capture": 0, "linear_combination": 0}
+    launches = {"store": 0, "restore": 0}
     for name in launches:
         original = getattr(ops, name)
 
@@ -155,11 +155,11 @@ def test_one_launch_per_stored_group_and_one_per_run(zoo, monkeypatch):
     rows = ((None,) * 3, ({0: 1.0}, None, {0: 1.0}), ({0: 1.0}, {1: 1.0}, {0: 1.0}))
     with layercache.enabled(model, schedule(model, *rows)):
         call(model, inputs)
-        assert launches == {"capture": 2, "linear_combination": 0}
+        assert launches == {"store": 2, "restore": 0}
         call(model, inputs)
-        assert launches == {"capture": 3, "linear_combination": 2}
+        assert launches == {"store": 3, "restore": 2}
         call(model, inputs)
-        assert launches == {"capture": 3, "linear_combination": 2 + runs}
+        assert launches == {"store": 3, "restore": 2 + runs}
 
 
 class Ramp(nn.Module):
@@ -180,11 +180,12 @@ class Ramp(nn.Module):
 
     def forward(self, *args, **kwargs):
         change = 0.3 + 0.7 * Ramp.time
-        first = self.spec.given(args, kwargs)
-        if self.spec.order(self.index) is not None or not self.spec.has_text:
+        calls = self.spec.calls(self.index)
+        first = calls.given(args, kwargs)
+        if calls.single:
             return first + change
         second = kwargs[self.spec.arguments[1]] if self.spec.arguments[1] in kwargs else args[1]
-        return self.spec.pack(self.index, first, first + change, second - 0.5 * change)
+        return calls.pack(first, first + change, second - 0.5 * change)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -1,8 +1,9 @@
-// Python's side of the native ops: views in, sums out. The caller has validated everything.
+// Python's side of the native ops: tensors in, sums out. The caller has validated everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <unordered_map>
 
 #include "kernels.hpp"
 #include "loops.hpp"
@@ -16,12 +17,71 @@ using namespace layercache::cpu;
 
 namespace {
 
-View make_view(std::uintptr_t data, int dtype, std::int64_t batch, std::int64_t rows, std::int64_t cols,
-               std::int64_t batch_stride, std::int64_t row_stride) {
-    if (dtype < 0 || dtype > 3 || batch < 0 || rows < 0 || cols < 0)
-        throw std::invalid_argument("not a view of a tensor");
-    return {reinterpret_cast<char*>(data), static_cast<Dtype>(dtype), batch, rows, cols, batch_stride, row_stride};
+// torch's dtype objects, told once by Python: there is no linkage to torch that would know them.
+std::unordered_map<PyObject*, Dtype>& dtypes() {
+    static std::unordered_map<PyObject*, Dtype> known;
+    return known;
 }
+
+void know_dtypes(const py::list& objects) {
+    for (std::size_t code = 0; code < objects.size() && code < 4; ++code)
+        dtypes()[py::object(objects[code]).release().ptr()] = static_cast<Dtype>(code);
+}
+
+struct Names {
+    PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject* dtype = PyUnicode_InternFromString("dtype");
+    PyObject* shape = PyUnicode_InternFromString("shape");
+    PyObject* stride = PyUnicode_InternFromString("stride");
+};
+
+// What a tensor says of itself. Up to three dims, or contiguous ones of any number, as [batch, rows, cols].
+bool look_at(PyObject* tensor, View& view) {
+    static const Names names;
+    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.dtype));
+    const auto shape = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names.shape));
+    const auto data = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names.data_ptr));
+    const auto stride = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names.stride));
+    if (!dtype || !shape || !data || !stride || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()))
+        return false;
+    const auto found = dtypes().find(dtype.ptr());
+    if (found == dtypes().end()) return false;
+    const auto at = [](const py::object& tuple, Py_ssize_t k) {
+        return static_cast<std::int64_t>(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), k)));
+    };
+    const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
+    view.data = reinterpret_cast<char*>(PyLong_AsUnsignedLongLong(data.ptr()));
+    view.dtype = found->second;
+    if (dims == 3) {
+        view.batch = at(shape, 0), view.rows = at(shape, 1), view.cols = at(shape, 2);
+        view.batch_stride = at(stride, 0), view.row_stride = at(stride, 1);
+        return true;
+    }
+    view.batch = 1, view.batch_stride = 0;
+    view.cols = dims ? at(shape, dims - 1) : 1;
+    view.rows = 1;
+    for (Py_ssize_t k = 0; k + 1 < dims; ++k) view.rows *= at(shape, k);
+    view.row_stride = dims == 2 ? at(stride, 0) : view.cols;
+    return true;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<View> {
+    PYBIND11_TYPE_CASTER(View, const_name("Tensor"));
+    bool load(handle source, bool) {
+        const bool good = look_at(source.ptr(), value);
+        PyErr_Clear();
+        return good;
+    }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
 
 std::pair<bool, Sums> bind_capture(const Views& outputs, const Views& inputs, const Views& residuals,
                                    const Views& previous, int statistics, std::int64_t samples, bool look,
@@ -78,7 +138,7 @@ Sums bind_modulate(const View& x, const View& scale, const View& shift, const Vi
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     using guard = py::call_guard<py::gil_scoped_release>;
-    py::class_<View>(module, "View").def(py::init(&make_view));
+    module.def("know_dtypes", &know_dtypes);
     module.def("capture", &bind_capture, guard());
     module.def("capture_compact", &bind_compact, guard());
     module.def("pair_statistics", &pair_statistics, guard());

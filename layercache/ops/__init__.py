@@ -24,6 +24,7 @@ from layercache.kernels import statistics as _statistics_kernels
 from layercache.ops import dispatch, native
 from layercache.ops.checks import MAX_STREAMS
 from layercache.ops.combinations import linear_combination, linear_map
+from layercache.ops.combinations import restore as restore
 from layercache.ops.forecasts import (
     accumulate,
     add_forecast,
@@ -38,6 +39,7 @@ from layercache.ops.forecasts import (
 )
 from layercache.ops.modulation import combine_guidance, decide, modulate, row_statistics
 from layercache.ops.residuals import capture, capture_compact
+from layercache.ops.residuals import store as store
 from layercache.ops.routers import router_lerp
 from layercache.ops.statistics import MAX_ERROR_TERMS, align, combination_error, gram, pair_statistics
 

@@ -97,6 +97,15 @@ def linear_combination(
     return COMBINATION_KERNELS(bases, residuals, coefficients, results, gates, scales)
 
 
+def restore(
+    bases: list[Tensor], residuals: list[list[Tensor]], coefficients: Coefficients, results: list[Tensor] | None
+) -> list[Tensor]:
+    """`linear_combination` without a look at its arguments, for residuals that were made to fit."""
+    if through_registry(bases):
+        return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
+    return COMBINATION_KERNELS(bases, residuals, coefficients, results)
+
+
 def linear_map(
     inputs: Sequence[Sequence[Tensor]],
     outputs: Sequence[Sequence[Tensor]],

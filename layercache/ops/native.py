@@ -17,7 +17,7 @@ from layercache.kernels.combine import Matrix, Scales, as_rows, new_like
 from layercache.kernels.decisions import from_row_sums
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -40,6 +40,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _cpu, UNAVAILABLE = _load()
+if _cpu is not None:
+    _cpu.know_dtypes(_DTYPES)
 
 
 def describe() -> str:
@@ -53,28 +55,11 @@ def if_available(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return None if _cpu is None else function
 
 
-def view(tensor: Tensor) -> Any:
-    """A tensor of up to three dims, or a contiguous one of any, as [batch, rows, cols]."""
-    code = _CODES[tensor.dtype]
-    if tensor.dim() == 3:
-        return _cpu.View(tensor.data_ptr(), code, *tensor.shape, tensor.stride(0), tensor.stride(1))  # type: ignore
-    if tensor.dim() == 2:
-        rows, cols = tensor.shape
-        return _cpu.View(tensor.data_ptr(), code, 1, rows, cols, 0, tensor.stride(0))  # type: ignore[union-attr]
-    cols = tensor.shape[-1] if tensor.dim() else 1
-    rows = tensor.numel() // cols if cols else 0
-    return _cpu.View(tensor.data_ptr(), code, 1, rows, cols, 0, cols)  # type: ignore[union-attr]
-
-
-def views(tensors: Iterable[Tensor]) -> list[Any]:
-    return [view(t) for t in tensors]
-
-
-def sample_views(tensors: Iterable[Tensor], per_sample: bool) -> list[Any]:
-    """Views whose first dim counts samples."""
+def by_samples(tensors: Iterable[Tensor], per_sample: bool) -> list[Tensor]:
+    """Tensors whose first dim counts samples."""
     if not per_sample:
-        return views(tensors)
-    return [view(t if t.dim() == 3 else t.reshape(t.shape[0], 1, -1)) for t in tensors]
+        return list(tensors)
+    return [t if t.dim() == 3 else t.reshape(t.shape[0], 1, -1) for t in tensors]
 
 
 def _sums(values: Sequence[float], columns: int) -> Tensor:
@@ -91,8 +76,13 @@ def capture(
     per_sample: bool = False,
 ) -> Tensor | None:
     count = statistics_count(previous, statistics)
+    if not count and flag is None and all(r.dtype == o.dtype for r, o in zip(residuals, outputs, strict=True)):
+        # no faster here than PyTorch's own, which takes less to call
+        for output, given, residual in zip(outputs, inputs, residuals, strict=True):
+            torch.sub(output, given, out=residual)
+        return None
     per_sample = per_sample and count > 0
-    lists = [sample_views(t, per_sample) for t in (outputs, inputs, residuals, previous or ())]
+    lists = [by_samples(t, per_sample) for t in (outputs, inputs, residuals, previous or ())]
     samples = outputs[0].shape[0] if per_sample else 1
     bad, sums = _cpu.capture(*lists, count, samples, flag is not None, torch.get_num_threads())  # type: ignore
     if bad and flag is not None:
@@ -109,14 +99,14 @@ def capture_compact(
 ) -> None:
     threads = torch.get_num_threads()
     for streams in zip(outputs, inputs, codes, scales, strict=True):
-        bad = _cpu.capture_compact(*views(streams), flag is not None, threads)  # type: ignore[union-attr]
+        bad = _cpu.capture_compact(*list(streams), flag is not None, threads)  # type: ignore[union-attr]
         if bad and flag is not None:
             flag.fill_(1)
 
 
 def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     samples = a[0].shape[0] if per_sample else 1
-    lists = sample_views(a, per_sample), sample_views(b, per_sample)
+    lists = by_samples(a, per_sample), by_samples(b, per_sample)
     return _sums(_cpu.pair_statistics(*lists, samples, torch.get_num_threads()), 8)  # type: ignore[union-attr]
 
 
@@ -132,10 +122,10 @@ def linear_combination(
     results = new_like(bases) if results is None else list(results)
     threads = torch.get_num_threads()
     for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
-        gate = None if gates is None else view(as_rows(gates[s]))
-        scale = [] if scales is None else [None, *views(scales[s])]
-        inputs = views((x, *terms))
-        _cpu.linear_map(inputs, [view(y)], [1.0, *values], [], True, gate, scale, threads)  # type: ignore[union-attr]
+        gate = None if gates is None else as_rows(gates[s])
+        scale = [] if scales is None else [None, *list(scales[s])]
+        inputs = [x, *terms]
+        _cpu.linear_map(inputs, [y], [1.0, *values], [], True, gate, scale, threads)  # type: ignore[union-attr]
     return results
 
 
@@ -150,31 +140,31 @@ def linear_map(
     flat = [c for row in rows for c in row]
     threads = torch.get_num_threads()
     for s, (stream, written) in enumerate(zip(inputs, outputs, strict=True)):
-        lists = views(stream), views(written)
+        lists = list(stream), list(written)
         scale = [] if scales is None else list(map(_optional, scales[s]))
         _cpu.linear_map(*lists, flat, list(factors or ()), False, None, scale, threads)  # type: ignore[union-attr]
 
 
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]]) -> Tensor:
     flat = [c for row in coefficients for c in row]
-    sums = _cpu.combination_error(view(target), views(terms), flat, torch.get_num_threads())  # type: ignore[union-attr]
+    sums = _cpu.combination_error(target, list(terms), flat, torch.get_num_threads())  # type: ignore[union-attr]
     return _sums(sums, 4)
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
-    return _sums(_cpu.gram(views(tensors), torch.get_num_threads()), len(tensors))  # type: ignore[union-attr]
+    return _sums(_cpu.gram(list(tensors), torch.get_num_threads()), len(tensors))  # type: ignore[union-attr]
 
 
 def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
     flat = [c for row in ALIGNMENT for c in row]
-    tensors = views((y, x, probes[1], probes[0]))
+    tensors = [y, x, probes[1], probes[0]]
     sums = _cpu.linear_sums(tensors, flat, torch.get_num_threads())  # type: ignore[union-attr]
     gamma = min(sums[0] / sums[2], MAX_GAMMA) if sums[2] > 0 and sums[0] > sums[2] else 1.0
     return linear_combination([x], [[residuals[1], residuals[0]]], [1.0 - gamma, gamma])[0]
 
 
 def _optional(tensor: Tensor | None) -> Any:
-    return None if tensor is None else view(tensor)
+    return None if tensor is None else tensor
 
 
 def router_lerp(
@@ -182,8 +172,8 @@ def router_lerp(
 ) -> Tensor:
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
-    inputs = view(fresh), view(cached), beta.tolist(), _optional(gate), _optional(residual)
-    _cpu.router_lerp(*inputs, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    inputs = fresh, cached, beta.tolist(), _optional(gate), _optional(residual)
+    _cpu.router_lerp(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
     return out
 
 
@@ -192,8 +182,8 @@ def router_lerp_backward(
 ) -> tuple[Tensor, Tensor]:
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
-    inputs = view(grad), view(fresh), view(cached), beta.tolist(), _optional(gate)
-    sums = _cpu.router_lerp_backward(*inputs, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    inputs = grad, fresh, cached, beta.tolist(), _optional(gate)
+    sums = _cpu.router_lerp_backward(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
     return out, torch.tensor(sums, dtype=torch.float64).to(beta.dtype).view(beta.shape)
 
 
@@ -215,13 +205,13 @@ def modulate(
     z = new_like([x])[0] if result is None else result
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else list(coefficients)
     sums = _cpu.modulate(  # type: ignore[union-attr]
-        *views((x, as_rows(scale), as_rows(shift), z)),
-        views(residuals),
+        *[x, as_rows(scale), as_rows(shift), z],
+        list(residuals),
         values,
         *map(_optional, (previous, weight, bias, stream)),
         [0, *segments, x.shape[-1]],
         eps,
-        views(scales or ()),
+        list(scales or ()),
         torch.get_num_threads(),
     )
     return z, None if previous is None else _sums(sums, 8)
@@ -229,12 +219,12 @@ def modulate(
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
     (out,) = new_like([cond])
-    _cpu.guidance(view(cond), view(uncond), scale, rescale, view(out), torch.get_num_threads())  # type: ignore[union-attr]
+    _cpu.guidance(cond, uncond, scale, rescale, out, torch.get_num_threads())  # type: ignore[union-attr]
     return out
 
 
 def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     samples = a.shape[0] if per_sample else 1
-    sums = _cpu.row_statistics(view(a), view(b), samples, torch.get_num_threads())  # type: ignore[union-attr]
+    sums = _cpu.row_statistics(a, b, samples, torch.get_num_threads())  # type: ignore[union-attr]
     rows = a.numel() // a.shape[-1] // samples
     return from_row_sums(torch.tensor(sums, dtype=torch.float64).view(samples, 3), rows).float()

@@ -1,0 +1,180 @@
+"""Time the host spends on caching, per forward of the transformer: ours, diffusers' hooks and cache-dit.
+
+    python bench/host_overhead.py --json bench/results/host-overhead.json
+
+Every block is a stand-in that adds a constant, so that what is left is the pipeline, the transformer's own head, and
+the cache. Steps that compute everything are compared with the same run without a cache; steps that reuse everything
+with a transformer that has no blocks at all. Runs of all contestants alternate; the figures are medians over the steps
+of all rounds, in microseconds per forward. cache-dit takes part where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+import layercache
+from layercache.compat import scheduler_sigmas
+from layercache.demo.model import TRANSFORMER_CONFIG, ClassEncoder
+from layercache.demo.pipeline import DemoPipeline
+from layercache.methods.fbcache import FBCache
+from layercache.models import count_blocks, fingerprint_of
+from layercache.report import machine_info, write_json
+from layercache.schedule import Schedule
+
+BLOCKS, STEPS, WARM = 24, 24, 4
+ALWAYS, NEVER = 1e9, 1e-9  # thresholds
+
+
+def stand_in(self: nn.Module, hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    return encoder_hidden_states, hidden_states + 0.1
+
+
+def make_pipeline(blocks: int) -> DemoPipeline:
+    config = {**TRANSFORMER_CONFIG, "num_layers": max(1, blocks)}
+    transformer = QwenImageTransformer2DModel(**config)
+    if not blocks:
+        transformer.transformer_blocks = nn.ModuleList()
+    for block in transformer.transformer_blocks:
+        block.forward = MethodType(stand_in, block)
+    pipe = DemoPipeline(transformer, ClassEncoder(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def step_seconds(pipe: DemoPipeline) -> list[float]:
+    """Of one generation, without its first steps."""
+    times = [time.perf_counter()]
+
+    def note(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+        times.append(time.perf_counter())
+        return values
+
+    generator = torch.Generator().manual_seed(0)
+    pipe(["cat"], num_inference_steps=STEPS, generator=generator, output_type="latent", callback_on_step_end=note)
+    return [b - a for a, b in zip(times[WARM:], times[WARM + 1 :], strict=False)]
+
+
+def schedule_of(pipe: DemoPipeline, reuses: bool) -> Schedule:
+    """Stores three groups at every step, or reuses those of step 0 from there on."""
+    count = count_blocks(pipe.transformer)
+    groups = ((0, count // 3), (count // 3, 2 * count // 3), (2 * count // 3, count))
+    if reuses:
+        cells = tuple((None,) * 3 if step == 0 else ({0: 1.0},) * 3 for step in range(STEPS))
+    else:  # the last step reads every residual, so that all of them are stored
+        last = tuple(dict.fromkeys(range(STEPS - 1), 1.0 / (STEPS - 1)) for _ in groups)
+        cells = (*((None,) * 3 for _ in range(STEPS - 1)), last)
+    prints = fingerprint_of(pipe.transformer, scheduler_sigmas(pipe.scheduler) or (), ("cond", "uncond"))
+    return Schedule(prints, groups, cells, (1.0,) * 3)
+
+
+@contextmanager
+def diffusers_hook(pipe: DemoPipeline, config: Any) -> Iterator[None]:
+    pipe.transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
+
+
+@contextmanager
+def cache_dit(pipe: DemoPipeline, threshold: float) -> Iterator[None]:
+    import cache_dit
+
+    adapter = cache_dit.BlockAdapter(
+        pipe=pipe,
+        transformer=pipe.transformer,
+        blocks=pipe.transformer.transformer_blocks,
+        forward_pattern=cache_dit.ForwardPattern.Pattern_1,
+        has_separate_cfg=True,
+    )
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        residual_diff_threshold=threshold,
+        max_warmup_steps=1,
+        enable_separate_cfg=True,
+        num_inference_steps=STEPS,
+    )
+    cache_dit.enable_cache(adapter, cache_config=config)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(adapter)
+
+
+def contestants() -> dict[str, Callable[[DemoPipeline, bool], Any]]:
+    """By name: a context in which every step of a pipeline computes, or reuses (second argument)."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    found: dict[str, Callable[[DemoPipeline, bool], Any]] = {
+        "layercache, schedule": lambda pipe, reuses: layercache.enabled(pipe, schedule_of(pipe, reuses)),
+        "layercache, FBCache": lambda pipe, reuses: layercache.enabled(
+            pipe, FBCache(threshold=ALWAYS if reuses else NEVER)
+        ),
+        "diffusers, FirstBlockCache": lambda pipe, reuses: diffusers_hook(
+            pipe, FirstBlockCacheConfig(threshold=ALWAYS if reuses else NEVER)
+        ),
+    }
+    if importlib.util.find_spec("cache_dit") is not None:
+        found["cache-dit, DBCache"] = lambda pipe, reuses: cache_dit(pipe, ALWAYS if reuses else NEVER)
+    return found
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    whole, empty = make_pipeline(BLOCKS), make_pipeline(0)
+    step_seconds(whole)
+    step_seconds(empty)
+    kinds = contestants()
+    seconds: dict[tuple[str, bool], list[float]] = {(name, r): [] for name in kinds for r in (False, True)}
+    plain: dict[bool, list[float]] = {False: [], True: []}
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for reuses, pipe in ((False, whole), (True, empty)):
+            plain[reuses] += step_seconds(pipe)
+        for (name, reuses), own in seconds.items():
+            with torch.no_grad(), kinds[name](whole, reuses) or nullcontext():
+                own += step_seconds(whole)
+    base = {reuses: median(values) for reuses, values in plain.items()}
+    return [
+        {
+            "cache": name,
+            "compute_us": 1e6 * (median(seconds[name, False]) - base[False]) / 2,
+            "cached_us": 1e6 * (median(seconds[name, True]) - base[True]) / 2,
+        }
+        for name in kinds
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    rows = measure(args.rounds)
+    table = Table(title=f"{BLOCKS} blocks, microseconds of caching per forward", title_justify="left")
+    for heading in ("cache", "computing step", "reusing step"):
+        table.add_column(heading, justify="left" if heading == "cache" else "right")
+    for row in rows:
+        table.add_row(row["cache"], f"{row['compute_us']:.0f}", f"{row['cached_us']:.0f}")
+    Console().print(table)
+    if args.json:
+        command = f"python bench/host_overhead.py --rounds {args.rounds} --json {args.json}"
+        write_json(args.json, {"command": command, "machine": machine_info(), "blocks": BLOCKS, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
