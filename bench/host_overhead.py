@@ -69,17 +69,17 @@ def step_seconds(pipe: DemoPipeline) -> list[float]:
     return [b - a for a, b in zip(times[WARM:], times[WARM + 1 :], strict=False)]
 
 
-def schedule_of(pipe: DemoPipeline, reuses: bool) -> Schedule:
-    """Stores three groups at every step, or reuses those of step 0 from there on."""
+def schedule_of(pipe: DemoPipeline, reuses: bool, parts: int) -> Schedule:
+    """Stores all groups at every step, or reuses those of step 0 from there on."""
     count = count_blocks(pipe.transformer)
-    groups = ((0, count // 3), (count // 3, 2 * count // 3), (2 * count // 3, count))
+    groups = tuple((part * count // parts, (part + 1) * count // parts) for part in range(parts))
     if reuses:
-        cells = tuple((None,) * 3 if step == 0 else ({0: 1.0},) * 3 for step in range(STEPS))
+        cells = tuple((None,) * parts if step == 0 else ({0: 1.0},) * parts for step in range(STEPS))
     else:  # the last step reads every residual, so that all of them are stored
         last = tuple(dict.fromkeys(range(STEPS - 1), 1.0 / (STEPS - 1)) for _ in groups)
-        cells = (*((None,) * 3 for _ in range(STEPS - 1)), last)
+        cells = (*((None,) * parts for _ in range(STEPS - 1)), last)
     prints = fingerprint_of(pipe.transformer, scheduler_sigmas(pipe.scheduler) or (), ("cond", "uncond"))
-    return Schedule(prints, groups, cells, (1.0,) * 3)
+    return Schedule(prints, groups, cells, (1.0,) * parts)
 
 
 @contextmanager
@@ -122,7 +122,10 @@ def contestants() -> dict[str, Callable[[DemoPipeline, bool], Any]]:
     from diffusers.hooks import FirstBlockCacheConfig
 
     found: dict[str, Callable[[DemoPipeline, bool], Any]] = {
-        "layercache, schedule": lambda pipe, reuses: layercache.enabled(pipe, schedule_of(pipe, reuses)),
+        "layercache, all blocks as one group": lambda pipe, reuses: layercache.enabled(
+            pipe, schedule_of(pipe, reuses, 1)
+        ),
+        "layercache, thirds": lambda pipe, reuses: layercache.enabled(pipe, schedule_of(pipe, reuses, 3)),
         "layercache, FBCache": lambda pipe, reuses: layercache.enabled(
             pipe, FBCache(threshold=ALWAYS if reuses else NEVER)
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
 from layercache.model_spec import ModelSpec, Streams
 from layercache.models import count_blocks, fingerprint_of
 from layercache.routing import Place, Router, StandIn, Trip
-from layercache.runtime import CacheReport
+from layercache.runtime import CacheReport, check_fit
 from layercache.schedule import Cell, Schedule
 from layercache.steps import StepCounter, signature_of
 
@@ -25,12 +25,18 @@ from layercache.steps import StepCounter, signature_of
 class Reader:
     """Brings statistics to the host: those of this step at once, or those of the step before without waiting."""
 
-    def __init__(self, sync: str):
-        self._lagged = sync == "lagged"
+    def __init__(self, sync: str, group: Any = None):
+        self._lagged, self._group = sync == "lagged", group
         self._under_way: tuple[torch.Tensor, Any] | None = None
 
     def read(self, statistics: torch.Tensor | None) -> list[float] | None:
-        """The newest numbers that may be looked at; ``None`` where there are none yet."""
+        """The newest numbers that may be looked at; ``None`` where there are none yet.
+
+        In a process group they are the sums over its processes, added up where they are in one packed collective.
+        """
+        if statistics is not None and self._group is not None:
+            statistics = statistics.clone()
+            torch.distributed.all_reduce(statistics, group=self._group)
         if not self._lagged:
             return None if statistics is None else statistics.flatten().tolist()
         before, self._under_way = self._under_way, None
@@ -151,6 +157,7 @@ class DynamicRouter(Router):
         method: DynamicMethod,
         scheduler: Any = None,
         num_steps: int | None = None,
+        process_group: Any = None,
     ):
         count = count_blocks(transformer)
         super().__init__(transformer, spec, [(0, count)])
@@ -172,7 +179,7 @@ class DynamicRouter(Router):
         self.steps = StepCounter(scheduler=scheduler)
         self.states: dict[str, BranchState] = {}
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
-        self._num_steps = num_steps
+        self._num_steps, self._group = num_steps, process_group
         self._sigmas: tuple[float, ...] | None = None
         self._branch, self._step = "", 0
         self._flag: torch.Tensor | None = None
@@ -208,7 +215,7 @@ class DynamicRouter(Router):
         # a run that begins in the middle, or changes its shape: what came before was computed, or is gone
         before = self.states[branch].log[:step] if step and branch in self.states else []
         log: list[Cell] = [*before, *[None] * (step - len(before))]
-        self.states[branch] = BranchState(decider, Reader(self.method.sync), log=log, signature=signature)
+        self.states[branch] = BranchState(decider, Reader(self.method.sync, self._group), log=log, signature=signature)
 
     def new_trip(self) -> Trip:
         return _Visit(self)
@@ -217,6 +224,19 @@ class DynamicRouter(Router):
         assert isinstance(trip, _Visit)
         gated = place.block in self.landmarks or self.method.probe <= place.block < self.end
         return _Gate(trip, block, place) if gated else block
+
+    def _walk(self, items: list[Any]) -> Iterator[Any]:
+        """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
+        visit = self._kept_trip
+        assert isinstance(visit, _Visit)
+        decided = range(self.method.probe + 1, self.end - 1)
+        for item in items:
+            if not isinstance(item, _Gate) or item.place.block not in decided:
+                yield item
+            elif not visit.reuses:
+                yield item.block
+            elif self.adds:
+                yield item
 
     def decides_to_reuse(self, sight: Sight) -> bool:
         """Looks, decides, and notes what was decided."""
@@ -261,7 +281,10 @@ class DynamicRouter(Router):
         state.anchors.insert(0, self._step)
         if self._flag is None or self._flag.device != streams[0].device:
             self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
-        ops.capture(streams, base, state.stored[0], self._flag)
+        for stream, before, stored in zip(streams, base, state.stored[0], strict=True):
+            check_fit(before, stream)
+            check_fit(stream, stored)
+        ops.store(streams, base, state.stored[0], self._flag)
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
         state = self.states[self._branch]
@@ -269,7 +292,9 @@ class DynamicRouter(Router):
         stored = dict(zip(state.anchors, state.stored, strict=True))
         residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
-        return ops.linear_combination(base, residuals, list(terms.values()), into)
+        for stream, own in zip(base, residuals, strict=True):
+            check_fit(stream, own[0])
+        return ops.restore(base, residuals, list(terms.values()), into)
 
     def invalidate(self) -> None:
         for state in self.states.values():

@@ -59,6 +59,23 @@ class Shadow:
         return _class_method, (self._owner, self._name)
 
 
+class NamedContext:
+    """One of diffusers' cache contexts, whose name and step this thread remembers within."""
+
+    def __init__(self, place: Any, inner: Any, where: tuple[str, int | None]):
+        self._thread, self._inner, self._where = place, inner, where
+
+    def __enter__(self) -> Any:
+        self._before = getattr(self._thread, "where", (None, None))
+        result = self._inner.__enter__()
+        self._thread.where = self._where
+        return result
+
+    def __exit__(self, *exc: Any) -> Any:
+        self._thread.where = self._before
+        return self._inner.__exit__(*exc)
+
+
 class Occupied:
     """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
 
@@ -208,15 +225,8 @@ class Attachment:
         self._instance_attributes.append((owner, name, before))
 
     def _cache_context(self, original: Any) -> Any:
-        @contextmanager
-        def cache_context(name: str, **fields: Any) -> Iterator[None]:
-            with original(name, **fields):
-                before = self._where()
-                self._place.where = name, fields.get("step_index")
-                try:
-                    yield
-                finally:
-                    self._place.where = before
+        def cache_context(name: str, **fields: Any) -> NamedContext:
+            return NamedContext(self._place, original(name, **fields), (name, fields.get("step_index")))
 
         return cache_context
 
@@ -274,16 +284,17 @@ class Attachment:
         if args or next(iter(kwargs), None) != self._parameters[0]:
             given = dict(zip(self._parameters, args, strict=False)) | kwargs
             arguments = {name: given[name] for name in self._parameters if name in given}
-        spec = self.router.spec
+        spec = router.spec
         if spec.bypass and any(arguments.get(name) is not None for name in spec.bypass):
             return
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
-            self.router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
+            router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
+        router.adds = spec.adds is None or any(arguments.get(name) is not None for name in spec.adds)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        self.router.begin(*self._where(), arguments, dry_run)
+        router.begin(*self._where(), arguments, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
@@ -324,24 +335,36 @@ def attach(target: Any, router: Router) -> Attachment:
 
 
 @overload
-def enable(target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None) -> ScheduleRouter: ...
-
-
-@overload
-def enable(target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None) -> DynamicRouter: ...
-
-
-@overload
-def enable(target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None) -> StepRouter: ...
+def enable(
+    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+) -> ScheduleRouter: ...
 
 
 @overload
 def enable(
-    target: Any, plan: ModuleSchedule, scheduler: Any = None, num_steps: int | None = None
+    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+) -> DynamicRouter: ...
+
+
+@overload
+def enable(
+    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+) -> StepRouter: ...
+
+
+@overload
+def enable(
+    target: Any,
+    plan: ModuleSchedule,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
 ) -> ModuleScheduleRouter: ...
 
 
-def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None) -> Cache:
+def enable(
+    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+) -> Cache:
     """Runs ``target`` by ``plan`` from now on.
 
     Args:
@@ -352,6 +375,8 @@ def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
         num_steps: of your own loop without a scheduler, for methods that ask for it.
+        process_group: processes that work on one generation together (context parallelism): a method that decides
+            as it runs decides by the sums over all of them. Without one no process waits for another.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -374,7 +399,7 @@ def enable(target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None
         _check_fingerprint(plan.fingerprint, transformer)
         router = ModuleScheduleRouter(transformer, spec, plan, scheduler)
     else:
-        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps)
+        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps, process_group)
     attach(target, router)
     return router
 
@@ -415,42 +440,46 @@ def disable(target: Any) -> None:
 
 @overload
 def enabled(
-    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None
+    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
 ) -> AbstractContextManager[ScheduleRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None
+    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
 ) -> AbstractContextManager[DynamicRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None
+    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
 ) -> AbstractContextManager[StepRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: ModuleSchedule, scheduler: Any = None, num_steps: int | None = None
+    target: Any,
+    plan: ModuleSchedule,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
 ) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
 def enabled(
-    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None
+    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
 ) -> AbstractContextManager[Any]:
     """``enable`` for the length of a ``with`` block.
 
     Raises:
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
-    return _enabled(target, plan, scheduler, num_steps)
+    return _enabled(target, plan, scheduler, num_steps, process_group)
 
 
 @contextmanager
-def _enabled(target: Any, plan: Plan, scheduler: Any, num_steps: int | None) -> Iterator[Cache]:
-    cache = enable(target, plan, scheduler, num_steps)  # type: ignore[call-overload]
+def _enabled(target: Any, plan: Plan, scheduler: Any, num_steps: int | None, process_group: Any) -> Iterator[Cache]:
+    cache = enable(target, plan, scheduler, num_steps, process_group)  # type: ignore[call-overload]
     try:
         yield cache
         cache.check()

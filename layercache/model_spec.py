@@ -33,6 +33,8 @@ class ModelSpec:
         leaves: streams that the transformer's head reads.
         rewritten: block lists behind whose blocks the forward writes into the stream it was given (ControlNet), and
             the argument of the forward that makes it do so.
+        adds: arguments of the forward that make it add something behind single blocks (ControlNet); where none of them
+            is given, blocks inside a reused end of a list are not even passed by. ``None``: not known.
         couples: the forward adds something between blocks that depends on the stream itself (a face adapter), so that
             every reused group's output must be there before the next group.
         bypass: arguments of the forward that, when given, leave single blocks out; such a forward runs uncached.
@@ -51,6 +53,7 @@ class ModelSpec:
     joint: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     leaves: tuple[str, ...] = ("image",)
     rewritten: Mapping[str, str] = field(default_factory=dict)
+    adds: tuple[str, ...] | None = None
     couples: bool = False
     bypass: tuple[str, ...] = ()
     timestep: str | None = "timestep"

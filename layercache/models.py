@@ -57,17 +57,20 @@ def _flux_modulation(block: Any, call: Mapping[str, Any]) -> tuple[torch.Tensor,
 _TWO_LISTS = ("transformer_blocks", "single_transformer_blocks")
 _IMAGE_FIRST = ("image", "text")
 _IMAGE = ("image",)
+_CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 _ATTENTION_TWICE = (("attn1",), ("attn2",))
 
 for _spec in (
     ModelSpec(
         "QwenImageTransformer2DModel",
+        adds=("controlnet_block_samples",),
         modulation=_qwen_modulation,
         modules={"transformer_blocks": (("attn",), ("img_mlp",), ("txt_mlp",))},
     ),
     ModelSpec(
         "FluxTransformer2DModel",
         block_lists=_TWO_LISTS,
+        adds=_CONTROLNET,
         modulation=_flux_modulation,
         modules={
             "transformer_blocks": (("attn",), ("ff",), ("ff_context",)),
@@ -75,11 +78,15 @@ for _spec in (
         },
     ),
     ModelSpec(
-        "Flux2Transformer2DModel", block_lists=_TWO_LISTS, joint={"single_transformer_blocks": ("text", "image")}
+        "Flux2Transformer2DModel",
+        adds=(),
+        block_lists=_TWO_LISTS,
+        joint={"single_transformer_blocks": ("text", "image")},
     ),
     ModelSpec(
         "ChromaTransformer2DModel",
         block_lists=_TWO_LISTS,
+        adds=_CONTROLNET,
         joint={"single_transformer_blocks": ("text", "image")},
         rewritten={"single_transformer_blocks": "controlnet_single_block_samples"},
     ),
@@ -98,27 +105,27 @@ for _spec in (
         joint={"single_stream_blocks": _IMAGE_FIRST},
         timestep="timesteps",
     ),
-    ModelSpec("SD3Transformer2DModel", bypass=("skip_layers",)),
+    ModelSpec("SD3Transformer2DModel", adds=("block_controlnet_hidden_states",), bypass=("skip_layers",)),
     ModelSpec("CogView3PlusTransformer2DModel", streams=_IMAGE_FIRST, timestep=None),
-    ModelSpec("CogView4Transformer2DModel", streams=_IMAGE_FIRST),
-    ModelSpec("HunyuanImageTransformer2DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
-    ModelSpec("HunyuanVideoTransformer3DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
+    ModelSpec("CogView4Transformer2DModel", adds=(), streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanImageTransformer2DModel", adds=(), block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
+    ModelSpec("HunyuanVideoTransformer3DModel", adds=(), block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
     ModelSpec("HunyuanVideoFramepackTransformer3DModel", block_lists=_TWO_LISTS, streams=_IMAGE_FIRST),
-    ModelSpec("HunyuanVideo15Transformer3DModel", streams=_IMAGE_FIRST),
-    ModelSpec("CogVideoXTransformer3DModel", streams=_IMAGE_FIRST, timestep=None),
-    ModelSpec("MochiTransformer3DModel", streams=_IMAGE_FIRST, timestep=None),
+    ModelSpec("HunyuanVideo15Transformer3DModel", adds=(), streams=_IMAGE_FIRST),
+    ModelSpec("CogVideoXTransformer3DModel", adds=(), streams=_IMAGE_FIRST, timestep=None),
+    ModelSpec("MochiTransformer3DModel", adds=(), streams=_IMAGE_FIRST, timestep=None),
     ModelSpec(
         "LTX2VideoTransformer3DModel",
         streams=_IMAGE_FIRST,
         arguments=("hidden_states", "audio_hidden_states"),
         leaves=_IMAGE_FIRST,
     ),
-    ModelSpec("LTXVideoTransformer3DModel", streams=_IMAGE),
-    ModelSpec("WanTransformer3DModel", ("blocks",), _IMAGE, modules={"blocks": (*_ATTENTION_TWICE, ("ffn",))}),
+    ModelSpec("LTXVideoTransformer3DModel", adds=(), streams=_IMAGE),
+    ModelSpec("WanTransformer3DModel", ("blocks",), _IMAGE, adds=(), modules={"blocks": (*_ATTENTION_TWICE, ("ffn",))}),
     ModelSpec("WanVACETransformer3DModel", ("blocks",), _IMAGE),
     ModelSpec("WanAnimateTransformer3DModel", ("blocks",), _IMAGE, couples=True),
     ModelSpec("ChronoEditTransformer3DModel", ("blocks",), _IMAGE),
-    ModelSpec("SkyReelsV2Transformer3DModel", ("blocks",), _IMAGE),
+    ModelSpec("SkyReelsV2Transformer3DModel", ("blocks",), _IMAGE, adds=()),
     ModelSpec(
         "Kandinsky5Transformer3DModel",
         ("visual_transformer_blocks",),
@@ -126,7 +133,14 @@ for _spec in (
         arguments=("visual_embed", "text_embed"),
     ),
     ModelSpec("CosmosTransformer3DModel", streams=_IMAGE, timestep=None),
-    ModelSpec("ZImageTransformer2DModel", ("layers",), _IMAGE, arguments=("x", "attn_mask"), timestep=None),
+    ModelSpec(
+        "ZImageTransformer2DModel",
+        ("layers",),
+        _IMAGE,
+        adds=("controlnet_block_samples",),
+        arguments=("x", "attn_mask"),
+        timestep=None,
+    ),
     ModelSpec("Lumina2Transformer2DModel", ("layers",), _IMAGE, timestep=None),
     ModelSpec("SanaTransformer2DModel", streams=_IMAGE),
     ModelSpec(

@@ -136,9 +136,11 @@ class Router:
         steps: says which step a forward belongs to.
         is_announced: whether a forward is under way that follows the actions.
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
+        adds: whether the present forward may add something behind single blocks.
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
     """
 
+    adds = True
     keeps_items = False
     rewritten: frozenset[int] = frozenset()
     steps: StepCounter
@@ -205,9 +207,16 @@ class Router:
             self._kept_trip.restart()
         if blocks != self._kept_blocks[index]:
             self._kept_blocks[index], self._kept[index] = blocks, {}
-        items = self._kept[index].get(self.actions)
+        key = self.actions, self.adds
+        items = self._kept[index].get(key)
         if items is None:
-            items = self._kept[index][self.actions] = self._items(self._kept_trip, index, blocks)
+            items = self._items(self._kept_trip, index, blocks)
+            if not self.adds:
+                items = _shortened(items)
+            self._kept[index][key] = items
+        return self._walk(items)
+
+    def _walk(self, items: list[Any]) -> Iterator[Any]:
         return iter(items)
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
@@ -283,6 +292,12 @@ class Router:
     def reuse(self, group, image, text, results=None) -> Streams:
         """The streams behind a run of reused groups; may be written into ``results``, parts of a joined tensor."""
         raise NotImplementedError
+
+
+def _shortened(items: list[Any]) -> list[Any]:
+    """Without the blocks inside the reused groups at the end of a list: nothing there asks for a block's number."""
+    last = max((k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock))), default=-1)
+    return [item for k, item in enumerate(items) if k < last or not isinstance(item, PassedBlock)]
 
 
 class RoutedModuleList(nn.ModuleList):

@@ -18,7 +18,7 @@ from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
 from layercache.schedule import Cell, Schedule
 from layercache.serving import Requests
-from layercache.steps import StepCounter, signature_of
+from layercache.steps import StepCounter, shapes_of, signature_of
 from layercache.velocities import VelocityTrack
 
 MAX_TERMS = ops.MAX_TERMS
@@ -88,13 +88,18 @@ class CacheState:
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
         self.signature: tuple | None = None
+        self.shapes: list[Any] = []
 
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
 
-    def expect(self, arguments: Mapping[str, Any]) -> bool:
+    def expect(self, arguments: Mapping[str, Any], starts: bool) -> bool:
         """Forgets residuals of other shapes, dtypes or devices than the forward's; whether it had to."""
+        shapes = shapes_of(arguments)
+        if not starts and shapes == self.shapes:
+            return False
+        self.shapes = shapes
         signature = signature_of(arguments)
         changed = self.signature != signature
         if changed:
@@ -156,7 +161,7 @@ class CacheState:
         return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
 
 
-def _check_fit(stream: torch.Tensor | None, other: torch.Tensor | None) -> None:
+def check_fit(stream: torch.Tensor | None, other: torch.Tensor | None) -> None:
     """The ops behind do not look: a block that gives another shape or dtype than it takes has no residual."""
     if stream is None or other is None or stream.shape != other.shape or stream.dtype != other.dtype:
         raise CacheStateError(
@@ -289,7 +294,7 @@ class ScheduleRouter(Router):
             state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells)
         if place.starts:
             self._start_generation(place.branch, state)
-        changed = state.expect(arguments)
+        changed = state.expect(arguments, place.starts)
         if changed and dry_run is not None:
             self._fit_ahead(state, dry_run)
         if self.track.layouts:
@@ -369,13 +374,13 @@ class ScheduleRouter(Router):
         state = self.state
         image_slot, text_slot = self.row.captures[group]
         state.fit(image_out, text_out)
-        _check_fit(image_in, image_out)
+        check_fit(image_in, image_out)
         # without a GPU the stored residuals are looked at when the generation ends, not on their way
         flag = state.flag.tensor if image_out.is_cuda else None
         if text_slot is None:
             ops.store([image_out], [image_in], [image_slot.tensor], flag)
         else:
-            _check_fit(text_in, text_out)
+            check_fit(text_in, text_out)
             ops.store([image_out, text_out], [image_in, text_in], [image_slot.tensor, text_slot.tensor], flag)
 
     def reuse(self, group, image, text, results=None):
@@ -383,7 +388,7 @@ class ScheduleRouter(Router):
             streams = [image] if terms.texts is None else [image, text]
             stored = [[buffer.tensor for buffer in stream] for stream in (terms.images, terms.texts) if stream]
             for stream, own in zip(streams, stored, strict=True):
-                _check_fit(stream, own[0])
+                check_fit(stream, own[0])
             into = list(results[: len(streams)]) if results else None
             image, *rest = ops.restore(streams, stored, terms.on(image.device), into)
             text = rest[0] if rest else text

@@ -45,6 +45,11 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple:
     return tuple(found)
 
 
+def shapes_of(arguments: Mapping[str, Any]) -> list[Any]:
+    """Shapes alone, of what can be told from a look: within a generation dtypes and devices stay."""
+    return [v.shape if isinstance(v, torch.Tensor) else len(v) for v in arguments.values() if hasattr(v, "__len__")]
+
+
 class StepTally:
     """The step of a sampler that keeps no counter (DDIM, CogVideoX's): its calls of ``step`` in the present run.
 
