@@ -5,7 +5,11 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip --require-virtualenv
 
-.PHONY: help demo test lint bench clean
+# The oldest diffusers that is supported, beside the one that constraints.txt installs.
+OLDEST := build/diffusers-0.41.0
+OLDEST_TESTS := test_models test_pipelines test_integration test_surroundings test_inference test_dit test_peer_faults
+
+.PHONY: help demo test oldest lint bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +20,14 @@ demo: .venv/installed ## Compare full and cached runs of the bundled model
 test: lint ## Lint, then run every test
 	$(BIN)/pytest tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
+	$(MAKE) oldest
+
+oldest: $(OLDEST)/installed ## Run the tests of models and pipelines with the oldest diffusers
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest $(OLDEST_TESTS:%=tests/%.py)
+
+$(OLDEST)/installed: .venv/installed
+	$(PIP) install --quiet --no-deps --upgrade --target $(OLDEST) diffusers==0.41.0
+	touch $@
 
 lint: .venv/installed ## Check style, format and types
 	$(BIN)/ruff check .
