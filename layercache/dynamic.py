@@ -17,8 +17,9 @@ from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
 from layercache.model_spec import ModelSpec, Streams
 from layercache.models import count_blocks, fingerprint_of
 from layercache.routing import Place, Router, StandIn, Trip
-from layercache.runtime import CacheReport, check_fit
+from layercache.runtime import CacheReport
 from layercache.schedule import Cell, Schedule
+from layercache.slots import check_alike
 from layercache.steps import StepCounter, signature_of
 
 
@@ -282,8 +283,8 @@ class DynamicRouter(Router):
         if self._flag is None or self._flag.device != streams[0].device:
             self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
         for stream, before, stored in zip(streams, base, state.stored[0], strict=True):
-            check_fit(before, stream)
-            check_fit(stream, stored)
+            check_alike(before, stream)
+            check_alike(stream, stored)
         ops.store(streams, base, state.stored[0], self._flag)
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
@@ -293,7 +294,7 @@ class DynamicRouter(Router):
         residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
         for stream, own in zip(base, residuals, strict=True):
-            check_fit(stream, own[0])
+            check_alike(stream, own[0])
         return ops.restore(base, residuals, list(terms.values()), into)
 
     def invalidate(self) -> None:

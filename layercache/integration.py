@@ -335,35 +335,28 @@ def attach(target: Any, router: Router) -> Attachment:
 
 
 @overload
-def enable(
-    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
-) -> ScheduleRouter: ...
+def enable(target: Any, plan: Schedule, scheduler: Any = None, **options: Any) -> ScheduleRouter: ...
 
 
 @overload
-def enable(
-    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
-) -> DynamicRouter: ...
+def enable(target: Any, plan: DynamicMethod, scheduler: Any = None, **options: Any) -> DynamicRouter: ...
 
 
 @overload
-def enable(
-    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
-) -> StepRouter: ...
+def enable(target: Any, plan: EasyCache, scheduler: Any = None, **options: Any) -> StepRouter: ...
 
 
 @overload
-def enable(
+def enable(target: Any, plan: ModuleSchedule, scheduler: Any = None, **options: Any) -> ModuleScheduleRouter: ...
+
+
+def enable(  # type: ignore[misc]  # the overloads leave the options to this one
     target: Any,
-    plan: ModuleSchedule,
+    plan: Plan,
     scheduler: Any = None,
     num_steps: int | None = None,
     process_group: Any = None,
-) -> ModuleScheduleRouter: ...
-
-
-def enable(
-    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+    storage: str = "same",
 ) -> Cache:
     """Runs ``target`` by ``plan`` from now on.
 
@@ -377,6 +370,8 @@ def enable(
         num_steps: of your own loop without a scheduler, for methods that ask for it.
         process_group: processes that work on one generation together (context parallelism): a method that decides
             as it runs decides by the sums over all of them. Without one no process waits for another.
+        storage: of a schedule's residuals: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
+            halves their memory (`layercache.slots.Storage`).
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -391,7 +386,9 @@ def enable(
     spec = spec_for(transformer)
     scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
     if isinstance(plan, Schedule):
-        return _enable_schedule(target, plan, transformer, scheduler)
+        return _enable_schedule(target, plan, transformer, scheduler, storage)
+    if storage != "same":
+        raise CacheStateError(f"storage={storage!r} is for schedules of groups; {type(plan).__name__} has its own")
     router: StepRouter | DynamicRouter | ModuleScheduleRouter
     if isinstance(plan, EasyCache):
         router = StepRouter(transformer, spec, plan, scheduler)
@@ -408,7 +405,9 @@ def _check_fingerprint(fingerprint: Fingerprint, transformer: nn.Module) -> None
     fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
 
 
-def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any) -> ScheduleRouter:
+def _enable_schedule(
+    target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any, storage: str
+) -> ScheduleRouter:
     _check_fingerprint(schedule.fingerprint, transformer)
     shared = attachment_of(transformer)
     if shared is not None and isinstance(shared.router, ScheduleRouter) and shared.router.schedule == schedule:
@@ -416,7 +415,7 @@ def _enable_schedule(target: Any, schedule: Schedule, transformer: nn.Module, sc
             shared.share(None if isinstance(target, nn.Module) else target, scheduler)
             return shared.router
     ends = hasattr(target, "maybe_free_model_hooks")
-    router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, end_is_announced=ends)
+    router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, ends, storage)
     if router.steers and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
@@ -440,46 +439,48 @@ def disable(target: Any) -> None:
 
 @overload
 def enabled(
-    target: Any, plan: Schedule, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+    target: Any, plan: Schedule, scheduler: Any = None, **options: Any
 ) -> AbstractContextManager[ScheduleRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: DynamicMethod, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+    target: Any, plan: DynamicMethod, scheduler: Any = None, **options: Any
 ) -> AbstractContextManager[DynamicRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: EasyCache, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+    target: Any, plan: EasyCache, scheduler: Any = None, **options: Any
 ) -> AbstractContextManager[StepRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any,
-    plan: ModuleSchedule,
-    scheduler: Any = None,
-    num_steps: int | None = None,
-    process_group: Any = None,
+    target: Any, plan: ModuleSchedule, scheduler: Any = None, **options: Any
 ) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
-def enabled(
-    target: Any, plan: Plan, scheduler: Any = None, num_steps: int | None = None, process_group: Any = None
+def enabled(  # type: ignore[misc]  # the overloads leave the options to this one
+    target: Any,
+    plan: Plan,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
 ) -> AbstractContextManager[Any]:
     """``enable`` for the length of a ``with`` block.
 
     Raises:
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
-    return _enabled(target, plan, scheduler, num_steps, process_group)
+    options = {"scheduler": scheduler, "num_steps": num_steps, "process_group": process_group, "storage": storage}
+    return _enabled(target, plan, options)
 
 
 @contextmanager
-def _enabled(target: Any, plan: Plan, scheduler: Any, num_steps: int | None, process_group: Any) -> Iterator[Cache]:
-    cache = enable(target, plan, scheduler, num_steps, process_group)  # type: ignore[call-overload]
+def _enabled(target: Any, plan: Plan, options: dict[str, Any]) -> Iterator[Cache]:
+    cache = enable(target, plan, **options)  # type: ignore[call-overload]
     try:
         yield cache
         cache.check()

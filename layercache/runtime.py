@@ -18,21 +18,11 @@ from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
 from layercache.schedule import Cell, Schedule
 from layercache.serving import Requests
+from layercache.slots import Buffer, Storage, check_alike
 from layercache.steps import StepCounter, shapes_of, signature_of
 from layercache.velocities import VelocityTrack
 
 MAX_TERMS = ops.MAX_TERMS
-
-
-class Buffer:
-    """A place for one tensor that stays the same object while its tensor is allocated anew."""
-
-    def __init__(self) -> None:
-        self.tensor: torch.Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.tensor is None else self.tensor.numel() * self.tensor.element_size()
 
 
 class Terms:
@@ -80,8 +70,8 @@ class CacheState:
     streams change.
     """
 
-    def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]]):
-        self.layout = layout
+    def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
+        self.layout, self.storage = layout, storage
         self.images = [Buffer() for _ in range(layout.image_slots)]
         self.texts = [Buffer() for _ in range(layout.text_slots)]
         self.flag = Buffer()
@@ -118,23 +108,23 @@ class CacheState:
 
     def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """Makes every slot fit the streams; does nothing when they already do."""
-        fits = self.flag.tensor is not None and _like(self.images[0].tensor, image)
+        fits = self.flag.tensor is not None and self.storage.fits(self.images[0], image)
         if fits and text is not None and self.texts:
-            fits = _like(self.texts[0].tensor, text)
+            fits = self.storage.fits(self.texts[0], text)
         if fits:
             return
         for buffers, stream in ((self.images, image), (self.texts, text)):
             if stream is None:
                 continue
             for buffer in buffers:
-                buffer.tensor = keep_address(torch.empty(stream.shape, dtype=stream.dtype, device=stream.device))
+                self.storage.allocate(buffer, stream)
         self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
 
     def is_finite(self) -> bool:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
         if self.flag.tensor is None:
             return True
-        if self.flag.tensor.is_cuda:
+        if self.flag.tensor.is_cuda or self.storage.is_compact:
             bad = bool(self.flag.tensor.item())
         else:
             held = [buffer.tensor for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
@@ -159,28 +149,6 @@ class CacheState:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
-
-
-def check_fit(stream: torch.Tensor | None, other: torch.Tensor | None) -> None:
-    """The ops behind do not look: a block that gives another shape or dtype than it takes has no residual."""
-    if stream is None or other is None or stream.shape != other.shape or stream.dtype != other.dtype:
-        raise CacheStateError(
-            f"a group of blocks takes a stream of {describe(stream)} and gives or is given one of {describe(other)}; "
-            "such a group has no residual, cut the blocks into other groups"
-        )
-
-
-def describe(stream: torch.Tensor | None) -> str:
-    return "nothing" if stream is None else f"shape {tuple(stream.shape)}, {stream.dtype}"
-
-
-def _like(stored: torch.Tensor | None, tensor: torch.Tensor) -> bool:
-    return (
-        stored is not None
-        and stored.shape == tensor.shape
-        and stored.dtype == tensor.dtype
-        and stored.device == tensor.device
-    )
 
 
 class DryTrip(Trip):
@@ -239,9 +207,11 @@ class ScheduleRouter(Router):
         schedule: Schedule,
         scheduler: Any = None,
         end_is_announced: bool = False,
+        storage: str = "same",
     ):
         super().__init__(transformer, spec, schedule.groups)
         self.schedule = schedule
+        self.storage = Storage(storage)
         self._end_is_announced = end_is_announced
         self.layout = self._lay_out("")
         self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
@@ -291,7 +261,7 @@ class ScheduleRouter(Router):
         state = self.states.get(place.branch)
         if state is None:
             cells = self.schedule.cells_of(place.branch)
-            state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells)
+            state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells, self.storage)
         if place.starts:
             self._start_generation(place.branch, state)
         changed = state.expect(arguments, place.starts)
@@ -374,27 +344,25 @@ class ScheduleRouter(Router):
         state = self.state
         image_slot, text_slot = self.row.captures[group]
         state.fit(image_out, text_out)
-        check_fit(image_in, image_out)
-        # without a GPU the stored residuals are looked at when the generation ends, not on their way
-        flag = state.flag.tensor if image_out.is_cuda else None
+        check_alike(image_in, image_out)
+        # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
+        flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
         if text_slot is None:
-            ops.store([image_out], [image_in], [image_slot.tensor], flag)
+            self.storage.store([image_out], [image_in], [image_slot], flag)
         else:
-            check_fit(text_in, text_out)
-            ops.store([image_out, text_out], [image_in, text_in], [image_slot.tensor, text_slot.tensor], flag)
+            check_alike(text_in, text_out)
+            self.storage.store([image_out, text_out], [image_in, text_in], [image_slot, text_slot], flag)
 
     def reuse(self, group, image, text, results=None):
         for terms in self.row.runs[group]:
             streams = [image] if terms.texts is None else [image, text]
-            stored = [[buffer.tensor for buffer in stream] for stream in (terms.images, terms.texts) if stream]
-            for stream, own in zip(streams, stored, strict=True):
-                check_fit(stream, own[0])
+            stored = [stream for stream in (terms.images, terms.texts) if stream is not None]
             into = list(results[: len(streams)]) if results else None
-            image, *rest = ops.restore(streams, stored, terms.on(image.device), into)
+            image, *rest = self.storage.restore(streams, stored, terms.on(image.device), into)
             text = rest[0] if rest else text
         return image, text
 
-    def terms(self, groups: range, text: bool) -> list[tuple[float, torch.Tensor, torch.Tensor | None]] | None:
+    def terms(self, groups: range, text: bool) -> list[tuple[float, Buffer, Buffer | None]] | None:
         """Coefficient, image and text residual of everything that the present row takes for these groups.
 
         ``None`` where one is not there: nothing says so for the text, which a row stores only as far as it needs it.
@@ -406,9 +374,9 @@ class ScheduleRouter(Router):
                 slots = row[anchor].captures[group]
                 if slots is None or self.state.held[slots[0]] != (anchor, group) or (text and slots[1] is None):
                     return None
-                image = self.state.images[slots[0]].tensor
-                beside = self.state.texts[slots[1]].tensor if text and slots[1] is not None else None
-                if image is None or (text and beside is None):
+                image = self.state.images[slots[0]]
+                beside = self.state.texts[slots[1]] if text and slots[1] is not None else None
+                if image.tensor is None or (beside is not None and beside.tensor is None):
                     return None
                 found.append((coefficient, image, beside))
         return found
@@ -424,7 +392,7 @@ class ScheduleRouter(Router):
         for state in self.states.values():
             state.reset()
             for buffer in (*state.images, *state.texts, state.flag):
-                buffer.tensor = None
+                buffer.free()
 
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""

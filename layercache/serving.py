@@ -59,7 +59,9 @@ class Requests:
         router = self._routers.get(name)
         if router is None:
             root = self._root
-            router = self._routers[name] = type(root)(root.transformer, root.spec, root.schedule, scheduler)
+            router = self._routers[name] = type(root)(
+                root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
+            )
             router.attachment = root.attachment  # type: ignore[attr-defined]
             if scheduler is not None:
                 root.attachment.follow(router, scheduler)  # type: ignore[attr-defined]
@@ -221,7 +223,7 @@ class BatchRouter(Router):
             for lo in range(0, len(terms), ops.MAX_TERMS):
                 chunk = terms[lo : lo + ops.MAX_TERMS]
                 stored: list[list[Any]] = [[term[1 + stream] for term in chunk] for stream in range(len(parts))]
-                ops.linear_combination(parts, stored, [term[0] for term in chunk], targets)
+                router.storage.restore(parts, stored, [term[0] for term in chunk], targets)
                 parts = targets
         return into[0], into[1] if advances else text
 

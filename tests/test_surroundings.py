@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 import layercache
-from layercache.errors import CacheStateError, ForeignCacheError
+from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError
 from layercache.integration import attachment_of
 from layercache.methods.fbcache import FBCache
 from layercache.routing import RoutedModuleList
@@ -311,3 +311,74 @@ def test_half_precision(make, dtype):
         (state,) = list(cache.states.values())[:1]
         assert state.images[0].tensor.dtype == dtype
     assert torch.isfinite(cached.float()).all() and not torch.equal(cached, full)
+
+
+# --- how residuals are stored ----------------------------------------------------------------------------------
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(b.float().abs().max() ** 2 / (a.float() - b.float()).pow(2).mean()))
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "Flux2Transformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("storage", ["float32", "compact"])
+def test_storage_of_residuals(name, storage, monkeypatch):
+    """Half-precision models with residuals unrounded, or in one byte a number: bytes and errors as told."""
+    from dataclasses import replace
+
+    from layercache import models
+
+    monkeypatch.setitem(models._REGISTRY, name, replace(models._REGISTRY[name], timestep=None))
+    model, inputs = build(name)
+    model.to(torch.bfloat16)
+    inputs = {
+        key: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    expected = call(model, inputs)[0]
+    plan = schedule(model, (None,) * 3, ({0: 1.0}, None, {0: 1.0}))
+    results, bytes_of = {}, {}
+    for kind in ("same", storage):
+        with layercache.enabled(model, plan, storage=kind) as cache:
+            call(model, inputs)
+            results[kind] = call(model, inputs)[0]
+            bytes_of[kind] = cache.report().cache_bytes
+            cache.check()
+    channels = next(iter(cache.states.values())).images[0].tensor.shape[-1]
+    factor = 2.0 if storage == "float32" else (1 + 4 / channels) / 2
+    assert bytes_of[storage] == pytest.approx(factor * bytes_of["same"])
+    assert psnr(results[storage], expected) > (40 if storage == "float32" else 25)
+
+
+def test_compact_storage_over_a_generation_compiled_and_by_request(pipe, plan):
+    expected = cached_and_full(pipe, plan)
+    with layercache.enabled(pipe, plan, storage="compact") as cache:
+        small = generate(pipe)
+        assert psnr(small, expected[0]) > 20 and not torch.equal(small, expected[0])
+        with cache.request("a"):
+            assert torch.equal(generate(pipe), small)
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    with layercache.enabled(pipe, plan, storage="compact"):
+        assert torch.equal(generate(pipe), small)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("storage", ["float32", "compact"])
+def test_a_bad_residual_is_reported_from_any_storage(pipe, plan, storage, value):
+    with layercache.enabled(pipe, plan, storage=storage), pytest.raises(NonFiniteResidualError):
+        hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
+            lambda module, args, output: (output[0], output[1] * value)
+        )
+        try:
+            generate(pipe)
+        finally:
+            hook.remove()
+
+
+def test_storage_is_checked(pipe, plan):
+    with pytest.raises(CacheStateError, match="same, float32, compact"):
+        layercache.enable(pipe, plan, storage="fp4")
+    with pytest.raises(CacheStateError, match="schedules of groups"):
+        layercache.enable(pipe, FBCache(), storage="compact")
+    assert attachment_of(pipe.transformer) is None

@@ -1,0 +1,124 @@
+"""Memory of stored residuals: in the streams' own dtype, wider, or as one byte per number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layercache import ops
+from layercache.compat import keep_address
+from layercache.errors import CacheStateError
+
+STORAGES = ("same", "float32", "compact")
+
+
+class Buffer:
+    """A place for one tensor that stays the same object while its tensor is allocated anew.
+
+    Attributes:
+        tensor: the residual, or its codes.
+        scales: of the codes, one per row.
+    """
+
+    def __init__(self) -> None:
+        self.tensor: torch.Tensor | None = None
+        self.scales: torch.Tensor | None = None
+
+    def free(self) -> None:
+        self.tensor = self.scales = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.tensor, self.scales) if t is not None)
+
+
+class Storage:
+    """How residuals are written and read.
+
+    Args:
+        name: ``"same"``: in the dtype of the streams. ``"float32"``: unrounded, for half-precision models.
+            ``"compact"``: fp8 codes with a scale per row, half the memory of 16-bit streams; a number's error is at
+            most 2^-4 of it, or 2^-10 of its row's scale (`layercache.ops.capture_compact`).
+
+    Raises:
+        CacheStateError: another name.
+    """
+
+    def __init__(self, name: str = "same"):
+        if name not in STORAGES:
+            raise CacheStateError(f"unknown storage {name!r}; choose {', '.join(STORAGES)}")
+        self.name = name
+        self.is_compact = name == "compact"
+
+    def dtype(self, stream: torch.Tensor) -> torch.dtype:
+        return torch.uint8 if self.is_compact else torch.float32 if self.name == "float32" else stream.dtype
+
+    def fits(self, buffer: Buffer, stream: torch.Tensor) -> bool:
+        stored = buffer.tensor
+        return (
+            stored is not None
+            and stored.shape == stream.shape
+            and stored.dtype == self.dtype(stream)
+            and stored.device == stream.device
+        )
+
+    def allocate(self, buffer: Buffer, stream: torch.Tensor) -> None:
+        buffer.tensor = keep_address(torch.empty(stream.shape, dtype=self.dtype(stream), device=stream.device))
+        if self.is_compact:
+            scales = torch.empty(stream.shape[:-1], dtype=torch.float32, device=stream.device)
+            buffer.scales = keep_address(scales)
+
+    def store(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        buffers: Sequence[Buffer],
+        flag: torch.Tensor | None,
+    ) -> None:
+        """Residuals of all streams in one launch; ``flag`` is raised where one is not finite."""
+        stored = [buffer.tensor for buffer in buffers]
+        if self.is_compact:
+            scales = [buffer.scales for buffer in buffers]
+            ops.capture_compact(outputs, inputs, stored, scales, flag)  # type: ignore[arg-type]
+        else:
+            ops.store(outputs, inputs, stored, flag)  # type: ignore[arg-type]
+
+    def restore(
+        self,
+        bases: list[torch.Tensor],
+        buffers: Sequence[Sequence[Buffer]],
+        coefficients: Sequence[float] | torch.Tensor,
+        results: list[torch.Tensor] | None,
+    ) -> list[torch.Tensor]:
+        """Every stream with its stored residuals, times their coefficients, added; in one launch."""
+        stored = [[buffer.tensor for buffer in own] for own in buffers]
+        if self.is_compact:
+            scales = [[buffer.scales for buffer in own] for own in buffers]
+            return ops.linear_combination(
+                bases,
+                stored,  # type: ignore[arg-type]
+                coefficients,
+                results,
+                scales=scales,  # type: ignore[arg-type]
+            )
+        for base, own in zip(bases, buffers, strict=True):
+            if not self.fits(own[0], base):
+                raise CacheStateError(
+                    f"a stream is {describe(base)} where the stored residual is {describe(own[0].tensor)}; reset the "
+                    "cache before calling the transformer with other dtypes"
+                )
+        return ops.restore(bases, stored, coefficients, results)  # type: ignore[arg-type]
+
+
+def check_alike(before: torch.Tensor | None, after: torch.Tensor | None) -> None:
+    """Raises `CacheStateError` for blocks that give another shape or dtype than they take: there is no residual."""
+    if before is None or after is None or before.shape != after.shape or before.dtype != after.dtype:
+        raise CacheStateError(
+            f"a group of blocks takes a stream that is {describe(before)} and gives one that is {describe(after)}; "
+            "such a group has no residual, cut the blocks into other groups"
+        )
+
+
+def describe(stream: torch.Tensor | None) -> str:
+    return "not there" if stream is None else f"of shape {tuple(stream.shape)} and {stream.dtype}"
