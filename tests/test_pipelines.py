@@ -278,3 +278,59 @@ def test_wan_tells_its_steps_itself():
         assert cache.report().fallback_rows == 0 and cache.report().branches == ("cond", "uncond")
     with layercache.enabled(pipe, schedule_of(pipe, "ccr")):
         assert torch.equal(generate(pipe, call), bare)
+
+
+def flux_img2img():
+    """With a VAE, because the picture to start from is encoded."""
+    from diffusers import AutoencoderKL
+
+    from zoo_pipelines import make, noise
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8, latent_channels=1)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    pipe = make("FluxImg2ImgPipeline", "FluxTransformer2DModel", vae=vae)
+    call = {"image": torch.rand(1, 3, 16, 16), "height": 16, "width": 16, "num_inference_steps": STEPS}
+    call |= {"prompt_embeds": noise(1, 6, 32), "pooled_prompt_embeds": noise(1, 32), "output_type": "latent"}
+    return pipe, call
+
+
+@pytest.mark.parametrize("strength, first", [(1.0, 0), (0.75, 2), (0.5, 4)])
+def test_a_picture_to_start_from(strength, first):
+    """img2img begins in the middle: steps keep their numbers, and what was never stored is computed."""
+    pipe, call = flux_img2img()
+    call["strength"] = strength
+    full = generate(pipe, call)
+    kinds = "crrcrrcr"
+    with layercache.enabled(pipe, schedule_of(pipe, kinds)) as cache:
+        with block_calls(pipe) as calls:
+            cached = generate(pipe, call)
+        ran = [first + step for step in sorted(calls["first"])]
+        assert len(calls["forwards"]) == STEPS - first
+        in_vain = [
+            s for s in range(first, STEPS) if kinds[s] == "r" and not any(kinds[k] == "c" for k in range(first, s))
+        ]
+        assert ran == sorted([*in_vain, *(s for s in range(first, STEPS) if kinds[s] == "c")])
+        assert cache.report().fallback_rows == len(in_vain)
+        assert torch.equal(generate(pipe, call), cached) and not torch.equal(cached, full)
+
+
+def test_edit_models_of_qwen_image():
+    """A second picture behind the first in the sequence, modulated otherwise (zero_cond_t)."""
+    import diffusers
+
+    from tiny import randomise
+    from zoo import _qwen as tiny_qwen
+
+    config, inputs = tiny_qwen()
+    model = diffusers.QwenImageTransformer2DModel(**config, zero_cond_t=True)
+    randomise(model)
+    inputs |= {"hidden_states": torch.randn(2, 20, 16), "img_shapes": [[(1, 4, 4), (1, 2, 2)]] * 2}
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        with layercache.enabled(model, FBCache(threshold=1e9, warmup=1), num_steps=4) as cache:
+            for _ in range(2):
+                with model.cache_context("cond"):
+                    found = model(**inputs, return_dict=False)[0]
+            assert cache.decisions == {"cond": (True, False)}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
