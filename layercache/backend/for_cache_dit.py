@@ -1,0 +1,181 @@
+"""DBCache and TaylorSeer of cache-dit on our ops.
+
+The probe's residual is not subtracted until it is compared, and then both happen in one pass; the two streams behind
+the middle blocks are stored in one launch, and added in one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cache_dit.caching.cache_blocks.pattern_base import CachedBlocks_Pattern_Base
+from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
+from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
+from torch import Tensor
+
+from layercache import ops
+from layercache.backend.patching import Replacement
+from layercache.backend.primitives import Pending
+
+_WAITING = "_layercache_waiting"
+
+
+def replacements(sync: str) -> list[Replacement]:
+    blocks, manager = CachedBlocks_Pattern_Base, CachedContextManager
+    get_residual, similarity = blocks._get_Fn_residual, manager.similarity
+    set_buffer, apply_cache = manager.set_Fn_buffer, manager.apply_cache
+
+    def residual_of(self: Any, original_hidden_states: Tensor, hidden_states: Tensor) -> Tensor:
+        alike = original_hidden_states.shape == hidden_states.shape
+        if not alike or original_hidden_states.device != hidden_states.device:
+            return get_residual(self, original_hidden_states, hidden_states)
+        residual = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        setattr(residual, _WAITING, (hidden_states, original_hidden_states))
+        return residual
+
+    def compare(
+        self: Any, t1: Tensor, t2: Tensor, *, threshold: float, parallelized: bool = False, prefix: str = "Fn"
+    ) -> bool:
+        plain = 0.0 < threshold < 1.0 and t1.shape == t2.shape and self.get_important_condition_threshold() <= 0.0
+        follows = self.enable_separate_cfg() and self.is_separate_cfg_step() and not self.cfg_diff_compute_separate()
+        if not plain or (follows and self.get_current_step_residual_diff() is not None):
+            _settle(t2)
+            return similarity(self, t1, t2, threshold=threshold, parallelized=parallelized, prefix=prefix)
+        sums = _sums(t1, t2)
+        if parallelized:
+            dist.all_reduce(sums)
+        difference = _number(self, sums[0] / sums[1], sync, prefix)
+        if difference is None:
+            return False
+        self.add_residual_diff(difference)
+        return difference < threshold
+
+    def keep(self: Any, buffer: Tensor, prefix: str = "Fn") -> None:
+        if buffer is not None:
+            _settle(buffer)
+        set_buffer(self, buffer, prefix)
+
+    def add(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        prefix: str = "Bn",
+        encoder_prefix: str = "Bn_encoder",
+    ) -> tuple[Tensor, Tensor | None]:
+        both = encoder_hidden_states is not None
+        if not self.is_cache_residual() or (both and not self.is_encoder_cache_residual()):
+            return apply_cache(self, hidden_states, encoder_hidden_states, prefix, encoder_prefix)
+        stored = [self.get_Bn_buffer(prefix) if "Bn" in prefix else self.get_Fn_buffer(prefix)]
+        streams = [hidden_states]
+        if both:
+            beside = self.get_Bn_encoder_buffer if "Bn" in encoder_prefix else self.get_Fn_encoder_buffer
+            residual = beside(encoder_prefix)
+            if residual is not None:
+                streams.append(encoder_hidden_states)  # type: ignore[arg-type]
+                stored.append(residual)
+        assert stored[0] is not None, f"{prefix}_buffer must be set before"
+        found = ops.linear_combination(_dense(streams), [[r] for r in _dense(stored)], (1.0,))
+        return found[0], found[1] if len(found) == 2 else encoder_hidden_states
+
+    disable = torch.compiler.disable
+    return [
+        (blocks, "_get_Fn_residual", disable(residual_of)),
+        (blocks, "call_Mn_blocks", _call_middle),
+        (manager, "similarity", disable(compare)),
+        (manager, "set_Fn_buffer", disable(keep)),
+        (manager, "apply_cache", disable(add)),
+        (TaylorSeerState, "derivative", disable(_derivative)),
+        (TaylorSeerState, "approximate", disable(_approximate)),
+    ]
+
+
+def _settle(residual: Tensor) -> None:
+    """Subtracts what was put off."""
+    waiting = residual.__dict__.pop(_WAITING, None)
+    if waiting is not None:
+        output, before = waiting
+        ops.capture(_dense([output]), _dense([before]), [residual])
+
+
+def _sums(previous: Tensor, residual: Tensor) -> Tensor:
+    """``sum|previous - residual|`` and ``sum|previous|``; subtracts on the way what was put off."""
+    waiting = residual.__dict__.pop(_WAITING, None)
+    if waiting is None:
+        return ops.pair_statistics(_dense([previous]), _dense([residual]))[0, :2].contiguous()
+    output, before = waiting
+    found = ops.capture(_dense([output]), _dense([before]), [residual], previous=_dense([previous]))
+    assert found is not None
+    return found[0, 2:6:2].contiguous()
+
+
+def _number(manager: Any, difference: Tensor, sync: str, prefix: str) -> float | None:
+    if sync == "step":
+        return float(difference)
+    waiting = manager.__dict__.setdefault("_layercache_pending", {})
+    key = id(manager.get_context()), prefix, manager.is_separate_cfg_step()
+    before, waiting[key] = waiting.get(key), Pending(difference)
+    return before.value()[0] if before is not None and before.ready() else None
+
+
+def _dense(tensors: list[Tensor]) -> list[Tensor]:
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _call_middle(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any
+) -> Any:
+    image, text = hidden_states, encoder_hidden_states
+    for block in self._Mn_blocks():
+        output = block(image, text, *args, **kwargs)
+        image, text = self._process_block_outputs(output, text)
+    image = image.contiguous()
+    both = text is not None and encoder_hidden_states is not None
+    text = text.contiguous() if both else text  # type: ignore[union-attr]
+    outputs, inputs = ([image, text], [hidden_states, encoder_hidden_states]) if both else ([image], [hidden_states])
+    residuals = _stored(outputs, inputs)  # type: ignore[arg-type]
+    return image, text, residuals[0], residuals[1] if both else None
+
+
+@torch.compiler.disable
+def _stored(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    residuals = [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
+    ops.capture(outputs, _dense(inputs), residuals)
+    return residuals
+
+
+def _derivative(state: Any, tensor: Tensor) -> list[Tensor | None]:
+    elapsed = state.current_step - state.last_non_approximated_step
+    older = state.state["dY_prev"]
+    if older[0] is not None and older[0].shape != tensor.shape:
+        state.reset()
+        older = state.state["dY_prev"]
+    known = 0
+    while known < state.n_derivatives and older[known] is not None and state.current_step > 1:
+        known += 1
+    found: list[Tensor | None] = [None] * state.order
+    found[0] = tensor
+    if known:
+        targets = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(known)]
+        rows: list[list[float | None]] = [[1.0, *([None] * known)]]
+        for q in range(known):
+            row = [None if c is None else c / elapsed for c in rows[-1]]
+            row[q + 1] = -1.0 / elapsed
+            rows.append(row)
+        sources = [tensor, *older[:known]]
+        ops.linear_map([_dense(sources)], [targets], rows[1:])
+        found[1 : known + 1] = targets
+    return found
+
+
+def _approximate(state: Any) -> Tensor:
+    elapsed = state.current_step - state.last_non_approximated_step
+    known = [d for d in state.state["dY_current"] if d is not None]
+    if not known:
+        return 0  # type: ignore[return-value]
+    result = torch.empty_like(known[0], memory_format=torch.contiguous_format)
+    coefficients: list[float | None] = [elapsed**q / math.factorial(q) for q in range(len(known))]
+    ops.linear_map([_dense(known)], [[result]], [coefficients])
+    return result

@@ -1,0 +1,183 @@
+"""What caches do between the blocks, each in one pass over the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layercache import ops
+from layercache.errors import OpInputError
+from layercache.ops.forecasts import taylor_coefficients
+
+KINDS = ("l1", "l2", "cosine")
+
+_ABS_DIFFERENCE, _ABS_A, _SQUARED_DIFFERENCE, _SQUARED_A, _SQUARED_B, _PRODUCT = 0, 1, 3, 4, 5, 6
+
+
+def changes(previous: Sequence[Tensor], current: Sequence[Tensor], kind: str = "l1") -> Tensor:
+    """How much tensors have changed: one number per pair, on the device, in one launch for all pairs.
+
+    Args:
+        previous, current: pairs of tensors of one shape each, all of one dtype, ``[batch, rows, channels]`` (or any
+            contiguous shape); slices of a longer sequence are fine.
+        kind: ``"l1"``: ``sum|p - c| / sum|p|``, which is the ratio of the means. ``"l2"``: ``|p - c| / |p|``.
+            ``"cosine"``: ``1 - p c / (|p| |c|)``.
+
+    Returns:
+        fp32 ``[pairs]``; infinite or NaN where ``previous`` is zero.
+
+    Raises:
+        OpInputError: unknown kind, or tensors that do not fit.
+
+    Source: methods.md §15 P6. Bytes: 2 S.
+    """
+    if kind not in KINDS:
+        raise OpInputError(f"unknown kind {kind!r} of change; choose {', '.join(KINDS)}")
+    sums = ops.pair_statistics(previous, current)
+    if kind == "l1":
+        return sums[:, _ABS_DIFFERENCE] / sums[:, _ABS_A]
+    if kind == "l2":
+        return (sums[:, _SQUARED_DIFFERENCE] / sums[:, _SQUARED_A]).sqrt()
+    return 1 - sums[:, _PRODUCT] / (sums[:, _SQUARED_A] * sums[:, _SQUARED_B]).sqrt()
+
+
+def change(previous: Tensor, current: Tensor, kind: str = "l1") -> Tensor:
+    """`changes` of one pair: a tensor without dims."""
+    return changes([previous], [current], kind)[0]
+
+
+def capture(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], residuals: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """``output - input`` of all streams in one launch, into new tensors or into ``residuals``. Bytes: 3 S."""
+    if residuals is None:
+        residuals = [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
+    ops.capture(outputs, inputs, residuals)
+    return list(residuals)
+
+
+def probe(
+    output: Tensor, before: Tensor, previous: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A probe's residual and its relative L1 change, in one pass.
+
+    Args:
+        output, before: behind and in front of the probed blocks.
+        previous: the probe's residual that is compared with; ``None`` where there is none yet.
+        residual: written instead of a new tensor; it may be ``previous`` itself.
+
+    Returns:
+        ``output - before``, and ``sum|residual - previous| / sum|previous|`` on the device, or ``None``.
+
+    Source: methods.md §5.3, §15 P1. Bytes: 4 S, where subtraction and comparison apart take 10 S.
+    """
+    if residual is None:
+        residual = torch.empty_like(output, memory_format=torch.contiguous_format)
+    sums = ops.capture([output], [before], [residual], previous=None if previous is None else [previous])
+    return residual, None if sums is None else sums[0, 2] / sums[0, 4]
+
+
+def apply_residuals(
+    streams: Sequence[Tensor], residuals: Sequence[Tensor], results: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """``stream + residual`` for all streams in one launch; ``results`` may be the streams themselves. Bytes: 3 S."""
+    return ops.linear_combination(streams, [[residual] for residual in residuals], (1.0,), results)
+
+
+def apply_residual(stream: Tensor, residual: Tensor, result: Tensor | None = None) -> Tensor:
+    """`apply_residuals` of one stream."""
+    return apply_residuals([stream], [residual], None if result is None else [result])[0]
+
+
+class Pending:
+    """Numbers on their way from the device to the host.
+
+    `ready` never waits; `value` waits if it must.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._arrived: torch.cuda.Event | None = None
+        flat = tensor.detach().flatten()
+        if flat.device.type == "cuda":
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = flat.clone()
+
+    def ready(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
+    def value(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+def read_later(tensor: Tensor) -> Pending:
+    """Starts to bring a small tensor to the host, without waiting for it."""
+    return Pending(tensor)
+
+
+class TaylorForecaster:
+    """A tensor's Taylor expansion over the steps at which it was computed.
+
+    Call `mark_step_begin` at every step, then `update` where the tensor was computed and `approximate` where not::
+
+        F_0 = Y,  F_q+1 = (F_q - old F_q) / (steps since the last update),  approximation = sum_q t^q / q! F_q
+
+    Args:
+        order: derivatives kept, 0 to 5.
+        dtype: of the stored derivatives; the tensor's own if left out.
+
+    Source: TaylorSeer; methods.md §7. Bytes: update ``(2 order + 2) S``, approximation ``(order + 2) S``; one launch.
+    """
+
+    def __init__(self, order: int = 1, dtype: torch.dtype | None = None):
+        if not 0 <= order <= 5:
+            raise OpInputError(f"order must be from 0 to 5, got {order}")
+        self.order, self.dtype = order, dtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.step = -1
+        self.updated = -1
+        self.count = 0
+        self._factors: list[Tensor] = []
+
+    def mark_step_begin(self) -> None:
+        self.step += 1
+
+    def update(self, tensor: Tensor) -> None:
+        """The tensor was computed at this step; another shape starts the expansion anew."""
+        if self._factors and (self._factors[0].shape != tensor.shape or self._factors[0].device != tensor.device):
+            self._factors, self.count = [], 0
+        elapsed = self.step - self.updated
+        if self.count and elapsed < 1:
+            raise OpInputError("update is called twice in one step; call mark_step_begin at every step")
+        known = min(self.count, self.order)
+        while len(self._factors) <= known:
+            self._factors.append(torch.empty_like(tensor, dtype=self.dtype, memory_format=torch.contiguous_format))
+        ops.taylor_update(tensor, self._factors[: known + 1], [1.0 / elapsed] * known)
+        self.count += 1
+        self.updated = self.step
+
+    def approximate(self) -> Tensor:
+        """The expansion at this step, a new tensor in the dtype of the stored derivatives.
+
+        Raises:
+            OpInputError: nothing was computed yet.
+        """
+        if not self.count:
+            raise OpInputError("there is nothing to approximate from; call update first")
+        known = min(self.count - 1, self.order)
+        coefficients = taylor_coefficients(known, float(self.step - self.updated))
+        return ops.taylor_forecast(self._factors[: known + 1], coefficients)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._factors)

@@ -1,0 +1,384 @@
+"""Our ops for other caches: the primitives, and what diffusers' and cache-dit's own caches do on them."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, first_block_cache, taylorseer_cache
+
+from layercache import backend
+from layercache.backend import patching
+from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
+from test_models import call
+from test_peer_agreement import STEPS, FullSize, full_size_counts, peer
+from test_peer_agreement import pipe as pipe
+from tiny import generate
+from zoo import build
+
+TOLERANCE = 1e-4
+HAS_CACHE_DIT = importlib.util.find_spec("cache_dit") is not None
+needs_cache_dit = pytest.mark.skipif(not HAS_CACHE_DIT, reason="cache-dit is not installed")
+
+SNAPSHOT = {
+    "align": "(x: 'Tensor', y: 'Tensor', probes: 'Sequence[Tensor]', residuals: 'Sequence[Tensor]') -> 'Tensor'",
+    "apply_residual": "(stream: 'Tensor', residual: 'Tensor', result: 'Tensor | None' = None) -> 'Tensor'",
+    "apply_residuals": "(streams: 'Sequence[Tensor]', residuals: 'Sequence[Tensor]', "
+    "results: 'Sequence[Tensor] | None' = None) -> 'list[Tensor]'",
+    "capture": "(outputs: 'Sequence[Tensor]', inputs: 'Sequence[Tensor]', residuals: 'Sequence[Tensor] | None' = None) "
+    "-> 'list[Tensor]'",
+    "change": "(previous: 'Tensor', current: 'Tensor', kind: 'str' = 'l1') -> 'Tensor'",
+    "changes": "(previous: 'Sequence[Tensor]', current: 'Sequence[Tensor]', kind: 'str' = 'l1') -> 'Tensor'",
+    "probe": "(output: 'Tensor', before: 'Tensor', previous: 'Tensor | None' = None, residual: 'Tensor | None' = None) "
+    "-> 'tuple[Tensor, Tensor | None]'",
+    "read_later": "(tensor: 'Tensor') -> 'Pending'",
+    "accelerate": "(package: 'str', sync: 'str' = 'step') -> 'Acceleration'",
+    "accelerated": "(package: 'str', sync: 'str' = 'step') -> 'Iterator[None]'",
+}
+
+
+# --- primitives --------------------------------------------------------------------------------------------------
+
+
+def test_the_interface_is_the_promised_one():
+    """A change here asks for another number in API_VERSION."""
+    assert backend.API_VERSION == "1.0"
+    assert {name: str(inspect.signature(getattr(backend, name))) for name in SNAPSHOT} == SNAPSHOT
+    assert set(backend.__all__) == set(SNAPSHOT) | {
+        "API_VERSION",
+        "KINDS",
+        "Pending",
+        "TaylorForecaster",
+        "mean_velocity",
+        "modulate",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changes(dtype):
+    a, b = torch.randn(2, 3, 7, 16).to(dtype)
+    joined = torch.cat([a, b], dim=1)
+    x, y = a.double(), b.double()
+    expected = {
+        "l1": (x - y).abs().mean() / x.abs().mean(),
+        "l2": (x - y).norm() / x.norm(),
+        "cosine": 1 - (x * y).sum() / (x.norm() * y.norm()),
+    }
+    for kind, value in expected.items():
+        assert float(backend.change(a, b, kind)) == pytest.approx(float(value), rel=1e-5)
+        many = backend.changes([a, joined[:, :7]], [b, joined[:, 7:]], kind)
+        assert many.shape == (2,) and many.tolist() == pytest.approx([float(value)] * 2, rel=1e-5)
+    with pytest.raises(OpInputError, match="l1, l2, cosine"):
+        backend.change(a, b, "l3")
+
+
+def test_probe_is_subtraction_and_change_in_one():
+    before, output, previous = torch.randn(3, 2, 5, 8)
+    residual, nothing = backend.probe(output, before)
+    assert torch.equal(residual, output - before) and nothing is None
+    residual, change = backend.probe(output, before, previous)
+    expected = ((output - before) - previous).abs().mean() / previous.abs().mean()
+    assert torch.equal(residual, output - before) and float(change) == pytest.approx(float(expected), rel=1e-5)
+    kept = previous.clone()
+    same, again = backend.probe(output, before, kept, residual=kept)
+    assert same is kept and torch.equal(kept, residual) and again == change
+
+
+def test_residuals_of_slices_in_place():
+    joined, stored = torch.randn(1, 9, 8), torch.randn(1, 6, 8)
+    expected = joined.clone()
+    expected[:, 3:] += stored
+    image = joined[:, 3:]
+    assert backend.apply_residual(image, stored, image) is image
+    assert torch.equal(joined, expected)
+    (residual,) = backend.capture([expected[:, 3:]], [torch.zeros(1, 6, 8)])
+    assert torch.equal(residual, expected[:, 3:])
+
+
+def test_reading_later():
+    pending = backend.read_later(torch.tensor([1.5, 2.0]))
+    assert pending.ready() and pending.value() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_forecaster_follows_the_recursion(order):
+    """Against the published recursion written out in NumPy, with uneven gaps between the computed steps."""
+    computed, rng = [0, 1, 3, 6, 7], np.random.default_rng(order)
+    values = {step: rng.standard_normal((1, 4, 8)) for step in computed}
+    forecaster, factors, last = backend.TaylorForecaster(order), [], None
+    with pytest.raises(OpInputError, match="call update first"):
+        forecaster.approximate()
+    for step in range(11):
+        forecaster.mark_step_begin()
+        if step in values:
+            fresh = [values[step]]
+            for q in range(min(len(factors), order)):
+                fresh.append((fresh[q] - factors[q]) / (step - last))
+            factors, last = fresh, step
+            forecaster.update(torch.from_numpy(values[step]).float())
+        offset = step - last
+        expected = sum(offset**q / float(np.prod(range(1, q + 1))) * f for q, f in enumerate(factors))
+        np.testing.assert_allclose(forecaster.approximate().numpy(), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(OpInputError, match="twice"):
+        (
+            forecaster.update(torch.zeros(1, 4, 8)),
+            forecaster.update(torch.zeros(1, 4, 8)),
+            forecaster.update(torch.zeros(1, 4, 8)),
+        )
+    forecaster.mark_step_begin()
+    forecaster.update(torch.zeros(1, 2, 8))  # another shape: from the beginning
+    assert torch.equal(forecaster.approximate(), torch.zeros(1, 2, 8))
+    forecaster.reset()
+    assert forecaster.step == -1
+
+
+# --- diffusers ---------------------------------------------------------------------------------------------------
+
+
+def snapshot() -> list:
+    owners = [
+        first_block_cache.FBCHeadBlockHook,
+        first_block_cache.FBCBlockHook,
+        taylorseer_cache.TaylorSeerState,
+    ]
+    return [dict(vars(owner)) for owner in owners]
+
+
+@pytest.mark.parametrize(
+    "config, block",
+    [
+        (FirstBlockCacheConfig(threshold=0.1), 1),
+        (FirstBlockCacheConfig(threshold=0.35), 1),
+        (TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32), 0),
+        (TaylorSeerCacheConfig(cache_interval=3, max_order=2, taylor_factors_dtype=torch.float32), 0),
+        (
+            TaylorSeerCacheConfig(
+                cache_interval=4, max_order=1, taylor_factors_dtype=torch.float32, use_lite_mode=True
+            ),
+            0,
+        ),
+    ],
+    ids=["fbc 0.1", "fbc 0.35", "taylor 1", "taylor 2", "taylor lite"],
+)
+def test_diffusers_caches_decide_and_give_the_same(pipe, config, block):
+    before = snapshot()
+    expected, decisions = peer(pipe, config, block)
+    with backend.accelerated("diffusers"):
+        assert snapshot() != before
+        found, same = peer(pipe, config, block)
+    assert snapshot() == before and not patching._active
+    assert same == decisions
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
+    again, _ = peer(pipe, config, block)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("kind", ["fbc", "taylor"])
+def test_diffusers_caches_on_other_classes(name, kind):
+    model, inputs = build(name)
+    config = (
+        FirstBlockCacheConfig(threshold=0.3)
+        if kind == "fbc"
+        else TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32)
+    )
+
+    def run() -> list[torch.Tensor]:
+        model.enable_cache(config)
+        try:
+            found = []
+            for step in range(6):
+                with model.cache_context("cond"):
+                    changed = inputs | {"timestep": inputs["timestep"] * (1 - 0.01 * step)}
+                    found.append(call(model, changed)[0])
+            return found
+        finally:
+            model.disable_cache()
+
+    expected = run()
+    with backend.accelerated("diffusers"):
+        found = run()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_full_size_operators_of_diffusers_caches(pipe):
+    """Two instead of seven for a first-block cache, computing or reusing; one instead of seven per Taylor tensor."""
+    config = FirstBlockCacheConfig(threshold=0.35)
+    pipe.transformer.enable_cache(config)
+    theirs, _ = full_size_counts(pipe)
+    pipe.transformer.disable_cache()
+    with backend.accelerated("diffusers"):
+        pipe.transformer.enable_cache(config)
+        calls, ours = full_size_counts(pipe)
+        pipe.transformer.disable_cache()
+    of_the_model = [all_ - own for all_, own in zip(calls, ours, strict=True)]
+    assert len(set(of_the_model)) == 2, "both computing and reusing steps"
+    for at in range(2, len(calls)):  # the first step compares nothing
+        assert ours[at] == 2 and theirs[at] - of_the_model[at] == 7
+
+
+def test_full_size_operators_of_a_taylor_prediction(pipe):
+    config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=3, taylor_factors_dtype=torch.float32)
+    _, decisions = peer(pipe, config, 0)
+    counts = []
+    for context in (nullcontext(), backend.accelerated("diffusers")):
+        with context:
+            pipe.transformer.enable_cache(config)
+            counts.append(full_size_counts(pipe))
+            pipe.transformer.disable_cache()
+    (theirs, _), (calls, ours) = counts
+    cached = [2 * step for step, computed in enumerate(decisions["cond"]) if not computed]
+    for at in cached:
+        assert ours[at] and theirs[at] - (calls[at] - ours[at]) == 7 * ours[at]
+
+
+def reads_of(pipe, config) -> int:
+    from layercache.comparison import Counter
+
+    pipe.transformer.enable_cache(config)
+    try:
+        with Counter() as counter:
+            generate(pipe, steps=STEPS)
+    finally:
+        pipe.transformer.disable_cache()
+    return counter.reads
+
+
+def test_one_read_per_decision_and_none_that_waits(pipe):
+    config = FirstBlockCacheConfig(threshold=0.35)
+    theirs = reads_of(pipe, config)
+    with backend.accelerated("diffusers"):
+        assert reads_of(pipe, config) <= theirs
+    with backend.accelerated("diffusers", sync="lagged"):
+        pipe.transformer.enable_cache(config)
+        found = generate(pipe, steps=STEPS)
+        pipe.transformer.disable_cache()
+    assert torch.isfinite(found).all()
+
+
+def test_wrong_use_of_accelerate(monkeypatch):
+    with pytest.raises(UnsupportedModelError, match="diffusers, cache-dit"):
+        backend.accelerate("xdit")
+    with pytest.raises(CacheStateError, match="step or lagged"):
+        backend.accelerate("diffusers", sync="never")
+    made = backend.accelerate("diffusers")
+    with pytest.raises(CacheStateError, match="already"):
+        backend.accelerate("diffusers")
+    made.undo()
+    with pytest.raises(CacheStateError, match="undone already"):
+        made.undo()
+    monkeypatch.setattr(patching.importlib.metadata, "version", lambda name: "0.99.0")
+    with pytest.raises(UnsupportedModelError, match=r"0.99.0 is not known.*0.41.x and 0.42.x"):
+        backend.accelerate("diffusers")
+
+    def missing(name):
+        raise patching.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(patching.importlib.metadata, "version", missing)
+    with pytest.raises(MissingExtraError, match="pip install cache-dit"):
+        backend.accelerate("cache-dit")
+
+
+# --- cache-dit ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def db_cache(pipe, threshold=0.3, front=1, back=0, taylor=False, warmup=2):
+    import cache_dit
+
+    adapter = cache_dit.BlockAdapter(
+        pipe=pipe,
+        transformer=pipe.transformer,
+        blocks=pipe.transformer.transformer_blocks,
+        forward_pattern=cache_dit.ForwardPattern.Pattern_1,
+        has_separate_cfg=True,
+    )
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=front,
+        Bn_compute_blocks=back,
+        residual_diff_threshold=threshold,
+        max_warmup_steps=warmup,
+        enable_separate_cfg=True,
+        num_inference_steps=STEPS,
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+    cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(adapter)
+
+
+def through_cache_dit(pipe, **options):
+    ran = []
+    blocks = list(pipe.transformer.transformer_blocks)
+    hooks = [
+        blocks[0].attn.register_forward_pre_hook(lambda *_: ran.append(False)),
+        blocks[5].attn.register_forward_pre_hook(lambda *_: ran.__setitem__(-1, True)),
+    ]
+    try:
+        with db_cache(pipe, **options):
+            return generate(pipe, steps=STEPS), ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@needs_cache_dit
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"front": 2, "back": 1}, {"taylor": True, "warmup": 4}, {"threshold": 0.15, "taylor": True}],
+    ids=str,
+)
+def test_cache_dit_decides_and_gives_the_same(pipe, options):
+    from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
+
+    before = dict(vars(CachedContextManager))
+    expected, decisions = through_cache_dit(pipe, **options)
+    assert {True, False} == set(decisions)
+    with backend.accelerated("cache-dit"):
+        assert dict(vars(CachedContextManager)) != before
+        found, same = through_cache_dit(pipe, **options)
+    assert dict(vars(CachedContextManager)) == before
+    assert same == decisions
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
+
+
+@needs_cache_dit
+def test_full_size_operators_of_cache_dit(pipe):
+    config = pipe.transformer.config
+
+    def counts():
+        mode = FullSize(64 * config.num_attention_heads * config.attention_head_dim)
+
+        def begin(*_):
+            mode.calls.append(0)
+            mode.ours.append(0)
+
+        hook = pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(begin)
+        try:
+            with db_cache(pipe), mode:
+                generate(pipe, prompts=["cat"], steps=STEPS)
+        finally:
+            hook.remove()
+        return mode.calls, mode.ours
+
+    theirs, _ = counts()
+    with backend.accelerated("cache-dit"):
+        calls, ours = counts()
+    of_the_model = [all_ - own for all_, own in zip(calls, ours, strict=True)]
+    assert len(set(of_the_model[:-1])) == 2, "both computing and reusing steps"
+    for at in range(2 * 3, len(calls)):  # behind the warm-up
+        assert ours[at] == 2 and theirs[at] - of_the_model[at] == 7
+
+
+@needs_cache_dit
+def test_cache_dit_without_waiting(pipe):
+    with backend.accelerated("cache-dit", sync="lagged"):
+        found, decisions = through_cache_dit(pipe)
+    assert torch.isfinite(found).all() and {True, False} == set(decisions)
