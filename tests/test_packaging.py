@@ -202,3 +202,42 @@ def test_another_package_keeps_the_name_kernels(checkout: Path, python: Path, tm
 def test_import_without_triton(module: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules['triton'] = None; import {module}"
     run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+# --- used by others -----------------------------------------------------------------------------------------------
+
+
+def test_a_project_that_depends_on_the_wheel_alone(
+    installed: Path, python: Path, checkout: Path, tmp_path: Path
+) -> None:
+    """examples/consumer: built, run and type-checked with nothing of ours but the installed wheel."""
+    project = tmp_path / "consumer"
+    shutil.copytree(checkout / "examples" / "consumer", project)
+    target = tmp_path / "site"
+    pip(python, "install", project, "--no-deps", "--no-build-isolation", "--no-index", "--target", target, cwd=tmp_path)
+    paths = f"{target}{os.pathsep}{installed}"
+    told = run(python, "-m", "blockskip.cache", cwd=tmp_path, PYTHONPATH=paths)
+    assert told.strip().startswith("8 of 10 calls skipped, backend 1.")
+    checked = run(
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        project / "pyproject.toml",
+        target / "blockskip",
+        cwd=tmp_path,
+        MYPYPATH=str(installed),
+    )
+    assert "Success" in checked
+
+
+def test_importing_costs_little_beyond_torch(installed: Path, python: Path, tmp_path: Path) -> None:
+    """Neither triton nor diffusers is loaded, and nothing is done."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import layercache; after = set(sys.modules) - before; "
+        "heavy = sorted(m for m in after if m.split('.')[0] in ('triton', 'diffusers', 'transformers', 'matplotlib')); "
+        "print(heavy, len(after))"
+    )
+    told = run(python, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    heavy, count = told.strip().rsplit(" ", 1)
+    assert heavy == "[]" and int(count) < 30

@@ -71,7 +71,6 @@ def _run_head(hook: Any, sync: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     return output
 
 
-@torch.compiler.disable
 def _probe(output: Tensor, before: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if previous is not None and previous.shape != output.shape:
         raise ValueError(f"the probe has shape {tuple(output.shape)} after {tuple(previous.shape)}; reset the cache")
@@ -89,14 +88,12 @@ def _must_compute(state: Any, change: Tensor | None, threshold: float, sync: str
     return pending.value()[0] > threshold
 
 
-@torch.compiler.disable
 def _added(streams: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
     return (
         ops.linear_combination(streams[: len(residuals)], [[r] for r in residuals], (1.0,)) + streams[len(residuals) :]
     )
 
 
-@torch.compiler.disable
 def _stored(streams: list[Tensor], before: list[Tensor]) -> list[Tensor]:
     residuals = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in streams]
     ops.capture(streams, before[: len(streams)], residuals)

@@ -88,6 +88,56 @@ def kernels(
         raise typer.Exit(1)
 
 
+@app.command()
+def peers(
+    shape: Annotated[str, typer.Option(help="Batch x rows x channels of the image stream.")] = "1x4096x3072",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the times, as PNG.")] = None,
+    json_to: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them."),
+    ] = None,
+) -> None:
+    """Count and time what the caches of diffusers and cache-dit do, as they are and on our ops.
+
+    The blocks return prepared tensors, so that the time is that of the cache alone. Operators have an operand as large
+    as the image stream; passes are such tensors read and written; reads wait for the device.
+
+    Example: `layercache bench peers --shape 1x4096x3072 --json peers.json`
+    """
+    from dataclasses import asdict
+
+    import torch
+    from tqdm.auto import tqdm
+
+    from layercache import plots
+    from layercache.benchmarks import peers as measuring
+    from layercache.benchmarks import results
+    from layercache.cli import Printer, choose_device
+
+    if plot is not None:
+        plots.check_installed()
+    printer = Printer(json_to)
+    place = torch.device(choose_device(device))
+    with tqdm(total=2 * len(measuring.modes()), leave=False, unit="mode") as bar:
+
+        def tell(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        rows = measuring.measure(_shape(shape), _dtype(dtype), place, rounds, tell)
+    printer.say(measuring.table(rows))
+    if plot is not None:
+        printer.say(f"plot: {measuring.save_plot(plot, rows, f'{shape}, {dtype}, {place}')}")
+    settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shape": list(_shape(shape))}
+    head = {"kernel_hash": results.kernel_hash(), "machine": results.machine_info()}
+    printer.figures({"kind": "peers", **head, "settings": settings, "rows": [asdict(row) for row in rows]})
+
+
 @app.command("results")
 def list_results(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with result files.")] = RESULTS,

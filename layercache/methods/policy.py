@@ -112,6 +112,8 @@ class DynamicMethod(ABC):
 
     def __post_init__(self) -> None:
         check_range("order", self.order, 0, 3)
+        if not isinstance(self.order, int):
+            raise MethodError(f"order must be a whole number, got {self.order!r}")
         if self.sync not in SYNCS:
             raise MethodError(f"sync is {' or '.join(SYNCS)}, got {self.sync!r}")
 

@@ -1,0 +1,3 @@
+"""A first-block cache for any list of blocks."""
+
+from blockskip.cache import FirstBlockCache as FirstBlockCache
