@@ -382,3 +382,63 @@ def test_cache_dit_without_waiting(pipe):
     with backend.accelerated("cache-dit", sync="lagged"):
         found, decisions = through_cache_dit(pipe)
     assert torch.isfinite(found).all() and {True, False} == set(decisions)
+
+
+# --- what diffusers' own tests ask of these caches, with our ops under them ------------------------------------
+
+
+OWN = {
+    "fbc": (FirstBlockCacheConfig(threshold=0.9), ("fbc_leader_block_hook", "fbc_block_hook")),
+    "taylor": (
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32),
+        ("taylorseer_cache",),
+    ),
+}
+
+
+@pytest.fixture(
+    params=[(kind, name) for kind in OWN for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")]
+)
+def own(request):
+    kind, name = request.param
+    model, inputs = build(name)
+    with backend.accelerated("diffusers"):
+        yield (*OWN[kind], model, inputs)
+
+
+def hooks_of(model, names) -> list:
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return [r for r in registries if r is not None and any(r.get_hook(name) is not None for name in names)]
+
+
+def test_own_enabled_state_and_enabling_twice(own):
+    config, _, model, _ = own
+    assert not model.is_cache_enabled
+    model.enable_cache(config)
+    assert model.is_cache_enabled
+    with pytest.raises(ValueError, match="Caching has already been enabled"):
+        model.enable_cache(config)
+    model.disable_cache()
+    assert not model.is_cache_enabled
+
+
+def test_own_hooks_inference_contexts_and_reset(own):
+    config, names, model, inputs = own
+    other = inputs | {"hidden_states": inputs["hidden_states"] + 0.1 * torch.randn_like(inputs["hidden_states"])}
+    full = call(model, other)[0]
+    model.enable_cache(config)
+    assert hooks_of(model, names)
+    with model.cache_context("cond"):
+        for _ in range(3):
+            call(model, inputs)
+        cached = call(model, other)[0]
+    assert torch.isfinite(cached).all() and (cached - full).abs().max() > 1e-5
+    outputs = []
+    for name in ("context_1", "context_2"):
+        with model.cache_context(name):
+            outputs.append(call(model, inputs)[0])
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    model._reset_stateful_cache()
+    model.disable_cache()
+    assert not hooks_of(model, names)
+    torch.testing.assert_close(call(model, other)[0], full, rtol=0, atol=0)
