@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, first_block_cache, taylorseer_cache
+from typer.testing import CliRunner
 
 from layercache import backend
 from layercache.backend import patching
+from layercache.cli import app
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
 from test_models import call
 from test_peer_agreement import STEPS, FullSize, full_size_counts, peer
@@ -442,3 +445,23 @@ def test_own_hooks_inference_contexts_and_reset(own):
     model.disable_cache()
     assert not hooks_of(model, names)
     torch.testing.assert_close(call(model, other)[0], full, rtol=0, atol=0)
+
+
+def test_the_benchmark_of_peers(tmp_path):
+    """On a small shape: the counts, which do not depend on it, and the files."""
+    result = CliRunner().invoke(
+        app,
+        ["bench", "peers", "--shape", "1x64x32", "--dtype", "float32", "--rounds", "1", "--device", "cpu"]
+        + ["--json", str(tmp_path / "peers.json"), "--plot", str(tmp_path / "peers.png")],
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    plain, fast = (
+        {(row["mode"], row["reuses"]): row for row in rows if row["accelerated"] is which} for which in (False, True)
+    )
+    for reuses in (False, True):
+        assert (plain["diffusers FBC", reuses]["operators"], plain["diffusers FBC", reuses]["passes"]) == (7, 15)
+        assert (fast["diffusers FBC", reuses]["operators"], fast["diffusers FBC", reuses]["passes"]) == (2, 7)
+        assert fast["diffusers FBC", reuses]["ours"] == 2 and fast["diffusers FBC", reuses]["reads"] == 1
+    assert fast["diffusers Taylor", True]["operators"] == 1
+    assert (tmp_path / "peers.png").stat().st_size > 1000

@@ -91,7 +91,9 @@ def test_refusals(pipe, apart):
 
 
 def test_planned_and_searched_per_branch(pipe):
-    profile = layercache.calibrate(pipe, ["cat"], progress=False, max_distance=5, max_span=5, **CALL)
+    measured = layercache.calibrate(pipe, ["cat"], progress=False, max_distance=5, max_span=5, **CALL)
+    # times that were measured beside other work may leave no choice
+    profile = replace(measured, group_seconds=(1.0,) * 3, reuse_seconds=(0.0,) * 3)
     settings = {"protect_first": 1, "protect_last": 1}
     schedule = layercache.plan(profile, 0.6, per_branch=True, **settings)
     assert schedule.used <= 0.6 + 1e-9

@@ -145,10 +145,12 @@ def _differences(
         known += 1
     if not known:
         return {0: features.to(dtype)}
+    rows = _difference_rows(known, elapsed or 1)
     sources = [features, *(older[q] for q in range(known))]
-    targets = [torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(known + 1)]
-    ops.linear_map([_rows(sources)], [_rows(targets)], _difference_rows(known, elapsed or 1))
-    return dict(enumerate(targets))
+    kept = features.dtype == dtype  # F_0 is the features themselves, as it is where nothing is cast
+    targets = [torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format) for _ in rows[kept:]]
+    ops.linear_map([_rows(sources)], [_rows(targets)], rows[kept:])
+    return dict(enumerate([features, *targets] if kept else targets))
 
 
 def _difference_rows(known: int, elapsed: int) -> list[list[float | None]]:

@@ -154,13 +154,13 @@ class Traffic(TorchDispatchMode):
 def modes() -> list[Mode]:
     """Of the packages that are installed."""
     found = [
-        Mode("diffusers FirstBlockCache", "diffusers", 3, _first_block),
-        Mode("diffusers TaylorSeer, order 1, one tensor", "diffusers", 1, _taylor),
+        Mode("diffusers FBC", "diffusers", 3, _first_block),
+        Mode("diffusers Taylor", "diffusers", 1, _taylor),
     ]
     if importlib.util.find_spec("cache_dit") is not None:
         found += [
-            Mode("cache-dit DBCache F1B0", "cache-dit", 3, functools.partial(_cache_dit, taylor=False)),
-            Mode("cache-dit DBCache, TaylorSeer", "cache-dit", 3, functools.partial(_cache_dit, taylor=True)),
+            Mode("cache-dit DBCache", "cache-dit", 3, functools.partial(_cache_dit, taylor=False)),
+            Mode("cache-dit + Taylor", "cache-dit", 3, functools.partial(_cache_dit, taylor=True)),
         ]
     return found
 
@@ -238,7 +238,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Both variants of every mode and kind of step."""
+    """Both variants of every mode and kind of step; DBCache has one block in front, Taylor order 1 and one tensor."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("cache")
     shown.add_column("step")
