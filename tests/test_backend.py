@@ -465,3 +465,103 @@ def test_the_benchmark_of_peers(tmp_path):
         assert fast["diffusers FBC", reuses]["ours"] == 2 and fast["diffusers FBC", reuses]["reads"] == 1
     assert fast["diffusers Taylor", True]["operators"] == 1
     assert (tmp_path / "peers.png").stat().st_size > 1000
+
+
+# --- cache-dit's six forward patterns, and a class with two lists of blocks --------------------------------------
+
+
+class PatternBlock(torch.nn.Module):
+    """Takes and returns the streams as one of cache-dit's patterns says."""
+
+    def __init__(self, pattern: int, dim: int = 16):
+        super().__init__()
+        self.pattern = pattern
+        self.image, self.text = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        image = hidden_states + 0.1 * torch.tanh(self.image(hidden_states))
+        text = hidden_states[:, :2] if encoder_hidden_states is None else encoder_hidden_states
+        text = text + 0.1 * torch.tanh(self.text(text))
+        return {0: (image, text), 1: (text, image), 2: image, 3: image, 4: (image, text), 5: (text, image)}[
+            self.pattern
+        ]
+
+
+class PatternTransformer(torch.nn.Module):
+    def __init__(self, pattern: int):
+        super().__init__()
+        self.pattern = pattern
+        self.transformer_blocks = torch.nn.ModuleList(PatternBlock(pattern) for _ in range(5))
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        image, text = hidden_states, encoder_hidden_states
+        for block in self.transformer_blocks:
+            output = block(image, text) if self.pattern < 3 else block(image)
+            parts = output if isinstance(output, tuple) else (output,)
+            if len(parts) == 2:
+                image, text = parts if self.pattern in (0, 4) else parts[::-1]
+            else:
+                (image,) = parts
+        return image
+
+
+@contextmanager
+def transformer_only(model, blocks, patterns, **options):
+    import cache_dit
+
+    adapter = cache_dit.BlockAdapter(
+        transformer=model,
+        blocks=blocks,
+        forward_pattern=[getattr(cache_dit.ForwardPattern, f"Pattern_{number}") for number in patterns],
+        has_separate_cfg=False,
+        check_forward_pattern=False,
+    )
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=3, num_inference_steps=10**6, **options
+    )
+    cache_dit.enable_cache(adapter, cache_config=config)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(adapter)
+
+
+@needs_cache_dit
+@pytest.mark.parametrize("pattern", range(6))
+def test_every_forward_pattern_of_cache_dit(pattern):
+    torch.manual_seed(pattern)
+    model = PatternTransformer(pattern)
+    image, text = torch.randn(1, 6, 16), torch.randn(1, 3, 16)
+
+    def run() -> list[torch.Tensor]:
+        with (
+            transformer_only(model, [model.transformer_blocks], [pattern], residual_diff_threshold=0.2),
+            torch.no_grad(),
+        ):
+            return [model(image * (1 - 0.02 * step), text) for step in range(10)]
+
+    with torch.no_grad():
+        full = [model(image * (1 - 0.02 * step), text) for step in range(10)]
+    expected = run()
+    assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(full, expected, strict=True)), "something is reused"
+    with backend.accelerated("cache-dit"):
+        found = run()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@needs_cache_dit
+def test_cache_dit_on_two_lists_of_blocks():
+    model, inputs = build("FluxTransformer2DModel")
+
+    def run() -> list[torch.Tensor]:
+        lists = [model.transformer_blocks, model.single_transformer_blocks]
+        with transformer_only(model, lists, [1, 1], residual_diff_threshold=0.5):
+            steps = [inputs | {"timestep": inputs["timestep"] * (1 - 0.01 * step)} for step in range(7)]
+            return [call(model, step)[0] for step in steps]
+
+    expected = run()
+    with backend.accelerated("cache-dit"):
+        found = run()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
