@@ -235,8 +235,7 @@ class Observer(Router):
         self.clock = Stopwatch(next(self.transformer.parameters()).device)
 
     def begin(self, branch, step, arguments, dry_run=None) -> None:
-        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
-        self.place = self.steps.locate(branch, step, timestep)
+        self.place = self.locate(branch, step, arguments)
         if not self.sigmas:
             raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")
         self.clock.mark(("rest", self.place.step))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layercache import ops
+from layercache.backend.primitives import Pending
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.layout import COMPUTE, GroupAction
@@ -28,7 +29,7 @@ class Reader:
 
     def __init__(self, sync: str, group: Any = None):
         self._lagged, self._group = sync == "lagged", group
-        self._under_way: tuple[torch.Tensor, Any] | None = None
+        self._under_way: Pending | None = None
 
     def read(self, statistics: torch.Tensor | None) -> list[float] | None:
         """The newest numbers that may be looked at; ``None`` where there are none yet.
@@ -42,20 +43,8 @@ class Reader:
             return None if statistics is None else statistics.flatten().tolist()
         before, self._under_way = self._under_way, None
         if statistics is not None:
-            self._under_way = self._send(statistics.flatten())
-        if before is None or (before[1] is not None and not before[1].query()):
-            return None
-        return before[0].tolist()
-
-    @staticmethod
-    def _send(statistics: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        if statistics.device.type != "cuda":
-            return statistics.cpu().clone(), None
-        host = torch.empty(statistics.shape, dtype=statistics.dtype, pin_memory=True)
-        host.copy_(statistics, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return host, arrived
+            self._under_way = Pending(statistics)
+        return before.value() if before is not None and before.ready() else None
 
 
 @dataclass
@@ -198,8 +187,7 @@ class DynamicRouter(Router):
                 f"{self.method.name} decides inside the forward, which one compiled graph cannot hold: compile the "
                 "blocks (transformer.compile_repeated_blocks()), or run the schedule of cache.export_schedule()"
             )
-        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
-        place = self.steps.locate(branch, step, timestep)
+        place = self.locate(branch, step, arguments)
         self._branch, self._step = place.branch, place.step
         signature = signature_of(arguments)
         state = self.states.get(place.branch)
@@ -318,10 +306,7 @@ class DynamicRouter(Router):
         """
         if self._flag is not None and int(self._flag.item()):
             self._flag.zero_()
-            raise NonFiniteResidualError(
-                "a stored residual held NaN or infinity, so the result of the last generation is not usable; the model "
-                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
-            )
+            raise NonFiniteResidualError.of("a stored residual")
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:

@@ -50,6 +50,13 @@ class ForeignCacheError(CacheStateError, ValueError):
 class NonFiniteResidualError(LayerCacheError, ArithmeticError):
     """A stored residual held NaN or infinity, so the picture of that generation cannot be trusted."""
 
+    @classmethod
+    def of(cls, what: str) -> NonFiniteResidualError:
+        return cls(
+            f"{what} held NaN or infinity, so the result of the last generation is not usable; the model itself "
+            "produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
+        )
+
 
 class MissingExtraError(LayerCacheError, ImportError):
     """A part of the library needs an optional package that is not installed."""

@@ -189,16 +189,28 @@ class Attachment:
                 delattr(blocks, name)
         for hook in self._hooks:
             hook.remove()
-        for owner, name, before in self._instance_attributes:
-            owner.__dict__.pop(name, None)
-            owner.__dict__.update(before)
+        for shadowed in reversed(self._instance_attributes):
+            self._restore(*shadowed)
         self._classes, self._hooks, self._instance_attributes = [], [], []
+
+    @staticmethod
+    def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
+        owner.__dict__.pop(name, None)
+        owner.__dict__.update(before)
 
     def follow(self, router: Router, scheduler: Any) -> None:
         """A request brings a sampler of its own."""
         router.steps.tallies = self._tallies
         if all(owner is not scheduler for owner, _, _ in self._instance_attributes):
             self._follow(None, scheduler)
+
+    def unfollow(self, scheduler: Any) -> None:
+        """No request has this sampler any more."""
+        own = [shadowed for shadowed in self._instance_attributes if shadowed[0] is scheduler]
+        for shadowed in reversed(own):
+            self._restore(*shadowed)
+        self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
+        self._tallies.pop(id(scheduler), None)
 
     def switch(self, router: Router) -> None:
         """Routes by another router of the same transformer from now on."""

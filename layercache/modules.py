@@ -86,8 +86,7 @@ class ModuleRouter(Router):
                 "modules inside the blocks cannot be routed in a compiled transformer; call it uncompiled, or take a "
                 "method of whole blocks"
             )
-        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
-        place = self.steps.locate(branch, step, timestep)
+        place = self.locate(branch, step, arguments)
         self.branch, self.step, self.starts = place.branch, place.step, place.starts
         self.announce(arguments)
 
@@ -211,10 +210,7 @@ class ModuleScheduleRouter(ModuleRouter):
             self.outputs.clear()
             self.finals.clear()
             self.reset()
-            raise NonFiniteResidualError(
-                "a stored output held NaN or infinity, so the result of the last generation is not usable; the model "
-                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
-            )
+            raise NonFiniteResidualError.of("a stored output")
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""

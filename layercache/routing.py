@@ -16,6 +16,7 @@ from torch import nn
 
 from layercache.layout import CAPTURE, COMPUTE, GroupAction
 from layercache.model_spec import ModelSpec, Streams, Tokens
+from layercache.steps import Place as StepPlace
 from layercache.steps import StepCounter
 
 _CLOSED = -1
@@ -241,6 +242,11 @@ class Router:
     def shadows(self) -> Iterable[tuple[Any, str, Any]]:
         """``(owner, name, replacement)`` of further methods that are hidden while the router is attached."""
         return ()
+
+    def locate(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> StepPlace:
+        """Where the forward with these arguments stands."""
+        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
+        return self.steps.locate(branch, step, timestep)
 
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""

@@ -79,6 +79,7 @@ class CacheState:
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
         self.signature: tuple | None = None
         self.shapes: list[Any] = []
+        self._uploaded_to: torch.device | None = None
 
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
@@ -139,8 +140,11 @@ class CacheState:
         if not self.images or self.images[0].tensor is None:
             return
         device = self.images[0].tensor.device
+        if device == self._uploaded_to:
+            return
+        self._uploaded_to = device
         terms = [t for row in self.rows for run in row.runs if run is not None for t in run]
-        if not terms or (terms[0].coefficients is not None and terms[0].coefficients.device == device):
+        if not terms:
             return
         table = torch.tensor([v for t in terms for v in t.values], dtype=torch.float32).to(device)
         for part, values in zip(terms, table.split([len(t.values) for t in terms]), strict=True):
@@ -256,8 +260,7 @@ class ScheduleRouter(Router):
         dry_run: Callable[[], Any] | None = None,
     ) -> tuple[GroupAction, ...]:
         """Finds the forward's place, and what its groups do there."""
-        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
-        place = self.steps.locate(branch, step, timestep)
+        place = self.locate(branch, step, arguments)
         state = self.states.get(place.branch)
         if state is None:
             cells = self.schedule.cells_of(place.branch)
@@ -435,11 +438,7 @@ class ScheduleRouter(Router):
             self.track.reset()
             bad.append("all")
         if bad:
-            raise NonFiniteResidualError(
-                f"a stored residual or velocity of branch {', '.join(bad)} held NaN or infinity, so the result of the "
-                "last generation is not usable; the model itself produced it (try bfloat16 or float32 instead of "
-                "float16), caching was not the cause"
-            )
+            raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
 
     def for_call(self) -> Router:
         return self.requests.router()

@@ -38,6 +38,7 @@ class Requests:
         self._gone = {"forwards": 0.0, "hits": 0.0, "misses": 0.0, "fallback_rows": 0.0, "saved": 0.0, "spent": 0.0}
         self.limit_bytes: int | None = None
         self.evictions = 0
+        self._batch: tuple[Rows, BatchRouter] | None = None
 
     def __len__(self) -> int:
         return len(self._routers)
@@ -81,12 +82,14 @@ class Requests:
         self._evict({name for name, _ in rows})
         if len(members) == 1 and members[0][1] is None:
             return members[0][0]
-        return BatchRouter(self._root, [(router, count or 1) for router, count in members])
+        if self._batch is None or self._batch[0] != rows:
+            self._batch = rows, BatchRouter(self._root, [(router, count or 1) for router, count in members])
+        return self._batch[1]
 
     def _evict(self, present: set[str]) -> None:
         if self.limit_bytes is None:
             return
-        held = {name: router.report().cache_bytes for name, router in self._routers.items()}
+        held = {name: router.report().cache_bytes for name, router in list(self._routers.items())}
         total = sum(held.values())
         for name in list(self._routers):
             if total <= self.limit_bytes:
@@ -97,23 +100,27 @@ class Requests:
                 self.evictions += 1
 
     def invalidate(self) -> None:
-        for router in self._routers.values():
+        for router in list(self._routers.values()):
             router.invalidate()
 
     def forget(self, name: str) -> None:
         router = self._routers.pop(name, None)
         if router is None:
             raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self._routers) or 'none'}")
+        self._batch = None
+        scheduler = router.steps.scheduler
+        if all(other.steps.scheduler is not scheduler for other in (self._root, *self._routers.values())):
+            self._root.attachment.unfollow(scheduler)  # type: ignore[attr-defined]
         for key, value in _counts(router).items():
             self._gone[key] += value
         router.check()
 
     def metrics(self) -> dict[str, float]:
-        totals = dict(self._gone)
-        for router in (self._root, *self._routers.values()):
+        totals, routers = dict(self._gone), [self._root, *self._routers.values()]
+        for router in routers:
             for key, value in _counts(router).items():
                 totals[key] += value
-        stored = sum(router.report().cache_bytes for router in (self._root, *self._routers.values()))
+        stored = sum(router.report().cache_bytes for router in routers)
         time = totals["saved"] + totals["spent"]
         return {
             "forwards": totals["forwards"],

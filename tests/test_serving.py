@@ -8,8 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache.errors import CacheStateError, NonFiniteResidualError
+from layercache.rehearsal import skipping
 from layercache.schedule import Schedule
-from tiny import LAYERS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
+from tiny import fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 from zoo import build
 
 STEPS = 8
@@ -128,6 +129,26 @@ def test_threads_without_requests_are_refused_or_right():
             generate(other)
         assert torch.equal(generate(pipe), expected)
     assert torch.equal(generate(other), full)
+
+
+def test_requests_of_a_schedule_that_changes_velocities():
+    """Each request's sampler gets its own velocities; once forgotten, nothing of ours is left on the sampler."""
+    pipe = tiny_pipeline()
+    generate(pipe)
+    schedule = skipping(schedule_for(pipe, [(None,) * 3] * STEPS).fingerprint, [0, 1, 3, 5])
+    with layercache.enabled(pipe, schedule):
+        expected = [generate(pipe, seed=10 * k) for k in range(2)]
+    own = [type(pipe)(pipe.transformer, pipe.class_encoder, type(pipe.scheduler)(shift=3.0)) for _ in range(2)]
+    with layercache.enabled(pipe, schedule) as cache:
+        for k, other in enumerate(own):
+            other.set_progress_bar_config(disable=True)
+            with cache.request(str(k), other.scheduler):
+                assert torch.equal(generate(other, seed=10 * k), expected[k])
+            assert "step" in vars(other.scheduler)
+            cache.forget(str(k))
+            assert "step" not in vars(other.scheduler)
+        assert torch.equal(generate(pipe, seed=10), expected[1])
+    assert "step" not in vars(pipe.scheduler)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
@@ -265,4 +286,3 @@ def test_wrong_use(model):
                 model(**job.arguments())
         with pytest.raises(NonFiniteResidualError):
             cache.forget("bad")
-        assert LAYERS == 6

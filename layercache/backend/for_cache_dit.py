@@ -6,7 +6,6 @@ the middle blocks are stored in one launch, and added in one.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.backend.patching import Replacement
-from layercache.backend.primitives import Pending
+from layercache.backend.primitives import Pending, apply_residuals, capture, differences
+from layercache.model_spec import dense
+from layercache.ops.forecasts import taylor_coefficients
 
 _WAITING = "_layercache_waiting"
 
@@ -77,7 +78,7 @@ def replacements(sync: str) -> list[Replacement]:
                 streams.append(encoder_hidden_states)  # type: ignore[arg-type]
                 stored.append(residual)
         assert stored[0] is not None, f"{prefix}_buffer must be set before"
-        found = ops.linear_combination(_dense(streams), [[r] for r in _dense(stored)], (1.0,))
+        found = apply_residuals([dense(t) for t in streams], [dense(r) for r in stored])
         return found[0], found[1] if len(found) == 2 else encoder_hidden_states
 
     disable = torch.compiler.disable
@@ -97,16 +98,16 @@ def _settle(residual: Tensor) -> None:
     waiting = residual.__dict__.pop(_WAITING, None)
     if waiting is not None:
         output, before = waiting
-        ops.capture(_dense([output]), _dense([before]), [residual])
+        ops.capture([dense(output)], [dense(before)], [residual])
 
 
 def _sums(previous: Tensor, residual: Tensor) -> Tensor:
     """``sum|previous - residual|`` and ``sum|previous|``; subtracts on the way what was put off."""
     waiting = residual.__dict__.pop(_WAITING, None)
     if waiting is None:
-        return ops.pair_statistics(_dense([previous]), _dense([residual]))[0, :2].contiguous()
+        return ops.pair_statistics([dense(previous)], [dense(residual)])[0, :2].contiguous()
     output, before = waiting
-    found = ops.capture(_dense([output]), _dense([before]), [residual], previous=_dense([previous]))
+    found = ops.capture([dense(output)], [dense(before)], [residual], previous=[dense(previous)])
     assert found is not None
     return found[0, 2:6:2].contiguous()
 
@@ -120,10 +121,6 @@ def _number(manager: Any, difference: Tensor, sync: str, prefix: str) -> float |
     return before.value()[0] if before is not None and before.ready() else None
 
 
-def _dense(tensors: list[Tensor]) -> list[Tensor]:
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
 def _call_middle(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -135,15 +132,8 @@ def _call_middle(
     both = text is not None and encoder_hidden_states is not None
     text = text.contiguous() if both else text  # type: ignore[union-attr]
     outputs, inputs = ([image, text], [hidden_states, encoder_hidden_states]) if both else ([image], [hidden_states])
-    residuals = _stored(outputs, inputs)  # type: ignore[arg-type]
+    residuals = capture(outputs, [dense(t) for t in inputs])  # type: ignore[arg-type]
     return image, text, residuals[0], residuals[1] if both else None
-
-
-@torch.compiler.disable
-def _stored(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    residuals = [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
-    ops.capture(outputs, _dense(inputs), residuals)
-    return residuals
 
 
 def _derivative(state: Any, tensor: Tensor) -> list[Tensor | None]:
@@ -155,19 +145,8 @@ def _derivative(state: Any, tensor: Tensor) -> list[Tensor | None]:
     known = 0
     while known < state.n_derivatives and older[known] is not None and state.current_step > 1:
         known += 1
-    found: list[Tensor | None] = [None] * state.order
-    found[0] = tensor
-    if known:
-        targets = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(known)]
-        rows: list[list[float | None]] = [[1.0, *([None] * known)]]
-        for q in range(known):
-            row = [None if c is None else c / elapsed for c in rows[-1]]
-            row[q + 1] = -1.0 / elapsed
-            rows.append(row)
-        sources = [tensor, *older[:known]]
-        ops.linear_map([_dense(sources)], [targets], rows[1:])
-        found[1 : known + 1] = targets
-    return found
+    derivatives = differences(tensor, older[:known], elapsed, tensor.dtype) if known else []
+    return [tensor, *derivatives, *[None] * (state.n_derivatives - known)]
 
 
 def _approximate(state: Any) -> Tensor:
@@ -175,7 +154,4 @@ def _approximate(state: Any) -> Tensor:
     known = [d for d in state.state["dY_current"] if d is not None]
     if not known:
         return 0  # type: ignore[return-value]
-    result = torch.empty_like(known[0], memory_format=torch.contiguous_format)
-    coefficients: list[float | None] = [elapsed**q / math.factorial(q) for q in range(len(known))]
-    ops.linear_map([_dense(known)], [[result]], [coefficients])
-    return result
+    return ops.taylor_forecast([dense(d) for d in known], taylor_coefficients(len(known) - 1, float(elapsed)))

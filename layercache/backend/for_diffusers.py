@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.backend.patching import Replacement
-from layercache.backend.primitives import Pending, probe
+from layercache.backend.primitives import Pending, as_rows, capture, differences, probe
 from layercache.ops.forecasts import taylor_coefficients
 
 
@@ -94,18 +94,13 @@ def _added(streams: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
     )
 
 
-def _stored(streams: list[Tensor], before: list[Tensor]) -> list[Tensor]:
-    residuals = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in streams]
-    ops.capture(streams, before[: len(streams)], residuals)
-    return residuals
-
-
 def _run_block(hook: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     state = hook.state_manager.get_state()
     if state.should_compute:
         output = hook.fn_ref.original_forward(*args, **kwargs)
         if hook.is_tail:
-            residuals = _stored(_streams(hook, output), state.head_block_output)
+            streams = _streams(hook, output)
+            residuals = capture(streams, state.head_block_output[: len(streams)])
             state.tail_block_residuals = (residuals[0], residuals[1] if len(residuals) == 2 else None)
         return output
     image = _argument(hook, "hidden_states", args, kwargs)
@@ -139,28 +134,12 @@ def _update(state: Any, outputs: tuple[Tensor, ...]) -> None:
 def _differences(
     features: Tensor, older: dict[int, Tensor], elapsed: int | None, order: int, dtype: torch.dtype
 ) -> dict[int, Tensor]:
-    """F_0 .. F_m in new memory, from the old ones; as many as there is something to take a difference with."""
+    """F_0 .. F_m, from the old ones; as many as there is something to take a difference with."""
     known = 0
     while elapsed and known < order and known in older and older[known].shape == features.shape:
         known += 1
-    if not known:
-        return {0: features.to(dtype)}
-    rows = _difference_rows(known, elapsed or 1)
-    sources = [features, *(older[q] for q in range(known))]
-    kept = features.dtype == dtype  # F_0 is the features themselves, as it is where nothing is cast
-    targets = [torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format) for _ in rows[kept:]]
-    ops.linear_map([_rows(sources)], [_rows(targets)], rows[kept:])
-    return dict(enumerate([features, *targets] if kept else targets))
-
-
-def _difference_rows(known: int, elapsed: int) -> list[list[float | None]]:
-    """Row q of ``F_q = (F_q-1 - old F_q-1) / elapsed`` in terms of the features and the old derivatives."""
-    rows: list[list[float | None]] = [[1.0, *([None] * known)]]
-    for q in range(known):
-        row = [None if c is None else c / elapsed for c in rows[-1]]
-        row[q + 1] = -1.0 / elapsed
-        rows.append(row)
-    return rows
+    derivatives = differences(features, [older[q] for q in range(known)], elapsed or 1, dtype) if known else []
+    return dict(enumerate([features.to(dtype), *derivatives]))
 
 
 def _predict(state: Any) -> list[Tensor]:
@@ -179,11 +158,6 @@ def _predict(state: Any) -> list[Tensor]:
         factors = list(state.taylor_factors[index].values())
         result = torch.empty_like(factors[0], dtype=dtype, memory_format=torch.contiguous_format)
         coefficients: list[list[float | None]] = [list(taylor_coefficients(len(factors) - 1, offset))]
-        ops.linear_map([_rows(factors)], [_rows([result])], coefficients)
+        ops.linear_map([[as_rows(f) for f in factors]], [[as_rows(result)]], coefficients)
         found.append(result)
     return found
-
-
-def _rows(tensors: list[Tensor]) -> list[Tensor]:
-    """As the ops take them, ``[batch, rows, channels]``; the memory is the same."""
-    return [t if t.dim() == 3 else t.contiguous().view(1, -1, t.shape[-1]) for t in tensors]

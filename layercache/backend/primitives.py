@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.errors import OpInputError
+from layercache.model_spec import dense
 from layercache.ops.forecasts import taylor_coefficients
 
 KINDS = ("l1", "l2", "cosine")
@@ -77,6 +78,25 @@ def probe(
         residual = torch.empty_like(output, memory_format=torch.contiguous_format)
     sums = ops.capture([output], [before], [residual], previous=None if previous is None else [previous])
     return residual, None if sums is None else sums[0, 2] / sums[0, 4]
+
+
+def differences(tensor: Tensor, older: Sequence[Tensor], elapsed: int, dtype: torch.dtype) -> list[Tensor]:
+    """New ``F_1 .. F_m`` of a tensor, ``F_q = (F_q-1 - old F_q-1) / elapsed``, ``F_0`` being the tensor; one launch."""
+    rows: list[list[float | None]] = [[1.0, *([None] * len(older))]]
+    for q in range(len(older)):
+        row = [None if c is None else c / elapsed for c in rows[-1]]
+        row[q + 1] = -1.0 / elapsed
+        rows.append(row)
+    found = [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for _ in older]
+    ops.linear_map([[as_rows(t) for t in (tensor, *older)]], [[as_rows(t) for t in found]], rows[1:])
+    return found
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """As the ops take it, ``[batch, rows, channels]``."""
+    if tensor.dim() == 3:
+        return dense(tensor)
+    return tensor.contiguous().view(1, -1, tensor.shape[-1])
 
 
 def apply_residuals(

@@ -29,7 +29,7 @@ class WholeRouter(Router):
         self.block_call: tuple[Any, Mapping[str, Any]] = (None, {})
 
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        place = self.steps.locate(branch, step, arguments.get(self.spec.timestep or ""))
+        place = self.locate(branch, step, arguments)
         self.branch, self.step = place.branch, place.step
         self.open((GroupAction(CAPTURE),))
 
