@@ -99,7 +99,7 @@ class _StudentRouter(ActorRouter):
         products = self._lesson.at(step, group, branch)
         streams = self._model.streams[branch]
         start = image if self._lesson.target == "steer" else streams[products.terms[0][1]][0]
-        residuals = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.images]
+        residuals = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.buffers[0]]
         products.add(streams[group][1].double() - start.double(), residuals)
         return super().reuse(group, image, text, results)
 

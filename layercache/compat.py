@@ -10,6 +10,11 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+except ImportError:
+    get_eval_frame_callback = None
+
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module inside a ``torch.compile(module)`` wrapper, or the module itself."""
@@ -18,17 +23,24 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module, or of what it wraps, run as a compiled graph."""
-    # looked up without nn.Module's own __getattr__, which is slow where there is nothing
-    return isinstance(module, OptimizedModule) or unwrap_compiled(module)._compiled_call_impl is not None
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
-def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a function out of torch.compile's sight.
+class OutsideGraphs:
+    """A function that torch.compile does not see.
 
     The hooks of the outermost compiled module run before and after its graph, but dynamo would still trace
-    the hook itself and specialise on the step number.
+    the hook itself and specialise on the step number. Where nothing is compiled the function is called as it is:
+    the wrapper of `torch.compiler.disable` takes longer than most hooks.
     """
-    return torch.compiler.disable(hook)
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call, self._disabled = call, torch.compiler.disable(call)
+
+    @torch._dynamo.decorators.skip
+    def __call__(self, *args: Any) -> Any:
+        traced = get_eval_frame_callback is None or get_eval_frame_callback()
+        return self._disabled(*args) if traced else self._call(*args)
 
 
 def allow_graphs(graphs: int) -> None:
@@ -85,16 +97,20 @@ def model_config(transformer: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if not key.startswith("_")}
 
 
+_NO_COUNTER = object()
+
+
 def scheduler_step(scheduler: Any) -> int | None:
     """The step a pipeline is about to take, from the scheduler's own counter; no device is asked.
 
     ``None`` when the scheduler keeps no counter or its timesteps were never set.
     """
-    if getattr(scheduler, "timesteps", None) is None or not hasattr(scheduler, "step_index"):
+    if getattr(scheduler, "timesteps", None) is None:
         return None
-    if scheduler.step_index is not None:
-        return int(scheduler.step_index)
-    return int(getattr(scheduler, "begin_index", None) or 0)
+    step = getattr(scheduler, "step_index", _NO_COUNTER)
+    if step is _NO_COUNTER:
+        return None
+    return int(getattr(scheduler, "begin_index", None) or 0 if step is None else step)
 
 
 def counts_steps(scheduler: Any) -> bool:

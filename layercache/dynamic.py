@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class _Visit(Trip):
         self.restart()
 
     def restart(self) -> None:
-        super().restart()
+        """Another forward begins."""
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
@@ -95,9 +95,9 @@ class _Visit(Trip):
                 modulation = router.spec.modulation
                 assert modulation is not None
                 router.modulation = lambda: modulation(block, kwargs)
-        if at == method.skip_from:
+        if at == router.skip_from:
             self.base = [image, text] if router.keeps_text and text is not None else [image]
-        if at == method.probe:
+        if at == router.probe:
             assert self.start is not None
             self.reuses = router.decides_to_reuse(Sight(self.start, image, router.modulation))
 
@@ -121,12 +121,12 @@ class _Gate(StandIn):
         router = visit.router
         if at in router.landmarks:
             visit.arrive(self.block, at, self.calls.inputs(args, kwargs, visit.tokens), kwargs)
-        if at < router.method.probe or not visit.reuses:
+        if at < router.probe or not visit.reuses:
             output = self.block(*args, **kwargs)
             if at == router.end - 1:
                 visit.leave(*self.calls.unpack(output, visit.tokens))
             return output
-        if at == router.method.probe and self.place.list in router.rewritten and at != router.end - 1:
+        if at == router.probe and self.place.list in router.rewritten and at != router.end - 1:
             return self.calls.given(args, kwargs).clone()
         if at != router.end - 1:
             return self.calls.passed(args, kwargs)
@@ -164,7 +164,8 @@ class DynamicRouter(Router):
             )
         self.method = method
         self.num_blocks, self.end = count, count - method.tail
-        self.landmarks = frozenset({0, method.skip_from, method.probe})
+        self.probe, self.skip_from = method.probe, method.skip_from
+        self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
         self.steps = StepCounter(scheduler=scheduler)
         self.states: dict[str, BranchState] = {}
@@ -193,6 +194,8 @@ class DynamicRouter(Router):
         state = self.states.get(place.branch)
         if state is None or place.starts or state.signature != signature:
             self._start(place.branch, place.step, signature)
+        if self._kept_trip is not None:
+            self._kept_trip.restart()  # type: ignore[attr-defined]
         self.open((GroupAction(COMPUTE),))
 
     def _start(self, branch: str, step: int, signature: tuple) -> None:
@@ -211,18 +214,16 @@ class DynamicRouter(Router):
 
     def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
         assert isinstance(trip, _Visit)
-        gated = place.block in self.landmarks or self.method.probe <= place.block < self.end
+        gated = place.block in self.landmarks or self.probe <= place.block < self.end
         return _Gate(trip, block, place) if gated else block
 
-    def _walk(self, items: list[Any]) -> Iterator[Any]:
+    def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
-        visit = self._kept_trip
-        assert isinstance(visit, _Visit)
-        decided = range(self.method.probe + 1, self.end - 1)
-        for item in items:
+        decided = range(self.probe + 1, self.end - 1)
+        for item in super().route(index, blocks):
             if not isinstance(item, _Gate) or item.place.block not in decided:
                 yield item
-            elif not visit.reuses:
+            elif not item.trip.reuses:
                 yield item.block
             elif self.adds:
                 yield item

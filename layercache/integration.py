@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock, get_ident, local
 from types import MethodType
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from layercache.compat import (
     ADAPTER_METHODS,
     CACHE_CONFIG,
+    OutsideGraphs,
     allow_graphs,
     counts_steps,
     has_foreign_cache,
     is_compiled,
-    outside_graphs,
     scheduler_step,
 )
 from layercache.dynamic import DynamicRouter
@@ -45,34 +46,40 @@ def _class_method(owner: Any, name: str) -> Any:
     return MethodType(getattr(type(owner), name), owner)
 
 
-class Shadow:
+class Shadow(functools.partial):
     """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
 
-    def __init__(self, owner: Any, name: str, call: Callable[..., Any]):
-        self._owner, self._name, self._call = owner, name, call
-        functools.update_wrapper(self, getattr(owner, name))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> Shadow:
+        shadow = super().__new__(cls, call)
+        functools.update_wrapper(shadow, getattr(owner, name))
+        shadow.of = owner, name
+        return shadow
 
     def __reduce__(self) -> Any:
-        return _class_method, (self._owner, self._name)
+        return _class_method, self.of
+
+
+class Whereabouts(local):
+    """Name and step of each thread's cache context."""
+
+    now: tuple[str | None, int | None] = (None, None)
 
 
 class NamedContext:
     """One of diffusers' cache contexts, whose name and step this thread remembers within."""
 
-    def __init__(self, place: Any, inner: Any, where: tuple[str, int | None]):
-        self._thread, self._inner, self._where = place, inner, where
+    def __init__(self, thread: Whereabouts, original: Callable[..., Any], name: str, **fields: Any):
+        self._thread, self._inner = thread, original(name, **fields)
+        self._now = name, fields.get("step_index")
 
     def __enter__(self) -> Any:
-        self._before = getattr(self._thread, "where", (None, None))
+        self._before = self._thread.now
         result = self._inner.__enter__()
-        self._thread.where = self._where
+        self._thread.now = self._now
         return result
 
     def __exit__(self, *exc: Any) -> Any:
-        self._thread.where = self._before
+        self._thread.now = self._before
         return self._inner.__exit__(*exc)
 
 
@@ -83,23 +90,15 @@ class Occupied:
         return type(None), ()
 
 
-class ForwardHook:
-    """A module hook that stays with its module: what copies and pickles of the module get does nothing.
+def _do_nothing(*args: Any) -> None:
+    pass
 
-    It runs before or after a compiled module's graph; dynamo would still trace the hook itself and specialise on the
-    step number, if it were not kept out.
-    """
 
-    def __init__(self, call: Callable[..., None] | None = None):
-        self._call = call
-
-    @outside_graphs
-    def __call__(self, *args: Any) -> None:
-        if self._call is not None:
-            self._call(*args)
+class ForwardHook(OutsideGraphs):
+    """A module hook that stays with its module: what copies and pickles of the module get does nothing."""
 
     def __reduce__(self) -> Any:
-        return ForwardHook, ()
+        return ForwardHook, (_do_nothing,)
 
 
 class Attachment:
@@ -113,7 +112,7 @@ class Attachment:
         self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
-        self._place = local()
+        self._thread = Whereabouts()
         self._lock, self._holder = Lock(), 0
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
@@ -133,7 +132,8 @@ class Attachment:
             ),
         ]
         if hasattr(self.transformer, "cache_context"):
-            self._shadow(self.transformer, "cache_context", self._cache_context(self.transformer.cache_context))
+            context = functools.partial(NamedContext, self._thread, self.transformer.cache_context)
+            self._shadow(self.transformer, "cache_context", context)
         self._occupy()
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
@@ -236,16 +236,6 @@ class Attachment:
         owner.__dict__[name] = value
         self._instance_attributes.append((owner, name, before))
 
-    def _cache_context(self, original: Any) -> Any:
-        def cache_context(name: str, **fields: Any) -> NamedContext:
-            return NamedContext(self._place, original(name, **fields), (name, fields.get("step_index")))
-
-        return cache_context
-
-    def _where(self) -> tuple[str | None, int | None]:
-        """Name and step of this thread's cache context."""
-        return getattr(self._place, "where", (None, None))
-
     def _at_end(self, original: Any) -> Any:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
@@ -272,7 +262,8 @@ class Attachment:
         return step
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        require_inference()
+        if torch.is_grad_enabled():
+            require_inference()
         # one forward at a time; a holder that comes again was interrupted
         if self._holder != get_ident():
             self._lock.acquire()
@@ -280,33 +271,26 @@ class Attachment:
         try:
             self._announce(module, args, kwargs)
         except BaseException:
-            self._release()
-            raise
-
-    def _release(self) -> None:
-        if self._holder == get_ident():
             self._holder = 0
             self._lock.release()
+            raise
 
     def _announce(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
-        arguments = kwargs
-        if args or next(iter(kwargs), None) != self._parameters[0]:
-            given = dict(zip(self._parameters, args, strict=False)) | kwargs
-            arguments = {name: given[name] for name in self._parameters if name in given}
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         spec = router.spec
-        if spec.bypass and any(arguments.get(name) is not None for name in spec.bypass):
+        if spec.bypass and _gives(arguments, spec.bypass):
             return
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
             router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
-        router.adds = spec.adds is None or any(arguments.get(name) is not None for name in spec.adds)
+        router.adds = spec.adds is None or _gives(arguments, spec.adds)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        router.begin(*self._where(), arguments, dry_run)
+        router.begin(*self._thread.now, arguments, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
@@ -315,7 +299,17 @@ class Attachment:
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
         finally:
             self.router.shut()
-            self._release()
+            if self._holder == get_ident():
+                self._holder = 0
+                self._lock.release()
+
+
+def _gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether a forward is given one of these arguments."""
+    for name in names:  # at every step; a generator would cost more than the rest
+        if arguments.get(name) is not None:
+            return True
+    return False
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -115,9 +115,12 @@ class BlockCalls:
         first = kwargs[self._first] if self._first in kwargs else args[0]
         if self.order is not None:
             return tokens.split(first, self.order)
+        if not first.is_contiguous():
+            first = dense(first)
         if self.single:
-            return dense(first), None
-        return dense(first), dense(kwargs[self._second] if self._second in kwargs else args[1])
+            return first, None
+        second = kwargs[self._second] if self._second in kwargs else args[1]
+        return first, second if second.is_contiguous() else dense(second)
 
     def unpack(self, output: Any, tokens: Tokens) -> Streams:
         """Image and text stream of a block's output."""
@@ -125,13 +128,13 @@ class BlockCalls:
             return tokens.split(output, self.order)
         if self.single:
             return dense(output[0] if isinstance(output, tuple) else output), None
-        text = output[self._text]
-        return dense(output[self._image]), None if text is None else dense(text)
+        image, text = output[self._image], output[self._text]
+        if not image.is_contiguous():
+            image = dense(image)
+        return image, text if text is None or text.is_contiguous() else dense(text)
 
-    def pack(self, first: torch.Tensor, image: torch.Tensor, text: torch.Tensor | None) -> Any:
-        """The output such a block would give; joined streams are taken to be parts of ``first``, the block's input."""
-        if self.order is not None:
-            return first
+    def pack(self, image: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """The output a block would give that does not join its streams."""
         if self.single:
             return image
         return (image, text) if self._image == 0 else (text, image)

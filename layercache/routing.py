@@ -41,10 +41,6 @@ class Trip:
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
 
-    def restart(self) -> None:
-        """Another forward begins."""
-        self.image = self.text = None
-
     def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
         self.image, self.text = image, text
 
@@ -75,23 +71,25 @@ class StandIn:
 
     def packed(self, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
         """What the block gives without running; of joined streams, what is new replaces its part in place."""
-        if self.calls.order is not None:
-            for old, other in zip(here, new, strict=True):
-                if other is not None and other is not old:
-                    old.copy_(other)  # type: ignore[union-attr]
-        return self.calls.pack(self.calls.given(args, kwargs), *new)
+        if self.calls.order is None:
+            return self.calls.pack(*new)
+        for old, other in zip(here, new, strict=True):
+            if other is not None and other is not old:
+                old.copy_(other)  # type: ignore[union-attr]
+        return self.calls.given(args, kwargs)
 
 
 class CapturedBlock(StandIn):
     """The first or last block of a computed group whose residual is stored."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trip, place = self.trip, self.place
-        if place.opens:
-            trip.open(place.group, *self.calls.inputs(args, kwargs, trip.tokens))
+        trip = self.trip
+        group, _, opens, closes, _ = self.place
+        if opens:
+            trip.open(group, *self.calls.inputs(args, kwargs, trip.tokens))
         output = self.block(*args, **kwargs)
-        if place.closes:
-            trip.close(place.group, *self.calls.unpack(output, trip.tokens))
+        if closes:
+            trip.close(group, *self.calls.unpack(output, trip.tokens))
         return output
 
 
@@ -107,7 +105,7 @@ class SkippedBlock(StandIn):
         here = new = self.calls.inputs(args, kwargs, trip.tokens)
         if place.opens:
             trip.open(place.group, *here)
-            if place.list in trip.router.rewritten and not place.closes:
+            if not place.closes and place.list in trip.router.rewritten:
                 return self.calls.given(args, kwargs).clone()
         if place.closes:
             new = trip.skip(place.group, self.action, here if self.calls.order is not None else None)
@@ -139,6 +137,7 @@ class Router:
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
         adds: whether the present forward may add something behind single blocks.
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
+        looks_back: whether `after` does anything.
     """
 
     adds = True
@@ -152,7 +151,9 @@ class Router:
         self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
         self.actions: tuple[GroupAction, ...] = ()
         self.is_announced = False
+        self.looks_back = type(self).after is not Router.after
         self._next_list = _CLOSED
+        self._last_list = len(spec.block_lists) - 1
         self._trip: Trip | None = None
         self._kept_trip: Trip | None = None
         self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
@@ -182,16 +183,18 @@ class Router:
     def new_trip(self) -> Trip:
         return Trip(self)
 
-    def follows(self, index: int) -> bool:
-        return self._next_list == index
+    def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
+        """What block list ``index`` yields: its blocks, or in an announced forward, in its turn, what stands for them.
 
-    def route(self, index: int, blocks: Iterator[nn.Module]) -> Iterator[Any]:
-        """What block list ``index`` yields in the announced forward."""
-        if self.keeps_items and not torch.compiler.is_compiling():
-            return self._route_again(index, list(blocks))
-        trip = self.new_trip() if self._trip is None else self._trip
-        last = index == len(self._positions) - 1
+        Where the actions alone decide on it, that is what was made for an earlier forward with the same actions.
+        """
+        if self._next_list != index:
+            return iter(blocks)
+        last = index == self._last_list
         self._next_list = _CLOSED if last else index + 1
+        if self.keeps_items and not torch.compiler.is_dynamo_compiling():
+            return iter(self._items_again(index, list(blocks)))
+        trip = self.new_trip() if self._trip is None else self._trip
         self._trip = None if last else trip
         return iter(self._items(trip, index, blocks))
 
@@ -199,26 +202,17 @@ class Router:
         placed = zip(blocks, self._positions[index], strict=True)
         return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
 
-    def _route_again(self, index: int, blocks: list[nn.Module]) -> Iterator[Any]:
-        """The same from what was made for an earlier forward with the same actions."""
-        self._next_list = _CLOSED if index == len(self._positions) - 1 else index + 1
-        if self._kept_trip is None:
-            self._kept_trip = self.new_trip()
-        if index == 0:
-            self._kept_trip.restart()
+    def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
         if blocks != self._kept_blocks[index]:
             self._kept_blocks[index], self._kept[index] = blocks, {}
         key = self.actions, self.adds
-        items = self._kept[index].get(key)
-        if items is None:
+        kept = self._kept[index]
+        if key not in kept:
+            if self._kept_trip is None:
+                self._kept_trip = self.new_trip()
             items = self._items(self._kept_trip, index, blocks)
-            if not self.adds:
-                items = _shortened(items)
-            self._kept[index][key] = items
-        return self._walk(items)
-
-    def _walk(self, items: list[Any]) -> Iterator[Any]:
-        return iter(items)
+            kept[key] = items if self.adds else _shortened(items)
+        return kept[key]
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
         return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
@@ -265,11 +259,6 @@ class Router:
         """
         raise NotImplementedError
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether `after` does anything."""
-        return type(self).after is not Router.after
-
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
         """The announced forward gave ``output``; ``rerun`` runs the same one again."""
 
@@ -301,9 +290,21 @@ class Router:
 
 
 def _shortened(items: list[Any]) -> list[Any]:
-    """Without the blocks inside the reused groups at the end of a list: nothing there asks for a block's number."""
+    """With the reused groups at the end of a list as one call each: nothing there asks for a block's number."""
     last = max((k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock))), default=-1)
-    return [item for k, item in enumerate(items) if k < last or not isinstance(item, PassedBlock)]
+    kept, opened = items[: last + 1], None
+    for item in items[last + 1 :]:
+        if isinstance(item, PassedBlock):
+            continue
+        if item.place.opens and not item.place.closes:
+            opened = item
+        elif opened is None:  # a group of one block, or one that was opened in the list before
+            kept.append(item)
+        else:
+            opened = None
+            if item.action.ends_run:
+                kept.append(SkippedBlock(item.trip, item.block, item.place._replace(opens=True), item.action))
+    return kept if opened is None else [*kept, opened]
 
 
 class RoutedModuleList(nn.ModuleList):
@@ -313,11 +314,8 @@ class RoutedModuleList(nn.ModuleList):
     _layercache_index: int
 
     def __iter__(self) -> Iterator[Any]:
-        router = self._layercache_router
-        blocks = iter(self._modules.values())
-        if router.follows(self._layercache_index):
-            return router.route(self._layercache_index, blocks)  # type: ignore[arg-type]
-        return blocks
+        blocks: Any = self._modules.values()
+        return self._layercache_router.route(self._layercache_index, blocks)
 
     def __getitem__(self, index: Any) -> Any:
         """A slice is a plain list of blocks."""

@@ -26,15 +26,18 @@ MAX_TERMS = ops.MAX_TERMS
 
 
 class Terms:
-    """Stored residuals of one launch, newest anchor of the shallowest group first, and their coefficients."""
+    """Stored residuals of one launch, of the image and where it advances the text, and their coefficients.
 
-    def __init__(self, images: list[Buffer], texts: list[Buffer] | None, values: tuple[float, ...]):
-        self.images, self.texts, self.values = images, texts, values
+    Newest anchor of the shallowest group first.
+    """
+
+    def __init__(self, buffers: list[list[Buffer]], values: tuple[float, ...]):
+        self.buffers, self.values = buffers, values
         self.coefficients: torch.Tensor | None = None
 
     def on(self, device: torch.device) -> torch.Tensor | tuple[float, ...]:
         """The coefficients for an op there. A compiled graph, and a GPU, do not depend on them as numbers."""
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
             return self.values
         assert self.coefficients is not None
         return self.coefficients
@@ -49,6 +52,7 @@ class Row:
             None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
             for slots in layout.captures
         ]
+        self.stores = [(slots[0], group) for group, slots in enumerate(layout.captures) if slots is not None]
         self.runs: list[list[Terms] | None] = []
         for run in layout.runs:
             if run is None:
@@ -57,8 +61,10 @@ class Row:
             launches = []
             for lo in range(0, len(run.coefficients), MAX_TERMS):
                 part = slice(lo, lo + MAX_TERMS)
-                text = None if run.text_slots is None else [texts[s] for s in run.text_slots[part]]
-                launches.append(Terms([images[s] for s in run.image_slots[part]], text, run.coefficients[part]))
+                buffers = [[images[s] for s in run.image_slots[part]]]
+                if run.text_slots is not None:
+                    buffers.append([texts[s] for s in run.text_slots[part]])
+                launches.append(Terms(buffers, run.coefficients[part]))
             self.runs.append(launches)
 
 
@@ -77,6 +83,7 @@ class CacheState:
         self.flag = Buffer()
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
+        self.alike: set[tuple[int, bool]] = set()  # groups that were seen to give what they take; without the text
         self.signature: tuple | None = None
         self.shapes: list[Any] = []
         self._uploaded_to: torch.device | None = None
@@ -84,6 +91,7 @@ class CacheState:
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
+        self.alike.clear()
 
     def expect(self, arguments: Mapping[str, Any], starts: bool) -> bool:
         """Forgets residuals of other shapes, dtypes or devices than the forward's; whether it had to."""
@@ -100,20 +108,17 @@ class CacheState:
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
-        return not row.layout.reads or all(self.held[slot] == key for slot, key in row.layout.reads)
-
-    def note_captures(self, step: int, row: Row) -> None:
-        for group, slots in enumerate(row.layout.captures):
-            if slots is not None:
-                self.held[slots[0]] = (step, group)
+        held = self.held
+        for slot, key in row.layout.reads:  # at every step; a generator would cost more than the rest
+            if held[slot] != key:
+                return False
+        return True
 
     def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """Makes every slot fit the streams; does nothing when they already do."""
-        fits = self.flag.tensor is not None and self.storage.fits(self.images[0], image)
-        if fits and text is not None and self.texts:
-            fits = self.storage.fits(self.texts[0], text)
-        if fits:
-            return
+        if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
+            if text is None or not self.texts or self.storage.fits(self.texts[0], text):
+                return
         for buffers, stream in ((self.images, image), (self.texts, text)):
             if stream is None:
                 continue
@@ -204,6 +209,8 @@ class CacheReport:
 class ScheduleRouter(Router):
     """Routes a transformer by a schedule; this is what ``layercache.enable`` returns."""
 
+    keeps_items = True
+
     def __init__(
         self,
         transformer: nn.Module,
@@ -284,21 +291,17 @@ class ScheduleRouter(Router):
         The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
         """
         self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
-        self._dry_trip = DryTrip(self)
+        self._dry_trip, self.keeps_items = DryTrip(self), False
         try:
             dry_run()
             if self._dry_trip.streams is not None:
                 state.fit(*self._dry_trip.streams)
         finally:
-            self._dry_trip = None
+            self._dry_trip, self.keeps_items = None, True
             self.shut()
 
     def new_trip(self) -> Trip:
         return self._dry_trip or super().new_trip()
-
-    @property
-    def keeps_items(self) -> bool:  # type: ignore[override]
-        return self._dry_trip is None
 
     def _start_generation(self, branch: str, state: CacheState) -> None:
         """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
@@ -315,8 +318,9 @@ class ScheduleRouter(Router):
         self.state, self.row = state, row
         actions = row.layout.actions
         skipped_in_vain = self._skipped[step] and not self.track.is_complete
-        valid = state.is_valid(row) and not skipped_in_vain
-        state.note_captures(step, row)
+        valid = (not row.layout.reads or state.is_valid(row)) and not skipped_in_vain
+        for slot, group in row.stores:
+            state.held[slot] = (step, group)
         if not valid:
             # what the row computes anyway is still stored for the rows to come
             actions = tuple(GroupAction(COMPUTE) if a.kind == REUSE else a for a in actions)
@@ -347,22 +351,24 @@ class ScheduleRouter(Router):
         state = self.state
         image_slot, text_slot = self.row.captures[group]
         state.fit(image_out, text_out)
-        check_alike(image_in, image_out)
+        if (group, text_slot is None) not in state.alike:
+            check_alike(image_in, image_out)
+            if text_slot is not None:
+                check_alike(text_in, text_out)
+            state.alike.add((group, text_slot is None))
         # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
         flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
         if text_slot is None:
             self.storage.store([image_out], [image_in], [image_slot], flag)
         else:
-            check_alike(text_in, text_out)
             self.storage.store([image_out, text_out], [image_in, text_in], [image_slot, text_slot], flag)
 
     def reuse(self, group, image, text, results=None):
         for terms in self.row.runs[group]:
-            streams = [image] if terms.texts is None else [image, text]
-            stored = [stream for stream in (terms.images, terms.texts) if stream is not None]
+            streams = [image] if len(terms.buffers) == 1 else [image, text]
             into = list(results[: len(streams)]) if results else None
-            image, *rest = self.storage.restore(streams, stored, terms.on(image.device), into)
-            text = rest[0] if rest else text
+            streams = self.storage.restore(streams, terms.buffers, terms.on(image.device), into)
+            image, text = streams if len(streams) == 2 else (streams[0], text)
         return image, text
 
     def terms(self, groups: range, text: bool) -> list[tuple[float, Buffer, Buffer | None]] | None:
@@ -441,7 +447,7 @@ class ScheduleRouter(Router):
             raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
 
     def for_call(self) -> Router:
-        return self.requests.router()
+        return self.requests.router() if self.requests.routers else self
 
     def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
         """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.

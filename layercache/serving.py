@@ -27,6 +27,7 @@ class Requests:
     """Routers of the requests that share a schedule and a transformer.
 
     Attributes:
+        routers: by request, those called last at the end.
         limit_bytes: memory of the stored residuals of all requests; above it those that were not called for longest
             lose theirs, and compute their next steps until they have new ones. ``None`` for no limit.
         evictions: how often that happened.
@@ -34,14 +35,14 @@ class Requests:
 
     def __init__(self, root: ScheduleRouter):
         self._root = root
-        self._routers: OrderedDict[str, ScheduleRouter] = OrderedDict()
+        self.routers: OrderedDict[str, ScheduleRouter] = OrderedDict()
         self._gone = {"forwards": 0.0, "hits": 0.0, "misses": 0.0, "fallback_rows": 0.0, "saved": 0.0, "spent": 0.0}
         self.limit_bytes: int | None = None
         self.evictions = 0
         self._batch: tuple[Rows, BatchRouter] | None = None
 
     def __len__(self) -> int:
-        return len(self._routers)
+        return len(self.routers)
 
     @contextmanager
     def entered(self, rows: Mapping[str, int | None], scheduler: Any = None) -> Iterator[None]:
@@ -57,10 +58,10 @@ class Requests:
             _now.reset(token)
 
     def _find(self, name: str, scheduler: Any) -> ScheduleRouter:
-        router = self._routers.get(name)
+        router = self.routers.get(name)
         if router is None:
             root = self._root
-            router = self._routers[name] = type(root)(
+            router = self.routers[name] = type(root)(
                 root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
             )
             router.attachment = root.attachment  # type: ignore[attr-defined]
@@ -78,7 +79,7 @@ class Requests:
         rows = entered[1]
         members = [(self._find(name, None), count) for name, count in rows]
         for name, _ in rows:
-            self._routers.move_to_end(name)
+            self.routers.move_to_end(name)
         self._evict({name for name, _ in rows})
         if len(members) == 1 and members[0][1] is None:
             return members[0][0]
@@ -89,34 +90,34 @@ class Requests:
     def _evict(self, present: set[str]) -> None:
         if self.limit_bytes is None:
             return
-        held = {name: router.report().cache_bytes for name, router in list(self._routers.items())}
+        held = {name: router.report().cache_bytes for name, router in list(self.routers.items())}
         total = sum(held.values())
-        for name in list(self._routers):
+        for name in list(self.routers):
             if total <= self.limit_bytes:
                 return
             if name not in present and held[name]:
-                self._routers[name].drop()
+                self.routers[name].drop()
                 total -= held[name]
                 self.evictions += 1
 
     def invalidate(self) -> None:
-        for router in list(self._routers.values()):
+        for router in list(self.routers.values()):
             router.invalidate()
 
     def forget(self, name: str) -> None:
-        router = self._routers.pop(name, None)
+        router = self.routers.pop(name, None)
         if router is None:
-            raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self._routers) or 'none'}")
+            raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
         self._batch = None
         scheduler = router.steps.scheduler
-        if all(other.steps.scheduler is not scheduler for other in (self._root, *self._routers.values())):
+        if all(other.steps.scheduler is not scheduler for other in (self._root, *self.routers.values())):
             self._root.attachment.unfollow(scheduler)  # type: ignore[attr-defined]
         for key, value in _counts(router).items():
             self._gone[key] += value
         router.check()
 
     def metrics(self) -> dict[str, float]:
-        totals, routers = dict(self._gone), [self._root, *self._routers.values()]
+        totals, routers = dict(self._gone), [self._root, *self.routers.values()]
         for router in routers:
             for key, value in _counts(router).items():
                 totals[key] += value
@@ -130,7 +131,7 @@ class Requests:
             "seconds_saved": totals["saved"] / max(1, len(self._root.schedule.fingerprint.branches)),
             "fallback_rows": totals["fallback_rows"],
             "bytes": float(stored),
-            "requests": float(len(self._routers)),
+            "requests": float(len(self.routers)),
             "evictions": float(self.evictions),
         }
 

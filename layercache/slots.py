@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -50,21 +51,20 @@ class Storage:
             raise CacheStateError(f"unknown storage {name!r}; choose {', '.join(STORAGES)}")
         self.name = name
         self.is_compact = name == "compact"
-
-    def dtype(self, stream: torch.Tensor) -> torch.dtype:
-        return torch.uint8 if self.is_compact else torch.float32 if self.name == "float32" else stream.dtype
+        self._dtype = {"compact": torch.uint8, "float32": torch.float32}.get(name)
 
     def fits(self, buffer: Buffer, stream: torch.Tensor) -> bool:
         stored = buffer.tensor
         return (
             stored is not None
             and stored.shape == stream.shape
-            and stored.dtype == self.dtype(stream)
+            and stored.dtype == (self._dtype or stream.dtype)
             and stored.device == stream.device
         )
 
     def allocate(self, buffer: Buffer, stream: torch.Tensor) -> None:
-        buffer.tensor = keep_address(torch.empty(stream.shape, dtype=self.dtype(stream), device=stream.device))
+        dtype = self._dtype or stream.dtype
+        buffer.tensor = keep_address(torch.empty(stream.shape, dtype=dtype, device=stream.device))
         if self.is_compact:
             scales = torch.empty(stream.shape[:-1], dtype=torch.float32, device=stream.device)
             buffer.scales = keep_address(scales)
@@ -77,12 +77,14 @@ class Storage:
         flag: torch.Tensor | None,
     ) -> None:
         """Residuals of all streams in one launch; ``flag`` is raised where one is not finite."""
-        stored = [buffer.tensor for buffer in buffers]
+        stored: list[Any] = []
+        for buffer in buffers:
+            stored.append(buffer.tensor)
         if self.is_compact:
-            scales = [buffer.scales for buffer in buffers]
-            ops.capture_compact(outputs, inputs, stored, scales, flag)  # type: ignore[arg-type]
+            scales: list[Any] = [buffer.scales for buffer in buffers]
+            ops.capture_compact(outputs, inputs, stored, scales, flag)
         else:
-            ops.store(outputs, inputs, stored, flag)  # type: ignore[arg-type]
+            ops.store(outputs, inputs, stored, flag)
 
     def restore(
         self,
@@ -92,23 +94,17 @@ class Storage:
         results: list[torch.Tensor] | None,
     ) -> list[torch.Tensor]:
         """Every stream with its stored residuals, times their coefficients, added; in one launch."""
-        stored = [[buffer.tensor for buffer in own] for own in buffers]
+        stored: list[list[Any]] = [[buffer.tensor for buffer in own] for own in buffers]
         if self.is_compact:
-            scales = [[buffer.scales for buffer in own] for own in buffers]
-            return ops.linear_combination(
-                bases,
-                stored,  # type: ignore[arg-type]
-                coefficients,
-                results,
-                scales=scales,  # type: ignore[arg-type]
-            )
-        for base, own in zip(bases, buffers, strict=True):
-            if not self.fits(own[0], base):
+            scales: list[list[Any]] = [[buffer.scales for buffer in own] for own in buffers]
+            return ops.linear_combination(bases, stored, coefficients, results, scales=scales)
+        for stream, own in enumerate(buffers):
+            if not self.fits(own[0], bases[stream]):
                 raise CacheStateError(
-                    f"a stream is {describe(base)} where the stored residual is {describe(own[0].tensor)}; reset the "
-                    "cache before calling the transformer with other dtypes"
+                    f"a stream is {describe(bases[stream])} where the stored residual is {describe(own[0].tensor)}; "
+                    "reset the cache before calling the transformer with other dtypes"
                 )
-        return ops.restore(bases, stored, coefficients, results)  # type: ignore[arg-type]
+        return ops.restore(bases, stored, coefficients, results)
 
 
 def check_alike(before: torch.Tensor | None, after: torch.Tensor | None) -> None:

@@ -25,19 +25,28 @@ _STRANGER = (
 )
 
 
-@dataclass
 class Place:
-    """Where a forward stands: its branch, its step, and whether it is the branch's first of a generation."""
+    """Where the forwards of a branch stand; the same object at every step.
 
-    branch: str
-    step: int
-    starts: bool
+    Attributes:
+        branch: its name.
+        step: of the present forward, or -1 before the first.
+        starts: whether that is the branch's first forward of a generation.
+    """
+
+    __slots__ = ("branch", "limit", "run", "starts", "step", "time")
+
+    def __init__(self, branch: str):
+        self.branch, self.step, self.starts = branch, -1, False
+        self.run: object = None
+        self.time: float | None = None
+        self.limit = 0
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple:
     """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
     found: list[Any] = []
-    for name, value in arguments.items():
+    for name, value in sorted(arguments.items()):
         if isinstance(value, torch.Tensor):
             found += (name, value.shape, value.dtype, value.device)
         elif isinstance(value, (list, tuple)):
@@ -47,7 +56,13 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple:
 
 def shapes_of(arguments: Mapping[str, Any]) -> list[Any]:
     """Shapes alone, of what can be told from a look: within a generation dtypes and devices stay."""
-    return [v.shape if isinstance(v, torch.Tensor) else len(v) for v in arguments.values() if hasattr(v, "__len__")]
+    shapes = []
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor):
+            shapes.append(value.shape)
+        elif hasattr(value, "__len__"):
+            shapes.append(len(value))
+    return shapes
 
 
 class StepTally:
@@ -84,14 +99,6 @@ def _position(timesteps: Any, timestep: Any) -> int:
     return found[0] if found else 0
 
 
-@dataclass
-class _Branch:
-    run: object = None
-    step: int = -1
-    time: float | None = None
-    limit: int = 0
-
-
 def host_number(value: Any) -> float | None:
     """A timestep as a float where reading it asks no device, else ``None``."""
     if isinstance(value, int | float):
@@ -126,7 +133,7 @@ class StepCounter:
     tallies: dict[int, StepTally] = field(default_factory=dict)
     _sharers: list[Any] = field(default_factory=list)
     _runs: dict[int, object] = field(default_factory=dict)
-    _branches: dict[str, _Branch] = field(default_factory=dict)
+    _branches: dict[str, Place] = field(default_factory=dict)
     _unnamed: tuple[object, int] = (None, -1)
 
     @property
@@ -184,38 +191,40 @@ class StepCounter:
     def _from_scheduler(self, branch: str | None, step: int) -> Place:
         run = self.scheduler.timesteps
         name = branch or self._unnamed_branch((id(run), step))
-        seen = self._branches.get(name)
-        if seen is None:
-            seen = self._branches[name] = _Branch()
-        starts = seen.run is not run or step < seen.step
+        place = self._branches[name] if name in self._branches else self._place_of(name)
+        starts = place.run is not run or step < place.step
         if starts:
             self._check_run()
             # a pipeline that begins in the middle may have cut its timesteps
-            seen.limit = max(len(run), len(getattr(self.scheduler, "sigmas", ())) - 1)
-        if step >= seen.limit:
+            place.limit = max(len(run), len(getattr(self.scheduler, "sigmas", ())) - 1)
+        if step >= place.limit:
             raise CacheStateError(_STRANGER)
-        seen.run, seen.step = run, step
-        self._check_step(step)
-        return Place(name, step, starts)
+        place.run, place.step, place.starts = run, step, starts
+        if self.sigmas is not None and not 0 <= step < len(self.sigmas) - 1:
+            self._check_step(step)
+        return place
+
+    def _place_of(self, branch: str) -> Place:
+        return self._branches.setdefault(branch, Place(branch))
 
     def _from_hint(self, name: str, step: int) -> Place:
-        seen = self._branches.setdefault(name, _Branch())
-        starts = step < seen.step or seen.step < 0
-        seen.step = step
+        place = self._place_of(name)
+        place.starts = step < place.step or place.step < 0
+        place.step = step
         self._check_step(step)
-        return Place(name, step, starts)
+        return place
 
     def _from_counting(self, branch: str | None, time: float | None) -> Place:
         name = branch or (self._unnamed_branch(time) if time is not None else "all")
-        seen = self._branches.setdefault(name, _Branch())
-        step = seen.step + 1
-        rose = time is not None and seen.time is not None and time > seen.time
+        place = self._place_of(name)
+        step = place.step + 1
+        rose = time is not None and place.time is not None and time > place.time
         if rose or (self.num_steps is not None and step >= self.num_steps):
             step = 0
-        seen.step, seen.time = step, time
+        place.step, place.time, place.starts = step, time, step == 0
         if time is not None:
             self._check_time(step, time)
-        return Place(name, step, step == 0)
+        return place
 
     def _unnamed_branch(self, moment: object) -> str:
         """Calls at one moment are the guidance branches in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ class StepRouter(Router):
                 f"{'no scheduler' if scheduler is None else type(scheduler).__name__} takes; use a pipeline with "
                 "FlowMatchEulerDiscreteScheduler, or another method"
             )
+        self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self.method = method
         self.steps = StepCounter(scheduler=scheduler)
         self.log: list[Velocity | None] = []
@@ -52,7 +54,7 @@ class StepRouter(Router):
         dry_run: Callable[[], Any] | None = None,
     ) -> None:
         place = self.steps.locate(branch, step, None)
-        inputs = next(iter(arguments.values()))
+        inputs = arguments[self._stream]
         if place.branch not in self.branches:
             self.branches.append(place.branch)
         signature = (inputs.shape, inputs.dtype, inputs.device)

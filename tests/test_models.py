@@ -185,7 +185,7 @@ class Ramp(nn.Module):
         if calls.single:
             return first + change
         second = kwargs[self.spec.arguments[1]] if self.spec.arguments[1] in kwargs else args[1]
-        return calls.pack(first, first + change, second - 0.5 * change)
+        return calls.pack(first + change, second - 0.5 * change)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

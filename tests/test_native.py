@@ -52,6 +52,40 @@ def same_numbers(found: Tensor, expected: Tensor) -> bool:
     return bool(((found == expected) | (found.isnan() & expected.isnan())).all())
 
 
+class TestTensors:
+    def test_a_torch_without_the_exchange_interface_is_asked_instead(self) -> None:
+        tensors = [torch.randn(2, 5, 16).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        tensors += [torch.randn(3, 7, 32)[:, 1:5], torch.randn(6, 24)[::2], torch.randn(9), torch.randn(2, 3, 4, 8)]
+        found = [native.pair_statistics([t], [t.clone() + 1]) for t in tensors]
+        native._cpu.know_torch(native._DTYPES, object)
+        try:
+            asked = [native.pair_statistics([t], [t.clone() + 1]) for t in tensors]
+            with pytest.raises(TypeError):
+                native._cpu.gram([torch.ones(3, dtype=torch.int32)], 1, torch.empty(1, 1))
+        finally:
+            native._cpu.know_torch(native._DTYPES, Tensor)
+        assert all(torch.equal(a, b) for a, b in zip(found, asked, strict=True))
+
+    def test_what_is_no_tensor_of_numbers_is_refused(self) -> None:
+        for wrong in ("no tensor", None, torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.float64)):
+            with pytest.raises(TypeError):
+                native._cpu.gram([wrong], 1, torch.empty(1, 1))
+
+    def test_statistics_are_fp32_on_the_cpu_whatever_the_defaults(self) -> None:
+        a, b = torch.randn(1, 8, 16), torch.randn(1, 8, 16)
+        expected = ops.pair_statistics([a], [b])
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        try:
+            found = ops.pair_statistics([a], [b]), ops.row_statistics(a, b)
+        finally:
+            torch.set_default_dtype(before)
+            torch.set_default_device(None)
+        assert torch.equal(found[0], expected)
+        assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in found)
+
+
 class TestConversions:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_every_16_bit_number_is_read_and_written_back(self, instruction_set: str, dtype: torch.dtype) -> None:

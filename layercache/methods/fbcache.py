@@ -11,6 +11,7 @@ import torch
 from layercache import ops
 from layercache.errors import MethodError
 from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, check_range, ratio
+from layercache.slots import check_alike
 
 # cache-dit's presets for 28 steps: lengths of runs, computed and cached in turns
 MASKS = {
@@ -33,9 +34,10 @@ class _ProbeDecider(Decider):
         return step < self.method.warmup
 
     def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
+        check_alike(sight.start, sight.probe)
         fresh = self.memory("fresh", sight.probe)
         previous = [self.memory("reference", sight.probe)] if self._has_reference else None
-        return ops.capture([sight.probe], [sight.start], [fresh], previous=previous)
+        return ops.store([sight.probe], [sight.start], [fresh], None, previous)
 
     def may_reuse(self, step: int, numbers: Sequence[float]) -> bool:
         return ratio(numbers[2], numbers[4]) <= self.method.threshold

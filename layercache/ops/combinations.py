@@ -103,7 +103,7 @@ def restore(
     """`linear_combination` without a look at its arguments, for residuals that were made to fit."""
     if through_registry(bases):
         return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
-    return COMBINATION_KERNELS(bases, residuals, coefficients, results)
+    return COMBINATION_KERNELS.choose(bases[0])(bases, residuals, coefficients, results)
 
 
 def linear_map(

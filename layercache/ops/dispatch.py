@@ -50,7 +50,7 @@ class Kernels:
         return self.choose(first)(*arguments)
 
     def choose(self, tensor: Tensor) -> Callable[..., Any]:
-        if tensor.device.type != "cuda":
+        if not tensor.is_cuda:
             usable = self.native is not None and tensor.dtype != torch.float64
             return self.native if usable else self.reference  # type: ignore[return-value]
         if triton is None:
@@ -60,11 +60,13 @@ class Kernels:
 
 def through_registry(tensors: Iterable[Tensor]) -> bool:
     """Whether something other than plain execution is under way, which must see one op instead of many."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(t) not in _TENSOR_TYPES or t.is_meta for t in tensors)
-    )
+    # a trace without dynamo (non-strict export) brings tensors of its own
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:  # a generator would cost more than all the rest
+        if type(tensor) not in _TENSOR_TYPES or tensor.is_meta:
+            return True
+    return False
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -86,12 +86,19 @@ def capture(
     return CAPTURE_KERNELS(outputs, inputs, residuals, flag, previous, statistics, per_sample)
 
 
-def store(outputs: list[Tensor], inputs: list[Tensor], residuals: list[Tensor], flag: Tensor | None) -> None:
-    """`capture` without statistics and without a look at its arguments, for residuals that were made to fit."""
-    if through_registry(outputs):
-        CAPTURE(outputs, inputs, residuals, flag)
-    else:
-        CAPTURE_KERNELS(outputs, inputs, residuals, flag)
+def store(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    residuals: list[Tensor],
+    flag: Tensor | None,
+    previous: list[Tensor] | None = None,
+) -> Tensor | None:
+    """`capture` without a look at its arguments, for residuals that were made to fit."""
+    if not through_registry(outputs):
+        return CAPTURE_KERNELS.choose(outputs[0])(outputs, inputs, residuals, flag, previous)
+    if previous is None:
+        return CAPTURE(outputs, inputs, residuals, flag)
+    return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, previous, False)
 
 
 def capture_compact(
