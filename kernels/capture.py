@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .deferred import jit
 from .statistics import pair_sums
 from .tiles import (
     MAX_PROGRAMS,
@@ -15,7 +17,6 @@ from .tiles import (
     entry_of,
     finalise,
     groups_at,
-    jit,
     lay_out_launch,
     nbytes,
     new_partials,
@@ -25,10 +26,8 @@ from .tiles import (
     spread,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 STATISTICS = 7
 INPUT_STATISTICS = 4

@@ -6,16 +6,17 @@ One kernel serves all forms: M outputs, each a linear combination of the same K 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .compact import decode_reference, e4m3_to_float
+from .deferred import jit
 from .tiles import (
     accumulator_dtype,
     by_launch,
     groups_at,
-    jit,
     lay_out_launch,
     nbytes,
     of_entry,
@@ -23,10 +24,8 @@ from .tiles import (
     size_of_entry,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 MAX_TERMS = 8
 MAX_INPUTS = MAX_TERMS + 1

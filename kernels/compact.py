@@ -7,17 +7,16 @@ agree on every bit. The scale is the least power of two for which the row's larg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .tiles import OPTIONS, jit, nbytes, on_device_of, row_strides, vector_width
+from .deferred import jit
+from .tiles import OPTIONS, nbytes, on_device_of, power_of_two, row_strides, vector_width
 
-try:
-    import triton
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 # Largest row of one program.
 MAX_CHANNELS = 16384
@@ -112,7 +111,7 @@ def capture_compact_triton(
                 groups,
                 rows,
                 *strides,
-                GROUPS=triton.next_power_of_2(groups),
+                GROUPS=power_of_two(groups),
                 VEC=width,
                 **{**OPTIONS, "num_warps": 4 if channels <= 4096 else 8},
             )

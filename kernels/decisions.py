@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .deferred import jit
 from .rows import row_offsets, share_out
 from .tiles import (
     MAX_PROGRAMS,
     OPTIONS,
     accumulator_dtype,
     finalise,
-    jit,
     nbytes,
     new_partials,
     on_device_of,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 
 @jit()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from .deferred import jit
 from .rows import row_offsets, share_out
-from .tiles import accumulator_dtype, jit, nbytes, on_device_of
+from .tiles import accumulator_dtype, nbytes, on_device_of
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 
 @jit()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
+from .deferred import jit
 from .rows import row_offsets, share_out
 from .statistics import PAIR_STATISTICS, pair_sums
-from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, jit, nbytes, new_partials, on_device_of
+from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, nbytes, new_partials, on_device_of
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 MAX_SEGMENTS = 4
 

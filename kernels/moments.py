@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .combine import Matrix, linear_combination_reference, linear_combination_triton
+from .deferred import jit
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -16,7 +18,6 @@ from .tiles import (
     accumulator_dtype,
     encoded,
     finalise,
-    jit,
     nbytes,
     new_partials,
     on_device_of,
@@ -24,10 +25,8 @@ from .tiles import (
     vector_width,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 # Tensors of one launch: eight need half the usual tile to stay in registers, with their 36 products.
 MAX_TENSORS = 8

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .combine import as_rows
+from .deferred import jit
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
     finalise,
     groups_at,
-    jit,
     lay_out_launch,
     nbytes,
     new_partials,
@@ -19,10 +21,8 @@ from .tiles import (
     size_of_entry,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 
 @jit()

@@ -11,13 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .tiles import OPTIONS, encoded, jit, row_strides, vector_width
-
-try:
-    import triton
-    import triton.language as tl  # noqa: F401  (must be visible to what is compiled here)
-except ImportError:
-    pass
+from .deferred import jit
+from .tiles import OPTIONS, encoded, power_of_two, row_strides, vector_width
 
 MAX_CHANNELS = 16384
 # Elements of a program's rows, where there is more than one.
@@ -63,7 +58,7 @@ def share_out(strided: Sequence[Tensor], contiguous: Sequence[Tensor] = ()) -> R
     width = vector_width(strided, contiguous)
     if channels % width:
         width = 1
-    groups = triton.next_power_of_2(channels // width)
+    groups = power_of_two(channels // width)
     batch_rows = strided[0].shape[-2] if strided[0].dim() > 1 else 1
     warps = 4 if groups * width <= 2048 else 8 if groups * width <= 4096 else 16
     return Rows(width, groups, max(1, TILE // (groups * width)), strided[0].numel() // channels, batch_rows, warps)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .deferred import jit
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -18,7 +20,6 @@ from .tiles import (
     entry_of,
     finalise,
     groups_at,
-    jit,
     lay_out_launch,
     nbytes,
     new_partials,
@@ -30,10 +31,8 @@ from .tiles import (
     vector_width,
 )
 
-try:
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:
-    pass
 
 PAIR_STATISTICS = 8
 ERROR_STATISTICS = 4

@@ -8,18 +8,17 @@ fit take the same kernels with ``VEC = 1``, the slow path.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
+from .deferred import jit
+
+if TYPE_CHECKING:
     import triton.language as tl
-except ImportError:  # the references below every kernel work without it
-    triton = None
 
 # Groups per tile: two 16-byte loads in flight per thread and tensor. Compiled for sm_90 that takes 32 registers in
 # capture, 77 with its statistics, 36 for two terms of a combination and 96 for eight.
@@ -32,15 +31,6 @@ MAX_PROGRAMS = 1024
 MAX_ENTRIES = 8
 # Fused multiply-adds are off so that GPU, interpreter and eager PyTorch round alike; memory-bound code loses nothing.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-def jit(**options: Any) -> Callable[[Callable], Any]:
-    """``triton.jit(**options)``, or nothing where triton is missing: modules still import, kernels cannot run."""
-
-    def decorate(function: Callable) -> Any:
-        return function if triton is None else triton.jit(function, **options)
-
-    return decorate
 
 
 @jit()
@@ -290,6 +280,11 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def power_of_two(least: int) -> int:
+    """The smallest that is at least so large."""
+    return 1 << (least - 1).bit_length()
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

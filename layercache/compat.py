@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 try:
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
 except ImportError:
-    get_eval_frame_callback = None
+    get_eval_frame_callback = None  # type: ignore[assignment]
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
@@ -107,7 +107,7 @@ def scheduler_step(scheduler: Any) -> int | None:
     """
     if getattr(scheduler, "timesteps", None) is None:
         return None
-    step = getattr(scheduler, "step_index", _NO_COUNTER)
+    step: Any = getattr(scheduler, "step_index", _NO_COUNTER)
     if step is _NO_COUNTER:
         return None
     return int(getattr(scheduler, "begin_index", None) or 0 if step is None else step)

@@ -49,6 +49,8 @@ def _class_method(owner: Any, name: str) -> Any:
 class Shadow(functools.partial):
     """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
 
+    of: tuple[Any, str]
+
     def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> Shadow:
         shadow = super().__new__(cls, call)
         functools.update_wrapper(shadow, getattr(owner, name))
@@ -132,7 +134,8 @@ class Attachment:
             ),
         ]
         if hasattr(self.transformer, "cache_context"):
-            context = functools.partial(NamedContext, self._thread, self.transformer.cache_context)
+            original: Any = self.transformer.cache_context
+            context = functools.partial(NamedContext, self._thread, original)
             self._shadow(self.transformer, "cache_context", context)
         self._occupy()
         for name in ADAPTER_METHODS:

@@ -56,7 +56,7 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple:
 
 def shapes_of(arguments: Mapping[str, Any]) -> list[Any]:
     """Shapes alone, of what can be told from a look: within a generation dtypes and devices stay."""
-    shapes = []
+    shapes: list[Any] = []
     for value in arguments.values():
         if isinstance(value, torch.Tensor):
             shapes.append(value.shape)

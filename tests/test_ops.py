@@ -674,7 +674,7 @@ class TestBytesAndBackends:
     @pytest.mark.parametrize("name", ops.OP_NAMES)
     def test_backends(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.backend_for(name, "cpu")[0] == "native"
-        monkeypatch.setattr(dispatch, "triton", None)
+        monkeypatch.setattr(dispatch, "has_triton", lambda: False)
         backend, reason = ops.backend_for(name, torch.device("cuda", 0))
         assert backend == "unavailable" and "pip install" in reason
         assert ops.backend_for(name, "mps")[0] == "unavailable"
@@ -703,6 +703,6 @@ class TestBytesAndBackends:
             device = torch.device("cuda", 0)
             is_cuda = True
 
-        monkeypatch.setattr(dispatch, "triton", None)
+        monkeypatch.setattr(dispatch, "has_triton", lambda: False)
         with pytest.raises(MissingExtraError, match="pip install"):
             dispatch.Kernels(print, print).choose(OnGpu())

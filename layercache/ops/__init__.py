@@ -6,6 +6,7 @@ The registered ops ``torch.ops.layercache.*`` check nothing; call the functions.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,6 @@ def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:
         return "native", native.describe()
     if kind != "cuda":
         return "unavailable", f"there is no kernel for {kind!r} tensors; move them to the CPU or a CUDA or ROCm GPU"
-    if dispatch.triton is None:
+    if not dispatch.has_triton():
         return "unavailable", dispatch.NO_TRITON
-    return "triton", f"triton {dispatch.triton.__version__}"
+    return "triton", f"triton {importlib.import_module('triton').__version__}"

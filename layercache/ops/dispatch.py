@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from layercache.errors import MissingExtraError
-from layercache.kernels.tiles import accumulator_dtype, triton
+from layercache.kernels.deferred import has_triton
+from layercache.kernels.tiles import accumulator_dtype
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("layercache", "DEF")
@@ -53,7 +54,7 @@ class Kernels:
         if not tensor.is_cuda:
             usable = self.native is not None and tensor.dtype != torch.float64
             return self.native if usable else self.reference  # type: ignore[return-value]
-        if triton is None:
+        if not has_triton():
             raise MissingExtraError(NO_TRITON)
         return self.triton
 

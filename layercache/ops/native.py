@@ -79,9 +79,9 @@ def capture(
             torch.sub(output, inputs[s], out=residuals[s])
         return None
     count = statistics_count(previous, statistics)
-    samples, lists = 1, (outputs, inputs, residuals, previous or ())
+    samples, lists = 1, [outputs, inputs, residuals, previous or ()]
     if per_sample and count:
-        samples, lists = outputs[0].shape[0], tuple(map(by_samples, lists))
+        samples, lists = outputs[0].shape[0], [by_samples(tensors) for tensors in lists]
     sums = _sums(len(outputs) * samples, count) if count else None
     bad = _cpu.capture(*lists, count, samples, flag is not None, torch.get_num_threads(), sums)  # type: ignore
     if bad and flag is not None:
@@ -123,7 +123,9 @@ def linear_combination(
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
     if len(values) == 1 and values[0] == 1.0 and gates is None and scales is None:
         if residuals[0][0].dtype == bases[0].dtype:  # no faster here than PyTorch's own, which takes less to call
-            return [_sum_of_two(x, residuals[s][0], results and results[s]) for s, x in enumerate(bases)]
+            return [
+                _sum_of_two(x, residuals[s][0], None if results is None else results[s]) for s, x in enumerate(bases)
+            ]
     results = new_like(bases) if results is None else list(results)
     threads = torch.get_num_threads()
     for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
