@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layercache.kernels import decisions
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from layercache import ops
 from layercache.errors import OpInputError
+from layercache.ops import native
 from test_ops import DTYPES, assert_close, exact, outlier_tensor, pair_oracle
 
 SHAPES = [(2, 9, 40), (1, 7, 63), (3, 33, 72), (2, 5, 3072), (1, 1, 8)]
@@ -301,6 +303,19 @@ class TestDecide:
             ops.decide(torch.tensor(2 * change), torch.tensor([2.0]), accumulated, flag, polynomial, threshold)
             assert flag.item() == int(reuse)
             assert accumulated.item() == pytest.approx(total, abs=1e-6)
+
+    @pytest.mark.skipif(native._cpu is None, reason="the extension is not built")
+    @pytest.mark.parametrize("terms", [1, 2, 5, 8])
+    def test_the_compiled_path_gives_the_references_bits(self, terms: int) -> None:
+        for _ in range(200):
+            up, down, total = torch.rand(3).split(1)
+            arguments = up, down, torch.randn(terms).tolist(), float(torch.rand(()))
+            found = []
+            for run in (native.decide, decisions.decide_reference):
+                accumulated, flag = total.clone(), torch.full((1,), 7, dtype=torch.int32)
+                run(*arguments[:2], accumulated, flag, *arguments[2:])
+                found.append((accumulated, flag))
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
     @pytest.mark.parametrize(("up", "down"), [(float("nan"), 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, float("nan"))])
     def test_bad_numbers_never_look_small(self, up: float, down: float) -> None:

@@ -89,6 +89,12 @@ void bind_modulate(const View& x, const View& scale, const View& shift, const Vi
     if (result) put(sums, *result);
 }
 
+bool bind_decide(const View& numerator, const View& denominator, const View& accumulated,
+                 const std::vector<float>& polynomial, float threshold) {
+    const auto first = [](const View& view) -> float& { return *reinterpret_cast<float*>(view.data); };
+    return decide(first(numerator), first(denominator), first(accumulated), polynomial, threshold);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -106,6 +112,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("modulate", &bind_modulate, guard());
     module.def("guidance", &guidance, guard());
     module.def("row_statistics", &row_statistics, guard());
+    module.def("decide", &bind_decide, guard());
     module.def("instruction_set", [] { return active().name; });
     module.def("use_instruction_set", [](const std::string& name) { return activate(name.c_str()); });
     module.def("parallel", [] {

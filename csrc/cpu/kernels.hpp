@@ -55,5 +55,8 @@ Sums modulate(const Modulation& m, int threads);
 void guidance(const View& cond, const View& uncond, float scale, bool rescale, const View& out, int threads);
 // Sums over the rows of each sample of q - 1, (q - 1)^2 and 1 - cos.
 Sums row_statistics(const View& a, const View& b, std::int64_t samples, int threads);
+// Adds the polynomial (highest power first) of the ratio; whether the total stays below the threshold, else it is 0.
+bool decide(float numerator, float denominator, float& accumulated, const std::vector<float>& polynomial,
+            float threshold);
 
 }  // namespace layercache::cpu

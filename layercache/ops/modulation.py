@@ -40,7 +40,9 @@ ROW_KERNELS = Kernels(
     native.if_available(native.row_statistics),
 )
 # a few numbers: there is nothing to gain on the CPU
-DECIDE_KERNELS = Kernels(decision_kernels.decide_triton, decision_kernels.decide_reference)
+DECIDE_KERNELS = Kernels(
+    decision_kernels.decide_triton, decision_kernels.decide_reference, native.if_available(native.decide)
+)
 
 
 def modulate(

@@ -249,3 +249,14 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     sums = _cpu.row_statistics(a, b, samples, torch.get_num_threads())  # type: ignore[union-attr]
     rows = a.numel() // a.shape[-1] // samples
     return from_row_sums(torch.tensor(sums, dtype=torch.float64, device="cpu").view(samples, 3), rows).float()
+
+
+def decide(
+    numerator: Tensor,
+    denominator: Tensor,
+    accumulated: Tensor,
+    flag: Tensor,
+    polynomial: Sequence[float],
+    threshold: float,
+) -> None:
+    flag.fill_(_cpu.decide(numerator, denominator, accumulated, list(polynomial), threshold))  # type: ignore[union-attr]
