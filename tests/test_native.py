@@ -193,10 +193,20 @@ def reference(name: str) -> Callable[..., Any]:
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["cached", "streamed"])
+def streamed(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether results are written past the caches, as large ones are."""
+    before = native._cpu.stream_from(1 if request.param else 2**62)
+    yield request.param
+    native._cpu.stream_from(before)
+
+
 @pytest.mark.parametrize("layout", ["dense", "strided", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", calls([torch.zeros(1, 1, 1)] * 6))
-def test_agrees_with_the_reference(instruction_set: str, name: str, dtype: torch.dtype, layout: str) -> None:
+def test_agrees_with_the_reference(
+    instruction_set: str, name: str, dtype: torch.dtype, layout: str, streamed: bool
+) -> None:
     call, bitwise = calls(pieces(dtype, layout))[name]
     found, expected = call(lambda own: getattr(native, own)), call(reference)
     for at, (a, b) in enumerate(zip(found, expected, strict=True)):

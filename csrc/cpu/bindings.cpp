@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels.hpp"
-#include "loops.hpp"
+#include "parallel.hpp"
 #include "tensors.hpp"
 
 #ifdef _OPENMP
@@ -115,6 +116,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("decide", &bind_decide, guard());
     module.def("instruction_set", [] { return active().name; });
     module.def("use_instruction_set", [](const std::string& name) { return activate(name.c_str()); });
+    module.def("stream_from", [](std::int64_t bytes) { return std::exchange(streamed_from(), bytes); });
     module.def("parallel", [] {
 #ifdef _OPENMP
         return omp_get_max_threads();

@@ -15,6 +15,8 @@ constexpr int OF_INPUT[] = {1, 4, 2, 5};
 
 struct Stream {
     View output, before, residual, previous;
+
+    bool past_caches() const { return goes_past_caches(residual, {output, before, previous}); }
 };
 
 // One chunk of other dtypes than the loops take: by way of fp32. Whether it holds NaN or infinity.
@@ -36,12 +38,17 @@ bool run(const Stream& stream, bool same, int statistics, bool look, int threads
     const Dtype dtype = stream.output.dtype;
     Partials partials(PAIR_STATISTICS);
     std::atomic<bool> bad{false};
+    const bool streamed = same && stream.past_caches();
     for_chunks(Space(stream.output), threads, [&](const Chunk& chunk, int part) {
+        if (!same) {
+            if (convert(loops, stream, statistics, chunk, partials.part(part))) bad = true;
+            return;
+        }
         const void* older = statistics == 7 ? chunk.at(stream.previous) : nullptr;
-        const bool found = same ? loops.capture(chunk.at(stream.output), chunk.at(stream.before), older,
-                                                chunk.at(stream.residual), dtype, look, chunk.size,
-                                                partials.part(part))
-                                : convert(loops, stream, statistics, chunk, partials.part(part));
+        Target target(loops, stream.residual, chunk, streamed);
+        const bool found = loops.capture(chunk.at(stream.output), chunk.at(stream.before), older, target.memory(),
+                                         dtype, look, chunk.size, partials.part(part));
+        target.done();
         if (found) bad = true;
     });
     const Sums found = partials.sum();
@@ -53,9 +60,12 @@ bool run(const Stream& stream, bool same, int statistics, bool look, int threads
 void subtract_all(const Stream& stream, int threads) {
     const Loops& loops = active();
     const float c[] = {1.0f, -1.0f};
+    const bool streamed = goes_past_caches(stream.residual, {stream.output, stream.before});
     for_chunks(Space(stream.output), threads, [&](const Chunk& chunk, int) {
         const void* x[] = {chunk.at(stream.output), chunk.at(stream.before)};
-        loops.map(x, c, 2, true, 1.0f, nullptr, chunk.at(stream.residual), stream.output.dtype, chunk.size);
+        Target target(loops, stream.residual, chunk, streamed);
+        loops.map(x, c, 2, true, 1.0f, nullptr, target.memory(), stream.output.dtype, chunk.size);
+        target.done();
     });
 }
 

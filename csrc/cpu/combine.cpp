@@ -38,6 +38,11 @@ bool written_while_read(const Views& inputs, const Views& outputs) {
     return false;
 }
 
+bool all_go_past_caches(const Views& outputs, const Views& inputs) {
+    return std::all_of(outputs.begin(), outputs.end(),
+                       [&](const View& output) { return goes_past_caches(output, inputs); });
+}
+
 struct Work {
     const Loops& loops;
     const Views& inputs;
@@ -49,6 +54,7 @@ struct Work {
     Dtype dtype;   // that of the arithmetic's inputs and outputs: all views', or fp32
     bool in_place;  // whether chunks can be read and written where they are
     bool buffered;  // whether results wait until all are there
+    bool streamed;  // whether they go past the caches
 
     const void* input(int k, const Chunk& chunk, Buffer& buffer) const {
         if (scales.empty() || scales[k] == nullptr) return read_as(loops, inputs[k], dtype, chunk, buffer);
@@ -68,7 +74,7 @@ struct Work {
             const void* own[MAX_INPUTS];
             const int count = static_cast<int>(terms[m].inputs.size());
             for (int t = 0; t < count; ++t) own[t] = x[terms[m].inputs[t]];
-            const bool direct = in_place && !buffered;
+            const bool direct = in_place && !buffered && !streamed;
             void* to = direct ? chunk.at(outputs[m]) : static_cast<void*>(results[buffered ? m : 0].values);
             if (count == 0) std::memset(to, 0, chunk.size * size_of(dtype));
             loops.map(own, terms[m].coefficients.data(), count, base, terms[m].factor, g, to, dtype, chunk.size);
@@ -80,7 +86,9 @@ struct Work {
 
     void put(std::size_t m, const Chunk& chunk, const void* from) const {
         char* to = chunk.at(outputs[m]);
-        if (outputs[m].dtype == dtype)
+        if (outputs[m].dtype == dtype && streamed)
+            loops.stream(from, to, chunk.size * size_of(dtype));
+        else if (outputs[m].dtype == dtype)
             std::memcpy(to, from, chunk.size * size_of(dtype));
         else
             loops.store(static_cast<const float*>(from), to, outputs[m].dtype, chunk.size);
@@ -101,7 +109,7 @@ void linear_map(const Views& inputs, const Views& outputs, const Map& map, const
     const bool same = scales.empty() && uniform(all);
     const std::vector<Output> terms = outputs_of(map, count, static_cast<int>(out.size()));
     const Work work{active(), in,   out, terms, map.base, gate, scales, same ? all[0].dtype : Dtype::float32, same,
-                    written_while_read(in, out)};
+                    written_while_read(in, out), all_go_past_caches(out, in)};
     for_chunks(Space(in[0]), threads, [&](const Chunk& chunk, int) { work(chunk); });
 }
 

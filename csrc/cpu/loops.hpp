@@ -59,6 +59,8 @@ struct Loops {
     // v = u + scale (c - u), and adds c^2 and v^2 to sums[0..1]; v *= factor.
     void (*guide)(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums);
     void (*rescale)(float* v, float factor, Size n);
+    // Copies bytes past the caches; other threads see them behind a fence, which `for_parts` has.
+    void (*stream)(const void* from, void* to, Size bytes);
 };
 
 // The best the processor has, or the one of that name ("base", "avx2", "avx512"); nullptr if it has not.

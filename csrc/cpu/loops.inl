@@ -27,19 +27,30 @@ inline float fused(float a, float b, float c) {
 
 struct Float32 {
     using Stored = float;
+    using Packed = float;
+    static constexpr int PACK = 1;
     static float load(const float& x) { return x; }
     static void store(float x, float& to) { to = x; }
+    static float take(const float& x, int) { return x; }
+    static float join(const float* x) { return x[0]; }
 };
 
 struct Bfloat16 {
     using Stored = std::uint16_t;
+    // Two neighbours, which vectors of 32 bits take apart and join again with less work than vectors of 16 bits.
+    typedef std::uint32_t Packed __attribute__((aligned(2), may_alias));
+    static constexpr int PACK = 2;
     static float load(const std::uint16_t& x) { return float_of(std::uint32_t(x) << 16); }
-    static void store(float x, std::uint16_t& to) {
+    // The number in the upper half; what is below it was rounded away, but is not zero.
+    static std::uint32_t rounded(float x) {
         const std::uint32_t bits = bits_of(x);
-        const std::uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-        to = std::uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+        return x != x ? 0x7FC00000 : bits + 0x7FFF + ((bits >> 16) & 1);
     }
+    static void store(float x, std::uint16_t& to) { to = std::uint16_t(rounded(x) >> 16); }
+    static float take(std::uint32_t pair, int which) { return float_of(which ? pair & 0xFFFF0000 : pair << 16); }
+    static std::uint32_t join(const float* x) { return (rounded(x[0]) >> 16) | (rounded(x[1]) & 0xFFFF0000); }
 };
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair is taken to be its lower half");
 
 struct Float16 {
     using Stored = std::uint16_t;
@@ -110,38 +121,49 @@ void store(const float* from, void* to, Dtype dtype, Size n) {
 }
 
 // The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
-template <class T, int COUNT, bool BASE, bool GATED>
+template <class T, int COUNT, bool BASE, bool GATED, bool SCALED>
 void map_terms(const void* const* inputs, const float* c, float factor, const void* gates, void* output, Size n) {
-    const typename T::Stored* x[COUNT];
     float k[COUNT];
-    for (int t = 0; t < COUNT; ++t) {
-        x[t] = static_cast<const typename T::Stored*>(inputs[t]);
-        k[t] = c[t];
-    }
-    const auto* gate = static_cast<const typename T::Stored*>(gates);
-    auto* y = static_cast<typename T::Stored*>(output);
+    for (int t = 0; t < COUNT; ++t) k[t] = c[t];
+    // of number `which` in place i of inputs, gate and output, which are packed alike
+    const auto value = [&](const auto* const* x, const auto* gate, Size i, auto take) {
+        float sum = BASE && !GATED ? take(x[0][i]) : 0.0f;
+        for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * take(x[t][i]);
+        if (GATED) sum = take(x[0][i]) + take(gate[i]) * sum;
+        return SCALED ? factor * sum : sum;
+    };
+    const typename T::Packed* packs[COUNT];
+    for (int t = 0; t < COUNT; ++t) packs[t] = static_cast<const typename T::Packed*>(inputs[t]);
+    const auto* gate_packs = static_cast<const typename T::Packed*>(gates);
+    auto* written = static_cast<typename T::Packed*>(output);
     // outputs may be inputs, element by element
 #pragma GCC ivdep
-    for (Size i = 0; i < n; ++i) {
-        float sum = BASE && !GATED ? T::load(x[0][i]) : 0.0f;
-        for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * T::load(x[t][i]);
-        if (GATED) sum = T::load(x[0][i]) + T::load(gate[i]) * sum;
-        T::store(BASE ? sum : factor * sum, y[i]);
+    for (Size i = 0; i < n / T::PACK; ++i) {
+        float y[T::PACK];
+        for (int w = 0; w < T::PACK; ++w)
+            y[w] = value(packs, gate_packs, i, [w](typename T::Packed x) { return T::take(x, w); });
+        written[i] = T::join(y);
     }
+    if (n % T::PACK == 0) return;
+    const typename T::Stored* x[COUNT];
+    for (int t = 0; t < COUNT; ++t) x[t] = static_cast<const typename T::Stored*>(inputs[t]);
+    const auto* gate = static_cast<const typename T::Stored*>(gates);
+    const float y = value(x, gate, n - 1, [](typename T::Stored x) { return T::load(x); });
+    T::store(y, static_cast<typename T::Stored*>(output)[n - 1]);
 }
 
-template <class T, bool BASE, bool GATED>
+template <class T, bool BASE, bool GATED, bool SCALED>
 void map_counted(const void* const* x, const float* c, int count, float factor, const void* gate, void* y, Size n) {
     switch (count) {
-        case 1: return map_terms<T, 1, BASE, GATED>(x, c, factor, gate, y, n);
-        case 2: return map_terms<T, 2, BASE, GATED>(x, c, factor, gate, y, n);
-        case 3: return map_terms<T, 3, BASE, GATED>(x, c, factor, gate, y, n);
-        case 4: return map_terms<T, 4, BASE, GATED>(x, c, factor, gate, y, n);
-        case 5: return map_terms<T, 5, BASE, GATED>(x, c, factor, gate, y, n);
-        case 6: return map_terms<T, 6, BASE, GATED>(x, c, factor, gate, y, n);
-        case 7: return map_terms<T, 7, BASE, GATED>(x, c, factor, gate, y, n);
-        case 8: return map_terms<T, 8, BASE, GATED>(x, c, factor, gate, y, n);
-        case 9: return map_terms<T, 9, BASE, GATED>(x, c, factor, gate, y, n);
+        case 1: return map_terms<T, 1, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 2: return map_terms<T, 2, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 3: return map_terms<T, 3, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 4: return map_terms<T, 4, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 5: return map_terms<T, 5, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 6: return map_terms<T, 6, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 7: return map_terms<T, 7, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 8: return map_terms<T, 8, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 9: return map_terms<T, 9, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
         default: return;
     }
 }
@@ -149,9 +171,10 @@ void map_counted(const void* const* x, const float* c, int count, float factor, 
 template <class T>
 void map_of(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
             Size n) {
-    if (gate != nullptr) return map_counted<T, true, true>(x, c, count, factor, gate, y, n);
-    if (base) return map_counted<T, true, false>(x, c, count, factor, gate, y, n);
-    map_counted<T, false, false>(x, c, count, factor, gate, y, n);
+    if (gate != nullptr) return map_counted<T, true, true, false>(x, c, count, factor, gate, y, n);
+    if (base) return map_counted<T, true, false, false>(x, c, count, factor, gate, y, n);
+    if (factor != 1.0f) return map_counted<T, false, false, true>(x, c, count, factor, gate, y, n);
+    map_counted<T, false, false, false>(x, c, count, factor, gate, y, n);
 }
 
 void map(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
@@ -507,6 +530,20 @@ void products(const void* a, const void* const* b, int count, Dtype dtype, Size 
     dtype == Dtype::bfloat16 ? products_as<Bfloat16>(a, b, count, n, sums) : products_as<Float32>(a, b, count, n, sums);
 }
 
+#ifdef VECTOR_BYTES
+void stream(const void* from, void* to, Size bytes) {
+    const auto* x = static_cast<const char*>(from);
+    auto* y = static_cast<char*>(to);
+    const Size head = std::min<Size>(-reinterpret_cast<std::uintptr_t>(y) % VECTOR_BYTES, bytes);
+    std::memcpy(y, x, head);
+    Size at = head;
+    for (; at + VECTOR_BYTES <= bytes; at += VECTOR_BYTES) stream_vector(x + at, y + at);
+    std::memcpy(y + at, x + at, bytes - at);
+}
+#else
+void stream(const void* from, void* to, Size bytes) { std::memcpy(to, from, bytes); }
+#endif
+
 const Loops table{NAME,   load,  store,    map,    subtract, add_scaled,   product,        has_bad, pair_sums,
                   capture, norms, products, peak,   encode,   decode,       lerp,           lerp_backward,
-                  load_and_sum,   centred_square, finish, guide,  rescale};
+                  load_and_sum,   centred_square, finish, guide,  rescale, stream};

@@ -1,6 +1,7 @@
 // The loops for processors with AVX2.
 #include "loops.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,10 @@ namespace layercache::cpu::avx2 {
 // g++ reads all of a file before it acts on the pragma, so that __FMA__ and __F16C__ are not defined
 #define HAS_FMA_AND_F16C
 constexpr const char* NAME = "avx2";
+#define VECTOR_BYTES 32
+inline void stream_vector(const char* from, char* to) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 #include "loops.inl"
 extern const Loops* const table_of;
 const Loops* const table_of = &table;

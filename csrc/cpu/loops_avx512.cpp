@@ -1,6 +1,7 @@
 // The loops for processors with AVX512.
 #include "loops.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,10 @@ namespace layercache::cpu::avx512 {
 // g++ reads all of a file before it acts on the pragma, so that __FMA__ and __F16C__ are not defined
 #define HAS_FMA_AND_F16C
 constexpr const char* NAME = "avx512";
+#define VECTOR_BYTES 64
+inline void stream_vector(const char* from, char* to) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
 #include "loops.inl"
 extern const Loops* const table_of;
 const Loops* const table_of = &table;

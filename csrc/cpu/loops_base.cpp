@@ -1,6 +1,7 @@
 // The loops for any processor, and the choice among what was compiled.
 #include "loops.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,5 +1,6 @@
 #include "parallel.hpp"
 
+#include <atomic>
 #include <cmath>
 
 #ifdef _OPENMP
@@ -17,8 +18,16 @@ void for_parts(std::int64_t chunks, int threads, const std::function<void(std::i
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
 #endif
-    for (int part = 0; part < parts; ++part) work(chunks * part / parts, chunks * (part + 1) / parts, part);
+    for (int part = 0; part < parts; ++part) {
+        work(chunks * part / parts, chunks * (part + 1) / parts, part);
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // behind what was streamed
+    }
     (void)threads;
+}
+
+std::int64_t& streamed_from() {
+    static std::int64_t bytes = 8 << 20;
+    return bytes;
 }
 
 double Partials::maximum(int at) const {

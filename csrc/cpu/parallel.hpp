@@ -70,6 +70,35 @@ struct alignas(64) Buffer {
     float values[CHUNK];
 };
 
+// Bytes of a result from which it is written past the caches; may be changed (for tests).
+std::int64_t& streamed_from();
+
+// Whether a result is too large to be found in a cache when it is read again. It is then written past the caches, unless
+// its memory is there already because it is an input too.
+inline bool goes_past_caches(const View& result, const Views& inputs) {
+    return result.numel() * size_of(result.dtype) >= streamed_from() &&
+           std::none_of(inputs.begin(), inputs.end(), [&](const View& input) { return input.data == result.data; });
+}
+
+// Where a chunk of a result is computed: at its place, or in a buffer from which `done` streams it there.
+class Target {
+public:
+    Target(const Loops& loops, const View& view, const Chunk& chunk, bool streamed)
+        : loops_(loops), place_(chunk.at(view)), bytes_(chunk.size * size_of(view.dtype)), streamed_(streamed) {}
+
+    void* memory() { return streamed_ ? static_cast<void*>(buffer_.values) : place_; }
+    void done() const {
+        if (streamed_) loops_.stream(buffer_.values, place_, bytes_);
+    }
+
+private:
+    const Loops& loops_;
+    char* place_;
+    std::int64_t bytes_;
+    bool streamed_;
+    Buffer buffer_;
+};
+
 // Buffers that a thread keeps, because clearing new ones would cost as much as the work.
 inline Buffer* scratch(std::size_t count) {
     thread_local std::vector<Buffer> kept;

@@ -138,7 +138,10 @@ def _differences(
     known = 0
     while elapsed and known < order and known in older and older[known].shape == features.shape:
         known += 1
-    derivatives = differences(features, [older[q] for q in range(known)], elapsed or 1, dtype) if known else []
+    if not known:
+        return {0: features.to(dtype)}
+    kept = [older[q] for q in range(1, known + 1) if q in older]
+    derivatives = differences(features, [older[q] for q in range(known)], elapsed or 1, dtype, kept)
     return dict(enumerate([features.to(dtype), *derivatives]))
 
 

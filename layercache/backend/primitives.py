@@ -80,14 +80,21 @@ def probe(
     return residual, None if sums is None else sums[0, 2] / sums[0, 4]
 
 
-def differences(tensor: Tensor, older: Sequence[Tensor], elapsed: int, dtype: torch.dtype) -> list[Tensor]:
-    """New ``F_1 .. F_m`` of a tensor, ``F_q = (F_q-1 - old F_q-1) / elapsed``, ``F_0`` being the tensor; one launch."""
+def differences(
+    tensor: Tensor, older: Sequence[Tensor], elapsed: int, dtype: torch.dtype, kept: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """New ``F_1 .. F_m`` of a tensor, ``F_q = (F_q-1 - old F_q-1) / elapsed``, ``F_0`` being the tensor; one launch.
+
+    They are written into ``kept``, the old ``F_1 ..`` that nobody else holds, as far as there are such.
+    """
     rows: list[list[float | None]] = [[1.0, *([None] * len(older))]]
     for q in range(len(older)):
         row = [None if c is None else c / elapsed for c in rows[-1]]
         row[q + 1] = -1.0 / elapsed
         rows.append(row)
-    found = [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for _ in older]
+    found = [old for old in kept[: len(older)] if (old.shape, old.dtype) == (tensor.shape, dtype)]
+    while len(found) < len(older):
+        found.append(torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format))
     ops.linear_map([[as_rows(t) for t in (tensor, *older)]], [[as_rows(t) for t in found]], rows[1:])
     return found
 

@@ -17,6 +17,8 @@ from layercache.kernels.combine import Matrix, Scales, as_rows, new_like
 from layercache.kernels.decisions import from_row_sums
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
+SMALL = 2**18  # bytes
+
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
 
@@ -73,8 +75,7 @@ def capture(
     statistics: bool = False,
     per_sample: bool = False,
 ) -> Tensor | None:
-    if flag is None and previous is None and not statistics and residuals[0].dtype == outputs[0].dtype:
-        # no faster here than PyTorch's own, which takes less to call
+    if flag is None and previous is None and not statistics and _is_small(outputs[0], residuals[0]):
         for s, output in enumerate(outputs):
             torch.sub(output, inputs[s], out=residuals[s])
         return None
@@ -122,7 +123,7 @@ def linear_combination(
 ) -> list[Tensor]:
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
     if len(values) == 1 and values[0] == 1.0 and gates is None and scales is None:
-        if residuals[0][0].dtype == bases[0].dtype:  # no faster here than PyTorch's own, which takes less to call
+        if _is_small(bases[0], residuals[0][0]):
             return [
                 _sum_of_two(x, residuals[s][0], None if results is None else results[s]) for s, x in enumerate(bases)
             ]
@@ -134,6 +135,11 @@ def linear_combination(
         inputs = [x, *terms]
         _cpu.linear_map(inputs, [y], [1.0, *values], [], True, gate, scale, threads)  # type: ignore[union-attr]
     return results
+
+
+def _is_small(tensor: Tensor, other: Tensor) -> bool:
+    """Whether PyTorch's own sums and differences of these two are as fast, and take less to call."""
+    return tensor.nbytes < SMALL and tensor.dtype == other.dtype
 
 
 def _sum_of_two(x: Tensor, r: Tensor, result: Tensor | None) -> Tensor:
