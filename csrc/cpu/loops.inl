@@ -25,30 +25,31 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
+// A dtype that loops work on in place. `Packed` is what a vector of 32 bits holds: one number, or two neighbours, which
+// are taken apart and joined again with less work than vectors of 16 bits take to be widened and narrowed.
 struct Float32 {
     using Stored = float;
     using Packed = float;
     static constexpr int PACK = 1;
-    static float load(const float& x) { return x; }
+    static float load(float x) { return x; }
     static void store(float x, float& to) { to = x; }
-    static float take(const float& x, int) { return x; }
-    static float join(const float* x) { return x[0]; }
+    static float take(float x, int) { return x; }
+    static float rounded(float x) { return x; }
+    static float join(const float* rounded) { return rounded[0]; }
 };
 
 struct Bfloat16 {
     using Stored = std::uint16_t;
-    // Two neighbours, which vectors of 32 bits take apart and join again with less work than vectors of 16 bits.
     typedef std::uint32_t Packed __attribute__((aligned(2), may_alias));
     static constexpr int PACK = 2;
-    static float load(const std::uint16_t& x) { return float_of(std::uint32_t(x) << 16); }
-    // The number in the upper half; what is below it was rounded away, but is not zero.
-    static std::uint32_t rounded(float x) {
-        const std::uint32_t bits = bits_of(x);
-        return x != x ? 0x7FC00000 : bits + 0x7FFF + ((bits >> 16) & 1);
-    }
-    static void store(float x, std::uint16_t& to) { to = std::uint16_t(rounded(x) >> 16); }
+    static float load(std::uint16_t x) { return float_of(std::uint32_t(x) << 16); }
+    static void store(float x, std::uint16_t& to) { to = std::uint16_t(bits_of(rounded(x)) >> 16); }
     static float take(std::uint32_t pair, int which) { return float_of(which ? pair & 0xFFFF0000 : pair << 16); }
-    static std::uint32_t join(const float* x) { return (rounded(x[0]) >> 16) | (rounded(x[1]) & 0xFFFF0000); }
+    static float rounded(float x) {
+        const std::uint32_t bits = bits_of(x);
+        return float_of((x != x ? 0x7FC00000 : bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
+    }
+    static std::uint32_t join(const float* rounded) { return (bits_of(rounded[0]) >> 16) | bits_of(rounded[1]); }
 };
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair is taken to be its lower half");
 
@@ -120,36 +121,79 @@ void store(const float* from, void* to, Dtype dtype, Size n) {
     std::memcpy(to, from, n * 4);
 }
 
-// The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
-template <class T, int COUNT, bool BASE, bool GATED, bool SCALED>
-void map_terms(const void* const* inputs, const float* c, float factor, const void* gates, void* output, Size n) {
-    float k[COUNT];
-    for (int t = 0; t < COUNT; ++t) k[t] = c[t];
-    // of number `which` in place i of inputs, gate and output, which are packed alike
-    const auto value = [&](const auto* const* x, const auto* gate, Size i, auto take) {
-        float sum = BASE && !GATED ? take(x[0][i]) : 0.0f;
-        for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * take(x[t][i]);
-        if (GATED) sum = take(x[0][i]) + take(gate[i]) * sum;
-        return SCALED ? factor * sum : sum;
-    };
-    const typename T::Packed* packs[COUNT];
-    for (int t = 0; t < COUNT; ++t) packs[t] = static_cast<const typename T::Packed*>(inputs[t]);
-    const auto* gate_packs = static_cast<const typename T::Packed*>(gates);
-    auto* written = static_cast<typename T::Packed*>(output);
-    // outputs may be inputs, element by element
+// Where a number stands in tensors of a dtype that are packed alike.
+template <class T>
+struct InPack {
+    Size index;
+    int which;
+    Size place() const { return index * T::PACK + which; }
+    float operator()(const void* tensor) const {
+        return T::take(static_cast<const typename T::Packed*>(tensor)[index], which);
+    }
+};
+
+template <class T>
+struct Alone {
+    Size index;
+    Size place() const { return index; }
+    float operator()(const void* tensor) const { return T::load(static_cast<const typename T::Stored*>(tensor)[index]); }
+};
+
+// Writes value(at), rounded, for every place; what is written at one is read at no other.
+template <class T, class Value>
+inline __attribute__((always_inline)) void write_each(void* output, Size n, Value&& value) {
+    auto* packs = static_cast<typename T::Packed*>(output);
 #pragma GCC ivdep
     for (Size i = 0; i < n / T::PACK; ++i) {
         float y[T::PACK];
-        for (int w = 0; w < T::PACK; ++w)
-            y[w] = value(packs, gate_packs, i, [w](typename T::Packed x) { return T::take(x, w); });
-        written[i] = T::join(y);
+        for (int w = 0; w < T::PACK; ++w) y[w] = T::rounded(value(InPack<T>{i, w}));
+        packs[i] = T::join(y);
     }
-    if (n % T::PACK == 0) return;
-    const typename T::Stored* x[COUNT];
-    for (int t = 0; t < COUNT; ++t) x[t] = static_cast<const typename T::Stored*>(inputs[t]);
-    const auto* gate = static_cast<const typename T::Stored*>(gates);
-    const float y = value(x, gate, n - 1, [](typename T::Stored x) { return T::load(x); });
-    T::store(y, static_cast<typename T::Stored*>(output)[n - 1]);
+    for (Size i = n / T::PACK * T::PACK; i < n; ++i)
+        T::store(value(Alone<T>{i}), static_cast<typename T::Stored*>(output)[i]);
+}
+
+// Calls step(at, lane) for every place, sixteen lanes at a time.
+template <class T, class Step>
+inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
+    Size i = 0;
+    for (; i + LANES <= n / T::PACK; i += LANES)
+        for (int j = 0; j < LANES; ++j)
+            for (int w = 0; w < T::PACK; ++w) step(InPack<T>{i + j, w}, j);
+    for (Size k = i * T::PACK; k < n; ++k) step(Alone<T>{k}, static_cast<int>(k % LANES));
+}
+
+// The same, and writes what step returns, which is rounded already.
+template <class T, class Step>
+inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, Step&& step) {
+    auto* packs = static_cast<typename T::Packed*>(output);
+    Size i = 0;
+    for (; i + LANES <= n / T::PACK; i += LANES)
+#pragma GCC ivdep
+        for (int j = 0; j < LANES; ++j) {
+            float y[T::PACK];
+            for (int w = 0; w < T::PACK; ++w) y[w] = step(InPack<T>{i + j, w}, j);
+            packs[i + j] = T::join(y);
+        }
+    for (Size k = i * T::PACK; k < n; ++k)
+        T::store(step(Alone<T>{k}, static_cast<int>(k % LANES)), static_cast<typename T::Stored*>(output)[k]);
+}
+
+// The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
+template <class T, int COUNT, bool BASE, bool GATED, bool SCALED>
+void map_terms(const void* const* inputs, const float* c, float factor, const void* gates, void* output, Size n) {
+    const void* x[COUNT];
+    float k[COUNT];
+    for (int t = 0; t < COUNT; ++t) {
+        x[t] = inputs[t];
+        k[t] = c[t];
+    }
+    write_each<T>(output, n, [&](auto at) __attribute__((always_inline)) {
+        float sum = BASE && !GATED ? at(x[0]) : 0.0f;
+        for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * at(x[t]);
+        if (GATED) sum = at(x[0]) + at(gates) * sum;
+        return SCALED ? factor * sum : sum;
+    });
 }
 
 template <class T, bool BASE, bool GATED, bool SCALED>
@@ -211,15 +255,6 @@ struct Totals {
     }
 };
 
-// Calls step(i, lane) for every i, sixteen lanes at a time.
-template <class Step>
-inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
-    Size i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; ++j) step(i + j, j);
-    for (int j = 0; i < n; ++i, ++j) step(i, j);
-}
-
 // The eight sums of a pair, the last of them if PEAK says so, one element at a time.
 template <bool PEAK>
 struct PairTotals {
@@ -248,11 +283,9 @@ struct PairTotals {
 };
 
 template <class T>
-void pair_of(const void* first, const void* second, Size n, double* sums) {
-    const auto* a = static_cast<const typename T::Stored*>(first);
-    const auto* b = static_cast<const typename T::Stored*>(second);
+void pair_of(const void* a, const void* b, Size n, double* sums) {
     PairTotals<true> totals;
-    in_lanes(n, [&](Size i, int j) { totals.add(T::load(a[i]), T::load(b[i]), j); });
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.add(at(a), at(b), j); });
     totals.add_to(sums);
 }
 
@@ -264,19 +297,14 @@ void pair_sums(const void* a, const void* b, Dtype dtype, Size n, double* sums) 
 // where the new one goes, or the input.
 template <class T, bool LOOK>
 bool capture_of(const void* output, const void* input, const void* previous, void* residual, Size n, double* sums) {
-    const auto* o = static_cast<const typename T::Stored*>(output);
-    const auto* b = static_cast<const typename T::Stored*>(input);
-    const auto* p = static_cast<const typename T::Stored*>(previous == nullptr ? input : previous);
-    auto* r = static_cast<typename T::Stored*>(residual);
+    const void* other = previous == nullptr ? input : previous;
     PairTotals<false> totals;
     std::uint32_t bad[LANES] = {};
-    in_lanes(n, [&](Size i, int j) {
-        typename T::Stored stored;
-        T::store(T::load(o[i]) - T::load(b[i]), stored);
-        const float kept = T::load(stored);
-        totals.add(kept, T::load(p[i]), j);
+    write_in_lanes<T>(residual, n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float kept = T::rounded(at(output) - at(input));
+        totals.add(kept, at(other), j);
         if (LOOK) bad[j] |= (bits_of(kept) & 0x7F800000) == 0x7F800000 ? 1 : 0;
-        r[i] = stored;
+        return kept;
     });
     totals.add_to(sums);
     std::uint32_t any = 0;
@@ -299,16 +327,16 @@ bool capture(const void* output, const void* input, const void* previous, void* 
 
 template <class T, int COUNT>
 void norms_of(const void* const* inputs, const float* c, Size n, double* sums) {
-    const typename T::Stored* x[COUNT];
+    const void* x[COUNT];
     float k[COUNT];
     for (int t = 0; t < COUNT; ++t) {
-        x[t] = static_cast<const typename T::Stored*>(inputs[t]);
+        x[t] = inputs[t];
         k[t] = c[t];
     }
     Totals<2> totals;
-    in_lanes(n, [&](Size i, int j) {
-        float y = k[0] * T::load(x[0][i]);
-        for (int t = 1; t < COUNT; ++t) y = fused(k[t], T::load(x[t][i]), y);
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        float y = k[0] * at(x[0]);
+        for (int t = 1; t < COUNT; ++t) y = fused(k[t], at(x[t]), y);
         totals.lane[0][j] += std::fabs(y);
         totals.lane[1][j] = fused(y, y, totals.lane[1][j]);
     });
@@ -338,8 +366,8 @@ void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n,
 float peak(const float* x, Size n) {
     // as integers, the order of sizes is that of numbers; NaN is left out
     std::int32_t most[LANES] = {};
-    in_lanes(n, [&](Size i, int j) {
-        const std::int32_t size = std::int32_t(bits_of(x[i]) & 0x7FFFFFFF);
+    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const std::int32_t size = std::int32_t(bits_of(at(x)) & 0x7FFFFFFF);
         const std::int32_t counted = size > 0x7F800000 ? 0 : size;
         most[j] = most[j] < counted ? counted : most[j];
     });
@@ -372,24 +400,17 @@ void decode(const std::uint8_t* __restrict codes, float scale, float* __restrict
 }
 
 template <class T, bool GATED, bool RESIDUAL>
-void lerp_of(const void* fresh, const void* cached, float beta, const void* gates, const void* residual, void* output,
-             Size n) {
-    const auto* f = static_cast<const typename T::Stored*>(fresh);
-    const auto* c = static_cast<const typename T::Stored*>(cached);
-    const auto* g = static_cast<const typename T::Stored*>(gates);
-    const auto* r = static_cast<const typename T::Stored*>(residual);
-    auto* o = static_cast<typename T::Stored*>(output);
+void lerp_of(const void* f, const void* c, float beta, const void* g, const void* r, void* o, Size n) {
     // from the nearer end, so that 0 gives c and 1 gives f bit by bit
     const bool near = beta < 0.5f;
     const float weight = near ? beta : beta - 1.0f;
-#pragma GCC ivdep
-    for (Size i = 0; i < n; ++i) {
-        const float x = T::load(f[i]), y = T::load(c[i]);
+    write_each<T>(o, n, [&](auto at) __attribute__((always_inline)) {
+        const float x = at(f), y = at(c);
         float mixed = (near ? y : x) + weight * (x - y);
-        if (GATED) mixed = T::load(g[i]) * mixed;
-        if (RESIDUAL) mixed = T::load(r[i]) + mixed;
-        T::store(mixed, o[i]);
-    }
+        if (GATED) mixed = at(g) * mixed;
+        if (RESIDUAL) mixed = at(r) + mixed;
+        return mixed;
+    });
 }
 
 template <class T>
@@ -405,18 +426,12 @@ void lerp(const void* f, const void* c, float beta, const void* g, const void* r
 }
 
 template <class T, bool GATED>
-double lerp_backward_of(const void* grads, const void* fresh, const void* cached, float beta, const void* gates,
-                        void* output, Size n) {
-    const auto* d = static_cast<const typename T::Stored*>(grads);
-    const auto* f = static_cast<const typename T::Stored*>(fresh);
-    const auto* c = static_cast<const typename T::Stored*>(cached);
-    const auto* g = static_cast<const typename T::Stored*>(gates);
-    auto* o = static_cast<typename T::Stored*>(output);
+double lerp_backward_of(const void* d, const void* f, const void* c, float beta, const void* g, void* o, Size n) {
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) {
-        const float grad = GATED ? T::load(g[i]) * T::load(d[i]) : T::load(d[i]);
-        totals.lane[0][j] = fused(grad, T::load(f[i]) - T::load(c[i]), totals.lane[0][j]);
-        T::store(beta * grad, o[i]);
+    write_in_lanes<T>(o, n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float grad = GATED ? at(g) * at(d) : at(d);
+        totals.lane[0][j] = fused(grad, at(f) - at(c), totals.lane[0][j]);
+        return T::rounded(beta * grad);
     });
     double sum = 0;
     totals.add_to(&sum);
@@ -441,8 +456,8 @@ void product(const float* __restrict x, float* __restrict y, Size n) {
 
 double centred_square(const float* x, float mean, Size n) {
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) {
-        const float d = x[i] - mean;
+    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float d = at(x) - mean;
         totals.lane[0][j] = fused(d, d, totals.lane[0][j]);
     });
     double sum = 0;
@@ -452,12 +467,9 @@ double centred_square(const float* x, float mean, Size n) {
 
 template <class T>
 double load_and_sum_as(const void* from, float* __restrict to, Size n) {
-    const auto* x = static_cast<const typename T::Stored*>(from);
+    load_as<T>(from, to, n);
     Totals<1> totals;
-    in_lanes(n, [&](Size i, int j) {
-        to[i] = T::load(x[i]);
-        totals.lane[0][j] += to[i];
-    });
+    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.lane[0][j] += at(to); });
     double all = 0;
     totals.add_to(&all);
     return all;
@@ -481,12 +493,10 @@ void finish(const float* x, float mean, float factor, const float* scale, const 
 
 template <class T>
 void guide_as(const void* cond, const void* uncond, float scale, float* __restrict v, Size n, double* sums) {
-    const auto* c = static_cast<const typename T::Stored*>(cond);
-    const auto* u = static_cast<const typename T::Stored*>(uncond);
     Totals<2> totals;
-    in_lanes(n, [&](Size i, int j) {
-        const float x = T::load(c[i]), y = T::load(u[i]), mixed = y + scale * (x - y);
-        v[i] = mixed;
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float x = at(cond), y = at(uncond), mixed = y + scale * (x - y);
+        v[at.place()] = mixed;
         totals.lane[0][j] = fused(x, x, totals.lane[0][j]);
         totals.lane[1][j] = fused(mixed, mixed, totals.lane[1][j]);
     });
@@ -502,14 +512,13 @@ void rescale(float* v, float factor, Size n) {
 }
 
 template <class T, int COUNT>
-void products_of(const void* first, const void* const* others, Size n, double* sums) {
-    const auto* a = static_cast<const typename T::Stored*>(first);
-    const typename T::Stored* b[COUNT];
-    for (int t = 0; t < COUNT; ++t) b[t] = static_cast<const typename T::Stored*>(others[t]);
+void products_of(const void* a, const void* const* others, Size n, double* sums) {
+    const void* b[COUNT];
+    for (int t = 0; t < COUNT; ++t) b[t] = others[t];
     Totals<COUNT> totals;
-    in_lanes(n, [&](Size i, int j) {
-        const float x = T::load(a[i]);
-        for (int t = 0; t < COUNT; ++t) totals.lane[t][j] = fused(x, T::load(b[t][i]), totals.lane[t][j]);
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float x = at(a);
+        for (int t = 0; t < COUNT; ++t) totals.lane[t][j] = fused(x, at(b[t]), totals.lane[t][j]);
     });
     totals.add_to(sums);
 }

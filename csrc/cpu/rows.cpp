@@ -1,6 +1,7 @@
 // Ops that need a whole row at a time; a thread keeps its row in fp32 in its own cache.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "kernels.hpp"
 #include "parallel.hpp"
@@ -80,12 +81,10 @@ void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int
     if (m.stream) store_row(loops, s.y, *m.stream, row);
     const double variance = loops.centred_square(s.y.data(), mean, n) / double(n);
     const float factor = static_cast<float>(1.0 / std::sqrt(variance + m.eps));
-    // the previous one may be where the new one goes
-    const bool kept = m.previous && m.previous->data == m.z.data;
-    const void* older = nullptr;
-    if (m.previous) {
-        if (kept) load_row(loops, *m.previous, row, s.other);
-        older = kept ? s.other.data() : row_as(loops, *m.previous, dtype, row, s.other);
+    const void* older = m.previous ? row_as(loops, *m.previous, dtype, row, s.other) : nullptr;
+    if (older != nullptr && older == m.z.row(row)) {  // the previous one is where the new one goes
+        std::memcpy(s.other.data(), older, n * size_of(dtype));
+        older = s.other.data();
     }
     if (m.z.dtype == dtype) {
         loops.finish(s.y.data(), mean, factor, s.scale.data(), s.shift.data(), m.z.row(row), dtype, n);
@@ -94,11 +93,10 @@ void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int
         store_row(loops, s.z, m.z, row);
     }
     if (!m.previous) return;
-    const Dtype compared = kept ? Dtype::float32 : dtype;
-    const void* newer = row_as(loops, m.z, compared, row, s.z);
+    const void* newer = row_as(loops, m.z, dtype, row, s.z);
     for (std::size_t part = 0; part + 1 < m.bounds.size(); ++part) {
-        const std::int64_t first = m.bounds[part], count = m.bounds[part + 1] - first, skip = first * size_of(compared);
-        loops.pair_sums(static_cast<const char*>(newer) + skip, static_cast<const char*>(older) + skip, compared, count,
+        const std::int64_t first = m.bounds[part], count = m.bounds[part + 1] - first, skip = first * size_of(dtype);
+        loops.pair_sums(static_cast<const char*>(newer) + skip, static_cast<const char*>(older) + skip, dtype, count,
                         sums + part * PAIR_STATISTICS);
     }
 }

@@ -196,7 +196,7 @@ def router_lerp(
 ) -> Tensor:
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
-    inputs = fresh, cached, beta.tolist(), _optional(gate), _optional(residual)
+    inputs = fresh, cached, beta.reshape(-1).tolist(), _optional(gate), _optional(residual)
     _cpu.router_lerp(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
     return out
 
@@ -206,7 +206,7 @@ def router_lerp_backward(
 ) -> tuple[Tensor, Tensor]:
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
-    inputs = grad, fresh, cached, beta.tolist(), _optional(gate)
+    inputs = grad, fresh, cached, beta.reshape(-1).tolist(), _optional(gate)
     sums = _cpu.router_lerp_backward(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
     return out, torch.tensor(sums, dtype=torch.float64, device="cpu").to(beta.dtype).view(beta.shape)
 
