@@ -9,6 +9,9 @@ PIP := $(BIN)/pip --require-virtualenv
 OLDEST := build/diffusers-0.41.0
 OLDEST_TESTS := test_models test_pipelines test_integration test_surroundings test_inference test_dit test_peer_faults
 
+# The files of tests are shared out to processes, each of which has one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 .PHONY: help demo test oldest lint bench clean
 
 help: ## List the targets
@@ -18,12 +21,12 @@ demo: .venv/installed ## Compare full and cached runs of the bundled model
 	$(BIN)/layercache demo
 
 test: lint ## Lint, then run every test
-	$(BIN)/pytest tests --ignore=tests/interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
+	$(PYTEST) tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 	$(MAKE) oldest
 
 oldest: $(OLDEST)/installed ## Run the tests of models and pipelines with the oldest diffusers
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest $(OLDEST_TESTS:%=tests/%.py)
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(OLDEST_TESTS:%=tests/%.py)
 
 $(OLDEST)/installed: .venv/installed
 	$(PIP) install --quiet --no-deps --upgrade --target $(OLDEST) diffusers==0.41.0
