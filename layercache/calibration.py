@@ -25,7 +25,7 @@ from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.model_spec import ModelSpec
 from layercache.models import find_transformer, fingerprint_of, first_tensor, spec_for
 from layercache.partition import Partition, cut, cut_by_curves
-from layercache.profile import StabilityProfile
+from layercache.profile import StabilityProfile, readable
 from layercache.routing import Router, Trip
 from layercache.steps import StepCounter
 from layercache.stopwatch import Stopwatch
@@ -182,16 +182,39 @@ class _ObservedTrip(Trip):
 
 
 class _Branch:
-    """Residuals of one branch that forecasts still need, and the statistics found so far."""
+    """Residuals of one branch that forecasts still need, and the statistics found so far.
+
+    Attributes:
+        windows: per group the residuals of the present step and of those before it, newest first; ``None`` for steps at
+            which the branch was not called, or had other shapes.
+        sets: per step the forecasts that could be made.
+        steps: calls so far, those left out among them.
+    """
 
     def __init__(self, num_groups: int, window: int):
         self.windows: list[deque] = [deque(maxlen=window) for _ in range(num_groups)]
+        self.sets: dict[int, list[tuple[int, int, dict[int, float]]]] = {}
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
         self.responses: dict[tuple[int, int], torch.Tensor] = {}
-        self.grams: dict[tuple[int, int], torch.Tensor] = {}
+        self.grams: dict[tuple[int, int], tuple[tuple[int, ...], torch.Tensor]] = {}
         self.reuse: dict[int, float] = {}
         self.stream_bytes = (0, 0)
         self.steps = 0
+
+    def advance(self, step: int) -> None:
+        """The branch is called at ``step``; the pipeline may have left it out since the last call."""
+        for _ in range(step - self.steps):
+            for window in self.windows:
+                window.appendleft(None)
+        self.steps = step + 1
+
+    def add(self, group: int, residuals: list[torch.Tensor]) -> list[list[torch.Tensor] | None]:
+        """The group's residuals at this step; gives the older ones, newest first."""
+        window = self.windows[group]
+        if any(entry is not None and entry[0].shape != residuals[0].shape for entry in window):
+            window = self.windows[group] = deque([None] * len(window), window.maxlen)  # those are of no use any more
+        window.appendleft(residuals)
+        return list(window)[1:]
 
 
 class Observer(Router):
@@ -243,12 +266,12 @@ class Observer(Router):
         if seen is None:
             window = 1 + self.max_distance + self.max_span
             seen = self._branches[self.place.branch] = _Branch(len(self.groups), window)
-        if self.place.step != seen.steps:
+        if self.place.step < seen.steps:
             raise CalibrationError(
-                f"branch {self.place.branch} was called at step {self.place.step} where step {seen.steps} was due; "
-                "calibration needs full runs that call the transformer once per branch and step"
+                f"branch {self.place.branch} was called at step {self.place.step} after step {seen.steps - 1}; "
+                "calibration needs full runs that call the transformer at most once per branch and step"
             )
-        seen.steps += 1
+        seen.advance(self.place.step)
         self.on_step(self.place.step, len(self.sigmas) - 1)
         self.open(self._actions)
 
@@ -260,23 +283,15 @@ class Observer(Router):
         seen.stream_bytes = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
         residuals = [torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
         ops.capture(outputs, inputs, residuals, None)
-        window = seen.windows[group]
-        if window and window[0][0].shape != image_out.shape:
-            raise CalibrationError(
-                f"branch {self.place.branch} has other shapes from step {step} on ({tuple(image_out.shape)} after "
-                f"{tuple(window[0][0].shape)}); calibrate with settings that keep them, such as guidance at every step"
-            )
-        window.appendleft(residuals)
-        seen.grams[step, group] = ops.gram([entry[0] for entry in window])
+        older = {step - k: entry for k, entry in enumerate(seen.add(group, residuals), 1) if entry is not None}
+        seen.grams[step, group] = tuple(older), ops.gram([residuals[0], *(entry[0] for entry in older.values())])
         sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
+        seen.sets[step] = sets = [found for found in sets if set(found[2]) <= set(older)]
         for stream, name in enumerate(("image", "text")[: len(residuals)]):
-            older = [entry[stream] for entry in list(window)[1:]]
             if sets:
-                matrix = np.zeros((len(sets), len(older)))
-                for row, (_, _, terms) in enumerate(sets):
-                    for anchor, coefficient in terms.items():
-                        matrix[row, step - anchor - 1] = coefficient
-                statistics = ops.combination_error(residuals[stream], older, matrix)
+                matrix = np.array([[terms.get(anchor, 0.0) for anchor in older] for _, _, terms in sets])
+                terms = [entry[stream] for entry in older.values()]
+                statistics = ops.combination_error(residuals[stream], terms, matrix)
             else:
                 zero = residuals[stream]
                 statistics = ops.combination_error(zero, [zero], np.zeros((1, 1)))
@@ -288,6 +303,8 @@ class Observer(Router):
         """With another residual in a group's place, what becomes of the velocity?"""
         step, seen = self.place.step, self._branches[self.place.branch]
         if not self._sensitivity or step == 0:
+            return
+        if self._sensitivity == "substitution" and any(window[1] is None for window in seen.windows):
             return
         self.clock.mark(("sensitivity", step))
         velocity = first_tensor(output)
@@ -318,7 +335,7 @@ class Observer(Router):
     def end_sample(self, name: str) -> dict[str, Any]:
         """Fetches a finished sample's statistics from the device."""
         num_steps = max(0, len(self.sigmas) - 1)
-        if not self._branches or any(b.steps != num_steps for b in self._branches.values()):
+        if max((b.steps for b in self._branches.values()), default=0) != num_steps or not num_steps:
             counts = {branch: b.steps for branch, b in self._branches.items()}
             raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")
         seconds = self.clock.totals()
@@ -338,6 +355,7 @@ class Observer(Router):
             "seconds": seconds,
             "reuse": reuse,
             "responses": responses,
+            "seen": np.stack([self._forecasts(seen) for seen in self._branches.values()]),
             "grams": np.stack([self._grams(seen) for seen in self._branches.values()]),
             "stream_bytes": tuple(seen.stream_bytes for seen in self._branches.values()),
         }
@@ -348,9 +366,17 @@ class Observer(Router):
         """Inner products of the residuals of a step and those before it, ``[N, G, W, W]``; 0 where there is none."""
         width = 1 + self.max_distance + self.max_span
         table = np.zeros((len(self.sigmas) - 1, len(self.groups), width, width))
-        for (step, group), gram in seen.grams.items():
-            count = gram.shape[0]
-            table[step, group, :count, :count] = gram.double().cpu().numpy()
+        for (step, group), (older, gram) in seen.grams.items():
+            at = [0, *(step - anchor for anchor in older)]
+            table[step, group][np.ix_(at, at)] = gram.double().cpu().numpy()
+        return table
+
+    def _forecasts(self, seen: _Branch) -> np.ndarray:
+        """1 for the forecasts that could be made, ``[N, M+1, K+1]``."""
+        table = np.zeros((len(self.sigmas) - 1, self.max_distance + 1, self.max_span + 1))
+        for step, sets in seen.sets.items():
+            for distance, span, _ in sets:
+                table[step, distance, span] = 1.0
         return table
 
     def _responses(self, seen: _Branch) -> np.ndarray:
@@ -368,7 +394,7 @@ class Observer(Router):
         flat = torch.cat([seen.statistics[key] for key in keys]).double().cpu().numpy()
         row = 0
         for step, group, _ in keys:
-            sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
+            sets = seen.sets[step]
             norms[:, step, group] = flat[row, 2], np.sqrt(flat[row, 3])
             for distance, span, _ in sets:
                 errors[:, step, group, distance, span] = flat[row, 0], np.sqrt(flat[row, 1])
@@ -393,6 +419,9 @@ class Observer(Router):
             "text_norm_l1": stack("text", 1, 0),
         }
         tables["image_gram"] = np.stack([result["grams"] for result in results])
+        seen = np.stack([result["seen"] for result in results])
+        if (seen != readable(len(self.sigmas) - 1, self.max_distance, self.max_span)).any():
+            tables["forecast_seen"] = seen
         if self._sensitivity:
             responses = np.stack([result["responses"] for result in results])
             tables["velocity_response"], tables["substitute_error"] = responses[:, :, 0], responses[:, :, 1]

@@ -25,7 +25,8 @@ _TINY = 1e-12
 _RESPONSE = "velocity_response"
 _SUBSTITUTE = "substitute_error"
 _GRAM = "image_gram"
-_OPTIONAL = (_RESPONSE, _SUBSTITUTE, _GRAM)
+_SEEN = "forecast_seen"
+_OPTIONAL = (_RESPONSE, _SUBSTITUTE, _GRAM, _SEEN)
 _ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
 _NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
 
@@ -36,6 +37,16 @@ def readable(num_steps: int, max_distance: int, max_span: int) -> np.ndarray:
     distance = np.arange(max_distance + 1)[None, :, None]
     span = np.arange(max_span + 1)[None, None, :]
     return (distance >= 1) & (step - distance - span >= 0)
+
+
+def _moments(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over samples and branches of what counts; 0 where nothing does."""
+    counted = np.broadcast_to(counted, values.shape)
+    number = np.maximum(counted.sum(axis=(0, 1)), 1)
+    mean = np.where(counted, values, 0.0).sum(axis=(0, 1)) / number
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        squares = np.where(counted, (values - mean) ** 2, 0.0)
+    return mean, np.sqrt(squares.sum(axis=(0, 1)) / number)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class StabilityProfile:
 
     * ``image_gram`` ``[P, B, N, G, W, W]``, missing in old files: inner products of the image residuals of a step and
       of the ``W - 1`` steps before it, newest first; for fits.
+
+    * ``forecast_seen`` ``[P, B, N, M+1, K+1]``, missing where every branch was called at every step with one shape: 1
+      where a branch had the step and both anchors of the forecast, else 0; other entries count for nothing.
 
     Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
 
@@ -93,6 +107,8 @@ class StabilityProfile:
             )
         for name in _ERRORS:
             self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
+        if _SEEN in self.tables:
+            self._check_table(_SEEN, (*shape[:3], self.max_distance + 1, self.max_span + 1))
         seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
         if len(seconds) != 2 * len(self.groups) + 1 or not all(np.isfinite(seconds)) or min(self.group_seconds) <= 0:
             raise CalibrationError(f"the measured seconds are not usable: {seconds}")
@@ -104,7 +120,8 @@ class StabilityProfile:
     def sensitivity(self) -> np.ndarray:
         """Relative change of the velocity per relative error of a group's residual, ``w [N, G]``.
 
-        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))``, mean over samples and branches; 1 at step 0.
+        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))``, mean over samples and branches; 1 at step 0, and where no
+        branch was called at the step before.
         Source: methods.md §1.5, options A and B.
 
         Raises:
@@ -114,8 +131,8 @@ class StabilityProfile:
             raise CalibrationError("this profile has no sensitivity; calibrate with sensitivity='substitution'")
         response, change = self.tables[_RESPONSE], self.tables[_SUBSTITUTE]
         weights = np.divide(response, change, out=np.ones_like(response), where=np.isfinite(change) & (change > _TINY))
-        weights[:, :, 0] = 1.0
-        return weights.mean(axis=(0, 1))
+        followed = self._seen()[:, :, :, :, 1, 0]
+        return np.where(followed.any(axis=(0, 1)), _moments(weights, followed)[0], 1.0)
 
     @property
     def max_distance(self) -> int:
@@ -154,13 +171,19 @@ class StabilityProfile:
             text[~has_text] = 0.0
             text[..., -1, :, :] = 0.0
             error = error + text_weight * text
-        if branch is not None:
-            error = error[:, branch : branch + 1]
-        combined = error.mean(axis=(0, 1))
+        own = slice(None) if branch is None else slice(branch, branch + 1)
+        seen = self._seen()[:, own]
+        combined, deviation = _moments(error[:, own], seen)
         if kappa:
-            combined = combined + kappa * error.std(axis=(0, 1))
+            combined = combined + kappa * deviation
         exists = readable(self.fingerprint.num_steps, self.max_distance, self.max_span)
-        return np.where(exists[:, None], combined, np.inf)
+        return np.where(exists[:, None] & seen.any(axis=(0, 1)), combined, np.inf)
+
+    def _seen(self) -> np.ndarray:
+        """Which forecasts count, ``bool [P, B, N, 1, M+1, K+1]``."""
+        if _SEEN in self.tables:
+            return self.tables[_SEEN][:, :, :, None] > 0
+        return np.ones((*self.tables["image_norm_l1"].shape[:3], 1, self.max_distance + 1, self.max_span + 1), bool)
 
     def _relative(self, stream: str) -> np.ndarray:
         norm = self.tables[f"{stream}_norm_l1"][..., None, None]
@@ -203,7 +226,7 @@ class StabilityProfile:
 
     def stability(self) -> np.ndarray:
         """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""
-        change = self._relative("image").mean(axis=(0, 1))[:, :, 1, 0]
+        change = _moments(self._relative("image"), self._seen())[0][:, :, 1, 0]
         change[0] = np.nan
         return change
 

@@ -12,6 +12,7 @@ from layercache.models import ModelSpec
 from layercache.partition import cut, cut_by_curves
 from layercache.profile import StabilityProfile, readable
 from tiny import GROUPS, LAYERS, SlopeTransformer, fingerprint, shifted_sigmas, tiny_pipeline
+from zoo_pipelines import PIPELINES
 
 layercache.register_model(ModelSpec("SlopeTransformer", timestep="timestep"))
 
@@ -271,3 +272,85 @@ def test_measured_partition_runs(pipe):
     assert len(profile.groups) == 2
     assert profile.groups[-1][1] == LAYERS
     assert profile.fingerprint == fingerprint(pipe.transformer, profile.fingerprint.sigmas)
+
+
+# --- branches that are left out ---------------------------------------------------------------------------------------
+
+LEFT_OUT = {("uncond", 2), ("uncond", 4), ("uncond", 5)}
+
+
+@pytest.fixture(scope="module")
+def replayed(pipe):
+    """Profiles of the same calls of the transformer: all of them, and without those that are left out."""
+    calls, transformer = [], pipe.transformer
+    record = transformer.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    pipe(["cat"], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent")
+    record.remove()
+    named = [(name, step) for step in range(STEPS) for name in ("cond", "uncond")]
+
+    def profile_without(left_out, **options):
+        def run(k):
+            for (name, step), kwargs in zip(named, calls, strict=True):
+                if (name, step) not in left_out:
+                    with transformer.cache_context(name, step_index=step):
+                        transformer(**kwargs)
+
+        settings = {"samples": 1, "sigmas": shifted_sigmas(STEPS), "max_distance": DISTANCE, "max_span": SPAN}
+        return layercache.calibrate(transformer, run=run, progress=False, **settings, **options)
+
+    return profile_without
+
+
+@pytest.mark.parametrize("sensitivity", [None, "substitution"])
+def test_a_branch_that_is_left_out_at_some_steps(replayed, sensitivity):
+    whole, part = replayed(set(), sensitivity=sensitivity), replayed(LEFT_OUT, sensitivity=sensitivity)
+    assert "forecast_seen" not in whole.tables
+    seen = part.tables["forecast_seen"][0]
+    called = np.array([[(name, i) not in LEFT_OUT for i in range(STEPS)] for name in ("cond", "uncond")])
+    for b, i, m, k in np.ndindex(2, STEPS, DISTANCE + 1, SPAN + 1):
+        needed = (i, i - m, i - m - k)
+        assert seen[b, i, m, k] == (m >= 1 and min(needed) >= 0 and all(called[b, list(needed)]))
+    for name in ("image_error_l1", "image_error_l2", "text_error_l1"):
+        known = np.broadcast_to(seen[:, :, None] > 0, whole.tables[name][0].shape)
+        np.testing.assert_allclose(part.tables[name][0][known], whole.tables[name][0][known], rtol=1e-5)
+        assert (part.tables[name][0][~known] == 0).all()
+    for name in ("image_norm_l1", "image_norm_l2", "text_norm_l1"):
+        np.testing.assert_allclose(part.tables[name][0][called], whole.tables[name][0][called], rtol=1e-6)
+    # step 3 from step 2 exists in one branch, step 3 from step 1 in both
+    ratios = whole.tables["image_error_l1"][0] / whole.tables["image_norm_l1"][0][..., None, None]
+    errors = part.relative_errors(text_weight=0)
+    np.testing.assert_allclose(errors[3, :, 1, 0], ratios[0, 3, :, 1, 0], rtol=1e-5)
+    np.testing.assert_allclose(errors[3, :, 2, 0], ratios[:, 3, :, 2, 0].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(part.stability()[3], ratios[0, 3, :, 1, 0], rtol=1e-5)
+    assert np.isinf(part.relative_errors(branch=1)[4]).all() and np.isfinite(errors[4, :, 1, 0]).all()
+    np.testing.assert_allclose(
+        part.gram(3, 1, branch=1)[[0, 0, 2], [0, 2, 2]], whole.gram(3, 1, 1)[[0, 0, 2], [0, 2, 2]]
+    )
+    assert (part.gram(3, 1, branch=1)[1] == 0).all() and (part.gram(3, 1, branch=1)[:, 1] == 0).all()
+    if sensitivity:
+        cond = whole.tables["velocity_response"][0, 0, 3] / whole.tables["substitute_error"][0, 0, 3]
+        np.testing.assert_allclose(part.sensitivity()[3], cond, rtol=1e-3)
+
+
+def test_profiles_with_branches_left_out_are_saved_and_planned_with(replayed, tmp_path):
+    part = replayed(LEFT_OUT)
+    loaded = StabilityProfile.load(part.save(tmp_path / "part.safetensors"))
+    np.testing.assert_array_equal(loaded.tables["forecast_seen"], part.tables["forecast_seen"])
+    schedule = layercache.plan(loaded, budget=0.7)
+    assert schedule.fingerprint.branches == ("cond", "uncond")
+    assert any(cell is not None for row in schedule.cells for cell in row)
+
+
+@pytest.mark.parametrize("name", ["lumina 2", "z-image"])
+def test_pipelines_whose_guidance_ends_early(name):
+    """Lumina leaves the unconditional call out; Z-Image has half the batch from there on."""
+    pipe, call = PIPELINES[name]()
+    profile = layercache.calibrate(pipe, [{}], progress=False, max_distance=2, **call)
+    seen = profile.tables["forecast_seen"]
+    assert (
+        0 < seen.sum() < readable(profile.fingerprint.num_steps, 2, profile.max_span).sum() * seen[0, :, 0, 0, 0].size
+    )
+    schedule = layercache.plan(profile, budget=0.7)
+    with layercache.enabled(pipe, schedule) as cache:
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+        assert 0 < cache.report().cached_cells
