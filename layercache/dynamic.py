@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from layercache.routing import Place, Router, StandIn, Trip
 from layercache.runtime import CacheReport
 from layercache.schedule import Cell, Schedule
 from layercache.slots import check_alike
-from layercache.steps import StepCounter, signature_of
+from layercache.steps import Signature, StepCounter
 
 
 class Reader:
@@ -62,7 +63,6 @@ class BranchState:
     anchors: list[int] = field(default_factory=list)
     stored: list[list[torch.Tensor]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
-    signature: tuple | None = None
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +173,7 @@ class DynamicRouter(Router):
         self._num_steps, self._group = num_steps, process_group
         self._sigmas: tuple[float, ...] | None = None
         self._branch, self._step = "", 0
+        self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
         self._flag: torch.Tensor | None = None
         self._counts = {"computed": 0, "reused": 0, "generations": 0}
 
@@ -190,15 +191,14 @@ class DynamicRouter(Router):
             )
         place = self.locate(branch, step, arguments)
         self._branch, self._step = place.branch, place.step
-        signature = signature_of(arguments)
-        state = self.states.get(place.branch)
-        if state is None or place.starts or state.signature != signature:
-            self._start(place.branch, place.step, signature)
+        changed = self._signatures[place.branch].changes(arguments, place.starts)
+        if changed or place.starts or place.branch not in self.states:
+            self._start(place.branch, place.step)
         if self._kept_trip is not None:
             self._kept_trip.restart()  # type: ignore[attr-defined]
         self.open((GroupAction(COMPUTE),))
 
-    def _start(self, branch: str, step: int, signature: tuple) -> None:
+    def _start(self, branch: str, step: int) -> None:
         self._counts["generations"] += not self.states or branch == next(iter(self.states))
         if self.steps.scheduler is not None and (step == 0 or self._sigmas is None):
             self._sigmas = scheduler_sigmas(self.steps.scheduler)
@@ -207,7 +207,7 @@ class DynamicRouter(Router):
         # a run that begins in the middle, or changes its shape: what came before was computed, or is gone
         before = self.states[branch].log[:step] if step and branch in self.states else []
         log: list[Cell] = [*before, *[None] * (step - len(before))]
-        self.states[branch] = BranchState(decider, Reader(self.method.sync, self._group), log=log, signature=signature)
+        self.states[branch] = BranchState(decider, Reader(self.method.sync, self._group), log=log)
 
     def new_trip(self) -> Trip:
         return _Visit(self)
@@ -269,12 +269,13 @@ class DynamicRouter(Router):
             state.stored.insert(0, state.stored.pop())
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
-        if self._flag is None or self._flag.device != streams[0].device:
+        on_gpu = streams[0].is_cuda  # elsewhere numbers are looked at where they are stored when the generation ends
+        if on_gpu and (self._flag is None or self._flag.device != streams[0].device):
             self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
         for stream, before, stored in zip(streams, base, state.stored[0], strict=True):
             check_alike(before, stream)
             check_alike(stream, stored)
-        ops.store(streams, base, state.stored[0], self._flag)
+        ops.store(streams, base, state.stored[0], self._flag if on_gpu else None)
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
         state = self.states[self._branch]
@@ -300,13 +301,17 @@ class DynamicRouter(Router):
         self.check()
 
     def check(self) -> None:
-        """Reads the device flag of the finished generation.
+        """Reads the device flag of the finished generation; without a GPU, looks at what is stored.
 
         Raises:
-            NonFiniteResidualError: a stored residual held NaN or infinity. The flag is cleared.
+            NonFiniteResidualError: a stored residual held NaN or infinity. It is forgotten.
         """
-        if self._flag is not None and int(self._flag.item()):
-            self._flag.zero_()
+        bad = self._flag is not None and bool(self._flag.item())
+        stored = [t for state in self.states.values() for one in state.stored for t in one if not t.is_cuda]
+        if bad or not all(bool(torch.isfinite(t).all()) for t in stored):
+            if self._flag is not None:
+                self._flag.zero_()
+            self.invalidate()
             raise NonFiniteResidualError.of("a stored residual")
 
     @property

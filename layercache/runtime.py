@@ -19,7 +19,7 @@ from layercache.routing import Router, Trip
 from layercache.schedule import Cell, Schedule
 from layercache.serving import Requests
 from layercache.slots import Buffer, Storage, check_alike
-from layercache.steps import StepCounter, shapes_of, signature_of
+from layercache.steps import Signature, StepCounter
 from layercache.velocities import VelocityTrack
 
 MAX_TERMS = ops.MAX_TERMS
@@ -84,27 +84,13 @@ class CacheState:
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
         self.alike: set[tuple[int, bool]] = set()  # groups that were seen to give what they take; without the text
-        self.signature: tuple | None = None
-        self.shapes: list[Any] = []
+        self.signature = Signature()
         self._uploaded_to: torch.device | None = None
 
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
         self.alike.clear()
-
-    def expect(self, arguments: Mapping[str, Any], starts: bool) -> bool:
-        """Forgets residuals of other shapes, dtypes or devices than the forward's; whether it had to."""
-        shapes = shapes_of(arguments)
-        if not starts and shapes == self.shapes:
-            return False
-        self.shapes = shapes
-        signature = signature_of(arguments)
-        changed = self.signature != signature
-        if changed:
-            self.reset()
-        self.signature = signature
-        return changed
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
@@ -274,9 +260,10 @@ class ScheduleRouter(Router):
             state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells, self.storage)
         if place.starts:
             self._start_generation(place.branch, state)
-        changed = state.expect(arguments, place.starts)
-        if changed and dry_run is not None:
-            self._fit_ahead(state, dry_run)
+        if state.signature.changes(arguments, place.starts):
+            state.reset()
+            if dry_run is not None:
+                self._fit_ahead(state, dry_run)
         if self.track.layouts:
             self.track.begin(place.step, self.steps.run)
         return self._choose_row(state, place.step)

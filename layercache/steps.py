@@ -54,15 +54,25 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple:
     return tuple(found)
 
 
-def shapes_of(arguments: Mapping[str, Any]) -> list[Any]:
-    """Shapes alone, of what can be told from a look: within a generation dtypes and devices stay."""
-    shapes: list[Any] = []
-    for value in arguments.values():
-        if isinstance(value, torch.Tensor):
-            shapes.append(value.shape)
-        elif hasattr(value, "__len__"):
-            shapes.append(len(value))
-    return shapes
+class Signature:
+    """Shapes, dtypes and devices that the forwards of a branch are given."""
+
+    def __init__(self) -> None:
+        self._shapes: list[Any] = []
+        self._whole: tuple | None = None
+
+    def changes(self, arguments: Mapping[str, Any], starts: bool) -> bool:
+        """Whether they are others now. Within a generation dtypes and devices stay, as long as the shapes do."""
+        shapes: list[Any] = []
+        for value in arguments.values():
+            if isinstance(value, torch.Tensor):
+                shapes.append(value.shape)
+            elif hasattr(value, "__len__"):
+                shapes.append(len(value))
+        if not starts and shapes == self._shapes:
+            return False
+        before, self._shapes, self._whole = self._whole, shapes, signature_of(arguments)
+        return self._whole != before
 
 
 class StepTally:

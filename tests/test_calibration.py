@@ -12,7 +12,6 @@ from layercache.models import ModelSpec
 from layercache.partition import cut, cut_by_curves
 from layercache.profile import StabilityProfile, readable
 from tiny import GROUPS, LAYERS, SlopeTransformer, fingerprint, shifted_sigmas, tiny_pipeline
-from zoo_pipelines import PIPELINES
 
 layercache.register_model(ModelSpec("SlopeTransformer", timestep="timestep"))
 
@@ -339,18 +338,3 @@ def test_profiles_with_branches_left_out_are_saved_and_planned_with(replayed, tm
     schedule = layercache.plan(loaded, budget=0.7)
     assert schedule.fingerprint.branches == ("cond", "uncond")
     assert any(cell is not None for row in schedule.cells for cell in row)
-
-
-@pytest.mark.parametrize("name", ["lumina 2", "z-image"])
-def test_pipelines_whose_guidance_ends_early(name):
-    """Lumina leaves the unconditional call out; Z-Image has half the batch from there on."""
-    pipe, call = PIPELINES[name]()
-    profile = layercache.calibrate(pipe, [{}], progress=False, max_distance=2, **call)
-    seen = profile.tables["forecast_seen"]
-    assert (
-        0 < seen.sum() < readable(profile.fingerprint.num_steps, 2, profile.max_span).sum() * seen[0, :, 0, 0, 0].size
-    )
-    schedule = layercache.plan(profile, budget=0.7)
-    with layercache.enabled(pipe, schedule) as cache:
-        pipe(**call, generator=torch.Generator().manual_seed(0))
-        assert 0 < cache.report().cached_cells

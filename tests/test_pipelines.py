@@ -10,7 +10,7 @@ import torch
 
 import layercache
 from layercache.compat import scheduler_sigmas
-from layercache.errors import CacheStateError, CalibrationError, ScheduleMismatchError
+from layercache.errors import CacheStateError, ScheduleMismatchError
 from layercache.methods.fbcache import FBCache
 from layercache.models import count_blocks, fingerprint_of, spec_for
 from layercache.schedule import Schedule
@@ -119,15 +119,15 @@ def test_from_calibration_to_a_cached_picture(case):
     name, pipe, call, full = case
     sample = {k: v for k, v in call.items() if "embeds" in k or "mask" in k}
     rest = {k: v for k, v in call.items() if k not in sample}
-    if name in ("lumina 2", "z-image"):
-        with pytest.raises(CalibrationError):
-            layercache.calibrate(pipe, [sample], progress=False, **rest)
-        rest |= {"cfg_trunc_ratio": 1.0} if name == "lumina 2" else {"cfg_truncation": 1.0}
+    ends_early = name in ("lumina 2", "z-image")
     profile = layercache.calibrate(pipe, [sample], progress=False, max_distance=3, max_span=2, **rest)
     schedule = layercache.plan(profile, 0.75)
     with layercache.enabled(pipe, schedule) as cache:
         picture = generate(pipe, rest | sample)
-    assert cache.report().fallback_rows == 0 and cache.report().used == pytest.approx(schedule.used)
+    assert ("forecast_seen" in profile.tables) is ends_early
+    assert cache.report().cached_cells > 0
+    if not ends_early:  # where its guidance ends, Z-Image has half the batch, for which nothing is stored
+        assert cache.report().fallback_rows == 0 and cache.report().used == pytest.approx(schedule.used)
     assert torch.isfinite(picture).all() and picture.shape == full.shape
 
 
