@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercache import ops
 from layercache.backend.primitives import Pending
 from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
@@ -21,7 +20,7 @@ from layercache.models import count_blocks, fingerprint_of
 from layercache.routing import Place, Router, StandIn, Trip
 from layercache.runtime import CacheReport
 from layercache.schedule import Cell, Schedule
-from layercache.slots import check_alike
+from layercache.slots import Buffer, Storage, check_alike
 from layercache.steps import Signature, StepCounter
 
 
@@ -61,13 +60,12 @@ class BranchState:
     decider: Decider
     reader: Reader
     anchors: list[int] = field(default_factory=list)
-    stored: list[list[torch.Tensor]] = field(default_factory=list)
+    stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        tensors = [t for one in self.stored for t in one]
-        return sum(t.numel() * t.element_size() for t in tensors) + self.decider.nbytes
+        return sum(buffer.nbytes for one in self.stored for buffer in one) + self.decider.nbytes
 
 
 class _Visit(Trip):
@@ -148,6 +146,7 @@ class DynamicRouter(Router):
         scheduler: Any = None,
         num_steps: int | None = None,
         process_group: Any = None,
+        storage: str = "same",
     ):
         count = count_blocks(transformer)
         super().__init__(transformer, spec, [(0, count)])
@@ -167,6 +166,7 @@ class DynamicRouter(Router):
         self.probe, self.skip_from = method.probe, method.skip_from
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
+        self.storage = Storage(storage)
         self.steps = StepCounter(scheduler=scheduler)
         self.states: dict[str, BranchState] = {}
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
@@ -263,19 +263,24 @@ class DynamicRouter(Router):
 
     def keep(self, streams: list[torch.Tensor], base: list[torch.Tensor]) -> None:
         state = self.states[self._branch]
-        if len(state.stored) < self.method.depth:
-            state.stored.insert(0, [torch.empty_like(s, memory_format=torch.contiguous_format) for s in streams])
-        else:
-            state.stored.insert(0, state.stored.pop())
+        is_full = len(state.stored) == self.method.depth
+        buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
+        for stream, before, buffer in zip(streams, base, buffers, strict=True):
+            check_alike(before, stream)
+            if not self.storage.fits(buffer, stream):
+                self.storage.allocate(buffer, stream)
+        state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
-        on_gpu = streams[0].is_cuda  # elsewhere numbers are looked at where they are stored when the generation ends
-        if on_gpu and (self._flag is None or self._flag.device != streams[0].device):
-            self._flag = torch.zeros(1, dtype=torch.int32, device=streams[0].device)
-        for stream, before, stored in zip(streams, base, state.stored[0], strict=True):
-            check_alike(before, stream)
-            check_alike(stream, stored)
-        ops.store(streams, base, state.stored[0], self._flag if on_gpu else None)
+        self.storage.store(streams, base, buffers, self._flag_for(streams[0]))
+
+    def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """Raised on the way where numbers cannot be looked at in their place when the generation ends."""
+        if not (stream.is_cuda or self.storage.is_compact):
+            return None
+        if self._flag is None or self._flag.device != stream.device:
+            self._flag = torch.zeros(1, dtype=torch.int32, device=stream.device)
+        return self._flag
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
         state = self.states[self._branch]
@@ -283,9 +288,7 @@ class DynamicRouter(Router):
         stored = dict(zip(state.anchors, state.stored, strict=True))
         residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
-        for stream, own in zip(base, residuals, strict=True):
-            check_alike(stream, own[0])
-        return ops.restore(base, residuals, list(terms.values()), into)
+        return self.storage.restore(base, residuals, list(terms.values()), into)
 
     def invalidate(self) -> None:
         for state in self.states.values():
@@ -307,8 +310,8 @@ class DynamicRouter(Router):
             NonFiniteResidualError: a stored residual held NaN or infinity. It is forgotten.
         """
         bad = self._flag is not None and bool(self._flag.item())
-        stored = [t for state in self.states.values() for one in state.stored for t in one if not t.is_cuda]
-        if bad or not all(bool(torch.isfinite(t).all()) for t in stored):
+        buffers = [buffer for state in self.states.values() for one in state.stored for buffer in one]
+        if bad or not all(self.storage.is_finite(buffer) for buffer in buffers):
             if self._flag is not None:
                 self._flag.zero_()
             self.invalidate()

@@ -379,7 +379,7 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
         num_steps: of your own loop without a scheduler, for methods that ask for it.
         process_group: processes that work on one generation together (context parallelism): a method that decides
             as it runs decides by the sums over all of them. Without one no process waits for another.
-        storage: of a schedule's residuals: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
+        storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
             halves their memory (`layercache.slots.Storage`).
 
     Returns:
@@ -396,8 +396,8 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
     scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
     if isinstance(plan, Schedule):
         return _enable_schedule(target, plan, transformer, scheduler, storage)
-    if storage != "same":
-        raise CacheStateError(f"storage={storage!r} is for schedules of groups; {type(plan).__name__} has its own")
+    if storage != "same" and not isinstance(plan, DynamicMethod):
+        raise CacheStateError(f"storage={storage!r} is for residuals of groups; {type(plan).__name__} stores others")
     router: StepRouter | DynamicRouter | ModuleScheduleRouter
     if isinstance(plan, EasyCache):
         router = StepRouter(transformer, spec, plan, scheduler)
@@ -405,7 +405,7 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
         _check_fingerprint(plan.fingerprint, transformer)
         router = ModuleScheduleRouter(transformer, spec, plan, scheduler)
     else:
-        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps, process_group)
+        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps, process_group, storage)
     attach(target, router)
     return router
 

@@ -116,11 +116,8 @@ class CacheState:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
         if self.flag.tensor is None:
             return True
-        if self.flag.tensor.is_cuda or self.storage.is_compact:
-            bad = bool(self.flag.tensor.item())
-        else:
-            held = [buffer.tensor for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
-            bad = not all(bool(torch.isfinite(t).all()) for t in held if t is not None)
+        held = [buffer for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
+        bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
         if bad:
             self.flag.tensor.zero_()
             self.reset()

@@ -69,6 +69,11 @@ class Storage:
             scales = torch.empty(stream.shape[:-1], dtype=torch.float32, device=stream.device)
             buffer.scales = keep_address(scales)
 
+    def is_finite(self, buffer: Buffer) -> bool:
+        """Whether what is stored on the CPU is; codes, and what a GPU stores, raise a flag on their way instead."""
+        stored = buffer.tensor
+        return stored is None or stored.is_cuda or self.is_compact or bool(torch.isfinite(stored).all())
+
     def store(
         self,
         outputs: list[torch.Tensor],

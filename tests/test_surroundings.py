@@ -14,7 +14,8 @@ from torch import nn
 import layercache
 from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError
 from layercache.integration import attachment_of
-from layercache.methods.fbcache import FBCache
+from layercache.methods.easycache import EasyCache
+from layercache.methods.fbcache import DBCache, FBCache
 from layercache.routing import RoutedModuleList
 from test_models import call, schedule
 from test_pipelines import generate as run_pipeline
@@ -363,9 +364,31 @@ def test_compact_storage_over_a_generation_compiled_and_by_request(pipe, plan):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("storage", ["float32", "compact"])
-def test_a_bad_residual_is_reported_from_any_storage(pipe, plan, storage, value):
+def test_storage_under_a_method_that_decides(pipe, storage):
+    """Replayed as a schedule in the same storage its decisions give the same bits."""
+    method = DBCache(threshold=1.0, front=1, warmup=2, max_consecutive=1)
+    results, bytes_of, decisions = {}, {}, {}
+    for kind in ("same", storage):
+        with layercache.enabled(pipe, method, storage=kind) as cache:
+            results[kind], decisions[kind] = generate(pipe), cache.decisions
+            states = cache.states.values()
+            bytes_of[kind] = sum(buffer.nbytes for s in states for one in s.stored for buffer in one)
+            exported = cache.export_schedule()
+    assert any(not computed for computed in decisions["same"]["cond"])
+    channels = next(iter(cache.states.values())).stored[0][0].tensor.shape[-1]
+    assert bytes_of[storage] == bytes_of["same"] * (1 if storage == "float32" else (1 + 4 / channels) / 4)
+    assert torch.equal(results[storage], results["same"]) is (storage == "float32")  # the model is in float32
+    assert psnr(results[storage], results["same"]) > 20
+    with layercache.enabled(pipe, exported, storage=storage):
+        assert torch.equal(generate(pipe), results[storage])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("storage", ["same", "float32", "compact"])
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_bad_residual_is_reported_from_any_storage(pipe, plan, storage, value, decides):
+    plan = FBCache(threshold=0.1) if decides else plan
     with layercache.enabled(pipe, plan, storage=storage), pytest.raises(NonFiniteResidualError):
         hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
             lambda module, args, output: (output[0], output[1] * value)
@@ -379,6 +402,6 @@ def test_a_bad_residual_is_reported_from_any_storage(pipe, plan, storage, value)
 def test_storage_is_checked(pipe, plan):
     with pytest.raises(CacheStateError, match="same, float32, compact"):
         layercache.enable(pipe, plan, storage="fp4")
-    with pytest.raises(CacheStateError, match="schedules of groups"):
-        layercache.enable(pipe, FBCache(), storage="compact")
+    with pytest.raises(CacheStateError, match="EasyCache stores others"):
+        layercache.enable(pipe, EasyCache(), storage="compact")
     assert attachment_of(pipe.transformer) is None
