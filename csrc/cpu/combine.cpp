@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "kernels.hpp"
 #include "parallel.hpp"
@@ -29,18 +31,24 @@ std::vector<Output> outputs_of(const Map& map, int inputs, int outputs) {
     return found;
 }
 
-// Whether writing one output at a time could change an input of a later one.
-bool written_while_read(const Views& inputs, const Views& outputs) {
-    if (outputs.size() == 1) return false;
-    for (const View& out : outputs)
-        for (const View& in : inputs)
-            if (out.data == in.data) return true;
-    return false;
+// Whether no output, written in this order, changes what a later one reads.
+bool is_safe(const std::vector<int>& order, const Views& inputs, const Views& outputs,
+             const std::vector<Output>& terms) {
+    for (std::size_t first = 0; first < order.size(); ++first)
+        for (std::size_t later = first + 1; later < order.size(); ++later)
+            for (int k : terms[order[later]].inputs)
+                if (inputs[k].data == outputs[order[first]].data) return false;
+    return true;
 }
 
-bool all_go_past_caches(const Views& outputs, const Views& inputs) {
-    return std::all_of(outputs.begin(), outputs.end(),
-                       [&](const View& output) { return goes_past_caches(output, inputs); });
+// Outputs in an order in which each can be written at once; empty if all must wait until the last is there. A Taylor
+// expansion that is brought forward in place is safe from its highest order down.
+std::vector<int> order_of(const Views& inputs, const Views& outputs, const std::vector<Output>& terms) {
+    std::vector<int> order(outputs.size());
+    std::iota(order.begin(), order.end(), 0);
+    if (is_safe(order, inputs, outputs, terms)) return order;
+    std::reverse(order.begin(), order.end());
+    return is_safe(order, inputs, outputs, terms) ? order : std::vector<int>{};
 }
 
 struct Work {
@@ -53,8 +61,8 @@ struct Work {
     const std::vector<const float*>& scales;
     Dtype dtype;   // that of the arithmetic's inputs and outputs: all views', or fp32
     bool in_place;  // whether chunks can be read and written where they are
-    bool buffered;  // whether results wait until all are there
-    bool streamed;  // whether they go past the caches
+    std::vector<int> order;      // of the outputs; empty if they wait until all are there
+    std::vector<char> streamed;  // which of them go past the caches
 
     const void* input(int k, const Chunk& chunk, Buffer& buffer) const {
         if (scales.empty() || scales[k] == nullptr) return read_as(loops, inputs[k], dtype, chunk, buffer);
@@ -70,23 +78,27 @@ struct Work {
         for (std::size_t k = 0; k < inputs.size(); ++k) x[k] = input(static_cast<int>(k), chunk, converted[k]);
         const Chunk entry{chunk.row / std::max<std::int64_t>(inputs[0].rows, 1), chunk.column, chunk.size};
         const void* g = gate ? read_as(loops, *gate, dtype, entry, spare) : nullptr;
-        for (std::size_t m = 0; m < outputs.size(); ++m) {
+        const auto compute = [&](int m, void* to) {
             const void* own[MAX_INPUTS];
             const int count = static_cast<int>(terms[m].inputs.size());
             for (int t = 0; t < count; ++t) own[t] = x[terms[m].inputs[t]];
-            const bool direct = in_place && !buffered && !streamed;
-            void* to = direct ? chunk.at(outputs[m]) : static_cast<void*>(results[buffered ? m : 0].values);
             if (count == 0) std::memset(to, 0, chunk.size * size_of(dtype));
             loops.map(own, terms[m].coefficients.data(), count, base, terms[m].factor, g, to, dtype, chunk.size);
-            if (!direct && !buffered) put(m, chunk, to);
+        };
+        for (int m : order) {
+            const bool direct = in_place && !streamed[m];
+            void* to = direct ? chunk.at(outputs[m]) : static_cast<void*>(results[0].values);
+            compute(m, to);
+            if (!direct) put(m, chunk, to);
         }
-        if (buffered)
-            for (std::size_t m = 0; m < outputs.size(); ++m) put(m, chunk, results[m].values);
+        if (!order.empty()) return;
+        for (std::size_t m = 0; m < outputs.size(); ++m) compute(static_cast<int>(m), results[m].values);
+        for (std::size_t m = 0; m < outputs.size(); ++m) put(static_cast<int>(m), chunk, results[m].values);
     }
 
-    void put(std::size_t m, const Chunk& chunk, const void* from) const {
+    void put(int m, const Chunk& chunk, const void* from) const {
         char* to = chunk.at(outputs[m]);
-        if (outputs[m].dtype == dtype && streamed)
+        if (outputs[m].dtype == dtype && streamed[m])
             loops.stream(from, to, chunk.size * size_of(dtype));
         else if (outputs[m].dtype == dtype)
             std::memcpy(to, from, chunk.size * size_of(dtype));
@@ -108,8 +120,19 @@ void linear_map(const Views& inputs, const Views& outputs, const Map& map, const
     if (gate) all.push_back(*gate);
     const bool same = scales.empty() && uniform(all);
     const std::vector<Output> terms = outputs_of(map, count, static_cast<int>(out.size()));
-    const Work work{active(), in,   out, terms, map.base, gate, scales, same ? all[0].dtype : Dtype::float32, same,
-                    written_while_read(in, out), all_go_past_caches(out, in)};
+    std::vector<char> streamed;
+    for (const View& output : out) streamed.push_back(goes_past_caches(output, in));
+    const Work work{active(),
+                    in,
+                    out,
+                    terms,
+                    map.base,
+                    gate,
+                    scales,
+                    same ? all[0].dtype : Dtype::float32,
+                    same,
+                    order_of(in, out, terms),
+                    streamed};
     for_chunks(Space(in[0]), threads, [&](const Chunk& chunk, int) { work(chunk); });
 }
 
