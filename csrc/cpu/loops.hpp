@@ -51,11 +51,15 @@ struct Loops {
     // o = beta g d; returns the sum of g d (f - c); the gate may be null.
     double (*lerp_backward)(const void* d, const void* f, const void* c, float beta, const void* g, void* o,
                             Dtype dtype, Size n);
-    // Rows: as fp32, with their sum; sum (x - mean)^2; z = (x - mean) factor scale + shift.
+    // Rows as fp32, sorted: of bf16 first the even numbers, then the odd ones, as they come out of packed pairs; of fp32
+    // as they are. A row with its sum; y += c x; the sum of a row; sum (y - mean)^2; z = (y - mean) factor scale + shift.
     double (*load_and_sum)(const void* from, Dtype dtype, float* to, Size n);
-    double (*centred_square)(const float* x, float mean, Size n);
-    void (*finish)(const float* x, float mean, float factor, const float* scale, const float* shift, void* z,
+    void (*add_row)(const void* x, Dtype dtype, float c, float* y, Size n);
+    double (*sum)(const float* y, Size n);
+    double (*centred_square)(const float* y, float mean, Size n);
+    void (*finish)(const float* y, float mean, float factor, const float* scale, const float* shift, void* z,
                    Dtype dtype, Size n);
+    void (*unsort)(const float* y, void* to, Dtype dtype, Size n);
     // v = u + scale (c - u), and adds c^2 and v^2 to sums[0..1]; v *= factor.
     void (*guide)(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums);
     void (*rescale)(float* v, float factor, Size n);

@@ -127,6 +127,7 @@ struct InPack {
     Size index;
     int which;
     Size place() const { return index * T::PACK + which; }
+    Size sorted(Size n) const { return which * (n / T::PACK) + index; }
     float operator()(const void* tensor) const {
         return T::take(static_cast<const typename T::Packed*>(tensor)[index], which);
     }
@@ -136,6 +137,10 @@ template <class T>
 struct Alone {
     Size index;
     Size place() const { return index; }
+    Size sorted(Size n) const {
+        const Size packs = n / T::PACK;
+        return index < packs * T::PACK ? index % T::PACK * packs + index / T::PACK : index;
+    }
     float operator()(const void* tensor) const { return T::load(static_cast<const typename T::Stored*>(tensor)[index]); }
 };
 
@@ -153,11 +158,12 @@ inline __attribute__((always_inline)) void write_each(void* output, Size n, Valu
         T::store(value(Alone<T>{i}), static_cast<typename T::Stored*>(output)[i]);
 }
 
-// Calls step(at, lane) for every place, sixteen lanes at a time.
+// Calls step(at, lane) for every place, sixteen lanes at a time; what is written at one is read at no other.
 template <class T, class Step>
 inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
     Size i = 0;
     for (; i + LANES <= n / T::PACK; i += LANES)
+#pragma GCC ivdep
         for (int j = 0; j < LANES; ++j)
             for (int w = 0; w < T::PACK; ++w) step(InPack<T>{i + j, w}, j);
     for (Size k = i * T::PACK; k < n; ++k) step(Alone<T>{k}, static_cast<int>(k % LANES));
@@ -454,10 +460,10 @@ void product(const float* __restrict x, float* __restrict y, Size n) {
     for (Size i = 0; i < n; ++i) y[i] = x[i] * y[i];
 }
 
-double centred_square(const float* x, float mean, Size n) {
+double centred_square(const float* y, float mean, Size n) {
     Totals<1> totals;
     in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) {
-        const float d = at(x) - mean;
+        const float d = at(y) - mean;
         totals.lane[0][j] = fused(d, d, totals.lane[0][j]);
     });
     double sum = 0;
@@ -467,9 +473,12 @@ double centred_square(const float* x, float mean, Size n) {
 
 template <class T>
 double load_and_sum_as(const void* from, float* __restrict to, Size n) {
-    load_as<T>(from, to, n);
     Totals<1> totals;
-    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.lane[0][j] += at(to); });
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float x = at(from);
+        to[at.sorted(n)] = x;
+        totals.lane[0][j] += x;
+    });
     double all = 0;
     totals.add_to(&all);
     return all;
@@ -480,15 +489,43 @@ double load_and_sum(const void* from, Dtype dtype, float* to, Size n) {
 }
 
 template <class T>
-void finish_as(const float* x, float mean, float factor, const float* scale, const float* shift, void* output, Size n) {
-    auto* __restrict z = static_cast<typename T::Stored*>(output);
-    for (Size i = 0; i < n; ++i) T::store((x[i] - mean) * factor * scale[i] + shift[i], z[i]);
+void add_row_as(const void* x, float c, float* __restrict y, Size n) {
+    in_lanes<T>(n, [&](auto at, int) __attribute__((always_inline)) { y[at.sorted(n)] += c * at(x); });
 }
 
-void finish(const float* x, float mean, float factor, const float* scale, const float* shift, void* z, Dtype dtype,
+void add_row(const void* x, Dtype dtype, float c, float* y, Size n) {
+    dtype == Dtype::bfloat16 ? add_row_as<Bfloat16>(x, c, y, n) : add_row_as<Float32>(x, c, y, n);
+}
+
+double sum(const float* y, Size n) {
+    Totals<1> totals;
+    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.lane[0][j] += at(y); });
+    double all = 0;
+    totals.add_to(&all);
+    return all;
+}
+
+template <class T>
+void finish_as(const float* y, float mean, float factor, const float* scale, const float* shift, void* z, Size n) {
+    write_each<T>(z, n, [&](auto at) __attribute__((always_inline)) {
+        const Size k = at.sorted(n);
+        return (y[k] - mean) * factor * scale[k] + shift[k];
+    });
+}
+
+void finish(const float* y, float mean, float factor, const float* scale, const float* shift, void* z, Dtype dtype,
             Size n) {
-    dtype == Dtype::bfloat16 ? finish_as<Bfloat16>(x, mean, factor, scale, shift, z, n)
-                             : finish_as<Float32>(x, mean, factor, scale, shift, z, n);
+    dtype == Dtype::bfloat16 ? finish_as<Bfloat16>(y, mean, factor, scale, shift, z, n)
+                             : finish_as<Float32>(y, mean, factor, scale, shift, z, n);
+}
+
+template <class T>
+void unsort_as(const float* y, void* to, Size n) {
+    write_each<T>(to, n, [&](auto at) __attribute__((always_inline)) { return y[at.sorted(n)]; });
+}
+
+void unsort(const float* y, void* to, Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? unsort_as<Bfloat16>(y, to, n) : unsort_as<Float32>(y, to, n);
 }
 
 template <class T>
@@ -555,4 +592,4 @@ void stream(const void* from, void* to, Size bytes) { std::memcpy(to, from, byte
 
 const Loops table{NAME,   load,  store,    map,    subtract, add_scaled,   product,        has_bad, pair_sums,
                   capture, norms, products, peak,   encode,   decode,       lerp,           lerp_backward,
-                  load_and_sum,   centred_square, finish, guide,  rescale, stream};
+                  load_and_sum,   add_row, sum, centred_square, finish, unsort, guide, rescale, stream};

@@ -32,15 +32,23 @@ const void* row_as(const Loops& loops, const View& view, Dtype dtype, std::int64
     return buffer.data();
 }
 
-// What a thread keeps: its row, and the vectors, which change only with the batch. The LayerNorm's weight and bias are
-// part of them: scale = weight (1 + scale), shift = bias (1 + scale) + shift.
+// The order in which the loops keep a row of a dtype.
+void sort(Row& row, Dtype dtype) {
+    if (dtype != Dtype::bfloat16) return;
+    const Row from = row;
+    const std::size_t half = row.size() / 2;
+    for (std::size_t k = 0; k < half; ++k) row[k] = from[2 * k], row[half + k] = from[2 * k + 1];
+}
+
+// What a thread keeps: its row, and the vectors, which change only with the batch, all sorted. The LayerNorm's weight and
+// bias are part of them: scale = weight (1 + scale), shift = bias (1 + scale) + shift.
 struct Scratch {
     Row y, other, scale, shift, z;
     std::int64_t batch = -1;
     explicit Scratch(std::int64_t cols) : y(cols), other(cols), scale(cols), shift(cols), z(cols) {}
 };
 
-void load_vectors(const Loops& loops, const Modulation& m, std::int64_t row, Scratch& s) {
+void load_vectors(const Loops& loops, const Modulation& m, Dtype dtype, std::int64_t row, Scratch& s) {
     const std::int64_t n = m.x.cols;
     load_row(loops, m.scale, vector_row(m.scale, m.x, row), s.scale);
     load_row(loops, m.shift, vector_row(m.shift, m.x, row), s.shift);
@@ -54,6 +62,8 @@ void load_vectors(const Loops& loops, const Modulation& m, std::int64_t row, Scr
         load_row(loops, *m.weight, 0, s.other);
         loops.product(s.other.data(), s.scale.data(), n);
     }
+    sort(s.scale, dtype);
+    sort(s.shift, dtype);
 }
 
 // y = x + terms, in fp32; returns its sum.
@@ -62,23 +72,36 @@ double load_stream(const Loops& loops, const Modulation& m, Dtype dtype, std::in
     double sum = loops.load_and_sum(row_as(loops, m.x, dtype, row, s.other), dtype, s.y.data(), n);
     if (m.residuals.empty()) return sum;
     for (std::size_t k = 0; k < m.residuals.size(); ++k) {
+        const View& residual = m.residuals[k];
+        if (residual.dtype == dtype) {
+            loops.add_row(residual.row(row), dtype, m.coefficients[k], s.y.data(), n);
+            continue;
+        }
         if (m.code_scales.empty())
-            load_row(loops, m.residuals[k], row, s.other);
+            load_row(loops, residual, row, s.other);
         else
-            loops.decode(reinterpret_cast<const std::uint8_t*>(m.residuals[k].row(row)), m.code_scales[k][row],
+            loops.decode(reinterpret_cast<const std::uint8_t*>(residual.row(row)), m.code_scales[k][row],
                          s.other.data(), n);
+        sort(s.other, dtype);
         loops.add_scaled(s.other.data(), m.coefficients[k], s.y.data(), n);
     }
-    std::copy(s.y.begin(), s.y.end(), s.other.begin());
-    return loops.load_and_sum(s.other.data(), Dtype::float32, s.y.data(), n);
+    return loops.sum(s.y.data(), n);
+}
+
+// Writes a sorted row: in its dtype, or by way of fp32, which is not sorted.
+void store_sorted(const Loops& loops, const Row& from, const View& view, Dtype dtype, std::int64_t row) {
+    if (view.dtype == dtype)
+        loops.unsort(from.data(), view.row(row), dtype, view.cols);
+    else
+        store_row(loops, from, view, row);
 }
 
 void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int64_t row, Scratch& s, double* sums) {
     const std::int64_t n = m.x.cols, batch = row / m.x.rows;
-    if (batch != s.batch) load_vectors(loops, m, row, s);
+    if (batch != s.batch) load_vectors(loops, m, dtype, row, s);
     s.batch = batch;
     const float mean = static_cast<float>(load_stream(loops, m, dtype, row, s) / double(n));
-    if (m.stream) store_row(loops, s.y, *m.stream, row);
+    if (m.stream) store_sorted(loops, s.y, *m.stream, dtype, row);
     const double variance = loops.centred_square(s.y.data(), mean, n) / double(n);
     const float factor = static_cast<float>(1.0 / std::sqrt(variance + m.eps));
     const void* older = m.previous ? row_as(loops, *m.previous, dtype, row, s.other) : nullptr;
@@ -106,7 +129,9 @@ void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int
 Sums modulate(const Modulation& m, int threads) {
     const Loops& loops = active();
     const std::int64_t rows = m.x.batch * m.x.rows;
-    const Dtype dtype = m.x.dtype == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+    const bool packed = m.x.dtype == Dtype::bfloat16 && m.z.dtype == Dtype::bfloat16 &&
+                        (!m.stream || m.stream->dtype == Dtype::bfloat16);
+    const Dtype dtype = packed ? Dtype::bfloat16 : Dtype::float32;
     const int ranges = static_cast<int>(m.bounds.size()) - 1;
     Partials partials(ranges * PAIR_STATISTICS);
     for_parts(rows, threads_for(m.x.numel(), threads), [&](std::int64_t first, std::int64_t last, int part) {
