@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from layercache.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.layout import COMPUTE, GroupAction
 from layercache.methods.policy import Decider, DynamicMethod, Run, Sight
-from layercache.model_spec import ModelSpec, Streams
+from layercache.model_spec import ModelSpec, Streams, named_arguments
 from layercache.models import count_blocks, fingerprint_of
 from layercache.routing import Place, Router, StandIn, Trip
 from layercache.runtime import CacheReport
@@ -83,8 +83,10 @@ class _Visit(Trip):
         self.base: list[torch.Tensor] = []
         self.reuses = False
 
-    def arrive(self, block: nn.Module, at: int, streams: Streams, kwargs: Mapping[str, Any]) -> None:
-        """The streams are in front of block number ``at``."""
+    def arrive(
+        self, block: nn.Module, at: int, streams: Streams, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """The streams are in front of block number ``at``, which is called with these arguments."""
         router, method = self.router, self.router.method
         image, text = streams
         if at == 0:
@@ -92,7 +94,7 @@ class _Visit(Trip):
             if method.needs_modulation:
                 modulation = router.spec.modulation
                 assert modulation is not None
-                router.modulation = lambda: modulation(block, kwargs)
+                router.modulation = lambda: modulation(block, named_arguments(block, args, kwargs))
         if at == router.skip_from:
             self.base = [image, text] if router.keeps_text and text is not None else [image]
         if at == router.probe:
@@ -118,7 +120,7 @@ class _Gate(StandIn):
         visit, at = self.trip, self.place.block
         router = visit.router
         if at in router.landmarks:
-            visit.arrive(self.block, at, self.calls.inputs(args, kwargs, visit.tokens), kwargs)
+            visit.arrive(self.block, at, self.calls.inputs(args, kwargs, visit.tokens), args, kwargs)
         if at < router.probe or not visit.reuses:
             output = self.block(*args, **kwargs)
             if at == router.end - 1:

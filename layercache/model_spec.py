@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,10 +42,12 @@ class ModelSpec:
         bypass: arguments of the forward that, when given, leave single blocks out; such a forward runs uncached.
         timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does; a transformer
             without a pipeline is followed by it.
-        modulation: of the first block and the arguments of its call, scale and shift ``[B, D]`` of its modulated input
-            ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for methods that look at it.
+        modulation: of the first block and the arguments of its call by name (`named_arguments`), scale and shift
+            ``[B, D]`` of its modulated input ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for
+            methods that look at it.
         modules: per block list, the modules of a block whose outputs (before the gate) can be cached apart: each entry
-            names submodules that run one after the other, of which the last one's output is kept.
+            names submodules that run one after the other, of which the last one's output is kept. Each must run once
+            in a forward; an entry is left out of blocks where it is ``None``.
     """
 
     model_class: str
@@ -74,6 +78,21 @@ class ModelSpec:
     def calls(self, index: int) -> BlockCalls:
         """How the blocks of list ``index`` are called."""
         return BlockCalls(self, self.joint.get(self.block_lists[index]))
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a class's forward takes by position."""
+    found = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in found if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def named_arguments(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a block's call, each under its name."""
+    if not args:
+        return kwargs
+    own = getattr(block, "_orig_mod", block)  # of a compiled one
+    return dict(zip(_positions(type(own).forward), args, strict=False)) | dict(kwargs)
 
 
 class Tokens:

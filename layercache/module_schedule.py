@@ -53,6 +53,8 @@ def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
             for parts in spec.modules.get(name, ()):
                 kind = "+".join(parts)
                 modules = tuple(getattr(block, part) for part in parts)
+                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
+                    continue
                 units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
     return units
 

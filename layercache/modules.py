@@ -27,6 +27,11 @@ def tensors_of(output: Output) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in found if isinstance(t, torch.Tensor))
 
 
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``[batch, rows, channels]``, as the ops take it, of an output that has more dims (a convolution's)."""
+    return tensor if tensor.dim() == 3 else tensor.flatten(2).contiguous()
+
+
 def copy_of(output: Output, into: Output | None = None) -> Output:
     """The output with tensors of its own; those of ``into`` where they fit."""
     if isinstance(output, torch.Tensor):

@@ -23,7 +23,7 @@ from layercache.integration import attachment_of
 from layercache.methods import invardiff, l2c
 from layercache.models import fingerprint_of
 from layercache.module_schedule import ModuleSchedule, alternating, module_units
-from layercache.modules import copy_of
+from layercache.modules import as_rows, copy_of
 from layercache.report import module_sentences, module_table, plain_text
 from tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
 
@@ -203,6 +203,13 @@ def test_nan_is_reported(pipe):
     finally:
         with torch.no_grad():
             bias.copy_(kept)
+
+
+def test_outputs_of_convolutions_as_rows():
+    picture = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert torch.equal(as_rows(picture), picture.reshape(2, 3, 20)) and as_rows(picture).is_contiguous()
+    tokens = torch.randn(2, 6, 3)[:, 1:]
+    assert as_rows(tokens) is tokens
 
 
 # --- InvarDiff -----------------------------------------------------------------------------------------------

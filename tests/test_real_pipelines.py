@@ -14,7 +14,7 @@ from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.invardiff import Settings
 from layercache.methods.teacache import SpectralCache, TeaCache
-from layercache.models import _flux_modulation
+from layercache.models import spec_for
 from layercache.rehearsal import Rehearsal, psnr_of, skipping
 from tiny import randomise
 
@@ -130,10 +130,11 @@ def test_dynamic_methods_across_both_block_lists(pipe, samples, method):
 def test_the_modulated_input_is_the_blocks_own(pipe, samples):
     """What TeaCache watches, against what the first block's own norm makes."""
     block, seen, ours = pipe.transformer.transformer_blocks[0], [], []
+    modulation = spec_for(pipe.transformer).modulation
     hooks = [
         block.norm1.register_forward_hook(lambda m, a, out: seen.append(out[0])),
         block.register_forward_pre_hook(
-            lambda m, a, k: ours.append((k["hidden_states"], _flux_modulation(m, k))), with_kwargs=True
+            lambda m, a, k: ours.append((k["hidden_states"], modulation(m, k))), with_kwargs=True
         ),
     ]
     pipe(**CALL, **samples[0], generator=torch.Generator().manual_seed(0), output_type="latent")

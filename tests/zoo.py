@@ -287,10 +287,10 @@ MODELS: dict[str, Callable[[], tuple[dict, dict]]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
-    """A transformer with random weights and arguments for its forward."""
+def build(name: str, seed: int = 0, **changed: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A transformer with random weights, its configuration ``changed``, and arguments for its forward."""
     torch.manual_seed(seed)
     config, inputs = MODELS[name]()
-    model = getattr(diffusers, name)(**config).eval()
+    model = getattr(diffusers, name)(**config | changed).eval()
     randomise(model, seed)
     return model, inputs

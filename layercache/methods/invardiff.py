@@ -17,7 +17,7 @@ from layercache.methods.policy import check_range
 from layercache.methods.watching import generate_once
 from layercache.models import find_transformer, fingerprint_of, spec_for
 from layercache.module_schedule import ModuleSchedule
-from layercache.modules import ModuleRouter, Output, copy_of, sigmas_of, tensors_of
+from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of, tensors_of
 from layercache.schedule import Fingerprint
 from layercache.stopwatch import Stopwatch
 
@@ -136,7 +136,7 @@ class _RateRouter(ModuleRouter):
             track.reference = copy_of(output, track.reference)
             return
         pairs = [list(tensors_of(value)) for value in (output, track.reference)]
-        moved = sum(ops.pair_statistics([a], [b])[0, 0].double() for a, b in zip(*pairs, strict=True))
+        moved = sum(ops.pair_statistics([as_rows(a)], [as_rows(b)])[0, 0].double() for a, b in zip(*pairs, strict=True))
         count = sum(t.numel() for t in pairs[0])
         moved = torch.clamp(moved, min=TINY * count)  # type: ignore[arg-type]
         if step >= 2 and track.moved is not None:

@@ -30,7 +30,7 @@ from layercache.methods.policy import check_range
 from layercache.methods.watching import generate_once
 from layercache.models import find_transformer, fingerprint_of, first_tensor, spec_for
 from layercache.module_schedule import ModuleSchedule, alternating
-from layercache.modules import ModuleRouter, Output, copy_of, sigmas_of
+from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
 from layercache.schedule import Fingerprint
 from layercache.stopwatch import Stopwatch
 
@@ -238,8 +238,8 @@ class _Training(ModuleRouter):
 def _interpolated(fresh: Output, cached: Output, beta: torch.Tensor) -> Output:
     """Both outputs of joint attention share one beta."""
     if isinstance(fresh, torch.Tensor):
-        return ops.router_lerp(fresh, cached, beta.reshape(1))
-    return tuple(ops.router_lerp(a, b, beta.reshape(1)) for a, b in zip(fresh, cached, strict=True))
+        return ops.router_lerp(as_rows(fresh), as_rows(cached), beta.reshape(1)).view_as(fresh)
+    return tuple(_interpolated(a, b, beta) for a, b in zip(fresh, cached, strict=True))
 
 
 def train(

@@ -13,7 +13,7 @@ from layercache.calibration import arguments_of
 from layercache.errors import MethodError
 from layercache.integration import attach
 from layercache.layout import CAPTURE, GroupAction
-from layercache.model_spec import ModelSpec
+from layercache.model_spec import ModelSpec, named_arguments
 from layercache.models import count_blocks, find_transformer, spec_for
 from layercache.routing import CapturedBlock, Place, Router, Trip
 from layercache.steps import StepCounter
@@ -45,7 +45,7 @@ class WholeRouter(Router):
 
 class _Noting(CapturedBlock):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.trip.router.block_call = (self.block, kwargs)  # type: ignore[attr-defined]
+        self.trip.router.block_call = (self.block, named_arguments(self.block, args, kwargs))  # type: ignore[attr-defined]
         return super().__call__(*args, **kwargs)
 
 
