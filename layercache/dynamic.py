@@ -127,7 +127,7 @@ class _Gate(StandIn):
                 visit.leave(*self.calls.unpack(output, visit.tokens))
             return output
         if at == router.probe and self.place.list in router.rewritten and at != router.end - 1:
-            return self.calls.given(args, kwargs).clone()
+            return self.calls.copied(args, kwargs)
         if at != router.end - 1:
             return self.calls.passed(args, kwargs)
         here = self.calls.inputs(args, kwargs, visit.tokens)

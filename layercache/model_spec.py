@@ -166,6 +166,13 @@ class BlockCalls:
         second = kwargs[self._second] if self._second in kwargs else args[1]
         return (first, second) if self._image == 0 else (second, first)
 
+    def copied(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The same where the forward writes into what it gets; the image (or both streams, joined) is another tensor."""
+        first = self.given(args, kwargs).clone()
+        if self.single:
+            return first
+        return self.pack(first, kwargs[self._second] if self._second in kwargs else args[1])
+
 
 def dense(stream: torch.Tensor) -> torch.Tensor:
     """The stream with its channels side by side; some models take theirs from a transposed convolution's output."""

@@ -175,7 +175,11 @@ for _spec in (
         # its act_mlp takes one half of proj_mlp's output
         modules={"transformer_blocks": _JOINT, "single_transformer_blocks": (("attn",), ("proj_mlp",))},
     ),
-    ModelSpec("BriaTransformer2DModel", **_FLUX),
+    ModelSpec(
+        "BriaTransformer2DModel",
+        rewritten={"single_transformer_blocks": "controlnet_single_block_samples"},
+        **_FLUX,
+    ),
     ModelSpec(
         "AuraFlowTransformer2DModel",
         block_lists=("joint_transformer_blocks", "single_transformer_blocks"),

@@ -106,7 +106,7 @@ class SkippedBlock(StandIn):
         if place.opens:
             trip.open(place.group, *here)
             if not place.closes and place.list in trip.router.rewritten:
-                return self.calls.given(args, kwargs).clone()
+                return self.calls.copied(args, kwargs)
         if place.closes:
             new = trip.skip(place.group, self.action, here if self.calls.order is not None else None)
         return self.packed(args, kwargs, here, new)

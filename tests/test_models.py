@@ -23,7 +23,7 @@ CONTROLS = {
     "QwenImageTransformer2DModel": {"controlnet_block_samples": 1},
     "FluxTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
     "ChromaTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
-    "BriaTransformer2DModel": {"controlnet_block_samples": 2},
+    "BriaTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
     "SD3Transformer2DModel": {"block_controlnet_hidden_states": 2},
     "SanaTransformer2DModel": {"controlnet_block_samples": 2},
     "CosmosTransformer3DModel": {"block_controlnet_hidden_states": 4},
@@ -106,6 +106,18 @@ def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name,
         assert_close(call(model, inputs), expected)
 
 
+@pytest.mark.parametrize("name", [n for n in CONTROLS if "controlnet_single_block_samples" in CONTROLS[n]])
+@pytest.mark.parametrize("reused", [(1,), (2,), (1, 2)], ids=str)
+def test_controlnet_residuals_within_groups_of_several_single_blocks(name, reused):
+    model, inputs = build(name, num_single_layers=6)
+    inputs = inputs | controls(name, model, inputs)
+    expected = call(model, inputs)
+    row = tuple({0: 1.0} if group in reused else None for group in range(3))
+    with layercache.enabled(model, schedule(model, (None,) * 3, row, groups=((0, 2), (2, 5), (5, 8)))):
+        call(model, inputs)
+        assert_close(call(model, inputs), expected)
+
+
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_controlnet_residuals_outside_reused_groups_are_live(name):
     """Behind the last computed group the residuals of the present step are added, not those of the anchor."""
@@ -125,6 +137,8 @@ def controls(name: str, model: nn.Module, inputs: dict, seed: int = 0) -> dict:
     given = {}
     for argument, count in CONTROLS[name].items():
         samples = [torch.randn(shape, generator=generator) * 0.5 for _ in range(count)]
+        if name.startswith("Bria") and "single" in argument:  # added behind as many image tokens as there is text
+            samples = [sample[:, inputs["encoder_hidden_states"].shape[1] :] for sample in samples]
         given[argument] = dict(enumerate(samples)) if name.startswith("ZImage") else samples
     return given
 
