@@ -167,7 +167,7 @@ class BlockCalls:
         return (first, second) if self._image == 0 else (second, first)
 
     def copied(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The same where the forward writes into what it gets; the image (or both streams, joined) is another tensor."""
+        """The same where the forward writes into it: the image (or both streams, joined) is another tensor."""
         first = self.given(args, kwargs).clone()
         if self.single:
             return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 from torch import nn
 
 from layercache.compat import scheduler_sigmas
-from layercache.errors import CacheStateError, NonFiniteResidualError, ScheduleMismatchError
+from layercache.errors import CacheStateError, CalibrationError, NonFiniteResidualError, ScheduleMismatchError
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.model_spec import ModelSpec
 from layercache.models import count_blocks
 from layercache.module_schedule import ModuleSchedule, ModuleUnit, module_units
 from layercache.routing import Router
 from layercache.runtime import CacheReport
-from layercache.steps import StepCounter, signature_of
+from layercache.steps import Signature, StepCounter
 
 Output = Any
 """What a module returns: a tensor, or a tuple of tensors (joint attention)."""
@@ -53,6 +54,8 @@ class ModuleRouter(Router):
         self.units = module_units(transformer, spec)
         self.steps = StepCounter(scheduler=scheduler)
         self.branch, self.step, self.starts = "", 0, False
+        self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
+        self._ran: set[int] = set()
 
     def shadows(self) -> Iterable[tuple[Any, str, Any]]:
         for number, unit in enumerate(self.units):
@@ -75,6 +78,12 @@ class ModuleRouter(Router):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.is_announced:
                 return original(*args, **kwargs)
+            if number in self._ran:
+                raise CacheStateError(
+                    f"{unit.name} runs several times in one forward and has no one output to store; turn chunked "
+                    "feed-forward off (transformer.disable_forward_chunking()), or take a method of whole blocks"
+                )
+            self._ran.add(number)
             return self.through(number, lambda: original(*args, **kwargs))
 
         return forward
@@ -95,9 +104,25 @@ class ModuleRouter(Router):
         self.branch, self.step, self.starts = place.branch, place.step, place.starts
         self.announce(arguments)
 
+    def open(self, actions: tuple[GroupAction, ...]) -> None:
+        super().open(actions)
+        self._ran.clear()
+
     def announce(self, arguments: Mapping[str, Any]) -> None:
         """A forward starts; calls `open`."""
         self.open((GroupAction(COMPUTE),))
+
+    def require_one_shape(self, arguments: Mapping[str, Any]) -> None:
+        """What is measured is compared from step to step.
+
+        Raises:
+            CalibrationError: the branch has other shapes than at the step before.
+        """
+        if self._signatures[self.branch].changes(arguments, self.starts) and not self.starts:
+            raise CalibrationError(
+                f"branch {self.branch} has other shapes from step {self.step} on; calibrate with settings that keep "
+                "them, such as guidance at every step"
+            )
 
     def passes_by(self, number: int) -> bool:
         """Whether the unit's own work is left out in the present forward."""
@@ -130,7 +155,6 @@ class ModuleScheduleRouter(ModuleRouter):
         self.finals: dict[str, torch.Tensor] = {}
         self._valid: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
-        self._signatures: dict[str, tuple] = {}
         self._computes_all = False
         self._counts = {"computed": 0.0, "all": 0.0, "generations": 0, "forwards": 0, "fallbacks": 0}
 
@@ -144,9 +168,7 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         branch, step = self.branch, self.step
-        signature = signature_of(arguments)
-        if self.starts or self._signatures.get(branch) != signature:
-            self._signatures[branch] = signature
+        if self._signatures[branch].changes(arguments, self.starts) or self.starts:
             self._valid[branch] = set()
             self._final_valid.discard(branch)
             self._counts["generations"] += self.starts and branch == next(iter(self._signatures))

@@ -12,6 +12,7 @@ import layercache
 from layercache.cli import app
 from layercache.errors import (
     CacheStateError,
+    CalibrationError,
     FileFormatError,
     MethodError,
     NonFiniteResidualError,
@@ -21,11 +22,13 @@ from layercache.errors import (
 )
 from layercache.integration import attachment_of
 from layercache.methods import invardiff, l2c
-from layercache.models import fingerprint_of
+from layercache.models import fingerprint_of, spec_for
 from layercache.module_schedule import ModuleSchedule, alternating, module_units
 from layercache.modules import as_rows, copy_of
 from layercache.report import module_sentences, module_table, plain_text
 from tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
+from zoo import build
+from zoo_pipelines import PIPELINES
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
@@ -502,3 +505,32 @@ def test_tables_say_what_is_computed(pipe):
     text = plain_text(module_table(mixed(pipe)), 120)
     assert text.count("reuse") == 6 and "6 of 6" in text
     assert "Steps 4, 5" in module_sentences(mixed(pipe))
+
+
+# --- what cannot be cached -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", [invardiff.measure, l2c.train], ids=["invardiff", "l2c"])
+def test_a_batch_that_changes_while_it_is_measured(measure):
+    """Z-Image's guidance ends early, and with it half of the batch."""
+    pipe, call = PIPELINES["z-image"]()
+    embeds = {name: call.pop(name) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    pipe.encode_prompt = lambda *args, **kwargs: tuple(embeds.values())
+    steps = call.pop("num_inference_steps")
+    with pytest.raises(CalibrationError, match="other shapes from step 5 on; calibrate with settings that keep them"):
+        measure(pipe, ["cat"], num_inference_steps=steps, **call)
+    assert attachment_of(pipe.transformer) is None
+
+
+def test_a_feed_forward_in_chunks_has_no_one_output():
+    model, inputs = build("DiTTransformer2DModel")
+    names = tuple(unit.name for unit in module_units(model, spec_for(model)))
+    schedule = ModuleSchedule(
+        fingerprint_of(model, (1.0, 0.5, 0.0), ("all",)), names, ((True,) * len(names), (False,) * len(names))
+    )
+    for block in model.transformer_blocks:
+        block.set_chunk_feed_forward(inputs["hidden_states"].shape[-1] // 4, 1)
+    with layercache.enabled(model, schedule), pytest.raises(CacheStateError, match="runs several times"):
+        with torch.no_grad():
+            model(**inputs)
+    assert attachment_of(model) is None

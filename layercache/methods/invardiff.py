@@ -112,6 +112,7 @@ class _RateRouter(ModuleRouter):
         self.sigmas: tuple[float, ...] = ()
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
+        self.require_one_shape(arguments)
         if self.branch not in self.branches:
             self.branches.append(self.branch)
         if self.starts:

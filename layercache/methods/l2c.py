@@ -155,6 +155,7 @@ class _Training(ModuleRouter):
         self.optimizer = torch.optim.AdamW(self.theta, lr=self.settings.learning_rate, weight_decay=0.0)
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
+        self.require_one_shape(arguments)
         if self.branch not in self.branches:
             self.branches.append(self.branch)
         if self.starts:
