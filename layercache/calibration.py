@@ -170,9 +170,9 @@ class _ObservedTrip(Trip):
     """Marks where a group begins and ends in time."""
 
     router: Observer
+    watches = True
 
-    def open(self, group, image, text) -> None:
-        super().open(group, image, text)
+    def opened(self, group: int) -> None:
         self.router.clock.mark(("group", group, self.router.place.step))
 
     def close(self, group, image, text) -> None:

@@ -33,7 +33,13 @@ class Place(NamedTuple):
 
 
 class Trip:
-    """One passage of the streams through the blocks; remembers the input of the group that is open."""
+    """One passage of the streams through the blocks; remembers the input of the group that is open.
+
+    Attributes:
+        watches: whether `opened` does anything.
+    """
+
+    watches = False
 
     def __init__(self, router: Router):
         self.router = router
@@ -41,8 +47,8 @@ class Trip:
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
 
-    def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
-        self.image, self.text = image, text
+    def opened(self, group: int) -> None:
+        """The streams are in front of a group's first block."""
 
     def close(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The open group was computed: hand its input and output to the router."""
@@ -86,7 +92,9 @@ class CapturedBlock(StandIn):
         trip = self.trip
         group, _, opens, closes, _ = self.place
         if opens:
-            trip.open(group, *self.calls.inputs(args, kwargs, trip.tokens))
+            trip.image, trip.text = self.calls.inputs(args, kwargs, trip.tokens)
+            if trip.watches:
+                trip.opened(group)
         output = self.block(*args, **kwargs)
         if closes:
             trip.close(group, *self.calls.unpack(output, trip.tokens))
@@ -104,7 +112,9 @@ class SkippedBlock(StandIn):
         trip, place = self.trip, self.place
         here = new = self.calls.inputs(args, kwargs, trip.tokens)
         if place.opens:
-            trip.open(place.group, *here)
+            trip.image, trip.text = here
+            if trip.watches:
+                trip.opened(place.group)
             if not place.closes and place.list in trip.router.rewritten:
                 return self.calls.copied(args, kwargs)
         if place.closes:

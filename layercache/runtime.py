@@ -146,12 +146,13 @@ class CacheState:
 class DryTrip(Trip):
     """Passes the streams by every block and remembers the first group's."""
 
+    watches = True
     streams: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
-    def open(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
-        super().open(group, image, text)
+    def opened(self, group: int) -> None:
         if self.streams is None:
-            self.streams = image, text
+            assert self.image is not None
+            self.streams = self.image, self.text
 
 
 @dataclass(frozen=True)
