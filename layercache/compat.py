@@ -90,6 +90,15 @@ def has_foreign_cache(transformer: nn.Module) -> bool:
     return bool(getattr(transformer, "is_cache_enabled", False))
 
 
+def stream_splits(block: nn.Module, streams: tuple[str, ...]) -> tuple[Any, ...]:
+    """Hooks of diffusers' context parallelism by which this block takes its own shard of streams it is given whole."""
+    registry = block.__dict__.get("_diffusers_hook")
+    if registry is None:
+        return ()
+    hooks = (hook for name, hook in registry.hooks.items() if name.startswith("cp_input---"))
+    return tuple(hook for hook in hooks if any(name in hook.metadata for name in streams))
+
+
 def model_config(transformer: nn.Module) -> dict[str, Any]:
     """Public configuration entries of a diffusers model (``{}`` when it has none)."""
     config = getattr(transformer, "config", None)

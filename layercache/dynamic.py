@@ -44,7 +44,8 @@ class Reader:
         before, self._under_way = self._under_way, None
         if statistics is not None:
             self._under_way = Pending(statistics)
-        return before.value() if before is not None and before.ready() else None
+        # processes that decide together must look at the same step's numbers, also where one has them later
+        return before.value() if before is not None and (self._group is not None or before.ready()) else None
 
 
 @dataclass
@@ -120,12 +121,14 @@ class _Gate(StandIn):
         visit, at = self.trip, self.place.block
         router = visit.router
         if at in router.landmarks:
-            visit.arrive(self.block, at, self.calls.inputs(args, kwargs, visit.tokens), args, kwargs)
+            visit.arrive(self.block, at, self.streams(args, kwargs), args, kwargs)
         if at < router.probe or not visit.reuses:
             output = self.block(*args, **kwargs)
             if at == router.end - 1:
                 visit.leave(*self.calls.unpack(output, visit.tokens))
             return output
+        if self.splits:
+            args, kwargs = self.sharded(args, kwargs)
         if at == router.probe and self.place.list in router.rewritten and at != router.end - 1:
             return self.calls.copied(args, kwargs)
         if at != router.end - 1:

@@ -377,8 +377,8 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
         num_steps: of your own loop without a scheduler, for methods that ask for it.
-        process_group: processes that work on one generation together (context parallelism): a method that decides
-            as it runs decides by the sums over all of them. Without one no process waits for another.
+        process_group: processes that work on one generation together (context or tensor parallelism): a method that
+            decides as it runs decides by the sums over all of them. Without one no process waits for another.
         storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
             halves their memory (`layercache.slots.Storage`).
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from layercache.compat import stream_splits
 from layercache.layout import CAPTURE, COMPUTE, GroupAction
 from layercache.model_spec import ModelSpec, Streams, Tokens
 from layercache.steps import Place as StepPlace
@@ -66,14 +67,34 @@ class Trip:
 
 
 class StandIn:
-    """Called where the forward calls a block; has the block's attributes, should the forward look at them."""
+    """Called where the forward calls a block; has the block's attributes, should the forward look at them.
+
+    Attributes:
+        splits: under context parallelism the first block of some models is given whole streams and takes its shard of
+            them; everything that follows, and so a residual, is of the shard alone.
+    """
 
     def __init__(self, trip: Trip, block: nn.Module, place: Place):
         self.trip, self.block, self.place = trip, block, place
         self.calls = trip.router.calls[place.list]
+        self.splits: tuple[Any, ...] = ()
+        if place.block == 0:
+            self.splits = block.splits if isinstance(block, StandIn) else trip.router.splits_of(block)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
+
+    def sharded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the block itself sees them; views, no communication."""
+        for split in self.splits:
+            args, kwargs = split.pre_forward(self.block, *args, **kwargs)
+        return args, kwargs
+
+    def streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """The streams of a call as the block itself sees them."""
+        if self.splits:
+            args, kwargs = self.sharded(args, kwargs)
+        return self.calls.inputs(args, kwargs, self.trip.tokens)
 
     def packed(self, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
         """What the block gives without running; of joined streams, what is new replaces its part in place."""
@@ -92,7 +113,7 @@ class CapturedBlock(StandIn):
         trip = self.trip
         group, _, opens, closes, _ = self.place
         if opens:
-            trip.image, trip.text = self.calls.inputs(args, kwargs, trip.tokens)
+            trip.image, trip.text = self.streams(args, kwargs)
             if trip.watches:
                 trip.opened(group)
         output = self.block(*args, **kwargs)
@@ -110,6 +131,8 @@ class SkippedBlock(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trip, place = self.trip, self.place
+        if self.splits:
+            args, kwargs = self.sharded(args, kwargs)
         here = new = self.calls.inputs(args, kwargs, trip.tokens)
         if place.opens:
             trip.image, trip.text = here
@@ -133,7 +156,7 @@ class MeasuredBlock(StandIn):
     """The very first block of a model that joins its streams later: notes how many tokens each has."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.trip.tokens.note(*self.calls.inputs(args, kwargs, self.trip.tokens))
+        self.trip.tokens.note(*self.streams(args, kwargs))
         return self.block(*args, **kwargs)
 
 
@@ -167,7 +190,7 @@ class Router:
         self._trip: Trip | None = None
         self._kept_trip: Trip | None = None
         self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
-        self._kept_blocks: list[list[nn.Module]] = [[] for _ in spec.block_lists]
+        self._kept_blocks: list[tuple[Any, ...]] = [() for _ in spec.block_lists]
         lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
         lists = [index for index, length in enumerate(lengths) for _ in range(length)]
         position = [
@@ -213,8 +236,9 @@ class Router:
         return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
 
     def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
-        if blocks != self._kept_blocks[index]:
-            self._kept_blocks[index], self._kept[index] = blocks, {}
+        made_of = blocks, self.splits_of(blocks[0]) if index == 0 else ()
+        if made_of != self._kept_blocks[index]:
+            self._kept_blocks[index], self._kept[index] = made_of, {}
         key = self.actions, self.adds
         kept = self._kept[index]
         if key not in kept:
@@ -223,6 +247,10 @@ class Router:
             items = self._items(self._kept_trip, index, blocks)
             kept[key] = items if self.adds else _shortened(items)
         return kept[key]
+
+    def splits_of(self, block: nn.Module) -> tuple[Any, ...]:
+        """What takes the shard of whole streams in front of a block."""
+        return stream_splits(block, self.spec.arguments)
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
         return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
@@ -301,7 +329,8 @@ class Router:
 
 def _shortened(items: list[Any]) -> list[Any]:
     """With the reused groups at the end of a list as one call each: nothing there asks for a block's number."""
-    last = max((k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock))), default=-1)
+    needed = (k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock)) or item.splits)
+    last = max(needed, default=-1)
     kept, opened = items[: last + 1], None
     for item in items[last + 1 :]:
         if isinstance(item, PassedBlock):

@@ -7,9 +7,15 @@ import sys
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from diffusers.models import attention_dispatch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
+import zoo
 from layercache import register_model
 from layercache.methods.fbcache import FBCache
 from layercache.model_spec import ModelSpec
@@ -132,6 +138,127 @@ def static_schedule(transformer) -> Schedule:
     rows = [(None, None), (None, None), ({1: 1.5, 0: -0.5}, None), ({1: 1.0}, {2: 1.0}), (None, None)]
     rows += [({4: 1.0}, {4: 1.0}), (None, None), ({6: 1.0}, None), (None, None), (None, None)]
     return Schedule(fingerprint(transformer, (*TIMES, 0.0), ("all",)), groups, tuple(rows), (1.0, 1.0))
+
+
+PARALLEL = {
+    "ulysses": ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"),
+    "ring": ("FluxTransformer2DModel", "WanTransformer3DModel"),
+    "own plan": ("FluxTransformer2DModel", "ChromaTransformer2DModel"),
+    "tensor": ("FluxTransformer2DModel", "QwenImageTransformer2DModel"),
+}
+CONFIGS = {
+    "ulysses": lambda: ContextParallelConfig(ulysses_degree=2),
+    "ring": lambda: ContextParallelConfig(ring_degree=2),
+    "own plan": lambda: ContextParallelConfig(ulysses_degree=2),
+    "tensor": lambda: TensorParallelConfig(tp_degree=2),
+}
+SIGMAS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0)
+# Flux's plan with the streams split where Wan's and Qwen-Image's are, in front of two lists of blocks
+AT_FIRST_BLOCK = {
+    "": {name: ContextParallelInput(split_dim=0, expected_dims=2) for name in ("img_ids", "txt_ids")},
+    "transformer_blocks.0": {
+        name: ContextParallelInput(split_dim=1, expected_dims=3) for name in ("hidden_states", "encoder_hidden_states")
+    },
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
+REUSED = ("ccc", "ccc", "rcc", "crc", "ccr", "rrr", "ccc")
+PROBES = {  # thresholds between the changes that each model shows
+    "FluxTransformer2DModel": FBCache(threshold=0.58),
+    "ChromaTransformer2DModel": FBCache(threshold=0.7),
+    "QwenImageTransformer2DModel": FBCache(threshold=0.72),
+    "WanTransformer3DModel": FBCache(threshold=0.025),
+}
+
+
+def thirds(transformer) -> Schedule:
+    """A cell reuses the last two steps that computed its group."""
+    rows: list[tuple] = []
+    for row in REUSED:
+        anchors = [[i for i, earlier in enumerate(rows) if earlier[g] is None] for g in range(3)]
+        rows.append(tuple(None if row[g] == "c" else {a[-1]: 1.5, a[-2]: -0.5} for g, a in enumerate(anchors)))
+    prints = fingerprint(transformer, SIGMAS, ("all",))
+    return Schedule(prints, ((0, 2), (2, 3), (3, 4)), tuple(rows), (1.0,) * 3)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what processes send each other, whoever asks for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(cls.__name__ == "DTensor" for cls in types):
+            return NotImplemented  # it comes again with what it is made of
+        sends = op.namespace in ("c10d", "_c10d_functional")
+        self.count += sends and "wait" not in op.name() and "wrap" not in op.name()
+        return op(*args, **(kwargs or {}))
+
+
+def denoise(transformer, inputs) -> torch.Tensor:
+    outputs = []
+    with torch.no_grad():
+        for sigma in SIGMAS[:-1]:
+            now = {"hidden_states": inputs["hidden_states"] * sigma, "timestep": inputs["timestep"] * 2 * sigma}
+            outputs.append(transformer(**inputs | now, return_dict=False)[0])
+    return torch.stack(outputs)
+
+
+def counted(transformer, inputs) -> list[int]:
+    """Collectives of each step."""
+    counts = []
+    hook = transformer.register_forward_hook(lambda *_: counts.append(mode.count))
+    with Collectives() as mode:
+        denoise(transformer, inputs)
+    hook.remove()
+    return [after - before for before, after in zip([0, *counts], counts, strict=False)]
+
+
+def generated(transformer, inputs, plan, group=None, counts=False) -> dict:
+    with layercache.enabled(transformer, plan, process_group=group) as cache:
+        found = {"outputs": denoise(transformer, inputs), "bytes": cache.report().cache_bytes}
+        found["decisions"] = next(iter(getattr(cache, "decisions", {}).values()), None)
+        if counts:
+            cache.reset()
+            found["counts"] = counted(transformer, inputs)
+    return found
+
+
+NATIVE_ATTENTION = attention_dispatch._native_attention_forward_op
+
+
+def attention_with_lse(ctx, query, key, value, *args, **kwargs):
+    """What diffusers' ring needs and has on no backend for the CPU; torch has the kernel."""
+    if not args[5]:
+        return NATIVE_ATTENTION(ctx, query, key, value, *args, **kwargs)
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def parallelise(transformer, kind: str) -> None:
+    """By diffusers itself, which asks for an accelerator in three places; none of them is about what is computed."""
+    torch.accelerator.device_count = lambda: 1  # else it divides by the number of devices, zero
+    tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
+    attention_dispatch._native_attention_forward_op = attention_with_lse
+    transformer.enable_parallelism(config=CONFIGS[kind](), cp_plan=AT_FIRST_BLOCK if kind == "own plan" else None)
+
+
+def parallel(rank: int) -> dict:
+    return {(kind, name): parallel_runs(name, kind) for kind, names in PARALLEL.items() for name in names}
+
+
+def parallel_runs(name: str, kind: str) -> dict:
+    transformer, inputs = zoo.build(name)
+    parallelise(transformer, kind)
+    found = {"plain": denoise(transformer, inputs), "counts": counted(transformer, inputs)}
+    found["static"] = generated(transformer, inputs, thirds(transformer), counts=True)
+    found["dynamic"] = generated(transformer, inputs, PROBES[name], dist.group.WORLD, counts=True)
+    found["disabled"] = denoise(transformer, inputs)
+    transformer, inputs = zoo.build(name)
+    with layercache.enabled(transformer, thirds(transformer)):
+        denoise(transformer, inputs)
+        parallelise(transformer, kind)
+        found["cache first"] = denoise(transformer, inputs)
+    return found
 
 
 if __name__ == "__main__":
