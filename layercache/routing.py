@@ -78,8 +78,10 @@ class StandIn:
         self.trip, self.block, self.place = trip, block, place
         self.calls = trip.router.calls[place.list]
         self.splits: tuple[Any, ...] = ()
-        if place.block == 0:
-            self.splits = block.splits if isinstance(block, StandIn) else trip.router.splits_of(block)
+        if isinstance(block, StandIn):
+            self.splits = block.splits
+        elif place.block == 0:
+            self.splits = stream_splits(block, trip.router.spec.arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
@@ -236,7 +238,7 @@ class Router:
         return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
 
     def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
-        made_of = blocks, self.splits_of(blocks[0]) if index == 0 else ()
+        made_of = blocks, stream_splits(blocks[0], self.spec.arguments) if index == 0 and blocks else ()
         if made_of != self._kept_blocks[index]:
             self._kept_blocks[index], self._kept[index] = made_of, {}
         key = self.actions, self.adds
@@ -247,10 +249,6 @@ class Router:
             items = self._items(self._kept_trip, index, blocks)
             kept[key] = items if self.adds else _shortened(items)
         return kept[key]
-
-    def splits_of(self, block: nn.Module) -> tuple[Any, ...]:
-        """What takes the shard of whole streams in front of a block."""
-        return stream_splits(block, self.spec.arguments)
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
         return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
