@@ -175,9 +175,10 @@ class _ObservedTrip(Trip):
     def opened(self, group: int) -> None:
         self.router.clock.mark(("group", group, self.router.place.step))
 
-    def close(self, group, image, text) -> None:
+    def computed(self, group: int) -> None:
         self.router.clock.mark(("statistics", self.router.place.step))
-        super().close(group, image, text)
+
+    def captured(self, group: int) -> None:
         self.router.clock.mark(("rest", self.router.place.step))
 
 

@@ -90,9 +90,13 @@ def has_foreign_cache(transformer: nn.Module) -> bool:
     return bool(getattr(transformer, "is_cache_enabled", False))
 
 
+HOOK_REGISTRY = "_diffusers_hook"
+"""Attribute of a module that diffusers' hooks are registered on."""
+
+
 def stream_splits(block: nn.Module, streams: tuple[str, ...]) -> tuple[Any, ...]:
     """Hooks of diffusers' context parallelism by which this block takes its own shard of streams it is given whole."""
-    registry = block.__dict__.get("_diffusers_hook")
+    registry = block.__dict__.get(HOOK_REGISTRY)
     if registry is None:
         return ()
     hooks = (hook for name, hook in registry.hooks.items() if name.startswith("cp_input---"))

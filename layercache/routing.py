@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from layercache.compat import stream_splits
+from layercache.compat import HOOK_REGISTRY, stream_splits
 from layercache.layout import CAPTURE, COMPUTE, GroupAction
 from layercache.model_spec import ModelSpec, Streams, Tokens
 from layercache.steps import Place as StepPlace
@@ -37,7 +37,7 @@ class Trip:
     """One passage of the streams through the blocks; remembers the input of the group that is open.
 
     Attributes:
-        watches: whether `opened` does anything.
+        watches: whether `opened`, `computed` and `captured` do anything.
     """
 
     watches = False
@@ -51,11 +51,11 @@ class Trip:
     def opened(self, group: int) -> None:
         """The streams are in front of a group's first block."""
 
-    def close(self, group: int, image: torch.Tensor, text: torch.Tensor | None) -> None:
-        """The open group was computed: hand its input and output to the router."""
-        image_in, text_in = self.image, self.text
-        self.image = self.text = None
-        self.router.capture(group, image_in, text_in, image, text)
+    def computed(self, group: int) -> None:
+        """The streams are behind a group's last block; the router gets its input and output now."""
+
+    def captured(self, group: int) -> None:
+        """The router has had them."""
 
     def skip(self, group: int, action: GroupAction, results: Streams | None = None) -> Streams:
         """The open group was skipped: its output is its input, or the end of the whole run."""
@@ -115,12 +115,19 @@ class CapturedBlock(StandIn):
         trip = self.trip
         group, _, opens, closes, _ = self.place
         if opens:
-            trip.image, trip.text = self.streams(args, kwargs)
+            inputs = self.streams(args, kwargs) if self.splits else self.calls.inputs(args, kwargs, trip.tokens)
+            trip.image, trip.text = inputs
             if trip.watches:
                 trip.opened(group)
         output = self.block(*args, **kwargs)
         if closes:
-            trip.close(group, *self.calls.unpack(output, trip.tokens))
+            image, text = self.calls.unpack(output, trip.tokens)
+            if trip.watches:
+                trip.computed(group)
+            image_in, text_in, trip.image, trip.text = trip.image, trip.text, None, None
+            trip.router.capture(group, image_in, text_in, image, text)
+            if trip.watches:
+                trip.captured(group)
         return output
 
 
@@ -192,7 +199,7 @@ class Router:
         self._trip: Trip | None = None
         self._kept_trip: Trip | None = None
         self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
-        self._kept_blocks: list[tuple[Any, ...]] = [() for _ in spec.block_lists]
+        self._kept_blocks: list[list[Any]] = [[] for _ in spec.block_lists]
         lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
         lists = [index for index, length in enumerate(lengths) for _ in range(length)]
         position = [
@@ -238,7 +245,8 @@ class Router:
         return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
 
     def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
-        made_of = blocks, stream_splits(blocks[0], self.spec.arguments) if index == 0 and blocks else ()
+        hooked = index == 0 and blocks and HOOK_REGISTRY in blocks[0].__dict__
+        made_of = [blocks[0], *blocks, *stream_splits(blocks[0], self.spec.arguments)] if hooked else blocks
         if made_of != self._kept_blocks[index]:
             self._kept_blocks[index], self._kept[index] = made_of, {}
         key = self.actions, self.adds
