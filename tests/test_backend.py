@@ -50,11 +50,12 @@ SNAPSHOT = {
 
 def test_the_interface_is_the_promised_one():
     """A change here asks for another number in API_VERSION."""
-    assert backend.API_VERSION == "1.0"
+    assert backend.API_VERSION == "1.1"
     assert {name: str(inspect.signature(getattr(backend, name))) for name in SNAPSHOT} == SNAPSHOT
     assert set(backend.__all__) == set(SNAPSHOT) | {
         "API_VERSION",
         "KINDS",
+        "NewtonForecaster",
         "Pending",
         "TaylorForecaster",
         "mean_velocity",
@@ -138,6 +139,36 @@ def test_forecaster_follows_the_recursion(order):
     assert torch.equal(forecaster.approximate(), torch.zeros(1, 2, 8))
     forecaster.reset()
     assert forecaster.step == -1
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_newtons_forecaster_is_exact_for_polynomials_between_any_positions(order):
+    """Against NumPy's polynomial of that degree, at noise levels that are not evenly spaced."""
+    rng = np.random.default_rng(order)
+    sigmas = 1.0 - np.cumsum(rng.uniform(0.02, 0.1, 12))
+    coefficients = rng.standard_normal((order + 1, 4 * 8))
+    computed = {0, 1, 3, 4, 6, 7}
+
+    def value(sigma):
+        return np.polynomial.polynomial.polyval(sigma, coefficients).reshape(1, 4, 8)
+
+    forecaster = backend.NewtonForecaster(order, torch.float32)
+    for step, sigma in enumerate(sigmas):
+        forecaster.mark_step_begin(sigma)
+        if step in computed:
+            forecaster.update(torch.from_numpy(value(sigma)).float())
+        if len([s for s in computed if s <= step]) > order:
+            np.testing.assert_allclose(forecaster.approximate().numpy(), value(sigma), rtol=1e-2, atol=2e-3)
+    with pytest.raises(OpInputError, match="twice at position"):
+        forecaster.mark_step_begin(sigmas[7])
+        forecaster.update(torch.zeros(1, 4, 8))
+    forecaster.mark_step_begin(0.0)
+    forecaster.update(torch.zeros(1, 2, 8))  # another shape: from the beginning
+    forecaster.mark_step_begin(-0.1)
+    assert torch.equal(forecaster.approximate(), torch.zeros(1, 2, 8))
+    forecaster.reset()
+    forecaster.mark_step_begin()
+    assert forecaster.position == 0.0
 
 
 # --- diffusers ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from layercache.backend.patching import accelerate as accelerate
 from layercache.backend.patching import accelerated as accelerated
 from layercache.backend.primitives import KINDS as KINDS
+from layercache.backend.primitives import NewtonForecaster as NewtonForecaster
 from layercache.backend.primitives import Pending as Pending
 from layercache.backend.primitives import TaylorForecaster as TaylorForecaster
 from layercache.backend.primitives import apply_residual as apply_residual
@@ -22,11 +23,12 @@ from layercache.ops import align as align
 from layercache.ops import mean_velocity as mean_velocity
 from layercache.ops import modulate as modulate
 
-API_VERSION = "1.0"
+API_VERSION = "1.1"
 
 __all__ = [
     "API_VERSION",
     "KINDS",
+    "NewtonForecaster",
     "Pending",
     "TaylorForecaster",
     "accelerate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from layercache import ops
 from layercache.errors import OpInputError
 from layercache.model_spec import dense
-from layercache.ops.forecasts import taylor_coefficients
+from layercache.ops.forecasts import newton_coefficients, taylor_coefficients
 
 KINDS = ("l1", "l2", "cosine")
 
@@ -189,7 +190,7 @@ class TaylorForecaster:
         known = min(self.count, self.order)
         while len(self._factors) <= known:
             self._factors.append(torch.empty_like(tensor, dtype=self.dtype, memory_format=torch.contiguous_format))
-        ops.taylor_update(tensor, self._factors[: known + 1], [1.0 / elapsed] * known)
+        ops.taylor_update(tensor, self._factors[: known + 1], self._inverse_steps(known))
         self.count += 1
         self.updated = self.step
 
@@ -202,9 +203,59 @@ class TaylorForecaster:
         if not self.count:
             raise OpInputError("there is nothing to approximate from; call update first")
         known = min(self.count - 1, self.order)
-        coefficients = taylor_coefficients(known, float(self.step - self.updated))
-        return ops.taylor_forecast(self._factors[: known + 1], coefficients)
+        return ops.taylor_forecast(self._factors[: known + 1], self._coefficients(known))
+
+    def _inverse_steps(self, known: int) -> list[float]:
+        return [1.0 / (self.step - self.updated)] * known
+
+    def _coefficients(self, known: int) -> list[float]:
+        return taylor_coefficients(known, float(self.step - self.updated))
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._factors)
+
+
+class NewtonForecaster(TaylorForecaster):
+    """Newton's polynomial through the last ``order + 1`` positions at which a tensor was computed.
+
+    As `TaylorForecaster`, but of divided differences, so that it is exact for polynomials however far apart the updates
+    were::
+
+        F_0 = Y,  F_q+1 = (F_q - old F_q) / (x - x_q),  approximation = sum_q F_q (x - x_0) ... (x - x_q-1)
+
+    where ``x_q`` are the positions of the older updates, the newest first.
+
+    Source: methods.md §15 P7, §15.4 (ours). Bytes: as `TaylorForecaster`.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self.position = -1.0
+        self._nodes: list[float] = []
+
+    def mark_step_begin(self, position: float | None = None) -> None:
+        """A step starts, at a position such as its sigma; without one positions are the numbers of the steps."""
+        super().mark_step_begin()
+        self.position = float(self.step if position is None else position)
+
+    def update(self, tensor: Tensor) -> None:
+        """The tensor was computed at this step; another shape starts the polynomial anew.
+
+        Raises:
+            OpInputError: called twice in a step, or at a position at which the tensor was computed before.
+        """
+        if self.position in self._nodes:
+            raise OpInputError(
+                f"update is called twice at position {self.position:g}; give every step a position of its own, and call "
+                "reset when a generation starts"
+            )
+        super().update(tensor)
+        self._nodes = [self.position, *(self._nodes if self.count > 1 else ())][: self.order + 1]
+
+    def _inverse_steps(self, known: int) -> list[float]:
+        return [1.0 / (self.position - node) for node in self._nodes[:known]]
+
+    def _coefficients(self, known: int) -> list[float]:
+        steps = [newer - older for newer, older in itertools.pairwise(self._nodes)]
+        return newton_coefficients(known, self.position - self._nodes[0], steps)
