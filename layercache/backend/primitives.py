@@ -247,8 +247,8 @@ class NewtonForecaster(TaylorForecaster):
         """
         if self.position in self._nodes:
             raise OpInputError(
-                f"update is called twice at position {self.position:g}; give every step a position of its own, and call "
-                "reset when a generation starts"
+                f"update is called twice at position {self.position:g}; give every step a position of its own, and "
+                "call reset when a generation starts"
             )
         super().update(tensor)
         self._nodes = [self.position, *(self._nodes if self.count > 1 else ())][: self.order + 1]
