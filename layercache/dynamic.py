@@ -334,10 +334,12 @@ class DynamicRouter(Router):
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
         logs = {name: state.log for name, state in self.states.items()}
+        if not logs:
+            raise CacheStateError("run a whole generation first; nothing has run yet")
         if self._sigmas is None:
             raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
         steps = len(self._sigmas) - 1
-        if not logs or any(len(log) != steps for log in logs.values()):
+        if any(len(log) != steps for log in logs.values()):
             seen = {name: len(log) for name, log in logs.items()}
             raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
         groups, place = self._groups()

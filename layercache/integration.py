@@ -24,7 +24,7 @@ from layercache.compat import (
     scheduler_step,
 )
 from layercache.dynamic import DynamicRouter
-from layercache.errors import CacheStateError, ForeignCacheError
+from layercache.errors import CacheStateError, ForeignCacheError, MethodError
 from layercache.methods.easycache import EasyCache
 from layercache.methods.policy import DynamicMethod
 from layercache.models import config_hash, count_blocks, find_transformer, spec_for
@@ -389,15 +389,20 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
-        MethodError: the method cannot work on this model.
+        MethodError: the method cannot work on this model, or ``plan`` is something else.
+
+    All errors are classes of `layercache.errors`.
     """
     transformer = find_transformer(target)
     spec = spec_for(transformer)
+    _check_plan(plan)
     scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
     if isinstance(plan, Schedule):
         return _enable_schedule(target, plan, transformer, scheduler, storage)
     if storage != "same" and not isinstance(plan, DynamicMethod):
-        raise CacheStateError(f"storage={storage!r} is for residuals of groups; {type(plan).__name__} stores others")
+        raise CacheStateError(
+            f"storage={storage!r} is for residuals of groups; {type(plan).__name__} stores others, leave it out"
+        )
     router: StepRouter | DynamicRouter | ModuleScheduleRouter
     if isinstance(plan, EasyCache):
         router = StepRouter(transformer, spec, plan, scheduler)
@@ -408,6 +413,20 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
         router = DynamicRouter(transformer, spec, plan, scheduler, num_steps, process_group, storage)
     attach(target, router)
     return router
+
+
+def _check_plan(plan: Any) -> None:
+    if isinstance(plan, Schedule | DynamicMethod | EasyCache | ModuleSchedule):
+        return
+    kind = plan.__name__ if isinstance(plan, type) else type(plan).__name__
+    hints = {
+        "str": "load the file first: layercache.Schedule.load(path)",
+        "PosixPath": "load the file first: layercache.Schedule.load(path)",
+        "StabilityProfile": "plan with it first: layercache.plan(profile, budget=0.6)",
+        "Front": "choose from it first: layercache.plan(front, budget=0.6)",
+    }
+    hint = f"give an instance: {kind}()" if isinstance(plan, type) else hints.get(kind, "see layercache.plan")
+    raise MethodError(f"expected a schedule or a method of layercache.methods, got {kind}; {hint}")
 
 
 def _check_fingerprint(fingerprint: Fingerprint, transformer: nn.Module) -> None:

@@ -49,7 +49,7 @@ def _moments(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean, np.sqrt(squares.sum(axis=(0, 1)) / number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StabilityProfile:
     """Errors of forecasts of every group's residual on full-compute runs, and what the groups cost.
 
@@ -92,6 +92,13 @@ class StabilityProfile:
     tables: Mapping[str, np.ndarray]
     eta: float = 1.0
     stream_bytes: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        prints = self.fingerprint
+        return (
+            f"StabilityProfile({prints.model_class}, {prints.num_steps} steps, {len(self.groups)} groups, "
+            f"{len(self.samples)} samples, branches {', '.join(prints.branches)})"
+        )
 
     def __post_init__(self) -> None:
         check_groups(self.groups, self.fingerprint.num_blocks)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layercache.compat import HOOK_REGISTRY, stream_splits
+from layercache.errors import CacheStateError
 from layercache.layout import CAPTURE, COMPUTE, GroupAction
 from layercache.model_spec import ModelSpec, Streams, Tokens
 from layercache.steps import Place as StepPlace
@@ -321,6 +322,19 @@ class Router:
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
         self.steps.reset()
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        """Only of schedules.
+
+        Raises:
+            CacheStateError: there are none here.
+        """
+        raise CacheStateError(
+            "requests, batches and metrics are for schedules of groups or steps; of a method that decides as it runs "
+            "take cache.export_schedule() after a generation, and enable that"
+        )
+
+    batch = forget = metrics = request
 
     def finish(self) -> None:
         """The pipeline has ended a generation."""

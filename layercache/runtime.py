@@ -469,7 +469,8 @@ class ScheduleRouter(Router):
         """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
 
         ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
-        ``seconds_saved`` (block time not spent, by the seconds measured in calibration), ``fallback_rows``, ``bytes``,
+        ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
+        without, such as those of whole steps), ``fallback_rows``, ``bytes``,
         ``requests`` (known now), ``evictions``.
         """
         return self.requests.metrics()

@@ -11,10 +11,13 @@ from torch import nn
 import layercache
 from layercache.errors import (
     CacheStateError,
+    MethodError,
     NonFiniteResidualError,
     ScheduleMismatchError,
     UnsupportedModelError,
 )
+from layercache.integration import attachment_of
+from layercache.methods.fbcache import FBCache
 from layercache.models import ModelSpec
 from layercache.schedule import Schedule
 from tiny import (
@@ -489,3 +492,26 @@ def test_a_group_may_cross_the_block_lists():
         with layercache.enabled(model, whole):
             for _ in range(3):
                 torch.testing.assert_close(model(image, text, torch.tensor(0.6)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ("schedule.json", "Schedule.load"),
+        (FBCache, "give an instance: FBCache()"),
+        (7, "see layercache.plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused_with_the_way_to_one(pipe, plan, message):
+    with pytest.raises(MethodError, match=message):
+        layercache.enable(pipe, plan)
+    assert attachment_of(pipe.transformer) is None
+
+
+def test_a_method_that_decides_has_no_requests_and_nothing_to_export_before_it_ran(pipe):
+    with layercache.enabled(pipe, FBCache()) as cache:
+        for call in (cache.request, cache.batch, cache.metrics, cache.forget):
+            with pytest.raises(CacheStateError, match="export_schedule"):
+                call("a")
+        with pytest.raises(CacheStateError, match="nothing has run yet"):
+            cache.export_schedule()

@@ -139,9 +139,9 @@ class TeaCache(DynamicMethod):
         if name == "auto":
             if model_class not in MODELS:
                 raise MethodError(
-                    f"no TeaCache coefficients are published for {model_class}: measure them with "
-                    "layercache.methods.teacache.fit(pipe, prompts), or name one of "
-                    f"{', '.join(COEFFICIENTS)}"
+                    f"no TeaCache coefficients are published for {model_class}: measure them, coefficients, _ = "
+                    "layercache.methods.teacache.fit(pipe, prompts), and give TeaCache(coefficients=coefficients), or "
+                    f"name one of {', '.join(COEFFICIENTS)}"
                 )
             name = MODELS[model_class]
         return replace(self, coefficients=COEFFICIENTS[name])
