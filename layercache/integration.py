@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock, get_ident, local
@@ -419,13 +420,14 @@ def _check_plan(plan: Any) -> None:
     if isinstance(plan, Schedule | DynamicMethod | EasyCache | ModuleSchedule):
         return
     kind = plan.__name__ if isinstance(plan, type) else type(plan).__name__
-    hints = {
-        "str": "load the file first: layercache.Schedule.load(path)",
-        "PosixPath": "load the file first: layercache.Schedule.load(path)",
-        "StabilityProfile": "plan with it first: layercache.plan(profile, budget=0.6)",
-        "Front": "choose from it first: layercache.plan(front, budget=0.6)",
-    }
-    hint = f"give an instance: {kind}()" if isinstance(plan, type) else hints.get(kind, "see layercache.plan")
+    if isinstance(plan, type):
+        hint = f"give an instance: {kind}()"
+    elif isinstance(plan, str | os.PathLike):
+        hint = "load the file first: layercache.Schedule.load(path)"
+    elif kind in ("StabilityProfile", "Front"):
+        hint = f"plan with it first: layercache.plan({kind.lower()}, budget=0.6)"
+    else:
+        hint = "see layercache.plan"
     raise MethodError(f"expected a schedule or a method of layercache.methods, got {kind}; {hint}")
 
 

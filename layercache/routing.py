@@ -116,8 +116,7 @@ class CapturedBlock(StandIn):
         trip = self.trip
         group, _, opens, closes, _ = self.place
         if opens:
-            inputs = self.streams(args, kwargs) if self.splits else self.calls.inputs(args, kwargs, trip.tokens)
-            trip.image, trip.text = inputs
+            trip.image, trip.text = self.streams(args, kwargs)
             if trip.watches:
                 trip.opened(group)
         output = self.block(*args, **kwargs)
@@ -247,7 +246,7 @@ class Router:
 
     def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
         hooked = index == 0 and blocks and HOOK_REGISTRY in blocks[0].__dict__
-        made_of = [blocks[0], *blocks, *stream_splits(blocks[0], self.spec.arguments)] if hooked else blocks
+        made_of = [*blocks, *stream_splits(blocks[0], self.spec.arguments)] if hooked else blocks
         if made_of != self._kept_blocks[index]:
             self._kept_blocks[index], self._kept[index] = made_of, {}
         key = self.actions, self.adds

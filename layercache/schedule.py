@@ -218,6 +218,11 @@ class Schedule:
         return cls(fingerprint, ranges, (row,) * fingerprint.num_steps, seconds, {"method": "full"})
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the groups' seconds were measured; where they were not, all of them are 1."""
+        return any(seconds != 1.0 for seconds in self.group_seconds)
+
+    @property
     def num_steps(self) -> int:
         return self.fingerprint.num_steps
 

@@ -123,14 +123,13 @@ class Requests:
                 totals[key] += value
         stored = sum(router.report().cache_bytes for router in routers)
         time = totals["saved"] + totals["spent"]
-        measured = any(seconds != 1.0 for seconds in self._root.schedule.group_seconds)
         return {
             "forwards": totals["forwards"],
             "hits": totals["hits"],
             "misses": totals["misses"],
             "hit_rate": totals["saved"] / time if time else 0.0,
             "seconds_saved": totals["saved"] / max(1, len(self._root.schedule.fingerprint.branches))
-            if measured
+            if self._root.schedule.is_timed
             else 0.0,
             "fallback_rows": totals["fallback_rows"],
             "bytes": float(stored),

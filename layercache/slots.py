@@ -82,9 +82,7 @@ class Storage:
         flag: torch.Tensor | None,
     ) -> None:
         """Residuals of all streams in one launch; ``flag`` is raised where one is not finite."""
-        stored: list[Any] = []
-        for buffer in buffers:
-            stored.append(buffer.tensor)
+        stored: list[Any] = [buffer.tensor for buffer in buffers]
         if self.is_compact:
             scales: list[Any] = [buffer.scales for buffer in buffers]
             ops.capture_compact(outputs, inputs, stored, scales, flag)

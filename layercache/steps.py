@@ -201,7 +201,7 @@ class StepCounter:
     def _from_scheduler(self, branch: str | None, step: int) -> Place:
         run = self.scheduler.timesteps
         name = branch or self._unnamed_branch((id(run), step))
-        place = self._branches[name] if name in self._branches else self._place_of(name)
+        place = self._place_of(name)
         starts = place.run is not run or step < place.step
         if starts:
             self._check_run()
@@ -215,7 +215,10 @@ class StepCounter:
         return place
 
     def _place_of(self, branch: str) -> Place:
-        return self._branches.setdefault(branch, Place(branch))
+        place = self._branches.get(branch)
+        if place is None:
+            place = self._branches[branch] = Place(branch)
+        return place
 
     def _from_hint(self, name: str, step: int) -> Place:
         place = self._place_of(name)

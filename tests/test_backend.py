@@ -15,7 +15,7 @@ from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, first_
 from typer.testing import CliRunner
 
 from layercache import backend
-from layercache.backend import patching
+from layercache.backend import patching, primitives
 from layercache.cli import app
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
 from test_models import call
@@ -611,3 +611,12 @@ def test_cache_dit_on_two_lists_of_blocks():
         found = run()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(1, 8, 4).mT, lambda: torch.zeros(2, 8, 4, 3).permute(0, 3, 1, 2)])
+def test_differences_are_not_lost_in_older_tensors_that_are_strided(make):
+    """A forecast that began without our ops may have any strides."""
+    kept = make()
+    tensor, older = torch.randn(kept.shape), torch.randn(kept.shape)
+    (found,) = primitives.differences(tensor, [older], 2, torch.float32, [kept])
+    torch.testing.assert_close(found, (tensor - older) / 2)

@@ -137,3 +137,16 @@ def test_inductor_agrees_with_eager(how):
         compile_as(pipe, how, "inductor")
         for _ in range(2):
             torch.testing.assert_close(generate(pipe, steps=4), eager, atol=1e-4, rtol=1e-4)
+
+
+def test_where_torch_does_not_tell_whether_it_traces_hooks_are_kept_out_all_the_same(monkeypatch):
+    from layercache import compat
+
+    monkeypatch.setattr(compat, "get_eval_frame_callback", None)
+    seen = []
+    hook = compat.OutsideGraphs(lambda x: seen.append(torch.compiler.is_compiling()) or x + 1)
+    module = torch.nn.Identity()
+    module.register_forward_hook(lambda module, args, output: hook(output))
+    compiled = torch.compile(module, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [2.0, 2.0] and hook(1) == 2 and seen == [False, False]
+    torch._dynamo.reset()

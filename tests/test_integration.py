@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from layercache.errors import (
     ScheduleMismatchError,
     UnsupportedModelError,
 )
+from layercache.front import Front
 from layercache.integration import attachment_of
 from layercache.methods.fbcache import FBCache
 from layercache.models import ModelSpec
+from layercache.profile import StabilityProfile
 from layercache.schedule import Schedule
 from tiny import (
     GROUPS,
@@ -498,6 +501,9 @@ def test_a_group_may_cross_the_block_lists():
     "plan, message",
     [
         ("schedule.json", "Schedule.load"),
+        (Path("schedule.json"), "Schedule.load"),
+        (object.__new__(StabilityProfile), "plan with it first"),
+        (object.__new__(Front), "plan with it first"),
         (FBCache, "give an instance: FBCache()"),
         (7, "see layercache.plan"),
     ],

@@ -1,6 +1,7 @@
 """Several generations at a time on one transformer: by turns, in threads, in one batch; memory and counts."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,6 +246,14 @@ def test_memory_is_limited_and_what_is_lost_is_computed(model):
         for job, latents in zip(jobs, expected, strict=True):
             assert torch.isfinite(job.latents).all()
             assert (job.latents - latents).abs().max() < 1.0
+
+
+def test_seconds_that_nobody_measured_are_not_counted_as_saved(model):
+    plan = plan_of(model, mixed_cells(STEPS))
+    plan = replace(plan, group_seconds=(1.0,) * len(plan.groups))
+    with layercache.enabled(model, plan) as cache:
+        run(model, Job(0))
+        assert cache.metrics()["hits"] > 0 and cache.metrics()["seconds_saved"] == 0.0
 
 
 def test_metrics_count_what_happened(model):

@@ -86,14 +86,15 @@ def differences(
 ) -> list[Tensor]:
     """New ``F_1 .. F_m`` of a tensor, ``F_q = (F_q-1 - old F_q-1) / elapsed``, ``F_0`` being the tensor; one launch.
 
-    They are written into ``kept``, the old ``F_1 ..`` that nobody else holds, as far as there are such.
+    They are written into ``kept``, the old ``F_1 ..`` that nobody else holds, as far as those are contiguous and fit.
     """
     rows: list[list[float | None]] = [[1.0, *([None] * len(older))]]
     for q in range(len(older)):
         row = [None if c is None else c / elapsed for c in rows[-1]]
         row[q + 1] = -1.0 / elapsed
         rows.append(row)
-    found = [old for old in kept[: len(older)] if (old.shape, old.dtype) == (tensor.shape, dtype)]
+    fits = (old for old in kept[: len(older)] if (old.shape, old.dtype) == (tensor.shape, dtype))
+    found = [old for old in fits if old.is_contiguous()]
     while len(found) < len(older):
         found.append(torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format))
     ops.linear_map([[as_rows(t) for t in (tensor, *older)]], [[as_rows(t) for t in found]], rows[1:])
