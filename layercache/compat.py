@@ -103,6 +103,26 @@ def stream_splits(block: nn.Module, streams: tuple[str, ...]) -> tuple[Any, ...]
     return tuple(hook for hook in hooks if any(name in hook.metadata for name in streams))
 
 
+def has_own_contexts(transformer: nn.Module) -> bool:
+    """Whether the model's ``cache_context`` does more than tell diffusers' hooks."""
+    from diffusers import CacheMixin
+
+    method = getattr(transformer, "cache_context", None)
+    return getattr(method, "__func__", None) is not CacheMixin.cache_context
+
+
+def is_hooked(transformer: nn.Module) -> bool:
+    """Whether a hook of diffusers sits on the model or in it, by diffusers' own list of them, or nobody knows."""
+    root = transformer.__dict__.get(HOOK_REGISTRY)
+    inner = getattr(root, "_get_child_registries", None)
+    if root is None or inner is None:
+        return True
+    for registry in (root, *inner()):  # at every step; a generator would cost more than the rest
+        if registry.hooks:
+            return True
+    return False
+
+
 def model_config(transformer: nn.Module) -> dict[str, Any]:
     """Public configuration entries of a diffusers model (``{}`` when it has none)."""
     config = getattr(transformer, "config", None)

@@ -21,7 +21,9 @@ from layercache.compat import (
     allow_graphs,
     counts_steps,
     has_foreign_cache,
+    has_own_contexts,
     is_compiled,
+    is_hooked,
     scheduler_step,
 )
 from layercache.dynamic import DynamicRouter
@@ -69,21 +71,26 @@ class Whereabouts(local):
 
 
 class NamedContext:
-    """One of diffusers' cache contexts, whose name and step this thread remembers within."""
+    """One of diffusers' cache contexts, whose name and step this thread remembers within.
 
-    def __init__(self, thread: Whereabouts, original: Callable[..., Any], name: str, **fields: Any):
-        self._thread, self._inner = thread, original(name, **fields)
+    Diffusers tells its hooks of it; a name is told to nobody where there are none.
+    """
+
+    def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
+        self._thread = attachment.thread
         self._now = name, fields.get("step_index")
+        told = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
+        self._inner = original(name, **fields) if told else None
 
     def __enter__(self) -> Any:
         self._before = self._thread.now
-        result = self._inner.__enter__()
+        result = None if self._inner is None else self._inner.__enter__()
         self._thread.now = self._now
         return result
 
     def __exit__(self, *exc: Any) -> Any:
         self._thread.now = self._before
-        return self._inner.__exit__(*exc)
+        return None if self._inner is None else self._inner.__exit__(*exc)
 
 
 class Occupied:
@@ -115,7 +122,8 @@ class Attachment:
         self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
-        self._thread = Whereabouts()
+        self.thread = Whereabouts()
+        self.has_own_contexts = has_own_contexts(self.transformer)
         self._lock, self._holder = Lock(), 0
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
@@ -136,8 +144,7 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             original: Any = self.transformer.cache_context
-            context = functools.partial(NamedContext, self._thread, original)
-            self._shadow(self.transformer, "cache_context", context)
+            self._shadow(self.transformer, "cache_context", functools.partial(NamedContext, self, original))
         self._occupy()
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
@@ -294,7 +301,7 @@ class Attachment:
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        router.begin(*self._thread.now, arguments, dry_run)
+        router.begin(*self.thread.now, arguments, dry_run)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:

@@ -18,7 +18,7 @@ from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
 from layercache.schedule import Cell, Schedule
 from layercache.serving import Requests
-from layercache.slots import Buffer, Storage, check_alike
+from layercache.slots import Buffer, Storage, check_alike, describe
 from layercache.steps import Signature, StepCounter
 from layercache.velocities import VelocityTrack
 
@@ -101,10 +101,19 @@ class CacheState:
         return True
 
     def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
-        """Makes every slot fit the streams; does nothing when they already do."""
+        """Makes every slot fit the streams; does nothing when they already do.
+
+        Raises:
+            CacheStateError: they fit the streams of another group, which has stored something already.
+        """
         if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
             if text is None or not self.texts or self.storage.fits(self.texts[0], text):
                 return
+        if self.alike:
+            raise CacheStateError(
+                f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
+                "behind the groups before it; layercache follows streams that keep their size through all groups"
+            )
         for buffers, stream in ((self.images, image), (self.texts, text)):
             if stream is None:
                 continue
@@ -335,8 +344,8 @@ class ScheduleRouter(Router):
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         state = self.state
         image_slot, text_slot = self.row.captures[group]
-        state.fit(image_out, text_out)
         if (group, text_slot is None) not in state.alike:
+            state.fit(image_out, text_out)
             check_alike(image_in, image_out)
             if text_slot is not None:
                 check_alike(text_in, text_out)

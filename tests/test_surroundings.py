@@ -8,6 +8,8 @@ import pickle
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, MagCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
 from peft import LoraConfig
 from torch import nn
 
@@ -115,6 +117,61 @@ def test_contexts_are_apart(adapter):
         two = adapter.output()
     assert torch.equal(one, two)
     adapter.model.disable_cache()
+
+
+@pytest.mark.parametrize("when", ["before", "after", "between two contexts"])
+def test_hooks_of_others_hear_of_contexts(pipe, plan, when):
+    """Whoever put them there, and also on a block; where there are none, nobody is told (which takes its time)."""
+    heard = []
+
+    class State(BaseState):
+        def reset(self) -> None: ...
+
+    class Listener(ModelHook):
+        _is_stateful = True
+
+        def __init__(self):
+            super().__init__()
+            self.manager = StateManager(State)
+
+        def pre_forward(self, module, *args, **kwargs):
+            heard.append(getattr(self.manager.context, "name", self.manager.context))
+            return args, kwargs
+
+    def listen():
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer.transformer_blocks[1]).register_hook(
+            Listener(), "listener"
+        )
+        # diffusers asks that of everybody who puts hooks into a model
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer).invalidate_child_registries_cache()
+
+    model, image = pipe.transformer, torch.randn(1, 64, 48)
+    inputs = {
+        "encoder_hidden_states": torch.randn(1, 4, 64),
+        "timestep": torch.full((1,), 1.0),
+        "img_shapes": [(1, 8, 8)],
+    }
+    if when == "before":
+        listen()
+    with layercache.enabled(model, plan), torch.no_grad():
+        if when == "between two contexts":
+            with model.cache_context("first"):
+                model(image, **inputs)
+            listen()
+        elif when == "after":
+            listen()
+        for name in ("cond", "uncond"):
+            with model.cache_context(name):
+                model(image, **inputs)
+    assert heard == ["cond", "uncond"]
+
+
+def test_a_context_with_other_fields_is_diffusers_own(pipe, plan):
+    with layercache.enabled(pipe, plan):
+        with pipe.transformer.cache_context("cond"):
+            pass
+        with pytest.raises(TypeError), pipe.transformer.cache_context("cond", stepindex=3):
+            pass
 
 
 def test_reset(adapter):
