@@ -8,6 +8,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,13 @@ class StandIn:
 
 
 class CapturedBlock(StandIn):
-    """The first or last block of a computed group whose residual is stored."""
+    """The first or last block of a computed group whose residual is stored.
+
+    Attributes:
+        hands_on: what leaves the group is the input of the next one, which is stored too.
+    """
+
+    hands_on = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trip = self.trip
@@ -124,7 +131,8 @@ class CapturedBlock(StandIn):
             image, text = self.calls.unpack(output, trip.tokens)
             if trip.watches:
                 trip.computed(group)
-            image_in, text_in, trip.image, trip.text = trip.image, trip.text, None, None
+            image_in, text_in = trip.image, trip.text
+            trip.image, trip.text = (image, text) if self.hands_on else (None, None)
             trip.router.capture(group, image_in, text_in, image, text)
             if trip.watches:
                 trip.captured(group)
@@ -255,7 +263,7 @@ class Router:
             if self._kept_trip is None:
                 self._kept_trip = self.new_trip()
             items = self._items(self._kept_trip, index, blocks)
-            kept[key] = items if self.adds else _shortened(items)
+            kept[key] = items if self.adds else _joined(_shortened(items))
         return kept[key]
 
     def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
@@ -363,6 +371,20 @@ def _shortened(items: list[Any]) -> list[Any]:
             if item.action.ends_run:
                 kept.append(SkippedBlock(item.trip, item.block, item.place._replace(opens=True), item.action))
     return kept if opened is None else [*kept, opened]
+
+
+def _joined(items: list[Any]) -> list[Any]:
+    """With the end of one stored group as the beginning of the next: nothing is added between them."""
+    joined = list(items)
+    for number, (before, after) in enumerate(itertools.pairwise(items), 1):
+        if not (isinstance(before, CapturedBlock) and isinstance(after, CapturedBlock)):
+            continue
+        if before.place.closes and after.place.opens and not before.trip.watches:
+            before.hands_on = True
+            after.place = after.place._replace(opens=False)
+            if not after.place.closes:
+                joined[number] = after.block
+    return joined
 
 
 class RoutedModuleList(nn.ModuleList):

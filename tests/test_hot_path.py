@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
 from layercache.layout import CAPTURE, REUSE
-from tiny import GROUPS, PROMPTS, generate, mixed_cells, schedule_for, tiny_pipeline
+from layercache.routing import StandIn
+from tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
 SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")
@@ -81,6 +82,40 @@ def test_launches_per_row(pipe):
             elif action.kind == REUSE and action.ends_run:
                 expected.append(("linear_combination", 2 if action.text else 1))
         assert counter.ours == expected
+
+
+@pytest.mark.parametrize("groups", [GROUPS, ((0, 1), (1, 2), (2, 6)), tuple((k, k + 1) for k in range(6))])
+def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
+    """Where nothing is added between them, the next one has no call of ours of its own; the same bits are stored."""
+    parts = len(groups)
+    rows = ((None,) * parts, (None, {0: 1.0}, *(None,) * (parts - 2)), ({0: 1.0},) * parts)
+    schedule = layercache.Schedule(fingerprint(pipe.transformer, (0.6,) * 3 + (0.0,)), groups, rows, (1.0,) * parts)
+    inputs = {
+        "hidden_states": torch.randn(2, 64, 48),
+        "encoder_hidden_states": torch.randn(2, 4, 64),
+        "timestep": torch.full((2,), 0.6),
+        "img_shapes": [(1, 8, 8)] * 2,
+        "return_dict": False,
+    }
+    nothing = [torch.zeros(2, 64, 56)] * 6
+    seen = []
+    for control in ({}, {"controlnet_block_samples": nothing}):
+        with torch.no_grad(), layercache.enabled(pipe.transformer, schedule) as cache:
+            outputs = []
+            for _ in range(3):
+                with pipe.transformer.cache_context("cond"):
+                    outputs.append(pipe.transformer(**inputs, **control)[0])
+            cache.open(cache.layout.rows[0].actions)
+            calls = list(pipe.transformer.transformer_blocks)
+            cache.shut()
+            stored = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts)]
+        seen.append((outputs, stored, [isinstance(call, StandIn) for call in calls]))
+    (outputs, stored, ours), (expected, wanted, separate) = seen
+    assert all(map(torch.equal, outputs, expected)) and all(map(torch.equal, stored, wanted))
+    opening = sum(lo + 1 < hi for lo, hi in groups[1:])
+    assert sum(separate) - sum(ours) == opening
+    if parts == 6:
+        assert all(ours)
 
 
 def test_a_static_schedule_reads_nothing_back(pipe):
