@@ -6,7 +6,6 @@ is put there with it.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from threading import Lock
@@ -45,7 +44,6 @@ def jit(**options: Any) -> Callable[[Callable], Any]:
     return decorate
 
 
-@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -218,6 +219,29 @@ def test_agrees_with_the_reference(
             size = b.double().abs().amax(-1, keepdim=True)
             step = torch.finfo(dtype).eps if a.dtype == dtype and a.dim() == 3 else 0.0
             assert ((a.double() - b.double()).abs() <= (2e-5 + step) * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_together_are_what_each_is_alone(instruction_set: str, dtype: torch.dtype, streamed: bool) -> None:
+    """Pairs that share their inputs, copies, outputs in the place of inputs; bad numbers stay where they are."""
+    rng = random.Random(0)
+    for _ in range(60):
+        inputs = [outlier_tensor((1, 3, 1100), dtype) for _ in range(rng.randint(1, 6))]
+        for tensor in inputs:
+            tensor.view(-1)[rng.randrange(tensor.numel())] = float("nan")
+        shared = rng.sample(range(len(inputs)), rng.randint(1, len(inputs)))
+        matrix, factors = [], []
+        for _ in range(rng.randint(2, 4)):
+            used = sorted(shared[: max(1, len(shared) - rng.randint(0, 2))])
+            matrix.append([rng.choice([1.0, -1.0, 0.3]) if k in used else None for k in range(len(inputs))])
+            factors.append(rng.choice([1.0, 1 / 3]))
+        expected = [torch.empty_like(inputs[0]) for _ in matrix]
+        for row, factor, alone in zip(matrix, factors, expected, strict=True):
+            combine.linear_map_reference([inputs], [[alone]], [row], [factor])
+        places = [*rng.sample(inputs, rng.randint(0, len(inputs))), *(torch.empty_like(inputs[0]) for _ in matrix)]
+        native.linear_map([inputs], [places[: len(matrix)]], matrix, factors)
+        for found, wanted in zip(places, expected, strict=False):
+            assert same_numbers(found, wanted)
 
 
 def test_bits_do_not_depend_on_the_threads(threads: int) -> None:

@@ -674,7 +674,7 @@ class TestBytesAndBackends:
     @pytest.mark.parametrize("name", ops.OP_NAMES)
     def test_backends(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.backend_for(name, "cpu")[0] == "native"
-        monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+        monkeypatch.setattr(dispatch, "trouble_with_triton", lambda: dispatch.NO_TRITON)
         backend, reason = ops.backend_for(name, torch.device("cuda", 0))
         assert backend == "unavailable" and "pip install" in reason
         assert ops.backend_for(name, "mps")[0] == "unavailable"
@@ -703,6 +703,16 @@ class TestBytesAndBackends:
             device = torch.device("cuda", 0)
             is_cuda = True
 
+        def broken() -> None:
+            raise ImportError("libcuda.so.1: no such file")
+
+        dispatch.trouble_with_triton.cache_clear()
+        monkeypatch.setattr(dispatch, "use_triton", broken)
+        monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+        with pytest.raises(MissingExtraError, match=r"importing it fails \(libcuda"):
+            dispatch.Kernels(print, print).choose(OnGpu())
+        dispatch.trouble_with_triton.cache_clear()
         monkeypatch.setattr(dispatch, "has_triton", lambda: False)
         with pytest.raises(MissingExtraError, match="pip install"):
             dispatch.Kernels(print, print).choose(OnGpu())
+        dispatch.trouble_with_triton.cache_clear()

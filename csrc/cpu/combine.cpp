@@ -73,7 +73,7 @@ struct Work {
 
     void operator()(const Chunk& chunk) const {
         Buffer converted[MAX_INPUTS], spare;
-        Buffer* results = scratch(outputs.size());
+        Buffer* results = scratch(std::max<std::size_t>(outputs.size(), 2));
         const void* x[MAX_INPUTS];
         for (std::size_t k = 0; k < inputs.size(); ++k) x[k] = input(static_cast<int>(k), chunk, converted[k]);
         const Chunk entry{chunk.row / std::max<std::int64_t>(inputs[0].rows, 1), chunk.column, chunk.size};
@@ -85,15 +85,58 @@ struct Work {
             if (count == 0) std::memset(to, 0, chunk.size * size_of(dtype));
             loops.map(own, terms[m].coefficients.data(), count, base, terms[m].factor, g, to, dtype, chunk.size);
         };
-        for (int m : order) {
-            const bool direct = in_place && !streamed[m];
-            void* to = direct ? chunk.at(outputs[m]) : static_cast<void*>(results[0].values);
-            compute(m, to);
-            if (!direct) put(m, chunk, to);
+        const auto target = [&](int m, int buffer) {
+            return is_direct(m) ? chunk.at(outputs[m]) : reinterpret_cast<char*>(results[buffer].values);
+        };
+        for (std::size_t next = 0; next < order.size(); ++next) {
+            const int m = order[next], other = next + 1 < order.size() ? order[next + 1] : -1;
+            if (in_place && copies(m)) {
+                const void* from = x[terms[m].inputs[0]];
+                if (from != chunk.at(outputs[m])) put(m, chunk, from);
+                continue;
+            }
+            void* to = target(m, 0);
+            void* beside = nullptr;
+            if (other >= 0 && share(m, other)) {
+                beside = target(other, 1);
+                compute_two(m, to, other, beside, x, chunk.size);
+                ++next;
+            } else {
+                compute(m, to);
+            }
+            if (!is_direct(m)) put(m, chunk, to);
+            if (beside != nullptr && !is_direct(other)) put(other, chunk, beside);
         }
         if (!order.empty()) return;
         for (std::size_t m = 0; m < outputs.size(); ++m) compute(static_cast<int>(m), results[m].values);
         for (std::size_t m = 0; m < outputs.size(); ++m) put(static_cast<int>(m), chunk, results[m].values);
+    }
+
+    // Whether an output is computed where it belongs.
+    bool is_direct(int m) const { return in_place && !streamed[m]; }
+
+    // Whether an output is one of the inputs as it is.
+    bool copies(int m) const {
+        const Output& own = terms[m];
+        return !base && own.inputs.size() == 1 && own.coefficients[0] == 1.0f && own.factor == 1.0f;
+    }
+
+    // Whether two outputs have the same inputs, but for the last of the one that has more: they are computed at once.
+    bool share(int m, int other) const {
+        const std::vector<int>&few = terms[m].inputs, &all = terms[other].inputs;
+        if (few.size() > all.size()) return share(other, m);
+        return !base && !gate && all.size() >= 2 && all.size() <= MOST_SHARED && few.size() + 1 >= all.size() &&
+               std::equal(few.begin(), few.end(), all.begin());
+    }
+
+    void compute_two(int m, void* to, int other, void* beside, const void* const* x, Size n) const {
+        if (terms[m].inputs.size() > terms[other].inputs.size()) return compute_two(other, beside, m, to, x, n);
+        const Output &few = terms[m], &all = terms[other];
+        const int count = static_cast<int>(all.inputs.size()), fewer = static_cast<int>(few.inputs.size());
+        const void* own[MOST_SHARED];
+        for (int t = 0; t < count; ++t) own[t] = x[all.inputs[t]];
+        loops.map_two(own, count, fewer, {few.coefficients.data(), few.factor, to},
+                      {all.coefficients.data(), all.factor, beside}, dtype, n);
     }
 
     void put(int m, const Chunk& chunk, const void* from) const {

@@ -8,10 +8,19 @@
 namespace layercache::cpu {
 
 // Elements that are worked on at a time: a dozen buffers of them stay in the first-level cache.
-constexpr std::int64_t CHUNK = 2048;
+constexpr std::int64_t CHUNK = 1024;
 constexpr int PAIR_STATISTICS = 8;
 
 using Size = std::int64_t;
+
+// Of one output: the coefficients of its inputs, the factor of their sum, and where it goes.
+struct Weights {
+    const float* coefficients;
+    float factor;
+    void* output;
+};
+constexpr int MOST_LOADED = 4;  // inputs whose sum is loaded in one go
+constexpr int MOST_SHARED = 4;  // inputs of two outputs that are computed at once
 
 struct Loops {
     const char* name;
@@ -23,6 +32,10 @@ struct Loops {
     // be one of the inputs.
     void (*map)(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
                 Dtype dtype, Size n);
+    // Two of them at once, without base and gate: y = factor * sum over the first `fewer` or all of 2 to 4 inputs; `fewer`
+    // is their number or one less. Outputs may be inputs.
+    void (*map_two)(const void* const* x, int count, int fewer, const Weights& few, const Weights& all, Dtype dtype,
+                    Size n);
     // y = x - z; y += c x; y = x y.
     void (*subtract)(const float* x, const float* z, float* y, Size n);
     void (*add_scaled)(const float* x, float c, float* y, Size n);
@@ -52,13 +65,17 @@ struct Loops {
     double (*lerp_backward)(const void* d, const void* f, const void* c, float beta, const void* g, void* o,
                             Dtype dtype, Size n);
     // Rows as fp32, sorted: of bf16 first the even numbers, then the odd ones, as they come out of packed pairs; of fp32
-    // as they are. A row with its sum; y += c x; the sum of a row; sum (y - mean)^2; z = (y - mean) factor scale + shift.
-    double (*load_and_sum)(const void* from, Dtype dtype, float* to, Size n);
+    // as they are. y = x_0 + sum over k >= 1 of c_k x_k, up to `MOST_LOADED` inputs, and its sum; y += c x; the sum of a
+    // row; sum (y - mean)^2; z = (y - mean) factor scale + shift, and the same with the sums of the pair (z, previous), of
+    // which the previous one may be where z goes.
+    double (*load_and_sum)(const void* const* x, const float* c, int count, Dtype dtype, float* to, Size n);
     void (*add_row)(const void* x, Dtype dtype, float c, float* y, Size n);
     double (*sum)(const float* y, Size n);
     double (*centred_square)(const float* y, float mean, Size n);
     void (*finish)(const float* y, float mean, float factor, const float* scale, const float* shift, void* z,
                    Dtype dtype, Size n);
+    void (*finish_pair)(const float* y, float mean, float factor, const float* scale, const float* shift,
+                        const void* previous, void* z, Dtype dtype, Size n, double* sums);
     void (*unsort)(const float* y, void* to, Dtype dtype, Size n);
     // v = u + scale (c - u), and adds c^2 and v^2 to sums[0..1]; v *= factor.
     void (*guide)(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums);

@@ -158,6 +158,29 @@ inline __attribute__((always_inline)) void write_each(void* output, Size n, Valu
         T::store(value(Alone<T>{i}), static_cast<typename T::Stored*>(output)[i]);
 }
 
+// The same for two outputs: value(at, y, z) sets both.
+template <class T, class Value>
+inline __attribute__((always_inline)) void write_two(void* output, void* other, Size n, Value&& value) {
+    auto *packs = static_cast<typename T::Packed*>(output), *others = static_cast<typename T::Packed*>(other);
+#pragma GCC ivdep
+    for (Size i = 0; i < n / T::PACK; ++i) {
+        float y[T::PACK], z[T::PACK];
+        for (int w = 0; w < T::PACK; ++w) {
+            value(InPack<T>{i, w}, y[w], z[w]);
+            y[w] = T::rounded(y[w]);
+            z[w] = T::rounded(z[w]);
+        }
+        packs[i] = T::join(y);
+        others[i] = T::join(z);
+    }
+    for (Size i = n / T::PACK * T::PACK; i < n; ++i) {
+        float y, z;
+        value(Alone<T>{i}, y, z);
+        T::store(y, static_cast<typename T::Stored*>(output)[i]);
+        T::store(z, static_cast<typename T::Stored*>(other)[i]);
+    }
+}
+
 // Calls step(at, lane) for every place, sixteen lanes at a time; what is written at one is read at no other.
 template <class T, class Step>
 inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
@@ -231,6 +254,48 @@ void map(const void* const* x, const float* c, int count, bool base, float facto
          Dtype dtype, Size n) {
     dtype == Dtype::bfloat16 ? map_of<Bfloat16>(x, c, count, base, factor, gate, y, n)
                              : map_of<Float32>(x, c, count, base, factor, gate, y, n);
+}
+
+template <class T, int COUNT, int FEWER>
+void two_of(const void* const* inputs, const Weights& few, const Weights& all, Size n) {
+    const void* x[COUNT];
+    float k[FEWER], l[COUNT];
+    for (int t = 0; t < COUNT; ++t) {
+        x[t] = inputs[t];
+        l[t] = all.coefficients[t];
+    }
+    for (int t = 0; t < FEWER; ++t) k[t] = few.coefficients[t];
+    const float factor = few.factor, other = all.factor;
+    write_two<T>(few.output, all.output, n, [&](auto at, float& y, float& z) __attribute__((always_inline)) {
+        float sum = 0.0f, total = 0.0f;
+        for (int t = 0; t < COUNT; ++t) {
+            const float value = at(x[t]);
+            if (t < FEWER) sum += k[t] * value;
+            total += l[t] * value;
+        }
+        y = factor * sum;
+        z = other * total;
+    });
+}
+
+template <class T, int COUNT>
+void two_counted(const void* const* x, int fewer, const Weights& few, const Weights& all, Size n) {
+    fewer == COUNT ? two_of<T, COUNT, COUNT>(x, few, all, n) : two_of<T, COUNT, COUNT - 1>(x, few, all, n);
+}
+
+template <class T>
+void two_as(const void* const* x, int count, int fewer, const Weights& few, const Weights& all, Size n) {
+    switch (count) {
+        case 2: return two_counted<T, 2>(x, fewer, few, all, n);
+        case 3: return two_counted<T, 3>(x, fewer, few, all, n);
+        case 4: return two_counted<T, 4>(x, fewer, few, all, n);
+        default: return;
+    }
+}
+
+void map_two(const void* const* x, int count, int fewer, const Weights& few, const Weights& all, Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? two_as<Bfloat16>(x, count, fewer, few, all, n)
+                             : two_as<Float32>(x, count, fewer, few, all, n);
 }
 
 void add_scaled(const float* __restrict x, float c, float* __restrict y, Size n) {
@@ -471,21 +536,40 @@ double centred_square(const float* y, float mean, Size n) {
     return sum;
 }
 
-template <class T>
-double load_and_sum_as(const void* from, float* __restrict to, Size n) {
+template <class T, int COUNT>
+double load_and_sum_of(const void* const* inputs, const float* c, float* __restrict to, Size n) {
+    const void* x[COUNT];
+    float k[COUNT];
+    for (int t = 0; t < COUNT; ++t) {
+        x[t] = inputs[t];
+        k[t] = t == 0 ? 1.0f : c[t];
+    }
     Totals<1> totals;
     in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
-        const float x = at(from);
-        to[at.sorted(n)] = x;
-        totals.lane[0][j] += x;
+        float y = at(x[0]);
+        for (int t = 1; t < COUNT; ++t) y += k[t] * at(x[t]);
+        to[at.sorted(n)] = y;
+        totals.lane[0][j] += y;
     });
     double all = 0;
     totals.add_to(&all);
     return all;
 }
 
-double load_and_sum(const void* from, Dtype dtype, float* to, Size n) {
-    return dtype == Dtype::bfloat16 ? load_and_sum_as<Bfloat16>(from, to, n) : load_and_sum_as<Float32>(from, to, n);
+template <class T>
+double load_and_sum_as(const void* const* x, const float* c, int count, float* to, Size n) {
+    switch (count) {
+        case 1: return load_and_sum_of<T, 1>(x, c, to, n);
+        case 2: return load_and_sum_of<T, 2>(x, c, to, n);
+        case 3: return load_and_sum_of<T, 3>(x, c, to, n);
+        case 4: return load_and_sum_of<T, 4>(x, c, to, n);
+        default: return 0;
+    }
+}
+
+double load_and_sum(const void* const* x, const float* c, int count, Dtype dtype, float* to, Size n) {
+    return dtype == Dtype::bfloat16 ? load_and_sum_as<Bfloat16>(x, c, count, to, n)
+                                    : load_and_sum_as<Float32>(x, c, count, to, n);
 }
 
 template <class T>
@@ -517,6 +601,25 @@ void finish(const float* y, float mean, float factor, const float* scale, const 
             Size n) {
     dtype == Dtype::bfloat16 ? finish_as<Bfloat16>(y, mean, factor, scale, shift, z, n)
                              : finish_as<Float32>(y, mean, factor, scale, shift, z, n);
+}
+
+template <class T>
+void finish_pair_as(const float* y, float mean, float factor, const float* scale, const float* shift,
+                    const void* previous, void* z, Size n, double* sums) {
+    PairTotals<true> totals;
+    write_in_lanes<T>(z, n, [&](auto at, int j) __attribute__((always_inline)) {
+        const Size k = at.sorted(n);
+        const float kept = T::rounded((y[k] - mean) * factor * scale[k] + shift[k]);
+        totals.add(kept, at(previous), j);
+        return kept;
+    });
+    totals.add_to(sums);
+}
+
+void finish_pair(const float* y, float mean, float factor, const float* scale, const float* shift,
+                 const void* previous, void* z, Dtype dtype, Size n, double* sums) {
+    dtype == Dtype::bfloat16 ? finish_pair_as<Bfloat16>(y, mean, factor, scale, shift, previous, z, n, sums)
+                             : finish_pair_as<Float32>(y, mean, factor, scale, shift, previous, z, n, sums);
 }
 
 template <class T>
@@ -590,6 +693,6 @@ void stream(const void* from, void* to, Size bytes) {
 void stream(const void* from, void* to, Size bytes) { std::memcpy(to, from, bytes); }
 #endif
 
-const Loops table{NAME,   load,  store,    map,    subtract, add_scaled,   product,        has_bad, pair_sums,
+const Loops table{NAME,   load,  store,    map, map_two,   subtract, add_scaled,   product,        has_bad, pair_sums,
                   capture, norms, products, peak,   encode,   decode,       lerp,           lerp_backward,
-                  load_and_sum,   add_row, sum, centred_square, finish, unsort, guide, rescale, stream};
+                  load_and_sum,   add_row, sum, centred_square, finish, finish_pair, unsort, guide, rescale, stream};

@@ -69,9 +69,16 @@ void load_vectors(const Loops& loops, const Modulation& m, Dtype dtype, std::int
 // y = x + terms, in fp32; returns its sum.
 double load_stream(const Loops& loops, const Modulation& m, Dtype dtype, std::int64_t row, Scratch& s) {
     const std::int64_t n = m.x.cols;
-    double sum = loops.load_and_sum(row_as(loops, m.x, dtype, row, s.other), dtype, s.y.data(), n);
-    if (m.residuals.empty()) return sum;
-    for (std::size_t k = 0; k < m.residuals.size(); ++k) {
+    const void* x[MOST_LOADED] = {row_as(loops, m.x, dtype, row, s.other)};
+    float c[MOST_LOADED];
+    std::size_t loaded = 0;
+    for (; loaded < m.residuals.size() && loaded + 1 < MOST_LOADED && m.residuals[loaded].dtype == dtype; ++loaded) {
+        x[loaded + 1] = m.residuals[loaded].row(row);
+        c[loaded + 1] = m.coefficients[loaded];
+    }
+    const double sum = loops.load_and_sum(x, c, static_cast<int>(loaded) + 1, dtype, s.y.data(), n);
+    if (loaded == m.residuals.size()) return sum;
+    for (std::size_t k = loaded; k < m.residuals.size(); ++k) {
         const View& residual = m.residuals[k];
         if (residual.dtype == dtype) {
             loops.add_row(residual.row(row), dtype, m.coefficients[k], s.y.data(), n);
@@ -105,6 +112,10 @@ void modulate_row(const Loops& loops, const Modulation& m, Dtype dtype, std::int
     const double variance = loops.centred_square(s.y.data(), mean, n) / double(n);
     const float factor = static_cast<float>(1.0 / std::sqrt(variance + m.eps));
     const void* older = m.previous ? row_as(loops, *m.previous, dtype, row, s.other) : nullptr;
+    if (older != nullptr && m.z.dtype == dtype && m.bounds.size() == 2) {
+        loops.finish_pair(s.y.data(), mean, factor, s.scale.data(), s.shift.data(), older, m.z.row(row), dtype, n, sums);
+        return;
+    }
     if (older != nullptr && older == m.z.row(row)) {  // the previous one is where the new one goes
         std::memcpy(s.other.data(), older, n * size_of(dtype));
         older = s.other.data();

@@ -82,11 +82,13 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
         thread_local std::vector<const void*> x;
         x.resize(views.size());
         const void* own[MAX_TERMS];
-        // a piece of all tensors stays in the first cache while the sets go over it
+        // a piece of all tensors stays in the first cache while the sets go over it, and the next one comes
         for (Chunk chunk = whole; chunk.column < whole.column + whole.size; chunk.column += PIECE) {
             chunk.size = std::min(PIECE, whole.column + whole.size - chunk.column);
             for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
             for (std::size_t s = 0; s < sets.size(); ++s) {
+                for (std::size_t k = s * views.size() / sets.size(); k < (s + 1) * views.size() / sets.size(); ++k)
+                    fetch(chunk.at(views[k]) + chunk.size * size_of(views[k].dtype), chunk.size * size_of(views[k].dtype));
                 const int terms_of = static_cast<int>(sets[s].terms.size());
                 if (terms_of > MAX_TERMS) {
                     many_terms(loops, sets[s], views, chunk, sums + 2 * s);

@@ -124,6 +124,6 @@ def backend_for(op: str, device: str | torch.device) -> tuple[str, str]:
         return "native", native.describe()
     if kind != "cuda":
         return "unavailable", f"there is no kernel for {kind!r} tensors; move them to the CPU or a CUDA or ROCm GPU"
-    if not dispatch.has_triton():
-        return "unavailable", dispatch.NO_TRITON
+    if trouble := dispatch.trouble_with_triton():
+        return "unavailable", trouble
     return "triton", f"triton {importlib.import_module('triton').__version__}"

@@ -7,6 +7,7 @@ it calls the registered op ``torch.ops.layercache.*``, so that a graph holds one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layercache.errors import MissingExtraError
-from layercache.kernels.deferred import has_triton
+from layercache.kernels.deferred import has_triton, use_triton
 from layercache.kernels.tiles import accumulator_dtype
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
@@ -45,7 +46,7 @@ class Kernels:
         """Runs the op on validated arguments, the first of which is a tensor or a list of tensors.
 
         Raises:
-            MissingExtraError: a GPU tensor, and triton is not installed.
+            MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
         return self.choose(first)(*arguments)
@@ -54,9 +55,21 @@ class Kernels:
         if not tensor.is_cuda:
             usable = self.native is not None and tensor.dtype != torch.float64
             return self.native if usable else self.reference  # type: ignore[return-value]
-        if not has_triton():
-            raise MissingExtraError(NO_TRITON)
+        if trouble := trouble_with_triton():
+            raise MissingExtraError(trouble)
         return self.triton
+
+
+@functools.cache
+def trouble_with_triton() -> str | None:
+    """Why no kernel can be launched on a GPU here, and what to do about it."""
+    if not has_triton():
+        return NO_TRITON
+    try:
+        use_triton()
+    except ImportError as error:
+        return f"triton is installed, but importing it fails ({error}); reinstall the version that your torch asks for"
+    return None
 
 
 def through_registry(tensors: Iterable[Tensor]) -> bool:
