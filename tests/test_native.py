@@ -280,6 +280,25 @@ def test_bad_numbers_are_not_lost(instruction_set: str, dtype: torch.dtype, bad:
     assert flag.item() == 1
 
 
+def test_no_nan_becomes_a_number(instruction_set: str) -> None:
+    """Of any payload, in tensors and in coefficients; rounding must not carry one over into zero."""
+    x = every_pattern(torch.bfloat16)
+    y = x[torch.randperm(len(x))]
+    outputs = [torch.empty_like(x) for _ in range(2)]
+    native.linear_map([[x, y]], [outputs], [[0.5, None], [0.5, -0.25]])
+    assert same_numbers(outputs[0], (0.5 * x.float()).bfloat16())
+    assert same_numbers(outputs[1], (0.5 * x.float() - 0.25 * y.float()).bfloat16())
+    native._cpu.capture([x], [y], [outputs[0]], (), 0, 1, False, 1, None)  # type: ignore[union-attr]
+    assert same_numbers(outputs[0], x - y)
+    payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFBF8000 + 0x7FFF]).to(torch.uint32)
+    ones = torch.ones(70, dtype=torch.bfloat16)
+    for bad in payloads.view(torch.float32).tolist():
+        native.linear_map([[ones, ones]], [[o[:70] for o in outputs]], [[bad, 1.0], [1.0, bad]], [1.0, 2.0])
+        assert outputs[0][:70].isnan().all() and outputs[1][:70].isnan().all()
+        native.linear_map([[ones]], [[outputs[0][:70]]], [[1.0]], [bad])
+        assert outputs[0][:70].isnan().all()
+
+
 def run(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "kernels.hpp"
@@ -11,6 +13,9 @@ namespace {
 
 constexpr int MAX_INPUTS = 9;
 
+// A coefficient as the loops want it: of all NaN the one without bits that rounding to bf16 drops.
+float canonical(float c) { return std::isnan(c) ? std::numeric_limits<float>::quiet_NaN() : c; }
+
 // One output: the inputs it has terms in, and their coefficients.
 struct Output {
     std::vector<int> inputs;
@@ -21,11 +26,11 @@ struct Output {
 std::vector<Output> outputs_of(const Map& map, int inputs, int outputs) {
     std::vector<Output> found(outputs);
     for (int m = 0; m < outputs; ++m) {
-        found[m].factor = map.factors.empty() ? 1.0f : map.factors[m];
+        found[m].factor = map.factors.empty() ? 1.0f : canonical(map.factors[m]);
         for (int k = 0; k < inputs; ++k)
             if (map.used[m * inputs + k]) {
                 found[m].inputs.push_back(k);
-                found[m].coefficients.push_back(map.coefficients[m * inputs + k]);
+                found[m].coefficients.push_back(canonical(map.coefficients[m * inputs + k]));
             }
     }
     return found;

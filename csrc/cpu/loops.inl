@@ -51,6 +51,15 @@ struct Bfloat16 {
     }
     static std::uint32_t join(const float* rounded) { return (bits_of(rounded[0]) >> 16) | bits_of(rounded[1]); }
 };
+
+// Where numbers come from bf16 numbers and finite or canonical coefficients alone, NaN needs no look: it has no bits among
+// those that rounding drops, which could carry over and make it another number.
+struct PlainBfloat16 : Bfloat16 {
+    static float rounded(float x) {
+        const std::uint32_t bits = bits_of(x);
+        return float_of((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
+    }
+};
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair is taken to be its lower half");
 
 struct Float16 {
@@ -211,6 +220,8 @@ inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, 
 // The number of terms is a constant, so that a term costs one multiplication and one addition in registers.
 template <class T, int COUNT, bool BASE, bool GATED, bool SCALED>
 void map_terms(const void* const* inputs, const float* c, float factor, const void* gates, void* output, Size n) {
+    static_assert(COUNT > 1 || !GATED);
+    constexpr int START = GATED ? 1 : 0;
     const void* x[COUNT];
     float k[COUNT];
     for (int t = 0; t < COUNT; ++t) {
@@ -218,8 +229,8 @@ void map_terms(const void* const* inputs, const float* c, float factor, const vo
         k[t] = c[t];
     }
     write_each<T>(output, n, [&](auto at) __attribute__((always_inline)) {
-        float sum = BASE && !GATED ? at(x[0]) : 0.0f;
-        for (int t = BASE ? 1 : 0; t < COUNT; ++t) sum += k[t] * at(x[t]);
+        float sum = BASE && !GATED ? at(x[0]) : k[START] * at(x[START]);
+        for (int t = START + 1; t < COUNT; ++t) sum += k[t] * at(x[t]);
         if (GATED) sum = at(x[0]) + at(gates) * sum;
         return SCALED ? factor * sum : sum;
     });
@@ -228,7 +239,9 @@ void map_terms(const void* const* inputs, const float* c, float factor, const vo
 template <class T, bool BASE, bool GATED, bool SCALED>
 void map_counted(const void* const* x, const float* c, int count, float factor, const void* gate, void* y, Size n) {
     switch (count) {
-        case 1: return map_terms<T, 1, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+        case 1:  // a gate has something to multiply
+            if constexpr (!GATED) map_terms<T, 1, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
+            return;
         case 2: return map_terms<T, 2, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
         case 3: return map_terms<T, 3, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
         case 4: return map_terms<T, 4, BASE, GATED, SCALED>(x, c, factor, gate, y, n);
@@ -252,7 +265,7 @@ void map_of(const void* const* x, const float* c, int count, bool base, float fa
 
 void map(const void* const* x, const float* c, int count, bool base, float factor, const void* gate, void* y,
          Dtype dtype, Size n) {
-    dtype == Dtype::bfloat16 ? map_of<Bfloat16>(x, c, count, base, factor, gate, y, n)
+    dtype == Dtype::bfloat16 ? map_of<PlainBfloat16>(x, c, count, base, factor, gate, y, n)
                              : map_of<Float32>(x, c, count, base, factor, gate, y, n);
 }
 
@@ -267,8 +280,9 @@ void two_of(const void* const* inputs, const Weights& few, const Weights& all, S
     for (int t = 0; t < FEWER; ++t) k[t] = few.coefficients[t];
     const float factor = few.factor, other = all.factor;
     write_two<T>(few.output, all.output, n, [&](auto at, float& y, float& z) __attribute__((always_inline)) {
-        float sum = 0.0f, total = 0.0f;
-        for (int t = 0; t < COUNT; ++t) {
+        const float first = at(x[0]);
+        float sum = k[0] * first, total = l[0] * first;
+        for (int t = 1; t < COUNT; ++t) {
             const float value = at(x[t]);
             if (t < FEWER) sum += k[t] * value;
             total += l[t] * value;
@@ -294,7 +308,7 @@ void two_as(const void* const* x, int count, int fewer, const Weights& few, cons
 }
 
 void map_two(const void* const* x, int count, int fewer, const Weights& few, const Weights& all, Dtype dtype, Size n) {
-    dtype == Dtype::bfloat16 ? two_as<Bfloat16>(x, count, fewer, few, all, n)
+    dtype == Dtype::bfloat16 ? two_as<PlainBfloat16>(x, count, fewer, few, all, n)
                              : two_as<Float32>(x, count, fewer, few, all, n);
 }
 
@@ -392,7 +406,7 @@ bool capture_as(const void* output, const void* input, const void* previous, voi
 
 bool capture(const void* output, const void* input, const void* previous, void* residual, Dtype dtype, bool look,
              Size n, double* sums) {
-    return dtype == Dtype::bfloat16 ? capture_as<Bfloat16>(output, input, previous, residual, look, n, sums)
+    return dtype == Dtype::bfloat16 ? capture_as<PlainBfloat16>(output, input, previous, residual, look, n, sums)
                                     : capture_as<Float32>(output, input, previous, residual, look, n, sums);
 }
 
