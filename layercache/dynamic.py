@@ -224,14 +224,20 @@ class DynamicRouter(Router):
 
     def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
-        decided = range(self.probe + 1, self.end - 1)
-        for item in super().route(index, blocks):
-            if not isinstance(item, _Gate) or item.place.block not in decided:
-                yield item
-            elif not item.trip.reuses:
-                yield item.block
-            elif self.adds:
-                yield item
+        if self._next_list != index:
+            return iter(blocks)
+        return self._as_decided(index, list(super().route(index, blocks)))
+
+    def _as_decided(self, index: int, items: list[Any]) -> Iterator[Any]:
+        first = self._positions[index][0].block if items else 0
+        lo, hi = (min(max(block - first, 0), len(items)) for block in (self.probe + 1, self.end - 1))
+        yield from items[:lo]
+        between = items[lo:hi]  # the decision was made on the way here
+        if between and not between[0].trip.reuses:
+            yield from [gate.block for gate in between]
+        elif self.adds:
+            yield from between
+        yield from items[max(lo, hi) :]
 
     def decides_to_reuse(self, sight: Sight) -> bool:
         """Looks, decides, and notes what was decided."""
