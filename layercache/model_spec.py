@@ -36,7 +36,8 @@ class ModelSpec:
         rewritten: block lists behind whose blocks the forward writes into the stream it was given (ControlNet), and
             the argument of the forward that makes it do so.
         adds: arguments of the forward that make it add something behind single blocks (ControlNet); where none of them
-            is given, blocks inside a reused end of a list are not even passed by. ``None``: not known.
+            is given, blocks inside a reused end of a list are not even passed by, and what leaves a group is taken for
+            the next one's input. ``None``: not known.
         couples: the forward adds something between blocks that depends on the stream itself (a face adapter), so that
             every reused group's output must be there before the next group.
         bypass: arguments of the forward that, when given, leave single blocks out; such a forward runs uncached.
