@@ -33,12 +33,13 @@ def secant_coefficients(
     Source: methods.md §1.3 (ours).
 
     Raises:
-        ScheduleError: the steps are out of order.
+        ScheduleError: the steps are out of order, or a noise level is not finite.
     """
     if not anchor < step or (base is not None and not 0 <= base < anchor):
         raise ScheduleError(f"anchors must be older than step {step}, newest first: got {anchor} and {base}")
     if base is None:
         return {anchor: 1.0}
+    _check_levels(sigmas, (step, anchor, base))
     gap = sigmas[anchor] - sigmas[base]
     if gap == 0:
         return {anchor: 1.0}
@@ -59,9 +60,10 @@ def newton_forecast(sigmas: Sequence[float], step: int, anchors: Sequence[int]) 
         anchors: earlier steps, newest first, one at least.
 
     Raises:
-        ScheduleError: the steps are out of order, or two anchors share one sigma.
+        ScheduleError: the steps are out of order, two anchors share one sigma, or a noise level is not finite.
     """
     _check_anchors(step, anchors)
+    _check_levels(sigmas, (step, *anchors))
     nodes = [sigmas[anchor] for anchor in anchors]
     if len(set(nodes)) != len(nodes):
         raise ScheduleError(f"two of the steps {list(anchors)} have the same sigma; no polynomial through both")
@@ -152,3 +154,9 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
 def _check_anchors(step: int, anchors: Sequence[int]) -> None:
     if not anchors or any(b >= a for a, b in pairwise([step, *anchors])) or anchors[-1] < 0:
         raise ScheduleError(f"anchors must be older than step {step}, newest first: got {list(anchors)}")
+
+
+def _check_levels(sigmas: Sequence[float], steps: Sequence[int]) -> None:
+    for step in steps:
+        if not math.isfinite(sigmas[step]):
+            raise ScheduleError(f"noise levels must be finite numbers, that of step {step} is {sigmas[step]}")

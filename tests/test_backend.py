@@ -171,6 +171,19 @@ def test_newtons_forecaster_is_exact_for_polynomials_between_any_positions(order
     assert forecaster.position == 0.0
 
 
+@pytest.mark.parametrize("position", [float("nan"), float("inf"), -float("inf"), "0.5 or so", torch.zeros(2)])
+def test_positions_that_are_no_number_are_refused_before_anything_changes(position):
+    forecaster = backend.NewtonForecaster(1, torch.float32)
+    for at, value in ((1.0, 0.0), (0.5, 1.0)):
+        forecaster.mark_step_begin(at)
+        forecaster.update(torch.full((1, 2, 8), value))
+    with pytest.raises(OpInputError, match="the position of a step must be a finite number, such as its sigma; got"):
+        forecaster.mark_step_begin(position)
+    assert (forecaster.step, forecaster.position) == (1, 0.5)
+    forecaster.mark_step_begin(torch.tensor(0.25))
+    assert torch.equal(forecaster.approximate(), torch.full((1, 2, 8), 1.5))
+
+
 # --- diffusers ---------------------------------------------------------------------------------------------------
 
 

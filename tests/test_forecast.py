@@ -95,3 +95,15 @@ def test_refusals():
         newton_forecast((1.0, 0.5, 0.5, 0.0), 3, [2, 1])
     with pytest.raises(ScheduleError, match="at least 0"):
         taylor_forecast(5, [4], -1)
+
+
+@pytest.mark.parametrize("sigma", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_noise_levels_that_are_no_number_are_refused(sigma, at):
+    sigmas = [1.0, 0.8, 0.5, 0.2, 0.0]
+    sigmas[at] = sigma
+    told = f"noise levels must be finite numbers, that of step {at} is {sigma}"
+    with pytest.raises(ScheduleError, match=told):
+        newton_forecast(sigmas, 3, [2, 1])
+    with pytest.raises(ScheduleError, match=told):
+        secant_coefficients(sigmas, 3, 2, 1)

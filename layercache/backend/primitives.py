@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -236,9 +237,14 @@ class NewtonForecaster(TaylorForecaster):
         self._nodes: list[float] = []
 
     def mark_step_begin(self, position: float | None = None) -> None:
-        """A step starts, at a position such as its sigma; without one positions are the numbers of the steps."""
+        """A step starts, at a position such as its sigma; without one positions are the numbers of the steps.
+
+        Raises:
+            OpInputError: the position is not a finite number.
+        """
+        at = _finite(self.step + 1 if position is None else position)
         super().mark_step_begin()
-        self.position = float(self.step if position is None else position)
+        self.position = at
 
     def update(self, tensor: Tensor) -> None:
         """The tensor was computed at this step; another shape starts the polynomial anew.
@@ -260,3 +266,13 @@ class NewtonForecaster(TaylorForecaster):
     def _coefficients(self, known: int) -> list[float]:
         steps = [newer - older for newer, older in itertools.pairwise(self._nodes)]
         return newton_coefficients(known, self.position - self._nodes[0], steps)
+
+
+def _finite(position: float) -> float:
+    try:
+        value = float(position)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several numbers
+        value = math.nan
+    if not math.isfinite(value):
+        raise OpInputError(f"the position of a step must be a finite number, such as its sigma; got {position!r}")
+    return value
