@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from layercache.schedule import Schedule, check_header
 FORMAT = "layercache front"
 VERSION = 1
 SLACK = 1e-9
+TARGETS = {
+    "budget": "budget=0.6 (share of the block time)",
+    "full_steps": "full_steps=12 (the same, as so many full steps)",
+    "speedup": "speedup=1.4 (of the whole denoising loop)",
+    "min_psnr": "min_psnr=40 (mean PSNR in dB)",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ def quality(psnr: Sequence[float], tail: float) -> float:
     """``(1 - tail) * mean + tail * 10 % quantile``: with a tail weight, single pictures that go astray count."""
     summary = summarise(psnr)
     return (1 - tail) * summary.mean + tail * summary.quantile10
+
+
+def check_one_target(targets: Mapping[str, float | None], ways: Iterable[str], more: str = "") -> None:
+    """Raises `BudgetError` unless exactly one target is given, and names the ``ways`` to do so; ``more`` comes last."""
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) == 1:
+        return
+    *known, last = [TARGETS[name] for name in ways]
+    wanted = f"one target, not {' and '.join(given)}" if given else "a target"
+    raise BudgetError(f"give {wanted}: {', '.join(known)} or {last}{more}")
 
 
 @dataclass(frozen=True)
@@ -101,8 +117,8 @@ class Front:
         Raises:
             BudgetError: not exactly one condition, or none of the points fulfils it.
         """
-        if sum(value is not None for value in (budget, speedup, min_psnr)) != 1:
-            raise BudgetError("give one of a budget (such as 0.6), a speedup (such as 1.4) or min_psnr (such as 40)")
+        targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
+        check_one_target(targets, targets)
         if not self.points:
             raise BudgetError("the front is empty; search for schedules first (layercache.search)")
         if min_psnr is not None:

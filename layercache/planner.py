@@ -11,7 +11,7 @@ import numpy as np
 from layercache.errors import BudgetError, ScheduleError
 from layercache.fitting import fit_residuals
 from layercache.forecast import FORECASTS, reforecast, secant_coefficients
-from layercache.front import Front
+from layercache.front import Front, check_one_target
 from layercache.profile import StabilityProfile
 from layercache.schedule import Cell, Schedule
 
@@ -78,13 +78,13 @@ def plan(
             ``layercache._core.solve``.
 
     Raises:
-        BudgetError: out of range, or below what the protected steps, the longest run or the memory allow.
+        BudgetError: not exactly one of budget, full_steps, speedup and min_psnr is given, it is out of range, or below
+            what the protected steps, the longest run or the memory allow.
     """
-    budget = _share_of(profile, budget, full_steps)
+    _check_target(profile, {"budget": budget, "full_steps": full_steps, "speedup": speedup, "min_psnr": min_psnr})
+    budget = _share_of(profile, full_steps) if full_steps is not None else budget
     if isinstance(profile, Front):
         return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
-    if min_psnr is not None:
-        raise BudgetError("min_psnr needs a front of measured schedules: run layercache.search first")
     settings = {
         "budget": budget,
         "speedup": speedup,
@@ -121,11 +121,16 @@ def plan(
     )
 
 
-def _share_of(profile: StabilityProfile | Front, budget: float | None, full_steps: float | None) -> float | None:
-    if full_steps is None:
-        return budget
-    if budget is not None:
-        raise BudgetError("give either a budget or full_steps, which is the same times the number of steps")
+def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | None]) -> None:
+    if isinstance(profile, Front):
+        return check_one_target(targets, targets)
+    if [name for name, value in targets.items() if value is not None] == ["min_psnr"]:
+        raise BudgetError("min_psnr needs a front of measured schedules: run layercache.search first")
+    more = "; min_psnr is for a front of measured schedules (layercache.search)"
+    check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
+
+
+def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     if isinstance(profile, Front) and not profile.points:
         raise BudgetError("the front is empty; search for schedules first (layercache.search)")
     fingerprint = profile.points[0].schedule.fingerprint if isinstance(profile, Front) else profile.fingerprint
@@ -211,8 +216,6 @@ def _step_sizes(sigmas: Sequence[float]) -> np.ndarray:
 
 def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:
     """Cost of a cached cell per group, and the seconds all cells together may take."""
-    if (budget is None) == (speedup is None):
-        raise BudgetError("give either a budget (share of the block time, such as 0.6) or a speedup (such as 1.4)")
     num_steps, blocks = profile.fingerprint.num_steps, sum(profile.group_seconds)
     if budget is not None:
         if not 0 < budget <= 1:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 import layercache
 from layercache.errors import BudgetError
 from layercache.forecast import secant_coefficients
+from layercache.front import Front
 from layercache.planner import weighted_errors
 from layercache.profile import StabilityProfile, readable
 from layercache.schedule import Fingerprint
@@ -94,10 +96,6 @@ def test_bad_budgets():
     for budget in (0, -1, 1.2, float("nan")):
         with pytest.raises(BudgetError, match="share of the block time"):
             layercache.plan(profile, budget)
-    with pytest.raises(BudgetError, match="either a budget"):
-        layercache.plan(profile)
-    with pytest.raises(BudgetError, match="either a budget"):
-        layercache.plan(profile, 0.5, speedup=1.4)
     with pytest.raises(BudgetError, match="cannot be met: at least 0"):
         layercache.plan(profile, 0.05)
     with pytest.raises(BudgetError, match=r"speedup of 50 .* would be"):
@@ -106,6 +104,35 @@ def test_bad_budgets():
         layercache.plan(profile, speedup=2.9)
     with pytest.raises(BudgetError, match="at least 1"):
         layercache.plan(profile, speedup=0.5)
+
+
+WAYS = "budget=0.6 (share of the block time), full_steps=12 (the same, as so many full steps)"
+
+
+def test_without_a_target_every_way_to_give_one_is_named():
+    with pytest.raises(BudgetError) as caught:
+        layercache.plan(made_profile())
+    assert str(caught.value) == (
+        f"give a target: {WAYS} or speedup=1.4 (of the whole denoising loop); min_psnr is for a front of measured "
+        "schedules (layercache.search)"
+    )
+    with pytest.raises(BudgetError) as caught:
+        layercache.plan(Front((), (1.0, 0.1, 0.0)))
+    assert str(caught.value) == (
+        f"give a target: {WAYS}, speedup=1.4 (of the whole denoising loop) or min_psnr=40 (mean PSNR in dB)"
+    )
+
+
+@pytest.mark.parametrize("source", [made_profile(), Front((), (1.0, 0.1, 0.0))], ids=["profile", "front"])
+@pytest.mark.parametrize("targets", list(itertools.combinations(("budget", "full_steps", "speedup", "min_psnr"), 2)))
+def test_two_targets_are_refused_by_name(source, targets):
+    with pytest.raises(BudgetError, match=f"^give one target, not {' and '.join(targets)}: budget=0.6 .*speedup=1.4"):
+        layercache.plan(source, **dict.fromkeys(targets, 2.0))
+
+
+def test_a_profile_knows_no_psnr():
+    with pytest.raises(BudgetError, match="^min_psnr needs a front of measured schedules: run layercache.search first"):
+        layercache.plan(made_profile(), min_psnr=40)
 
 
 def test_an_infinite_cell_is_computed():
