@@ -3,8 +3,11 @@
 The cached run is watched by plain hooks; the transcription then decides from what was seen, and has to decide alike.
 """
 
+import copy
+import inspect
+import pickle
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from layercache.integration import attachment_of
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import MASKS, DBCache, FBCache, steps_mask
+from layercache.methods.policy import DynamicMethod
 from layercache.methods.teacache import COEFFICIENTS, IDENTITY, SpectralCache, TeaCache, fit
 from tiny import LAYERS, SlopeTransformer, generate, shifted_sigmas, tiny_pipeline
 
@@ -433,6 +437,47 @@ def test_numbers_that_are_not_finite_are_never_small(pipe):
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(MethodError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "kind, given, told",
+    [
+        (FBCache, (0.3,), "FBCache(threshold=0.3); there are threshold, warmup, order, sync, per_branch"),
+        (DBCache, (1, 4), "DBCache(threshold=1); there are threshold, warmup, front, back, max_cached"),
+        (TeaCache, ("flux",), "TeaCache(threshold=0.25); there are threshold, coefficients, warmup, cooldown"),
+        (SpectralCache, (0.6,), "SpectralCache(threshold=0.6); there are threshold, least, most"),
+        (DiCache, (0.4,), "DiCache(threshold=0.4); there are threshold, retention, mode, probe_blocks, order"),
+        (EasyCache, (object(),), "EasyCache(threshold=0.05); there are threshold, warmup"),
+    ],
+)
+def test_settings_without_their_name_are_refused(kind, given, told):
+    with pytest.raises(MethodError) as caught:
+        kind(*given)
+    assert str(caught.value).startswith(f"give the settings of {kind.__name__} by name, such as {told}")
+
+
+@pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, DiCache, EasyCache])
+def test_methods_are_copied_shown_and_changed_as_dataclasses(kind):
+    method = kind(threshold=0.7)
+    assert pickle.loads(pickle.dumps(method)) == copy.deepcopy(method) == method
+    assert eval(repr(method)) == method and "threshold=0.7" in repr(method)
+    assert replace(method, threshold=0.2) == kind(threshold=0.2) != method
+    parameters = inspect.signature(kind).parameters
+    assert list(parameters) == [field.name for field in fields(kind)]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+
+
+def test_a_policy_of_ones_own_may_take_its_own_settings_by_position():
+    @dataclass(frozen=True)
+    class Own(DynamicMethod):
+        cosine: float = 0.99
+
+        def decider(self, run):
+            raise NotImplementedError
+
+    assert (Own(0.5).cosine, Own(0.5).order) == (0.5, 0)
+    with pytest.raises(TypeError):
+        Own(0.5, 1)
 
 
 def test_what_cannot_work_on_a_model_is_refused_before_any_compute(pipe):

@@ -10,7 +10,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, check_range, ratio
+from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
 
 MODES = ("delta_y", "delta_minus")
 
@@ -68,7 +68,8 @@ class _AlignedDecider(Decider):
         return {anchors[0]: self._gamma, anchors[1]: 1.0 - self._gamma}
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class DiCache(DynamicMethod):
     """Runs ``probe_blocks`` blocks, decides by their change, and extends the residual by how far they have moved.
 

@@ -10,12 +10,13 @@ from typing import ClassVar
 import torch
 
 from layercache import ops
-from layercache.methods.policy import Run, check_range, ratio
+from layercache.methods.policy import Run, by_name, check_range, ratio
 from layercache.schedule import Velocity
 from layercache.velocities import as_rows
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class EasyCache:
     """Skips whole steps while ``E += k |x_i - x_{i-1}| / |v_a|`` stays below ``threshold``.
 

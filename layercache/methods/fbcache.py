@@ -10,7 +10,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, check_range, ratio
+from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
 from layercache.slots import check_alike
 
 # cache-dit's presets for 28 steps: lengths of runs, computed and cached in turns
@@ -50,7 +50,8 @@ class _ProbeDecider(Decider):
         self.cached += not computed
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class FBCache(DynamicMethod):
     """First-block cache: reuses while the first block's residual has changed by at most ``threshold``.
 
@@ -96,7 +97,8 @@ class _DualDecider(_ProbeDecider):
         return ratio(numbers[2], numbers[4]) < method.threshold
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class DBCache(FBCache):
     """Dual-block cache: the first ``front`` blocks are the probe, the last ``back`` always run and repair.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from layercache.errors import MethodError
 from layercache.forecast import taylor_forecast
 
 SYNCS = ("step", "lagged")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,37 @@ class Decider(ABC):
         return taylor_forecast(step, anchors, self.method.order)
 
 
-@dataclass(frozen=True)
+def by_name(method: type[T]) -> type[T]:
+    """A dataclass of settings that says how to name them where they are given by position.
+
+    Raises:
+        MethodError: of the class's construction, for a setting without its name.
+    """
+    make = method.__init__
+
+    @functools.wraps(make)
+    def named(self: Any, *unnamed: Any, **settings: Any) -> None:
+        if unnamed:
+            raise MethodError(_unnamed(method, unnamed[0]))
+        make(self, **settings)
+
+    method.__init__ = named  # type: ignore[method-assign]
+    return method
+
+
+def _unnamed(method: Any, value: Any) -> str:
+    own = [field for field in fields(method) if field.name in method.__annotations__]
+    names = [field.name for field in own] + [field.name for field in fields(method) if field not in own]
+    shown = value if type(value) in (int, float) else own[0].default
+    example = f"{method.__name__}({names[0]}={shown!r})"
+    return f"give the settings of {method.__name__} by name, such as {example}; there are {', '.join(names)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DynamicMethod(ABC):
     """Settings of a method that decides as it runs. Blocks ``[skip_from, L - tail)`` are reused or computed.
+
+    Settings are given by name: those of every method, here, would come before those of its own.
 
     Attributes:
         order: 0 reuses the newest residual; above, it is extended by so many finite differences (methods.md §7, §13).

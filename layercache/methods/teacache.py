@@ -12,7 +12,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, check_range, ratio
+from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
 
 # degree 4, highest power first, as published (methods.md §6)
 COEFFICIENTS = {
@@ -88,7 +88,8 @@ class _ModulatedDecider(Decider):
             self.accumulated = 0.0
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class TeaCache(DynamicMethod):
     """Reuses the residual of all blocks until the changes of the modulated input add up to ``threshold``.
 
@@ -174,7 +175,8 @@ class _SpectralDecider(_ModulatedDecider):
         )
 
 
-@dataclass(frozen=True)
+@by_name
+@dataclass(frozen=True, kw_only=True)
 class SpectralCache(TeaCache):
     """TeaCache with a threshold that is strict at both ends, a limit of skips in a row, and two channel ranges.
 
