@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layercache.arguments import expect
 from layercache.errors import CalibrationError, ScheduleError
 from layercache.fitting import Forecast, solve_ridge
 from layercache.layout import CAPTURE, GroupAction
@@ -135,9 +136,12 @@ def coach(
         ridge: relative to the mean square of each term.
 
     Raises:
+        ArgumentError: no rehearsal, or no schedule.
         ScheduleError: unknown target, or terms out of range.
         CalibrationError: a residual is not finite.
     """
+    expect("coach", rehearsal, Rehearsal)
+    expect("coach", schedule, Schedule)
     if target not in TARGETS:
         raise ScheduleError(f"unknown target {target!r}; choose {' or '.join(TARGETS)}")
     if not 1 <= terms <= 8:

@@ -7,6 +7,10 @@ class LayerCacheError(Exception):
     """Base class of the library's own errors."""
 
 
+class ArgumentError(LayerCacheError, TypeError):
+    """A function was given something of another kind, such as a profile in the place of its fingerprint."""
+
+
 class OpInputError(LayerCacheError, ValueError):
     """An argument of a public op is wrong: shape, dtype, device, layout, aliasing or value."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from layercache.arguments import expect
 from layercache.errors import CalibrationError, ScheduleError
 from layercache.forecast import Cells
 from layercache.profile import StabilityProfile
@@ -126,9 +127,12 @@ def fit_residuals(
         ridge: relative to the mean square of each term.
 
     Raises:
+        ArgumentError: no profile, or no schedule.
         CalibrationError: the profile has no inner products.
         ScheduleError: terms out of range.
     """
+    expect("fit_residuals", profile, StabilityProfile)
+    expect("fit_residuals", schedule, Schedule)
     if not 1 <= terms <= 8:
         raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from layercache.arguments import expect
 from layercache.errors import ScheduleError
 from layercache.schedule import Cell, Schedule
 
@@ -121,8 +122,10 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
         eta: damping of the secant.
 
     Raises:
+        ArgumentError: no schedule.
         ScheduleError: unknown kind.
     """
+    expect("reforecast", schedule, Schedule)
     if kind not in FORECASTS:
         raise ScheduleError(f"unknown forecast {kind!r}; choose one of {', '.join(FORECASTS)}")
     sigmas = schedule.fingerprint.sigmas

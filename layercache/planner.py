@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from layercache.arguments import expect
 from layercache.errors import BudgetError, ScheduleError
 from layercache.fitting import fit_residuals
 from layercache.forecast import FORECASTS, reforecast, secant_coefficients
@@ -78,9 +79,11 @@ def plan(
             ``layercache._core.solve``.
 
     Raises:
+        ArgumentError: neither a profile nor a front.
         BudgetError: not exactly one of budget, full_steps, speedup and min_psnr is given, it is out of range, or below
             what the protected steps, the longest run or the memory allow.
     """
+    expect("layercache.plan", profile, StabilityProfile, Front)
     _check_target(profile, {"budget": budget, "full_steps": full_steps, "speedup": speedup, "min_psnr": min_psnr})
     budget = _share_of(profile, full_steps) if full_steps is not None else budget
     if isinstance(profile, Front):

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from layercache.arguments import expect
 from layercache.coaching import coach, with_terms
-from layercache.errors import BudgetError, FileFormatError, ScheduleMismatchError
+from layercache.errors import ArgumentError, BudgetError, FileFormatError, ScheduleMismatchError
 from layercache.files import write_atomically
 from layercache.fitting import HOLD, Forecast, fit_residuals, solve_ridge
 from layercache.forecast import reforecast, secant_coefficients
@@ -83,11 +84,12 @@ def search(
         progress: show a progress bar.
 
     Raises:
+        ArgumentError: there are no profiles, or they are something else.
         BudgetError: a budget is out of range.
         ScheduleMismatchError: a profile was measured on something else.
         CalibrationError: as for `Rehearsal`.
     """
-    measured = [profiles] if isinstance(profiles, StabilityProfile) else list(profiles)
+    measured = _profiles(profiles)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
@@ -108,6 +110,15 @@ def search(
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
+
+
+def _profiles(given: Any) -> list[StabilityProfile]:
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not found:
+        raise ArgumentError("layercache.search needs a profile at least: layercache.calibrate(pipe, prompts)")
+    for profile in found:
+        expect("layercache.search(profiles=...)", profile, StabilityProfile)
+    return found
 
 
 def validated(points: Sequence[Point], pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):

@@ -114,4 +114,4 @@ def test_files_keep_the_inner_products_and_old_ones_say_so(profile, tmp_path):
     with pytest.raises(CalibrationError, match="not finite"):
         replace(profile, tables=spoiled)
     with pytest.raises(ScheduleError, match="1 to 8"):
-        fit_residuals(profile, None, 9)
+        fit_residuals(profile, layercache.Schedule.compute_all(profile.fingerprint), 9)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 
+from layercache.arguments import expect
 from layercache.forecast import taylor_forecast
 from layercache.methods.policy import check_range
 from layercache.profile import StabilityProfile
@@ -23,8 +25,10 @@ def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldo
         warmup, cooldown: steps at the beginning and end that are computed.
 
     Raises:
+        ArgumentError: no fingerprint.
         MethodError: out of range.
     """
+    expect("fixed.uniform", fingerprint, Fingerprint)
     check_range("interval", interval, 1)
     steps = fingerprint.num_steps
     _check_ends(warmup, cooldown)
@@ -38,7 +42,11 @@ def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: i
     """The steps that diffusers' TaylorSeer computes: ``i < warmup``, every ``interval``-th from there, ``i >= stop``.
 
     Source: methods.md §7.
+
+    Raises:
+        ArgumentError: no number of steps.
     """
+    expect("fixed.taylorseer_steps", num_steps, Integral)
     return [
         step
         for step in range(num_steps)
@@ -68,8 +76,10 @@ def taylorseer(
     Source: methods.md §7.
 
     Raises:
+        ArgumentError: no fingerprint.
         MethodError: out of range.
     """
+    expect("fixed.taylorseer", fingerprint, Fingerprint)
     check_range("interval", interval, 1)
     check_range("order", order, 0, 7)
     check_range("warmup", warmup, 1)
@@ -95,8 +105,10 @@ def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: in
         max_distance: longest run, at most the profile's.
 
     Raises:
+        ArgumentError: no profile.
         MethodError: out of range.
     """
+    expect("fixed.smoothcache", profile, StabilityProfile)
     check_range("alpha", alpha, 0)
     check_range("max_distance", max_distance, 1, profile.max_distance)
     errors = profile.relative_errors(text_weight=0.0)[..., 0]

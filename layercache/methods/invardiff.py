@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from layercache import ops
+from layercache.arguments import expect
 from layercache.errors import MethodError
 from layercache.integration import attach
 from layercache.layout import CAPTURE, GroupAction
 from layercache.methods.policy import check_range
-from layercache.methods.watching import generate_once
-from layercache.models import find_transformer, fingerprint_of, spec_for
+from layercache.methods.watching import generate_once, transformer_of
+from layercache.models import fingerprint_of, spec_for
 from layercache.module_schedule import ModuleSchedule
 from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of, tensors_of
 from layercache.schedule import Fingerprint
@@ -184,8 +185,9 @@ def measure(
 
     Raises:
         MethodError: no prompts, or seeds that do not match.
+        UnsupportedModelError: no pipeline.
     """
-    transformer = find_transformer(pipeline)
+    transformer = transformer_of(pipeline)
     if not prompts:
         raise MethodError("InvarDiff measures at least one full run; give a prompt")
     given = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -232,10 +234,21 @@ def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
 
 
 def first_phase(rates: Rates, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Reused steps ``[N]`` and modules ``[N, U]`` of uncorrected rates."""
+    """Reused steps ``[N]`` and modules ``[N, U]`` of uncorrected rates.
+
+    Raises:
+        ArgumentError: no rates, or no settings.
+    """
+    _check_kinds("invardiff.first_phase", [rates], settings)
     return below_quantile(rates.steps, settings.step_quantile, settings.first(len(rates.steps))), _modules(
         rates, settings, 1
     )
+
+
+def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
+    for one in rates:
+        expect(by, one, Rates)
+    expect(by, settings, Settings)
 
 
 def _modules(rates: Rates, settings: Settings, first: int) -> np.ndarray:
@@ -284,7 +297,11 @@ def plan(rates: Rates, corrected: Rates, settings: Settings) -> ModuleSchedule:
     """The final plan: steps of the first phase, modules of the corrected rates; after a reused step all are computed.
 
     Source: methods.md §3.4.
+
+    Raises:
+        ArgumentError: no rates, or no settings.
     """
+    _check_kinds("invardiff.plan", [rates, corrected], settings)
     num_steps = len(rates.steps)
     first = settings.first(num_steps)
     steps, _ = first_phase(rates, settings)
@@ -326,12 +343,15 @@ def build_schedule(
         settings: or the name of a published profile (`PROFILES`).
 
     Raises:
+        ArgumentError: no settings.
         MethodError: unknown profile, or settings that do not fit the model.
+        UnsupportedModelError: no pipeline.
     """
     if isinstance(settings, str):
         if settings not in PROFILES:
             raise MethodError(f"unknown profile {settings!r}; choose one of {', '.join(PROFILES)}")
         settings = Settings(**PROFILES[settings])
+    expect("invardiff.build_schedule", settings, Settings)
     rates = measure(pipeline, prompts, seeds, **call)
     corrected = measure(pipeline, prompts, seeds, cached=first_phase(rates, settings), **call)
     return plan(rates, corrected, settings)

@@ -22,13 +22,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache import ops
+from layercache.arguments import expect
 from layercache.errors import FileFormatError, MethodError, ScheduleMismatchError
 from layercache.files import write_atomically
 from layercache.integration import attach
 from layercache.layout import COMPUTE, GroupAction
 from layercache.methods.policy import check_range
-from layercache.methods.watching import generate_once
-from layercache.models import find_transformer, fingerprint_of, first_tensor, spec_for
+from layercache.methods.watching import generate_once, transformer_of
+from layercache.models import fingerprint_of, first_tensor, spec_for
 from layercache.module_schedule import ModuleSchedule, alternating
 from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
 from layercache.schedule import Fingerprint
@@ -268,12 +269,15 @@ def train(
         call: arguments of every call, such as ``num_inference_steps``.
 
     Raises:
+        ArgumentError: no settings.
         MethodError: no prompts, or no cache step among so few steps.
         ScheduleMismatchError: the checkpoint belongs to another training.
+        UnsupportedModelError: no pipeline.
     """
+    expect("l2c.train", settings, Settings)
     if not prompts:
         raise MethodError("a router is trained on at least one prompt")
-    transformer = find_transformer(pipeline)
+    transformer = transformer_of(pipeline)
     training = _Training(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None), settings)
     told = {"settings": asdict(settings) | {"rounds": None}, "prompts": [repr(p) for p in prompts], "call": repr(call)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -358,7 +362,12 @@ def _resume(training: _Training, path: str | os.PathLike[str] | None, digest: st
 
 
 def random_router(router: LearnedRouter, seed: int = 0) -> LearnedRouter:
-    """The same betas in another order within every cache step: as many modules cached, but not the learned ones."""
+    """The same betas in another order within every cache step: as many modules cached, but not the learned ones.
+
+    Raises:
+        ArgumentError: no learned router.
+    """
+    expect("l2c.random_router", router, LearnedRouter)
     generator = torch.Generator("cpu").manual_seed(seed)
     rows = [row[torch.randperm(len(row), generator=generator)] for row in router.theta]
     return replace(router, theta=torch.stack(rows), losses=[])

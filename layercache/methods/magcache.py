@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from layercache.arguments import expect
 from layercache.errors import MethodError
 from layercache.methods.policy import check_range
 from layercache.schedule import Cell, Fingerprint, Schedule
@@ -49,8 +50,10 @@ def build_schedule(
         retention: share of the steps at the beginning that is computed.
 
     Raises:
+        ArgumentError: no fingerprint.
         MethodError: a setting is out of range, or no ratios are known for this model.
     """
+    expect("magcache.build_schedule", fingerprint, Fingerprint)
     check_range("threshold", threshold, 0)
     check_range("max_consecutive", max_consecutive, 1)
     check_range("retention", retention, 0, 1)
@@ -78,7 +81,7 @@ def _by_branch(fingerprint: Fingerprint, ratios: Ratios) -> dict[str, list[float
             wanted = fingerprint.model_class if ratios == "auto" else ratios
             raise MethodError(
                 f"no MagCache ratios are published for {wanted}: measure them with "
-                " layercache.methods.watching.magnitude_ratios(pipe, prompt)"
+                "layercache.methods.watching.magnitude_ratios(pipe, prompt)"
             )
         ratios = RATIOS[name]
     branches = fingerprint.branches or ("all",)

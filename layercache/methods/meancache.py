@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
-from layercache.errors import BudgetError, ScheduleError
+from layercache.arguments import expect, expect_table
+from layercache.errors import ArgumentError, BudgetError, ScheduleError
 from layercache.schedule import Fingerprint, Schedule, Velocity
 
 FORMS = ("recursive", "one-shot")
@@ -62,8 +64,10 @@ def build_schedule(
     Source: methods.md §2.3 and §2.5.
 
     Raises:
+        ArgumentError: no fingerprint.
         ScheduleError: unknown form, or steps and spans that do not match.
     """
+    expect("meancache.build_schedule", fingerprint, Fingerprint)
     if form not in FORMS:
         raise ScheduleError(f"unknown form {form!r} of MeanCache; choose {' or '.join(FORMS)}")
     steps, ends = list(computed), [*computed, fingerprint.num_steps]
@@ -93,8 +97,10 @@ def preset(fingerprint: Fingerprint, name: str, evaluations: int) -> Schedule:
     """A released schedule (`PRESETS`), in the recursive form it was made for. Source: methods.md §2.6.
 
     Raises:
+        ArgumentError: no fingerprint.
         ScheduleError: unknown name or number of evaluations, or a run of other than 50 steps.
     """
+    expect("meancache.preset", fingerprint, Fingerprint)
     known = PRESETS.get(name, {})
     if evaluations not in known:
         choices = "; ".join(f"{model}: {', '.join(map(str, budgets))}" for model, budgets in PRESETS.items())
@@ -127,10 +133,13 @@ def lexicographic_steps(errors: np.ndarray, budget: int) -> list[int]:
     Source: methods.md §2.4.
 
     Raises:
+        ArgumentError: no such table.
         BudgetError: no path has so few evaluations.
     """
     from layercache import _core
 
+    source = "stability_deviation(velocities, sigmas, spans=(1,))[..., 0] is one"
+    errors = expect_table("meancache.lexicographic_steps", errors, ("N", "max_length + 1"), source)
     path = _core.shortest_path(np.ascontiguousarray(errors[..., None]), budget, mode="lexicographic")
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {errors.shape[1] - 1} steps")
@@ -191,8 +200,12 @@ def stability_deviation(
     Args:
         velocities: per sample, of every step.
         sigmas: N + 1 noise levels.
+
+    Raises:
+        ArgumentError: no such velocities.
     """
     num_steps = len(sigmas) - 1
+    _check_velocities(velocities, num_steps)
     table = np.full((num_steps, max_length + 1, len(spans)), np.inf)
     table[:, 1] = 0.0
     for start in range(num_steps):
@@ -202,6 +215,16 @@ def stability_deviation(
                     errors = [_deviation(v, sigmas, start, start + length, span) for v in velocities]
                     table[start, length, k] = np.mean(errors)
     return table
+
+
+def _check_velocities(velocities: Any, num_steps: int) -> None:
+    samples = list(velocities) if isinstance(velocities, Sequence) else []
+    whole = [isinstance(steps, Sequence) and len(steps) == num_steps for steps in samples]
+    if not all(whole) or not samples or not all(isinstance(v, torch.Tensor) for steps in samples for v in steps):
+        raise ArgumentError(
+            f"meancache.stability_deviation expects {num_steps} velocities per sample, one for every step, got "
+            f"{type(velocities).__name__}; a rehearsal has them: [trace.taken for trace in rehearsal.full]"
+        )
 
 
 def _deviation(v: Sequence[torch.Tensor], sigmas: Sequence[float], start: int, end: int, span: int) -> float:
@@ -225,10 +248,14 @@ def plan_steps(
     Source: methods.md §2.4.
 
     Raises:
+        ArgumentError: no such table.
         BudgetError: no path has so few evaluations.
     """
     from layercache import _core
 
+    dims = ("N", "max_length + 1", "spans")
+    source = "stability_deviation(velocities, sigmas) makes one"
+    deviation = expect_table("meancache.plan_steps", deviation, dims, source)
     path = _core.shortest_path(deviation, budget, gamma=gamma)
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {deviation.shape[1] - 1} steps")

@@ -228,6 +228,7 @@ def fit(pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = Non
 
     Raises:
         MethodError: too few steps for the degree, or the model does not show its modulation.
+        UnsupportedModelError: no pipeline.
     """
     from layercache.methods.watching import input_output_changes
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from layercache import ops
 from layercache.calibration import arguments_of
-from layercache.errors import MethodError
+from layercache.errors import MethodError, UnsupportedModelError
 from layercache.integration import attach
 from layercache.layout import CAPTURE, GroupAction
 from layercache.model_spec import ModelSpec, named_arguments
@@ -102,6 +103,20 @@ def _run(pipeline: Any, router: WholeRouter, prompts: Sequence[Any], seeds: Sequ
         attachment.detach()
 
 
+def transformer_of(pipeline: Any) -> nn.Module:
+    """The transformer of a pipeline that is about to be called for whole generations.
+
+    Raises:
+        UnsupportedModelError: there is none, or the bare transformer was given.
+    """
+    transformer = find_transformer(pipeline)
+    if isinstance(pipeline, nn.Module):
+        raise UnsupportedModelError(
+            f"whole generations are run here: give the pipeline, not its bare {type(transformer).__name__}"
+        )
+    return transformer
+
+
 def generate_once(pipeline: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
     """One call of the pipeline; a list of prompts is a batch that shares one generator."""
     return pipeline(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
@@ -111,7 +126,7 @@ def input_output_changes(
     pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
 ) -> np.ndarray:
     """Relative L1 changes from step to step, ``[n, 2]``: of the modulated input, and of the last block's output."""
-    transformer = find_transformer(pipeline)
+    transformer = transformer_of(pipeline)
     spec = spec_for(transformer)
     if spec.modulation is None:
         raise MethodError(f"the description of {spec.model_class} does not say how to get its modulated input")
@@ -123,7 +138,7 @@ def input_output_changes(
 
 def magnitude_ratios(pipeline: Any, prompt: Any, seed: int = 0, **call: Any) -> dict[str, tuple[float, ...]]:
     """MagCache's ratios of one full run, per branch and step; 1 at step 0. Source: methods.md §8."""
-    transformer = find_transformer(pipeline)
+    transformer = transformer_of(pipeline)
     router = _Magnitudes(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None))
     _run(pipeline, router, [prompt], [seed], call)
     return {branch: tuple(1.0 if t is None else float(t[0, 0]) for t in row) for branch, row in router.ratios.items()}
