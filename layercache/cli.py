@@ -474,7 +474,7 @@ def _plan_front(
 ) -> None:
     import layercache
     from layercache import plots
-    from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
+    from layercache.front_report import front_table, order_sentence, rows_of, save_front_page, save_front_plot
 
     plots.check_installed()
     profile = layercache.StabilityProfile.load(path)
@@ -507,7 +507,8 @@ def _plan_front(
     front.save(output)
     save_front_plot(output.with_suffix(".png"), rows, title)
     page = save_front_page(output.with_suffix(".html"), rows, title)
-    printer.say(front_table(rows, title), *front.notes, f"front: {output}", f"page: {page}")
+    told = [order_sentence(rows)] if len(rows) > 1 else []
+    printer.say(front_table(rows, title), *told, *front.notes, f"front: {output}", f"page: {page}")
     printer.say(f"next: layercache plan {output} --budget {front.points[0].used:.2f}", style="dim")
     printer.figures({"kind": "front", "runs": front.tried, "points": [row.to_json() for row in rows]})
 
@@ -891,13 +892,11 @@ def _explain(content: Content) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
 
 
 def _explain_front(front: Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
-    from layercache.front_report import front_table, rows_of
+    from layercache.front_report import front_table, order_sentence, rows_of
 
     rows = rows_of(front)
     figures = {"kind": "front", "notes": list(front.notes), "points": [row.to_json() for row in rows]}
-    legend = (
-        "Every schedule is better than all that use less; 'layercache plan' takes one out by --budget and the like."
-    )
+    legend = f"{order_sentence(rows)} 'layercache plan' takes one out by --budget and the like.".lstrip()
     return (front_table(rows), *front.notes), legend, figures
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -99,6 +100,36 @@ def front_table(rows: Sequence[FrontRow], title: str = "") -> Table:
             row.origin,
         )
     return table
+
+
+def order_sentence(rows: Sequence[FrontRow]) -> str:
+    """Whether more compute gives a higher mean PSNR throughout, in the figures of `front_table`; why not, if not.
+
+    A front is ordered by what its schedules gave on the calibration pictures, mean and 10 % quantile together; neither
+    the mean alone nor other pictures need to follow.
+    """
+    if len(rows) < 2:
+        return ""
+    best, behind = -math.inf, list[FrontRow]()
+    for row in sorted(rows, key=lambda row: row.used):
+        shown = round(row.judged.mean, 2)
+        if not shown > best:
+            behind.append(row)
+        best = max(best, shown)
+    if not behind:
+        return "Every schedule has a higher mean PSNR than all that use less."
+    verb = "has" if len(behind) == 1 else "have"
+    told = f"{len(behind)} of {len(rows)} schedules {verb} no higher mean PSNR than one that uses less"
+    return f"{told}: {_why_behind(behind)}."
+
+
+def _why_behind(rows: Sequence[FrontRow]) -> str:
+    fitted, judged = max(len(row.psnr) for row in rows), max(len(row.held_out) for row in rows)
+    if not judged:
+        subject = "it was chosen for its" if len(rows) == 1 else "they were chosen for their"
+        return f"{subject} worst pictures too, the 10 % quantile"
+    held_out = "1 held-out picture is" if judged == 1 else f"{judged} held-out pictures are"
+    return f"they were chosen on {fitted} other pictures, and {held_out} few to tell neighbours apart"
 
 
 def save_front_plot(path: str | os.PathLike[str], rows: Sequence[FrontRow], title: str = "") -> Path:

@@ -18,6 +18,7 @@ import tiny
 from layercache import cli, doctor
 from layercache.demo import pipeline, run
 from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.front_report import order_sentence, rows_of
 from layercache.schedule import Schedule
 
 COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
@@ -444,6 +445,7 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     result, front = plan_front(tmp_path, "--json", tmp_path / "figures.json")
     assert result.exit_code == 0, result.output
     assert "PSNR in dB of 2 held-out pictures" in result.stdout
+    result_of_search = result.stdout
     points = json.loads((tmp_path / "figures.json").read_text())["points"]
     loaded = layercache.Front.load(front)
     assert [p["used"] for p in points] == [p.used for p in reversed(loaded.points)]
@@ -458,7 +460,9 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     shown = invoke("show", schedule, "--plot", tmp_path / "s.png").stdout
     assert "skipped whole" in shown
     assert "skip" in shown
-    assert "PSNR" in invoke("show", front, "--plot", tmp_path / "f.png").stdout
+    shown = " ".join(invoke("show", front, "--plot", tmp_path / "f.png").stdout.split())
+    assert f"{order_sentence(rows_of(loaded))} 'layercache plan' takes one out by --budget" in shown
+    assert order_sentence(rows_of(loaded)) in " ".join(result_of_search.split())
     assert (tmp_path / "f.png").exists()
     result = invoke("generate", "-p", "cat", "--schedule", schedule, "-o", tmp_path / "cat.png")
     assert result.exit_code == 0, result.output

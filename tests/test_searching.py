@@ -13,7 +13,7 @@ from layercache.errors import BudgetError, CacheStateError, CalibrationError, Fi
 from layercache.fitting import HOLD, Forecast
 from layercache.forecast import reforecast
 from layercache.front import Front, Point, quality
-from layercache.front_report import front_table, rows_of, save_front_page, save_front_plot
+from layercache.front_report import FrontRow, front_table, order_sentence, rows_of, save_front_page, save_front_plot
 from layercache.integration import attachment_of
 from layercache.planner import weighted_errors
 from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
@@ -336,6 +336,37 @@ def test_table_plot_and_page(front, tmp_path):
     assert "&lt;budget&gt;" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert 'src="data:image/png;base64,' in page
+
+
+def row(used, psnr, held_out=()):
+    return FrontRow("layercache", used, used, "by hand", psnr, held_out)
+
+
+def test_what_is_said_of_the_order_holds_in_the_figures():
+    rising = [row(0.75, (50.0, 52.0)), row(0.5, (45.0, 47.0)), row(0.25, (30.0, 31.0))]
+    assert order_sentence(rising) == "Every schedule has a higher mean PSNR than all that use less."
+    judged = [row(0.75, (50.0, 52.0), (41.0,)), row(0.5, (45.0, 47.0), (42.0,)), row(0.25, (30.0, 31.0), (30.0,))]
+    assert order_sentence(judged) == (
+        "1 of 3 schedules has no higher mean PSNR than one that uses less: they were chosen on 2 other pictures, and 1 "
+        "held-out picture is few to tell neighbours apart."
+    )
+    upside_down = [row(used, (50.0,) * 16, (50.0 - used,) * 12) for used in (0.75, 0.5, 0.25)]
+    assert order_sentence(upside_down) == (
+        "2 of 3 schedules have no higher mean PSNR than one that uses less: they were chosen on 16 other pictures, and "
+        "12 held-out pictures are few to tell neighbours apart."
+    )
+    # a front weighs the 10 % quantile too
+    steadier = [row(0.75, (40.0, 44.0)), row(0.5, (20.0, 65.0))]
+    assert order_sentence(steadier) == (
+        "1 of 2 schedules has no higher mean PSNR than one that uses less: it was chosen for its worst pictures too, "
+        "the 10 % quantile."
+    )
+
+
+def test_nothing_is_said_of_an_order_where_there_is_none():
+    assert order_sentence([]) == order_sentence([row(0.5, (40.0,))]) == ""
+    alike = [row(0.75, (40.004,)), row(0.5, (40.001,))]  # the same figure in the table
+    assert order_sentence(alike).startswith("1 of 2 schedules has no higher")
 
 
 def test_psnr_by_hand():
