@@ -348,7 +348,16 @@ class _Performance:
 
 
 def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float = 1.0) -> Schedule:
-    """A schedule that computes these steps whole and skips the others, holding the newest velocity."""
+    """A schedule that computes these steps whole and skips the others, holding the newest velocity.
+
+    Args:
+        fingerprint: of the model and run.
+        computed: steps, ascending, step 0 first.
+        seconds: of computing all blocks once, as calibration measured them; 1 where nobody did.
+
+    Raises:
+        ScheduleError: step 0 is not computed.
+    """
     if not computed or computed[0] != 0:
         raise ScheduleError("step 0 must be computed")
     run: tuple[Cell, ...] = (None,)

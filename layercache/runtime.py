@@ -16,7 +16,7 @@ from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.layout import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
 from layercache.model_spec import ModelSpec
 from layercache.routing import Router, Trip
-from layercache.schedule import Cell, Schedule
+from layercache.schedule import Cell, Schedule, time_share
 from layercache.serving import Requests
 from layercache.slots import Buffer, Storage, check_alike, describe
 from layercache.steps import Signature, StepCounter
@@ -479,19 +479,18 @@ class ScheduleRouter(Router):
 
         ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
         ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
-        without, such as those of whole steps), ``fallback_rows``, ``bytes``,
-        ``requests`` (known now), ``evictions``.
+        without, such as those that follow from step numbers alone), ``fallback_rows``, ``bytes``, ``requests`` (known
+        now), ``evictions``.
         """
         return self.requests.metrics()
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled, requests apart (see `metrics`)."""
-        seconds = self.schedule.group_seconds
-        computed = sum(n * s for n, s in zip(self.computed, seconds, strict=True))
-        cached = sum(n * s for n, s in zip(self.cached, seconds, strict=True))
+        computed, seconds = self.computed, self.schedule.group_seconds
+        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
         return CacheReport(
-            used=computed / (computed + cached) if self._runs else 1.0,
-            computed_cells=sum(self.computed),
+            used=time_share(seconds, computed, forwards) if self._runs else 1.0,
+            computed_cells=sum(computed),
             cached_cells=sum(self.cached),
             generations=max(self._generations.values(), default=0),
             forwards=sum(self._runs.values()),

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ class Schedule:
         fingerprint: what it is valid for.
         groups: block ranges ``[lo, hi)`` that tile ``0..num_blocks``, counted over all block lists.
         cells: ``cells[step][group]``, see `Cell`.
-        group_seconds: measured seconds of computing each group once; weights of `used`.
+        group_seconds: measured seconds of computing each group once, weights of `used`; where nobody measured them, 1
+            or numbers of blocks (`is_timed`).
         branch_cells: cells of branches that do not follow ``cells``, by the branch's name. A step is skipped as a
             whole in all branches or in none.
         velocities: per step what the sampler gets, or ``None`` for the model's own output; empty: none is changed.
@@ -219,8 +221,9 @@ class Schedule:
 
     @property
     def is_timed(self) -> bool:
-        """Whether the groups' seconds were measured; where they were not, all of them are 1."""
-        return any(seconds != 1.0 for seconds in self.group_seconds)
+        """Whether the groups' seconds were measured; where they were not, they are 1 or numbers of blocks."""
+        blocks = tuple(float(hi - lo) for lo, hi in self.groups)
+        return self.group_seconds not in ((1.0,) * len(blocks), blocks)
 
     @property
     def num_steps(self) -> int:
@@ -230,14 +233,9 @@ class Schedule:
     def used(self) -> float:
         """Share of the block time that is computed, by the measured seconds of the groups."""
         branches = self.fingerprint.branches or ("",)
-        computed = sum(
-            seconds
-            for branch in branches
-            for row in self.cells_of(branch)
-            for cell, seconds in zip(row, self.group_seconds, strict=True)
-            if cell is None
-        )
-        return computed / (len(branches) * self.num_steps * sum(self.group_seconds))
+        rows = [row for branch in branches for row in self.cells_of(branch)]
+        computed = [sum(cell is None for cell in column) for column in zip(*rows, strict=True)]
+        return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the schedule as JSON, one line per step; the file appears whole or not at all."""
@@ -296,6 +294,15 @@ class Schedule:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+
+
+def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:
+    """``sum(seconds * counts) / sum(seconds * totals)`` without rounding on the way.
+
+    Half the steps of every group are half the time then, whatever the seconds, and no budget is missed by a digit.
+    """
+    spent, due = (sum(Fraction(float(s)) * n for s, n in zip(seconds, own, strict=True)) for own in (counts, totals))
+    return float(Fraction(spent) / Fraction(due))
 
 
 def _is_skip(row: Sequence[Cell]) -> bool:

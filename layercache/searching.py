@@ -209,6 +209,7 @@ class _Search:
         self.deadline = math.inf
         self.per_branch = False
         self.weights: np.ndarray | None = None
+        self.seconds = sum(profiles[0].group_seconds)
         self.points: list[Point] = []
         self.notes: list[str] = []
         self.errors = velocity_errors(rehearsal)
@@ -275,7 +276,7 @@ class _Search:
         return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
 
     def _portfolio(self, budget: float, count: int) -> Iterator[tuple[str, Schedule]]:
-        fingerprint, steps = self.rehearsal.fingerprint, self.rehearsal.num_steps
+        steps = self.rehearsal.num_steps
         seen: set[tuple[int, ...]] = set()
         lists = []
         for gamma in (1.0, 2.0):
@@ -291,7 +292,7 @@ class _Search:
         for origin, computed in lists:
             if computed and tuple(computed) not in seen:
                 seen.add(tuple(computed))
-                yield origin, skipping(fingerprint, computed)
+                yield origin, self._skipping(computed)
         for profile in self.profiles:
             if len(profile.groups) < 2:
                 continue
@@ -302,6 +303,9 @@ class _Search:
                     except BudgetError:
                         continue
                     yield f"{len(profile.groups)} groups, {forecast}" + (", branches apart" if apart else ""), schedule
+
+    def _skipping(self, computed: Sequence[int]) -> Schedule:
+        return skipping(self.rehearsal.fingerprint, computed, self.seconds)
 
     def _solved(self, count: int, errors: np.ndarray) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
@@ -361,7 +365,7 @@ class _Search:
         need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
         pairs = [(out, into) for out in computed[1:] for into in skipped]
         for out, into in self._mixed(pairs, lambda pair: _gain(need, *pair)):
-            yield skipping(self.rehearsal.fingerprint, sorted({*computed, into} - {out}))
+            yield self._skipping(sorted({*computed, into} - {out}))
 
     def _cell_exchanges(self, skeleton: Schedule) -> Iterator[Schedule]:
         profile = next((p for p in self.profiles if p.groups == skeleton.groups), None)

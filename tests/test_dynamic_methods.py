@@ -347,6 +347,7 @@ def test_an_exported_schedule_gives_the_same_bits(pipe, full, method):
     schedule = cache.export_schedule()
     kinds = {computed for row in cache.decisions.values() for computed in row}
     assert kinds == {True, False}
+    assert not schedule.is_timed  # its weights are numbers of blocks
     loaded = layercache.Schedule.from_json(schedule.to_json())
     with layercache.enabled(pipe, loaded):
         assert torch.equal(generate(pipe, steps=STEPS), first)

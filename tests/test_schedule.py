@@ -3,12 +3,14 @@ import errno
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
 from layercache.forecast import secant_coefficients
+from layercache.methods.fixed import taylorseer
 from layercache.schedule import Fingerprint, Schedule
 
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
@@ -34,6 +36,24 @@ def schedule(cells=None) -> Schedule:
 def test_used_is_weighted_by_group_seconds():
     # computed seconds: 4 + 4 + 3 + 1 of 16
     assert schedule().used == pytest.approx(12 / 16)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.0123, 1 / 3, 7e-4])
+def test_as_many_steps_of_every_group_are_that_share_whatever_the_seconds(seconds):
+    prints = fingerprint(sigmas=tuple(np.linspace(1, 0, 51)))
+    for computed in range(1, 51):
+        rows = ((None,),) * computed + (({0: 1.0},),) * (50 - computed)
+        assert Schedule(prints, ((0, 4),), rows, (seconds,)).used == computed / 50
+        apart = tuple(row * 3 for row in rows)
+        assert Schedule(prints, ((0, 1), (1, 2), (2, 4)), apart, (seconds, 0.3, 0.1)).used == computed / 50
+
+
+def test_numbers_of_blocks_are_no_measured_seconds():
+    assert schedule().group_seconds == (1.0, 3.0) and not schedule().is_timed
+    assert not Schedule.compute_all(fingerprint()).is_timed
+    assert dataclasses.replace(schedule(), group_seconds=(0.1, 0.3)).is_timed
+    assert not dataclasses.replace(schedule(), group_seconds=(1.0, 1.0)).is_timed
+    assert not taylorseer(fingerprint(), 2, groups=[(0, 1), (1, 4)]).is_timed
 
 
 def test_file_round_trip(tmp_path):

@@ -221,6 +221,40 @@ def test_the_front_keeps_what_it_promises(pipe, rehearsal, front):
         assert len(point.held_out) == 1
 
 
+@pytest.fixture(scope="module")
+def whole(pipe, profile):
+    """A front whose groups had no memory to store anything in."""
+    velocities = 8 * 2 * 3 * 32 * 32 * 4
+    front = run_search(pipe, profile, max_cache_bytes=velocities)
+    assert front.points and all(len(p.schedule.groups) == 1 for p in front.points)
+    return front
+
+
+def test_schedules_of_whole_steps_carry_the_measured_seconds(pipe, profile, whole):
+    blocks = sum(profile.group_seconds)
+    for schedule in (point.schedule for point in whole.points):
+        assert schedule.group_seconds == (blocks,) and schedule.is_timed
+        skipped = sum(schedule.is_skipped(step) for step in range(STEPS))
+        assert schedule.used == (STEPS - skipped) / STEPS
+        with layercache.enabled(pipe, schedule) as cache:
+            pipe("cat", generator=generators(1)[0], output_type="latent", **CALL)
+            assert cache.report().used == schedule.used
+            assert cache.metrics()["seconds_saved"] == pytest.approx(skipped * blocks)
+
+
+def test_old_fronts_without_measured_seconds_stay_as_they_are(pipe, whole, tmp_path):
+    path = whole.save(tmp_path / "front.json")
+    data = json.loads(path.read_text())
+    for point in data["points"]:
+        point["schedule"]["group_seconds"] = [1.0]
+    path.write_text(json.dumps(data))
+    old, new = Front.load(path).points[0].schedule, whole.points[0].schedule
+    assert not old.is_timed and (old.cells, old.velocities, old.used) == (new.cells, new.velocities, new.used)
+    with layercache.enabled(pipe, old) as cache:
+        pipe("cat", generator=generators(1)[0], output_type="latent", **CALL)
+        assert cache.report().used == new.used and cache.metrics()["seconds_saved"] == 0.0
+
+
 def test_budgets_speedups_and_qualities_are_chosen(front):
     assert layercache.plan(front, 0.5).used <= 0.5
     assert layercache.plan(front, 0.75).used <= 0.75
