@@ -17,13 +17,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache import ops
-from layercache.compat import progress_bar_settings
-from layercache.errors import CalibrationError
+from layercache.compat import has_foreign_cache, progress_bar_settings, unwrap_compiled
+from layercache.errors import CacheStateError, CalibrationError
 from layercache.forecast import secant_coefficients
-from layercache.integration import attach
+from layercache.integration import attach, attachment_of
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.model_spec import ModelSpec
-from layercache.models import find_transformer, fingerprint_of, first_tensor, spec_for
+from layercache.models import experts_of, find_transformer, fingerprint_of, first_tensor, spec_for
 from layercache.partition import Partition, cut, cut_by_curves
 from layercache.profile import StabilityProfile, readable
 from layercache.routing import Router, Trip
@@ -54,6 +54,7 @@ def calibrate(
     max_span: int = 9,
     eta: float = 1.0,
     sensitivity: str | None = None,
+    transformer: str = "transformer",
     progress: bool = True,
     **call: Any,
 ) -> StabilityProfile:
@@ -79,30 +80,42 @@ def calibrate(
         sensitivity: also measure what a group's error does to the velocity, by changing its residual and running the
             groups behind it, about one more full run per sample: ``"substitution"`` puts the residual of the step
             before in its place, ``"random"`` adds noise of a hundredth of its size (methods.md §1.5, options A, B).
+        transformer: of a pipeline with several, the component to measure (Wan 2.2: ``"transformer_2"`` runs the later
+            steps). The profile says at which steps it runs; the others run undisturbed.
         progress: show a progress bar.
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
     Raises:
         CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
-        UnsupportedModelError, CacheStateError: as for `layercache.enable`.
+        UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
+        CacheStateError: a cache is enabled on a transformer of the pipeline.
     """
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
     if sensitivity not in (None, *SENSITIVITIES):
         raise CalibrationError(f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}")
-    transformer = find_transformer(target)
-    spec = spec_for(transformer)
+    model = find_transformer(target, transformer)
+    spec = spec_for(model)
+    _check_uncached(target, transformer)
     todo = _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
-    lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
+    lengths = [len(blocks) for blocks in spec.block_modules(model)]
     scheduler = getattr(target, "scheduler", None)
     if partition == "measured":
         blocks = [(k, k + 1) for k in range(sum(lengths))]
-        observer = Observer(transformer, spec, blocks, sigmas, scheduler, 1, 0, eta)
-        curves = _observe(target, observer, todo, progress, "measuring blocks").stability()[1:]
-        partition = cut_by_curves(curves, num_groups)
+        observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta)
+        curves = _observe(target, observer, todo, progress, "measuring blocks").stability()
+        partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
     groups = cut(partition, lengths)
-    observer = Observer(transformer, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity)
+    observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity)
     return _observe(target, observer, todo, progress, "calibrating")
+
+
+def _check_uncached(target: Any, name: str) -> None:
+    """What the other transformers of a pipeline give must be that of full runs too."""
+    for other, module in experts_of(target).items():
+        inner = unwrap_compiled(module)
+        if other != name and (attachment_of(inner) is not None or has_foreign_cache(inner)):
+            raise CacheStateError(f"a cache is enabled on {other}; disable it first, calibration needs full runs")
 
 
 def _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
@@ -335,10 +348,7 @@ class Observer(Router):
 
     def end_sample(self, name: str) -> dict[str, Any]:
         """Fetches a finished sample's statistics from the device."""
-        num_steps = max(0, len(self.sigmas) - 1)
-        if max((b.steps for b in self._branches.values()), default=0) != num_steps or not num_steps:
-            counts = {branch: b.steps for branch, b in self._branches.items()}
-            raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")
+        num_steps = self._check_complete(name)
         seconds = self.clock.totals()
         shape = (len(self._branches), num_steps, len(self.groups))
         wide = (*shape, self.max_distance + 1, self.max_span + 1)
@@ -352,6 +362,7 @@ class Observer(Router):
         reuse = [[b.reuse.get(g, 0.0) for g in range(len(self.groups))] for b in self._branches.values()]
         found = {
             "branches": tuple(self._branches),
+            "steps": sorted({step for seen in self._branches.values() for step in seen.sets}),
             "tables": tables,
             "seconds": seconds,
             "reuse": reuse,
@@ -362,6 +373,16 @@ class Observer(Router):
         }
         self._branches = {}
         return found
+
+    def _check_complete(self, name: str) -> int:
+        """The number of steps of a run that went to its end, whoever ran the last of them."""
+        if not self._branches:
+            raise CalibrationError(f"sample '{name}' is incomplete: the transformer to calibrate was never called")
+        num_steps = len(self.sigmas) - 1
+        counts = {branch: seen.steps for branch, seen in self._branches.items()}
+        if num_steps not in (*counts.values(), self.steps.taken):
+            raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")
+        return num_steps
 
     def _grams(self, seen: _Branch) -> np.ndarray:
         """Inner products of the residuals of a step and those before it, ``[N, G, W, W]``; 0 where there is none."""
@@ -427,11 +448,10 @@ class Observer(Router):
             responses = np.stack([result["responses"] for result in results])
             tables["velocity_response"], tables["substitute_error"] = responses[:, :, 0], responses[:, :, 1]
         groups = range(len(self.groups))
-        steps = range(len(self.sigmas) - 1)
-        every = [(result["seconds"], step) for result in results for step in steps]
+        every = [(result["seconds"], step) for result in results for step in result["steps"]]
         reuse = np.median(np.array([result["reuse"] for result in results]).sum(axis=1), axis=0)
         return StabilityProfile(
-            fingerprint=fingerprint_of(self.transformer, self.sigmas, branches),
+            fingerprint=fingerprint_of(self.transformer, self.sigmas, branches, sorted({step for _, step in every})),
             groups=self.groups,
             group_seconds=tuple(median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups),
             reuse_seconds=tuple(float(seconds) for seconds in reuse),

@@ -25,12 +25,13 @@ from layercache.compat import (
     is_compiled,
     is_hooked,
     scheduler_step,
+    unwrap_compiled,
 )
 from layercache.dynamic import DynamicRouter
 from layercache.errors import CacheStateError, ForeignCacheError, MethodError
 from layercache.methods.easycache import EasyCache
 from layercache.methods.policy import DynamicMethod
-from layercache.models import config_hash, count_blocks, find_transformer, spec_for
+from layercache.models import config_hash, count_blocks, experts_of, find_transformer, spec_for
 from layercache.module_schedule import ModuleSchedule
 from layercache.modules import ModuleScheduleRouter
 from layercache.routing import RoutedModuleList, Router
@@ -119,6 +120,10 @@ class Attachment:
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
+        experts = experts_of(target).items()
+        self._name = next(
+            (name for name, module in experts if unwrap_compiled(module) is self.transformer), "transformer"
+        )
         self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
@@ -299,7 +304,7 @@ class Attachment:
             router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
         router.adds = spec.adds is None or _gives(arguments, spec.adds)
         dry_run = None
-        if is_compiled(self._target if self.pipeline is None else self.pipeline.transformer):
+        if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
         router.begin(*self.thread.now, arguments, dry_run)
 

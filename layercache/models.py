@@ -325,18 +325,35 @@ def spec_for(transformer: nn.Module) -> ModelSpec:
     )
 
 
-def find_transformer(target: Any) -> nn.Module:
+EXPERTS = ("transformer", "transformer_2")
+"""Components of a pipeline that share its steps; most have the first alone."""
+
+
+def find_transformer(target: Any, name: str = "transformer") -> nn.Module:
     """The transformer of a pipeline, or ``target`` itself when it is one; compiled wrappers are opened.
+
+    Args:
+        target: a pipeline, or a transformer.
+        name: the component to take, where a pipeline has several transformers.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    module = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    if not isinstance(module, nn.Module):
-        raise UnsupportedModelError(
-            f"expected a diffusers pipeline with a transformer, or a transformer, got {type(target).__name__}"
-        )
-    return unwrap_compiled(module)
+    module = target if isinstance(target, nn.Module) else getattr(target, name, None)
+    if isinstance(module, nn.Module):
+        return unwrap_compiled(module)
+    known = experts_of(target)
+    if known:
+        raise UnsupportedModelError(f"the pipeline has no {name!r}; its transformers are {', '.join(known)}")
+    raise UnsupportedModelError(
+        f"expected a diffusers pipeline with a transformer, or a transformer, got {type(target).__name__}"
+    )
+
+
+def experts_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by the names of their components, as the pipeline calls them."""
+    found = {name: getattr(pipeline, name, None) for name in EXPERTS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def text_leaves_of(model_class: str) -> bool:
@@ -360,8 +377,14 @@ def count_blocks(transformer: nn.Module) -> int:
     return sum(len(blocks) for blocks in spec_for(transformer).block_modules(transformer))
 
 
-def fingerprint_of(transformer: nn.Module, sigmas: Sequence[float], branches: Sequence[str]) -> Fingerprint:
-    """What a schedule for this transformer, these noise levels and guidance branches is valid for."""
+def fingerprint_of(
+    transformer: nn.Module, sigmas: Sequence[float], branches: Sequence[str], steps: Sequence[int] = ()
+) -> Fingerprint:
+    """What a schedule for this transformer, these noise levels and guidance branches is valid for.
+
+    ``steps`` are those at which the transformer runs; none given stands for all.
+    """
+    whole = len(steps) == len(sigmas) - 1
     return Fingerprint(
         model_class=type(transformer).__name__,
         config_hash=config_hash(transformer),
@@ -369,4 +392,5 @@ def fingerprint_of(transformer: nn.Module, sigmas: Sequence[float], branches: Se
         sigmas=tuple(sigmas),
         branches=tuple(branches),
         package_version=__version__,
+        steps_run=() if whole else tuple(steps),
     )

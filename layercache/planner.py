@@ -13,8 +13,8 @@ from layercache.errors import BudgetError, ScheduleError
 from layercache.fitting import fit_residuals
 from layercache.forecast import FORECASTS, reforecast, secant_coefficients
 from layercache.front import Front, check_one_target
-from layercache.profile import StabilityProfile
-from layercache.schedule import Cell, Schedule
+from layercache.profile import StabilityProfile, readable
+from layercache.schedule import Cell, Fingerprint, Schedule
 
 SPANS = (1, 2, 3, 4, 5, 6)
 
@@ -47,14 +47,14 @@ def plan(
     From a `layercache.Front` the best of what `layercache.search` found is taken, and only ``budget``, ``speedup``
     and ``min_psnr`` count. From a profile it is planned: the error of caching group g at step i, m steps
     after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; its sum is kept
-    low.
+    low. Budgets refer to the steps at which the transformer runs (`Fingerprint.steps`); at others nothing is planned.
     Source: methods.md §1.5 (option D), §1.6, §1.7.
 
     Args:
         profile: from `layercache.calibrate`, or a front from `layercache.search`.
         budget: largest share of the block time that is computed, in (0, 1].
         speedup: instead of a budget, the speedup of the whole denoising loop to reach, by the measured seconds.
-        full_steps: instead of a budget, in equivalent full steps: ``budget * N``.
+        full_steps: instead of a budget, in equivalent full steps: ``budget * N``, of the steps that are run.
         min_psnr: with a front only: the least compute that reaches this mean PSNR on its calibration pictures.
         max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated;
             fewer anchors are kept until that holds. A front keeps it by its search.
@@ -137,14 +137,16 @@ def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     if isinstance(profile, Front) and not profile.points:
         raise BudgetError("the front is empty; search for schedules first (layercache.search)")
     fingerprint = profile.points[0].schedule.fingerprint if isinstance(profile, Front) else profile.fingerprint
-    if not 0 < full_steps <= fingerprint.num_steps:
-        raise BudgetError(f"full_steps must be above 0 and at most {fingerprint.num_steps}, got {full_steps}")
-    return full_steps / fingerprint.num_steps
+    most = len(fingerprint.steps)
+    if not 0 < full_steps <= most:
+        raise BudgetError(f"full_steps must be above 0 and at most {most}, got {full_steps}")
+    return full_steps / most
 
 
 def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
     """The solver's schedule; `plan` says what the settings mean."""
-    num_steps = profile.fingerprint.num_steps
+    steps = profile.fingerprint.steps
+    num_steps = len(steps)
     protect_first, protect_last = settings["protect_first"], settings["protect_last"]
     first = max(3, math.ceil(0.1 * num_steps)) if protect_first is None else protect_first
     last = (2 if num_steps > 28 else 1) if protect_last is None else protect_last
@@ -158,8 +160,9 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
     cached_cost, target = _target(profile, settings["budget"], settings["speedup"])
     from layercache import _core
 
+    errors = np.concatenate([weighted_errors(profile, **weighing, branch=branch) for branch in branches], axis=1)
     result = _core.solve(
-        np.concatenate([weighted_errors(profile, **weighing, branch=branch) for branch in branches], axis=1),
+        errors_among(errors, steps),
         np.tile(np.asarray(profile.group_seconds) / count, count),
         np.tile(cached_cost / count, count),
         target,
@@ -209,6 +212,23 @@ def weighted_errors(
     return np.ascontiguousarray((step_size[:, None, None, None] * weights * errors) ** gamma)
 
 
+def errors_among(errors: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+    """The solver's table as if there were no steps but these, ``[len(steps), G, M+1, K+1]``.
+
+    Its distances and spans count these steps alone; a forecast over more steps of the run than ``errors`` knows is
+    infinite.
+    """
+    if len(steps) == len(errors):
+        return errors
+    table = np.full((len(steps), *errors.shape[1:]), np.inf)
+    farthest, widest = errors.shape[2] - 1, errors.shape[3] - 1
+    for at, m, k in np.argwhere(readable(len(steps), farthest, widest)).tolist():
+        step, anchor, base = steps[at], steps[at - m], steps[at - m - k]
+        if step - anchor <= farthest and anchor - base <= widest:
+            table[at, :, m, k] = errors[step, :, step - anchor, anchor - base]
+    return table
+
+
 def _step_sizes(sigmas: Sequence[float]) -> np.ndarray:
     """How far each step goes in sigma; a second evaluation at one sigma belongs to the step before it."""
     sizes = np.abs(np.diff(np.asarray(sigmas)))
@@ -219,7 +239,7 @@ def _step_sizes(sigmas: Sequence[float]) -> np.ndarray:
 
 def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:
     """Cost of a cached cell per group, and the seconds all cells together may take."""
-    num_steps, blocks = profile.fingerprint.num_steps, sum(profile.group_seconds)
+    num_steps, blocks = len(profile.fingerprint.steps), sum(profile.group_seconds)
     if budget is not None:
         if not 0 < budget <= 1:
             raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")
@@ -238,7 +258,7 @@ def _target(profile: StabilityProfile, budget: float | None, speedup: float | No
 
 
 def _refuse(profile: StabilityProfile, spent: float, budget: float | None, cached_cost: np.ndarray) -> None:
-    num_steps, blocks = profile.fingerprint.num_steps, sum(profile.group_seconds)
+    num_steps, blocks = len(profile.fingerprint.steps), sum(profile.group_seconds)
     hint = (
         "protect fewer steps (protect_first, protect_last), allow longer runs (max_run), or calibrate with more steps"
     )
@@ -250,10 +270,10 @@ def _refuse(profile: StabilityProfile, spent: float, budget: float | None, cache
 
 
 def _cells(profile: StabilityProfile, result: Any, offset: int = 0) -> tuple[tuple[Cell, ...], ...]:
-    """Coefficients of the solver's anchors, its columns from ``offset`` on."""
-    sigmas = profile.fingerprint.sigmas
+    """Coefficients of the solver's anchors, its columns from ``offset`` on; its rows are the steps that are run."""
+    sigmas = [profile.fingerprint.sigmas[step] for step in profile.fingerprint.steps]
     rows = []
-    for step in range(profile.fingerprint.num_steps):
+    for step in range(len(sigmas)):
         row: list[Cell] = []
         for group in range(offset, offset + len(profile.groups)):
             if result.cells[step, group] < 0:
@@ -263,4 +283,14 @@ def _cells(profile: StabilityProfile, result: Any, offset: int = 0) -> tuple[tup
             anchor = int(result.anchor[step, group])
             row.append(secant_coefficients(sigmas, step, anchor, base if base >= 0 else None, profile.eta))
         rows.append(tuple(row))
-    return tuple(rows)
+    return spread(profile.fingerprint, rows)
+
+
+def spread(fingerprint: Fingerprint, rows: Sequence[Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+    """Rows of the steps that are run, whose anchors are counted among these, as rows of the whole run."""
+    steps = fingerprint.steps
+    skip: tuple[Cell, ...] = ({},) * len(rows[0])
+    whole = [skip] * fingerprint.num_steps
+    for step, row in zip(steps, rows, strict=True):
+        whole[step] = tuple(cell and {steps[anchor]: value for anchor, value in cell.items()} for cell in row)
+    return tuple(whole)

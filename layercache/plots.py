@@ -161,7 +161,8 @@ def _draw_map(axis: Any, panel: MapPanel, limit: float) -> Any:
     if panel.stability is not None:
         image = axis.imshow(panel.stability.T, cmap="viridis", vmin=0, vmax=limit, **grid)
     else:
-        kinds = np.array([[_kind(cell) for cell in row] for row in _cells(panel)]).T
+        kinds = np.array([[_kind(cell) for cell in row] for row in _cells(panel)], float).T
+        kinds[:, [step for step in range(panel.num_steps) if step not in _steps(panel)]] = np.nan
         image = axis.imshow(kinds, cmap=ListedColormap([COMPUTED, REUSED, FORECAST, SKIPPED]), vmin=0, vmax=3, **grid)
     axis.set_facecolor("#d0d0d0")
     axis.set_title(panel.title, fontsize=9, loc="left")
@@ -178,6 +179,11 @@ def _draw_map(axis: Any, panel: MapPanel, limit: float) -> Any:
 
 def _cells(panel: MapPanel) -> Sequence[Sequence[Cell]]:
     return panel.schedule.cells if panel.schedule is not None else ()
+
+
+def _steps(panel: MapPanel) -> Sequence[int]:
+    """Those at which the transformer runs."""
+    return panel.schedule.fingerprint.steps if panel.schedule is not None else ()
 
 
 def _kind(cell: Cell) -> int:
@@ -217,7 +223,7 @@ def _legend(panels: Sequence[MapPanel]) -> list[Any]:
     if all(panel.schedule is None for panel in panels):
         return []
     square: dict[str, Any] = {"marker": "s", "linestyle": "none", "markeredgecolor": "black", "markersize": 8}
-    kinds = {_kind(cell) for panel in panels for row in _cells(panel) for cell in row}
+    kinds = {_kind(cell) for panel in panels for step in _steps(panel) for cell in _cells(panel)[step]}
     if any(panel.stability is not None for panel in panels):
         entries = [Line2D([], [], color="white", label="computed", **square)]
         entries.append(Line2D([], [], linestyle="none", label="unmarked: not computed"))

@@ -67,7 +67,8 @@ class StabilityProfile:
       of the ``W - 1`` steps before it, newest first; for fits.
 
     * ``forecast_seen`` ``[P, B, N, M+1, K+1]``, missing where every branch was called at every step with one shape: 1
-      where a branch had the step and both anchors of the forecast, else 0; other entries count for nothing.
+      where a branch had the step and both anchors of the forecast, else 0; other entries count for nothing. Steps at
+      which no branch was called are those that the fingerprint's ``steps`` lack.
 
     Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
 
@@ -232,10 +233,14 @@ class StabilityProfile:
         return stored_bytes(schedule, streams, text_leaves=self.text_leaves)
 
     def stability(self) -> np.ndarray:
-        """Relative L1 change of each group's image residual from the step before, ``[N, G]``; row 0 is NaN."""
-        change = _moments(self._relative("image"), self._seen())[0][:, :, 1, 0]
+        """Relative L1 change of each group's image residual from the step before, ``[N, G]``.
+
+        Rows are NaN where there is none: step 0, and steps of which no branch had that step and the one before.
+        """
+        followed = self._seen()[..., 1, 0]
+        change = _moments(self._relative("image")[..., 1, 0], followed)[0]
         change[0] = np.nan
-        return change
+        return np.where(followed.any(axis=(0, 1)), change, np.nan)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes tables and header as one safetensors file; it appears whole or not at all."""

@@ -107,16 +107,18 @@ class ActorRouter(ScheduleRouter):
 
 
 class _Watcher(Router):
-    """Computes everything and notes which branches there are, and the bytes of their streams."""
+    """Computes everything; notes its branches, the bytes of their streams, and how many forwards there were."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         self.steps = StepCounter(scheduler=scheduler)
         self.branches: dict[str, tuple[int, int]] = {}
+        self.forwards = 0
         self._branch = ""
 
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
         self._branch = self.steps.locate(branch, step, None).branch
+        self.forwards += 1
         self.open((GroupAction(CAPTURE, text=True),))
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
@@ -247,8 +249,10 @@ class Rehearsal:
     def _run_in_full(self) -> None:
         watchers = [_Watcher(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
         traces = tuple(Trace() for _ in self.prompts)
+        forwards: list[int] = []
 
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+            forwards.append(watchers[0].forwards)
             self.sigmas = self.sigmas or scheduler_sigmas(self._clones[0].scheduler) or ()
             for trace, (velocity, latents) in zip(traces, items, strict=True):
                 trace.add(latents, velocity, velocity)
@@ -260,6 +264,7 @@ class Rehearsal:
                 f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rehearsals need a "
                 "scheduler with sigmas that is stepped once per step"
             )
+        _check_alone(forwards)
         self.full, self.branches = traces, tuple(watchers[0].branches)
         self._streams = [watcher.branches for watcher in watchers]
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
@@ -392,6 +397,17 @@ def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
             newest = step
             velocities.append(None)
     return velocities
+
+
+def _check_alone(forwards: Sequence[int]) -> None:
+    """``forwards`` of the transformer until the end of each step: they rise, unless another one runs the step."""
+    others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
+    if others:
+        raise CalibrationError(
+            f"the pipeline runs another transformer at step {', '.join(others)}, and rehearsals (search, coaching, "
+            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
+            "transformer=...), budget)"
+        )
 
 
 def _turn(clone: Any, call: dict[str, Any]) -> Turn:

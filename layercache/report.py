@@ -22,7 +22,7 @@ from rich.text import Text
 from layercache._version import __version__
 from layercache.files import write_atomically
 from layercache.metrics import Summary, summarise
-from layercache.schedule import Cell, Schedule, Velocity
+from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
 
 if TYPE_CHECKING:
     from layercache.module_schedule import ModuleSchedule
@@ -202,7 +202,7 @@ def schedule_figures(schedule: Schedule) -> dict[str, Any]:
     """What `schedule_sentences` says, as data."""
     groups = []
     for index, group in enumerate(schedule.groups):
-        column = [row[index] for row in schedule.cells]
+        column = [schedule.cells[step][index] for step in schedule.fingerprint.steps]
         groups.append(
             {
                 "blocks": list(group),
@@ -219,12 +219,27 @@ def schedule_figures(schedule: Schedule) -> dict[str, Any]:
         "model_class": schedule.fingerprint.model_class,
         "num_blocks": schedule.fingerprint.num_blocks,
         "num_steps": schedule.num_steps,
+        **_steps_run(schedule.fingerprint),
         "branches": list(schedule.fingerprint.branches),
         "used": schedule.used,
         "groups": groups,
         "made_by": dict(schedule.made_by),
         "package_version": schedule.fingerprint.package_version,
     }
+
+
+def _steps_run(fingerprint: Fingerprint) -> dict[str, Any]:
+    return {"steps_run": list(fingerprint.steps_run)} if fingerprint.steps_run else {}
+
+
+def _steps_text(fingerprint: Fingerprint) -> str:
+    """``50 steps``, and which of them are the transformer's own."""
+    own, text = fingerprint.steps_run, f"{fingerprint.num_steps} steps"
+    if not own:
+        return text
+    gapless = len(own) == own[-1] - own[0] + 1
+    told = f"{own[0]}-{own[-1]}" if gapless else ", ".join(map(str, own))
+    return f"{text}, of which the transformer runs {len(own)} ({told})"
 
 
 def _longest_cached_run(column: Sequence[Cell]) -> int:
@@ -240,11 +255,11 @@ def schedule_sentences(schedule: Schedule) -> str:
     figures = schedule_figures(schedule)
     lines = [
         f"A schedule for {figures['model_class']} ({figures['num_blocks']} blocks in {len(schedule.groups)} "
-        f"{_plural('group', len(schedule.groups))}) and {schedule.num_steps} steps.",
+        f"{_plural('group', len(schedule.groups))}) and {_steps_text(schedule.fingerprint)}.",
         f"It computes {schedule.used:.1%} of the block time; the rest is put together from what is stored.",
     ]
     for group in figures["groups"]:
-        lines.append(_group_sentence(group, schedule.num_steps))
+        lines.append(_group_sentence(group, len(schedule.fingerprint.steps)))
     lines += _velocity_sentences(schedule)
     if schedule.branch_cells:
         lines.append(f"- Branch {', '.join(schedule.branch_cells)} has steps of its own; the others are shown.")
@@ -268,7 +283,7 @@ def _group_sentence(group: Mapping[str, Any], num_steps: int) -> str:
 
 def _velocity_sentences(schedule: Schedule) -> list[str]:
     """What happens to velocities on their way to the sampler; nothing where they are the model's own."""
-    steps = range(schedule.num_steps)
+    steps = schedule.fingerprint.steps
     skipped = sum(schedule.is_skipped(step) for step in steps)
     given = [step for step in steps if schedule.velocity(step) is not None]
     lines = []
@@ -327,7 +342,8 @@ def schedule_table(schedule: Schedule) -> Table:
     if schedule.velocities:
         table.add_column("velocity", no_wrap=True)
     for step, row in enumerate(schedule.cells):
-        cells = [cell_text(cell, compact) for cell in row]
+        runs = step in schedule.fingerprint.steps
+        cells = [cell_text(cell, compact) if runs else Text("") for cell in row]
         if schedule.velocities:
             cells.append(velocity_text(step, schedule.velocity(step)))
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
@@ -396,6 +412,7 @@ def profile_figures(profile: StabilityProfile) -> dict[str, Any]:
         "model_class": profile.fingerprint.model_class,
         "num_blocks": profile.fingerprint.num_blocks,
         "num_steps": profile.fingerprint.num_steps,
+        **_steps_run(profile.fingerprint),
         "branches": list(profile.fingerprint.branches),
         "samples": list(profile.samples),
         "groups": [list(group) for group in profile.groups],
@@ -413,7 +430,7 @@ def profile_sentences(profile: StabilityProfile) -> str:
     blocks = sum(profile.group_seconds)
     lines = [
         f"A profile of {fingerprint.model_class} ({fingerprint.num_blocks} blocks in {len(profile.groups)} "
-        f"{_plural('group', len(profile.groups))}) over {fingerprint.num_steps} steps, "
+        f"{_plural('group', len(profile.groups))}) over {_steps_text(fingerprint)}, "
         f"measured on {samples} {_plural('sample', samples)}.",
         f"A step takes {_milliseconds(blocks + profile.fixed_seconds)}: {_milliseconds(blocks)} in the blocks, "
         f"{_milliseconds(profile.fixed_seconds)} outside of them, which no schedule can save.",

@@ -21,7 +21,8 @@ SIGMA_TOLERANCE = 1e-3
 Cell = Mapping[int, float] | None
 """``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead.
 
-An empty mapping passes the group by: its step is skipped as a whole, the velocity comes from a `Velocity`."""
+An empty mapping passes the group by: its step is skipped as a whole. The velocity comes from a `Velocity`, or, at steps
+at which the transformer does not run (`Fingerprint.steps`), from another transformer."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Fingerprint:
         sigmas: noise levels of the steps plus the final one, ``num_steps + 1`` values.
         branches: names of the guidance branches seen, for example ``("cond", "uncond")``.
         package_version: version of layercache that wrote it.
+        steps_run: the steps at which the pipeline runs this transformer, where it is not all of them (one of two
+            experts, img2img); empty: all.
+
+    Raises:
+        ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
     """
 
     model_class: str
@@ -68,13 +74,28 @@ class Fingerprint:
     sigmas: tuple[float, ...]
     branches: tuple[str, ...]
     package_version: str
+    steps_run: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        last = -1
+        for step in self.steps_run:
+            if not last < step < self.num_steps:
+                raise ScheduleError(f"steps_run must ascend from 0 to below {self.num_steps}, got {self.steps_run}")
+            last = step
 
     @property
     def num_steps(self) -> int:
+        """Of the whole run, whoever computes them."""
         return len(self.sigmas) - 1
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps at which the transformer runs."""
+        return self.steps_run or tuple(range(self.num_steps))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"num_steps": self.num_steps}
+        data = asdict(self) | {"num_steps": self.num_steps}
+        return data if self.steps_run else {name: value for name, value in data.items() if name != "steps_run"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Fingerprint:
@@ -85,6 +106,7 @@ class Fingerprint:
             sigmas=tuple(float(s) for s in data["sigmas"]),
             branches=tuple(str(b) for b in data["branches"]),
             package_version=str(data["package_version"]),
+            steps_run=tuple(int(step) for step in data.get("steps_run", ())),
         )
 
     def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
@@ -163,11 +185,17 @@ class Schedule:
     def _check_cells(self, cells: Sequence[Sequence[Cell]], whose: str) -> None:
         if len(cells) != self.num_steps:
             raise ScheduleError(f"{len(cells)} rows of cells{whose} for {self.num_steps} steps")
+        steps = self.fingerprint.steps
         for step, row in enumerate(cells):
             if len(row) != len(self.groups):
                 raise ScheduleError(f"step {step}{whose} has {len(row)} cells for {len(self.groups)} groups")
             if _is_skip(row) != self.is_skipped(step):
                 raise ScheduleError(f"step {step} is skipped as a whole in some branches only; skip it in all")
+            if not _is_skip(row) and step not in steps:
+                raise ScheduleError(
+                    f"step {step} is none of those at which the transformer runs, {list(steps)}; leave it empty, "
+                    "as layercache.plan does"
+                )
             for group, cell in enumerate(row):
                 if cell is not None:
                     self._check_cell(cells, step, group, whose)
@@ -177,7 +205,7 @@ class Schedule:
         return self.branch_cells.get(branch, self.cells)
 
     def is_skipped(self, step: int) -> bool:
-        """Whether the blocks are passed by and the velocity comes from older ones alone."""
+        """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
         return _is_skip(self.cells[step])
 
     def velocity(self, step: int) -> Velocity | None:
@@ -186,9 +214,11 @@ class Schedule:
     def _check_velocity(self, step: int) -> None:
         velocity = self.velocity(step)
         if velocity is None:
-            if self.is_skipped(step):
+            if self.is_skipped(step) and step in self.fingerprint.steps:
                 raise ScheduleError(f"step {step} skips every group but has no velocity to go on with")
             return
+        if step not in self.fingerprint.steps:
+            raise ScheduleError(f"step {step} has a velocity, but the transformer does not run there; leave it out")
         if not velocity.terms or not all(map(math.isfinite, (*velocity.terms.values(), velocity.latents))):
             raise ScheduleError(f"the velocity of step {step} needs a term and finite coefficients: {velocity}")
         for source in velocity.terms:
@@ -215,9 +245,9 @@ class Schedule:
     def compute_all(cls, fingerprint: Fingerprint, groups: Sequence[tuple[int, int]] | None = None) -> Schedule:
         """The schedule that caches nothing."""
         ranges = tuple(groups) if groups is not None else ((0, fingerprint.num_blocks),)
-        row: tuple[Cell, ...] = (None,) * len(ranges)
+        cells: list[Cell] = [None if step in fingerprint.steps else {} for step in range(fingerprint.num_steps)]
         seconds = tuple(float(hi - lo) for lo, hi in ranges)
-        return cls(fingerprint, ranges, (row,) * fingerprint.num_steps, seconds, {"method": "full"})
+        return cls(fingerprint, ranges, tuple((cell,) * len(ranges) for cell in cells), seconds, {"method": "full"})
 
     @property
     def is_timed(self) -> bool:
@@ -231,9 +261,9 @@ class Schedule:
 
     @property
     def used(self) -> float:
-        """Share of the block time that is computed, by the measured seconds of the groups."""
+        """Share of the block time of the steps that are run that is computed, by the measured seconds of the groups."""
         branches = self.fingerprint.branches or ("",)
-        rows = [row for branch in branches for row in self.cells_of(branch)]
+        rows = [self.cells_of(branch)[step] for branch in branches for step in self.fingerprint.steps]
         computed = [sum(cell is None for cell in column) for column in zip(*rows, strict=True)]
         return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
 

@@ -198,6 +198,11 @@ class StepCounter:
             return self._from_hint(branch or "all", hint)
         return self._from_counting(branch, host_number(timestep))
 
+    @property
+    def taken(self) -> int | None:
+        """How many steps of its run the scheduler has taken; ``None`` where it does not count them."""
+        return None if self.scheduler is None else scheduler_step(self.scheduler)
+
     def _from_scheduler(self, branch: str | None, step: int) -> Place:
         run = self.scheduler.timesteps
         name = branch or self._unnamed_branch((id(run), step))

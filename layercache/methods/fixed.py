@@ -10,6 +10,7 @@ import numpy as np
 from layercache.arguments import expect
 from layercache.forecast import taylor_forecast
 from layercache.methods.policy import check_range
+from layercache.planner import errors_among, spread
 from layercache.profile import StabilityProfile
 from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
 
@@ -111,12 +112,12 @@ def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: in
     expect("fixed.smoothcache", profile, StabilityProfile)
     check_range("alpha", alpha, 0)
     check_range("max_distance", max_distance, 1, profile.max_distance)
-    errors = profile.relative_errors(text_weight=0.0)[..., 0]
+    errors = errors_among(profile.relative_errors(text_weight=0.0), profile.fingerprint.steps)[..., 0]
     columns = [_smooth(errors[:, group], alpha, max_distance) for group in range(len(profile.groups))]
     return Schedule(
         profile.fingerprint,
         profile.groups,
-        tuple(zip(*columns, strict=True)),
+        spread(profile.fingerprint, list(zip(*columns, strict=True))),
         profile.group_seconds,
         {"method": "smoothcache", "alpha": alpha},
     )
