@@ -47,8 +47,9 @@ class ModelSpec:
             ``[B, D]`` of its modulated input ``LayerNorm(image) * (1 + scale) + shift``, and the LayerNorm's eps; for
             methods that look at it.
         modules: per block list, the modules of a block whose outputs (before the gate) can be cached apart: each entry
-            names submodules that run one after the other, of which the last one's output is kept. Each must run once
-            in a forward; an entry is left out of blocks where it is ``None``.
+            names submodules (dots lead inside them) that run one after the other, of which the last one's output is
+            kept. Each must run once in a forward; an entry is left out of blocks where it is ``None``.
+        differentiable: whether gradients pass through the blocks, which Learning-to-Cache needs.
     """
 
     model_class: str
@@ -64,6 +65,7 @@ class ModelSpec:
     timestep: str | None = "timestep"
     modulation: Modulation | None = None
     modules: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    differentiable: bool = True
 
     @property
     def has_text(self) -> bool:

@@ -131,6 +131,13 @@ def _cosmos_modulation(block: Any, call: Mapping[str, Any]) -> _Modulated:
     return scale, shift, norm.norm.eps
 
 
+def _plain_modulation(block: Any, call: Mapping[str, Any]) -> _Modulated:
+    """Of blocks whose first LayerNorm has a weight and bias and nothing else: the timestep is a token of its own."""
+    stream = call["hidden_states"]
+    none = torch.zeros(stream.shape[0], stream.shape[-1], device=stream.device)
+    return _folded(block.norm1, none, none, stream.dtype)
+
+
 _TWO_LISTS = ("transformer_blocks", "single_transformer_blocks")
 _IMAGE_FIRST = ("image", "text")
 _IMAGE = ("image",)
@@ -138,6 +145,10 @@ _CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 _ATTENTION_TWICE = (("attn1",), ("attn2",))
 _JOINT = (("attn",), ("ff",), ("ff_context",))
 _THREE = (*_ATTENTION_TWICE, ("ff",))
+_VIDEO_AND_SOUND = (
+    *(("attn1",), ("audio_attn1",), ("attn2",), ("audio_attn2",)),
+    *(("audio_to_video_attn",), ("video_to_audio_attn",), ("ff",), ("audio_ff",)),
+)
 _WAN: dict[str, Any] = {"modulation": _table_modulation, "modules": {"blocks": (*_ATTENTION_TWICE, ("ffn",))}}
 _FLUX_MODULES = {"transformer_blocks": _JOINT, "single_transformer_blocks": (("attn",), ("proj_mlp", "act_mlp"))}
 _FLUX: dict[str, Any] = {"block_lists": _TWO_LISTS, "modulation": _zero_modulation, "modules": _FLUX_MODULES}
@@ -187,13 +198,18 @@ for _spec in (
         modulation=_zero_modulation,
         modules={"joint_transformer_blocks": _JOINT, "single_transformer_blocks": (("attn",), ("ff",))},
     ),
-    ModelSpec(  # no modules: no gradient passes through its experts, which Learning-to-Cache needs
+    ModelSpec(
         "HiDreamImageTransformer2DModel",
         block_lists=("double_stream_blocks", "single_stream_blocks"),
         streams=_IMAGE_FIRST,
         joint={"single_stream_blocks": _IMAGE_FIRST},
         timestep="timesteps",
         modulation=_hidream_modulation,
+        modules={
+            "double_stream_blocks": (("block.attn1",), ("block.ff_i",), ("block.ff_t",)),
+            "single_stream_blocks": (("block.attn1",), ("block.ff_i",)),
+        },
+        differentiable=False,  # its experts run without gradients
     ),
     ModelSpec(
         "SD3Transformer2DModel",
@@ -209,8 +225,14 @@ for _spec in (
         modulation=_cogview3_modulation,
         modules={"transformer_blocks": (("attn1",), ("ff",))},
     ),
-    # no modules: its feed-forward runs twice in a block, on the picture and on the text
-    ModelSpec("CogView4Transformer2DModel", adds=(), streams=_IMAGE_FIRST, modulation=_cogview4_modulation),
+    ModelSpec(
+        "CogView4Transformer2DModel",
+        adds=(),
+        streams=_IMAGE_FIRST,
+        modulation=_cogview4_modulation,
+        # its feed-forward runs twice in a block, on the picture and on the text
+        modules={"transformer_blocks": (("attn1",),)},
+    ),
     ModelSpec("HunyuanImageTransformer2DModel", adds=(), streams=_IMAGE_FIRST, **_FLUX),
     ModelSpec("HunyuanVideoTransformer3DModel", adds=(), streams=_IMAGE_FIRST, **_FLUX),
     ModelSpec("HunyuanVideoFramepackTransformer3DModel", streams=_IMAGE_FIRST, **_FLUX),
@@ -241,6 +263,7 @@ for _spec in (
         streams=_IMAGE_FIRST,
         arguments=("hidden_states", "audio_hidden_states"),
         leaves=_IMAGE_FIRST,
+        modules={"transformer_blocks": _VIDEO_AND_SOUND},
     ),
     ModelSpec("LTXVideoTransformer3DModel", adds=(), streams=_IMAGE, modules={"transformer_blocks": _THREE}),
     ModelSpec("WanTransformer3DModel", ("blocks",), _IMAGE, adds=(), **_WAN),
@@ -299,7 +322,13 @@ for _spec in (
         modulation=_zero_modulation,
         modules={"transformer_blocks": (("attn1",), ("ff",))},
     ),
-    ModelSpec("StableAudioDiTModel", streams=_IMAGE, timestep=None, modules={"transformer_blocks": _THREE}),
+    ModelSpec(
+        "StableAudioDiTModel",
+        streams=_IMAGE,
+        timestep=None,
+        modulation=_plain_modulation,
+        modules={"transformer_blocks": _THREE},
+    ),
 ):
     register_model(_spec)
 
@@ -365,6 +394,13 @@ def first_tensor(output: Any) -> torch.Tensor:
     """The velocity in what a transformer's forward returns: a tensor, a list of one per picture, or an output class."""
     first = output if isinstance(output, torch.Tensor) else output[0]
     return torch.stack(list(first)) if isinstance(first, (list, tuple)) else first
+
+
+def velocities(output: Any, spec: ModelSpec) -> list[torch.Tensor]:
+    """What a transformer's forward returns for each of the streams that leave it."""
+    if len(spec.leaves) == 1:
+        return [first_tensor(output)]
+    return [first_tensor((output[k],)) for k in range(len(spec.leaves))]
 
 
 def config_hash(transformer: nn.Module) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
         for number, block in enumerate(getattr(transformer, name)._modules.values()):
             for parts in spec.modules.get(name, ()):
                 kind = "+".join(parts)
-                modules = tuple(getattr(block, part) for part in parts)
+                modules = tuple(attrgetter(part)(block) for part in parts)
                 if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
                     continue
                 units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))

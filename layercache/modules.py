@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from layercache.compat import scheduler_sigmas
-from layercache.errors import CacheStateError, CalibrationError, NonFiniteResidualError, ScheduleMismatchError
+from layercache.errors import (
+    CacheStateError,
+    CalibrationError,
+    NonFiniteResidualError,
+    ScheduleMismatchError,
+    UnsupportedModelError,
+)
 from layercache.layout import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.model_spec import ModelSpec
 from layercache.models import count_blocks
@@ -47,11 +53,21 @@ def copy_of(output: Output, into: Output | None = None) -> Output:
 
 
 class ModuleRouter(Router):
-    """Stands in front of every unit of a transformer. Subclasses say what happens there."""
+    """Stands in front of every unit of a transformer. Subclasses say what happens there.
+
+    Raises:
+        UnsupportedModelError: the description names no modules, or gradients are needed and do not pass through them.
+    """
+
+    needs_gradients = False
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         self.units = module_units(transformer, spec)
+        if self.needs_gradients and not spec.differentiable:
+            raise UnsupportedModelError(
+                f"no gradient passes through the blocks of {spec.model_class}; take InvarDiff, which needs none"
+            )
         self.steps = StepCounter(scheduler=scheduler)
         self.branch, self.step, self.starts = "", 0, False
         self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
@@ -112,6 +128,10 @@ class ModuleRouter(Router):
         """A forward starts; calls `open`."""
         self.open((GroupAction(COMPUTE),))
 
+    def leaving(self, image: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """The streams that the transformer's head reads."""
+        return (image, text) if self.spec.text_leaves and text is not None else (image,)
+
     def require_one_shape(self, arguments: Mapping[str, Any]) -> None:
         """What is measured is compared from step to step.
 
@@ -152,7 +172,7 @@ class ModuleScheduleRouter(ModuleRouter):
         ]
         self._final_at = [step + 1 in schedule.reused_steps for step in range(steps)]
         self.outputs: dict[str, dict[int, Output]] = {}
-        self.finals: dict[str, torch.Tensor] = {}
+        self.finals: dict[str, tuple[torch.Tensor, ...]] = {}
         self._valid: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
         self._computes_all = False
@@ -207,11 +227,12 @@ class ModuleScheduleRouter(ModuleRouter):
         return output
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
-        self.finals[self.branch] = copy_of(image_out, self.finals.get(self.branch))
+        self.finals[self.branch] = copy_of(self.leaving(image_out, text_out), self.finals.get(self.branch))
         self._final_valid.add(self.branch)
 
     def reuse(self, group, image, text, results=None):
-        return self.finals[self.branch], text
+        final = self.finals[self.branch]
+        return final[0], final[1] if len(final) == 2 else text
 
     def invalidate(self) -> None:
         self._valid = {branch: set() for branch in self._valid}
@@ -233,7 +254,8 @@ class ModuleScheduleRouter(ModuleRouter):
         """
         last = [max(stored) for stored in self.outputs.values() if stored]
         found = [t for stored, at in zip(self.outputs.values(), last, strict=False) for t in tensors_of(stored[at])]
-        if not all(bool(torch.isfinite(t).all()) for t in (*found, *self.finals.values())):
+        finals = [t for final in self.finals.values() for t in final]
+        if not all(bool(torch.isfinite(t).all()) for t in (*found, *finals)):
             self.outputs.clear()
             self.finals.clear()
             self.reset()
@@ -242,6 +264,7 @@ class ModuleScheduleRouter(ModuleRouter):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""
         tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
+        tensors += [t for final in self.finals.values() for t in final]
         used = self._counts["computed"] / self._counts["all"] if self._counts["all"] else 1.0
         cells = round(self._counts["forwards"] * len(self.units))
         return CacheReport(
@@ -251,7 +274,7 @@ class ModuleScheduleRouter(ModuleRouter):
             generations=int(self._counts["generations"]),
             forwards=int(self._counts["forwards"]),
             fallback_rows=int(self._counts["fallbacks"]),
-            cache_bytes=sum(t.numel() * t.element_size() for t in (*tensors, *self.finals.values())),
+            cache_bytes=sum(t.numel() * t.element_size() for t in tensors),
             branches=tuple(self._signatures),
         )
 

@@ -506,6 +506,7 @@ def model_rows() -> list[dict[str, Any]]:
             "streams": list(spec.streams),
             "teacache": spec.modulation is not None,
             "modules": bool(spec.modules),
+            "learning_to_cache": bool(spec.modules) and spec.differentiable,
             "installed": hasattr(diffusers, spec.model_class),
         }
         for spec in known_models()
@@ -521,5 +522,7 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         lists = [f"{name} (joined)" if name in row["joined"] else name for name in row["block_lists"]]
         name = row["model"] if row["installed"] else f"{row['model']} (not in this diffusers)"
         marks = ["yes" if row[key] else "-" for key in ("teacache", "modules")]
+        if row["modules"] and not row["learning_to_cache"]:
+            marks[-1] = "InvarDiff only"
         table.add_row(name, ", ".join(lists), ", ".join(row["streams"]), *marks)
     return table

@@ -129,7 +129,7 @@ class _RateRouter(ModuleRouter):
         return output
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
-        self._follow(-1, image_out)
+        self._follow(-1, self.leaving(image_out, text_out))
 
     def _follow(self, number: int, output: Output) -> None:
         step = self.step

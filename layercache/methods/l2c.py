@@ -29,7 +29,7 @@ from layercache.integration import attach
 from layercache.layout import COMPUTE, GroupAction
 from layercache.methods.policy import check_range
 from layercache.methods.watching import generate_once, transformer_of
-from layercache.models import fingerprint_of, first_tensor, spec_for
+from layercache.models import fingerprint_of, spec_for, velocities
 from layercache.module_schedule import ModuleSchedule, alternating
 from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
 from layercache.schedule import Fingerprint
@@ -132,6 +132,8 @@ class LearnedRouter:
 class _Training(ModuleRouter):
     """Records at full steps; at cache steps runs the frozen model, then once more with the router, and updates it."""
 
+    needs_gradients = True
+
     def __init__(self, transformer: nn.Module, spec: Any, scheduler: Any, settings: Settings):
         super().__init__(transformer, spec, scheduler)
         self.settings = settings
@@ -192,13 +194,14 @@ class _Training(ModuleRouter):
             return
         assert self._cache_step is not None
         theta = self.theta[self._cache_step]
-        teacher = first_tensor(output).detach()
+        teacher = [velocity.detach() for velocity in velocities(output, self.spec)]
         with torch.enable_grad():
             betas = torch.sigmoid(theta)
             self._mode, self._betas = "learn", list(self._applied(betas).unbind())
             self.open((GroupAction(COMPUTE),))
-            student = first_tensor(rerun())
-            error = (teacher.float() - student.float()).pow(2).mean()
+            student = velocities(rerun(), self.spec)
+            pairs = zip(teacher, student, strict=True)
+            error = torch.stack([(a.float() - b.float()).pow(2).mean() for a, b in pairs]).sum()
             used = (betas * self._cost()).sum()
             loss = error + self.settings.penalty * used
             assert self.optimizer is not None
@@ -256,7 +259,7 @@ def train(
 
     Instead of noised pictures of a data set the model's own trajectories are learned from, every cache step of every
     generation in turn; nothing but a pipeline is needed, with flow matching or with DDIM (DiT). The model's weights
-    are not touched.
+    are not touched. Where sound leaves the model too, its mean squared error is added to the picture's.
     Source: methods.md §4 (the flow-matching form and the cost weights are ours).
 
     Args:
@@ -271,8 +274,8 @@ def train(
     Raises:
         ArgumentError: no settings.
         MethodError: no prompts, or no cache step among so few steps.
+        UnsupportedModelError: no pipeline, or no gradient passes through the model.
         ScheduleMismatchError: the checkpoint belongs to another training.
-        UnsupportedModelError: no pipeline.
     """
     expect("l2c.train", settings, Settings)
     if not prompts:
