@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache import ops
-from layercache.compat import has_foreign_cache, progress_bar_settings, unwrap_compiled
+from layercache.compat import has_foreign_cache, progress_bar_settings, splits_tokens, unwrap_compiled
 from layercache.errors import CacheStateError, CalibrationError
 from layercache.forecast import secant_coefficients
 from layercache.integration import attach, attachment_of
@@ -55,6 +55,7 @@ def calibrate(
     eta: float = 1.0,
     sensitivity: str | None = None,
     transformer: str = "transformer",
+    process_group: Any = None,
     progress: bool = True,
     **call: Any,
 ) -> StabilityProfile:
@@ -82,13 +83,16 @@ def calibrate(
             before in its place, ``"random"`` adds noise of a hundredth of its size (methods.md §1.5, options A, B).
         transformer: of a pipeline with several, the component to measure (Wan 2.2: ``"transformer_2"`` runs the later
             steps). The profile says at which steps it runs; the others run undisturbed.
+        process_group: processes that run the generations together (context parallelism): the sums and the sizes are
+            added up over them, seconds are their mean, and all get the same profile.
         progress: show a progress bar.
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
     Raises:
         CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
         UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
-        CacheStateError: a cache is enabled on a transformer of the pipeline.
+        CacheStateError: a cache is enabled on a transformer of the pipeline, or its tokens are split over processes and
+            there is no process group.
     """
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
@@ -97,16 +101,21 @@ def calibrate(
     model = find_transformer(target, transformer)
     spec = spec_for(model)
     _check_uncached(target, transformer)
+    if process_group is None and splits_tokens(model):
+        raise CacheStateError(
+            "the tokens are split over several processes (context parallelism), of which each sees its own alone; give "
+            "calibrate(..., process_group=torch.distributed.group.WORLD)"
+        )
     todo = _samples(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
     lengths = [len(blocks) for blocks in spec.block_modules(model)]
     scheduler = getattr(target, "scheduler", None)
     if partition == "measured":
         blocks = [(k, k + 1) for k in range(sum(lengths))]
-        observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta)
+        observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta, group=process_group)
         curves = _observe(target, observer, todo, progress, "measuring blocks").stability()
         partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
     groups = cut(partition, lengths)
-    observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity)
+    observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
     return _observe(target, observer, todo, progress, "calibrating")
 
 
@@ -210,7 +219,8 @@ class _Branch:
         self.sets: dict[int, list[tuple[int, int, dict[int, float]]]] = {}
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
         self.responses: dict[tuple[int, int], torch.Tensor] = {}
-        self.grams: dict[tuple[int, int], tuple[tuple[int, ...], torch.Tensor]] = {}
+        self.grams: dict[tuple[int, int], torch.Tensor] = {}
+        self.anchors: dict[tuple[int, int], tuple[int, ...]] = {}
         self.reuse: dict[int, float] = {}
         self.stream_bytes = (0, 0)
         self.steps = 0
@@ -245,6 +255,7 @@ class Observer(Router):
         max_span: int,
         eta: float,
         sensitivity: str | None = None,
+        group: Any = None,
     ):
         super().__init__(transformer, spec, groups)
         self.groups = tuple(groups)
@@ -254,7 +265,7 @@ class Observer(Router):
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
         self._branches: dict[str, _Branch] = {}
-        self._sensitivity = sensitivity
+        self._sensitivity, self._group = sensitivity, group
         self._substitutes: list[list[torch.Tensor]] | None = None
 
     def _take_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -298,7 +309,8 @@ class Observer(Router):
         residuals = [torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
         ops.capture(outputs, inputs, residuals, None)
         older = {step - k: entry for k, entry in enumerate(seen.add(group, residuals), 1) if entry is not None}
-        seen.grams[step, group] = tuple(older), ops.gram([residuals[0], *(entry[0] for entry in older.values())])
+        seen.anchors[step, group] = tuple(older)
+        seen.grams[step, group] = ops.gram([residuals[0], *(entry[0] for entry in older.values())])
         sets = coefficient_sets(self.sigmas, step, self.max_distance, self.max_span, self.eta)
         seen.sets[step] = sets = [found for found in sets if set(found[2]) <= set(older)]
         for stream, name in enumerate(("image", "text")[: len(residuals)]):
@@ -349,6 +361,7 @@ class Observer(Router):
     def end_sample(self, name: str) -> dict[str, Any]:
         """Fetches a finished sample's statistics from the device."""
         num_steps = self._check_complete(name)
+        self._add_up()
         seconds = self.clock.totals()
         shape = (len(self._branches), num_steps, len(self.groups))
         wide = (*shape, self.max_distance + 1, self.max_span + 1)
@@ -374,6 +387,31 @@ class Observer(Router):
         self._branches = {}
         return found
 
+    def _add_up(self) -> None:
+        """Sums of this process's tokens become those of all processes' tokens, in one collective."""
+        if self._group is None:
+            return
+        kept: list[dict[Any, torch.Tensor]] = []
+        for seen in self._branches.values():
+            kept += [seen.statistics, seen.responses, seen.grams]
+        places = [(sums, key) for sums in kept for key in sums]
+        flat = torch.cat([sums[key].double().flatten() for sums, key in places])
+        torch.distributed.all_reduce(flat, group=self._group)
+        for (sums, key), total in zip(places, flat.split([sums[key].numel() for sums, key in places]), strict=True):
+            sums[key] = total.view(sums[key].shape)
+
+    def _shared(self, seconds: Sequence[float], sizes: Sequence[tuple[int, int]]) -> tuple[list[float], list[int]]:
+        """Means of the seconds, and sums of the sizes, over the processes."""
+        flat = [size for pair in sizes for size in pair]
+        if self._group is None:
+            return list(seconds), flat
+        device = next(self.transformer.parameters()).device
+        both = torch.tensor([*seconds, *flat], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(both, group=self._group)
+        totals = both.tolist()
+        count = torch.distributed.get_world_size(self._group)
+        return [total / count for total in totals[: len(seconds)]], [round(size) for size in totals[len(seconds) :]]
+
     def _check_complete(self, name: str) -> int:
         """The number of steps of a run that went to its end, whoever ran the last of them."""
         if not self._branches:
@@ -388,8 +426,8 @@ class Observer(Router):
         """Inner products of the residuals of a step and those before it, ``[N, G, W, W]``; 0 where there is none."""
         width = 1 + self.max_distance + self.max_span
         table = np.zeros((len(self.sigmas) - 1, len(self.groups), width, width))
-        for (step, group), (older, gram) in seen.grams.items():
-            at = [0, *(step - anchor for anchor in older)]
+        for (step, group), gram in seen.grams.items():
+            at = [0, *(step - anchor for anchor in seen.anchors[step, group])]
             table[step, group][np.ix_(at, at)] = gram.double().cpu().numpy()
         return table
 
@@ -450,16 +488,20 @@ class Observer(Router):
         groups = range(len(self.groups))
         every = [(result["seconds"], step) for result in results for step in result["steps"]]
         reuse = np.median(np.array([result["reuse"] for result in results]).sum(axis=1), axis=0)
+        computing = [median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups]
+        fixed = median(s.get(("rest", i), 0.0) for s, i in every)
+        largest = max((result["stream_bytes"] for result in results), key=sum_of_pairs)
+        seconds, sizes = self._shared([*computing, *reuse.tolist(), fixed], largest)
         return StabilityProfile(
             fingerprint=fingerprint_of(self.transformer, self.sigmas, branches, sorted({step for _, step in every})),
             groups=self.groups,
-            group_seconds=tuple(median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups),
-            reuse_seconds=tuple(float(seconds) for seconds in reuse),
-            fixed_seconds=median(s.get(("rest", i), 0.0) for s, i in every),
+            group_seconds=tuple(seconds[: len(groups)]),
+            reuse_seconds=tuple(seconds[len(groups) : -1]),
+            fixed_seconds=seconds[-1],
             samples=tuple(samples),
             tables=tables,
             eta=self.eta,
-            stream_bytes=max((result["stream_bytes"] for result in results), key=sum_of_pairs),
+            stream_bytes=tuple(zip(sizes[::2], sizes[1::2], strict=True)),
         )
 
 

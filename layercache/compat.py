@@ -103,6 +103,12 @@ def stream_splits(block: nn.Module, streams: tuple[str, ...]) -> tuple[Any, ...]
     return tuple(hook for hook in hooks if any(name in hook.metadata for name in streams))
 
 
+def splits_tokens(transformer: nn.Module) -> bool:
+    """Whether diffusers' context parallelism gives this process a shard of the streams' tokens."""
+    config = getattr(transformer, "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
+
+
 def has_own_contexts(transformer: nn.Module) -> bool:
     """Whether the model's ``cache_context`` does more than tell diffusers' hooks."""
     from diffusers import CacheMixin

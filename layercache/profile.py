@@ -77,7 +77,8 @@ class StabilityProfile:
         reuse_seconds: seconds of reusing it instead, ``[G]``.
         fixed_seconds: seconds of a step outside the blocks (embedders, head, guidance, sampler).
         eta: damping of the secant the tables were measured with.
-        stream_bytes: per branch, bytes of the image and of the text stream in the largest sample; empty in old files.
+        stream_bytes: per branch, bytes of the image and of the text stream in the largest sample, of all processes
+            together where several were measured; empty in old files.
         samples: what was run, one line per sample.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import pickle
 import sys
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layercache
 import zoo
 from layercache import register_model
+from layercache.errors import CacheStateError
 from layercache.methods.fbcache import FBCache
 from layercache.model_spec import ModelSpec
 from layercache.schedule import Schedule
@@ -259,6 +261,44 @@ def parallel_runs(name: str, kind: str) -> dict:
         parallelise(transformer, kind)
         found["cache first"] = denoise(transformer, inputs)
     return found
+
+
+CALIBRATED = {
+    "ulysses": ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"),
+    "own plan": ("FluxTransformer2DModel",),
+    "tensor": ("FluxTransformer2DModel",),
+}
+
+
+def profile_of(transformer, inputs, **options):
+    """Of two generations with other latents; the groups are cut by what is measured."""
+
+    def run(k: int) -> None:
+        denoise(transformer, inputs | {"hidden_states": inputs["hidden_states"] * (1 + k)})
+
+    settings = {"sigmas": SIGMAS, "max_distance": 3, "max_span": 2, "sensitivity": "substitution", "progress": False}
+    cut = {"partition": "measured", "num_groups": 2}
+    return layercache.calibrate(transformer, run=run, samples=2, **settings, **cut, **options)
+
+
+def calibrated(rank: int) -> dict:
+    return {(kind, name): calibrated_runs(name, kind) for kind, names in CALIBRATED.items() for name in names}
+
+
+def calibrated_runs(name: str, kind: str) -> dict:
+    transformer, inputs = zoo.build(name)
+    parallelise(transformer, kind)
+    refusal, reduced, original = "", [], dist.all_reduce
+    try:
+        profile_of(transformer, inputs)
+    except CacheStateError as error:
+        refusal = str(error)
+    dist.all_reduce = lambda tensor, **options: reduced.append(tensor.numel()) or original(tensor, **options)
+    try:
+        profile = profile_of(transformer, inputs, process_group=dist.group.WORLD)
+    finally:
+        dist.all_reduce = original
+    return {"refusal": refusal, "collectives": len(reduced), "profile": pickle.dumps(profile)}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ import torch.distributed._functional_collectives as funcol
 import layercache
 import zoo
 from distributed_worker import (
+    CALIBRATED,
     DIM,
     IMAGE,
     METHOD,
@@ -25,6 +28,7 @@ from distributed_worker import (
     denoise,
     generated,
     model,
+    profile_of,
     run,
     shaped,
     static_schedule,
@@ -146,6 +150,37 @@ def test_under_diffusers_own_parallelism(in_parallel, kind, name):
         assert part["dynamic"]["bytes"] * shards == dynamic["bytes"]
         assert part["dynamic"]["decisions"] == dynamic["decisions"]
         check_collectives(part, at_the_end=0 if kind == "tensor" else 1)
+
+
+@pytest.fixture(scope="module")
+def profiles_in_parallel(tmp_path_factory):
+    return both(tmp_path_factory.mktemp("calibrated"), "calibrated")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in CALIBRATED.items() for name in names])
+def test_calibrated_under_diffusers_own_parallelism(profiles_in_parallel, kind, name):
+    """All processes get the profile of one process alone, which sees all tokens."""
+    alone = profile_of(*zoo.build(name))
+    found = [rank[kind, name] for rank in profiles_in_parallel]
+    first, second = (pickle.loads(part["profile"]) for part in found)
+    assert first.fingerprint == second.fingerprint == alone.fingerprint
+    assert first.groups == second.groups == alone.groups
+    assert first.group_seconds == second.group_seconds and first.reuse_seconds == second.reuse_seconds
+    assert first.fixed_seconds == second.fixed_seconds and min(first.group_seconds) > 0
+    assert first.tables.keys() == second.tables.keys() == alone.tables.keys()
+    assert all(np.array_equal(first.tables[key], second.tables[key]) for key in first.tables)
+    # both runs of two samples, and what is put together at the end of each
+    assert [part["collectives"] for part in found] == [6, 6]
+    splits = kind != "tensor"
+    assert all(("process_group=" in part["refusal"]) is splits for part in found)
+    np.testing.assert_allclose(first.relative_errors(), alone.relative_errors(), rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(first.sensitivity(), alone.sensitivity(), rtol=2e-3)
+    if not splits:  # each has all tokens
+        assert first.stream_bytes == tuple((2 * image, 2 * text) for image, text in alone.stream_bytes)
+        return
+    assert first.stream_bytes == alone.stream_bytes
+    for key, table in alone.tables.items():
+        np.testing.assert_allclose(first.tables[key], table, rtol=2e-3, atol=1e-6 * np.abs(table).max(), err_msg=key)
 
 
 def check_collectives(part: dict, at_the_end: int) -> None:
