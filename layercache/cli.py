@@ -293,8 +293,21 @@ def calibrate(
 def _read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    from layercache.reading import what_is
+
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise _no_prompts(f"{path} {what_is(path)}") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise _no_prompts(f"{path} holds no prompt")
+    return prompts
+
+
+def _no_prompts(what: str) -> typer.BadParameter:
+    hint = "a text file (UTF-8) with one prompt per line is expected."
+    return typer.BadParameter(f"{what}; {hint}", param_hint="--prompts-file")
 
 
 def _demo_classes() -> list[str]:
@@ -395,7 +408,6 @@ def plan(
     """
     import layercache
     from layercache import report
-    from layercache.module_schedule import ModuleSchedule
 
     printer = Printer(json_to)
     conditions = sum(value is not None for value in (budget, speedup, full_steps, min_psnr))
@@ -404,18 +416,17 @@ def plan(
             raise typer.BadParameter("--pareto searches all --budgets; pick one from the front afterwards.")
         prompts = [*(prompt or []), *_read_prompts(prompts_file)]
         settings = _SearchSettings(samples, validation, _parse_shares(budgets), trials, time_limit, max_cache_mb, seed)
+        measured = layercache.StabilityProfile.load(profile)
         pipe = _load_pipeline(model, device, dtype)
         call = _call_arguments(pipe, guidance, height, width)
-        _plan_front(printer, profile, pipe, prompts, settings, call, output or Path("front.json"))
+        _plan_front(printer, measured, pipe, prompts, settings, call, output or Path("front.json"))
         return
     if conditions != 1:
         raise typer.BadParameter(
             "give either --budget, --speedup, --full-steps or, from a front, --min-psnr; or --pareto."
         )
     chosen_spans = _parse_spans(spans)
-    source = _load(profile)
-    if isinstance(source, (layercache.Schedule, ModuleSchedule)):
-        raise typer.BadParameter(f"{profile} is a schedule already; give a profile, or a front.")
+    source = _load_source(profile)
     schedule = layercache.plan(
         source,
         budget,
@@ -465,7 +476,7 @@ class _SearchSettings:
 
 def _plan_front(
     printer: Printer,
-    path: Path,
+    profile: StabilityProfile,
     pipe: Any,
     prompts: list[Any],
     settings: _SearchSettings,
@@ -477,7 +488,6 @@ def _plan_front(
     from layercache.front_report import front_table, order_sentence, rows_of, save_front_page, save_front_plot
 
     plots.check_installed()
-    profile = layercache.StabilityProfile.load(path)
     prompts = prompts or _demo_prompts(pipe)
     _check_demo_prompts(pipe, prompts)
 
@@ -900,29 +910,39 @@ def _explain_front(front: Front) -> tuple[tuple[Any, ...], str, dict[str, Any]]:
     return (front_table(rows), *front.notes), legend, figures
 
 
-def _load(path: Path) -> Content:
-    """Schedules and fronts are JSON objects that begin with their format; a profile begins with a length."""
-    from layercache.front import FORMAT, Front
+def _load(path: Path, *expected: str) -> Content:
+    """A file of one of these formats (`layercache.reading.KINDS`); by default of any that can be shown."""
+    from layercache.reading import FRONT, MODULES, PROFILE, SCHEDULE, format_of, unexpected, what_is
 
-    with path.open("rb") as file:
-        begins = file.read(64).lstrip()
-    if FORMAT.encode() in begins:
-        return Front.load(path)
-    if path.suffix == ".json" or begins[:1] == b"{":
-        return _load_schedule(path)
-    from layercache.profile import StabilityProfile
+    found, wanted = format_of(path), expected or (SCHEDULE, MODULES, PROFILE, FRONT)
+    if found is None or found not in wanted:
+        raise unexpected(path, what_is(path), *wanted)
+    return _load_as(found, path)
 
-    return StabilityProfile.load(path)
+
+def _load_as(kind: str, path: Path) -> Content:
+    from layercache import Front, Schedule, StabilityProfile
+    from layercache.module_schedule import ModuleSchedule
+    from layercache.reading import FRONT, MODULES, PROFILE, SCHEDULE
+
+    kinds: dict[str, Any] = {SCHEDULE: Schedule, MODULES: ModuleSchedule, PROFILE: StabilityProfile, FRONT: Front}
+    return kinds[kind].load(path)
+
+
+def _load_source(path: Path) -> StabilityProfile | Front:
+    """What a schedule can be planned from."""
+    from layercache.reading import FRONT, MODULES, PROFILE, SCHEDULE, format_of
+
+    if format_of(path) in (SCHEDULE, MODULES):
+        raise typer.BadParameter(f"{path} is a schedule already; give a profile, or a front.")
+    return _load(path, PROFILE, FRONT)  # type: ignore[return-value]
 
 
 def _load_schedule(path: Path) -> Schedule | ModuleSchedule:
     """Of groups of layers, or of single modules."""
-    from layercache.module_schedule import FORMAT, ModuleSchedule
-    from layercache.schedule import Schedule
+    from layercache.reading import MODULES, SCHEDULE
 
-    with path.open("rb") as file:
-        begins = file.read(64)
-    return ModuleSchedule.load(path) if FORMAT.encode() in begins else Schedule.load(path)
+    return _load(path, SCHEDULE, MODULES)  # type: ignore[return-value]
 
 
 def _plot(path: Path, title: str, content: Content) -> Path:

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache import metrics, report
 from layercache.contestants import Contestant, Workshop, block_calls, contestants
-from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatchError
+from layercache.errors import LayerCacheError, ScheduleMismatchError
 from layercache.files import write_atomically
+from layercache.reading import COMPARISON, going_on
 
-FORMAT, VERSION = "layercache comparison", 1
+FORMAT, VERSION = COMPARISON, 1
 SHOWN = 8  # pictures of every contestant that are kept for the page
 _NUMBERS = ("used", "seconds", "speedup", "operators", "reads")
 _READS = ("item", "tolist", "__bool__", "__float__", "__int__")
@@ -174,12 +175,11 @@ class Comparison:
     def _read(self) -> None:
         if not self.file.exists():
             return
-        try:
-            data = json.loads(self.file.read_text(encoding="utf-8"))
+        with going_on(self.file, COMPARISON):
+            data = json.loads(self.file.read_bytes())
             found = [Outcome.from_json(entry) for entry in data["outcomes"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(f"cannot go on from {self.file}: {error}; remove it to start again") from error
-        if data.get("digest") != self._digest:
+            digest = data["digest"]
+        if digest != self._digest:
             raise ScheduleMismatchError(
                 f"{self.file} compares another model, other seeds or other settings; name another folder"
             )

@@ -13,9 +13,10 @@ from typing import Any
 from layercache.errors import BudgetError, FileFormatError
 from layercache.files import write_atomically
 from layercache.metrics import Summary, summarise
-from layercache.schedule import Schedule, check_header
+from layercache.reading import FRONT, entries, read_json
+from layercache.schedule import Schedule
 
-FORMAT = "layercache front"
+FORMAT = FRONT
 VERSION = 1
 SLACK = 1e-9
 TARGETS = {
@@ -168,25 +169,19 @@ class Front:
         Raises:
             FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"cannot read the front {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path} is not a whole JSON file ({error}); was it cut off or edited?") from error
-        check_header(data, FORMAT, VERSION, str(path))
-        try:
+        data = read_json(path, FORMAT)
+        with entries(data, FORMAT, VERSION, str(path)):
             blocks, fixed, reuse = (float(value) for value in data["seconds"])
-            points = tuple(_point(entry, str(path)) for entry in data["points"])
+            points = tuple(_point(entry, f"schedule {k} of {path}") for k, entry in enumerate(data["points"]))
             notes = tuple(str(note) for note in data.get("notes", ()))
             return cls(points, (blocks, fixed, reuse), int(data["tried"]), notes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _point(entry: Any, name: str) -> Point:
+    if not entry["psnr"]:
+        raise FileFormatError(f"{name} has no PSNR of any picture; search again")
     return Point(
-        schedule=Schedule.from_json(json.dumps(entry["schedule"]), name),
+        schedule=Schedule.from_data(entry["schedule"], name),
         origin=str(entry["origin"]),
         psnr=tuple(float(value) for value in entry["psnr"]),
         held_out=tuple(float(value) for value in entry["held_out"]),

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from layercache.errors import FileFormatError, ScheduleError, UnsupportedModelError
+from layercache.errors import ScheduleError, UnsupportedModelError
 from layercache.files import write_atomically
 from layercache.model_spec import ModelSpec
-from layercache.schedule import Fingerprint, check_header
+from layercache.reading import MODULES, entries, parse_json, read_json
+from layercache.schedule import Fingerprint, check_steps
 
-FORMAT, VERSION = "layercache module schedule", 1
+FORMAT, VERSION = MODULES, 1
 REUSED_STEP = "reuse"
 
 
@@ -84,6 +85,7 @@ class ModuleSchedule:
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_steps(self.fingerprint)
         steps = self.fingerprint.num_steps
         if len(self.computed) != steps or any(len(row) != len(self.units) for row in self.computed):
             raise ScheduleError(f"a module schedule needs {steps} rows of {len(self.units)} decisions")
@@ -135,16 +137,15 @@ class ModuleSchedule:
         Raises:
             FileFormatError: damaged, of another kind, or written by a newer version.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{name} is not a whole JSON file ({error}); was it cut off or edited?") from error
-        check_header(data, FORMAT, VERSION, name)
-        try:
+        return cls._from_data(parse_json(text, FORMAT, name), name)
+
+    @classmethod
+    def _from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+        with entries(data, FORMAT, VERSION, name):
             rows = [str(row) for row in data["steps"]]
             count = len(data["units"])
             if any(row != REUSED_STEP and set(row) - {"0", "1"} for row in rows):
-                raise ValueError("a step holds something else than 0 and 1")
+                raise ScheduleError("a step holds something else than 0 and 1")
             return cls(
                 Fingerprint.from_json(data["fingerprint"]),
                 tuple(str(unit) for unit in data["units"]),
@@ -153,8 +154,6 @@ class ModuleSchedule:
                 tuple(float(s) for s in data["seconds"]),
                 dict(data.get("made_by", {})),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes JSON, one line per step; the file appears whole or not at all."""
@@ -168,11 +167,7 @@ class ModuleSchedule:
         Raises:
             FileFormatError: missing, damaged, of another kind, or written by a newer version.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"cannot read the module schedule {path}: {error}") from error
-        return cls.from_json(text, str(path))
+        return cls._from_data(read_json(path, FORMAT), str(path))
 
 
 def alternating(

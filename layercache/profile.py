@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,9 +17,10 @@ from layercache.errors import CalibrationError, FileFormatError
 from layercache.files import write_atomically
 from layercache.layout import stored_bytes
 from layercache.models import text_leaves_of
-from layercache.schedule import Fingerprint, Schedule, check_groups, check_header
+from layercache.reading import PROFILE, entries, unexpected, what_is
+from layercache.schedule import Fingerprint, Schedule, check_groups
 
-FORMAT = "layercache profile"
+FORMAT = PROFILE
 VERSION = 1
 
 _TINY = 1e-12
@@ -271,24 +273,40 @@ class StabilityProfile:
         """
         try:
             with safe_open(str(path), framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("header", "null"))
-                check_header(header, FORMAT, VERSION, str(path))
+                header = _header(file)
                 names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name in _OPTIONAL)]
-                tables = {name: file.get_tensor(name) for name in names}
-            return cls(
-                fingerprint=Fingerprint.from_json(header["fingerprint"]),
-                groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),
-                group_seconds=tuple(header["group_seconds"]),
-                reuse_seconds=tuple(header["reuse_seconds"]),
-                fixed_seconds=float(header["fixed_seconds"]),
-                samples=tuple(header["samples"]),
-                tables=tables,
-                eta=float(header["eta"]),
-                stream_bytes=tuple((int(image), int(text)) for image, text in header.get("stream_bytes", ())),
-            )
+                with entries(header, FORMAT, VERSION, str(path)):
+                    tables = {name: _table(file, name) for name in names}
+                    return cls._from_header(header, tables)
         except FileFormatError:
             raise
-        except (OSError, SafetensorError) as error:
-            raise FileFormatError(f"{path} is not a whole layercache profile: {error}") from error
-        except (KeyError, TypeError, ValueError, CalibrationError) as error:
-            raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise unexpected(path, what_is(path), FORMAT) from error
+
+    @classmethod
+    def _from_header(cls, header: Mapping[str, Any], tables: Mapping[str, np.ndarray]) -> StabilityProfile:
+        return cls(
+            fingerprint=Fingerprint.from_json(header["fingerprint"]),
+            groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),
+            group_seconds=tuple(header["group_seconds"]),
+            reuse_seconds=tuple(header["reuse_seconds"]),
+            fixed_seconds=float(header["fixed_seconds"]),
+            samples=tuple(header["samples"]),
+            tables=tables,
+            eta=float(header["eta"]),
+            stream_bytes=tuple((int(image), int(text)) for image, text in header.get("stream_bytes", ())),
+        )
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """What a profile says of itself; a ``ValueError`` where it is other tensors."""
+    header = json.loads((file.metadata() or {}).get("header", "null"))
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError("no profile")
+    return header
+
+
+def _table(file: Any, name: str) -> np.ndarray:
+    if name not in file.keys():
+        raise CalibrationError(f"the table {name} is missing")
+    return file.get_tensor(name)

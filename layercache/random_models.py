@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercache.errors import FileFormatError
+from layercache.reading import what_is
 
 KEYS = ("pipeline", "components", "prompt", "seed")
 
@@ -36,11 +37,25 @@ def load_random_pipeline(path: str | os.PathLike[str], dtype: torch.dtype = torc
     Raises:
         FileFormatError: not such a file, or diffusers refuses what it says.
     """
+    data = _description(path)
     try:
-        return make_random_pipeline(json.loads(Path(path).read_text(encoding="utf-8")), dtype)
+        return make_random_pipeline(data, dtype)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise FileFormatError(f"cannot make a pipeline of {path}: {told}") from error
+
+
+def _description(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        data = None
+    if not isinstance(data, Mapping) or not {"pipeline", "components"} <= set(data):
+        raise FileFormatError(
+            f"cannot make a pipeline of {path}: it {what_is(path)}; name a file with the entries pipeline and "
+            "components, such as examples/tiny_flux.json"
+        )
+    return data
 
 
 def make_random_pipeline(data: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:

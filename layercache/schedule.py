@@ -11,10 +11,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from layercache.errors import FileFormatError, ScheduleError, ScheduleMismatchError
+from layercache.errors import ScheduleError, ScheduleMismatchError
 from layercache.files import write_atomically
+from layercache.reading import SCHEDULE, entries, parse_json, read_json
 
-FORMAT = "layercache schedule"
+FORMAT = SCHEDULE
 VERSION = 2
 SIGMA_TOLERANCE = 1e-3
 
@@ -167,6 +168,7 @@ class Schedule:
     branch_cells: Mapping[str, tuple[tuple[Cell, ...], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_steps(self.fingerprint)
         check_groups(self.groups, self.fingerprint.num_blocks)
         if len(self.group_seconds) != len(self.groups) or not all(
             math.isfinite(s) and s > 0 for s in self.group_seconds
@@ -279,11 +281,7 @@ class Schedule:
         Raises:
             FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"cannot read the schedule {path}: {error}") from error
-        return cls.from_json(text, str(path))
+        return cls.from_data(read_json(path, FORMAT), str(path))
 
     def to_json(self) -> str:
         head = {
@@ -306,13 +304,21 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str, name: str = "schedule") -> Schedule:
-        """Parses what `to_json` wrote; ``name`` is used in messages."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{name} is not a whole JSON file ({error}); was it cut off or edited?") from error
-        check_header(data, FORMAT, VERSION, name)
-        try:
+        """Parses what `to_json` wrote; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: as for `load`.
+        """
+        return cls.from_data(parse_json(text, FORMAT, name), name)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Schedule:
+        """Of what the JSON holds.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
+        with entries(data, FORMAT, VERSION, name):
             return cls(
                 fingerprint=Fingerprint.from_json(data["fingerprint"]),
                 groups=tuple((int(lo), int(hi)) for lo, hi in data["groups"]),
@@ -322,8 +328,6 @@ class Schedule:
                 velocities=tuple(v and Velocity.from_json(v) for v in data.get("velocities", ())),
                 branch_cells={str(k): _rows_from_json(rows) for k, rows in data.get("branch_cells", {}).items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 
 def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:
@@ -354,17 +358,10 @@ def _rows_from_json(rows: Any) -> tuple[tuple[Cell, ...], ...]:
     )
 
 
-def check_header(data: Any, expected: str, version: int, name: str) -> None:
-    """Refuses a file of another kind or of a newer format version."""
-    found = data.get("format") if isinstance(data, Mapping) else None
-    if found != expected:
-        raise FileFormatError(f"{name} is not a {expected} file (its format says {found!r})")
-    if not isinstance(data.get("version"), int) or data["version"] < 1:
-        raise FileFormatError(f"{name} has no usable format version ({data.get('version')!r})")
-    if data["version"] > version:
-        raise FileFormatError(
-            f"{name} has format version {data['version']}, this layercache reads up to {version}; upgrade layercache"
-        )
+def check_steps(fingerprint: Fingerprint) -> None:
+    """Raises `ScheduleError` where there is no step to schedule."""
+    if fingerprint.num_steps < 1:
+        raise ScheduleError(f"a schedule needs a step at least, and its noise levels are {list(fingerprint.sigmas)}")
 
 
 def check_groups(groups: Sequence[tuple[int, int]], num_blocks: int) -> None:

@@ -18,15 +18,16 @@ from tqdm.auto import tqdm
 
 from layercache.arguments import expect
 from layercache.coaching import coach, with_terms
-from layercache.errors import ArgumentError, BudgetError, FileFormatError, ScheduleMismatchError
+from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
 from layercache.files import write_atomically
 from layercache.fitting import HOLD, Forecast, fit_residuals, solve_ridge
 from layercache.forecast import reforecast, secant_coefficients
 from layercache.front import Front, Point, quality
 from layercache.planner import SPANS, plan, weighted_errors
 from layercache.profile import StabilityProfile, readable
+from layercache.reading import JOURNAL, check_header, going_on
 from layercache.rehearsal import Rehearsal, Take, skipping, with_terms_of
-from layercache.schedule import Cell, Schedule, check_header
+from layercache.schedule import Cell, Schedule
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
@@ -34,7 +35,7 @@ TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", te
 RESIDUAL_FORECASTS = ("secant", "fitted")
 COACHED_TERMS = 3
 WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
-JOURNAL, JOURNAL_VERSION = "layercache search", 1
+JOURNAL_VERSION = 1
 
 
 def search(
@@ -172,14 +173,13 @@ class _Journal:
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"cannot go on from {path}: {error}; remove it to start again") from error
-        check_header(data, JOURNAL, JOURNAL_VERSION, str(path))
+        with going_on(path, JOURNAL):
+            data = json.loads(path.read_bytes())
+            check_header(data, JOURNAL, JOURNAL_VERSION, str(path))
+            results = {str(key): [float(v) for v in psnr] for key, psnr in data["results"].items()}
         if data.get("samples") != self.samples:
             raise ScheduleMismatchError(f"{path} belongs to a search with other samples or settings; name another file")
-        self.results = dict(data["results"])
+        self.results = results
 
     def add(self, key: str, psnr: Sequence[float]) -> None:
         self.results[key] = list(psnr)

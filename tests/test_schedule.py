@@ -113,7 +113,7 @@ def test_damaged_files_are_refused(tmp_path, name):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="does not exist"):
         Schedule.load(tmp_path / "nowhere.json")
 
 

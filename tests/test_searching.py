@@ -347,7 +347,7 @@ def test_files(front, tmp_path):
     path.write_text(json.dumps(json.loads(text) | {"version": 99}))
     with pytest.raises(FileFormatError, match="upgrade"):
         Front.load(path)
-    with pytest.raises(FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="does not exist"):
         Front.load(tmp_path / "none.json")
 
 

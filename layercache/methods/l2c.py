@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from layercache import ops
 from layercache.arguments import expect
-from layercache.errors import FileFormatError, MethodError, ScheduleMismatchError
+from layercache.errors import MethodError, ScheduleMismatchError
 from layercache.files import write_atomically
 from layercache.integration import attach
 from layercache.layout import COMPUTE, GroupAction
@@ -32,6 +32,7 @@ from layercache.methods.watching import generate_once, transformer_of
 from layercache.models import fingerprint_of, spec_for, velocities
 from layercache.module_schedule import ModuleSchedule, alternating
 from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
+from layercache.reading import going_on
 from layercache.schedule import Fingerprint
 from layercache.stopwatch import Stopwatch
 
@@ -343,14 +344,12 @@ def _resume(training: _Training, path: str | os.PathLike[str] | None, digest: st
     """Puts a checkpoint's state in place; the losses so far."""
     if path is None or not Path(path).exists():
         return []
-    try:
+    with going_on(path):
         data = torch.load(path, map_location="cpu", weights_only=True)
         if data["format"] != FORMAT:
-            raise ValueError("it is of another kind")
+            raise ValueError("a checkpoint of something else")
         theta = data["theta"]
         steps, units = len(theta), len(theta[0])
-    except Exception as error:
-        raise FileFormatError(f"cannot go on from {path}: {error}; remove it to start again") from error
     if data["digest"] != digest or units != len(training.units):
         raise ScheduleMismatchError(f"{path} belongs to a training with other settings; name another file")
     training.prepare(steps)
