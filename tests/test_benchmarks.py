@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import layercache
 from layercache import ops
 from layercache.benchmarks import results
 from layercache.benchmarks.cases import CASES, find_cases
@@ -165,6 +166,46 @@ class TestStaleness:
         self.write(tmp_path, kernel_hash=results.kernel_hash())
         assert results.stale_files(tmp_path) == []
         assert CliRunner().invoke(app, ["bench", "results", str(tmp_path)]).stdout == "gpu.json: current\n"
+
+    def said(self, *arguments):
+        done = CliRunner().invoke(app, ["bench", "results", *map(str, arguments)], env={"LAYERCACHE_DEBUG": ""})
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+        return done.stderr.strip()
+
+    def test_outside_of_a_checkout(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert self.said() == (
+            "Error: there is no folder bench/results here; results are stored in a checkout of layercache: run this in "
+            "one, or name a folder of results."
+        )
+
+    @pytest.mark.parametrize("name", ["kernels", "layercache/kernels"])
+    def test_installed_without_sources(self, tmp_path, monkeypatch, name):
+        """Also where another package has the name of our kernels."""
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "capture.py").write_text("")
+        monkeypatch.setattr(layercache, "__file__", str(tmp_path / "layercache" / "__init__.py"))
+        self.write(tmp_path, kernel_hash="0" * 12)
+        for more in ([], ["--mark-stale"]):
+            text = self.said(tmp_path, *more)
+            assert "results are compared with the sources of the kernels" in text and "pip install -e" in text
+        assert results.hash_or_none() is None
+        assert json.loads((tmp_path / "gpu.json").read_text()) == {"kernel_hash": "0" * 12}
+
+    def test_files_that_are_no_results(self, tmp_path):
+        self.write(tmp_path, kernel_hash=results.kernel_hash())
+        for name, content in (("a.json", b""), ("b.json", b"[1]"), ("c.json", b"\x89PNG\r\n")):
+            (tmp_path / name).write_bytes(content)
+        assert results.mark_stale(tmp_path) == []
+        assert CliRunner().invoke(app, ["bench", "results", str(tmp_path)]).stdout.splitlines() == [
+            "a.json: no result, it is empty",
+            "b.json: no result, it is JSON of another kind",
+            "c.json: no result, it is a PNG picture",
+            "gpu.json: current",
+        ]
+
+    def test_no_results_at_all(self, tmp_path):
+        assert CliRunner().invoke(app, ["bench", "results", str(tmp_path)]).stdout == f"no results in {tmp_path}\n"
 
     def test_committed_results(self):
         """A result older than the kernels it measured says that it is stale."""

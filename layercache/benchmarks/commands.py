@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from layercache.errors import FileFormatError
+
 app = typer.Typer(no_args_is_help=True, help="Measure the ops on this machine, and look after stored results.")
 
 RESULTS = Path("bench") / "results"
@@ -134,13 +136,16 @@ def peers(
     if plot is not None:
         printer.say(f"plot: {measuring.save_plot(plot, rows, f'{shape}, {dtype}, {place}')}")
     settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shape": list(_shape(shape))}
-    head = {"kernel_hash": results.kernel_hash(), "machine": results.machine_info()}
+    head = {"kernel_hash": results.hash_or_none(), "machine": results.machine_info()}
     printer.figures({"kind": "peers", **head, "settings": settings, "rows": [asdict(row) for row in rows]})
 
 
 @app.command("results")
 def list_results(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with result files.")] = RESULTS,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(exists=True, file_okay=False, help="Folder with result files; bench/results if left out."),
+    ] = None,
     mark_stale: Annotated[
         bool, typer.Option("--mark-stale", help="Write into files measured with other kernels that they are stale.")
     ] = False,
@@ -149,17 +154,35 @@ def list_results(
 
     Example: `layercache bench results --mark-stale`
     """
-    import json
-
     from layercache.benchmarks import results
 
+    place = _results_folder(folder)
     if mark_stale:
-        for path in results.mark_stale(folder):
+        for path in results.mark_stale(place):
             typer.echo(f"marked as stale: {path}")
-    unmarked = set(results.stale_files(folder))
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
-        state = "stale" if path in unmarked or data.get("stale") else "current"
-        if data.get("kernel_hash") is None:
-            state = "of no kernel"
-        typer.echo(f"{path.name}: {state}")
+    unmarked, files = set(results.stale_files(place)), sorted(place.glob("*.json"))
+    for path in files:
+        typer.echo(f"{path.name}: {_state(path, path in unmarked)}")
+    if not files:
+        typer.echo(f"no results in {place}")
+
+
+def _results_folder(folder: Path | None) -> Path:
+    if folder is None and not RESULTS.is_dir():
+        raise FileFormatError(
+            f"there is no folder {RESULTS} here; results are stored in a checkout of layercache: run this in one, or "
+            "name a folder of results"
+        )
+    return folder or RESULTS
+
+
+def _state(path: Path, is_stale: bool) -> str:
+    from layercache.benchmarks import results
+    from layercache.reading import what_is
+
+    data = results.read_result(path)
+    if data is None:
+        return f"no result, it {what_is(path)}"
+    if data.get("kernel_hash") is None:
+        return "of no kernel"
+    return "stale" if is_stale or data.get("stale") else "current"

@@ -29,15 +29,20 @@ def kernel_hash() -> str:
     """
     root = Path(layercache.__file__).parents[1]
     files = sorted(path for pattern in SOURCES for path in root.glob(pattern))
-    if not any(path.parent.name == "kernels" for path in files):
-        raise FileFormatError(f"{root} holds no kernel sources; results belong to a checkout of layercache")
+    # an installed layercache has its kernels elsewhere, and another package may have their name
+    if not {"kernels", "cpu"} <= {path.parent.name for path in files}:
+        raise FileFormatError(
+            f"results are compared with the sources of the kernels, which {root} does not hold; use the layercache of "
+            "a checkout (pip install -e . in one)"
+        )
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _hash_or_none() -> str | None:
+def hash_or_none() -> str | None:
+    """`kernel_hash`, where there is one."""
     try:
         return kernel_hash()
     except FileFormatError:
@@ -79,11 +84,20 @@ def figures(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "kernels",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "kernel_hash": _hash_or_none(),
+        "kernel_hash": hash_or_none(),
         "machine": machine_info(),
         "settings": settings,
         "rows": [row.to_json() for row in rows],
     }
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a result file holds; ``None`` of a file that is none."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def stale_files(folder: Path) -> list[Path]:
@@ -91,7 +105,7 @@ def stale_files(folder: Path) -> list[Path]:
     current = kernel_hash()
     found = []
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
+        data = read_result(path) or {}
         if data.get("kernel_hash") not in (None, current) and not data.get("stale"):
             found.append(path)
     return found
@@ -101,5 +115,5 @@ def mark_stale(folder: Path) -> list[Path]:
     """Makes the files of `stale_files` say so; returns them."""
     paths = stale_files(folder)
     for path in paths:
-        write_json(path, {"stale": True} | json.loads(path.read_text()))
+        write_json(path, {"stale": True} | (read_result(path) or {}))
     return paths
