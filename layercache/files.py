@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,8 +14,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
     When ``write`` fails (disk full, interrupted), ``path`` keeps its former content and the
     temporary file is removed.
+
+    Raises:
+        OSError: ``path`` is a folder, or cannot be written.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
     os.close(handle)

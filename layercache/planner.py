@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from layercache.profile import StabilityProfile, readable
 from layercache.schedule import Cell, Fingerprint, Schedule
 
 SPANS = (1, 2, 3, 4, 5, 6)
+SOLVERS = ("best", "exact", "lagrangian", "removal", "addition")
+MAX_ORDER = 7
 
 
 def plan(
@@ -82,6 +85,7 @@ def plan(
         ArgumentError: neither a profile nor a front.
         BudgetError: not exactly one of budget, full_steps, speedup and min_psnr is given, it is out of range, or below
             what the protected steps, the longest run or the memory allow.
+        ScheduleError: another setting is out of range.
     """
     expect("layercache.plan", profile, StabilityProfile, Front)
     _check_target(profile, {"budget": budget, "full_steps": full_steps, "speedup": speedup, "min_psnr": min_psnr})
@@ -104,8 +108,7 @@ def plan(
         "forecast": forecast,
         "order": order,
     }
-    if forecast not in ("fitted", *FORECASTS):
-        raise ScheduleError(f"unknown forecast {forecast!r}; choose fitted, {', '.join(FORECASTS)}")
+    _check_settings({**settings, "spans": list(spans), "history": history})
     schedule = _solved(profile, {**settings, "spans": list(spans), "history": history})
     if max_cache_bytes is None:
         return schedule
@@ -118,9 +121,11 @@ def plan(
         needed.append(profile.cache_bytes(schedule))
     if needed[-1] <= max_cache_bytes:
         return schedule
+    least = min(needed)
     raise BudgetError(
-        f"max_cache_bytes of {max_cache_bytes} is too little for this budget: {min(needed)} bytes are needed at least; "
-        "cut the blocks into fewer groups, calibrate smaller batches, or take a schedule of whole steps from a front"
+        f"{max_cache_bytes} bytes (max_cache_bytes) are too little for this budget: {least} bytes are needed "
+        f"({math.ceil(least / 1e4) / 100:g} MB); cut the blocks into fewer groups, calibrate smaller batches, or take "
+        "a schedule of whole steps from a front"
     )
 
 
@@ -133,13 +138,36 @@ def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | 
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raises `ScheduleError` for what is no budget and out of range; the message begins with its name."""
+    for name, least in {"history": 1, "max_run": 1, "protect_first": 0, "protect_last": 0, "order": 0}.items():
+        value = settings[name]
+        if value is not None and not (isinstance(value, Integral) and int(value) >= least):
+            raise ScheduleError(f"{name} must be a whole number of at least {least}, got {value}")
+    if settings["order"] > MAX_ORDER:
+        raise ScheduleError(f"order must be at most {MAX_ORDER}, got {settings['order']}")
+    if not all(isinstance(span, Integral) and int(span) >= 1 for span in settings["spans"]):
+        raise ScheduleError(f"spans must be whole numbers of at least 1, got {settings['spans']}")
+    for name in ("kappa", "text_weight"):
+        if not 0 <= settings[name] < math.inf:
+            raise ScheduleError(f"{name} must be a number of at least 0, got {settings[name]}")
+    if not 0 < settings["gamma"] < math.inf:
+        raise ScheduleError(f"gamma must be a number above 0, got {settings['gamma']}")
+    if not 0 <= settings["tau"] < 1:
+        raise ScheduleError(f"tau must be a number from 0 to below 1, got {settings['tau']}")
+    if settings["solver"] not in SOLVERS:
+        raise ScheduleError(f"method must be one of {', '.join(SOLVERS)}, got {settings['solver']!r}")
+    if settings["forecast"] not in ("fitted", *FORECASTS):
+        raise ScheduleError(f"unknown forecast {settings['forecast']!r}; choose fitted, {', '.join(FORECASTS)}")
+
+
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     if isinstance(profile, Front) and not profile.points:
         raise BudgetError("the front is empty; search for schedules first (layercache.search)")
     fingerprint = profile.points[0].schedule.fingerprint if isinstance(profile, Front) else profile.fingerprint
     most = len(fingerprint.steps)
     if not 0 < full_steps <= most:
-        raise BudgetError(f"full_steps must be above 0 and at most {most}, got {full_steps}")
+        raise BudgetError(f"full_steps must be above 0 and at most {most}, got {full_steps:g}")
     return full_steps / most
 
 
@@ -167,8 +195,8 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
         np.tile(cached_cost / count, count),
         target,
         protected,
-        settings["spans"],
-        history=settings["history"],
+        [span for span in settings["spans"] if span <= num_steps],
+        history=min(settings["history"], num_steps),
         max_run=min(settings["max_run"], profile.max_distance),
         tau=settings["tau"],
         method=settings["solver"],

@@ -448,7 +448,7 @@ def test_decisions_follow_the_betas(pipe, router):
     assert least.used == pytest.approx(0.5)
     kept = router.schedule(budget=0.7)
     assert 0.5 <= kept.used <= 0.7
-    with pytest.raises(MethodError, match="below"):
+    with pytest.raises(MethodError, match="cannot be met.* 0.500 at least"):
         router.schedule(budget=0.4)
     with pytest.raises(MethodError, match="not both"):
         router.schedule(0.1, 0.7)
@@ -473,8 +473,13 @@ def test_alternating_schedules(pipe):
 
 
 def test_bad_settings_are_refused(pipe):
-    with pytest.raises(MethodError, match="learning rate"):
-        l2c.Settings(learning_rate=0)
+    for rate in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(MethodError, match="^learning_rate must be"):
+            l2c.Settings(learning_rate=rate)
+    with pytest.raises(MethodError, match="^penalty must be"):
+        l2c.Settings(penalty=float("inf"))
+    with pytest.raises(MethodError, match="at least 3 steps"):
+        l2c.train(pipe, ["cat"], l2c.Settings(shifted=True), progress=False, **CALL | {"num_inference_steps": 2})
     with pytest.raises(MethodError, match="rounds"):
         l2c.Settings(rounds=0)
     with pytest.raises(MethodError, match="prompt"):

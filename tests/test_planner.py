@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layercache
-from layercache.errors import BudgetError
+from layercache.errors import BudgetError, ScheduleError
 from layercache.forecast import secant_coefficients
 from layercache.front import Front
 from layercache.planner import weighted_errors
@@ -128,6 +129,32 @@ def test_without_a_target_every_way_to_give_one_is_named():
 def test_two_targets_are_refused_by_name(source, targets):
     with pytest.raises(BudgetError, match=f"^give one target, not {' and '.join(targets)}: budget=0.6 .*speedup=1.4"):
         layercache.plan(source, **dict.fromkeys(targets, 2.0))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({name: value} for name in ("history", "max_run") for value in (0, -1, 1.5, "3")),
+        *({name: value} for name in ("protect_first", "protect_last") for value in (-1, 0.5)),
+        *({"order": value} for value in (-1, 8, 1.0)),
+        *({"spans": value} for value in ([0], [1, -2], [1.5])),
+        *({name: value} for name in ("kappa", "text_weight") for value in (-0.1, math.inf, math.nan)),
+        *({"gamma": value} for value in (0, -1, math.inf, math.nan)),
+        *({"tau": value} for value in (-0.1, 1.0, math.inf, math.nan)),
+        {"method": "fastest"},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(setting):
+    (name,) = setting
+    with pytest.raises(ScheduleError, match=f"^{name} must be .*got "):
+        layercache.plan(made_profile(), 0.6, **setting)
+
+
+def test_more_than_there_are_steps_is_as_much_as_there_is():
+    plain = layercache.plan(made_profile(), 0.6, history=20, max_run=20, spans=(1, 2, 3))
+    huge = layercache.plan(made_profile(), 0.6, history=10**20, max_run=10**20, spans=(1, 2, 3, 10**20))
+    assert huge.cells == plain.cells
 
 
 def test_a_profile_knows_no_psnr():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,8 +74,10 @@ class Settings:
         check_range("seed", self.seed, 0)
         if self.straight_through is not None:
             check_range("straight_through", self.straight_through, 0, 1)
-        if not self.learning_rate > 0:
-            raise MethodError(f"the learning rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise MethodError(f"learning_rate must be a number above 0, got {self.learning_rate}")
+        if self.penalty == math.inf:
+            raise MethodError("penalty must be a finite number, got inf")
 
 
 @dataclass
@@ -127,7 +130,12 @@ class LearnedRouter:
         for limit in [-1.0, *sorted(set(self.beta.flatten().tolist()))]:
             if self.schedule(threshold=limit).used <= budget + 1e-9:
                 return limit
-        raise MethodError(f"a budget of {budget:g} is below what caching every second step can reach")
+        least = self.schedule(threshold=1.0).used
+        raise MethodError(f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least")
+
+
+def _too_few(settings: Settings) -> str:
+    return f"a router needs at least {2 + settings.shifted} steps, so that one of them can be a cache step"
 
 
 class _Training(ModuleRouter):
@@ -166,8 +174,10 @@ class _Training(ModuleRouter):
             self.sigmas = sigmas_of(self.steps.scheduler)
             self.recorded.pop(self.branch, None)
         if not self.theta:
-            steps = len(self.sigmas) - 1
-            self.prepare((steps - self.settings.shifted) // 2)
+            cache_steps = (len(self.sigmas) - 1 - self.settings.shifted) // 2
+            if cache_steps < 1:
+                raise MethodError(_too_few(self.settings))
+            self.prepare(cache_steps)
         self._mode = "record" if self._cache_step is None else "teach"
         self.open((GroupAction(COMPUTE),))
 
@@ -299,7 +309,7 @@ def train(
     finally:
         attachment.detach()
     if not training.theta:
-        raise MethodError(f"a router needs at least {2 + settings.shifted} steps")
+        raise MethodError(_too_few(settings))
     return LearnedRouter(
         fingerprint_of(transformer, training.sigmas, training.branches),
         tuple(unit.name for unit in training.units),
