@@ -22,7 +22,8 @@ from typer.core import TyperGroup
 
 from layercache import __version__
 from layercache.benchmarks import commands as benchmark_commands
-from layercache.errors import LayerCacheError, UnsupportedModelError
+from layercache.errors import BudgetError, LayerCacheError, UnsupportedModelError
+from layercache.wording import in_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,10 +37,16 @@ if TYPE_CHECKING:
 
 DEMO_SAMPLES = 3
 PIPE_WIDTH = 120
+_TYPED = "layercache.typed"  # in the context: the command and what was typed behind it
 
 
 class Commands(TyperGroup):
     """Says what went wrong in a sentence instead of a traceback (which ``LAYERCACHE_DEBUG=1`` brings back)."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.meta[_TYPED] = command, list(rest)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -52,16 +59,32 @@ class Commands(TyperGroup):
             if os.environ.get("LAYERCACHE_DEBUG") == "1":
                 raise
             console = Console(stderr=True, markup=False, highlight=False)
-            console.print(_sentence(error), style="red", soft_wrap=True)
+            console.print(_sentence(error, *ctx.meta.get(_TYPED, ())), style="red", soft_wrap=True)
             raise typer.Exit(1) from None
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, command: Any = None, typed: Sequence[str] = ()) -> str:
+    """The message, by the options of the command that was given; an error of the system names none."""
     text = str(error)
+    if command is not None and isinstance(error, LayerCacheError):
+        parts = [part for word in typed for part in (word, *word.split("=")[1:])]
+        text = in_options(text, _options(command), parts, _every_option())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = text.strip() or type(error).__name__
     return f"Error: {text}" if text.endswith((".", "!", "?")) else f"Error: {text}."
+
+
+def _options(command: Any) -> dict[str, str]:
+    """Of a command, by the name of the parameter; the long form."""
+    longest = {one.name: max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
+    return {name: option for name, option in longest.items() if option.startswith("--")}
+
+
+def _every_option() -> set[str]:
+    """Names of the parameters of all commands."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    return {name for command in commands for name in _options(command)}
 
 
 app = typer.Typer(
@@ -83,7 +106,7 @@ app = typer.Typer(
 )
 
 
-app.add_typer(benchmark_commands.app, name="bench")
+app.add_typer(benchmark_commands.app, name="bench", cls=Commands)
 
 
 class Dtype(str, Enum):
@@ -433,7 +456,7 @@ def plan(
         speedup=speedup,
         full_steps=full_steps,
         min_psnr=min_psnr,
-        max_cache_bytes=None if max_cache_mb is None else int(max_cache_mb * 1e6),
+        max_cache_bytes=_bytes(max_cache_mb),
         spans=chosen_spans,
         history=history,
         max_run=max_run,
@@ -451,6 +474,10 @@ def plan(
     printer.say(report.schedule_sentences(schedule), *_memory_line(source, schedule), f"schedule: {output}")
     printer.say(f"next: layercache generate --schedule {output} --prompt ... --compare", style="dim")
     printer.figures(report.schedule_figures(schedule))
+
+
+def _bytes(megabytes: float | None) -> int | None:
+    return None if megabytes is None or megabytes == float("inf") else int(megabytes * 1e6)
 
 
 def _memory_line(source: StabilityProfile | Front, schedule: Schedule) -> list[str]:
@@ -507,11 +534,13 @@ def _plan_front(
             budgets=settings.budgets,
             trials=settings.trials,
             time_limit=settings.time_limit,
-            max_cache_bytes=None if settings.max_cache_mb is None else int(settings.max_cache_mb * 1e6),
+            max_cache_bytes=_bytes(settings.max_cache_mb),
             resume=output.with_suffix(".journal.json"),
             num_inference_steps=profile.fingerprint.num_steps,
             **call,
         )
+    if not front.points:
+        raise BudgetError("no schedule keeps to these --budgets and --max-cache-mb; allow more of either")
     rows = rows_of(front)
     title = f"{profile.fingerprint.model_class}, {profile.fingerprint.num_steps} steps"
     front.save(output)
@@ -788,9 +817,9 @@ def compare(
     height: Height = None,
     width: Width = None,
     trials: Annotated[int, typer.Option(min=0, help="Exchanges of LayerCache's search, per budget.")] = 12,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; a comparison in it goes on.")] = Path(
-        "comparison"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder; a comparison in it goes on.")
+    ] = Path("comparison"),
     device: Device = None,
     dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,

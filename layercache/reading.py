@@ -160,7 +160,8 @@ def going_on(path: str | os.PathLike[str], expected: str = "") -> Iterator[None]
         found = what_is(path)
         own = f"is {KINDS[expected].title}" if expected else CHECKPOINT
         told = "is damaged, or of another kind" if found == own else found
-        raise FileFormatError(f"cannot go on from {path}: it {told}; remove it to start again") from error
+        told = f"cannot go on from {path}: it {told}; name another file, or remove it to start again"
+        raise FileFormatError(told) from error
 
 
 def unexpected(name: str | os.PathLike[str], found: str, *expected: str) -> FileFormatError:
@@ -181,7 +182,7 @@ def _kind_said(found: str) -> str:
 
 def _way(found: str, expected: Sequence[str]) -> str:
     if SCHEDULE in expected and found in (PROFILE, FRONT) and found not in expected:
-        return "plan one from it with 'layercache plan' or layercache.plan"
+        return "plan one from it with layercache.plan"
     if len(expected) > 1:
         return f"as {', '.join(KINDS[one].command for one in expected)} write them"
     return f"as {KINDS[expected[0]].writers} it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import subprocess
 import sys
@@ -249,6 +250,102 @@ def test_doctor_without_extras(monkeypatch):
         assert states[name].state == "optional"
     assert "layercache[demo]" in states["matplotlib"].detail
     assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
+
+
+# --- messages by the options that were typed ------------------------------------------------------------------
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    path = tmp_path / "max_run and full_steps=3.safetensors"
+    return tiny_profile().save(path)
+
+
+@functools.cache
+def tiny_profile():
+    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    return layercache.calibrate(tiny.tiny_pipeline(), [["cat"]], progress=False, **call)
+
+
+HINT = "protect fewer steps (--protect-first, --protect-last), allow longer runs (--max-run), or calibrate with more"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--budget", 0.01), f"of the block time is needed; {HINT}"),
+        (("--speedup", 90), "cannot be reached"),
+        (("--full-steps", 40), "Error: --full-steps must be above 0 and at most 8, got 40."),
+        (
+            ("--min-psnr", 40),
+            "Error: --min-psnr needs a front of measured schedules: run 'layercache plan --pareto' first.",
+        ),
+        (("--budget", 0.7, "--max-cache-mb", 0.001), "Error: 1000 bytes (--max-cache-mb) are too little"),
+        (("--budget", 0.7, "--tau", "inf"), "Error: --tau must be a number from 0 to below 1, got inf."),
+        (("--budget", 0.7, "--gamma", 0), "Error: --gamma must be a number above 0, got 0.0."),
+        (("--budget", 0.7, "--kappa", "inf"), "Error: --kappa must be a number of at least 0, got inf."),
+        (("--budget", 0.7, "--order", 9), "Error: --order must be at most 7, got 9."),
+    ],
+)
+def test_plan_names_its_options(profile_file, tmp_path, options, told):
+    text = refused(1, "plan", profile_file, "-o", tmp_path / "s.json", *options)
+    assert told in text
+    assert not any(name in text for name in ("max_run", "protect_first", "full_steps", "min_psnr", "max_cache"))
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_names_of_files_stay_as_they_are(profile_file):
+    text = refused(1, "generate", "-p", "cat", "--schedule", profile_file)
+    assert text.startswith(f"Error: {profile_file} is a layercache profile, ")
+    profile_file.write_text("")
+    assert text.startswith("Error: ") and f"{profile_file} is empty" in refused(1, "plan", profile_file, "--budget", 1)
+
+
+def test_no_memory_limit_and_large_numbers(profile_file, tmp_path):
+    more = ("--max-cache-mb", "inf", "--spans", "1,99999999999999999999", "--history", 10**20, "--max-run", 10**20)
+    assert invoke("plan", profile_file, "--budget", 0.7, *more, "-o", tmp_path / "s.json").exit_code == 0
+
+
+def test_a_search_that_finds_nothing_says_so(tiny_demo, profile_file, tmp_path):
+    more = ("--samples", 1, "--validation", 0, "--trials", 0, "--guidance", 3, "-o", tmp_path / "f.json")
+    text = refused(1, "plan", profile_file, "--pareto", "--budgets", 0.01, *more)
+    assert "no schedule keeps to these --budgets and --max-cache-mb" in text
+    assert not (tmp_path / "f.json").exists()
+
+
+def test_generate_names_its_steps(tiny_demo, schedule_file, tmp_path):
+    text = refused(1, "generate", "-p", "cat", "--schedule", schedule_file, "--steps", 5, "-o", tmp_path / "x.png")
+    assert text.endswith("this run has 5; run with --steps 8, or calibrate and plan for 5 steps.")
+
+
+def test_the_demo_names_no_arguments_that_it_does_not_take(tiny_demo, tmp_path):
+    text = refused(1, "demo", "--steps", 3, "--seeds", 1, "--budget", 0.1, "-o", tmp_path / "out")
+    assert "protect fewer steps, allow longer runs, or calibrate with more steps." in text
+
+
+def test_a_router_names_its_options(tiny_demo, tmp_path):
+    more = ("--rounds", 1, "--batch", 1, "-o", tmp_path / "r.json")
+    assert refused(1, "train-router", "--learning-rate", 0, *more) == (
+        "Error: --learning-rate must be a number above 0, got 0.0."
+    )
+    assert "Error: --penalty must be a finite number" in refused(1, "train-router", "--penalty", "inf", *more)
+    assert "at least 3 steps" in refused(1, "train-router", "--steps", 2, "--shifted", *more)
+    text = refused(1, "train-router", "--steps", 4, "--budget", 0.1, *more)
+    assert "a budget of 0.1 cannot be met: caching every second step needs 0.500 at least" in text
+
+
+def test_commands_of_bench_are_worded_too(monkeypatch):
+    def fail(_):
+        raise BudgetError("run with rounds=3 or max_run=2")
+
+    monkeypatch.setattr("layercache.benchmarks.cases.find_cases", fail)
+    assert refused(1, "bench", "kernels") == "Error: run with --rounds 3 or max_run=2."
+
+
+def test_a_folder_in_the_place_of_a_file(schedule_file, tmp_path):
+    assert refused(1, "show", schedule_file, "--json", tmp_path) == f"Error: Is a directory: {tmp_path}."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.json"]
+    assert "--output" in refused(2, "compare", "-o", schedule_file)
 
 
 # --- names of arguments in other pipelines ---------------------------------------------------------------------
