@@ -1,5 +1,7 @@
 """Uniform skips, TaylorSeer, SmoothCache and MagCache against literal transcriptions of methods.md §7, §8, §11."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,22 @@ def test_uniform(pipe):
     with layercache.enabled(pipe, held) as cache:
         generate(pipe, steps=6)
     assert cache.report().used == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_steps_that_are_not_run_are_left_out(pipe, groups):
+    """Of img2img, or of one of two experts: the same rule, counted from the first step that is run."""
+    part = replace(prints(pipe, 12), steps_run=tuple(range(4, 12)))
+    later = taylorseer(part, 3, 1, groups=groups)
+    alone = taylorseer(prints(pipe, 8), 3, 1, groups=groups)
+    for step in range(8):
+        rule, expected = (s.velocity(k) for s, k in ((later, step + 4), (alone, step)))
+        moved = None if expected is None else {k + 4: c for k, c in expected.terms.items()}
+        assert (None if rule is None else rule.terms) == moved
+        for cell, own in zip(later.cells[step + 4], alone.cells[step], strict=True):
+            assert cell == (own and {k + 4: c for k, c in own.items()})
+    assert all(cell == {} for row in later.cells[:4] for cell in row) and later.used == alone.used
+    assert computed_steps(uniform(part, 3)) == [4, 7, 10]
 
 
 def taylor_literal(features, computed, order):

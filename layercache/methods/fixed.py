@@ -31,7 +31,7 @@ def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldo
     """
     expect("fixed.uniform", fingerprint, Fingerprint)
     check_range("interval", interval, 1)
-    steps = fingerprint.num_steps
+    steps = len(fingerprint.steps)
     _check_ends(warmup, cooldown)
     computed = [
         k for k in range(steps) if k < warmup or k >= steps - cooldown or (k - max(0, warmup - 1)) % interval == 0
@@ -84,12 +84,12 @@ def taylorseer(
     check_range("interval", interval, 1)
     check_range("order", order, 0, 7)
     check_range("warmup", warmup, 1)
-    computed = taylorseer_steps(fingerprint.num_steps, interval, warmup, stop)
+    computed = taylorseer_steps(len(fingerprint.steps), interval, warmup, stop)
     told = {"method": "taylorseer", "interval": interval, "order": order}
     if groups is None:
         return _whole_steps(fingerprint, computed, order, told)
     ranges = tuple((int(lo), int(hi)) for lo, hi in groups)
-    rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint.num_steps, computed, order))
+    rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint, computed, order))
     return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), told)
 
 
@@ -136,17 +136,21 @@ def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
 
 
 def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, told: dict) -> Schedule:
-    velocities = [
-        None if cell is None else Velocity(cell) for cell in _forecasts(fingerprint.num_steps, computed, order)
-    ]
-    rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if v is None else ({},) for v in velocities)
-    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), told, tuple(velocities))
+    cells = list(_forecasts(fingerprint, computed, order))
+    rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if cell is None else ({},) for cell in cells)
+    velocities = tuple(Velocity(cell) if cell else None for cell in cells)
+    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), told, velocities)
 
 
-def _forecasts(num_steps: int, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
-    for step in range(num_steps):
-        anchors = [k for k in computed if k < step][::-1]
-        yield None if step in computed else taylor_forecast(step, anchors, order)
+def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
+    """For every step, an empty one where the transformer does not run; ``computed`` counts the steps where it does."""
+    full = [fingerprint.steps[k] for k in computed]
+    for step in range(fingerprint.num_steps):
+        anchors = [k for k in full if k < step][::-1]
+        if step not in fingerprint.steps:
+            yield {}
+        else:
+            yield None if step in full else taylor_forecast(step, anchors, order)
 
 
 def _check_ends(warmup: int, cooldown: int) -> None:
