@@ -54,8 +54,15 @@ setup(
         Pybind11Extension(
             "layercache._cpu",
             sorted(glob("csrc/cpu/*.cpp")),
-            include_dirs=["csrc/cpu"],
-            depends=sorted(glob("csrc/cpu/*.hpp") + glob("csrc/cpu/*.inl")),
+            include_dirs=["csrc/cpu", "csrc"],
+            depends=["csrc/dlpack.hpp", *sorted(glob("csrc/cpu/*.hpp") + glob("csrc/cpu/*.inl"))],
+            cxx_std=17,
+        ),
+        Pybind11Extension(
+            "layercache._launch",
+            sorted(glob("csrc/launch/*.cpp")),
+            include_dirs=["csrc/launch", "csrc"],
+            depends=["csrc/dlpack.hpp", *sorted(glob("csrc/launch/*.hpp"))],
             cxx_std=17,
         ),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue
 from .statistics import pair_sums
 from .tiles import (
     MAX_PROGRAMS,
@@ -162,7 +163,9 @@ def _launch(
     launch = lay_out_launch([stream[:2] for stream in streams], others, groups, samples=samples)
     partials = new_partials(len(streams) * samples * count, out[0].device) if count else None
     with on_device_of(out[0]):
-        _capture_kernel[launch.grid](
+        enqueue(
+            _capture_kernel,
+            launch.grid,
             out,
             before,
             residual,

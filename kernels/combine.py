@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
+from .launching import enqueue, new_like
 from .tiles import (
     accumulator_dtype,
     by_launch,
@@ -60,8 +61,9 @@ def _linear_map_kernel(
     """Pointers are entry-major. Bit ``m * INPUTS + k`` of ``USED`` says whether output m has a term in input k, and bit
     k of ``CODED`` whether input k holds codes, whose scales are among ``scale_ptrs``.
 
-    Coefficients, output-major, are host numbers or, with ``coefficients_ptr``, read from the device. With ``BASE`` (one
-    output) input 0 has no coefficient, and all others are multiplied by the gate, if there is one.
+    Coefficients, output-major, are host numbers (an integer 0 where ``USED`` says no) or, with ``coefficients_ptr``,
+    read from the device. With ``BASE`` (one output) input 0 has no coefficient, also in that order, and all others are
+    multiplied by the gate, if there is one.
     """
     pid = tl.program_id(0).to(tl.int64)
     groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
@@ -91,7 +93,7 @@ def _linear_map_kernel(
             for k in tl.static_range(1 if BASE else 0, INPUTS):
                 if (USED >> (m * INPUTS + k)) & 1:
                     if coefficients_ptr is None:
-                        y += coefficients[m * INPUTS + k] * inputs[k]
+                        y += coefficients[m * INPUTS + k - (1 if BASE else 0)] * inputs[k]
                     else:
                         y += tl.load(coefficients_ptr + m * INPUTS + k - (1 if BASE else 0)) * inputs[k]
             if factors is not None:
@@ -122,7 +124,7 @@ def linear_combination_triton(
     """
     results = new_like(bases) if results is None else list(results)
     on_device = isinstance(coefficients, Tensor)
-    matrix = None if on_device else [[1.0, *coefficients]]
+    matrix = None if on_device else [coefficients]
     _launch(
         [(x, *stream) for x, stream in zip(bases, residuals, strict=True)],
         [[y] for y in results],
@@ -179,6 +181,9 @@ def _launch(
     filled = [s for s, stream in enumerate(inputs) if stream[0].numel()]
     count, results = len(inputs[0]), len(outputs[0])
     flat = None if matrix is None else [c for row in matrix for c in row]
+    # of a base too, which comes first
+    known = [True] * (count * results) if flat is None else [True] * base + [c is not None for c in flat]
+    used = sum(is_used << bit for bit, is_used in enumerate(known))
     for some in by_launch(filled):
         addressed = [[*inputs[s], *outputs[s]] for s in some]
         if gates is not None:
@@ -187,18 +192,20 @@ def _launch(
         # codes of one byte come in groups of 16, whatever the rest
         launch = lay_out_launch(addressed, (), groups, rows=scales is not None)
         with on_device_of(inputs[some[0]][0]):
-            _linear_map_kernel[launch.grid](
+            enqueue(
+                _linear_map_kernel,
+                launch.grid,
                 tuple(t for s in some for t in inputs[s]),
                 tuple(t for s in some for t in outputs[s]),
                 None if gates is None else tuple(gates[s] for s in some),
                 None if scales is None else tuple(t for s in some for t in _pointers(scales[s], outputs[s][0])),
-                None if flat is None else tuple(float(c or 0.0) for c in flat),
+                None if flat is None else tuple(0 if c is None else float(c) for c in flat),
                 None if factors is None else tuple(map(float, factors)),
                 on_device,
                 launch.sizes,
                 INPUTS=count,
                 OUTPUTS=results,
-                USED=sum((flat is None or c is not None) << bit for bit, c in enumerate(flat or [0] * count * results)),
+                USED=used,
                 CODED=0 if scales is None else sum((t is not None) << k for k, t in enumerate(scales[0])),
                 BASE=base,
                 **launch.constants,
@@ -214,11 +221,6 @@ def _pointers(scales: Sequence[Tensor | None], instead: Tensor) -> list[Tensor]:
 def as_rows(gate: Tensor) -> Tensor:
     """A gate [B, D] or [B, 1, D] as [B, 1, D]."""
     return gate.unsqueeze(1) if gate.dim() == 2 else gate
-
-
-def new_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors of these shapes and dtypes, not initialised."""
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
 
 
 def linear_combination_reference(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue
 from .tiles import OPTIONS, nbytes, on_device_of, power_of_two, row_strides, vector_width
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def capture_compact_triton(
         rows = output.shape[-2] if output.dim() > 1 else 1
         strides = [step // width for t in (output, before) for step in row_strides(t)]
         with on_device_of(output):
-            _capture_compact_kernel[(scale.numel(),)](
+            enqueue(
+                _capture_compact_kernel,
+                (scale.numel(),),
                 output,
                 before,
                 code,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue, new
 from .rows import row_offsets, share_out
 from .tiles import (
     MAX_PROGRAMS,
     OPTIONS,
     accumulator_dtype,
-    finalise,
+    encoded,
     nbytes,
     new_partials,
     on_device_of,
@@ -65,6 +66,25 @@ def _row_statistics_kernel(
 
 
 @jit()
+def _row_results_kernel(partials_ptr, out_ptr, programs, rows, MAX_PROGRAMS: tl.constexpr):
+    """The three results of a sample, from what every program of `_row_statistics_kernel` found."""
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, MAX_PROGRAMS)
+    slot = partials_ptr + sample * 3 * MAX_PROGRAMS + column
+    filled = column < (programs >> 2)
+    count = (rows >> 2).to(tl.float32)
+    mean = tl.div_rn(tl.sum(tl.load(slot, mask=filled, other=0.0), 0), count)
+    squares = tl.sum(tl.load(slot + MAX_PROGRAMS, mask=filled, other=0.0), 0)
+    angle = tl.div_rn(tl.sum(tl.load(slot + 2 * MAX_PROGRAMS, mask=filled, other=0.0), 0), count)
+    spread = squares - count * mean * mean
+    # not a maximum, which may drop NaN
+    variance = tl.div_rn(tl.where(spread < 0.0, 0.0, spread), tl.where(count > 1.0, count - 1.0, 1.0))
+    tl.store(out_ptr + 3 * sample, 1.0 + mean)
+    tl.store(out_ptr + 3 * sample + 1, tl.where(count > 1.0, tl.sqrt_rn(variance), float("nan")))
+    tl.store(out_ptr + 3 * sample + 2, angle)
+
+
+@jit()
 def _decide_kernel(
     numerator_ptr, denominator_ptr, accumulated_ptr, flag_ptr, polynomial, threshold, TERMS: tl.constexpr
 ):
@@ -81,14 +101,16 @@ def _decide_kernel(
 
 
 def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
-    """`row_statistics_reference` in one launch and a few tiny ones."""
+    """`row_statistics_reference` in one launch and a second tiny one."""
     shape = share_out([a, b])
     samples = a.shape[0] if per_sample else 1
     rows = shape.rows // samples
     programs = min(-(-rows // shape.per_program), MAX_PROGRAMS)
     partials = new_partials(3 * samples, a.device)
     with on_device_of(a):
-        _row_statistics_kernel[(programs, samples)](
+        enqueue(
+            _row_statistics_kernel,
+            (programs, samples),
             a,
             b,
             partials,
@@ -99,16 +121,17 @@ def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Ten
             MAX_PROGRAMS=MAX_PROGRAMS,
             **shape.options,
         )
-        return from_row_sums(finalise(partials, [programs], 3, samples=samples), rows)
-
-
-def from_row_sums(sums: Tensor, rows: int) -> Tensor:
-    """The three results from sums of ``q - 1``, ``(q - 1)^2`` and ``1 - cos`` over rows."""
-    mean = sums[:, 0] / rows
-    variance = (
-        (sums[:, 1] - rows * mean * mean).clamp(min=0) / (rows - 1) if rows > 1 else torch.full_like(mean, torch.nan)
-    )
-    return torch.stack([1 + mean, variance.sqrt(), sums[:, 2] / rows], dim=1)
+        out = new((samples, 3), torch.float32, a.device)
+        enqueue(
+            _row_results_kernel,
+            (samples,),
+            partials,
+            out,
+            *encoded((programs, rows)),
+            MAX_PROGRAMS=MAX_PROGRAMS,
+            **OPTIONS,
+        )
+    return out
 
 
 def decide_triton(
@@ -121,7 +144,9 @@ def decide_triton(
 ) -> None:
     """`decide_reference` in one tiny launch."""
     with on_device_of(flag):
-        _decide_kernel[(1,)](
+        enqueue(
+            _decide_kernel,
+            (1,),
             numerator,
             denominator,
             accumulated,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue, new
 from .rows import row_offsets, share_out
 from .tiles import accumulator_dtype, nbytes, on_device_of
 
@@ -49,12 +50,14 @@ def _guidance_kernel(
 
 def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
     """`guidance_reference` in one launch."""
-    out = torch.empty(cond.shape, dtype=cond.dtype, device=cond.device)
+    out = new(cond.shape, cond.dtype, cond.device)
     if not cond.numel():
         return out
     shape = share_out([cond, uncond], [out])
     with on_device_of(cond):
-        _guidance_kernel[(shape.tiles,)](
+        enqueue(
+            _guidance_kernel,
+            (shape.tiles,),
             cond,
             uncond,
             out,

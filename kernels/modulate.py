@@ -11,6 +11,7 @@ from torch import Tensor
 from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
+from .launching import enqueue, new
 from .rows import row_offsets, share_out
 from .statistics import PAIR_STATISTICS, pair_sums
 from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, nbytes, new_partials, on_device_of
@@ -37,7 +38,6 @@ def _modulate_kernel(
     coefficients_ptr,
     partials_ptr,
     eps,
-    channels,
     sizes,
     segments,
     TERMS: tl.constexpr,
@@ -56,6 +56,7 @@ def _modulate_kernel(
     lane = tl.arange(0, VEC)[None, None, :]
     column = group * VEC + lane
     inside = group < row_groups
+    channels = (row_groups * VEC).to(tl.float32)
     zero = tl.zeros([ROWS, GROUPS], tl.float32)
     sums = (zero,) * (SEGMENTS * STATISTICS)
     for start in range(pid * ROWS, rows, programs * ROWS):
@@ -138,7 +139,7 @@ def modulate_triton(
     scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`modulate_reference` in one launch, and a second tiny one with ``previous``."""
-    z = torch.empty(x.shape, dtype=x.dtype, device=x.device) if result is None else result
+    z = new(x.shape, x.dtype, x.device) if result is None else result
     bounds = [0, *segments, x.shape[-1]]
     parts = len(bounds) - 1
     if not x.numel():
@@ -153,7 +154,9 @@ def modulate_triton(
     partials = new_partials(parts * count, x.device) if count else None
     on_device = isinstance(coefficients, Tensor)
     with on_device_of(x):
-        _modulate_kernel[(programs,)](
+        enqueue(
+            _modulate_kernel,
+            (programs,),
             x,
             tuple(residuals) or None,
             None if scales is None else tuple(scales),
@@ -168,7 +171,6 @@ def modulate_triton(
             coefficients if on_device else None,
             partials,
             float(eps),
-            float(x.shape[-1]),
             shape.sizes(x.shape[-1], *steps),
             encoded(bounds),
             TERMS=len(residuals),
@@ -182,15 +184,7 @@ def modulate_triton(
         )
         if partials is None:
             return z, None
-        sums = finalise(partials, [programs], parts * PAIR_STATISTICS).view(parts, PAIR_STATISTICS)
-        return z, _maxima(sums, partials, programs)
-
-
-def _maxima(sums: Tensor, partials: Tensor, programs: int) -> Tensor:
-    """Puts the maxima where their partials were added up."""
-    peaks = partials.view(len(sums), PAIR_STATISTICS, MAX_PROGRAMS)[:, -1, :programs]
-    sums[:, -1] = peaks.amax(1)
-    return sums
+        return z, finalise(partials, [programs], PAIR_STATISTICS, PAIR_STATISTICS - 1, samples=parts)
 
 
 def modulate_reference(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .combine import Matrix, linear_combination_reference, linear_combination_triton
 from .deferred import jit
+from .launching import enqueue, new
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -45,7 +46,7 @@ def _gram_kernel(
     R: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    """Partial sums of ``x_i * x_j`` for i <= j, row by row."""
+    """Partial sums of ``x_i * x_j``, each kept for (i, j) and (j, i)."""
     pid = tl.program_id(0).to(tl.int64)
     groups, programs = sizes[0] >> 2, sizes[1] >> 2
     lane = tl.arange(0, VEC)[None, :]
@@ -63,8 +64,12 @@ def _gram_kernel(
                 total = sums[i * TENSORS - i * (i - 1) // 2 + j - i] + tl.sum(values[i] * values[j], 1)
                 updated = updated + (total,)  # type: ignore[assignment]
         sums = updated
-    for at in tl.static_range(TENSORS * (TENSORS + 1) // 2):
-        tl.store(partials_ptr + at * MAX_PROGRAMS + pid, tl.sum(sums[at], 0))
+    for i in tl.static_range(TENSORS):
+        for j in tl.static_range(i, TENSORS):
+            total = tl.sum(sums[i * TENSORS - i * (i - 1) // 2 + j - i], 0)
+            tl.store(partials_ptr + (i * TENSORS + j) * MAX_PROGRAMS + pid, total)
+            if j > i:
+                tl.store(partials_ptr + (j * TENSORS + i) * MAX_PROGRAMS + pid, total)
 
 
 @jit()
@@ -128,28 +133,29 @@ def gram_triton(tensors: Sequence[Tensor], groups: int | None = None) -> Tensor:
         groups: 16-byte groups per tile, a power of two.
     """
     count = len(tensors)
-    out = torch.zeros((count, count), dtype=torch.float32, device=tensors[0].device)
     if not tensors[0].numel():
-        return out
+        return torch.zeros((count, count), dtype=torch.float32, device=tensors[0].device)
     if count <= MAX_TENSORS:
         return _gram(tensors, groups)
+    out = new((count, count), torch.float32, tensors[0].device)
     step = MAX_TENSORS // 2
-    blocks = [range(first, min(first + step, count)) for first in range(0, count, step)]
+    blocks = [slice(first, min(first + step, count)) for first in range(0, count, step)]
     for row, first in enumerate(blocks):
         for second in blocks[row + 1 :]:
-            both = [*first, *second]
-            index = torch.tensor(both, device=out.device)
-            out[index[:, None], index[None, :]] = _gram([tensors[k] for k in both], groups)
+            both = _gram([*tensors[first], *tensors[second]], groups)
+            out[first, first], out[first, second] = both[:step, :step], both[:step, step:]
+            out[second, first], out[second, second] = both[step:, :step], both[step:, step:]
     return out
 
 
 def _gram(tensors: Sequence[Tensor], groups: int | None) -> Tensor:
     width, tile, count, programs = _shape(tensors, groups)
     number = len(tensors)
-    products = number * (number + 1) // 2
-    partials = new_partials(products, tensors[0].device)
+    partials = new_partials(number * number, tensors[0].device)
     with on_device_of(tensors[0]):
-        _gram_kernel[(programs,)](
+        enqueue(
+            _gram_kernel,
+            (programs,),
             tuple(tensors),
             partials,
             encoded((count, programs)),
@@ -159,15 +165,7 @@ def _gram(tensors: Sequence[Tensor], groups: int | None) -> Tensor:
             MAX_PROGRAMS=MAX_PROGRAMS,
             **OPTIONS,
         )
-        sums = finalise(partials, [programs], products)[0]
-    return sums[_symmetric(number, sums.device)]
-
-
-def _symmetric(number: int, device: torch.device) -> Tensor:
-    """Where entry (i, j) of a symmetric matrix stands in its upper triangle, row by row."""
-    i, j = torch.arange(number, device=device)[:, None], torch.arange(number, device=device)[None, :]
-    low, high = torch.minimum(i, j), torch.maximum(i, j)
-    return low * number - low * (low - 1) // 2 + high - low
+        return finalise(partials, [programs], number, samples=number)
 
 
 def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | None = None) -> Tensor:
@@ -183,9 +181,11 @@ def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | 
     flat = [c for row in matrix for c in row]
     partials = new_partials(2 * outputs, tensors[0].device)
     with on_device_of(tensors[0]):
-        _linear_sums_kernel[(programs,)](
+        enqueue(
+            _linear_sums_kernel,
+            (programs,),
             tuple(tensors),
-            tuple(float(c or 0.0) for c in flat),
+            tuple(0 if c is None else float(c) for c in flat),
             partials,
             encoded((count, programs)),
             INPUTS=len(tensors),
@@ -196,7 +196,7 @@ def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | 
             MAX_PROGRAMS=MAX_PROGRAMS,
             **OPTIONS,
         )
-        return finalise(partials, [programs], 2 * outputs).view(outputs, 2)
+        return finalise(partials, [programs], 2, samples=outputs)
 
 
 ALIGNMENT: Matrix = [[1.0, -1.0, -1.0, None], [None, None, -1.0, 1.0]]
@@ -207,9 +207,9 @@ def align_triton(
 ) -> Tensor:
     """`align_reference` in two launches over full tensors and two tiny ones."""
     sums = linear_sums_triton([y, x, probes[1], probes[0]], ALIGNMENT, groups)
-    coefficients = torch.empty(2, dtype=torch.float32, device=x.device)
+    coefficients = new((2,), torch.float32, x.device)
     with on_device_of(x):
-        _gamma_kernel[(1,)](sums, coefficients, MAX_GAMMA=MAX_GAMMA, **OPTIONS)
+        enqueue(_gamma_kernel, (1,), sums, coefficients, MAX_GAMMA=MAX_GAMMA, **OPTIONS)
     return linear_combination_triton([x], [[residuals[1], residuals[0]]], coefficients, groups=groups)[0]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .combine import as_rows
 from .deferred import jit
+from .launching import enqueue, new
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
@@ -122,14 +123,25 @@ def router_lerp_triton(
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    out = torch.empty(fresh.shape, dtype=fresh.dtype, device=fresh.device)
+    out = new(fresh.shape, fresh.dtype, fresh.device)
     if not fresh.numel():
         return out
     wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
     addressed = [fresh, cached, out, wide, fresh if residual is None else residual]
     launch = lay_out_launch([addressed], (), groups, samples=beta.numel())
     with on_device_of(fresh):
-        _router_lerp_fwd_kernel[launch.grid](fresh, cached, beta, gate, residual, out, launch.sizes, **launch.constants)
+        enqueue(
+            _router_lerp_fwd_kernel,
+            launch.grid,
+            fresh,
+            cached,
+            beta,
+            gate,
+            residual,
+            out,
+            launch.sizes,
+            **launch.constants,
+        )
     return out
 
 
@@ -142,7 +154,7 @@ def router_lerp_backward_triton(
     groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`router_lerp_backward_reference` in one launch and a second tiny one."""
-    grad_fresh = torch.empty(fresh.shape, dtype=fresh.dtype, device=fresh.device)
+    grad_fresh = new(fresh.shape, fresh.dtype, fresh.device)
     if not fresh.numel():
         return grad_fresh, torch.zeros_like(beta)
     samples = beta.numel()
@@ -150,7 +162,9 @@ def router_lerp_backward_triton(
     launch = lay_out_launch([[grad, fresh, cached, grad_fresh, wide]], (), groups, samples=samples)
     partials = new_partials(samples, fresh.device)
     with on_device_of(fresh):
-        _router_lerp_bwd_kernel[launch.grid](
+        enqueue(
+            _router_lerp_bwd_kernel,
+            launch.grid,
             grad,
             fresh,
             cached,
@@ -162,7 +176,7 @@ def router_lerp_backward_triton(
             MAX_PROGRAMS=MAX_PROGRAMS,
             **launch.constants,
         )
-        return grad_fresh, finalise(partials, launch.programs, 1, samples=samples).view(beta.shape)
+        return grad_fresh, finalise(partials, launch.programs, 1, samples=samples, shape=beta.shape)
 
 
 def router_lerp_reference(

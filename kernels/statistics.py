@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -100,7 +101,7 @@ def _pair_statistics_kernel(
     tl.store(slot + 7 * MAX_PROGRAMS, tl.where(total == total, tl.max(peak, 0), total))
 
 
-@jit(do_not_specialize=["groups", "programs", "first_row", "target_row"])
+@jit(do_not_specialize=["groups", "programs", "first_row"])
 def _combination_error_kernel(
     target_ptr,
     common_ptr,
@@ -111,7 +112,6 @@ def _combination_error_kernel(
     groups,
     programs,
     first_row,
-    target_row,
     SETS: tl.constexpr,
     TERMS: tl.constexpr,
     VEC: tl.constexpr,
@@ -143,11 +143,11 @@ def _combination_error_kernel(
             e_2 = e_2[:s] + (e_2[s] + tl.sum(e * e, 1),) + e_2[s + 1 :]
     slot = partials_ptr + pid
     for s in tl.static_range(SETS):
-        row = first_row + 2 * s
+        row = first_row + 4 * s
         tl.store(slot + row * MAX_PROGRAMS, tl.sum(e_1[s], 0))
         tl.store(slot + (row + 1) * MAX_PROGRAMS, tl.sum(e_2[s], 0))
-    tl.store(slot + target_row * MAX_PROGRAMS, tl.sum(t_1, 0))
-    tl.store(slot + (target_row + 1) * MAX_PROGRAMS, tl.sum(t_2, 0))
+        tl.store(slot + (row + 2) * MAX_PROGRAMS, tl.sum(t_1, 0))
+        tl.store(slot + (row + 3) * MAX_PROGRAMS, tl.sum(t_2, 0))
 
 
 def pair_statistics_triton(
@@ -170,7 +170,9 @@ def _launch_pairs(pairs: Sequence[tuple[Tensor, Tensor]], samples: int, groups: 
     launch = lay_out_launch(pairs, (), groups, samples=samples)
     partials = new_partials(len(pairs) * samples * PAIR_STATISTICS, a[0].device)
     with on_device_of(a[0]):
-        _pair_statistics_kernel[launch.grid](
+        enqueue(
+            _pair_statistics_kernel,
+            launch.grid,
             a,
             b,
             partials,
@@ -280,11 +282,13 @@ def combination_error_triton(
     width = vector_width((), (target, *terms))
     tile = groups or (ERROR_GROUPS if width > 1 else SLOW_ERROR_GROUPS)
     programs = program_count(target.numel() // width, tile)
-    partials = new_partials(2 * sets + 2, target.device)
+    partials = new_partials(ERROR_STATISTICS * sets, target.device)
     row = 0
     with on_device_of(target):
         for launch in plan_error_launches(coefficients):
-            _combination_error_kernel[(programs,)](
+            enqueue(
+                _combination_error_kernel,
+                (programs,),
                 target,
                 target if launch.common < 0 else terms[launch.common],
                 tuple(target if k < 0 else terms[k] for others in launch.others for k in others),
@@ -294,7 +298,6 @@ def combination_error_triton(
                 target.numel() // width,
                 programs,
                 row,
-                2 * sets,
                 SETS=len(launch.others),
                 TERMS=len(launch.others[0]),
                 VEC=width,
@@ -302,9 +305,8 @@ def combination_error_triton(
                 MAX_PROGRAMS=MAX_PROGRAMS,
                 **OPTIONS,
             )
-            row += 2 * len(launch.others)
-        sums = finalise(partials, [programs], 2 * sets + 2)[0]
-    return _with_target(sums[:-2].view(sets, 2), sums[-2:])
+            row += ERROR_STATISTICS * len(launch.others)
+        return finalise(partials, [programs], ERROR_STATISTICS, samples=sets)
 
 
 def combination_error_reference(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
+from .launching import enqueue, new
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -119,13 +120,23 @@ def _finalise_kernel(
 
 def new_partials(statistics: int, device: torch.device) -> Tensor:
     """Room for what every program finds: fp32 [statistics, MAX_PROGRAMS], not initialised."""
-    return torch.empty((statistics, MAX_PROGRAMS), dtype=torch.float32, device=device)
+    return new((statistics, MAX_PROGRAMS), torch.float32, device)
 
 
-def finalise(partials: Tensor, programs: Sequence[int], statistics: int, max_at: int = -1, samples: int = 1) -> Tensor:
-    """Folds partials [entries * samples * statistics, MAX_PROGRAMS] into fp32 [entries * samples, statistics]."""
-    out = torch.empty((len(programs) * samples, statistics), dtype=torch.float32, device=partials.device)
-    _finalise_kernel[(out.numel(),)](
+def finalise(
+    partials: Tensor,
+    programs: Sequence[int],
+    statistics: int,
+    max_at: int = -1,
+    samples: int = 1,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
+    """Folds partials [entries * samples * statistics, MAX_PROGRAMS] into fp32 [entries * samples, statistics], or
+    another shape of as many numbers."""
+    out = new(shape or (len(programs) * samples, statistics), torch.float32, partials.device)
+    enqueue(
+        _finalise_kernel,
+        (out.numel(),),
         partials,
         out,
         encoded(programs),

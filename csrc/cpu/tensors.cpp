@@ -2,35 +2,18 @@
 
 #include <unordered_map>
 
+#include "dlpack.hpp"
+
 namespace py = pybind11;
 
 namespace layercache::cpu {
 
 namespace {
 
-// The part of DLPack's C exchange API (1.3) that borrows a tensor's fields without a Python call.
-struct BorrowedTensor {
-    void* data;
-    std::int32_t device_type, device_id, dims;
-    std::uint8_t code, bits;
-    std::uint16_t lanes;
-    std::int64_t *shape, *strides;
-    std::uint64_t byte_offset;
-};
-
-struct Exchange {
-    std::uint32_t major, minor;
-    Exchange* previous;
-    void *allocate, *take, *give;
-    int (*borrow)(void* tensor, BorrowedTensor* out);  // may be null
-};
-
-constexpr std::uint8_t UINT = 1, FLOAT = 2, BFLOAT = 4;  // DLPack's type codes
-
 struct Torch {
     std::unordered_map<PyObject*, Dtype> dtypes;
     PyTypeObject* tensor_class = nullptr;
-    int (*borrow)(void*, BorrowedTensor*) = nullptr;
+    int (*borrow)(void*, dlpack::Tensor*) = nullptr;
     PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* dtype = PyUnicode_InternFromString("dtype");
     PyObject* shape = PyUnicode_InternFromString("shape");
@@ -57,13 +40,13 @@ void lay_out(View& view, std::int64_t dims, const Sizes& shape, const Sizes& str
 }
 
 bool dtype_of(std::uint8_t code, std::uint8_t bits, Dtype& dtype) {
-    if (code == FLOAT && bits == 32)
+    if (code == dlpack::FLOAT && bits == 32)
         dtype = Dtype::float32;
-    else if (code == BFLOAT && bits == 16)
+    else if (code == dlpack::BFLOAT && bits == 16)
         dtype = Dtype::bfloat16;
-    else if (code == FLOAT && bits == 16)
+    else if (code == dlpack::FLOAT && bits == 16)
         dtype = Dtype::float16;
-    else if (code == UINT && bits == 8)
+    else if (code == dlpack::UINT && bits == 8)
         dtype = Dtype::byte;
     else
         return false;
@@ -71,10 +54,10 @@ bool dtype_of(std::uint8_t code, std::uint8_t bits, Dtype& dtype) {
 }
 
 bool borrow(PyObject* tensor, View& view) {
-    BorrowedTensor found;
+    dlpack::Tensor found;
     if (!PyObject_TypeCheck(tensor, torch().tensor_class) || torch().borrow(tensor, &found) != 0) return false;
     if (!dtype_of(found.code, found.bits, view.dtype)) return false;
-    view.data = static_cast<char*>(found.data) + found.byte_offset;
+    view.data = found.start();
     const auto at = [](const std::int64_t* sizes) { return [sizes](std::int64_t k) { return sizes[k]; }; };
     lay_out(view, found.dims, at(found.shape), at(found.strides));
     return true;
@@ -106,11 +89,8 @@ void know_torch(const py::list& dtypes, const py::object& tensor_class) {
     for (std::size_t code = 0; code < dtypes.size() && code < 4; ++code)
         torch().dtypes[py::object(dtypes[code]).release().ptr()] = static_cast<Dtype>(code);
     torch().borrow = nullptr;
-    if (!py::hasattr(tensor_class, "__dlpack_c_exchange_api__")) return;
-    const py::object capsule = tensor_class.attr("__dlpack_c_exchange_api__");
-    const auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) PyErr_Clear();
-    if (!api || api->major != 1) return;
+    const dlpack::Exchange* api = dlpack::exchange_of(tensor_class.ptr());
+    if (!api) return;
     torch().tensor_class = reinterpret_cast<PyTypeObject*>(py::object(tensor_class).release().ptr());
     torch().borrow = api->borrow;
 }

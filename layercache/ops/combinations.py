@@ -71,6 +71,9 @@ def linear_combination(
     Source: methods.md §15 P2, P3, P7. Bytes: (terms + 2) S; codes count half of 16-bit terms.
     """
     op = "linear_combination"
+    found = COMBINATION_KERNELS.again(bases, residuals, coefficients, results, gates, scales)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     check_streams(op, "bases", bases, MAX_STREAMS)
     terms = _check_residual_lists(residuals, bases, scales)
     everything = [*bases, *(r for stream in residuals for r in stream)]
@@ -94,16 +97,19 @@ def linear_combination(
         others = [("gates", list(gates or ()))]
         others += [("residuals", [r for stream in residuals for r in stream])]
         check_written(op, "results", results, "bases", [[x] for x in bases], others)
-    return COMBINATION_KERNELS(bases, residuals, coefficients, results, gates, scales)
+    return COMBINATION_KERNELS.run(bases, residuals, coefficients, results, gates, scales)
 
 
 def restore(
     bases: list[Tensor], residuals: list[list[Tensor]], coefficients: Coefficients, results: list[Tensor] | None
 ) -> list[Tensor]:
     """`linear_combination` without a look at its arguments, for residuals that were made to fit."""
+    found = COMBINATION_KERNELS.again_unchecked(bases, residuals, coefficients, results)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     if through_registry(bases):
         return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
-    return COMBINATION_KERNELS.choose(bases[0])(bases, residuals, coefficients, results)
+    return COMBINATION_KERNELS(bases, residuals, coefficients, results)
 
 
 def linear_map(
@@ -134,6 +140,8 @@ def linear_map(
     Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
     """
     op = "linear_map"
+    if MAP_KERNELS.again(inputs, outputs, matrix, factors, scales) is not NotImplemented:
+        return
     count, results = _check_map_tensors(inputs, outputs, scales)
     flat_inputs = [x for stream in inputs for x in stream]
     flat_outputs = [y for stream in outputs for y in stream]
@@ -152,8 +160,7 @@ def linear_map(
         return
     own = [inputs[k // results] for k in range(len(flat_outputs))]
     check_written(op, "outputs", flat_outputs, "inputs", own, [])
-    run = MAP_KERNELS.choose(outputs[0][0])
-    run(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales)
+    MAP_KERNELS.run(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales)
 
 
 def _check_map_tensors(inputs: Any, outputs: Any, scales: Any) -> tuple[int, int]:
@@ -319,8 +326,7 @@ def _linear_map(
     count = len(nested[0])
     flat = [value if use else None for value, use in zip(values, used, strict=True)]
     matrix = on_device if on_device is not None else [flat[k : k + count] for k in range(0, len(flat), count)]
-    run = MAP_KERNELS.choose(outputs[0])
-    run(nested, _rows(outputs, streams), matrix, factors or None, _rows(scales, streams) or None)
+    MAP_KERNELS(nested, _rows(outputs, streams), matrix, factors or None, _rows(scales, streams) or None)
 
 
 LINEAR_COMBINATION = register(

@@ -1,15 +1,14 @@
 """Which implementation of an op runs, and its registration with torch.library.
 
-On a GPU an op launches its Triton kernel, on the CPU it runs the eager reference; both are called directly, because
-the dispatcher costs more than the call. While torch.compile traces, or a dispatch mode such as FakeTensorMode watches,
-it calls the registered op ``torch.ops.layercache.*``, so that a graph holds one opaque node.
+On a GPU an op launches its Triton kernel, on the CPU it runs the compiled path or the eager reference; all are called
+directly, because the dispatcher costs more than the call. While torch.compile traces, or a dispatch mode such as
+FakeTensorMode watches, it calls the registered op ``torch.ops.layercache.*``, so that a graph holds one opaque node.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from layercache.errors import MissingExtraError
 from layercache.kernels.deferred import has_triton, use_triton
 from layercache.kernels.tiles import accumulator_dtype
+from layercache.ops.repeating import Repeats
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("layercache", "DEF")
@@ -28,28 +28,62 @@ NO_TRITON = (
 )
 
 
-@dataclass(frozen=True)
 class Kernels:
     """The implementations of one op; a call picks the one for the device of its first argument.
 
-    Attributes:
+    Args:
         triton: for CUDA and ROCm GPUs.
         reference: eager PyTorch, for the CPU where the compiled path is not there or the dtype is float64.
         native: the compiled CPU path.
+        repeatable: whether ``triton`` hands host numbers to its kernels as they come, in order, and decides nothing by
+            them; then calls are repeated.
     """
 
-    triton: Callable[..., Any]
-    reference: Callable[..., Any]
-    native: Callable[..., Any] | None = None
+    def __init__(
+        self,
+        triton: Callable[..., Any],
+        reference: Callable[..., Any],
+        native: Callable[..., Any] | None = None,
+        repeatable: bool = True,
+    ):
+        self.triton, self.reference, self.native = triton, reference, native
+        self.use(repeatable)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Runs the op on validated arguments, the first of which is a tensor or a list of tensors.
+    def use(self, repeatable: bool) -> None:
+        """Whether calls are repeated from now on; what was written down so far is forgotten."""
+        self.repeatable = repeatable
+        self._checked, self._trusted = Repeats(), Repeats()
+
+    def again(self, *arguments: Any) -> Any:
+        """What a call with arguments laid out like these returns, without a look at them; NotImplemented where there
+        was none that `run` made."""
+        return NotImplemented if torch.compiler.is_dynamo_compiling() else self._checked.again(*arguments)
+
+    def run(self, *arguments: Any) -> Any:
+        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists.
 
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        return self.choose(first)(*arguments)
+        return self._run(self._checked, arguments)
+
+    def again_unchecked(self, *arguments: Any) -> Any:
+        """`again`, of calls whose arguments nobody has looked at."""
+        return NotImplemented if torch.compiler.is_dynamo_compiling() else self._trusted.again(*arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """`run`, for arguments that nobody has looked at."""
+        found = self._trusted.again(*arguments)
+        return self._run(self._trusted, arguments) if found is NotImplemented else found
+
+    def _run(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
+        first = arguments[0]
+        while not isinstance(first, Tensor):
+            first = first[0]
+        run = self.choose(first)
+        if run is self.triton and self.repeatable:
+            return repeats.record(run, arguments)
+        return run(*arguments)
 
     def choose(self, tensor: Tensor) -> Callable[..., Any]:
         if not tensor.is_cuda:

@@ -89,6 +89,11 @@ def modulate(
     ``stream`` one more.
     """
     op = "modulate"
+    found = MODULATE_KERNELS.again(
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+    )
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)
@@ -128,7 +133,7 @@ def modulate(
     read = [("x", [x]), ("residuals", residuals), ("scale", [scale]), ("shift", [shift])]
     replaced = [[previous] if t is result and previous is not None else [] for t in written]
     check_written(op, "result", written, "previous", replaced, read)
-    return MODULATE_KERNELS(
+    return MODULATE_KERNELS.run(
         x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     )
 
@@ -153,13 +158,16 @@ def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool =
     Source: methods.md §15 P5c. Bytes: 3 S.
     """
     op = "combine_guidance"
+    found = GUIDANCE_KERNELS.again(cond, uncond, scale, rescale)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check_rows(op, "cond", cond, dims=(2, 3))
     check_tensor(op, "uncond", 0, uncond, "cond", cond, cond.dtype)
     scale = host_coefficients(op, "scale", [scale], 1)[0]
     check_no_grad(op, [cond, uncond])
     if through_registry([cond, uncond]):
         return GUIDANCE(cond, uncond, scale, rescale)
-    return GUIDANCE_KERNELS(cond, uncond, scale, rescale)
+    return GUIDANCE_KERNELS.run(cond, uncond, scale, rescale)
 
 
 def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
@@ -179,12 +187,15 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
     """
     op = "row_statistics"
+    found = ROW_KERNELS.again(a, b, per_sample)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check_rows(op, "a", a, dims=(3,) if per_sample else (2, 3))
     check_tensor(op, "b", 0, b, "a", a, a.dtype)
     if not a.numel():
         fail(op, "a", f"of shape {tuple(a.shape)}", "a tensor that is not empty")
     check_no_grad(op, [a, b])
-    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS(a, b, per_sample)
+    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS.run(a, b, per_sample)
 
 
 def decide(
@@ -212,6 +223,8 @@ def decide(
     Source: TeaCache; methods.md §15 P6d.
     """
     op = "decide"
+    if DECIDE_KERNELS.again(numerator, denominator, accumulated, flag, polynomial, threshold) is not NotImplemented:
+        return
     numbers = {"numerator": numerator, "denominator": denominator, "accumulated": accumulated, "flag": flag}
     for name, tensor in numbers.items():
         dtype = torch.int32 if name == "flag" else torch.float32
@@ -224,7 +237,7 @@ def decide(
     if not 1 <= len(polynomial) <= 8:
         fail(op, "polynomial", f"{len(polynomial)} numbers", "1 to 8")
     threshold = host_coefficients(op, "threshold", [threshold], 1)[0]
-    run = DECIDE if through_registry(numbers.values()) else DECIDE_KERNELS
+    run = DECIDE if through_registry(numbers.values()) else DECIDE_KERNELS.run
     run(numerator, denominator, accumulated, flag, polynomial, threshold)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from layercache.kernels.capture import statistics_count
-from layercache.kernels.combine import Matrix, Scales, as_rows, new_like
-from layercache.kernels.decisions import from_row_sums
+from layercache.kernels.combine import Matrix, Scales, as_rows
+from layercache.kernels.launching import new_like
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
 SMALL = 2**18  # bytes
@@ -254,7 +254,16 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     samples = a.shape[0] if per_sample else 1
     sums = _cpu.row_statistics(a, b, samples, torch.get_num_threads())  # type: ignore[union-attr]
     rows = a.numel() // a.shape[-1] // samples
-    return from_row_sums(torch.tensor(sums, dtype=torch.float64, device="cpu").view(samples, 3), rows).float()
+    return _from_row_sums(torch.tensor(sums, dtype=torch.float64, device="cpu").view(samples, 3), rows).float()
+
+
+def _from_row_sums(sums: Tensor, rows: int) -> Tensor:
+    """The three results from sums of ``q - 1``, ``(q - 1)^2`` and ``1 - cos`` over rows."""
+    mean = sums[:, 0] / rows
+    variance = (
+        (sums[:, 1] - rows * mean * mean).clamp(min=0) / (rows - 1) if rows > 1 else torch.full_like(mean, torch.nan)
+    )
+    return torch.stack([1 + mean, variance.sqrt(), sums[:, 2] / rows], dim=1)
 
 
 def decide(

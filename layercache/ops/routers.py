@@ -46,13 +46,16 @@ def router_lerp(
 
     Source: Learning-to-Cache; methods.md §4, §15 P9. Bytes: 3 S, with a residual 4 S; backward 4 S.
     """
+    found = FORWARD_KERNELS.again(fresh, cached, beta, gate, residual)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check(fresh, cached, beta, gate, residual)
     everything = [t for t in (fresh, cached, beta, gate, residual) if t is not None]
     if through_registry(everything):
         return ROUTER_LERP(fresh, cached, beta, gate, residual)
     if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
         return _RouterLerp.apply(fresh, cached, beta, gate, residual)  # type: ignore[no-any-return]
-    return FORWARD_KERNELS(fresh, cached, beta, gate, residual)
+    return FORWARD_KERNELS.run(fresh, cached, beta, gate, residual)
 
 
 def _check(fresh: Any, cached: Any, beta: Any, gate: Any, residual: Any) -> None:

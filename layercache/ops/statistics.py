@@ -33,7 +33,10 @@ PAIR_KERNELS = Kernels(
     kernels.pair_statistics_triton, kernels.pair_statistics_reference, native.if_available(native.pair_statistics)
 )
 ERROR_KERNELS = Kernels(
-    kernels.combination_error_triton, kernels.combination_error_reference, native.if_available(native.combination_error)
+    kernels.combination_error_triton,
+    kernels.combination_error_reference,
+    native.if_available(native.combination_error),
+    repeatable=False,  # which terms a launch reads depends on what they are multiplied with
 )
 GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
 ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference, native.if_available(native.align))
@@ -56,6 +59,9 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
 
     Source: methods.md §15 P6, P6s. Bytes: 2S.
     """
+    found = PAIR_KERNELS.again(a, b, per_sample)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     check_streams("pair_statistics", "a", a)
     check_like("pair_statistics", "b", b, "a", a, a[0].dtype)
     everything = [*a, *b]
@@ -64,7 +70,7 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
         check_batches("pair_statistics", "a", a)
     if through_registry(everything):
         return PAIR_STATISTICS(a, b, per_sample)
-    return PAIR_KERNELS(a, b, per_sample)
+    return PAIR_KERNELS.run(a, b, per_sample)
 
 
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: CoefficientSets) -> Tensor:
@@ -95,7 +101,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     rows = _coefficient_rows(coefficients, len(terms))
     if through_registry([target, *terms]):
         return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
-    return ERROR_KERNELS(target, terms, rows)
+    return ERROR_KERNELS.run(target, terms, rows)
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
@@ -113,12 +119,15 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     Source: methods.md §15 P6, §17. Bytes: n S; more than eight tensors are read several times on the GPU.
     """
     op = "gram"
+    found = GRAM_KERNELS.again(tensors)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     check_list(op, "tensors", tensors, 1)
     check_kind(op, "tensors[0]", tensors[0])
     for k, tensor in enumerate(tensors):
         check_tensor(op, "tensors", k, tensor, "tensors[0]", tensors[0], tensors[0].dtype, contiguous=True)
     check_no_grad(op, tensors)
-    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS(tensors)
+    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS.run(tensors)
 
 
 def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
@@ -141,6 +150,9 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
     Source: DiCache; methods.md §15 P8. Bytes: 8 S.
     """
     op = "align"
+    found = ALIGN_KERNELS.again(x, y, probes, residuals)
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     check_kind(op, "x", x)
     check_layout(op, "x", x, contiguous=True)
     for name, tensors, count in (("y", [y], 1), ("probes", probes, 2), ("residuals", residuals, 2)):
@@ -149,7 +161,7 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
             check_tensor(op, name, k, tensor, "x", x, x.dtype, contiguous=True)
     everything = [x, y, *probes, *residuals]
     check_no_grad(op, everything)
-    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS(x, y, probes, residuals)
+    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS.run(x, y, probes, residuals)
 
 
 def _coefficient_rows(coefficients: CoefficientSets, terms: int) -> list[list[float]]:
