@@ -97,18 +97,22 @@ bool capture_compact(const View& output, const View& before, const View& codes, 
                      int threads) {
     const Loops& loops = active();
     const std::int64_t rows = output.batch * output.rows, cols = output.cols;
+    const Dtype dtype = common_dtype({output, before});
     std::atomic<bool> bad{false};
     for_parts(rows, threads_for(rows * cols, threads), [&](std::int64_t first, std::int64_t last, int) {
         std::vector<float> r(cols);
-        Buffer o, i;
+        Buffer* buffers = scratch(2);
         for (std::int64_t row = first; row < last; ++row) {
+            float peak = 0;
             for (std::int64_t column = 0; column < cols; column += CHUNK) {
                 const Chunk chunk{row, column, std::min(CHUNK, cols - column)};
-                loops.subtract(read(loops, output, chunk, o), read(loops, before, chunk, i), r.data() + column,
-                               chunk.size);
+                const void* o = read_as(loops, output, dtype, chunk, buffers[0]);
+                float highest;
+                if (loops.differences(o, read_as(loops, before, dtype, chunk, buffers[1]), dtype, r.data() + column,
+                                      chunk.size, highest) && look)
+                    bad = true;
+                peak = std::max(peak, highest);
             }
-            if (look && loops.has_bad(r.data(), cols)) bad = true;
-            const float peak = loops.peak(r.data(), cols);
             std::uint32_t bits;
             std::memcpy(&bits, &peak, 4);
             // exponent of the peak, one more where its mantissa exceeds 1.75, less the 8 of 448

@@ -12,6 +12,9 @@ namespace layercache::cpu {
 namespace {
 
 constexpr int MAX_INPUTS = 9;
+// From so many inputs on, reading them without a break is worth more than writing past the caches.
+constexpr std::size_t MANY_INPUTS = 5;
+constexpr std::int64_t LONGEST = 65536;  // elements of a chunk that is written where it belongs
 
 // A coefficient as the loops want it: of all NaN the one without bits that rounding to bf16 drops.
 float canonical(float c) { return std::isnan(c) ? std::numeric_limits<float>::quiet_NaN() : c; }
@@ -77,8 +80,9 @@ struct Work {
     }
 
     void operator()(const Chunk& chunk) const {
-        Buffer converted[MAX_INPUTS], spare;
-        Buffer* results = scratch(std::max<std::size_t>(outputs.size(), 2));
+        // not on the stack, whose pages compilers may touch one by one at every call
+        Buffer* converted = scratch(MAX_INPUTS + 1 + std::max<std::size_t>(outputs.size(), 2));
+        Buffer &spare = converted[MAX_INPUTS], *results = converted + MAX_INPUTS + 1;
         const void* x[MAX_INPUTS];
         for (std::size_t k = 0; k < inputs.size(); ++k) x[k] = input(static_cast<int>(k), chunk, converted[k]);
         const Chunk entry{chunk.row / std::max<std::int64_t>(inputs[0].rows, 1), chunk.column, chunk.size};
@@ -168,8 +172,9 @@ void linear_map(const Views& inputs, const Views& outputs, const Map& map, const
     if (gate) all.push_back(*gate);
     const bool same = scales.empty() && uniform(all);
     const std::vector<Output> terms = outputs_of(map, count, static_cast<int>(out.size()));
+    const bool direct = same && !gate && out.size() == 1 && in.size() >= MANY_INPUTS;
     std::vector<char> streamed;
-    for (const View& output : out) streamed.push_back(goes_past_caches(output, in));
+    for (const View& output : out) streamed.push_back(!direct && goes_past_caches(output, in));
     const Work work{active(),
                     in,
                     out,
@@ -181,7 +186,8 @@ void linear_map(const Views& inputs, const Views& outputs, const Map& map, const
                     same,
                     order_of(in, out, terms),
                     streamed};
-    for_chunks(Space(in[0]), threads, [&](const Chunk& chunk, int) { work(chunk); });
+    const std::int64_t length = direct ? std::clamp(in[0].numel() / PARTS, CHUNK, LONGEST) : CHUNK;
+    for_chunks(Space(in[0], length), threads, [&](const Chunk& chunk, int) { work(chunk); });
 }
 
 }  // namespace layercache::cpu

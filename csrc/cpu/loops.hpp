@@ -19,7 +19,22 @@ struct Weights {
     float factor;
     void* output;
 };
+// One of several predictions that begin with the same term: the other term, their coefficients, and where the two sums
+// of the error go.
+struct Pairing {
+    const void* other;
+    float of_common, of_other;
+    double* sums;
+};
+constexpr int MOST_PAIRINGS = 3;  // that are looked at together; gcc keeps the totals of more in memory
 constexpr int MOST_LOADED = 4;  // inputs whose sum is loaded in one go
+
+// The row x_0 + sum over k >= 1 of c_k x_k, up to `MOST_LOADED` inputs.
+struct Terms {
+    const void* inputs[MOST_LOADED];
+    float coefficients[MOST_LOADED];
+    int count = 1;
+};
 constexpr int MOST_SHARED = 4;  // inputs of two outputs that are computed at once
 
 struct Loops {
@@ -53,9 +68,12 @@ struct Loops {
                     Size n, double* sums);
     // Adds {|y|, y^2} of y = sum_k c_k x_k, up to eight terms, to sums[0..1].
     void (*norms)(const void* const* x, const float* c, int count, Dtype dtype, Size n, double* sums);
+    // The same of y = a common + b other - target, of up to `MOST_PAIRINGS` at once.
+    void (*errors)(const void* target, const void* common, const Pairing* pairings, int count, Dtype dtype, Size n);
     // Adds a b_k to sums[k].
     void (*products)(const void* a, const void* const* b, int count, Dtype dtype, Size n, double* sums);
-    float (*peak)(const float* x, Size n);
+    // r = output - input in fp32, and the largest size among them but for NaN. Whether NaN or infinity is among them.
+    bool (*differences)(const void* output, const void* input, Dtype dtype, float* r, Size n, float& peak);
     // fp8 e4m3 codes: of numbers times a power of two; and back.
     void (*encode)(const float* x, float inverse, std::uint8_t* codes, Size n);
     void (*decode)(const std::uint8_t* codes, float scale, float* x, Size n);
@@ -66,16 +84,19 @@ struct Loops {
                             Dtype dtype, Size n);
     // Rows as fp32, sorted: of bf16 first the even numbers, then the odd ones, as they come out of packed pairs; of fp32
     // as they are. y = x_0 + sum over k >= 1 of c_k x_k, up to `MOST_LOADED` inputs, and its sum; y += c x; the sum of a
-    // row; sum (y - mean)^2; z = (y - mean) factor scale + shift, and the same with the sums of the pair (z, previous), of
-    // which the previous one may be where z goes.
+    // row, sorted or of terms; sum (y - mean)^2 likewise; z = (y - mean) factor scale + shift, and the same with the sums of
+    // the pair (z, previous), of which the previous one may be where z goes.
     double (*load_and_sum)(const void* const* x, const float* c, int count, Dtype dtype, float* to, Size n);
     void (*add_row)(const void* x, Dtype dtype, float c, float* y, Size n);
-    double (*sum)(const float* y, Size n);
-    double (*centred_square)(const float* y, float mean, Size n);
+    double (*sum)(const Terms& y, Dtype dtype, Size n);
+    double (*centred_square)(const Terms& y, Dtype dtype, float mean, Size n);
     void (*finish)(const float* y, float mean, float factor, const float* scale, const float* shift, void* z,
                    Dtype dtype, Size n);
     void (*finish_pair)(const float* y, float mean, float factor, const float* scale, const float* shift,
                         const void* previous, void* z, Dtype dtype, Size n, double* sums);
+    // z = (y - mean) factor (1 + scale) + shift of rows of terms, with the sums of the pair if there is a previous one.
+    void (*modulate)(const Terms& y, float mean, float factor, const void* scale, const void* shift,
+                     const void* previous, void* z, Dtype dtype, Size n, double* sums);
     void (*unsort)(const float* y, void* to, Dtype dtype, Size n);
     // v = u + scale (c - u), and adds c^2 and v^2 to sums[0..1]; v *= factor.
     void (*guide)(const void* c, const void* u, Dtype dtype, float scale, float* v, Size n, double* sums);

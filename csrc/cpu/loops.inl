@@ -145,6 +145,7 @@ struct InPack {
 template <class T>
 struct Alone {
     Size index;
+    static constexpr int which = 0;
     Size place() const { return index; }
     Size sorted(Size n) const {
         const Size packs = n / T::PACK;
@@ -448,17 +449,70 @@ void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n,
                              : norms_counted<Float32>(x, c, count, n, sums);
 }
 
-float peak(const float* x, Size n) {
+template <class T, int SETS>
+void errors_of(const void* target, const void* common, const Pairing* pairings, Size n) {
+    const void* x[SETS];
+    float a[SETS], b[SETS];
+    for (int s = 0; s < SETS; ++s) {
+        x[s] = pairings[s].other;
+        a[s] = pairings[s].of_common;
+        b[s] = pairings[s].of_other;
+    }
+    Totals<2 * SETS> totals;
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float goal = at(target), c = at(common);
+#pragma GCC unroll 3
+        for (int s = 0; s < SETS; ++s) {
+            const float e = fused(b[s], at(x[s]), fused(a[s], c, -goal));
+            totals.lane[2 * s][j] += std::fabs(e);
+            totals.lane[2 * s + 1][j] = fused(e, e, totals.lane[2 * s + 1][j]);
+        }
+    });
+    double sums[2 * SETS] = {};
+    totals.add_to(sums);
+    for (int s = 0; s < SETS; ++s) {
+        pairings[s].sums[0] += sums[2 * s];
+        pairings[s].sums[1] += sums[2 * s + 1];
+    }
+}
+
+template <class T>
+void errors_as(const void* target, const void* common, const Pairing* pairings, int count, Size n) {
+    switch (count) {
+        case 1: return errors_of<T, 1>(target, common, pairings, n);
+        case 2: return errors_of<T, 2>(target, common, pairings, n);
+        case 3: return errors_of<T, 3>(target, common, pairings, n);
+        default: return;
+    }
+}
+
+void errors(const void* target, const void* common, const Pairing* pairings, int count, Dtype dtype, Size n) {
+    dtype == Dtype::bfloat16 ? errors_as<Bfloat16>(target, common, pairings, count, n)
+                             : errors_as<Float32>(target, common, pairings, count, n);
+}
+
+template <class T>
+bool differences_as(const void* output, const void* input, float* __restrict r, Size n, float& peak) {
     // as integers, the order of sizes is that of numbers; NaN is left out
-    std::int32_t most[LANES] = {};
-    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) {
-        const std::int32_t size = std::int32_t(bits_of(at(x)) & 0x7FFFFFFF);
+    std::int32_t most[LANES] = {}, highest[LANES] = {};
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+        const float d = at(output) - at(input);
+        r[at.place()] = d;
+        const std::int32_t size = std::int32_t(bits_of(d) & 0x7FFFFFFF);
         const std::int32_t counted = size > 0x7F800000 ? 0 : size;
         most[j] = most[j] < counted ? counted : most[j];
+        highest[j] = highest[j] < size ? size : highest[j];
     });
-    std::int32_t all = 0;
+    std::int32_t all = 0, top = 0;
     for (std::int32_t lane : most) all = all < lane ? lane : all;
-    return float_of(std::uint32_t(all));
+    for (std::int32_t lane : highest) top = top < lane ? lane : top;
+    peak = float_of(std::uint32_t(all));
+    return top >= 0x7F800000;
+}
+
+bool differences(const void* output, const void* input, Dtype dtype, float* r, Size n, float& peak) {
+    return dtype == Dtype::bfloat16 ? differences_as<Bfloat16>(output, input, r, n, peak)
+                                    : differences_as<Float32>(output, input, r, n, peak);
 }
 
 void encode(const float* __restrict x, float inverse, std::uint8_t* __restrict codes, Size n) {
@@ -539,15 +593,85 @@ void product(const float* __restrict x, float* __restrict y, Size n) {
     for (Size i = 0; i < n; ++i) y[i] = x[i] * y[i];
 }
 
-double centred_square(const float* y, float mean, Size n) {
-    Totals<1> totals;
-    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) {
-        const float d = at(y) - mean;
-        totals.lane[0][j] = fused(d, d, totals.lane[0][j]);
+// Sums of which nothing else is made, in two totals, so that one addition need not wait for the other: of the numbers
+// of a pack, or of the halves.
+template <class T, class Value>
+inline __attribute__((always_inline)) double sum_each(Size n, Value&& value) {
+    Totals<2> totals;
+    const Size half = T::PACK == 1 ? n / 2 : 0;
+    in_lanes<T>(T::PACK == 1 ? half : n, [&](auto at, int j) __attribute__((always_inline)) {
+        float& total = totals.lane[at.which][j];
+        total = value(at, total);
+        if constexpr (T::PACK == 1) {
+            auto further = at;
+            further.index += half;
+            totals.lane[1][j] = value(further, totals.lane[1][j]);
+        }
     });
-    double sum = 0;
-    totals.add_to(&sum);
-    return sum;
+    if (T::PACK == 1 && n % 2) totals.lane[0][0] = value(Alone<T>{n - 1}, totals.lane[0][0]);
+    double halves[2] = {0, 0};
+    totals.add_to(halves);
+    return halves[0] + halves[1];
+}
+
+// A row as it is, x_0 + sum over k >= 1 of c_k x_k, worked out anew wherever a number of it is asked for.
+template <class T, int COUNT>
+struct RowOf {
+    const void* x[COUNT];
+    float c[COUNT];
+    explicit RowOf(const Terms& terms) {
+        for (int t = 0; t < COUNT; ++t) {
+            x[t] = terms.inputs[t];
+            c[t] = terms.coefficients[t];
+        }
+    }
+    template <class At>
+    inline __attribute__((always_inline)) float operator()(At at) const {
+        float y = at(x[0]);
+        for (int t = 1; t < COUNT; ++t) y += c[t] * at(x[t]);
+        return y;
+    }
+};
+
+// Calls run(row) with the row that the terms make.
+template <class T, class Run>
+inline auto with_row(const Terms& terms, Run&& run) {
+    switch (terms.count) {
+        case 2: return run(RowOf<T, 2>(terms));
+        case 3: return run(RowOf<T, 3>(terms));
+        case 4: return run(RowOf<T, 4>(terms));
+        default: return run(RowOf<T, 1>(terms));
+    }
+}
+
+template <class T>
+double sum_as(const Terms& terms, Size n) {
+    return with_row<T>(terms, [&](const auto& row) {
+        // as a product with a number that gcc does not know: it tears a loop of mere additions apart
+        const float one = n < 0 ? 0.0f : 1.0f;
+        return sum_each<T>(n, [&](auto at, float total) __attribute__((always_inline)) {
+            return fused(one, row(at), total);
+        });
+    });
+}
+
+double sum(const Terms& terms, Dtype dtype, Size n) {
+    return dtype == Dtype::bfloat16 ? sum_as<Bfloat16>(terms, n) : sum_as<Float32>(terms, n);
+}
+
+template <class T>
+double centred_square_as(const Terms& terms, float mean, Size n) {
+    return with_row<T>(terms, [&](const auto& row) {
+        return sum_each<T>(n, [&](auto at, float total) __attribute__((always_inline)) {
+            const float d = row(at) - mean;
+            return fused(d, d, total);
+        });
+    });
+}
+
+double centred_square(const Terms& terms, Dtype dtype, float mean, Size n) {
+    return dtype == Dtype::bfloat16 ? centred_square_as<Bfloat16>(terms, mean, n)
+                                    : centred_square_as<Float32>(terms, mean, n);
 }
 
 template <class T, int COUNT>
@@ -558,16 +682,12 @@ double load_and_sum_of(const void* const* inputs, const float* c, float* __restr
         x[t] = inputs[t];
         k[t] = t == 0 ? 1.0f : c[t];
     }
-    Totals<1> totals;
-    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
+    return sum_each<T>(n, [&](auto at, float total) __attribute__((always_inline)) {
         float y = at(x[0]);
         for (int t = 1; t < COUNT; ++t) y += k[t] * at(x[t]);
         to[at.sorted(n)] = y;
-        totals.lane[0][j] += y;
+        return total + y;
     });
-    double all = 0;
-    totals.add_to(&all);
-    return all;
 }
 
 template <class T>
@@ -593,14 +713,6 @@ void add_row_as(const void* x, float c, float* __restrict y, Size n) {
 
 void add_row(const void* x, Dtype dtype, float c, float* y, Size n) {
     dtype == Dtype::bfloat16 ? add_row_as<Bfloat16>(x, c, y, n) : add_row_as<Float32>(x, c, y, n);
-}
-
-double sum(const float* y, Size n) {
-    Totals<1> totals;
-    in_lanes<Float32>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.lane[0][j] += at(y); });
-    double all = 0;
-    totals.add_to(&all);
-    return all;
 }
 
 template <class T>
@@ -634,6 +746,30 @@ void finish_pair(const float* y, float mean, float factor, const float* scale, c
                  const void* previous, void* z, Dtype dtype, Size n, double* sums) {
     dtype == Dtype::bfloat16 ? finish_pair_as<Bfloat16>(y, mean, factor, scale, shift, previous, z, n, sums)
                              : finish_pair_as<Float32>(y, mean, factor, scale, shift, previous, z, n, sums);
+}
+
+template <class T>
+void modulate_as(const Terms& terms, float mean, float factor, const void* scale, const void* shift,
+                 const void* previous, void* z, Size n, double* sums) {
+    with_row<T>(terms, [&](const auto& row) {
+        const auto value = [&](auto at) __attribute__((always_inline)) {
+            return (row(at) - mean) * factor * (1.0f + at(scale)) + at(shift);
+        };
+        if (previous == nullptr) return write_each<T>(z, n, value);
+        PairTotals<true> totals;
+        write_in_lanes<T>(z, n, [&](auto at, int j) __attribute__((always_inline)) {
+            const float kept = T::rounded(value(at));
+            totals.add(kept, at(previous), j);
+            return kept;
+        });
+        totals.add_to(sums);
+    });
+}
+
+void modulate(const Terms& terms, float mean, float factor, const void* scale, const void* shift, const void* previous,
+              void* z, Dtype dtype, Size n, double* sums) {
+    const auto run = dtype == Dtype::bfloat16 ? modulate_as<Bfloat16> : modulate_as<Float32>;
+    run(terms, mean, factor, scale, shift, previous, z, n, sums);
 }
 
 template <class T>
@@ -707,6 +843,8 @@ void stream(const void* from, void* to, Size bytes) {
 void stream(const void* from, void* to, Size bytes) { std::memcpy(to, from, bytes); }
 #endif
 
-const Loops table{NAME,   load,  store,    map, map_two,   subtract, add_scaled,   product,        has_bad, pair_sums,
-                  capture, norms, products, peak,   encode,   decode,       lerp,           lerp_backward,
-                  load_and_sum,   add_row, sum, centred_square, finish, finish_pair, unsort, guide, rescale, stream};
+const Loops table{NAME,    load,       store,  map,     map_two,       subtract,     add_scaled,
+                  product, has_bad,    pair_sums, capture, norms,      errors,       products,
+                  differences, encode, decode, lerp,    lerp_backward, load_and_sum, add_row,
+                  sum,     centred_square, finish, finish_pair, modulate, unsort, guide,
+                  rescale, stream};

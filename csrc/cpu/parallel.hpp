@@ -13,14 +13,15 @@ constexpr std::int64_t PARTS = 64;
 // A tensor smaller than this is not worth waking other threads.
 constexpr std::int64_t SMALL = 65536;
 
-// Chunks of rows of views of one shape.
+// Chunks of rows of views of one shape; longer than `CHUNK` only for work that has no use for buffers.
 struct Space {
-    std::int64_t rows, cols, chunks_per_row, chunks;
+    std::int64_t rows, cols, length, chunks_per_row, chunks;
 
-    explicit Space(const View& view)
+    explicit Space(const View& view, std::int64_t chunk = CHUNK)
         : rows(view.batch * view.rows),
           cols(view.cols),
-          chunks_per_row((view.cols + CHUNK - 1) / CHUNK),
+          length(chunk),
+          chunks_per_row((view.cols + chunk - 1) / chunk),
           chunks(view.numel() ? rows * chunks_per_row : 0) {}
 };
 
@@ -40,8 +41,8 @@ void for_chunks(const Space& space, int threads, Work&& work) {
               [&](std::int64_t first, std::int64_t last, int part) {
                   for (std::int64_t index = first; index < last; ++index) {
                       const std::int64_t row = index / space.chunks_per_row;
-                      const std::int64_t column = (index - row * space.chunks_per_row) * CHUNK;
-                      work(Chunk{row, column, std::min(CHUNK, space.cols - column)}, part);
+                      const std::int64_t column = (index - row * space.chunks_per_row) * space.length;
+                      work(Chunk{row, column, std::min(space.length, space.cols - column)}, part);
                   }
               });
 }

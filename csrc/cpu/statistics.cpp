@@ -5,6 +5,8 @@ namespace layercache::cpu {
 
 // Elements that a set of combination_error works on at a time.
 constexpr std::int64_t PIECE = 1024;
+// Elements whose sums are added up in fp32, where they can be read in place.
+constexpr std::int64_t LONG = 4 * CHUNK;
 // Terms that the loops take in registers.
 constexpr int MAX_TERMS = 8;
 
@@ -19,10 +21,11 @@ Sums pair_statistics(const Views& a, const Views& b, std::int64_t samples, int t
             flatten(views);
             Partials partials(PAIR_STATISTICS);
             const Dtype dtype = common_dtype(views);
-            for_chunks(Space(views[0]), threads, [&](const Chunk& chunk, int part) {
-                Buffer x, y;
-                loops.pair_sums(read_as(loops, views[0], dtype, chunk, x), read_as(loops, views[1], dtype, chunk, y),
-                                dtype, chunk.size, partials.part(part));
+            for_chunks(Space(views[0], uniform(views) ? LONG : CHUNK), threads, [&](const Chunk& chunk, int part) {
+                Buffer* buffers = scratch(2);
+                loops.pair_sums(read_as(loops, views[0], dtype, chunk, buffers[0]),
+                                read_as(loops, views[1], dtype, chunk, buffers[1]), dtype, chunk.size,
+                                partials.part(part));
             });
             Sums found = partials.sum();
             found[7] = partials.maximum(7);
@@ -52,6 +55,15 @@ std::vector<Set> sets_of(const std::vector<float>& coefficients, int count) {
         sets[s].coefficients.push_back(-1.0f);
     }
     return sets;
+}
+
+// How many sets from one on are a pair of terms with the same first one; at least 1.
+std::size_t alike(const std::vector<Set>& sets, std::size_t first) {
+    std::size_t count = 1;
+    while (first + count < sets.size() && count < MOST_PAIRINGS && sets[first].terms.size() == 3 &&
+           sets[first + count].terms.size() == 3 && sets[first + count].terms[0] == sets[first].terms[0])
+        ++count;
+    return count;
 }
 
 // Norms of a set with more terms than the loops take in registers.
@@ -86,9 +98,18 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
         for (Chunk chunk = whole; chunk.column < whole.column + whole.size; chunk.column += PIECE) {
             chunk.size = std::min(PIECE, whole.column + whole.size - chunk.column);
             for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
-            for (std::size_t s = 0; s < sets.size(); ++s) {
-                for (std::size_t k = s * views.size() / sets.size(); k < (s + 1) * views.size() / sets.size(); ++k)
+            for (std::size_t s = 0, next = 0; s < sets.size(); s = next) {
+                next = s + alike(sets, s);
+                for (std::size_t k = s * views.size() / sets.size(); k < next * views.size() / sets.size(); ++k)
                     fetch(chunk.at(views[k]) + chunk.size * size_of(views[k].dtype), chunk.size * size_of(views[k].dtype));
+                if (sets[s].terms.size() == 3) {
+                    Pairing pairings[MOST_PAIRINGS];
+                    for (std::size_t k = s; k < next; ++k)
+                        pairings[k - s] = {x[sets[k].terms[1]], sets[k].coefficients[0], sets[k].coefficients[1],
+                                           sums + 2 * k};
+                    loops.errors(x[count], x[sets[s].terms[0]], pairings, static_cast<int>(next - s), dtype, chunk.size);
+                    continue;
+                }
                 const int terms_of = static_cast<int>(sets[s].terms.size());
                 if (terms_of > MAX_TERMS) {
                     many_terms(loops, sets[s], views, chunk, sums + 2 * s);

@@ -27,6 +27,7 @@ struct View {
     }
 
     char* row(std::int64_t index) const {
+        if (index == 0) return data;  // all there is of flat memory
         const std::int64_t b = index / rows;
         return data + (b * batch_stride + (index - b * rows) * row_stride) * size_of(dtype);
     }

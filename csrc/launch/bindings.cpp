@@ -39,7 +39,8 @@ PYBIND11_MODULE(_launch, module) {
             PyObject* capsule = PyCapsule_New(self.cast<Calls*>(), nullptr, [](PyObject* capsule) {
                 Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
             });
-            if (!capsule || PyCapsule_SetContext(capsule, py::object(self).release().ptr())) throw py::error_already_set();
+            if (!capsule || PyCapsule_SetContext(capsule, py::object(self).release().ptr()))
+                throw py::error_already_set();
             const auto owner = py::reinterpret_steal<py::object>(capsule);
             return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&REPEAT, owner.ptr(), nullptr));
         });

@@ -217,7 +217,8 @@ PyObject* Calls::run(const Plan& plan, const Signature& signature, void* stream)
     std::vector<py::object> made;
     std::vector<char*> starts;
     for (const py::tuple& entry : plan.made) {
-        PyObject* tensor = PyObject_Call(torch_.empty, PyTuple_GET_ITEM(entry.ptr(), 0), PyTuple_GET_ITEM(entry.ptr(), 1));
+        PyObject *shape = PyTuple_GET_ITEM(entry.ptr(), 0), *options = PyTuple_GET_ITEM(entry.ptr(), 1);
+        PyObject* tensor = PyObject_Call(torch_.empty, shape, options);
         dlpack::Tensor fields;
         if (tensor) made.push_back(py::reinterpret_steal<py::object>(tensor));
         if (!tensor || torch_.exchange->borrow(tensor, &fields) != 0) return nullptr;  // out of memory

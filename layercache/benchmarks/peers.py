@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layercache import backend
+from layercache.benchmarks.measuring import keep_memory
 from layercache.comparison import Counter
 from layercache.plots import new_figure, save_figure
 
@@ -221,6 +222,7 @@ def measure(
     shape: tuple[int, int, int], dtype: torch.dtype, device: Any, rounds: int, on_step: Callable[[str], None]
 ) -> list[Row]:
     """Every mode, computing and reusing, as it is and accelerated; the two alternate."""
+    keep_memory()
     rows = []
     for mode in modes():
         for reuses in (False, True):

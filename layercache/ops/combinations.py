@@ -104,12 +104,9 @@ def restore(
     bases: list[Tensor], residuals: list[list[Tensor]], coefficients: Coefficients, results: list[Tensor] | None
 ) -> list[Tensor]:
     """`linear_combination` without a look at its arguments, for residuals that were made to fit."""
-    found = COMBINATION_KERNELS.again_unchecked(bases, residuals, coefficients, results)
-    if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
     if through_registry(bases):
         return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
-    return COMBINATION_KERNELS(bases, residuals, coefficients, results)
+    return COMBINATION_KERNELS.choose(bases[0])(bases, residuals, coefficients, results)
 
 
 def linear_map(

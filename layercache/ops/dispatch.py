@@ -54,6 +54,11 @@ class Kernels:
         self.repeatable = repeatable
         self._checked, self._trusted = Repeats(), Repeats()
 
+    @property
+    def kept(self) -> int:
+        """How many calls are written down."""
+        return self._checked.kept + self._trusted.kept
+
     def again(self, *arguments: Any) -> Any:
         """What a call with arguments laid out like these returns, without a look at them; NotImplemented where there
         was none that `run` made."""
@@ -65,33 +70,38 @@ class Kernels:
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        return self._run(self._checked, arguments)
-
-    def again_unchecked(self, *arguments: Any) -> Any:
-        """`again`, of calls whose arguments nobody has looked at."""
-        return NotImplemented if torch.compiler.is_dynamo_compiling() else self._trusted.again(*arguments)
+        return self.choose(_first_tensor(arguments), checked=True)(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """`run`, for arguments that nobody has looked at."""
-        found = self._trusted.again(*arguments)
-        return self._run(self._trusted, arguments) if found is NotImplemented else found
+        """`run`, for arguments that nobody has looked at; those are repeated apart."""
+        return self.choose(_first_tensor(arguments))(*arguments)
 
-    def _run(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
-        first = arguments[0]
-        while not isinstance(first, Tensor):
-            first = first[0]
-        run = self.choose(first)
-        if run is self.triton and self.repeatable:
-            return repeats.record(run, arguments)
-        return run(*arguments)
-
-    def choose(self, tensor: Tensor) -> Callable[..., Any]:
+    def choose(self, tensor: Tensor, checked: bool = False) -> Callable[..., Any]:
+        """What runs the op where a tensor is."""
         if not tensor.is_cuda:
             usable = self.native is not None and tensor.dtype != torch.float64
             return self.native if usable else self.reference  # type: ignore[return-value]
         if trouble := trouble_with_triton():
             raise MissingExtraError(trouble)
-        return self.triton
+        return self.launch_checked if checked else self.launch
+
+    def launch_checked(self, *arguments: Any) -> Any:
+        return self._launch(self._checked, arguments)
+
+    def launch(self, *arguments: Any) -> Any:
+        return self._launch(self._trusted, arguments)
+
+    def _launch(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
+        if not self.repeatable:
+            return self.triton(*arguments)
+        found = repeats.again(*arguments)
+        return repeats.record(self.triton, arguments) if found is NotImplemented else found
+
+
+def _first_tensor(arguments: Any) -> Tensor:
+    while not isinstance(arguments, Tensor):
+        arguments = arguments[0]
+    return arguments
 
 
 @functools.cache

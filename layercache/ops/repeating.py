@@ -52,7 +52,9 @@ class Repeats:
         self._calls.keep(signature, launches, made, result, kept, recording.faithful and not watch.others)
         return result
 
-    def __len__(self) -> int:
+    @property
+    def kept(self) -> int:
+        """How many calls are written down."""
         return 0 if self._calls is None else len(self._calls)
 
 

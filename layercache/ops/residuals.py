@@ -97,11 +97,8 @@ def store(
     previous: list[Tensor] | None = None,
 ) -> Tensor | None:
     """`capture` without a look at its arguments, for residuals that were made to fit."""
-    found = CAPTURE_KERNELS.again_unchecked(outputs, inputs, residuals, flag, previous)
-    if found is not NotImplemented:
-        return found
     if not through_registry(outputs + inputs):  # either may still be on its way from another process
-        return CAPTURE_KERNELS(outputs, inputs, residuals, flag, previous)
+        return CAPTURE_KERNELS.choose(outputs[0])(outputs, inputs, residuals, flag, previous)
     if previous is None:
         return CAPTURE(outputs, inputs, residuals, flag)
     return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, previous, False)

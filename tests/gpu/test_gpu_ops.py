@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from layercache import ops
+from layercache.benchmarks.cases import CASES, Case
+from layercache.ops import combinations, modulation, residuals, routers, statistics
+from layercache.ops.dispatch import Kernels
+from layercache.ops.repeating import trouble
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OP_MODULES = (combinations, modulation, residuals, routers, statistics)
 SHAPES = [(1, 1, 8), (2, 77, 320), (3, 33, 72), (1, 7, 63), (1, 4096, 3072), (2, 0, 64)]
 
 
@@ -239,3 +244,59 @@ def test_another_stream() -> None:
         step()
     stream.synchronize()
     assert all(map(torch.equal, written, expected))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_repeated_calls_give_the_bits_of_triton(case: Case) -> None:
+    """The first call is written down, the second repeated; without the launches of ours Triton makes all."""
+    device = torch.device("cuda")
+    of_ops = [k for module in OP_MODULES for k in vars(module).values() if isinstance(k, Kernels)]
+    wanted = [kernels.repeatable for kernels in of_ops]
+    found = []
+    try:
+        for repeated in (True, False):
+            for kernels, flag in zip(of_ops, wanted, strict=True):
+                kernels.use(flag and repeated)
+            with torch.set_grad_enabled(case.gradient):
+                case.ours(case.inputs((2, 77, 320), torch.bfloat16, device, 0))
+                inputs = case.inputs((2, 77, 320), torch.bfloat16, device, 1)
+                result = case.ours(inputs)
+            kept = sum(kernels.kept for kernels in of_ops)
+            assert repeated or not kept
+            assert trouble() is not None or kept or not repeated or case.op == "combination_error"
+            found.append([t.clone() for t in flat([result, inputs.x, inputs.text, inputs.out])])
+    finally:
+        for kernels, flag in zip(of_ops, wanted, strict=True):
+            kernels.use(flag)
+    repeated_bits, by_triton = found
+    assert len(repeated_bits) == len(by_triton)
+    assert all(torch.equal(a, b) for a, b in zip(repeated_bits, by_triton, strict=True))
+
+
+def flat(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for value in values for t in flat(value)] if isinstance(values, (list, tuple)) else []
+
+
+def test_repeated_calls_follow_the_stream() -> None:
+    """And a CUDA graph takes them up."""
+    x, r, y = (torch.randn(2, 64, 256, device="cuda") for _ in range(3))
+    for _ in range(2):
+        ops.linear_combination([x], [[r]], [0.5], [y])
+    expected = x + 0.5 * r
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y.zero_()
+        torch.cuda._sleep(100_000_000)
+        ops.linear_combination([x], [[r]], [0.5], [y])
+    stream.synchronize()
+    assert torch.allclose(y, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.linear_combination([x], [[r]], [0.5], [y])
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.allclose(y, expected)
