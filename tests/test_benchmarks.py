@@ -65,6 +65,14 @@ def test_a_row_of_figures():
     assert data["speedup_over_compiled"] is None
 
 
+def test_the_host_has_a_column_on_a_gpu():
+    row = measure(find_cases(["reuse"])[0], SHAPE, torch.float32, CPU, rounds=1, compiled=False, seconds=1e-4)
+    assert "host us" not in [column.header for column in results.table([row]).columns]
+    row = dataclasses.replace(row, host_seconds={"ours": 2.04e-6, "eager": 4.1e-6, "copy": 3e-6})
+    last = results.table([row]).columns[-1]
+    assert (last.header, list(last.cells)) == ("host us", ["2.0 : 4.1"])
+
+
 def test_no_speedup_is_claimed_for_a_wrong_result():
     (case,) = find_cases(["reuse"])[:1]
     wrong = dataclasses.replace(case, ours=lambda i: i.x[0] - i.x[1])

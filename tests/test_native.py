@@ -160,6 +160,9 @@ def calls(t: list[Tensor]) -> dict[str, tuple[Callable[[Any], list[Tensor]], boo
         z, sums = find("modulate")(t[0], v, v, dense[1:2], [0.5], dense[2], [100], 1e-5, None, None, None, stream)
         return [stream, z, sums]
 
+    # more that begin with the same term than are looked at together, others between them
+    alike = [[0.5 * k if j == k else 1.5 * (j == 0) for j in range(5)] for k in (1, 2, 3, 4, 1, 2, 3)]
+    alike[5:5] = [[1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, -1.0, 0.0, 0.0]]
     return {
         "capture": (lambda f: captured(f), True),
         "capture previous": (lambda f: captured(f, [dense[2]]), False),
@@ -170,9 +173,14 @@ def calls(t: list[Tensor]) -> dict[str, tuple[Callable[[Any], list[Tensor]], boo
             lambda f: [f("combination_error")(dense[0], dense[1:4], [[1, 0, 0], [1.5, -0.5, 0], [1, 1, 1]])],
             False,
         ),
+        "errors alike": (lambda f: [f("combination_error")(dense[0], dense[1:6], alike)], False),
         "gram": (lambda f: [f("gram")(dense)], False),
         "align": (lambda f: [f("align")(dense[0], dense[1], dense[2:4], dense[4:])], False),
         "combination": (lambda f: f("linear_combination")([t[0]], [dense[1:4]], [1.3, -0.7, 0.1]), True),
+        "combination of many": (
+            lambda f: f("linear_combination")([t[0]], [dense[1:6]], [1.3, -0.7, 0.1, 2.0, -0.4]),
+            True,
+        ),
         "gate": (lambda f: f("linear_combination")([t[0]], [dense[1:2]], [0.7], None, [v]), True),
         "map": (mapped, True),
         "compact": (compacted, True),
@@ -180,6 +188,11 @@ def calls(t: list[Tensor]) -> dict[str, tuple[Callable[[Any], list[Tensor]], boo
         "lerp plain": (lambda f: [f("router_lerp")(t[0], t[1], beta)], True),
         "lerp backward": (lambda f: list(f("router_lerp_backward")(t[0], t[1], t[2], beta, v)), False),
         "modulate": (modulated, False),
+        "plain modulation": (lambda f: [f("modulate")(t[0], v, v)[0]], False),
+        "plain modulation of terms": (
+            lambda f: list(f("modulate")(t[0], v, v, dense[1:4], [0.5, -1.5, 0.25], dense[4], (), 1e-5)),
+            False,
+        ),
         "guidance": (lambda f: [f("guidance")(t[0], t[1], 4.0, False)], True),
         "guidance norm": (lambda f: [f("guidance")(t[0], t[1], 4.0, True)], False),
         "rows": (lambda f: [f("row_statistics")(t[0], t[1])], False),

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+
 #include "calls.hpp"
 
 namespace py = pybind11;
@@ -17,6 +19,9 @@ PyObject* repeat(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
         return result || PyErr_Occurred() ? result : Py_NewRef(Py_NotImplemented);
     } catch (py::error_already_set& error) {
         error.restore();
+        return nullptr;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;
     }
 }

@@ -207,10 +207,11 @@ PyObject* Calls::repeat(PyObject* const* arguments, Py_ssize_t count) const {
     void* stream = nullptr;
     if (torch_.exchange->current_stream(torch_.device_type, signature.device, &stream) != 0)
         return PyErr_Clear(), nullptr;
-    busy = true;
-    PyObject* result = run(*plan, signature, stream);
-    busy = false;
-    return result;
+    const struct Busy {
+        Busy() { busy = true; }
+        ~Busy() { busy = false; }
+    } guard;
+    return run(*plan, signature, stream);
 }
 
 PyObject* Calls::run(const Plan& plan, const Signature& signature, void* stream) const {
@@ -224,11 +225,13 @@ PyObject* Calls::run(const Plan& plan, const Signature& signature, void* stream)
         if (!tensor || torch_.exchange->borrow(tensor, &fields) != 0) return nullptr;  // out of memory
         starts.push_back(fields.start());
     }
-    bool good = true;
+    // before the lock is let go, behind which arguments might change
+    auto result = py::reinterpret_steal<py::object>(build(plan.result, signature, made));
+    bool good = static_cast<bool>(result);
     Py_BEGIN_ALLOW_THREADS  // a full queue makes the driver wait
     for (const Launch& one : plan.launches) good = good && launch(one, signature, starts, stream);
     Py_END_ALLOW_THREADS
-    return good ? build(plan.result, signature, made) : nullptr;
+    return good ? result.release().ptr() : nullptr;
 }
 
 }  // namespace layercache::launch

@@ -55,7 +55,8 @@ def table(rows: Sequence[Row]) -> Table:
     title = f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}"
     out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("case", no_wrap=True)
-    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "calls"):
+    on_gpu = any(row.host_seconds for row in rows)
+    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "calls", *(["host us"] if on_gpu else [])):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
@@ -67,9 +68,15 @@ def table(rows: Sequence[Row]) -> Table:
             _ratio(row, "eager"),
             _ratio(row, "compiled"),
             "{ours} : {eager}".format(**(row.launches or row.operators)),
+            *([_host(row)] if on_gpu else []),
             style=None if row.right else "red",
         )
     return out
+
+
+def _host(row: Row) -> str:
+    """Microseconds to issue a call of ours and of eager."""
+    return " : ".join(f"{1e6 * row.host_seconds[name]:.1f}" for name in ("ours", "eager"))
 
 
 def _ratio(row: Row, over: str) -> str:
