@@ -123,13 +123,13 @@ def linear_combination_triton(
         groups: 16-byte groups per tile, a power of two.
     """
     results = new_like(bases) if results is None else list(results)
-    on_device = isinstance(coefficients, Tensor)
-    matrix = None if on_device else [coefficients]
+    on_device = coefficients if isinstance(coefficients, Tensor) else None
+    matrix = None if isinstance(coefficients, Tensor) else [coefficients]
     _launch(
         [(x, *stream) for x, stream in zip(bases, residuals, strict=True)],
         [[y] for y in results],
         matrix,
-        coefficients if on_device else None,  # type: ignore[arg-type]
+        on_device,
         None,
         gates,
         None if scales is None else [(None, *stream) for stream in scales],
