@@ -79,7 +79,9 @@ int cuModuleGetFunction(void** found, void* owner, const char* name) {
     return *found = (void*)(functions += 16), 0;
 }
 int cuCtxGetCurrent(void** found) { return *found = &context, 0; }
-int cuCtxGetDevice(int* device) { return *device = 0, 0; }
+static int current;
+void fake_use(int device) { current = device; }
+int cuCtxGetDevice(int* device) { return *device = current, 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) { return (void)attribute, (void)device, *value = 232448, 0; }
 int cuFuncGetAttribute(int* value, int attribute, void* function) {

@@ -74,6 +74,10 @@ class Driver:
         )
         self._widths[compiled.function] = widths
 
+    def use(self, device: int) -> None:
+        """Makes the calling thread's context that of another device."""
+        self._library.fake_use(device)
+
     def forget(self) -> None:
         self._library.fake_forget()
 

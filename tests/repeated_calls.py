@@ -194,7 +194,9 @@ def refusals(driver: Any) -> dict[str, str]:
 
     from layercache import ops
     from layercache.errors import OpInputError
+    from layercache.ops import combinations
 
+    scale = new(2, 64)
     x, r, y, wide = new(2, 24, 64), new(2, 24, 64), new(2, 24, 64), new(2, 24, 128)
 
     def reuse(base: Tensor = x, term: Tensor = r, c: float = 0.5, result: Tensor = y) -> Any:
@@ -206,6 +208,26 @@ def refusals(driver: Any) -> dict[str, str]:
     def watched() -> Any:
         with FlopCounterMode(display=False):
             return reuse()
+
+    def elsewhere() -> Any:
+        kept = combinations.COMBINATION_KERNELS.kept
+        driver.use(1)
+        try:
+            return reuse()
+        finally:
+            driver.use(0)
+            assert combinations.COMBINATION_KERNELS.kept == kept
+
+    def same_place() -> Any:
+        (found,) = reuse(result=x)
+        assert found is x
+        view = x.view_as(x)
+        (found,) = reuse(result=view)
+        assert found is view
+        return found
+
+    def norm(eps: float) -> Any:
+        return ops.modulate(x, scale, scale, eps=eps)
 
     calls: dict[str, Callable[[], Any]] = {
         "alike": reuse,
@@ -225,6 +247,9 @@ def refusals(driver: Any) -> dict[str, str]:
         "no number": lambda: reuse(c="half"),
         "gradient": lambda: reuse(base=new(2, 24, 64).requires_grad_()),
         "subclass": lambda: reuse(base=x.as_subclass(Own)),
+        "another device is current": elsewhere,
+        "a view of the base": same_place,
+        "eps": lambda: (norm(1e-6), norm(1e-5), norm(-1e-6)),
     }
     with torch.no_grad():
         reuse()

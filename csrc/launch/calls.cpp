@@ -15,6 +15,30 @@ namespace {
 constexpr std::size_t MOST_PLANS = 4096;
 constexpr std::size_t MOST_PARAMETERS = 256;
 
+// Set while it lives.
+class Flag {
+  public:
+    explicit Flag(bool& flag) : flag_(flag) { flag_ = true; }
+    ~Flag() { flag_ = false; }
+
+  private:
+    bool& flag_;
+};
+
+// Keeps the tensors of a call, whose lists another thread may change while this one waits.
+class Held {
+  public:
+    explicit Held(const Signature& signature) : tensors_(signature.tensors) {
+        for (const Seen& seen : tensors_) Py_INCREF(seen.object);
+    }
+    ~Held() {
+        for (const Seen& seen : tensors_) Py_DECREF(seen.object);
+    }
+
+  private:
+    const std::vector<Seen>& tensors_;
+};
+
 struct New {
     PyObject* object;
     char *start, *end;
@@ -120,13 +144,17 @@ std::unique_ptr<Signature> Calls::look(const py::args& arguments) const {
     auto signature = std::make_unique<Signature>();
     PyObject** items = PySequence_Fast_ITEMS(arguments.ptr());
     if (!read(torch_, items, static_cast<Py_ssize_t>(arguments.size()), *signature)) return nullptr;
-    const auto found = plans_.find(signature->words);
-    return found != plans_.end() && !found->second ? nullptr : std::move(signature);
+    return plans_.count(signature->words) ? nullptr : std::move(signature);
 }
 
 void Calls::keep(const Signature& signature, const py::list& launches, const py::list& made, const py::object& result,
                  const py::object& kept, bool faithful) {
-    auto plan = faithful ? this->plan(signature, launches, made, result, kept) : nullptr;
+    std::shared_ptr<Plan> plan;
+    try {
+        if (faithful) plan = this->plan(signature, launches, made, result, kept);
+    } catch (const std::exception&) {  // the call itself is done
+        PyErr_Clear();
+    }
     if (plans_.size() >= MOST_PLANS) plans_.clear();
     plans_[signature.words] = std::move(plan);
 }
@@ -196,21 +224,19 @@ bool Calls::launch(const Launch& launch, const Signature& signature, const std::
 }
 
 PyObject* Calls::repeat(PyObject* const* arguments, Py_ssize_t count) const {
-    // their memory is kept from call to call; a call from within (of the garbage collector, say) goes the long way
+    // kept from call to call for its memory; a call from within (of the garbage collector, say) goes the long way
     thread_local Signature signature;
     thread_local bool busy = false;
-    if (plans_.empty() || busy || !read(torch_, arguments, count, signature)) return nullptr;
+    if (plans_.empty() || busy) return nullptr;
+    const Flag flag(busy);
+    if (!read(torch_, arguments, count, signature)) return nullptr;
     const auto found = plans_.find(signature.words);
-    if (found == plans_.end() || !found->second || !driver_.is_current(signature.device) || is_watched(torch_))
-        return nullptr;
-    const std::shared_ptr<const Plan> plan = found->second;
+    const std::shared_ptr<const Plan> plan = found == plans_.end() ? nullptr : found->second;
+    if (!plan || !driver_.is_current(signature.device) || is_watched(torch_)) return nullptr;
     void* stream = nullptr;
     if (torch_.exchange->current_stream(torch_.device_type, signature.device, &stream) != 0)
         return PyErr_Clear(), nullptr;
-    const struct Busy {
-        Busy() { busy = true; }
-        ~Busy() { busy = false; }
-    } guard;
+    const Held held(signature);
     return run(*plan, signature, stream);
 }
 
@@ -225,13 +251,16 @@ PyObject* Calls::run(const Plan& plan, const Signature& signature, void* stream)
         if (!tensor || torch_.exchange->borrow(tensor, &fields) != 0) return nullptr;  // out of memory
         starts.push_back(fields.start());
     }
-    // before the lock is let go, behind which arguments might change
     auto result = py::reinterpret_steal<py::object>(build(plan.result, signature, made));
-    bool good = static_cast<bool>(result);
+    if (!result) return nullptr;
+    std::size_t done = 0;
     Py_BEGIN_ALLOW_THREADS  // a full queue makes the driver wait
-    for (const Launch& one : plan.launches) good = good && launch(one, signature, starts, stream);
+    while (done < plan.launches.size() && launch(plan.launches[done], signature, starts, stream)) ++done;
     Py_END_ALLOW_THREADS
-    return good ? result.release().ptr() : nullptr;
+    if (done == plan.launches.size()) return result.release().ptr();
+    // what is written in place cannot be computed again from the start
+    if (done) PyErr_SetString(PyExc_RuntimeError, "the CUDA driver refused a kernel of a call that had begun");
+    return nullptr;
 }
 
 }  // namespace layercache::launch

@@ -47,8 +47,8 @@ class Calls {
     // Raises where the driver cannot be used, or the torch of this process has no quick look at tensors.
     Calls(const pybind11::object& torch, const std::string& library, int device_type);
 
-    // What the arguments have in common with others, to pass to `keep`; null where they cannot be repeated, or have
-    // been found not to be.
+    // What the arguments have in common with others, to pass to `keep`; null where they cannot be repeated, or calls
+    // like theirs have been kept.
     std::unique_ptr<Signature> look(const pybind11::args& arguments) const;
 
     // Keeps a call. `launches` is (function, grid, threads, shared bytes, arguments, hidden) of each; `made` is
@@ -58,7 +58,7 @@ class Calls {
     void keep(const Signature& signature, const pybind11::list& launches, const pybind11::list& made,
               const pybind11::object& result, const pybind11::object& kept, bool faithful);
 
-    // Makes the call again: its result, a new reference; or null without an error, and then nothing was done.
+    // Makes the call again: its result, a new reference; or null, and then without an error nothing was done.
     PyObject* repeat(PyObject* const* arguments, Py_ssize_t count) const;
 
     // How many are kept.
@@ -67,7 +67,8 @@ class Calls {
   private:
     std::shared_ptr<Plan> plan(const Signature& signature, const pybind11::list& launches, const pybind11::list& made,
                                const pybind11::object& result, const pybind11::object& kept) const;
-    // The result, or null: with an error where memory is short, without where the driver refuses.
+    // The result, or null: with an error where memory is short or the driver refuses a later launch, without where it
+    // refuses the first.
     PyObject* run(const Plan& plan, const Signature& signature, void* stream) const;
     bool launch(const Launch& launch, const Signature& signature, const std::vector<char*>& made, void* stream) const;
 

@@ -31,7 +31,8 @@ class Reader {
         for (std::size_t j = 1; j < tensors.size(); ++j)
             for (std::size_t i = 0; i < j; ++i)
                 if (tensors[i].start < tensors[j].end && tensors[j].start < tensors[i].end) {
-                    put(NEIGHBOURS | i << 8 | j << 32);
+                    const std::uint64_t same = tensors[i].object == tensors[j].object;
+                    put(NEIGHBOURS | i << 8 | j << 32 | same << 63);
                     put(static_cast<std::uint64_t>(tensors[j].start - tensors[i].start));
                 }
         return true;

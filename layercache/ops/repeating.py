@@ -43,13 +43,17 @@ class Repeats:
             return run(*arguments)
         with Recording() as recording, _Watch() as watch:
             result = run(*arguments)
-        launches = [
-            (r.compiled.function, r.grid, r.threads, r.compiled.metadata.shared, r.arguments, r.hidden)
-            for r in recording.launches
-        ]
-        made = [(t, (tuple(t.shape),), {"dtype": t.dtype, "device": t.device}) for t in recording.made]
+        faithful = recording.faithful and not watch.others
+        launches: list[Any] = []
+        made: list[Any] = []
+        if faithful:
+            launches = [
+                (r.compiled.function, r.grid, r.threads, r.compiled.metadata.shared, r.arguments, r.hidden)
+                for r in recording.launches
+            ]
+            made = [(t, (tuple(t.shape),), {"dtype": t.dtype, "device": t.device}) for t in recording.made]
         kept = [r.compiled for r in recording.launches]
-        self._calls.keep(signature, launches, made, result, kept, recording.faithful and not watch.others)
+        self._calls.keep(signature, launches, made, result, kept, faithful)
         return result
 
     @property
