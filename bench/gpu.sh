@@ -23,7 +23,7 @@ part() { # name, command...
 if compgen -G "wheels/*.whl" >/dev/null; then
     part "wheels" "$PYTHON" -m pip install --quiet --no-index --no-deps --break-system-packages wheels/*.whl
 fi
-part "build" "$PYTHON" setup.py --quiet build_ext --inplace
+part "build" "$PYTHON" setup.py --quiet build_ext --inplace --parallel 3
 part "machine" "$PYTHON" -c "
 import torch, triton
 assert torch.cuda.is_available(), 'torch sees no GPU'
@@ -33,7 +33,7 @@ gpu=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().rep
 result="bench/results/$gpu-$(date -u +%Y-%m-%d).json"
 mkdir -p bench/results
 
-part "tests" timeout 200 "$PYTHON" -m pytest -q --maxfail=20 tests/gpu
+part "tests" timeout 240 "$PYTHON" -m pytest -q --maxfail=20 tests/gpu
 # 25 MB a tensor in bf16, with torch.compile; then 1, 100 and 340 MB without, whose compilation takes minutes
 part "kernels" timeout 200 "$PYTHON" -m layercache.cli bench kernels --device cuda --rounds 5 --json "$result"
 part "kernels, other sizes" timeout 120 "$PYTHON" -m layercache.cli bench kernels --device cuda --rounds 5 --no-compile \
