@@ -96,8 +96,12 @@ class Driver:
         return found
 
 
-def stand_in(arch: int = 90) -> Driver:
-    """Makes Triton and layercache take the stand-in for a GPU, and tensors of the CPU for tensors on it."""
+def stand_in(arch: int = 90, watch: bool = True) -> Driver:
+    """Makes Triton and layercache take the stand-in for a GPU, and tensors of the CPU for tensors on it.
+
+    Args:
+        watch: count the launches by Triton and learn the parameters of its kernels, which makes them slower.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
@@ -119,7 +123,8 @@ def stand_in(arch: int = 90) -> Driver:
             driver.learn(compiled)
         return compiled
 
-    JITFunction.run = learned
+    if watch:
+        JITFunction.run = learned
     dispatch.Kernels.choose = lambda self, tensor, checked=False: self.launch_checked if checked else self.launch
     open_calls = repeating.open_calls
     repeating.trouble = lambda: None

@@ -39,13 +39,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     import torch
 
     from layercache.benchmarks.cases import CASES
-    from layercache.ops import combinations, modulation, residuals, routers, statistics
     from layercache.ops.dispatch import Kernels
 
     torch.set_num_threads(1)
-    driver = fake_driver.stand_in()
-    modules = combinations, modulation, residuals, routers, statistics
-    of_ops = [kernels for module in modules for kernels in vars(module).values() if isinstance(kernels, Kernels)]
+    driver = fake_driver.stand_in(watch=False)
     x, y, z = torch.zeros(3, 2).unbind()
     rows = []
     for case in CASES:
@@ -56,12 +53,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
         variants = {"triton": run, "repeated": run, "eager": lambda: torch.add(x, y, out=z)}
         found: dict[str, list[float]] = {name: [] for name in variants}
-        repeatable = {kernels: kernels.repeatable for kernels in of_ops}
+        repeatable = {kernels: kernels.repeatable for kernels in Kernels.every}
         with torch.set_grad_enabled(case.gradient):
             for _ in range(rounds + 1):  # the first compiles, and writes down what is repeated
                 for name, call in variants.items():
-                    for kernels in of_ops:
-                        kernels.use(name == "repeated" and repeatable[kernels])
+                    for kernels, flag in repeatable.items():
+                        kernels.use(name == "repeated" and flag)
                     call()
                     found[name].append(seconds(call))
         for kernels, flag in repeatable.items():

@@ -5,7 +5,6 @@ Run as a program in the environment of `fake_driver.child_environment`; prints J
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections import defaultdict
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("fake_driver", ROOT / "bench" / "fake_driver.py")
-assert spec is not None and spec.loader is not None
-fake_driver = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = fake_driver
-spec.loader.exec_module(fake_driver)
+sys.path.insert(0, str(ROOT / "bench"))
+import fake_driver  # noqa: E402
 
 
 class Pool:
@@ -269,26 +265,23 @@ def main() -> None:
     torch.empty = pool
     torch.empty_like = lambda model, **others: pool(model.shape, dtype=others.get("dtype", model.dtype), device=None)
     driver = fake_driver.stand_in()
-    from layercache.ops import combinations, modulation, residuals, routers, statistics
     from layercache.ops.dispatch import Kernels
 
-    modules = combinations, modulation, residuals, routers, statistics
-    all_kernels = [k for module in modules for k in vars(module).values() if isinstance(k, Kernels)]
     report = {"refusals": refusals(driver)}
     found = report["calls"] = {}
     for name, make in {**forms(), **from_cases()}.items():
         first, second = make(0.25), make(0.75)
         seen(driver, pool, first)  # compiles, and tells the stand-in of parameters
         by_triton, expected = [], []
-        own = [kernels.repeatable for kernels in all_kernels]
+        own = [kernels.repeatable for kernels in Kernels.every]
         for repeatable in (True, False):
-            for kernels, flag in zip(all_kernels, own, strict=True):
+            for kernels, flag in zip(Kernels.every, own, strict=True):
                 kernels.use(flag and repeatable)
             seen(driver, pool, first)
             before = driver.runs
             expected.append(seen(driver, pool, second))
             by_triton.append(driver.runs - before)
-        for kernels, flag in zip(all_kernels, own, strict=True):
+        for kernels, flag in zip(Kernels.every, own, strict=True):
             kernels.use(flag)
         found[name] = {
             "launches": len(expected[1][0]),

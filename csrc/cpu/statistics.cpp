@@ -3,8 +3,6 @@
 
 namespace layercache::cpu {
 
-// Elements that a set of combination_error works on at a time.
-constexpr std::int64_t PIECE = 1024;
 // Elements whose sums are added up in fp32, where they can be read in place.
 constexpr std::int64_t LONG = 4 * CHUNK;
 // Terms that the loops take in registers.
@@ -88,39 +86,36 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
     flatten(views);
     const Dtype dtype = common_dtype(views);
     Partials partials(2 * static_cast<int>(sets.size()) + 2);
-    for_chunks(Space(views.back()), threads, [&](const Chunk& whole, int part) {
+    // a chunk of all tensors stays in the first cache while the sets go over it, and the next one comes
+    for_chunks(Space(views.back()), threads, [&](const Chunk& chunk, int part) {
         double* sums = partials.part(part);
         Buffer* buffers = scratch(views.size());
         thread_local std::vector<const void*> x;
         x.resize(views.size());
         const void* own[MAX_TERMS];
-        // a piece of all tensors stays in the first cache while the sets go over it, and the next one comes
-        for (Chunk chunk = whole; chunk.column < whole.column + whole.size; chunk.column += PIECE) {
-            chunk.size = std::min(PIECE, whole.column + whole.size - chunk.column);
-            for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
-            for (std::size_t s = 0, next = 0; s < sets.size(); s = next) {
-                next = s + alike(sets, s);
-                for (std::size_t k = s * views.size() / sets.size(); k < next * views.size() / sets.size(); ++k)
-                    fetch(chunk.at(views[k]) + chunk.size * size_of(views[k].dtype), chunk.size * size_of(views[k].dtype));
-                if (sets[s].terms.size() == 3) {
-                    Pairing pairings[MOST_PAIRINGS];
-                    for (std::size_t k = s; k < next; ++k)
-                        pairings[k - s] = {x[sets[k].terms[1]], sets[k].coefficients[0], sets[k].coefficients[1],
-                                           sums + 2 * k};
-                    loops.errors(x[count], x[sets[s].terms[0]], pairings, static_cast<int>(next - s), dtype, chunk.size);
-                    continue;
-                }
-                const int terms_of = static_cast<int>(sets[s].terms.size());
-                if (terms_of > MAX_TERMS) {
-                    many_terms(loops, sets[s], views, chunk, sums + 2 * s);
-                    continue;
-                }
-                for (int t = 0; t < terms_of; ++t) own[t] = x[sets[s].terms[t]];
-                loops.norms(own, sets[s].coefficients.data(), terms_of, dtype, chunk.size, sums + 2 * s);
+        for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
+        for (std::size_t s = 0, next = 0; s < sets.size(); s = next) {
+            next = s + alike(sets, s);
+            for (std::size_t k = s * views.size() / sets.size(); k < next * views.size() / sets.size(); ++k)
+                fetch(chunk.at(views[k]) + chunk.size * size_of(views[k].dtype), chunk.size * size_of(views[k].dtype));
+            if (sets[s].terms.size() == 3) {
+                Pairing pairings[MOST_PAIRINGS];
+                for (std::size_t k = s; k < next; ++k)
+                    pairings[k - s] = {x[sets[k].terms[1]], sets[k].coefficients[0], sets[k].coefficients[1],
+                                       sums + 2 * k};
+                loops.errors(x[count], x[sets[s].terms[0]], pairings, static_cast<int>(next - s), dtype, chunk.size);
+                continue;
             }
-            const float one = 1.0f;
-            loops.norms(&x[count], &one, 1, dtype, chunk.size, sums + 2 * sets.size());
+            const int terms_of = static_cast<int>(sets[s].terms.size());
+            if (terms_of > MAX_TERMS) {
+                many_terms(loops, sets[s], views, chunk, sums + 2 * s);
+                continue;
+            }
+            for (int t = 0; t < terms_of; ++t) own[t] = x[sets[s].terms[t]];
+            loops.norms(own, sets[s].coefficients.data(), terms_of, dtype, chunk.size, sums + 2 * s);
         }
+        const float one = 1.0f;
+        loops.norms(&x[count], &one, 1, dtype, chunk.size, sums + 2 * sets.size());
     });
     const Sums found = partials.sum();
     Sums sums;

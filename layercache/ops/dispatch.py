@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,12 @@ class Kernels:
         native: the compiled CPU path.
         repeatable: whether ``triton`` hands host numbers to its kernels as they come, in order, and decides nothing by
             them; then calls are repeated.
+
+    Attributes:
+        every: those of all ops.
     """
+
+    every: ClassVar[list[Kernels]] = []
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Kernels:
     ):
         self.triton, self.reference, self.native = triton, reference, native
         self.use(repeatable)
+        self.every.append(self)
 
     def use(self, repeatable: bool) -> None:
         """Whether calls are repeated from now on; what was written down so far is forgotten."""
@@ -86,16 +92,16 @@ class Kernels:
         return self.launch_checked if checked else self.launch
 
     def launch_checked(self, *arguments: Any) -> Any:
-        return self._launch(self._checked, arguments)
+        """By Triton: whoever has looked at the arguments has asked `again` before."""
+        return self._record(self._checked, arguments)
 
     def launch(self, *arguments: Any) -> Any:
-        return self._launch(self._trusted, arguments)
+        """As before, or by Triton."""
+        found = self._trusted.again(*arguments)
+        return self._record(self._trusted, arguments) if found is NotImplemented else found
 
-    def _launch(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
-        if not self.repeatable:
-            return self.triton(*arguments)
-        found = repeats.again(*arguments)
-        return repeats.record(self.triton, arguments) if found is NotImplemented else found
+    def _record(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
+        return repeats.record(self.triton, arguments) if self.repeatable else self.triton(*arguments)
 
 
 def _first_tensor(arguments: Any) -> Tensor:

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.benchmarks.cases import CASES, Case
-from layercache.ops import combinations, modulation, residuals, routers, statistics
 from layercache.ops.dispatch import Kernels
 from layercache.ops.repeating import trouble
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OP_MODULES = (combinations, modulation, residuals, routers, statistics)
 SHAPES = [(1, 1, 8), (2, 77, 320), (3, 33, 72), (1, 7, 63), (1, 4096, 3072), (2, 0, 64)]
 
 
@@ -250,18 +248,17 @@ def test_another_stream() -> None:
 def test_repeated_calls_give_the_bits_of_triton(case: Case) -> None:
     """The first call is written down, the second repeated; without the launches of ours Triton makes all."""
     device = torch.device("cuda")
-    of_ops = [k for module in OP_MODULES for k in vars(module).values() if isinstance(k, Kernels)]
-    wanted = [kernels.repeatable for kernels in of_ops]
+    wanted = {kernels: kernels.repeatable for kernels in Kernels.every}
     found = []
     try:
         for repeated in (True, False):
-            for kernels, flag in zip(of_ops, wanted, strict=True):
+            for kernels, flag in wanted.items():
                 kernels.use(flag and repeated)
             with torch.set_grad_enabled(case.gradient):
                 case.ours(case.inputs((2, 77, 320), torch.bfloat16, device, 0))
                 inputs = case.inputs((2, 77, 320), torch.bfloat16, device, 1)
                 launched, result = triton_launches(case.ours, inputs)
-            kept = sum(kernels.kept for kernels in of_ops)
+            kept = sum(kernels.kept for kernels in Kernels.every)
             assert repeated or not kept
             if repeated and case.op != "combination_error":
                 assert trouble() is None and kept and not launched
@@ -269,7 +266,7 @@ def test_repeated_calls_give_the_bits_of_triton(case: Case) -> None:
                 assert launched
             found.append([t.clone() for t in flat([result, inputs.x, inputs.text, inputs.out])])
     finally:
-        for kernels, flag in zip(of_ops, wanted, strict=True):
+        for kernels, flag in wanted.items():
             kernels.use(flag)
     repeated_bits, by_triton = found
     assert len(repeated_bits) == len(by_triton)
