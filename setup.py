@@ -4,7 +4,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -40,6 +40,8 @@ class BuildExt(build_ext):
         kernels.extra_link_args += ["-Wl,-z,now"]
 
 
+# As many files at once as there are cores, or as MAX_JOBS says; by default they follow one another.
+ParallelCompile("MAX_JOBS", default=0).install()
 setup(
     packages=find_packages(include=["layercache", "layercache.*"]) + kernel_packages(),
     package_dir={"layercache.kernels": "kernels"},

@@ -2,7 +2,7 @@
 
 Triton works out at every launch what it launches, and the launcher of a kernel here how its streams are laid out:
 together some 25 microseconds, of which the GPU needs none. Both depend on the layout of the tensors alone. So a call
-may be recorded, and `layercache.ops.replay` repeats it for other tensors laid out alike.
+may be recorded, and `layercache.ops.repeating` repeats it for other tensors laid out alike.
 """
 
 from __future__ import annotations

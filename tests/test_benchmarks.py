@@ -101,6 +101,14 @@ def test_a_failing_case_does_not_lose_the_others(monkeypatch, tmp_path):
     assert [row["case"] for row in data["rows"]] == ["reuse"] and list(data["failures"]) == ["bad, 1x4x16"]
 
 
+def test_no_case_is_begun_after_the_time_limit(tmp_path):
+    arguments = ["--op", "gram", "--rounds", "1", "--shape", "1x4x16", "--time-limit", "0"]
+    done = CliRunner().invoke(app, ["bench", "kernels", *arguments, "--json", str(tmp_path / "f.json")])
+    assert done.exit_code == 1 and "not begun within 0 s: 1 of 1, from Gram matrix of four, 1x4x16 on" in done.stdout
+    data = json.loads((tmp_path / "f.json").read_text())
+    assert data["rows"] == [] and data["not_begun"] == ["Gram matrix of four, 1x4x16"]
+
+
 def test_a_missing_term_is_noticed():
     """The tolerance is as narrow as the rounding."""
     case = dataclasses.replace(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -137,3 +138,24 @@ def test_why_calls_are_not_repeated_here(monkeypatch):
     with pytest.raises(RuntimeError, match=r"cannot load no-such-library\.so"):
         repeating.open_calls("no-such-library.so")
     repeating.trouble.cache_clear()
+
+
+@pytest.mark.parametrize(("known", "follows"), [([0, 7], True), ([0, 0], False), ([7, 7], False)])
+def test_a_build_that_does_not_tell_the_current_stream_is_found_out(monkeypatch, known, follows):
+    """A launch on another stream than torch's would read what is not there yet."""
+    import torch
+
+    current = [SimpleNamespace(cuda_stream=0)]
+
+    @contextlib.contextmanager
+    def enter(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    told = iter(known)
+    assert repeating.follows_streams(SimpleNamespace(stream=lambda device: next(told))) is follows

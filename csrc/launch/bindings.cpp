@@ -39,6 +39,8 @@ PYBIND11_MODULE(_launch, module) {
         .def("look", &Calls::look)
         .def("keep", &Calls::keep)
         .def("__len__", &Calls::size)
+        .def("stream", [](const Calls& calls, int device) { return reinterpret_cast<std::uintptr_t>(calls.stream(device)); },
+             py::arg("device"))
         // not a method: a call through pybind11 costs more than all the rest
         .def_property_readonly("repeat", [](const py::object& self) {
             PyObject* capsule = PyCapsule_New(self.cast<Calls*>(), nullptr, [](PyObject* capsule) {

@@ -201,6 +201,12 @@ std::size_t Calls::size() const {
         std::count_if(plans_.begin(), plans_.end(), [](const auto& entry) { return entry.second != nullptr; }));
 }
 
+void* Calls::stream(int device) const {
+    void* stream = nullptr;
+    if (torch_.exchange->current_stream(torch_.device_type, device, &stream) != 0) throw py::error_already_set();
+    return stream;
+}
+
 bool Calls::launch(const Launch& launch, const Signature& signature, const std::vector<char*>& made,
                    void* stream) const {
     std::uint64_t values[MOST_PARAMETERS];

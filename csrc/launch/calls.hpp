@@ -61,6 +61,9 @@ class Calls {
     // Makes the call again: its result, a new reference; or null, and then without an error nothing was done.
     PyObject* repeat(PyObject* const* arguments, Py_ssize_t count) const;
 
+    // The stream that launches are put on now; raises what torch raises.
+    void* stream(int device) const;
+
     // How many are kept.
     std::size_t size() const;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,10 @@ def kernels(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")] = 7,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Begin no case after this; what was measured until then is kept."),
+    ] = None,
     json_to: Annotated[
         str | None,
         typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them."),
@@ -52,7 +57,7 @@ def kernels(
     """Time every op beside eager PyTorch, torch.compile and a plain copy of as many bytes.
 
     Variants are measured in turn, and a speedup is shown only where the values agree; the command fails if they do
-    not somewhere. The columns are explained in docs/benchmarks.md.
+    not somewhere, or if a case could not be measured. The columns are explained in docs/benchmarks.md.
 
     Example: `layercache bench kernels --op linear_combination --shape 1x4096x3072`
     """
@@ -68,15 +73,19 @@ def kernels(
     printer = Printer(json_to)
     chosen, place = _dtype(dtype), torch.device(choose_device(device))
     cases = find_cases(op or ())
-    rows, failures = [], {}
+    rows, failures, start, skipped = [], {}, time.monotonic(), []
     with tqdm(total=len(cases) * len(shapes) * rounds, unit="round", leave=False) as bar:
         for size in shapes:
             for case in cases:
+                name = f"{case.name}, {'x'.join(map(str, size))}"
+                if time_limit is not None and time.monotonic() - start > time_limit:
+                    skipped.append(name)
+                    continue
                 bar.set_description(case.name)
                 try:
                     row = measure(case, size, chosen, place, rounds=rounds, compiled=compiled, on_round=bar.update)
                 except Exception as error:  # one case must not lose the others
-                    failures[f"{case.name}, {'x'.join(map(str, size))}"] = f"{type(error).__name__}: {error}"
+                    failures[name] = f"{type(error).__name__}: {error}"
                 else:
                     rows.append(row)
     for size in shapes:
@@ -84,9 +93,14 @@ def kernels(
             printer.say(results.table([row for row in rows if row.shape == size]))
     for name, reason in failures.items():
         printer.say(f"failed: {name}: {reason}", style="red")
+    if skipped:
+        printer.say(
+            f"not begun within {time_limit:g} s: {len(skipped)} of {len(cases) * len(shapes)}, from {skipped[0]} on",
+            style="red",
+        )
     settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shapes": [list(size) for size in shapes]}
-    printer.figures(results.figures(rows, settings) | {"failures": failures})
-    if failures or not all(row.right for row in rows):
+    printer.figures(results.figures(rows, settings) | {"failures": failures, "not_begun": skipped})
+    if failures or skipped or not all(row.right for row in rows):
         raise typer.Exit(1)
 
 

@@ -95,7 +95,18 @@ def trouble() -> str | None:
     if torch.version.cuda is None:
         return "only CUDA's driver is known"
     try:
-        open_calls()
+        if not follows_streams(open_calls()):
+            return "this build of torch does not tell through DLPack which stream is current"
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def follows_streams(calls: Any) -> bool:
+    """Whether launches would be put on the stream that is current, as far as the default and one other tell."""
+    device = torch.cuda.current_device()
+    side = torch.cuda.Stream()
+    found = [calls.stream(device) == torch.cuda.current_stream().cuda_stream]
+    with torch.cuda.stream(side):
+        found.append(calls.stream(device) == side.cuda_stream)
+    return all(found)
