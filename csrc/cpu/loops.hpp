@@ -26,7 +26,7 @@ struct Pairing {
     float of_common, of_other;
     double* sums;
 };
-constexpr int MOST_PAIRINGS = 3;  // that are looked at together; gcc keeps the totals of more in memory
+constexpr int MOST_PAIRINGS = 24;  // that are looked at together
 constexpr int MOST_LOADED = 4;  // inputs whose sum is loaded in one go
 
 // The row x_0 + sum over k >= 1 of c_k x_k, up to `MOST_LOADED` inputs.

@@ -154,26 +154,70 @@ struct Alone {
     float operator()(const void* tensor) const { return T::load(static_cast<const typename T::Stored*>(tensor)[index]); }
 };
 
-// Writes value(at), rounded, for every place; what is written at one is read at no other.
-template <class T, class Value>
-inline __attribute__((always_inline)) void write_each(void* output, Size n, Value&& value) {
-    auto* packs = static_cast<typename T::Packed*>(output);
+// Bytes that a loop is behind the memory it asks for.
+constexpr Size AHEAD = 2048;
+
+// Tensors whose memory a loop asks for some way ahead of where it reads, a line of each at a time. What a processor fetches
+// by itself comes too late for loops that do little with it; and many lines at once, as of a whole chunk, would leave no
+// room for those that are read now.
+template <int COUNT>
+struct Ahead {
+    const void* tensors[COUNT];
+    Size bytes;
+    inline __attribute__((always_inline)) void operator()(Size at) const {
+        for (const void* tensor : tensors) __builtin_prefetch(static_cast<const char*>(tensor) + at + bytes, 0, 3);
+    }
+};
+
+struct NothingAhead {
+    void operator()(Size) const {}
+};
+
+template <class... Tensors>
+inline Ahead<sizeof...(Tensors)> ahead_of(Tensors... tensors) {
+    return {{tensors...}, AHEAD};
+}
+
+template <int COUNT>
+inline Ahead<COUNT> ahead_of_all(const void* const (&tensors)[COUNT], Size bytes = AHEAD) {
+    Ahead<COUNT> ahead;
+    std::copy(tensors, tensors + COUNT, ahead.tensors);
+    ahead.bytes = bytes;
+    return ahead;
+}
+
+// Calls work(i) for every pack of numbers, sixteen at a time; what is written at one is read at no other.
+template <class Pack, class Work, class Come>
+inline __attribute__((always_inline)) void for_packs(Size packs, Work&& work, const Come& come) {
+    Size i = 0;
+    for (; i + LANES <= packs; i += LANES) {
+        come(i * Size(sizeof(Pack)));
 #pragma GCC ivdep
-    for (Size i = 0; i < n / T::PACK; ++i) {
+#pragma GCC unroll 1  // gcc unrolls a short loop before it thinks of vectors
+        for (int j = 0; j < LANES; ++j) work(i + j);
+    }
+    for (; i < packs; ++i) work(i);
+}
+
+// Writes value(at), rounded, for every place; what is written at one is read at no other.
+template <class T, class Value, class Come = NothingAhead>
+inline __attribute__((always_inline)) void write_each(void* output, Size n, Value&& value, const Come& come = {}) {
+    auto* packs = static_cast<typename T::Packed*>(output);
+    const auto work = [&](Size i) __attribute__((always_inline)) {
         float y[T::PACK];
         for (int w = 0; w < T::PACK; ++w) y[w] = T::rounded(value(InPack<T>{i, w}));
         packs[i] = T::join(y);
-    }
+    };
+    for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i)
         T::store(value(Alone<T>{i}), static_cast<typename T::Stored*>(output)[i]);
 }
 
 // The same for two outputs: value(at, y, z) sets both.
-template <class T, class Value>
-inline __attribute__((always_inline)) void write_two(void* output, void* other, Size n, Value&& value) {
+template <class T, class Value, class Come>
+inline __attribute__((always_inline)) void write_two(void* output, void* other, Size n, Value&& value, const Come& come) {
     auto *packs = static_cast<typename T::Packed*>(output), *others = static_cast<typename T::Packed*>(other);
-#pragma GCC ivdep
-    for (Size i = 0; i < n / T::PACK; ++i) {
+    const auto work = [&](Size i) __attribute__((always_inline)) {
         float y[T::PACK], z[T::PACK];
         for (int w = 0; w < T::PACK; ++w) {
             value(InPack<T>{i, w}, y[w], z[w]);
@@ -182,7 +226,8 @@ inline __attribute__((always_inline)) void write_two(void* output, void* other, 
         }
         packs[i] = T::join(y);
         others[i] = T::join(z);
-    }
+    };
+    for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i) {
         float y, z;
         value(Alone<T>{i}, y, z);
@@ -191,29 +236,36 @@ inline __attribute__((always_inline)) void write_two(void* output, void* other, 
     }
 }
 
-// Calls step(at, lane) for every place, sixteen lanes at a time; what is written at one is read at no other.
-template <class T, class Step>
-inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step) {
+// Calls step(at, lane) for every place, sixteen lanes at a time; what is written at one is read at no other. Sixteen
+// lanes are one line of a cache.
+template <class T, class Step, class Come = NothingAhead>
+inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step, const Come& come = {}) {
     Size i = 0;
-    for (; i + LANES <= n / T::PACK; i += LANES)
+    for (; i + LANES <= n / T::PACK; i += LANES) {
+        come(i * Size(sizeof(typename T::Packed)));
 #pragma GCC ivdep
+#pragma GCC unroll 1
         for (int j = 0; j < LANES; ++j)
             for (int w = 0; w < T::PACK; ++w) step(InPack<T>{i + j, w}, j);
+    }
     for (Size k = i * T::PACK; k < n; ++k) step(Alone<T>{k}, static_cast<int>(k % LANES));
 }
 
 // The same, and writes what step returns, which is rounded already.
-template <class T, class Step>
-inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, Step&& step) {
+template <class T, class Step, class Come>
+inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, Step&& step, const Come& come) {
     auto* packs = static_cast<typename T::Packed*>(output);
     Size i = 0;
-    for (; i + LANES <= n / T::PACK; i += LANES)
+    for (; i + LANES <= n / T::PACK; i += LANES) {
+        come(i * Size(sizeof(typename T::Packed)));
 #pragma GCC ivdep
+#pragma GCC unroll 1
         for (int j = 0; j < LANES; ++j) {
             float y[T::PACK];
             for (int w = 0; w < T::PACK; ++w) y[w] = step(InPack<T>{i + j, w}, j);
             packs[i + j] = T::join(y);
         }
+    }
     for (Size k = i * T::PACK; k < n; ++k)
         T::store(step(Alone<T>{k}, static_cast<int>(k % LANES)), static_cast<typename T::Stored*>(output)[k]);
 }
@@ -234,7 +286,7 @@ void map_terms(const void* const* inputs, const float* c, float factor, const vo
         for (int t = START + 1; t < COUNT; ++t) sum += k[t] * at(x[t]);
         if (GATED) sum = at(x[0]) + at(gates) * sum;
         return SCALED ? factor * sum : sum;
-    });
+    }, ahead_of_all(x));
 }
 
 template <class T, bool BASE, bool GATED, bool SCALED>
@@ -290,7 +342,7 @@ void two_of(const void* const* inputs, const Weights& few, const Weights& all, S
         }
         y = factor * sum;
         z = other * total;
-    });
+    }, ahead_of_all(x));
 }
 
 template <class T, int COUNT>
@@ -371,7 +423,7 @@ struct PairTotals {
 template <class T>
 void pair_of(const void* a, const void* b, Size n, double* sums) {
     PairTotals<true> totals;
-    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.add(at(a), at(b), j); });
+    in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) { totals.add(at(a), at(b), j); }, ahead_of(a, b));
     totals.add_to(sums);
 }
 
@@ -391,7 +443,7 @@ bool capture_of(const void* output, const void* input, const void* previous, voi
         totals.add(kept, at(other), j);
         if (LOOK) bad[j] |= (bits_of(kept) & 0x7F800000) == 0x7F800000 ? 1 : 0;
         return kept;
-    });
+    }, ahead_of(output, input, other));
     totals.add_to(sums);
     std::uint32_t any = 0;
     for (std::uint32_t lane : bad) any |= lane;
@@ -425,7 +477,7 @@ void norms_of(const void* const* inputs, const float* c, Size n, double* sums) {
         for (int t = 1; t < COUNT; ++t) y = fused(k[t], at(x[t]), y);
         totals.lane[0][j] += std::fabs(y);
         totals.lane[1][j] = fused(y, y, totals.lane[1][j]);
-    });
+    }, ahead_of_all(x));
     totals.add_to(sums);
 }
 
@@ -449,12 +501,14 @@ void norms(const void* const* x, const float* c, int count, Dtype dtype, Size n,
                              : norms_counted<Float32>(x, c, count, n, sums);
 }
 
+// Adds the lanes of the sums of a few pairings over a part of the chunk to theirs over the parts before.
 template <class T, int SETS>
-void errors_of(const void* target, const void* common, const Pairing* pairings, Size n) {
+void errors_of(const void* target, const void* common, const Pairing* pairings, Size from, Size n,
+               Totals<2>* totals_of) {
     const void* x[SETS];
     float a[SETS], b[SETS];
     for (int s = 0; s < SETS; ++s) {
-        x[s] = pairings[s].other;
+        x[s] = static_cast<const typename T::Stored*>(pairings[s].other) + from;
         a[s] = pairings[s].of_common;
         b[s] = pairings[s].of_other;
     }
@@ -467,23 +521,31 @@ void errors_of(const void* target, const void* common, const Pairing* pairings, 
             totals.lane[2 * s][j] += std::fabs(e);
             totals.lane[2 * s + 1][j] = fused(e, e, totals.lane[2 * s + 1][j]);
         }
-    });
-    double sums[2 * SETS] = {};
-    totals.add_to(sums);
-    for (int s = 0; s < SETS; ++s) {
-        pairings[s].sums[0] += sums[2 * s];
-        pairings[s].sums[1] += sums[2 * s + 1];
-    }
+    }, ahead_of_all(x));
+    for (int s = 0; s < SETS; ++s)
+        for (int j = 0; j < LANES; ++j) {
+            totals_of[s].lane[0][j] += totals.lane[2 * s][j];
+            totals_of[s].lane[1][j] += totals.lane[2 * s + 1][j];
+        }
 }
 
+// Part by part, so that target and common term are in the first cache for all pairings.
 template <class T>
 void errors_as(const void* target, const void* common, const Pairing* pairings, int count, Size n) {
-    switch (count) {
-        case 1: return errors_of<T, 1>(target, common, pairings, n);
-        case 2: return errors_of<T, 2>(target, common, pairings, n);
-        case 3: return errors_of<T, 3>(target, common, pairings, n);
-        default: return;
+    constexpr int AT_ONCE = 3;  // gcc keeps the totals of more in memory
+    constexpr Size PART = 512;
+    Totals<2> totals[MOST_PAIRINGS];
+    for (Size from = 0; from < n; from += PART) {
+        const Size size = std::min(PART, n - from);
+        const void* goal = static_cast<const typename T::Stored*>(target) + from;
+        const void* first = static_cast<const typename T::Stored*>(common) + from;
+        for (int s = 0; s < count; s += AT_ONCE) {
+            const int some = std::min(AT_ONCE, count - s);
+            const auto run = some == 1 ? errors_of<T, 1> : some == 2 ? errors_of<T, 2> : errors_of<T, 3>;
+            run(goal, first, pairings + s, from, size, totals + s);
+        }
     }
+    for (int s = 0; s < count; ++s) totals[s].add_to(pairings[s].sums);
 }
 
 void errors(const void* target, const void* common, const Pairing* pairings, int count, Dtype dtype, Size n) {
@@ -502,7 +564,7 @@ bool differences_as(const void* output, const void* input, float* __restrict r, 
         const std::int32_t counted = size > 0x7F800000 ? 0 : size;
         most[j] = most[j] < counted ? counted : most[j];
         highest[j] = highest[j] < size ? size : highest[j];
-    });
+    }, ahead_of(output, input));
     std::int32_t all = 0, top = 0;
     for (std::int32_t lane : most) all = all < lane ? lane : all;
     for (std::int32_t lane : highest) top = top < lane ? lane : top;
@@ -549,7 +611,7 @@ void lerp_of(const void* f, const void* c, float beta, const void* g, const void
         if (GATED) mixed = at(g) * mixed;
         if (RESIDUAL) mixed = at(r) + mixed;
         return mixed;
-    });
+    }, ahead_of(f, c, RESIDUAL ? r : f));
 }
 
 template <class T>
@@ -571,7 +633,7 @@ double lerp_backward_of(const void* d, const void* f, const void* c, float beta,
         const float grad = GATED ? at(g) * at(d) : at(d);
         totals.lane[0][j] = fused(grad, at(f) - at(c), totals.lane[0][j]);
         return T::rounded(beta * grad);
-    });
+    }, ahead_of(d, f, c));
     double sum = 0;
     totals.add_to(&sum);
     return sum;
@@ -595,10 +657,14 @@ void product(const float* __restrict x, float* __restrict y, Size n) {
 
 // Sums of which nothing else is made, in two totals, so that one addition need not wait for the other: of the numbers
 // of a pack, or of the halves.
-template <class T, class Value>
-inline __attribute__((always_inline)) double sum_each(Size n, Value&& value) {
+template <class T, class Value, class Come>
+inline __attribute__((always_inline)) double sum_each(Size n, Value&& value, const Come& come) {
     Totals<2> totals;
     const Size half = T::PACK == 1 ? n / 2 : 0;
+    const auto both = [&](Size at) __attribute__((always_inline)) {
+        come(at);
+        if (T::PACK == 1) come(at + half * Size(sizeof(float)));
+    };
     in_lanes<T>(T::PACK == 1 ? half : n, [&](auto at, int j) __attribute__((always_inline)) {
         float& total = totals.lane[at.which][j];
         total = value(at, total);
@@ -607,7 +673,7 @@ inline __attribute__((always_inline)) double sum_each(Size n, Value&& value) {
             further.index += half;
             totals.lane[1][j] = value(further, totals.lane[1][j]);
         }
-    });
+    }, both);
     if (T::PACK == 1 && n % 2) totals.lane[0][0] = value(Alone<T>{n - 1}, totals.lane[0][0]);
     double halves[2] = {0, 0};
     totals.add_to(halves);
@@ -651,7 +717,7 @@ double sum_as(const Terms& terms, Size n) {
         const float one = n < 0 ? 0.0f : 1.0f;
         return sum_each<T>(n, [&](auto at, float total) __attribute__((always_inline)) {
             return fused(one, row(at), total);
-        });
+        }, ahead_of_all(row.x));
     });
 }
 
@@ -665,7 +731,7 @@ double centred_square_as(const Terms& terms, float mean, Size n) {
         return sum_each<T>(n, [&](auto at, float total) __attribute__((always_inline)) {
             const float d = row(at) - mean;
             return fused(d, d, total);
-        });
+        }, ahead_of_all(row.x, n * Size(sizeof(typename T::Stored))));
     });
 }
 
@@ -687,7 +753,7 @@ double load_and_sum_of(const void* const* inputs, const float* c, float* __restr
         for (int t = 1; t < COUNT; ++t) y += k[t] * at(x[t]);
         to[at.sorted(n)] = y;
         return total + y;
-    });
+    }, ahead_of_all(x));
 }
 
 template <class T>
@@ -738,7 +804,7 @@ void finish_pair_as(const float* y, float mean, float factor, const float* scale
         const float kept = T::rounded((y[k] - mean) * factor * scale[k] + shift[k]);
         totals.add(kept, at(previous), j);
         return kept;
-    });
+    }, ahead_of(previous));
     totals.add_to(sums);
 }
 
@@ -761,7 +827,7 @@ void modulate_as(const Terms& terms, float mean, float factor, const void* scale
             const float kept = T::rounded(value(at));
             totals.add(kept, at(previous), j);
             return kept;
-        });
+        }, ahead_of(previous));
         totals.add_to(sums);
     });
 }
@@ -789,7 +855,7 @@ void guide_as(const void* cond, const void* uncond, float scale, float* __restri
         v[at.place()] = mixed;
         totals.lane[0][j] = fused(x, x, totals.lane[0][j]);
         totals.lane[1][j] = fused(mixed, mixed, totals.lane[1][j]);
-    });
+    }, ahead_of(cond, uncond));
     totals.add_to(sums);
 }
 
@@ -809,7 +875,7 @@ void products_of(const void* a, const void* const* others, Size n, double* sums)
     in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
         const float x = at(a);
         for (int t = 0; t < COUNT; ++t) totals.lane[t][j] = fused(x, at(b[t]), totals.lane[t][j]);
-    });
+    }, ahead_of_all(b));
     totals.add_to(sums);
 }
 

@@ -71,14 +71,6 @@ struct alignas(64) Buffer {
     float values[CHUNK];
 };
 
-// Asks for memory that is read later, so that it comes while something is computed. For work that goes over many tensors
-// at once many times; what reads on and on is ahead by itself, and only slower for it.
-inline void fetch(const char* from, std::int64_t bytes) {
-#ifdef __GNUC__
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
-#endif
-}
-
 // Bytes of a result from which it is written past the caches; may be changed (for tests).
 std::int64_t& streamed_from();
 

@@ -96,8 +96,6 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
         for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
         for (std::size_t s = 0, next = 0; s < sets.size(); s = next) {
             next = s + alike(sets, s);
-            for (std::size_t k = s * views.size() / sets.size(); k < next * views.size() / sets.size(); ++k)
-                fetch(chunk.at(views[k]) + chunk.size * size_of(views[k].dtype), chunk.size * size_of(views[k].dtype));
             if (sets[s].terms.size() == 3) {
                 Pairing pairings[MOST_PAIRINGS];
                 for (std::size_t k = s; k < next; ++k)
