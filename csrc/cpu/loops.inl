@@ -84,10 +84,27 @@ struct Float16 {
     }
 };
 
+// Bytes that a loop is behind the memory it asks for.
+constexpr Size AHEAD = 2048;
+
+// Calls work(i) for every number, and asks for the memory ahead of those that are read, a line at a time.
+template <class Stored, class Work>
+inline __attribute__((always_inline)) void for_lines(const Stored* from, Size n, Work&& work) {
+    constexpr Size LINE = 64 / sizeof(Stored);
+    Size i = 0;
+    for (; i + LINE <= n; i += LINE) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD, 0, 3);
+#pragma GCC ivdep
+#pragma GCC unroll 1
+        for (Size j = 0; j < LINE; ++j) work(i + j);
+    }
+    for (; i < n; ++i) work(i);
+}
+
 template <class T>
 void load_as(const void* from, float* __restrict to, Size n) {
     const auto* __restrict x = static_cast<const typename T::Stored*>(from);
-    for (Size i = 0; i < n; ++i) to[i] = T::load(x[i]);
+    for_lines(x, n, [&](Size i) __attribute__((always_inline)) { to[i] = T::load(x[i]); });
 }
 
 template <class T>
@@ -100,8 +117,10 @@ void store_as(const float* __restrict from, void* to, Size n) {
 inline void load_half(const void* from, float* to, Size n) {
     const auto* x = static_cast<const std::uint16_t*>(from);
     Size i = 0;
-    for (; i + 8 <= n; i += 8)
+    for (; i + 8 <= n; i += 8) {
+        if (i % 32 == 0) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + AHEAD, 0, 3);
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    }
     load_as<Float16>(x + i, to + i, n - i);
 }
 
@@ -153,9 +172,6 @@ struct Alone {
     }
     float operator()(const void* tensor) const { return T::load(static_cast<const typename T::Stored*>(tensor)[index]); }
 };
-
-// Bytes that a loop is behind the memory it asks for.
-constexpr Size AHEAD = 2048;
 
 // Tensors whose memory a loop asks for some way ahead of where it reads, a line of each at a time. What a processor fetches
 // by itself comes too late for loops that do little with it; and many lines at once, as of a whole chunk, would leave no
@@ -590,14 +606,14 @@ void encode(const float* __restrict x, float inverse, std::uint8_t* __restrict c
 }
 
 void decode(const std::uint8_t* __restrict codes, float scale, float* __restrict x, Size n) {
-    for (Size i = 0; i < n; ++i) {
+    for_lines(codes, n, [&](Size i) __attribute__((always_inline)) {
         const std::int32_t code = codes[i], rest = code & 127;
         const std::int32_t small = std::int32_t(bits_of(float(rest) * 0.001953125f));
         const std::int32_t normal = (rest << 20) + (120 << 23);
         const std::int32_t choice = -std::int32_t(rest < 8);
         const std::int32_t size = (small & choice) | (normal & ~choice);
         x[i] = float_of(std::uint32_t(size) | (std::uint32_t(code & 128) << 24)) * scale;
-    }
+    });
 }
 
 template <class T, bool GATED, bool RESIDUAL>
@@ -875,7 +891,7 @@ void products_of(const void* a, const void* const* others, Size n, double* sums)
     in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
         const float x = at(a);
         for (int t = 0; t < COUNT; ++t) totals.lane[t][j] = fused(x, at(b[t]), totals.lane[t][j]);
-    }, ahead_of_all(b));
+    }, ahead_of(a));  // the others have, or had, their turn
     totals.add_to(sums);
 }
 
