@@ -40,7 +40,7 @@ class BuildExt(build_ext):
         kernels.extra_link_args += ["-Wl,-z,now"]
 
 
-# As many files at once as there are cores, or as MAX_JOBS says; by default they follow one another.
+# As many files at once as there are cores, or as MAX_JOBS says; setuptools alone compiles one after another.
 ParallelCompile("MAX_JOBS", default=0).install()
 setup(
     packages=find_packages(include=["layercache", "layercache.*"]) + kernel_packages(),

@@ -62,6 +62,9 @@ wait "$ahead"
 kernels() { # name, seconds, file, option...
     local name=$1 limit=$2 file=$3
     shift 3
+    # what was measured is written before the part is stopped, also where little time is left
+    if ((limit > LIMIT - SECONDS - 25)); then limit=$((LIMIT - SECONDS - 25)); fi
+    if ((limit < 0)); then limit=0; fi
     part "$name" "$((limit + 20))" "$PYTHON" -m layercache.cli bench kernels --device cuda --rounds 5 \
         --time-limit "$limit" --json "$file" "$@"
 }

@@ -265,9 +265,10 @@ def main() -> None:
     torch.empty = pool
     torch.empty_like = lambda model, **others: pool(model.shape, dtype=others.get("dtype", model.dtype), device=None)
     driver = fake_driver.stand_in()
+    from layercache.ops import repeating
     from layercache.ops.dispatch import Kernels
 
-    report = {"refusals": refusals(driver)}
+    report: dict[str, Any] = {"refusals": refusals(driver), "stream": repeating.open_calls().stream(0)}
     found = report["calls"] = {}
     for name, make in {**forms(), **from_cases()}.items():
         first, second = make(0.25), make(0.75)

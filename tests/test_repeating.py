@@ -129,6 +129,11 @@ class TestParameters:
         assert launching._record(self.compiled(ptx, **metadata), (1,), arguments) is None
 
 
+def test_the_stream_is_what_torch_tells(report):
+    """Of the CPU, whose tensors stand in for those of a GPU, it tells that there is none."""
+    assert report["stream"] == 0
+
+
 def test_why_calls_are_not_repeated_here(monkeypatch):
     repeating.trouble.cache_clear()
     monkeypatch.setenv("LAYERCACHE_LAUNCH", "triton")
