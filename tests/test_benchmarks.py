@@ -14,6 +14,7 @@ import layercache
 from layercache import ops
 from layercache.benchmarks import results
 from layercache.benchmarks.cases import CASES, find_cases
+from layercache.benchmarks.clocks import HostClock, SimulatedClock
 from layercache.benchmarks.measuring import TOLERANCE, Timing, measure
 from layercache.cli import app
 from layercache.errors import OpInputError
@@ -57,7 +58,7 @@ def test_bytes_are_those_of_the_ops():
 
 def test_a_row_of_figures():
     (case,) = find_cases(["JVP reuse, two streams"])
-    row = measure(case, SHAPE, torch.float32, CPU, rounds=2, compiled=False, seconds=1e-4)
+    row = measure(case, SHAPE, torch.float32, CPU, rounds=2, compiled=False, clock=HostClock(1e-4))
     assert row.right and row.bytes == 4 * (16 + 2) * 64 * 4 and row.operators == {"ours": 1, "eager": 6}
     assert set(row.seconds) == {"ours", "eager", "copy"}
     data = row.to_json()
@@ -66,7 +67,7 @@ def test_a_row_of_figures():
 
 
 def test_the_host_has_a_column_on_a_gpu():
-    row = measure(find_cases(["reuse"])[0], SHAPE, torch.float32, CPU, rounds=1, compiled=False, seconds=1e-4)
+    row = measure(find_cases(["reuse"])[0], SHAPE, torch.float32, CPU, rounds=1, compiled=False, clock=HostClock(1e-4))
     assert "host us" not in [column.header for column in results.table([row]).columns]
     row = dataclasses.replace(row, host_seconds={"ours": 2.04e-6, "eager": 4.1e-6, "copy": 3e-6})
     last = results.table([row]).columns[-1]
@@ -76,7 +77,7 @@ def test_the_host_has_a_column_on_a_gpu():
 def test_no_speedup_is_claimed_for_a_wrong_result():
     (case,) = find_cases(["reuse"])[:1]
     wrong = dataclasses.replace(case, ours=lambda i: i.x[0] - i.x[1])
-    row = measure(wrong, SHAPE, torch.float32, CPU, rounds=1, compiled=False, seconds=1e-4)
+    row = measure(wrong, SHAPE, torch.float32, CPU, rounds=1, compiled=False, clock=HostClock(1e-4))
     assert not row.right and row.speedup("eager") is None
 
 
@@ -124,7 +125,7 @@ def test_what_does_not_compile_is_left_out():
 
     case = dataclasses.replace(find_cases(["reuse"])[0], compiled=lambda: fail)
     with pytest.warns(UserWarning, match="left out: no compiler"):
-        row = measure(case, SHAPE, torch.float32, CPU, rounds=1, seconds=1e-4)
+        row = measure(case, SHAPE, torch.float32, CPU, rounds=1, clock=HostClock(1e-4))
     assert row.right and "compiled" not in row.seconds
 
 

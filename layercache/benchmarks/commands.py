@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layercache.errors import FileFormatError
 
+if TYPE_CHECKING:
+    from layercache.benchmarks.cases import Case
+    from layercache.benchmarks.measuring import Row
+    from layercache.cli import Printer
+
 app = typer.Typer(no_args_is_help=True, help="Measure the ops on this machine, and look after stored results.")
 
 RESULTS = Path("bench") / "results"
+# Timing of one case on a GPU, after which no further round is begun.
+CASE_SECONDS = 0.5
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -63,45 +74,111 @@ def kernels(
     """
     shapes = [_shape(text) for text in shape or ["1x4096x3072"]]
     import torch
-    from tqdm.auto import tqdm
 
-    from layercache.benchmarks import results
     from layercache.benchmarks.cases import find_cases
-    from layercache.benchmarks.measuring import measure
     from layercache.cli import Printer, choose_device
 
     printer = Printer(json_to)
-    chosen, place = _dtype(dtype), torch.device(choose_device(device))
+    place = torch.device(choose_device(device))
     cases = find_cases(op or ())
-    rows, failures, start, skipped = [], {}, time.monotonic(), []
-    with tqdm(total=len(cases) * len(shapes) * rounds, unit="round", leave=False) as bar:
-        for size in shapes:
-            for case in cases:
-                name = f"{case.name}, {'x'.join(map(str, size))}"
-                if time_limit is not None and time.monotonic() - start > time_limit:
-                    skipped.append(name)
-                    continue
-                bar.set_description(case.name)
-                try:
-                    row = measure(case, size, chosen, place, rounds=rounds, compiled=compiled, on_round=bar.update)
-                except Exception as error:  # one case must not lose the others
-                    failures[name] = f"{type(error).__name__}: {error}"
-                else:
-                    rows.append(row)
-    for size in shapes:
-        if any(row.shape == size for row in rows):
-            printer.say(results.table([row for row in rows if row.shape == size]))
-    for name, reason in failures.items():
-        printer.say(f"failed: {name}: {reason}", style="red")
-    if skipped:
-        printer.say(
-            f"not begun within {time_limit:g} s: {len(skipped)} of {len(cases) * len(shapes)}, from {skipped[0]} on",
-            style="red",
-        )
-    settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shapes": [list(size) for size in shapes]}
-    printer.figures(results.figures(rows, settings) | {"failures": failures, "not_begun": skipped})
-    if failures or skipped or not all(row.right for row in rows):
+    run = _Run(_dtype(dtype), place, rounds, compiled, time_limit, printer)
+    run.measure([(case, size) for size in shapes for case in cases])
+    run.tell()
+    if run.failures or run.skipped or not all(row.right for row in run.rows):
         raise typer.Exit(1)
+
+
+class _Run:
+    """Cases measured one after the other; what is measured is written at once."""
+
+    def __init__(
+        self, dtype: Any, device: Any, rounds: int, compiled: bool, time_limit: float | None, printer: Printer
+    ):
+        self.dtype, self.device, self.rounds, self.compiled = dtype, device, rounds, compiled
+        self.time_limit, self.printer = time_limit, printer
+        self.start = time.monotonic()
+        self.shapes: list[tuple[int, int, int]] = []
+        self.rows: list[Row] = []
+        self.failures: dict[str, str] = {}
+        self.skipped: list[str] = []
+
+    def measure(self, cases: Sequence[tuple[Case, tuple[int, int, int]]]) -> None:
+        """Every case at its size, then, on a GPU, the launches of each."""
+        from tqdm.auto import tqdm
+
+        self.shapes = list(dict.fromkeys(size for _, size in cases))
+        with tqdm(total=len(cases), unit="case", leave=False, disable=None) as bar:
+            for case, size in cases:
+                bar.set_description(case.name)
+                self._measure_case(case, size)
+                bar.update()
+        if self.device.type == "cuda":
+            self._count_launches({case.name: case for case, _ in cases})
+
+    def _measure_case(self, case: Case, size: tuple[int, int, int]) -> None:
+        from layercache.benchmarks.measuring import measure
+
+        name = f"{case.name}, {'x'.join(map(str, size))}"
+        if self._is_late():
+            self.skipped.append(name)
+            return
+        # a case on a GPU has no noise that takes longer to average out
+        limit = CASE_SECONDS if self.device.type == "cuda" else math.inf
+        try:
+            row = measure(case, size, self.dtype, self.device, rounds=self.rounds, compiled=self.compiled, limit=limit)
+        except Exception as error:  # one case must not lose the others
+            self.failures[name] = f"{type(error).__name__}: {error}"
+        else:
+            self.rows.append(row)
+        self._write()
+
+    def _count_launches(self, cases: dict[str, Case]) -> None:
+        from layercache.benchmarks.measuring import count_launches
+
+        for at, row in enumerate(self.rows):
+            if not self._is_late():
+                with contextlib.suppress(Exception):  # the count is shown where there is one
+                    launches = count_launches(cases[row.case], row.shape, self.dtype)
+                    self.rows[at] = dataclasses.replace(row, launches=launches)
+        self._write()
+
+    def _is_late(self) -> bool:
+        return self.time_limit is not None and time.monotonic() - self.start > self.time_limit
+
+    def _write(self) -> None:
+        """Whoever stops this process keeps what was measured until then."""
+        from layercache.report import write_json
+
+        if self.printer.json_to not in (None, "-"):
+            write_json(self.printer.json_to, self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        from layercache.benchmarks import results
+
+        settings = {
+            "rounds": self.rounds,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "shapes": [list(size) for size in self.shapes],
+        }
+        return results.figures(self.rows, settings) | {"failures": self.failures, "not_begun": self.skipped}
+
+    def tell(self) -> None:
+        """A table for every size, what failed, what was not begun, and the figures."""
+        from layercache.benchmarks import results
+
+        for size in self.shapes:
+            if rows := [row for row in self.rows if row.shape == size]:
+                self.printer.say(results.table(rows))
+        for name, reason in self.failures.items():
+            self.printer.say(f"failed: {name}: {reason}", style="red")
+        if self.skipped:
+            every = len(self.rows) + len(self.failures) + len(self.skipped)
+            self.printer.say(
+                f"not begun within {self.time_limit:g} s: {len(self.skipped)} of {every}, from {self.skipped[0]} on",
+                style="red",
+            )
+        self.printer.figures(self._figures())
 
 
 @app.command()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import time
+import functools
+import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache.benchmarks.cases import Case, Inputs
+from layercache.benchmarks.clocks import Calls, Clock, clock_of
 
 # Norm-wise error that counts as right: half a step of the storage dtype; of fp32, what its sums are good to.
 TOLERANCE = {
@@ -25,8 +27,8 @@ TOLERANCE = {
 # Bytes that all sets of inputs together have at least, so that none is still in the last cache when its turn comes.
 COLD_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
 MAX_SETS = 128
-# Calls that are issued while the GPU sleeps; its queue holds about a thousand launches.
-BURST = 100
+# Rounds that are measured also where a case takes longer than it may.
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,18 @@ def _count_operators(run: Callable[[Inputs], Any], inputs: Inputs) -> int:
     return operators.count
 
 
-def _count_launches(run: Callable[[Inputs], Any], inputs: Inputs) -> int:
-    """Kernels, copies and fills that one call puts on the GPU."""
+def count_launches(case: Case, shape: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    """Kernels, copies and fills that a call of ours and of eager puts on the GPU.
+
+    To be called when nothing is timed any more: the profiler makes every later launch of a process slower.
+    """
+    inputs = case.inputs(shape, dtype, torch.device("cuda"))
+    with torch.set_grad_enabled(case.gradient):
+        return {"ours": _launches(case.ours, inputs), "eager": _launches(case.eager, inputs)}
+
+
+def _launches(run: Callable[[Inputs], Any], inputs: Inputs) -> int:
+    run(inputs)  # the first call may compile
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run(inputs)
@@ -130,8 +142,8 @@ def measure(
     *,
     rounds: int = 7,
     compiled: bool = True,
-    seconds: float = 0.05,
-    on_round: Callable[[], None] = lambda: None,
+    clock: Clock | None = None,
+    limit: float = math.inf,
 ) -> Row:
     """Measures a case.
 
@@ -139,10 +151,11 @@ def measure(
         shape: [batch, rows, channels] of its tensors.
         rounds: times that each variant is measured, in turn.
         compiled: also measure torch.compile of the eager spelling.
-        seconds: least duration of one measurement.
-        on_round: called after every round.
+        clock: the device's own, if none is given.
+        limit: seconds of timing after which no round beyond the third is begun.
     """
     keep_memory()
+    clock = clock or clock_of(device)
     size = case.bytes(shape, dtype)
     sets = max(2, min(MAX_SETS, -(-COLD_BYTES[device.type] // max(size, 1))))
     inputs = [case.inputs(shape, dtype, device, seed) for seed in range(sets)]
@@ -151,18 +164,17 @@ def measure(
         error = case.error(inputs[0])
         spellings = {"ours": case.ours, "eager": case.eager}
         operators = {name: _count_operators(run, inputs[0]) for name, run in spellings.items()}
-        launches = {}
-        if device.type == "cuda":
-            launches = {name: _count_launches(run, inputs[0]) for name, run in spellings.items()}
-        variants: dict[str, Iterator[Callable[[], Any]]] = {
+        variants: dict[str, Calls] = {
             "ours": _calls(case.ours, inputs),
             "eager": _calls(case.eager, inputs),
-            "copy": iter(_Cycle([lambda pair=pair: pair[0].copy_(pair[1]) for pair in copies])),  # type: ignore[misc]
+            "copy": iter(_Cycle([functools.partial(target.copy_, source) for target, source in copies])),
         }
         if compiled:
             variants |= _compiled(case, inputs)
-        times = _in_turn(variants, rounds, seconds, device, on_round)
-        host = _host_seconds(variants) if device.type == "cuda" else {}
+        times, repeats = in_turn(variants, rounds, clock, limit)
+        host = {}
+        if device.type == "cuda":
+            host = {name: clock.host_seconds(calls, repeats[name]) for name, calls in variants.items()}
     return Row(
         case=case.name,
         op=case.op,
@@ -174,7 +186,6 @@ def measure(
         error=error,
         right=error <= TOLERANCE[dtype],
         operators=operators,
-        launches=launches,
         host_seconds=host,
     )
 
@@ -190,7 +201,7 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
-def _compiled(case: Case, inputs: Sequence[Inputs]) -> dict[str, Iterator[Callable[[], Any]]]:
+def _compiled(case: Case, inputs: Sequence[Inputs]) -> dict[str, Calls]:
     """The variant of torch.compile; none, with a warning, where it does not work."""
     torch._dynamo.reset()
     run = case.compile()
@@ -216,7 +227,16 @@ class _Cycle:
         return self.things[0]
 
 
-def _calls(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Iterator[Callable[[], Any]]:
+def _calls(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Calls:
+    """On a GPU results live until their inputs' next turn, else all go to the same memory, which its cache holds."""
+    kept: list[Any] = [None] * len(inputs)
+
+    def call(index: int) -> None:
+        kept[index] = None
+        kept[index] = run(inputs[index])
+
+    if inputs[0].gate.is_cuda:
+        return iter(_Cycle([functools.partial(call, index) for index in range(len(inputs))]))
     return iter(_Cycle([lambda own=own: run(own) for own in inputs]))  # type: ignore[misc]
 
 
@@ -226,65 +246,23 @@ def _copies(size: int, sets: int, device: torch.device) -> list[tuple[Tensor, Te
     return [(torch.empty(elements, device=device), torch.randn(elements, device=device)) for _ in range(sets)]
 
 
-def _in_turn(
-    variants: dict[str, Iterator[Callable[[], Any]]],
-    rounds: int,
-    seconds: float,
-    device: torch.device,
-    on_round: Callable[[], None],
-) -> dict[str, list[float]]:
-    """Seconds per call of every variant in every round."""
-    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
-    repeats = {}
-    for name, calls in variants.items():
+def in_turn(
+    variants: dict[str, Calls], rounds: int, clock: Clock, limit: float = math.inf
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per call of every variant in every round, and calls per measurement.
+
+    After ``limit`` seconds no round beyond the third is begun.
+    """
+    for calls in variants.values():
         # the first calls compile, allocate and fault in memory
         for _ in range(3):
             next(calls)()
-        repeats[name] = max(1, round(seconds / max(clock(calls, 3), 1e-7)))
+    begin = clock.now()
+    repeats = {name: clock.repeats(calls) for name, calls in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    for round_ in range(rounds):
+        if round_ >= LEAST_ROUNDS and clock.now() - begin > limit:
+            break
         for name, calls in variants.items():
-            times[name].append(clock(calls, repeats[name]))
-        on_round()
-    return times
-
-
-def _cpu_seconds(calls: Iterator[Callable[[], Any]], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        next(calls)()
-    return (time.perf_counter() - start) / repeats
-
-
-def _gpu_seconds(calls: Iterator[Callable[[], Any]], repeats: int) -> float:
-    """By events on the stream; a sleep of the GPU lets the host get ahead, so that no gap of it is timed."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    milliseconds = 0.0
-    for first in range(0, repeats, BURST):
-        burst = min(BURST, repeats - first)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000 + 150_000 * burst)
-        start.record()
-        for _ in range(burst):
-            next(calls)()
-        end.record()
-        torch.cuda.synchronize()
-        milliseconds += start.elapsed_time(end)
-    return milliseconds / repeats / 1e3
-
-
-def _host_seconds(variants: dict[str, Iterator[Callable[[], Any]]], repeats: int = 200) -> dict[str, float]:
-    """What issuing a call costs the host while the GPU is busy with something else."""
-    found = {}
-    for name, calls in variants.items():
-        samples = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            torch.cuda._sleep(100_000_000)
-            start = time.perf_counter()
-            for _ in range(repeats // 5):
-                next(calls)()
-            samples.append((time.perf_counter() - start) / (repeats // 5))
-        torch.cuda.synchronize()
-        found[name] = median(samples)
-    return found
+            times[name].append(clock.seconds(calls, repeats[name]))
+    return times, repeats
