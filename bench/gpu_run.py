@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -57,6 +58,7 @@ class Part:
         expected: seconds that it takes on an H100 where nothing cuts it short.
         must_end_by: second of the run by which it must have ended when the run is simulated.
         beside: of a command that runs meanwhile.
+        environment: variables that it gets besides.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Part:
     expected: float = 0.0
     must_end_by: float = LIMIT
     beside: Callable[[float], list[str]] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -121,12 +124,23 @@ def parts(rehearse: bool) -> list[Part]:
         return [script, "--machine", str(file), *(["--rehearse"] if rehearse else [])]
 
     first = kernels("--shape", TINY, "--op", "capture", "--op", "reuse") if rehearse else kernels("--shape", MAIN)
+    # what the host needs where no launch is repeated without Triton's launcher
+    small = TINY_OTHERS[-1] if rehearse else OTHERS[1]
+    launches = kernels("--no-compile", "--shape", small, *(["--op", "capture"] if rehearse else []))
     others = [argument for shape in (TINY_OTHERS if rehearse else OTHERS) for argument in ("--shape", shape)]
     return [
         Part("machine", 60, machine, "machine", expected=12),
         Part("tests", 150, tests, expected=75, must_end_by=400, beside=ahead),
         Part("kernels", 130, first, "kernels", expected=0, must_end_by=400),
         Part("real size, Qwen-Image", 170, real_size("qwen"), "qwen", ("diffusers",), 150, 400),
+        Part(
+            "launches by Triton",
+            30,
+            launches,
+            "triton-launches",
+            environment={"LAYERCACHE_LAUNCH": "triton"},
+            expected=20,
+        ),
         Part("sweep", 70, sweep, "sweep", expected=70),
         Part("kernels, other sizes", 90, kernels("--no-compile", *others), "sizes", expected=0),
         Part("real size, FLUX.1", 110, real_size("flux"), "flux", ("diffusers",), 110),
@@ -149,12 +163,14 @@ class Run:
     Attributes:
         prefix: of the result files, with their folder.
         out: where results are copied to.
+        machine: what the part of that name found.
     """
 
     prefix: Path
     limit: float
     rehearse: bool
     out: Path | None = None
+    machine: dict[str, Any] | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
 
@@ -176,8 +192,9 @@ class Run:
         else:
             print(f"== {part.name}: at {begun:.0f} s, for {given:.0f} s at most", flush=True)
             with contextlib.ExitStack() as stack:
-                beside = stack.enter_context(started(part.beside(given))) if part.beside else None
-                state, note = wait(stack.enter_context(started(part.command(given, self.file(part)))), given)
+                beside = stack.enter_context(started(part.beside(given), {})) if part.beside else None
+                main = stack.enter_context(started(part.command(given, self.file(part)), part.environment))
+                state, note = wait(main, given)
                 if beside is not None:
                     wait(beside, max(1.0, given - (self.passed - begun)))
         outcome = Outcome(part.name, state, round(begun, 1), round(self.passed, 1), note)
@@ -187,12 +204,17 @@ class Run:
         return outcome
 
     def write(self) -> None:
-        """How all parts went so far, whole or not at all."""
+        """How all parts went so far, and on which machine; whole or not at all."""
+        machine = Path(f"{self.prefix}-machine.json")
+        if machine.exists():
+            self.machine = json.loads(machine.read_text())
+            machine.unlink()
         found = {
             "kind": "gpu run",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "rehearsal": self.rehearse,
             "limit_seconds": self.limit,
+            "machine": self.machine,
             "parts": [asdict(outcome) for outcome in self.outcomes],
         }
         write_whole(Path(f"{self.prefix}-run.json"), json.dumps(found, indent=1) + "\n")
@@ -224,9 +246,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen]:
+def started(arguments: list[str], more: dict[str, str]) -> Iterator[subprocess.Popen]:
     """Python with these arguments, in a process group that is ended with the context, whatever it left running."""
-    process = subprocess.Popen([PYTHON, *arguments], cwd=ROOT, process_group=0, stdin=subprocess.DEVNULL)
+    options: dict[str, Any] = {"cwd": ROOT, "env": os.environ | more, "stdin": subprocess.DEVNULL}
+    process = subprocess.Popen([PYTHON, *arguments], process_group=0, **options)
     try:
         yield process
     finally:

@@ -14,7 +14,7 @@ import layercache
 from layercache import ops
 from layercache.benchmarks import results
 from layercache.benchmarks.cases import CASES, find_cases
-from layercache.benchmarks.clocks import HostClock, SimulatedClock
+from layercache.benchmarks.clocks import HostClock
 from layercache.benchmarks.measuring import TOLERANCE, Timing, measure
 from layercache.cli import app
 from layercache.errors import OpInputError
@@ -228,9 +228,3 @@ class TestStaleness:
         """A result older than the kernels it measured says that it is stale."""
         stale = [path.name for path in results.stale_files(ROOT / "bench" / "results")]
         assert not stale, f"measure again, or run: layercache bench results --mark-stale  ({', '.join(stale)})"
-
-
-def test_the_gpu_script_is_sound():
-    script = (ROOT / "bench" / "gpu.sh").read_text()
-    for needed in ("tests/gpu", "bench kernels --device cuda", "bench/end_to_end.py", "build_ext --inplace"):
-        assert needed in script

@@ -131,6 +131,9 @@ class _Run:
         else:
             self.rows.append(row)
         self._write()
+        if not self.printer.console.is_terminal:
+            # instead of a bar, and only once it is written: whoever reads the log knows what the file holds
+            self.printer.say(f"measured: {name}")
 
     def _count_launches(self, cases: dict[str, Case]) -> None:
         from layercache.benchmarks.measuring import count_launches
