@@ -97,8 +97,15 @@ def parts(rehearse: bool) -> list[Part]:
 
     def real_size(model: str) -> Callable[[float, Path], list[str]]:
         def command(seconds: float, file: Path) -> list[str]:
-            tiny = ["--tiny"] if rehearse else []
-            head = [str(ROOT / "bench" / "real_size.py"), "--model", model, "--device", device, *tiny]
+            tiny = ["--tiny", "--rounds", "1", *(["--no-compile"] if model == "flux" else [])] if rehearse else []
+            head = [
+                str(ROOT / "bench" / "real_size.py"),
+                "--model",
+                model,
+                "--device",
+                device,
+                *(tiny or ["--rounds", "2"]),
+            ]
             return [*head, "--seconds", f"{max(1.0, seconds - GRACE):.0f}", "--json", str(file)]
 
         return command
