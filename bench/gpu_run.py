@@ -44,6 +44,8 @@ TRUSTED = (0.85, 1.25)
 MAIN, OTHERS = "1x4096x3072", ("1x8192x6144", "1x256x3072", "1x32768x5120")
 TINY, TINY_OTHERS = "1x32x64", ("1x64x128", "1x8x64")
 AHEAD_JOBS = 8
+# Kernels of an older commit, measured too where they are: git archive COMMIT kernels | tar x -C build/parent
+PARENT = ROOT / "build" / "parent" / "kernels"
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class Outcome:
 
 def parts(rehearse: bool) -> list[Part]:
     """All parts, the most valuable first."""
-    device = "cpu" if rehearse else "cuda"
+    device, rounds = ("cpu", "1") if rehearse else ("cuda", "5")
     script = str(Path(__file__).resolve())
 
     def kernels(*more: str) -> Callable[[float, Path], list[str]]:
         def command(seconds: float, file: Path) -> list[str]:
             head = ["-m", "layercache.cli", "bench", "kernels", "--device", device, "--json", str(file)]
-            return [*head, "--time-limit", f"{max(1.0, seconds - GRACE):.0f}", "--rounds", "5", *more]
+            return [*head, "--time-limit", f"{max(1.0, seconds - GRACE):.0f}", "--rounds", rounds, *more]
 
         return command
 
@@ -112,6 +114,8 @@ def parts(rehearse: bool) -> list[Part]:
 
     def sweep(seconds: float, file: Path) -> list[str]:
         head = [str(ROOT / "bench" / "gpu_sweep.py"), *(["--rehearse"] if rehearse else [])]
+        if PARENT.is_dir() and not rehearse:
+            head += ["--kernels", str(PARENT)]
         return [*head, "--seconds", f"{max(1.0, seconds - GRACE):.0f}", "--json", str(file)]
 
     def end_to_end(seconds: float, file: Path) -> list[str]:
@@ -130,7 +134,7 @@ def parts(rehearse: bool) -> list[Part]:
     def machine(seconds: float, file: Path) -> list[str]:
         return [script, "--machine", str(file), *(["--rehearse"] if rehearse else [])]
 
-    first = kernels("--shape", TINY, "--op", "capture", "--op", "reuse") if rehearse else kernels("--shape", MAIN)
+    first = kernels("--shape", TINY, "--op", "gram") if rehearse else kernels("--shape", MAIN)
     # what the host needs where no launch is repeated without Triton's launcher
     small = TINY_OTHERS[-1] if rehearse else OTHERS[1]
     launches = kernels("--no-compile", "--shape", small, *(["--op", "capture"] if rehearse else []))
@@ -230,6 +234,8 @@ class Run:
         """Results to the folder OUT; each of them is whole at any moment."""
         if self.out is not None:
             for path in self.prefix.parent.glob(f"{self.prefix.name}-*.json"):
+                if path.name.endswith("-machine.json"):
+                    continue  # it becomes a part of the run's own file
                 with contextlib.suppress(OSError):
                     shutil.copy2(path, self.out / path.name)
 
@@ -338,7 +344,7 @@ def compile_share(share: str, rehearse: bool) -> int:
     from layercache.benchmarks.cases import CASES, find_cases
 
     job, jobs = map(int, share.split("/"))
-    cases = find_cases(["capture", "reuse"]) if rehearse else list(CASES)
+    cases = find_cases(["gram"]) if rehearse else list(CASES)
     shape = tuple(map(int, (TINY if rehearse else MAIN).split("x")))
     for case in cases[job::jobs]:
         inputs = case.inputs(shape, torch.bfloat16, torch.device("cpu" if rehearse else "cuda"))

@@ -209,10 +209,11 @@ def dbcache(pipe: Loop, steps: int, threshold: float, longest: int = -1) -> Iter
 
 @contextmanager
 def compiled(pipe: Loop, inner: Callable[[Loop], AbstractContextManager[Any]]) -> Iterator[Any]:
-    """With its blocks compiled, one code for all of a class."""
+    """With its blocks compiled, one code for all of a class; on a CPU only traced, which rehearses as much."""
+    backend = "inductor" if pipe.latents.is_cuda else "aot_eager"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         try:
             with inner(pipe) as cache:
                 yield cache

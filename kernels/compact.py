@@ -64,7 +64,7 @@ def _capture_compact_kernel(
 ):
     """One row per program; strides in groups."""
     row = tl.program_id(0).to(tl.int64)
-    batch = row // batch_rows
+    batch = (row.to(tl.int32) // batch_rows).to(tl.int64)
     group = tl.arange(0, GROUPS)
     live = (group < row_groups)[:, None]
     off = group[:, None] * VEC + tl.arange(0, VEC)[None, :]

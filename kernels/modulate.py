@@ -63,10 +63,13 @@ def _modulate_kernel(
         row = (start + tl.arange(0, ROWS))[:, None, None]
         live = inside & (row < rows)
         off = row * row_groups * VEC + column
-        batch = row // batch_rows
+        batch = (row.to(tl.int32) // batch_rows).to(tl.int64)
         y = tl.load(x_ptr + row_offsets(row, batch_rows, x_batch, x_row) * VEC + column, mask=live, other=0.0).to(
             tl.float32
         )
+        if STATISTICS > 0:
+            # asked for before the first sum: behind its barrier the wait would be a second one
+            p = tl.load(previous_ptr + off, mask=live, other=0.0)
         for k in tl.static_range(TERMS):
             if code_scale_ptrs is None:
                 r = tl.load(residual_ptrs[k] + off, mask=live, other=0.0).to(tl.float32)
@@ -91,12 +94,13 @@ def _modulate_kernel(
         shift = tl.load(shift_ptr + batch * shift_batch * VEC + column, mask=live, other=0.0).to(tl.float32)
         stored = (z * (1.0 + scale) + shift).to(z_ptr.dtype.element_ty)
         if STATISTICS > 0:
-            p = tl.load(previous_ptr + off, mask=live, other=0.0).to(tl.float32)
+            p = p.to(tl.float32)
             for s in tl.static_range(SEGMENTS):
-                # segments are bounded by channels, rows by groups
-                counted = live & (column >= (segments[s] >> 2)) & (column < (segments[s + 1] >> 2))
-                a = tl.where(counted, stored.to(tl.float32), 0.0)
-                b = tl.where(counted, p, 0.0)
+                a, b = stored.to(tl.float32), p
+                if SEGMENTS > 1 or bias_ptr is not None:
+                    # segments are bounded by channels, rows by groups
+                    counted = live & (column >= (segments[s] >> 2)) & (column < (segments[s + 1] >> 2))
+                    a, b = tl.where(counted, a, 0.0), tl.where(counted, b, 0.0)
                 d = a - b
                 found = (
                     sums[s * 8] + tl.sum(tl.abs(d), 2),
@@ -149,8 +153,9 @@ def modulate_triton(
     dense = [t for t in (z, *residuals, previous, stream, weight, bias) if t is not None]
     shape = share_out([x], [*dense, *(t for t in (scale, shift) if t.is_contiguous())])
     steps = shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]
-    programs = min(shape.tiles, MAX_PROGRAMS)
     count = 0 if previous is None else PAIR_STATISTICS
+    # where nothing is summed up, the GPU shares out the rows better than a loop does
+    programs = min(shape.tiles, MAX_PROGRAMS) if count else shape.tiles
     partials = new_partials(parts * count, x.device) if count else None
     on_device = isinstance(coefficients, Tensor)
     with on_device_of(x):

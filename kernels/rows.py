@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .deferred import jit
 from .tiles import OPTIONS, encoded, power_of_two, row_strides, vector_width
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 MAX_CHANNELS = 16384
 # Elements of a program's rows, where there is more than one.
@@ -22,8 +25,10 @@ TILE = 2048
 @jit()
 def row_offsets(row, batch_rows, batch_step, row_step):
     """Offset, in groups, of rows [ROWS] of a tensor."""
-    batch = row // batch_rows
-    return batch * batch_step + (row - batch * batch_rows) * row_step
+    # fewer than 2^31 rows; a 64-bit division costs about a hundred instructions
+    short = row.to(tl.int32)
+    batch = short // batch_rows
+    return batch.to(tl.int64) * batch_step + (short - batch * batch_rows).to(tl.int64) * row_step
 
 
 @dataclass(frozen=True)
