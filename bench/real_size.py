@@ -3,17 +3,23 @@
     python bench/real_size.py --model qwen --json bench/results/qwen.json
     python bench/real_size.py --tiny --device cpu            # the same code on a CPU, in half a minute
 
-Qwen-Image's transformer (60 blocks, 20 billion parameters) and FLUX.1's (19 and 38 blocks, 12 billion) at 1024x1024:
-4096 image and 512 text tokens, 24 heads of 128, bf16. Weights are random and drawn on the device, so pictures mean
-nothing: what is measured is time. Every entry generates once to warm up, while blocks, reused steps and waits of the
-host are counted, then in turn with the others; the file is written after every generation, and nothing is begun after
-``--seconds``.
+Qwen-Image's transformer (60 blocks, 20 billion parameters) and FLUX.1-dev's (19 and 38 blocks, 12 billion) at
+1024x1024: 4096 image and 512 text tokens, 24 heads of 128, bf16. Weights are random and drawn on the device, so
+pictures mean nothing: what is measured is time. The first turn of an entry begins with a generation that is not timed,
+in which the blocks that run at every step and the waits of the host are counted; then one generation a round is timed,
+of all entries in turn. Compiled blocks come after the first round of the others, CUDA graphs at the very end.
+
+The file is written after every generation, and nothing is begun after ``--seconds``. Waits are what
+``torch.cuda.set_sync_debug_mode`` reports; waits for an event are not among them. Where a capture into a CUDA graph
+fails, torch may refuse to draw the next model's weights in the same process: one process per model is safest.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,14 +42,17 @@ from torch import Tensor, nn
 
 import layercache
 from layercache.compat import scheduler_sigmas
-from layercache.methods.fbcache import FBCache
-from layercache.models import count_blocks, fingerprint_of
+from layercache.layout import stored_bytes
+from layercache.methods.fbcache import DBCache, FBCache
+from layercache.models import count_blocks, fingerprint_of, spec_for
 from layercache.report import machine_info, write_json
 from layercache.schedule import Schedule, Velocity
 
-# Steps at the beginning that do not count: caches have nothing to reuse there.
-WARM = 4
+# Steps at the beginning that do not count: all of them compute, and a forecast needs two.
+WARM = 2
 COMPILED = ", compiled"
+# Seconds that must be left when the first compiled entry begins, at real size; and those kept for the graphs.
+COMPILE_SECONDS, GRAPH_SECONDS = 45.0, 10.0
 GRAPH_REPLAYS = 10
 
 
@@ -148,47 +157,86 @@ def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
 # --- entries -----------------------------------------------------------------------------------------------
 
 
-def scheduled(pipe: Loop, steps: int, kind: str, storage: str = "same") -> AbstractContextManager[Any]:
-    """A schedule that computes half: every second step as a whole or in thirds by turns, or its velocity alone."""
-    blocks = count_blocks(pipe.transformer)
-    parts = 3 if kind == "thirds" else 1
+@dataclass(frozen=True)
+class Entry:
+    """One way to generate.
+
+    Attributes:
+        enable: the context in which the pipeline generates so.
+        schedule: what it follows, where that is known ahead.
+        probes: blocks that run at a reused step.
+        is_by_module: whether single modules are reused; the rest of every block is computed.
+        is_compiled: whether the blocks are compiled.
+    """
+
+    enable: Callable[[Loop], AbstractContextManager[Any]]
+    schedule: Callable[[Loop], Schedule] | None = None
+    probes: int = 0
+    is_by_module: bool = False
+    is_compiled: bool = False
+
+
+def computed_at(pattern: str, steps: int, step: int, part: int) -> bool:
+    """Whether a part is computed: every second step, none behind the first, or all but the last, which reads them."""
+    if step < WARM:
+        return True
+    return {"half": (step + part) % 2 == 0, "reusing": False, "computing": step < steps - 1}[pattern]
+
+
+def anchors(pattern: str, steps: int, step: int, part: int) -> dict[int, float]:
+    """Coefficients of a reused step: a line through the last two computed ones, or the mean of all where all store."""
+    computed = [k for k in range(step) if computed_at(pattern, steps, k, part)]
+    if pattern == "computing":
+        return dict.fromkeys(computed, 1 / len(computed))
+    older, last = computed[-2:]
+    slope = (step - last) / (last - older)
+    return {last: 1 + slope, older: -slope}
+
+
+def schedule_of(pipe: Loop, steps: int, unit: str, pattern: str) -> Schedule:
+    """A schedule of all blocks as one group, of thirds, or of whole steps."""
+    blocks, parts = count_blocks(pipe.transformer), 3 if unit == "thirds" else 1
     groups = tuple((part * blocks // parts, (part + 1) * blocks // parts) for part in range(parts))
-
-    def is_computed(step: int, part: int) -> bool:
-        return step < WARM or (step + part) % 2 == 0
-
-    def anchors(step: int, part: int) -> dict[int, float]:
-        """A forecast along the line through the last two computed steps."""
-        last, older = [k for k in range(step) if is_computed(k, part)][-1:-3:-1]
-        slope = (step - last) / (last - older)
-        return {last: 1 + slope, older: -slope}
-
     pipe.scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
     prints = fingerprint_of(pipe.transformer, scheduler_sigmas(pipe.scheduler) or (), ("cond",))
     rows: list[tuple[Any, ...]] = []
     velocities: list[Velocity | None] = []
     for step in range(steps):
-        skips = kind == "velocity" and not is_computed(step, 0)
-        velocities.append(Velocity(anchors(step, 0)) if skips else None)
-        rows.append(({},) if skips else tuple(None if is_computed(step, p) else anchors(step, p) for p in range(parts)))
-    own = tuple(velocities) if kind == "velocity" else ()
+        skips = unit == "whole step" and not computed_at(pattern, steps, step, 0)
+        velocities.append(Velocity(anchors(pattern, steps, step, 0)) if skips else None)
+        own = (
+            None if computed_at(pattern, steps, step, part) else anchors(pattern, steps, step, part)
+            for part in range(parts)
+        )
+        rows.append(({},) if skips else tuple(own))
     weights = tuple(float(hi - lo) for lo, hi in groups)
-    return layercache.enabled(pipe, Schedule(prints, groups, tuple(rows), weights, {}, own), storage=storage)
+    return Schedule(prints, groups, tuple(rows), weights, {}, tuple(velocities) if unit == "whole step" else ())
+
+
+def predicted_bytes(pipe: Loop, schedule: Schedule) -> int:
+    """Memory that a schedule stores, known ahead from the sizes of the streams."""
+    transformer = pipe.transformer
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    size = pipe.latents.element_size()
+    image, text = pipe.latents.shape[1], pipe.arguments["encoder_hidden_states"].shape[1]
+    latents = pipe.latents.numel() * size
+    leaves = spec_for(transformer).text_leaves
+    return stored_bytes(schedule, {"cond": (image * width * size, text * width * size)}, latents, leaves)
 
 
 @contextmanager
 def dbcache(pipe: Loop, steps: int, threshold: float, longest: int = -1) -> Iterator[None]:
-    """cache-dit's DBCache with one block computed at every step."""
+    """cache-dit's DBCache with one block of every list computed at every step."""
     import cache_dit
 
-    double = len(block_lists(pipe.transformer)) == 2
-    patterns = [cache_dit.ForwardPattern.Pattern_1] * (2 if double else 1)
     lists = block_lists(pipe.transformer)
+    patterns = [cache_dit.ForwardPattern.Pattern_1] * len(lists)
+    is_single = len(lists) == 1
     adapter = cache_dit.BlockAdapter(
         pipe=pipe,
         transformer=pipe.transformer,
-        blocks=lists if double else lists[0],
-        forward_pattern=patterns if double else patterns[0],
+        blocks=lists[0] if is_single else lists,
+        forward_pattern=patterns[0] if is_single else patterns,
         has_separate_cfg=False,
     )
     config = cache_dit.DBCacheConfig(
@@ -213,8 +261,8 @@ def compiled(pipe: Loop, inner: Callable[[Loop], AbstractContextManager[Any]]) -
     backend = "inductor" if pipe.latents.is_cuda else "aot_eager"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         try:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
             with inner(pipe) as cache:
                 yield cache
         finally:
@@ -223,40 +271,64 @@ def compiled(pipe: Loop, inner: Callable[[Loop], AbstractContextManager[Any]]) -
                     block._compiled_call_impl = None
 
 
-def entries(steps: int) -> dict[str, Callable[[Loop], AbstractContextManager[Any]]]:
-    """By name a context in which the pipeline generates, the most valuable first."""
+def full(pipe: Loop) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def scheduled(steps: int, unit: str, pattern: str, **options: Any) -> Entry:
+    """An entry of ours by a schedule."""
+    schedule = partial(schedule_of, steps=steps, unit=unit, pattern=pattern)
+    return Entry(lambda pipe: layercache.enabled(pipe, schedule(pipe), **options), schedule)
+
+
+def dynamic(method: Any) -> Entry:
+    """An entry of ours that decides as it runs, on the first block."""
+    return Entry(lambda pipe: layercache.enabled(pipe, method), probes=1)
+
+
+def hooked(config: Any, **facts: Any) -> Entry:
+    """An entry of diffusers' own hooks."""
+    return Entry(lambda pipe: diffusers_hook(pipe, config), **facts)  # type: ignore[arg-type]
+
+
+def with_compiled(entry: Entry) -> Entry:
+    """The same with compiled blocks."""
+    return Entry(lambda pipe: compiled(pipe, entry.enable), entry.schedule, is_compiled=True)
+
+
+def entries(steps: int, lists: int) -> dict[str, Entry]:
+    """All entries by name, the most valuable first; ``lists`` of blocks has the model."""
     from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
-    def full(pipe: Loop) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def cache_dit(threshold: float, longest: int = -1) -> Entry:
+        return Entry(lambda pipe: dbcache(pipe, steps, threshold, longest), probes=lists)
 
-    def ours(kind: str, **options: Any) -> Callable[[Loop], AbstractContextManager[Any]]:
-        return lambda pipe: scheduled(pipe, steps, kind, **options)
-
-    def first_block(threshold: float) -> Callable[[Loop], AbstractContextManager[Any]]:
-        return lambda pipe: layercache.enabled(pipe, FBCache(threshold=threshold, warmup=WARM))
-
-    def hook(config: Any) -> Callable[[Loop], AbstractContextManager[Any]]:
-        return lambda pipe: diffusers_hook(pipe, config)  # type: ignore[arg-type]
-
+    taylor = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=WARM, max_order=1)
+    half = DBCache(threshold=ALWAYS, warmup=WARM, front=1, max_consecutive=1)
     found = {
-        "full": full,
-        "layercache, one group, half": ours("group"),
-        "layercache, velocity, half": ours("velocity"),
-        "layercache, FBCache, always reusing": first_block(ALWAYS),
-        "layercache, FBCache, always computing": first_block(NEVER),
-        "diffusers, FirstBlockCache, always reusing": hook(FirstBlockCacheConfig(threshold=ALWAYS)),
-        "diffusers, FirstBlockCache, always computing": hook(FirstBlockCacheConfig(threshold=NEVER)),
-        "cache-dit, DBCache, half": lambda pipe: dbcache(pipe, steps, ALWAYS, 1),
-        "cache-dit, DBCache, always computing": lambda pipe: dbcache(pipe, steps, NEVER),
-        "layercache, thirds, half": ours("thirds"),
-        "layercache, one group, half, compact": ours("group", storage="compact"),
-        "diffusers, TaylorSeer, half": hook(
-            TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=WARM, max_order=1)
-        ),
-        f"full{COMPILED}": lambda pipe: compiled(pipe, full),
-        f"layercache, one group, half{COMPILED}": lambda pipe: compiled(pipe, ours("group")),
+        "full": Entry(full),
+        "layercache, one group, half": scheduled(steps, "one group", "half"),
+        "layercache, one group, always reusing": scheduled(steps, "one group", "reusing"),
+        "layercache, one group, always computing": scheduled(steps, "one group", "computing"),
+        "layercache, whole step, half": scheduled(steps, "whole step", "half"),
+        "layercache, whole step, always reusing": scheduled(steps, "whole step", "reusing"),
+        "layercache, FBCache, always reusing": dynamic(FBCache(threshold=ALWAYS, warmup=WARM)),
+        "layercache, FBCache, always computing": dynamic(FBCache(threshold=NEVER, warmup=WARM)),
+        "diffusers, FirstBlockCache, always reusing": hooked(FirstBlockCacheConfig(threshold=ALWAYS), probes=1),
+        "diffusers, FirstBlockCache, always computing": hooked(FirstBlockCacheConfig(threshold=NEVER), probes=1),
+        "layercache, DBCache, half": dynamic(half),
+        "cache-dit, DBCache, half": cache_dit(ALWAYS, 1),
+        "cache-dit, DBCache, always reusing": cache_dit(ALWAYS),
+        "cache-dit, DBCache, always computing": cache_dit(NEVER),
+        "layercache, thirds, half": scheduled(steps, "thirds", "half"),
+        "layercache, thirds, always reusing": scheduled(steps, "thirds", "reusing"),
+        "layercache, one group, half, compact": scheduled(steps, "one group", "half", storage="compact"),
+        "diffusers, TaylorSeer, half": hooked(taylor, is_by_module=True),
     }
+    if importlib.util.find_spec("cache_dit") is None:
+        found = {name: entry for name, entry in found.items() if not name.startswith("cache-dit")}
+    for name in ("full", "layercache, one group, half", "layercache, whole step, half"):
+        found[name + COMPILED] = with_compiled(found[name])
     return found
 
 
@@ -290,12 +362,15 @@ class Marks:
 
 @contextmanager
 def counted_blocks(transformer: nn.Module, counts: list[int]) -> Iterator[None]:
-    """Adds to the last of the counts whenever a block runs: its attention, as hooks take the place of a block."""
+    """Adds to the last of the counts whenever a block runs: a projection in its attention.
+
+    Hooks take the place of blocks and of their attention, but not of what is in there.
+    """
 
     def count(*_: Any) -> None:
         counts[-1] += 1
 
-    hooks = [block.attn.register_forward_hook(count) for blocks in block_lists(transformer) for block in blocks]
+    hooks = [block.attn.to_q.register_forward_hook(count) for blocks in block_lists(transformer) for block in blocks]
     try:
         yield
     finally:
@@ -303,25 +378,35 @@ def counted_blocks(transformer: nn.Module, counts: list[int]) -> Iterator[None]:
             hook.remove()
 
 
-def warm_up(pipe: Loop, steps: int, device: torch.device, is_compiled: bool) -> dict[str, Any]:
-    """Counts of one generation: blocks that ran at every step, and waits of the host.
+def count_run(pipe: Loop, steps: int, device: torch.device, is_compiled: bool) -> dict[str, Any]:
+    """Counts of one generation that is not timed: per step the blocks that ran, and the waits of the host.
 
     Compiled blocks are not counted, as the hook would be compiled with them.
     """
     counts: list[int] = []
+    waits: list[int] = []
+    begun = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+
+        def at_step(step: int) -> None:
+            counts.append(0)
+            waits.append(sum("synchroniz" in str(w.message) for w in caught))
+
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
             with nullcontext() if is_compiled else counted_blocks(pipe.transformer, counts):
-                latents = pipe(steps, lambda step: counts.append(0))
+                latents = pipe(steps, at_step)
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchroniz" in str(w.message) for w in caught)
-    finite = bool(torch.isfinite(latents).all())
-    return {"blocks_run": counts[:-1], "host_waits": waits, "finite": finite}
+    return {
+        "blocks_run": None if is_compiled else counts[:-1],
+        "host_waits": [b - a for a, b in zip(waits, waits[1:], strict=False)] if device.type == "cuda" else None,
+        "finite": bool(torch.isfinite(latents).all()),
+        "first_generation_seconds": time.monotonic() - begun,
+    }
 
 
 def timed(pipe: Loop, steps: int, device: torch.device) -> dict[str, list[float]]:
@@ -352,22 +437,25 @@ def graph_seconds(pipe: Loop, steps: int, at: int) -> dict[str, float]:
     found: dict[str, float] = {}
     plain = type(pipe).velocity
 
+    def repeated(call: Callable[[], Any]) -> float:
+        marks = Marks(True)
+        marks()
+        for _ in range(GRAPH_REPLAYS):
+            call()
+            marks()
+        return median(marks.seconds())
+
     def velocity(latents: Tensor, t: Tensor) -> Tensor:
-        if pipe.scheduler.step_index != at:
+        if len(found) or pipe.scheduler.step_index != at:
             return plain(pipe, latents, t)
         still = latents.clone()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        found["called"] = repeated(lambda: plain(pipe, still, t))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             result = plain(pipe, still, t)
-        torch.cuda.current_stream().wait_stream(stream)
         graph.replay()
-        marks = Marks(True)
-        for _ in range(GRAPH_REPLAYS + 1):
-            marks()
-            graph.replay()
-        found["replayed"] = median(marks.seconds())
-        return result
+        found["replayed"] = repeated(graph.replay)
+        return result.clone()
 
     pipe.velocity = velocity  # type: ignore[method-assign]
     try:
@@ -377,170 +465,229 @@ def graph_seconds(pipe: Loop, steps: int, at: int) -> dict[str, float]:
     return found
 
 
+def failure_of(action: Callable[[], None]) -> str | None:
+    """How an action failed, without the exception: that holds on to tensors."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
+    return None
+
+
 class Measurement:
     """Entries of one model in turn, and what is written of them."""
 
     def __init__(self, args: argparse.Namespace, model: str, known: dict[str, Any]):
         self.args, self.model, self.known = args, model, known
-        self.device = torch.device(args.device)
+        self.device, self.on_gpu = torch.device(args.device), args.device.startswith("cuda")
+        self.size = (TINY if args.tiny else REAL)[model]
+        self.every = sum(self.size.blocks)
         self.rows: dict[str, dict[str, Any]] = {}
-        self.facts: dict[str, Any] = {"rows": self.rows, "failures": {}}
+        self.failures: dict[str, str] = {}
+        self.facts: dict[str, Any] = {"blocks": self.every, "rows": self.rows, "failures": self.failures}
         known["models"][model] = self.facts
+        lists = sum(count > 0 for count in self.size.blocks)
         self.entries = {
-            name: enable
-            for name, enable in entries(args.steps).items()
+            name: entry
+            for name, entry in entries(args.steps, lists).items()
             if (not args.entry or any(wanted in name for wanted in args.entry))
-            and (args.compile or not name.endswith(COMPILED))
+            and (args.compile or not entry.is_compiled)
         }
 
     @property
-    def is_late(self) -> bool:
-        return time.monotonic() - self.args.start > self.args.seconds
+    def left(self) -> float:
+        """Seconds in which something may begin."""
+        return self.args.seconds - (time.monotonic() - self.args.start)
 
     def run(self) -> None:
-        size = (TINY if self.args.tiny else REAL)[self.model]
+        if not self.attempt("build", self.build):
+            return
+        self.attempt("blocks' share", self.measure_share)
+        eager = [name for name, entry in self.entries.items() if not entry.is_compiled]
+        slow = [name for name in self.entries if name not in eager]
+        graphs = GRAPH_SECONDS if self.on_gpu else 0.0
+        compiling = COMPILE_SECONDS if self.on_gpu and not self.args.tiny else 0.0
+        self.take_turns(eager, 0.0)
+        if self.left > compiling:
+            self.take_turns(slow, graphs)
+        for _ in range(1, self.args.rounds):
+            self.take_turns([name for name in self.entries if name in self.rows], graphs)
+        if self.on_gpu and self.left > 0:
+            self.attempt("CUDA graphs", self.measure_graphs)
+        self.facts["not_begun"] = [name for name in self.entries if name not in {**self.rows, **self.failures}]
+        self.facts["finished"] = True
+        self.write()
+
+    def take_turns(self, names: list[str], kept: float) -> None:
+        """One round of entries, as long as more seconds than the kept ones are left."""
+        for name in names:
+            if self.left > kept and name not in self.failures and self.attempt(name, partial(self.measure, name)):
+                self.tell(name)
+
+    def attempt(self, name: str, action: Callable[[], None]) -> bool:
+        """Whether an action went well; one that fails must not lose the others."""
+        begun, failure = time.monotonic(), failure_of(action)
+        self.facts["last_seconds"] = time.monotonic() - begun
+        if failure is not None:
+            self.failures[name] = failure
+            gc.collect()
+            if self.on_gpu:
+                # a capture that failed, or an error of the device, may show again here
+                failure_of(torch.cuda.empty_cache)
+        self.write()
+        if failure is not None:
+            print(f"failed: {self.model}: {name}: {failure}", flush=True)
+        return failure is None
+
+    def build(self) -> None:
         begun = time.monotonic()
-        pipe = build(self.model, size, self.device)
-        if self.device.type == "cuda":
+        self.pipe = build(self.model, self.size, self.device)
+        if self.on_gpu:
             torch.cuda.synchronize()
             self.facts["weights_bytes"] = torch.cuda.memory_allocated()
-        self.facts["parameters"] = sum(p.numel() for p in pipe.transformer.parameters())
+        self.facts["parameters"] = sum(p.numel() for p in self.pipe.transformer.parameters())
         self.facts["build_seconds"] = time.monotonic() - begun
         billions, seconds = self.facts["parameters"] / 1e9, self.facts["build_seconds"]
         print(f"{self.model}: {billions:.2f} G parameters, built in {seconds:.1f} s", flush=True)
-        self.attempt("blocks' share", partial(self.measure_share, pipe))
-        # compiled ones come last: compilation takes longer than everything else
-        eager = [name for name in self.entries if not name.endswith(COMPILED)]
-        for names in (eager, [name for name in self.entries if name not in eager]):
-            for name in [*names] * self.args.rounds:
-                if not self.is_late and name not in self.facts["failures"]:
-                    self.attempt(name, partial(self.measure_entry, pipe, name))
-        if self.device.type == "cuda" and not self.is_late:
-            self.attempt("CUDA graphs", partial(self.measure_graphs, pipe))
-        self.facts["not_begun"] = [name for name in self.entries if name not in self.rows]
-        self.write()
 
-    def attempt(self, name: str, action: Callable[[], None]) -> None:
-        """One entry must not lose the others."""
-        try:
-            action()
-        except Exception as error:
-            self.facts["failures"][name] = f"{type(error).__name__}: {str(error)[:500]}"
-            print(f"failed: {name}: {self.facts['failures'][name]}", flush=True)
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        self.write()
+    def measure_share(self) -> None:
+        self.pipe(WARM)
+        self.facts["blocks_share"] = blocks_share(self.pipe, self.args.steps, self.device)
 
-    def measure_share(self, pipe: Loop) -> None:
-        pipe(WARM)
-        self.facts["blocks_share"] = blocks_share(pipe, self.args.steps, self.device)
-
-    def measure_entry(self, pipe: Loop, name: str) -> None:
-        """A generation; at its first turn one to warm up besides."""
-        begun, on_gpu = time.monotonic(), self.device.type == "cuda"
-        if on_gpu:
+    def measure(self, name: str) -> None:
+        """A generation of an entry; at its first turn one that counts besides."""
+        entry, before = self.entries[name], 0
+        row: dict[str, Any] = self.rows.get(name, {"device": [], "host": []})
+        if self.on_gpu:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        with self.entries[name](pipe) as cache:
-            first = name not in self.rows
-            row: dict[str, Any] = {"device": [], "host": []} if first else self.rows[name]
-            if first:
-                is_compiled = name.endswith(COMPILED)
-                row |= warm_up(pipe, self.args.steps, self.device, is_compiled)
-                if is_compiled:
-                    row["blocks_run"] = self.rows[name.removesuffix(COMPILED)]["blocks_run"]
-            # a generation that begins warm also where the first one compiled
-            times = timed(pipe, self.args.steps, self.device)
-            row["device"].append(times["device"])
-            row["host"].append(times["host"])
-            if hasattr(cache, "report"):
-                row["cache_bytes"] = getattr(cache.report(), "cache_bytes", None)
-        if on_gpu:
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        with entry.enable(self.pipe) as cache:
+            if name not in self.rows:
+                row |= count_run(self.pipe, self.args.steps, self.device, entry.is_compiled)
+                if hasattr(cache, "report"):
+                    row |= self.report_of(cache, entry, name.endswith("compact"))
+                if entry.is_compiled:
+                    row["blocks_run"] = self.rows.get(name.removesuffix(COMPILED), {}).get("blocks_run")
+            times = timed(self.pipe, self.args.steps, self.device)
+        row["device"].append(times["device"])
+        row["host"].append(times["host"])
+        if self.on_gpu:
+            row["peak_bytes"] = max(row.get("peak_bytes", 0), torch.cuda.max_memory_allocated() - before)
         self.rows[name] = row
-        self.summarise(name)
-        self.tell(name, time.monotonic() - begun)
+        for known in self.rows:  # the full run's figures change with every round
+            self.summarise(known)
 
-    def tell(self, name: str, seconds: float) -> None:
+    def report_of(self, cache: Any, entry: Entry, is_compact: bool) -> dict[str, Any]:
+        """What the cache says of the counted generation, beside what was predicted of its memory."""
+        report = cache.report()
+        found = {key: getattr(report, key) for key in ("computed_cells", "cached_cells", "fallback_rows")}
+        found |= {"cache_bytes": report.cache_bytes, "predicted_bytes": None}
+        if entry.schedule is not None and not is_compact:
+            found["predicted_bytes"] = predicted_bytes(self.pipe, entry.schedule(self.pipe))
+        return found
+
+    def tell(self, name: str) -> None:
         row = self.rows[name]
-        step, host = 1e3 * row["step_seconds"], 1e3 * row["host_seconds"]
+        kinds = ", ".join(f"{1e3 * seconds:.2f} {kind}" for kind, seconds in row["seconds_of"].items())
+        gain = "" if row["speedup"] is None else f", {row['speedup']:.2f}x"
         allowed = "" if row["allowed"] is None else f" of {row['allowed']:.2f}x allowed"
-        line = f"{step:.2f} ms a step, host {host:.2f} ms, {row['speedup']:.2f}x{allowed}, {seconds:.1f} s"
-        print(f"measured: {self.model}: {name}: {line}", flush=True)
+        host, took = 1e3 * row["host_seconds"], self.facts["last_seconds"]
+        print(f"measured: {self.model}: {name}: ms {kinds}; host {host:.2f}{gain}{allowed}, {took:.1f} s", flush=True)
+
+    def kind_of(self, entry: Entry, ran: int) -> str:
+        """What a step did at which so many blocks ran."""
+        return "computed" if ran == self.every else "reused" if ran <= entry.probes else "partial"
 
     def summarise(self, name: str) -> None:
         """Medians per kind of step, and the speedup as a share of what the blocks that ran allow."""
-        row = self.rows[name]
-        steps = range(WARM, self.args.steps)
-        every = sum(len(blocks) for blocks in block_lists_of(self.model, self.args.tiny))
-        own = {step: median(times[step] for times in row["device"]) for step in steps}
-        kinds: dict[str, list[float]] = {"computing": [], "partial": [], "reusing": []}
-        for step in steps:
-            ran = row["blocks_run"][step]
-            # a first-block cache runs one block of every list at a step that it reuses
-            kinds["computing" if ran == every else "reusing" if ran <= 2 else "partial"].append(own[step])
-        row["seconds_of"] = {kind: median(values) for kind, values in kinds.items() if values}
-        row["step_seconds"] = mean(own.values())
-        row["host_seconds"] = median(times[step] for times in row["host"] for step in steps)
-        row["used"] = sum(row["blocks_run"][WARM:]) / (every * len(steps))
-        share = self.facts.get("blocks_share", 1.0)
-        row["allowed"] = 1 / max(1e-9, 1 - share * (1 - row["used"]))
-        full = self.rows.get(f"full{COMPILED}" if name.endswith(COMPILED) else "full", row)
-        row["speedup"] = full["step_seconds"] / row["step_seconds"]
+        row, entry, steps = self.rows[name], self.entries[name], range(WARM, self.args.steps)
+        own, host = ([median(times[step] for times in row[key]) for step in steps] for key in ("device", "host"))
+        row["step_seconds"], row["host_seconds"] = mean(own), median(host)
+        ran = row["blocks_run"]
+        row["steps"] = None if ran is None else [self.kind_of(entry, count) for count in ran]
+        kinds = ["all"] * len(own) if ran is None else row["steps"][WARM:]
+        for key, values in (("seconds_of", own), ("host_seconds_of", host)):
+            pairs = list(zip(kinds, values, strict=True))
+            row[key] = {kind: median(v for k, v in pairs if k == kind) for kind in dict.fromkeys(kinds)}
+        row |= dict.fromkeys(("used", "speedup", "allowed", "share_of_allowed"))
+        whole = self.rows.get("full" + COMPILED * entry.is_compiled)
+        if whole is None:
+            return
+        row["speedup"] = whole["step_seconds"] / row["step_seconds"]
+        if self.on_gpu:
+            row["peak_bytes_above_full"] = row["peak_bytes"] - whole["peak_bytes"]
+        share = self.facts.get("blocks_share")
+        if ran is None or entry.is_by_module or share is None or "full" not in self.rows:
+            return
+        row["used"] = sum(ran[WARM:]) / (self.every * len(steps))
+        # compiled blocks are a smaller share of a shorter step: what is outside them is not compiled
+        outside = (1 - share) * self.rows["full"]["step_seconds"] / whole["step_seconds"]
+        row["allowed"] = 1 / max(1e-9, 1 - (1 - outside) * (1 - row["used"]))
         row["share_of_allowed"] = row["speedup"] / row["allowed"]
-        if "TaylorSeer" in name:
-            # its blocks always run, but not the modules in them
-            row |= {"used": None, "allowed": None, "share_of_allowed": None}
 
-    def measure_graphs(self, pipe: Loop) -> None:
-        """A full forward, and reusing ones, as CUDA graphs beside the same forward called."""
-        graphs = self.facts["graphs"] = {}
-        reusing = WARM + 1
-        wanted = {"full": "full", "layercache, one group, half": "reusing", "layercache, velocity, half": "reusing"}
-        for name, kind in wanted.items():
-            if name not in self.rows or self.is_late:
+    def measure_graphs(self) -> None:
+        """Forwards that compute and forwards that reuse, as CUDA graphs beside the same forward called."""
+        graphs: dict[str, Any] = {}
+        self.facts["graphs"] = graphs
+        wanted = [
+            ("layercache, one group, half", "reused", WARM + 1),
+            ("layercache, whole step, half", "reused", WARM + 1),
+            ("full", "computed", WARM),
+            ("layercache, one group, half", "computed", WARM),
+        ]
+        for name, kind, step in wanted:
+            what = f"{name}: {kind}"
+            if name not in self.rows or self.left <= 0:
+                graphs[what] = {"failure": "not begun: no time was left, or the entry was not measured"}
                 continue
-            try:
-                with self.entries[name](pipe):
-                    pipe(self.args.steps)
-                    graphs[f"{name}: {kind}"] = graph_seconds(pipe, self.args.steps, reusing)
-            except Exception as error:
-                graphs[f"{name}: {kind}"] = {"failure": f"{type(error).__name__}: {str(error)[:300]}"}
-            print(f"graph: {name}: {graphs[f'{name}: {kind}']}", flush=True)
+            failure = failure_of(partial(self.measure_graph, graphs, what, name, step))
+            if failure is not None:
+                graphs[what] = {"failure": failure}
+            print(f"graph: {self.model}: {what}: {graphs[what]}", flush=True)
             self.write()
+
+    def measure_graph(self, graphs: dict[str, Any], what: str, name: str, step: int) -> None:
+        with self.entries[name].enable(self.pipe):
+            self.pipe(self.args.steps)
+            graphs[what] = graph_seconds(self.pipe, self.args.steps, step)
 
     def write(self) -> None:
         if self.args.json is not None:
             write_json(self.args.json, self.known)
 
 
-def block_lists_of(model: str, tiny: bool) -> list[range]:
-    size = (TINY if tiny else REAL)[model]
-    return [range(count) for count in size.blocks]
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line, and the moment it was read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(REAL), help="may be repeated; both if left out")
     parser.add_argument("--entry", action="append", help="only entries whose name has this in it; may be repeated")
     parser.add_argument("--tiny", action="store_true", help="a few narrow blocks, to rehearse")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled blocks")
-    parser.add_argument("--steps", type=int, default=10, help=f"of a generation; the first {WARM} do not count")
+    parser.add_argument("--steps", type=int, default=8, help=f"of a generation; the first {WARM} do not count")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=300, help="nothing is begun after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
+    if args.steps < WARM + 2:
+        parser.error(f"--steps must be at least {WARM + 2}")
     args.start = time.monotonic()
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     settings = {key: str(value) for key, value in vars(args).items() if key != "start"}
     known = {"kind": "real size", "machine": machine_info(), "settings": settings, "warm_steps": WARM, "models": {}}
+    if args.json is not None:
+        write_json(args.json, known)
     for model in args.model or list(REAL):
         if time.monotonic() - args.start < args.seconds:
             Measurement(args, model, known).run()
             gc.collect()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                failure_of(torch.cuda.empty_cache)
 
 
 if __name__ == "__main__":
