@@ -17,6 +17,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ TOLERANCE = 2e-5
 # Of a rehearsal: a shape of three programs, one of them not full; the variants that are run, one of each kind, and
 # their cases; and how many jobs are given to other processes.
 TINY = (1, 6, 896)
-REHEARSED = (PARENT, "GROUPS 128, MAX_PROGRAMS 512", "last program finalises", "loads evict first, stores .cs")
+REHEARSED = (PARENT, "GROUPS 256, MAX_PROGRAMS 512", "last program finalises", "loads evict first, stores .cs")
 REHEARSED_CASES = ("capture and change", "reuse", "pair statistics")
 REHEARSED_JOBS = 3
 
@@ -100,6 +101,8 @@ class Variant:
 
 TILED = ("capture", "capture and change", "reuse", "JVP reuse", "eight terms", "pair statistics")
 STREAMED = TILED[:-1]
+# Cases whose programs leave partial sums: no others have a bound.
+SUMMED = ("capture and change", "pair statistics", "modulate and change")
 
 # Pair statistics of one contiguous pair in one launch: the program that comes last folds what all of them found. The
 # order of additions is that of statistics.py and of `_finalise_kernel`, so the results are equal bit by bit.
@@ -179,36 +182,48 @@ def pair_statistics(a, b):
 '''
 
 
-def constants(groups: int = 256, programs: int = 1024, warps: int = 4) -> tuple[Replacement, ...]:
+def constant(name: str) -> int:
+    """A constant of tiles.py as it is now."""
+    found = re.search(rf"^{name} = (\d+)$", (KERNELS / "tiles.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise LookupError(f"text not found: tiles.py: {name} = a number")
+    return int(found[1])
+
+
+NOW = {name: constant(name) for name in ("GROUPS", "MAX_PROGRAMS")}
+
+
+def constants(
+    groups: int = NOW["GROUPS"], programs: int = NOW["MAX_PROGRAMS"], warps: int = 4
+) -> tuple[Replacement, ...]:
     """Replacements in tiles.py that change what is not as it is now."""
     found = []
-    if groups != 256:
-        found.append(Replacement("tiles.py", "\nGROUPS = 256\n", f"\nGROUPS = {groups}\n"))
-    if programs != 1024:
-        found.append(Replacement("tiles.py", "\nMAX_PROGRAMS = 1024\n", f"\nMAX_PROGRAMS = {programs}\n"))
+    for name, value in (("GROUPS", groups), ("MAX_PROGRAMS", programs)):
+        if value != NOW[name]:
+            found.append(Replacement("tiles.py", f"\n{name} = {NOW[name]}\n", f"\n{name} = {value}\n"))
     if warps != 4:
         found.append(Replacement("tiles.py", '"num_warps": 4', f'"num_warps": {warps}'))
     return tuple(found)
 
 
 def tile_variants() -> Iterator[Variant]:
-    """Groups per tile and bound of programs, one at a time and together."""
-    for groups in (128, 512):
+    """Groups per tile, and bound of programs that sum up, one at a time and together."""
+    others = [groups for groups in (128, 256, 512) if groups != NOW["GROUPS"]]
+    for groups in others:
         yield Variant(f"GROUPS {groups}", "tiles", TILED, constants(groups))
-    # 8192: no program has more than one tile at the main shape, a launch without a loop
-    for programs in (512, 2048, 8192):
-        yield Variant(
-            f"MAX_PROGRAMS {programs}", "tiles", (*TILED, "modulate and change"), constants(programs=programs)
-        )
-    for groups in (128, 512):
-        for programs in (512, 2048):
-            yield Variant(f"GROUPS {groups}, MAX_PROGRAMS {programs}", "tiles", TILED, constants(groups, programs))
+    for programs in (512, 1024, 2048):
+        if programs != NOW["MAX_PROGRAMS"]:
+            yield Variant(f"MAX_PROGRAMS {programs}", "tiles", SUMMED, constants(programs=programs))
+            for groups in others:
+                name = f"GROUPS {groups}, MAX_PROGRAMS {programs}"
+                yield Variant(name, "tiles", SUMMED[:2], constants(groups, programs))
 
 
 def warp_variants() -> Iterator[Variant]:
     """Warps per program, and together with a tile of as many bytes per thread as now."""
-    for warps, groups in ((2, 256), (8, 256), (2, 128), (8, 512)):
-        name = f"{warps} warps" + (f", GROUPS {groups}" if groups != 256 else "")
+    now = NOW["GROUPS"]
+    for warps, groups in ((2, now), (8, now), (2, now // 2), (8, 2 * now)):
+        name = f"{warps} warps" + (f", GROUPS {groups}" if groups != now else "")
         yield Variant(name, "warps", TILED, constants(groups, warps=warps))
 
 

@@ -160,7 +160,7 @@ def _launch(
     """One launch for streams that are not empty; their statistics, if wanted."""
     out, before, residual, previous = zip(*streams, strict=True)
     others = [t for stream in streams for t in stream[2:] if t is not None]
-    launch = lay_out_launch([stream[:2] for stream in streams], others, groups, samples=samples)
+    launch = lay_out_launch([stream[:2] for stream in streams], others, groups, samples, sums=count > 0)
     partials = new_partials(len(streams) * samples * count, out[0].device) if count else None
     with on_device_of(out[0]):
         enqueue(

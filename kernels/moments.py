@@ -121,7 +121,7 @@ def _gamma_kernel(sums_ptr, coefficients_ptr, MAX_GAMMA: tl.constexpr):
 def _shape(tensors: Sequence[Tensor], groups: int | None) -> tuple[int, int, int, int]:
     """Elements per group, groups per tile, groups, programs."""
     width = vector_width((), tensors)
-    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS) // 2
+    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS // 2)
     count = tensors[0].numel() // width
     return width, tile, count, program_count(count, tile)
 

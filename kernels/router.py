@@ -128,7 +128,7 @@ def router_lerp_triton(
         return out
     wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
     addressed = [fresh, cached, out, wide, fresh if residual is None else residual]
-    launch = lay_out_launch([addressed], (), groups, samples=beta.numel())
+    launch = lay_out_launch([addressed], (), groups, beta.numel())
     with on_device_of(fresh):
         enqueue(
             _router_lerp_fwd_kernel,
@@ -159,7 +159,7 @@ def router_lerp_backward_triton(
         return grad_fresh, torch.zeros_like(beta)
     samples = beta.numel()
     wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
-    launch = lay_out_launch([[grad, fresh, cached, grad_fresh, wide]], (), groups, samples=samples)
+    launch = lay_out_launch([[grad, fresh, cached, grad_fresh, wide]], (), groups, samples, sums=True)
     partials = new_partials(samples, fresh.device)
     with on_device_of(fresh):
         enqueue(

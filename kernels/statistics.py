@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
 PAIR_STATISTICS = 8
 ERROR_STATISTICS = 4
-# Sets of one launch: ten need 79 registers at half the usual tile. Ten is also every span of one anchor.
+# Sets of one launch: ten need 79 registers. Ten is also every span of one anchor.
 MAX_SETS = 10
-ERROR_GROUPS = GROUPS // 2
 SLOW_ERROR_GROUPS = SLOW_GROUPS // 2
 # Elements the reference holds in fp64 at a time.
 _CHUNK = 65536
@@ -167,7 +166,7 @@ def pair_statistics_triton(
 def _launch_pairs(pairs: Sequence[tuple[Tensor, Tensor]], samples: int, groups: int | None) -> Tensor:
     """One launch for pairs that are not empty."""
     a, b = zip(*pairs, strict=True)
-    launch = lay_out_launch(pairs, (), groups, samples=samples)
+    launch = lay_out_launch(pairs, (), groups, samples, sums=True)
     partials = new_partials(len(pairs) * samples * PAIR_STATISTICS, a[0].device)
     with on_device_of(a[0]):
         enqueue(
@@ -280,7 +279,7 @@ def combination_error_triton(
     if not target.numel():
         return torch.zeros((sets, ERROR_STATISTICS), dtype=torch.float32, device=target.device)
     width = vector_width((), (target, *terms))
-    tile = groups or (ERROR_GROUPS if width > 1 else SLOW_ERROR_GROUPS)
+    tile = groups or (GROUPS if width > 1 else SLOW_ERROR_GROUPS)
     programs = program_count(target.numel() // width, tile)
     partials = new_partials(ERROR_STATISTICS * sets, target.device)
     row = 0

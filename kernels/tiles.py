@@ -21,12 +21,13 @@ from .launching import enqueue, new
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Groups per tile: two 16-byte loads in flight per thread and tensor. Compiled for sm_90 that takes 32 registers in
-# capture, 77 with its statistics, 36 for two terms of a combination and 96 for eight.
-GROUPS = 256
+# Groups per tile: one 16-byte load in flight per thread and tensor. Two per thread were 1 to 2 % slower on an H200, and
+# 14 % with eight terms, whose registers left too few programs on a multiprocessor (docs/benchmarks.md).
+GROUPS = 128
 # Groups of one element per tile of the slow path.
 SLOW_GROUPS = 1024
-# A fixed bound, not the number of multiprocessors, so that the order of summation is the same on every GPU.
+# Of kernels that sum up, whose programs loop. A fixed bound, not the number of multiprocessors, so that the order of
+# summation is the same on every GPU. On an H200 half as many were 7 to 17 % slower, twice as many 3 to 10 %.
 MAX_PROGRAMS = 1024
 # Streams, branches or pairs that share a launch.
 MAX_ENTRIES = 8
@@ -198,27 +199,30 @@ def lay_out_launch(
     strided: Sequence[Sequence[Tensor]],
     contiguous: Sequence[Tensor] = (),
     groups: int | None = None,
-    shrink: int = 1,
     samples: int = 1,
     rows: bool = False,
+    sums: bool = False,
 ) -> Launch:
     """Sizes of a launch.
 
     Args:
         strided: per entry, none of them empty, its tensors that may be strided.
         contiguous: all other tensors.
-        groups: 16-byte groups per tile, a power of two; a default that may be divided by ``shrink``.
+        groups: 16-byte groups per tile, a power of two; None for the default.
         samples: reduce the entries of the first dim apart.
         rows: whether the kernel asks for rows although all is contiguous.
+        sums: whether the programs leave partial sums, at most `MAX_PROGRAMS` of them. Others have a tile each, which
+            the GPU shares out better than a loop does.
     """
     width = vector_width((t for entry in strided for t in entry), contiguous, samples)
-    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS) // shrink
+    tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
     dense = not rows and all(t.is_contiguous() for entry in strided for t in entry)
     sizes: list[int] = []
     programs: list[int] = []
     for entry in strided:
         count = entry[0].numel() // samples // width
-        fields = [sum(programs), count, program_count(count, tile)]
+        tiles = -(-count // tile)
+        fields = [sum(programs), count, min(tiles, MAX_PROGRAMS) if sums else tiles]
         if not dense:
             fields += _row_sizes(entry, width, samples, rows)
         sizes += fields

@@ -78,14 +78,14 @@ def test_every_text_occurs(gpu_sweep: ModuleType, tmp_path: Path) -> None:
 def test_variants_are_packages_of_their_own(gpu_sweep: ModuleType, make: Make) -> None:
     from layercache.kernels import statistics, tiles
 
-    now = tiles.GROUPS, tiles.MAX_PROGRAMS, statistics.ERROR_GROUPS
+    now = tiles.GROUPS, tiles.MAX_PROGRAMS, statistics.GROUPS
     sweep = make([v for v in gpu_sweep.variants() if v.sweep == "tiles"])
     assert not sweep.failures
     current, other = sweep.kernels["current"], sweep.kernels["GROUPS 512, MAX_PROGRAMS 2048"]
-    assert (current("tiles").GROUPS, current("statistics").ERROR_GROUPS) == now[::2]
-    assert (other("tiles").GROUPS, other("statistics").ERROR_GROUPS) == (512, 256)
+    assert (current("tiles").GROUPS, current("statistics").GROUPS) == now[::2]
+    assert (other("tiles").GROUPS, other("statistics").GROUPS) == (512, 512)
     assert other("capture").MAX_PROGRAMS == 2048
-    assert (tiles.GROUPS, tiles.MAX_PROGRAMS, statistics.ERROR_GROUPS) == now
+    assert (tiles.GROUPS, tiles.MAX_PROGRAMS, statistics.GROUPS) == now
     assert other("capture").__file__.startswith(str(sweep.work))
 
 
@@ -235,7 +235,7 @@ triton.runtime.driver.set_active(launches.StubDriver("90"))
 clock, options = gpu_sweep.StandInClock(), gpu_sweep.parse([])
 chosen = {
     "last program finalises": "pair statistics",
-    "8 warps, GROUPS 512": "reuse",
+    "8 warps, GROUPS 256": "reuse",
     "loads .cg": "capture and change",
     "loads evict first, stores .cs": "reuse",
 }
