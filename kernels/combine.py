@@ -22,6 +22,7 @@ from .tiles import (
     nbytes,
     of_entry,
     on_device_of,
+    row_of,
     size_of_entry,
 )
 
@@ -80,8 +81,8 @@ def _linear_map_kernel(
             if (CODED >> k) & 1:
                 code = tl.load(x_ptr + off, mask=live, other=0)
                 scale_ptr = of_entry(scale_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
-                row = group.to(tl.int32) // size_of_entry(3, sizes, pid, ENTRIES, FIELDS)
-                x = e4m3_to_float(code) * tl.load(scale_ptr + row, mask=group < groups, other=0.0)[:, None]
+                row = row_of(group, size_of_entry(3, sizes, pid, ENTRIES, FIELDS))[:, None]
+                x = e4m3_to_float(code) * tl.load(scale_ptr + row, mask=live, other=0.0)
             else:
                 x = tl.load(x_ptr + off, mask=live, other=0.0).to(tl.float32)
             inputs = inputs + (x,)  # type: ignore[assignment]

@@ -6,6 +6,7 @@ agree on every bit. The scale is the least power of two for which the row's larg
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import enqueue
-from .tiles import OPTIONS, nbytes, on_device_of, power_of_two, row_strides, vector_width
+from .rows import load_chunk, row_offsets, share_out
+from .tiles import nbytes, on_device_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -26,62 +28,80 @@ MAX_CHANNELS = 16384
 @jit()
 def e4m3_to_float(code):
     """The numbers of fp8 e4m3 codes (uint8), as fp32; of NaN codes 480."""
-    bits = code.to(tl.int32)
-    exponent = (bits >> 3) & 15
-    normal = (((bits & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    small = (bits & 7).to(tl.float32) * 0.001953125
-    size = tl.where(exponent > 0, normal, small)
-    return tl.where(bits > 127, -size, size)
+    # sign and number where fp32 has them, with a copy of the sign between, which is masked; exponents there count from
+    # 127, here from 7; what is subnormal here is so there too
+    bits = ((code.to(tl.int32) << 24) >> 4) & -0x78100000
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
 
 @jit()
-def float_to_e4m3(x):
+def float_to_e4m3(x, HARDWARE: tl.constexpr):
     """fp8 e4m3 codes of fp32 numbers within 448, to nearest, ties to even; of NaN any code."""
+    if HARDWARE:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     size = tl.abs(x)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     # at 16384 neighbouring fp32 numbers are as far apart as the smallest e4m3 numbers
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0.015625, small, tl.minimum(normal, 126))
-    return tl.where(x < 0, code + 128, code).to(tl.uint8)
+    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 128)).to(tl.uint8)
 
 
-@jit(do_not_specialize=["rows", "batch_rows", "o_batch", "o_row", "i_batch", "i_row", "row_groups"])
+@jit(do_not_specialize_on_alignment=["flag_ptr"])
 def _capture_compact_kernel(
     out_ptr,
     in_ptr,
     code_ptr,
     scale_ptr,
     flag_ptr,
-    row_groups,
-    batch_rows,
-    o_batch,
-    o_row,
-    i_batch,
-    i_row,
+    sizes,
+    HARDWARE: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """One row per program; strides in groups."""
-    row = tl.program_id(0).to(tl.int64)
-    batch = (row.to(tl.int32) // batch_rows).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    live = (group < row_groups)[:, None]
-    off = group[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    within = row - batch * batch_rows
-    o = tl.load(out_ptr + (batch * o_batch + within * o_row) * VEC + off, mask=live, other=0.0).to(tl.float32)
-    i = tl.load(in_ptr + (batch * i_batch + within * i_row) * VEC + off, mask=live, other=0.0).to(tl.float32)
-    r = o - i
-    size = tl.abs(r)
-    peak = tl.max(tl.max(size, 1), 0)
+    rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
+    column = tl.arange(0, GROUPS * VEC)[None, :]
+    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # a row beyond the last is the last once more, which is not stored
+    row = tl.minimum(flat, rows - 1)
+    o_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2)[:, None] * VEC
+    i_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2)[:, None] * VEC
+    largest = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
+    bad, residuals = largest, ()
+    for c in tl.static_range(CHUNKS):
+        at = c * GROUPS * VEC + column
+        inside = at // VEC < row_groups
+        o = load_chunk(out_ptr + o_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+        i = load_chunk(in_ptr + i_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+        r = o - i
+        largest = tl.maximum(largest, tl.abs(r))
+        if flag_ptr is not None:
+            # stays 0 as long as all are finite
+            bad = tl.fma(r, 0.0, bad)
+        residuals = residuals + (r,)
     if flag_ptr is not None:
-        bad = tl.sum(tl.sum(tl.where(size < float("inf"), 0.0, 1.0), 1), 0)
-        tl.store(flag_ptr, 1, mask=bad > 0)
+        # every thread that finds one stores the same value, so no atomic is needed
+        found = tl.sum(tl.reshape(bad, [ROWS, GROUPS, VEC]), 2)
+        tl.store(flag_ptr + tl.zeros([ROWS, GROUPS], tl.int32), 1, mask=found != 0.0)
     # exponent of the peak, one more where its mantissa exceeds 1.75, less the 8 of 448
-    field = tl.maximum(((peak.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
-    inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)
-    tl.store(code_ptr + row * row_groups * VEC + off, float_to_e4m3(r * inverse), mask=live)
+    field = tl.maximum(((tl.max(largest, 1).to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
+    inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)[:, None]
+    for c in tl.static_range(CHUNKS):
+        at = c * GROUPS * VEC + column
+        own = row.to(tl.int64)[:, None] * row_groups * VEC + at
+        live = (at // VEC < row_groups) & (flat < rows)[:, None]
+        tl.store(code_ptr + own, float_to_e4m3(residuals[c] * inverse, HARDWARE), mask=live)
     tl.store(scale_ptr + row, (field << 23).to(tl.float32, bitcast=True))
+
+
+@functools.cache
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether the GPU turns fp32 into e4m3 itself, which gives the same codes."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def capture_compact_triton(
@@ -95,28 +115,19 @@ def capture_compact_triton(
     for output, before, code, scale in zip(outputs, inputs, codes, scales, strict=True):
         if not output.numel():
             continue
-        channels = output.shape[-1]
-        width = vector_width((output, before), (code,))
-        if channels % width:
-            width = 1
-        groups = channels // width
-        rows = output.shape[-2] if output.dim() > 1 else 1
-        strides = [step // width for t in (output, before) for step in row_strides(t)]
+        shape = share_out([output, before], [code])
         with on_device_of(output):
             enqueue(
                 _capture_compact_kernel,
-                (scale.numel(),),
+                (shape.tiles,),
                 output,
                 before,
                 code,
                 scale,
                 flag,
-                groups,
-                rows,
-                *strides,
-                GROUPS=power_of_two(groups),
-                VEC=width,
-                **{**OPTIONS, "num_warps": 4 if channels <= 4096 else 8},
+                shape.sizes(output.shape[-1], *shape.steps(output, before)),
+                HARDWARE=converts_e4m3(output.device),
+                **shape.constants,
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import enqueue, new
-from .rows import row_offsets, share_out
+from .rows import SUMMED, load_chunk, row_offsets, share_out
 from .tiles import (
     MAX_PROGRAMS,
     OPTIONS,
@@ -19,6 +19,7 @@ from .tiles import (
     nbytes,
     new_partials,
     on_device_of,
+    summed,
 )
 
 if TYPE_CHECKING:
@@ -33,36 +34,39 @@ def _row_statistics_kernel(
     sizes,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
     VEC: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
     """Partial sums over rows of ``q - 1``, ``(q - 1)^2`` and ``1 - cos``, where q is the ratio of the norms."""
-    pid = tl.program_id(0).to(tl.int64)
-    sample = tl.program_id(1).to(tl.int64)
+    pid, sample = tl.program_id(0), tl.program_id(1)
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
-    group = tl.arange(0, GROUPS)[None, :, None]
-    column = group * VEC + tl.arange(0, VEC)[None, None, :]
+    column = tl.arange(0, GROUPS * VEC)[None, :]
     q_1 = tl.zeros([ROWS], tl.float32)
     q_2, angle = q_1, q_1
     for start in range(pid * ROWS, rows, tl.num_programs(0) * ROWS):
         flat = start + tl.arange(0, ROWS)
-        row = flat[:, None, None] + sample * rows
-        live = (group < row_groups) & (flat < rows)[:, None, None]
-        a_off = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC + column
-        b_off = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC + column
-        a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
-        a_norm = tl.sqrt_rn(tl.sum(tl.sum(a * a, 2), 1))
-        b_norm = tl.sqrt_rn(tl.sum(tl.sum(b * b, 2), 1))
-        product = tl.sum(tl.sum(a * b, 2), 1)
+        # a row beyond the last is the last once more, which does not count
+        row = (tl.minimum(flat, rows - 1) + sample * rows)[:, None]
+        a_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC
+        b_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC
+        a_2 = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
+        b_2, ab = a_2, a_2
+        for c in tl.static_range(CHUNKS):
+            at = c * GROUPS * VEC + column
+            inside = at // VEC < row_groups
+            a = load_chunk(a_ptr + a_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            b = load_chunk(b_ptr + b_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            a_2, b_2, ab = tl.fma(a, a, a_2), tl.fma(b, b, b_2), tl.fma(a, b, ab)
+        a_norm, b_norm, product = tl.sqrt_rn(tl.sum(a_2, 1)), tl.sqrt_rn(tl.sum(b_2, 1)), tl.sum(ab, 1)
         ratio = tl.where(flat < rows, tl.div_rn(a_norm, b_norm) - 1.0, 0.0)
         q_1 += ratio
         q_2 += ratio * ratio
         angle += tl.where(flat < rows, 1.0 - tl.div_rn(product, a_norm * b_norm), 0.0)
-    slot = partials_ptr + sample * 3 * MAX_PROGRAMS + pid
-    tl.store(slot, tl.sum(q_1, 0))
-    tl.store(slot + MAX_PROGRAMS, tl.sum(q_2, 0))
-    tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(angle, 0))
+    index = tl.arange(0, 4)
+    slot = partials_ptr + (sample * 3 + index) * MAX_PROGRAMS + pid
+    tl.store(slot, summed((q_1, q_2, angle, angle), 4), mask=index < 3)
 
 
 @jit()
@@ -102,7 +106,7 @@ def _decide_kernel(
 
 def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     """`row_statistics_reference` in one launch and a second tiny one."""
-    shape = share_out([a, b])
+    shape = share_out([a, b], held=SUMMED)
     samples = a.shape[0] if per_sample else 1
     rows = shape.rows // samples
     programs = min(-(-rows // shape.per_program), MAX_PROGRAMS)
@@ -115,11 +119,8 @@ def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Ten
             b,
             partials,
             shape.sizes(a.shape[-1], *shape.steps(a, b), rows=rows),
-            ROWS=shape.per_program,
-            GROUPS=shape.groups,
-            VEC=shape.width,
             MAX_PROGRAMS=MAX_PROGRAMS,
-            **shape.options,
+            **shape.constants,
         )
         out = new((samples, 3), torch.float32, a.device)
         enqueue(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import enqueue, new
-from .rows import row_offsets, share_out
+from .rows import load_chunk, row_offsets, share_out
 from .tiles import accumulator_dtype, nbytes, on_device_of
 
 if TYPE_CHECKING:
@@ -26,26 +26,41 @@ def _guidance_kernel(
     RESCALE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
-    group = tl.arange(0, GROUPS)[None, :, None]
-    column = group * VEC + tl.arange(0, VEC)[None, None, :]
-    row = (pid * ROWS + tl.arange(0, ROWS))[:, None, None]
-    live = (group < row_groups) & (row < rows)
-    c_off = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC + column
-    u_off = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC + column
-    c = tl.load(cond_ptr + c_off, mask=live, other=0.0).to(tl.float32)
-    u = tl.load(uncond_ptr + u_off, mask=live, other=0.0).to(tl.float32)
-    v = u + scale * (c - u)
+    column = tl.arange(0, GROUPS * VEC)[None, :]
+    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    # a row beyond the last is the last once more, which is not stored
+    row = tl.minimum(flat, rows - 1)
+    c_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC
+    u_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC
+    own = row.to(tl.int64) * row_groups * VEC
+    wanted = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
+    found, values = wanted, ()
+    for k in tl.static_range(CHUNKS):
+        at = k * GROUPS * VEC + column
+        inside = at // VEC < row_groups
+        c = load_chunk(cond_ptr + c_own + at, inside, k == CHUNKS - 1, EXACT).to(tl.float32)
+        u = load_chunk(uncond_ptr + u_own + at, inside, k == CHUNKS - 1, EXACT).to(tl.float32)
+        v = u + scale * (c - u)
+        if RESCALE:
+            wanted, found = tl.fma(c, c, wanted), tl.fma(v, v, found)
+        values = values + (v,)
     if RESCALE:
-        wanted = tl.sqrt_rn(tl.sum(tl.sum(c * c, 2), 1))
-        found = tl.sqrt_rn(tl.sum(tl.sum(v * v, 2), 1))
+        # together, so that they wait once for the other warps
+        wanted, found = tl.split(tl.sqrt_rn(tl.sum(tl.join(wanted, found), 1)))
         # a row of zeros stays one
-        factor = tl.div_rn(wanted, tl.where(found == 0.0, 1.0, found))
-        v = v * factor[:, None, None]
-    tl.store(out_ptr + row * row_groups * VEC + column, v.to(out_ptr.dtype.element_ty), mask=live)
+        factor = tl.div_rn(wanted, tl.where(found == 0.0, 1.0, found))[:, None]
+    for k in tl.static_range(CHUNKS):
+        v = values[k]
+        if RESCALE:
+            v = v * factor
+        at = k * GROUPS * VEC + column
+        live = (at // VEC < row_groups) & (flat < rows)
+        tl.store(out_ptr + own + at, v.to(out_ptr.dtype.element_ty), mask=live)
 
 
 def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
@@ -64,10 +79,7 @@ def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -
             float(scale),
             shape.sizes(cond.shape[-1], *shape.steps(cond, uncond)),
             RESCALE=rescale,
-            ROWS=shape.per_program,
-            GROUPS=shape.groups,
-            VEC=shape.width,
-            **shape.options,
+            **shape.constants,
         )
     return out
 

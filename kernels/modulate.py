@@ -12,8 +12,8 @@ from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
 from .launching import enqueue, new
-from .rows import row_offsets, share_out
-from .statistics import PAIR_STATISTICS, pair_sums
+from .rows import load_chunk, row_offsets, share_out
+from .statistics import PAIR_STATISTICS, pair_sums, store_pair, with_pair
 from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, nbytes, new_partials, on_device_of
 
 if TYPE_CHECKING:
@@ -45,86 +45,88 @@ def _modulate_kernel(
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
     VEC: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0) * ROWS
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
     x_batch, x_row, scale_batch, shift_batch = sizes[3] >> 2, sizes[4] >> 2, sizes[5] >> 2, sizes[6] >> 2
-    programs = tl.num_programs(0)
-    group = tl.arange(0, GROUPS)[None, :, None]
-    lane = tl.arange(0, VEC)[None, None, :]
-    column = group * VEC + lane
-    inside = group < row_groups
+    column = tl.arange(0, GROUPS * VEC)[None, :]
     channels = (row_groups * VEC).to(tl.float32)
-    zero = tl.zeros([ROWS, GROUPS], tl.float32)
-    sums = (zero,) * (SEGMENTS * STATISTICS)
-    for start in range(pid * ROWS, rows, programs * ROWS):
-        row = (start + tl.arange(0, ROWS))[:, None, None]
-        live = inside & (row < rows)
-        off = row * row_groups * VEC + column
-        batch = (row.to(tl.int32) // batch_rows).to(tl.int64)
-        y = tl.load(x_ptr + row_offsets(row, batch_rows, x_batch, x_row) * VEC + column, mask=live, other=0.0).to(
-            tl.float32
-        )
-        if STATISTICS > 0:
-            # asked for before the first sum: behind its barrier the wait would be a second one
-            p = tl.load(previous_ptr + off, mask=live, other=0.0)
-        for k in tl.static_range(TERMS):
-            if code_scale_ptrs is None:
-                r = tl.load(residual_ptrs[k] + off, mask=live, other=0.0).to(tl.float32)
-            else:
-                code_scale = tl.load(code_scale_ptrs[k] + row, mask=row < rows, other=0.0)
-                r = e4m3_to_float(tl.load(residual_ptrs[k] + off, mask=live, other=0)) * code_scale
-            if coefficients_ptr is None:
-                y += coefficients[k] * r
-            else:
-                y += tl.load(coefficients_ptr + k) * r
-        if y_ptr is not None:
-            tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
-        mean = tl.sum(tl.sum(y, 2), 1)[:, None, None] / channels
-        centred = tl.where(live, y - mean, 0.0)
-        variance = tl.sum(tl.sum(centred * centred, 2), 1)[:, None, None] / channels
-        z = centred * (1.0 / tl.sqrt_rn(variance + eps))
-        if weight_ptr is not None:
-            z = z * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            z = z + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + batch * scale_batch * VEC + column, mask=live, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + batch * shift_batch * VEC + column, mask=live, other=0.0).to(tl.float32)
-        stored = (z * (1.0 + scale) + shift).to(z_ptr.dtype.element_ty)
-        if STATISTICS > 0:
-            p = p.to(tl.float32)
+    sums = (tl.zeros([ROWS * GROUPS], tl.float32),) * (SEGMENTS * STATISTICS)
+    for start in range(first, rows, tl.num_programs(0) * ROWS):
+        flat = start + tl.arange(0, ROWS)[:, None]
+        # a row beyond the last is the last once more, which is not stored
+        row = tl.minimum(flat, rows - 1) if ROWS > 1 else flat
+        batch = (row // batch_rows).to(tl.int64)
+        own = row.to(tl.int64) * row_groups * VEC
+        x_own = row_offsets(row, batch_rows, x_batch, x_row) * VEC
+        y, previous = (), ()
+        for c in tl.static_range(CHUNKS):
+            at = c * GROUPS * VEC + column
+            inside = at // VEC < row_groups
+            value = load_chunk(x_ptr + x_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            if STATISTICS > 0:
+                # asked for before the first sum: behind its barrier the wait would be a second one
+                previous = previous + (load_chunk(previous_ptr + own + at, inside, c == CHUNKS - 1, EXACT),)
+            for k in tl.static_range(TERMS):
+                r = load_chunk(residual_ptrs[k] + own + at, inside, c == CHUNKS - 1, EXACT)
+                if code_scale_ptrs is None:
+                    r = r.to(tl.float32)
+                else:
+                    r = e4m3_to_float(r) * tl.load(code_scale_ptrs[k] + row)
+                if coefficients_ptr is None:
+                    value += coefficients[k] * r
+                else:
+                    value += tl.load(coefficients_ptr + k) * r
+            if y_ptr is not None:
+                tl.store(y_ptr + own + at, value.to(y_ptr.dtype.element_ty), mask=inside & (flat < rows))
+            y = y + (value,)
+        total = y[0]
+        for c in tl.static_range(1, CHUNKS):
+            total += y[c]
+        mean = tl.sum(total, 1)[:, None] / channels
+        squares = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            centred = y[c] - mean
+            if c == CHUNKS - 1 and not EXACT:
+                centred = tl.where((c * GROUPS * VEC + column) // VEC < row_groups, centred, 0.0)
+            squares = tl.fma(centred, centred, squares)
+            y = y[:c] + (centred,) + y[c + 1 :]
+        factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / channels + eps)
+        found = sums
+        for c in tl.static_range(CHUNKS):
+            at = c * GROUPS * VEC + column
+            inside = at // VEC < row_groups
+            z = y[c] * factor
+            if weight_ptr is not None:
+                z = z * load_chunk(weight_ptr + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            if bias_ptr is not None:
+                z = z + load_chunk(bias_ptr + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            scale_at, shift_at = batch * scale_batch * VEC + at, batch * shift_batch * VEC + at
+            scale = load_chunk(scale_ptr + scale_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            shift = load_chunk(shift_ptr + shift_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            stored = (z * (1.0 + scale) + shift).to(z_ptr.dtype.element_ty)
             for s in tl.static_range(SEGMENTS):
-                a, b = stored.to(tl.float32), p
-                if SEGMENTS > 1 or bias_ptr is not None:
+                a, b = stored.to(tl.float32), previous[c].to(tl.float32)
+                if SEGMENTS > 1 or (bias_ptr is not None and not EXACT):
                     # segments are bounded by channels, rows by groups
-                    counted = live & (column >= (segments[s] >> 2)) & (column < (segments[s + 1] >> 2))
+                    counted = inside & (at >= (segments[s] >> 2)) & (at < (segments[s + 1] >> 2))
                     a, b = tl.where(counted, a, 0.0), tl.where(counted, b, 0.0)
-                d = a - b
-                found = (
-                    sums[s * 8] + tl.sum(tl.abs(d), 2),
-                    sums[s * 8 + 1] + tl.sum(tl.abs(a), 2),
-                    sums[s * 8 + 2] + tl.sum(tl.abs(b), 2),
-                    sums[s * 8 + 3] + tl.sum(d * d, 2),
-                    sums[s * 8 + 4] + tl.sum(a * a, 2),
-                    sums[s * 8 + 5] + tl.sum(b * b, 2),
-                    sums[s * 8 + 6] + tl.sum(a * b, 2),
-                    tl.maximum(sums[s * 8 + 7], tl.max(tl.abs(d), 2)),
-                )
-                sums = sums[: s * 8] + found + sums[s * 8 + 8 :]
-        # behind the load of the previous one, whose place it may take
-        tl.store(z_ptr + off, stored, mask=live)
-    if STATISTICS > 0:
-        for s in tl.static_range(SEGMENTS):
-            slot = partials_ptr + s * STATISTICS * MAX_PROGRAMS + pid
-            total = tl.sum(tl.sum(sums[s * 8], 1), 0)
-            tl.store(slot, total)
-            for k in tl.static_range(1, 7):
-                tl.store(slot + k * MAX_PROGRAMS, tl.sum(tl.sum(sums[s * 8 + k], 1), 0))
-            # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
-            peak = tl.max(tl.max(sums[s * 8 + 7], 1), 0)
-            tl.store(slot + 7 * MAX_PROGRAMS, tl.where(total == total, peak, total))
+                a, b = tl.reshape(a, [ROWS * GROUPS, VEC]), tl.reshape(b, [ROWS * GROUPS, VEC])
+                found = found[: s * 8] + with_pair(found[s * 8 : s * 8 + 8], a, b, VEC) + found[s * 8 + 8 :]
+            # behind the load of the previous one, whose place it may take
+            tl.store(z_ptr + own + at, stored, mask=inside & (flat < rows))
+        if ROWS > 1:
+            counted = tl.reshape(tl.broadcast_to(flat < rows, [ROWS, GROUPS]), [ROWS * GROUPS])
+            for k in tl.static_range(SEGMENTS * STATISTICS):
+                found = found[:k] + (tl.where(counted, found[k], sums[k]),) + found[k + 1 :]
+        sums = found
+    for s in tl.static_range(SEGMENTS):
+        slot = partials_ptr + s * STATISTICS * MAX_PROGRAMS + tl.program_id(0)
+        store_pair(slot, sums[s * 8 : s * 8 + 8], MAX_PROGRAMS)
 
 
 def modulate_triton(
@@ -181,11 +183,8 @@ def modulate_triton(
             TERMS=len(residuals),
             SEGMENTS=parts if count else 0,
             STATISTICS=count,
-            ROWS=shape.per_program,
-            GROUPS=shape.groups,
-            VEC=shape.width,
             MAX_PROGRAMS=MAX_PROGRAMS,
-            **shape.options,
+            **shape.constants,
         )
         if partials is None:
             return z, None

@@ -21,6 +21,7 @@ from .tiles import (
     entry_of,
     finalise,
     groups_at,
+    lanes,
     lay_out_launch,
     nbytes,
     new_partials,
@@ -29,6 +30,7 @@ from .tiles import (
     program_count,
     size_of_entry,
     spread,
+    summed,
     vector_width,
 )
 
@@ -44,6 +46,36 @@ SLOW_ERROR_GROUPS = SLOW_GROUPS // 2
 _CHUNK = 65536
 # Rows of one batched product of the reference: each thread keeps the errors it made in its own cache.
 _ROW, _ROWS = 2048, 16
+
+
+@jit()
+def with_pair(sums, a, b, VEC: tl.constexpr):
+    """The eight statistics of pairs of numbers [R, VEC] added to what a thread has found so far."""
+    d_1, a_1, b_1, d_2, a_2, b_2, ab, peak = sums
+    a_lanes, b_lanes = lanes(a, VEC), lanes(b, VEC)
+    for k in tl.static_range(VEC):
+        x, y = a_lanes[k], b_lanes[k]
+        d = x - y
+        d_1 += tl.abs(d)
+        a_1 += tl.abs(x)
+        b_1 += tl.abs(y)
+        d_2 = tl.fma(d, d, d_2)
+        a_2 = tl.fma(x, x, a_2)
+        b_2 = tl.fma(y, y, b_2)
+        ab = tl.fma(x, y, ab)
+        peak = tl.maximum(peak, tl.abs(d))
+    return d_1, a_1, b_1, d_2, a_2, b_2, ab, peak
+
+
+@jit()
+def store_pair(slot, sums, MAX_PROGRAMS: tl.constexpr):
+    """Stores the eight statistics of a program, each in a row of its own."""
+    # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
+    lost = tl.where(sums[0] == sums[0], 0.0, sums[0])
+    index = tl.arange(0, 8)
+    found = summed(sums[:7] + (lost,), 8)
+    found = tl.where(index == 7, found + tl.max(sums[7], 0), found)
+    tl.store(slot + index * MAX_PROGRAMS, found)
 
 
 @jit()
@@ -68,8 +100,7 @@ def _pair_statistics_kernel(
     programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
     program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
     lane = tl.arange(0, VEC)[None, :]
-    zero = tl.zeros([R], tl.float32)
-    d_1, a_1, b_1, d_2, a_2, b_2, ab, peak = zero, zero, zero, zero, zero, zero, zero, zero
+    sums = (tl.zeros([R], tl.float32),) * STATISTICS
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
@@ -77,27 +108,9 @@ def _pair_statistics_kernel(
         b_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
         a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
-        d = a - b
-        d_1 += tl.sum(tl.abs(d), 1)
-        a_1 += tl.sum(tl.abs(a), 1)
-        b_1 += tl.sum(tl.abs(b), 1)
-        d_2 += tl.sum(d * d, 1)
-        a_2 += tl.sum(a * a, 1)
-        b_2 += tl.sum(b * b, 1)
-        ab += tl.sum(a * b, 1)
-        peak = tl.maximum(peak, tl.max(tl.abs(d), 1))
-    total = tl.sum(d_1, 0)
+        sums = with_pair(sums, a, b, VEC)
     row = (entry_of(sizes, pid, ENTRIES, FIELDS) * tl.num_programs(1) + sample) * STATISTICS
-    slot = partials_ptr + row * MAX_PROGRAMS + program
-    tl.store(slot, total)
-    tl.store(slot + MAX_PROGRAMS, tl.sum(a_1, 0))
-    tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(b_1, 0))
-    tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(d_2, 0))
-    tl.store(slot + 4 * MAX_PROGRAMS, tl.sum(a_2, 0))
-    tl.store(slot + 5 * MAX_PROGRAMS, tl.sum(b_2, 0))
-    tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(ab, 0))
-    # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
-    tl.store(slot + 7 * MAX_PROGRAMS, tl.where(total == total, tl.max(peak, 0), total))
+    store_pair(partials_ptr + row * MAX_PROGRAMS + program, sums, MAX_PROGRAMS)
 
 
 @jit(do_not_specialize=["groups", "programs", "first_row"])

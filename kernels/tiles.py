@@ -38,11 +38,47 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 @jit()
 def row_groups_at(group, row_groups, batch_rows, batch_stride, row_stride):
     """Offset, in groups, of groups of a tensor [batch, batch_rows, row_groups] with strided first two dims."""
-    # a 64-bit division costs about a hundred instructions; callers refuse strided tensors of 2^31 elements
-    short = group.to(tl.int32)
-    row = short // row_groups
-    batch_start = (row // batch_rows).to(tl.int64) * batch_stride
-    return batch_start + (row % batch_rows).to(tl.int64) * row_stride + short % row_groups
+    # a 64-bit division costs about a hundred instructions; `lay_out_launch` refuses as many groups
+    short, row = group.to(tl.uint32), row_of(group, row_groups)
+    batch = row // batch_rows.to(tl.uint32)
+    within = row - batch * batch_rows.to(tl.uint32)
+    start = batch.to(tl.int64) * batch_stride + within.to(tl.int64) * row_stride
+    return start + (short - row * row_groups.to(tl.uint32)).to(tl.int64)
+
+
+@jit()
+def row_of(group, row_groups):
+    """Row of groups of a contiguous tensor; fewer than 2^32 groups."""
+    return group.to(tl.uint32) // row_groups.to(tl.uint32)
+
+
+@jit()
+def lanes(values, VEC: tl.constexpr):
+    """The ``VEC`` tensors [R] of values [R, VEC], which a thread holds anyway; no order is promised."""
+    parts = (values,)
+    for level in tl.static_range(5):
+        if (VEC >> level) > 1:
+            halves = ()
+            for k in tl.static_range(1 << level):
+                halves = halves + tl.split(tl.reshape(parts[k], [values.shape[0], VEC >> (level + 1), 2]))
+            parts = halves
+    flat = ()
+    for k in tl.static_range(VEC):
+        flat = flat + (tl.reshape(parts[k], [values.shape[0]]),)  # type: ignore[assignment]
+    return flat
+
+
+@jit()
+def summed(values, COUNT: tl.constexpr):
+    """The sums of ``COUNT`` (a power of two) tensors [R], as one tensor: together they wait once for each other."""
+    parts = values
+    for level in tl.static_range(5):
+        if (COUNT >> level) > 1:
+            joined = ()
+            for k in tl.static_range(COUNT >> (level + 1)):
+                joined = joined + (tl.join(parts[k], parts[k + (COUNT >> (level + 1))]),)  # type: ignore[assignment]
+            parts = joined
+    return tl.sum(tl.reshape(parts[0], [values[0].shape[0], COUNT]), 0)
 
 
 @jit()
@@ -166,8 +202,8 @@ class Launch:
         contiguous: whether no entry needs strides.
         samples: second dim of the grid; every sample of an entry is reduced apart.
         programs: of each entry.
-        sizes: encoded, ``fields`` per entry: first program, groups per sample, programs; then, where strided, groups
-            per row, rows per batch entry, and sample, batch and row stride of every tensor.
+        sizes: encoded, ``fields`` per entry: first program, groups per sample, programs; where rows are counted, groups
+            per row; where strided, also rows per batch entry, and sample, batch and row stride of every tensor.
     """
 
     width: int
@@ -210,21 +246,25 @@ def lay_out_launch(
         contiguous: all other tensors.
         groups: 16-byte groups per tile, a power of two; None for the default.
         samples: reduce the entries of the first dim apart.
-        rows: whether the kernel asks for rows although all is contiguous.
+        rows: whether the kernel asks for the row of a group although all is contiguous.
         sums: whether the programs leave partial sums, at most `MAX_PROGRAMS` of them. Others have a tile each, which
             the GPU shares out better than a loop does.
     """
     width = vector_width((t for entry in strided for t in entry), contiguous, samples)
     tile = groups or (GROUPS if width > 1 else SLOW_GROUPS)
-    dense = not rows and all(t.is_contiguous() for entry in strided for t in entry)
+    dense = all(t.is_contiguous() for entry in strided for t in entry)
     sizes: list[int] = []
     programs: list[int] = []
     for entry in strided:
         count = entry[0].numel() // samples // width
+        if (rows or not dense) and count >= 2**32:
+            raise ValueError(f"{count} groups, where rows are counted; expected fewer than 2^32")
         tiles = -(-count // tile)
         fields = [sum(programs), count, min(tiles, MAX_PROGRAMS) if sums else tiles]
         if not dense:
             fields += _row_sizes(entry, width, samples, rows)
+        elif rows:
+            fields.append(max(entry[0].shape[-1] // width, 1))
         sizes += fields
         programs.append(fields[2])
     return Launch(width, tile, dense, samples, tuple(programs), encoded(sizes), len(sizes) // len(programs))
@@ -267,9 +307,12 @@ def program_count(groups: int, tile: int) -> int:
 
 
 def vector_width(strided: Iterable[Tensor], contiguous: Iterable[Tensor], samples: int = 1) -> int:
-    """Elements per group: 16 bytes of the narrowest tensor, or 1 where a size, stride or address does not allow it."""
+    """Elements per group: 16 bytes of the narrowest tensor, or 1 where a size, stride or address does not allow it.
+
+    Codes of one byte do not count: a thread that loads 16 of them would have to pass half on to its neighbour.
+    """
     tensors = [*strided, *contiguous]
-    width = 16 // min(t.element_size() for t in tensors)
+    width = 16 // min(size for t in tensors if (size := t.element_size()) > 1)
     for t in tensors:
         if t.data_ptr() % 16 or t.numel() % (width * samples):
             return 1

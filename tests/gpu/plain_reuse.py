@@ -1,4 +1,4 @@
-"""Reuse of block groups in plain PyTorch, written anew from the meaning of a schedule: nothing of ours computes here."""
+"""Reuse of block groups in plain PyTorch, written from what a schedule means: nothing of ours computes here."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ E4M3_LARGEST = 448.0
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """The blocks that a schedule counts, in order."""
-    return [block for name in LISTS for block in getattr(transformer, name, {})._modules.values()]
+    return [block for name in LISTS for block in getattr(transformer, name, ())]
 
 
 def as_fp8(residual: Tensor) -> Tensor:
     """What is left of a residual stored as fp8 codes with a power of two as the scale of each row."""
     mantissa, exponent = torch.frexp(residual.abs().amax(-1, keepdim=True) / E4M3_LARGEST)
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+    power = exponent - (mantissa == 0.5).int()
+    scale = ((power + 127) << 23).view(torch.float32)  # 2^power to the bit, on every device
     return (residual / scale).to(torch.float8_e4m3fn).float() * scale
 
 

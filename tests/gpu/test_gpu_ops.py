@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_router_lerp(make: Callable, shape: tuple, dtype: torch.dtype) -> None:
     for beta in (torch.tensor([0.3]), torch.linspace(0, 1, shape[0])):
         results = []
         for f, c, x, grad in both(tensors):
-            fresh, weight = f.detach().requires_grad_(), beta.to(f.device).requires_grad_()
+            fresh, weight = f.detach().requires_grad_(), beta.detach().to(f.device).requires_grad_()
             out = ops.router_lerp(fresh, c, weight, gate.to(f.device), x)
             out.backward(grad)
             results.append((out.detach(), fresh.grad, weight.grad))
@@ -165,6 +166,111 @@ def test_compact(make: Callable, shape: tuple) -> None:
         ops.capture_compact([output], [before], [codes], [scales])
         results.append((scales, *ops.linear_combination([before], [[codes]], [0.5], scales=[[scales]])))
     assert all(map(same_bits, results[1], results[0]))
+
+
+def stream_pair(dtype: torch.dtype, joined: bool) -> list[Tensor]:
+    """An image of 77 and a text of 33 tokens on the CPU, on their own or as slices of one tensor."""
+    image, text = torch.randn(2, 77, 320).to(dtype), torch.randn(2, 33, 320).to(dtype)
+    whole = torch.cat([text, image], dim=1)
+    return [whole[:, 33:], whole[:, :33]] if joined else [image, text]
+
+
+def pair_on(device: str, pair: list[Tensor]) -> list[Tensor]:
+    """A copy, joined where the pair is."""
+    if pair[0].is_contiguous():
+        return [t.to(device, copy=True) for t in pair]
+    whole = torch.cat(pair[::-1], dim=1).to(device)
+    return [whole[:, 33:], whole[:, :33]]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("stored", ["same", "float32"])
+def test_two_streams_in_one_launch(dtype: torch.dtype, stored: str, joined: bool) -> None:
+    """Captured with statistics, reused with one term and two, new and in place; stored as they are or unrounded."""
+    tensors = [stream_pair(dtype, joined) for _ in range(2)]
+    older = [torch.randn(t.shape).to(torch.float32 if stored == "float32" else dtype) for t in tensors[0]]
+    results = []
+    for device in ("cpu", "cuda"):
+        (after, before), previous = (pair_on(device, pair) for pair in tensors), pair_on(device, older)
+        residuals, flag = [torch.empty_like(p) for p in previous], torch.zeros(1, dtype=torch.int32, device=device)
+        sums = ops.capture(after, before, residuals, flag, previous)
+        ops.capture(after, before, residuals, flag)
+        one = ops.linear_combination(before, [[r] for r in residuals], [1.0])
+        terms = [[r, p] for r, p in zip(residuals, previous, strict=True)]
+        ops.linear_combination(before, terms, [1.3, -0.3], results=before)
+        results.append((sums, [*residuals, flag, *one, *before]))
+    (known_sums, known), (found_sums, found) = results
+    assert all(map(same_bits, found, known)) and sums_close(found_sums, known_sums)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_compact_reuse_in_place(dtype: torch.dtype, joined: bool) -> None:
+    """Of two streams in one launch, with two terms."""
+    tensors = [stream_pair(dtype, joined) for _ in range(3)]
+    results = []
+    for device in ("cpu", "cuda"):
+        after, before, middle = (pair_on(device, pair) for pair in tensors)
+        kept = []
+        for outputs in (after, middle):
+            codes = [torch.empty(t.shape, dtype=torch.uint8, device=t.device) for t in before]
+            scales = [torch.empty(t.shape[:-1], device=t.device) for t in before]
+            ops.capture_compact(outputs, before, codes, scales)
+            kept.append((codes, scales))
+        (codes, scales), (codes_2, scales_2) = kept
+        terms, rows = (
+            [list(pair) for pair in zip(*both, strict=True)] for both in ((codes, codes_2), (scales, scales_2))
+        )
+        ops.linear_combination(before, terms, [1.3, -0.3], results=before, scales=rows)
+        results.append([*codes, *scales, *before])
+    assert all(map(same_bits, results[1], results[0]))
+
+
+HUGE = (1, 2**31 // 3072 + 64, 3072)
+AROUND = [slice(0, 4), slice(2**31 // 3072 - 2, 2**31 // 3072 + 2), slice(HUGE[1] - 4, HUGE[1])]
+"""Rows at the beginning, on both sides of element number 2^31, and at the end."""
+
+
+def huge(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(HUGE, dtype=dtype, device="cuda").normal_()
+
+
+def rows_on_cpu(*tensors: Tensor) -> list[list[Tensor]]:
+    return [[t[:, rows].cpu() for t in tensors] for rows in AROUND]
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    output, before = huge(), huge()
+    residual, flag = torch.empty_like(before), torch.zeros(1, dtype=torch.int32, device="cuda")
+    pieces = rows_on_cpu(output, before)
+    sums = ops.pair_statistics([output], [before])[0].double()
+    for _ in range(2):  # by Triton's launcher, and repeated
+        residual.zero_()
+        ops.capture([output], [before], [residual], flag)
+    ops.linear_combination([before], [[residual]], [0.5], results=[before])
+    for (after, start), (stored, reused) in zip(pieces, rows_on_cpu(residual, before), strict=True):
+        expected = torch.empty_like(after)
+        ops.capture([after], [start], [expected])
+        assert torch.equal(stored, expected)
+        assert torch.equal(reused, ops.linear_combination([start], [[expected]], [0.5])[0])
+    assert not flag.item()
+    known = torch.zeros(2, dtype=torch.float64, device="cuda")
+    for part in output.split(2**16, dim=1):
+        known += torch.stack([part.abs().sum(dtype=torch.float64), part.float().square().sum(dtype=torch.float64)])
+    torch.testing.assert_close(sums[[1, 4]], known, rtol=1e-4, atol=0)
+
+
+def test_compact_storage_of_more_than_two_to_the_31_elements() -> None:
+    output, before = huge(), huge()
+    codes = torch.empty(HUGE, dtype=torch.uint8, device="cuda")
+    scales = torch.empty(HUGE[:-1], device="cuda")
+    pieces = rows_on_cpu(output, before)
+    ops.capture_compact([output], [before], [codes], [scales])
+    ops.linear_combination([before], [[codes]], [0.5], results=[before], scales=[[scales]])
+    for (after, start), (stored, sizes, reused) in zip(pieces, rows_on_cpu(codes, scales, before), strict=True):
+        expected, rows = torch.empty_like(stored), torch.empty_like(sizes)
+        ops.capture_compact([after], [start], [expected], [rows])
+        assert torch.equal(stored, expected) and torch.equal(sizes, rows)
+        assert torch.equal(reused, ops.linear_combination([start], [[expected]], [0.5], scales=[[rows]])[0])
 
 
 def test_decide() -> None:
@@ -242,6 +348,38 @@ def test_another_stream() -> None:
         step()
     stream.synchronize()
     assert all(map(torch.equal, written, expected))
+
+
+def test_two_threads_on_two_streams() -> None:
+    """Both at once, a hundred times: nothing is shared but the kernels."""
+    both = [workload() for _ in range(2)]
+    expected = []
+    for step, written in both:
+        step()
+        expected.append([t.clone() for t in written])
+        for t in written:
+            t.zero_()
+    torch.cuda.synchronize()
+    together, failed = threading.Barrier(2, timeout=60), []
+
+    def work(step: Callable[[], Any]) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                together.wait()
+                for _ in range(100):
+                    step()
+        except BaseException as error:  # told to the main thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(step,)) for step, _ in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failed
+    for (_, written), known in zip(both, expected, strict=True):
+        assert all(map(torch.equal, written, known))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
