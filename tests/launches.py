@@ -21,6 +21,8 @@ from typing import Any
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TERMS, SETS = 8, 10
+# Constants whose product is the number of elements that a program takes at a time.
+SIZES = ("R", "VEC", "GROUPS", "ROWS", "CHUNKS")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Launch:
         minimum: bytes per element of the first tensor that must move, or None where a loop hides the count.
         registers: ceiling on NVIDIA GPUs; a fifth above what triton 3.9 needs.
         narrow: widths of accesses of single numbers (coefficients, scales), beside partial sums and flags.
+        fused: multiply-adds per element, all of which add to sums; outputs round like eager PyTorch.
+        codes: whether it reads or writes codes of one byte, eight at a time.
     """
 
     kernel: str
@@ -40,6 +44,8 @@ class Launch:
     minimum: float | None
     registers: int
     narrow: tuple[str, ...] = ()
+    fused: int = 0
+    codes: bool = False
 
 
 def load(folder: Path) -> Callable[[str], ModuleType]:
@@ -105,9 +111,9 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
             keep, lambda: capture.capture_triton(dense(), dense(), dense(), flag, dense(), False, True), 8, 92
         ),
         "capture strided": Launch(keep, lambda: capture.capture_triton(slices(), slices(), dense(), flag), 6, 72),
-        "pair": Launch(stats, lambda: statistics.pair_statistics_triton(pair(), pair()), 4, 84),
-        "pair many": Launch(stats, lambda: statistics.pair_statistics_triton(many(8), many(8)), 4, 84),
-        "pair strided": Launch(stats, lambda: statistics.pair_statistics_triton(slices(), slices()), 4, 84),
+        "pair": Launch(stats, lambda: statistics.pair_statistics_triton(pair(), pair()), 4, 78, (), 4),
+        "pair many": Launch(stats, lambda: statistics.pair_statistics_triton(many(8), many(8)), 4, 78, (), 4),
+        "pair strided": Launch(stats, lambda: statistics.pair_statistics_triton(slices(), slices()), 4, 78, (), 4),
         "reuse": Launch(linear, lambda: combine.linear_combination_triton(pair(), terms(1), [1.0]), 6, 40),
         "combine": Launch(linear, lambda: combine.linear_combination_triton(pair(), terms(2), [1.5, -0.5]), 8, 48),
         "combine device": Launch(
@@ -130,8 +136,9 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
             linear,
             lambda: combine.linear_combination_triton([one], [codes], [1.0], None, None, [scales]),
             5,
-            84,
+            48,
             ("b32",),
+            codes=True,
         ),
         "taylor update": Launch(linear, lambda: map_of(3, taylor, factors=[1.0, 1.0, 1.0]), 12, 96),
         "taylor": Launch(linear, lambda: map_of(2, [[1.0, 0.5]]), 6, 48),
@@ -144,7 +151,9 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
                 [new(1, 64, 4096)], [new(1, 64, 4096)], [new(1, 64, 4096, dtype=torch.uint8)], scales, flag
             ),
             5,
-            128,
+            58,
+            fused=1,
+            codes=True,
         ),
         "lerp": Launch("_router_lerp_fwd_kernel", lambda: router.router_lerp_triton(one, one, beta), 6, 56, ("b32",)),
         "lerp gated": Launch(
@@ -153,15 +162,19 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         "lerp backward": Launch(
             "_router_lerp_bwd_kernel", lambda: router.router_lerp_backward_triton(one, one, one, beta), 8, 64, ("b32",)
         ),
-        "modulate": Launch("_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row), 8, 96),
+        "modulate": Launch("_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row), 8, 76, (), 1),
         "modulate metric": Launch(
-            "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, (), (), wide), 10, 168
+            "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, (), (), wide), 10, 154, (), 5
         ),
         "modulate reuse": Launch(
-            "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, [wide, wide], [1.5, -0.5]), 12, 128
+            "_modulate_kernel",
+            lambda: modulate.modulate_triton(wide, row, row, [wide, wide], [1.5, -0.5]),
+            12,
+            95,
+            fused=1,
         ),
-        "guidance": Launch("_guidance_kernel", lambda: guidance.guidance_triton(thin, thin, 4.0, True), 6, 72),
-        "rows": Launch("_row_statistics_kernel", lambda: decisions.row_statistics_triton(wide, wide), 4, 96),
+        "guidance": Launch("_guidance_kernel", lambda: guidance.guidance_triton(thin, thin, 4.0, True), 6, 40, (), 2),
+        "rows": Launch("_row_statistics_kernel", lambda: decisions.row_statistics_triton(wide, wide), 4, 116, (), 3),
     }
 
 
@@ -221,7 +234,7 @@ def main(arch: str, folder: str = str(KERNELS), *wanted: str) -> None:
 
     def recorded(self: Any, *arguments: Any, **options: Any) -> Any:
         compiled = run(self, *arguments, **options)
-        constants = {name: options[name] for name in ("R", "VEC", "GROUPS", "ROWS") if name in options}
+        constants = {name: options[name] for name in SIZES if name in options}
         seen.append((self.fn.__name__, compiled, constants))
         return compiled
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -65,18 +66,33 @@ def accesses(ptx: str, kind: str) -> dict[str, int]:
     return {width: widths.count(width) for width in sorted(set(widths))}
 
 
+def elements(kernel: dict[str, Any]) -> int:
+    """Elements that a thread takes at a time."""
+    return math.prod(kernel["constants"].values()) / (32 * kernel["warps"])
+
+
 def check_accesses(launch: Launch, kernel: dict[str, Any]) -> None:
     """All wide, and as many bytes per element as must move."""
-    ptx, constants = kernel["assembly"], kernel["constants"]
+    ptx = kernel["assembly"]
     loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
     every = sum(loads.values()) + sum(stores.values())
     assert len(re.findall(r"\b(?:ld|st)\.(?:\w+\.)*?global", ptx)) == every, "an access of a width not looked for"
-    wide = loads.pop("v4.b32", 0) + stores.pop("v4.b32", 0)
+    moved = 16 * (loads.pop("v4.b32", 0) + stores.pop("v4.b32", 0))
+    if launch.codes:
+        moved += 8 * (loads.pop("v2.b32", 0) + stores.pop("v2.b32", 0))
     # what is left are single numbers: coefficients and scales in, partial sums and the flag out
     assert set(loads) <= set(launch.narrow), f"narrow loads: {loads}"
     assert set(stores) <= {"b32"}, f"narrow stores: {stores}"
-    elements = (constants.get("R") or constants["GROUPS"]) * constants.get("ROWS", 1) * constants["VEC"]
-    assert wide * 16 * 32 * kernel["warps"] / elements == launch.minimum, "more bytes than must move"
+    assert moved / elements(kernel) == launch.minimum, "more bytes than must move"
+
+
+def check_rounding(launch: Launch, kernel: dict[str, Any]) -> None:
+    """As many multiply-adds as its sums have, and none for its outputs, which round like eager PyTorch.
+
+    A bf16 subtraction is written as one by -1, which rounds the same.
+    """
+    found = re.findall(r"fma\.rn\.f32(x2)?", kernel["assembly"])
+    assert sum(2 if pair else 1 for pair in found) == launch.fused * elements(kernel)
 
 
 def is_older() -> bool:
@@ -115,18 +131,25 @@ def test_enough_bytes_are_in_flight(name: str, arch: str, compiled: Callable) ->
     warps, registers = kernel["warps"], -(-kernel["resources"]["REG"] // 8) * 8
     most_warps = 48 if arch == "120" else 64
     blocks = min(65536 // (32 * warps * registers), most_warps // warps)
-    loads = accesses(kernel["assembly"], "ld").get("v4.b32", 0)
-    assert name == "capture misaligned" or blocks * loads * 16 * 32 * warps >= 32 * 1024
+    loads = accesses(kernel["assembly"], "ld")
+    flying = 16 * loads.get("v4.b32", 0) + 8 * loads.get("v2.b32", 0)
+    assert name == "capture misaligned" or blocks * flying * 32 * warps >= 32 * 1024
 
 
 @pytest.mark.parametrize("arch", CUDA)
-def test_nothing_slow_and_nothing_fused(arch: str, compiled: Callable) -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_only_sums_are_fused(name: str, arch: str, compiled: Callable) -> None:
+    check_rounding(ALL[name], compiled(arch)[name][ALL[name].kernel])
+
+
+@pytest.mark.parametrize("arch", CUDA)
+def test_nothing_slow(arch: str, compiled: Callable) -> None:
     for name, kernels in compiled(arch).items():
         for kernel, found in kernels.items():
             ptx = found["assembly"]
             assert ".f64" not in ptx, f"{name}: {kernel} computes in fp64"
-            # a bf16 subtraction is written as a multiply-add by -1, which rounds the same
-            assert "fma.rn.f32" not in ptx, f"{name}: {kernel} rounds otherwise than eager PyTorch"
+            if kernel != ALL[name].kernel:
+                assert "fma.rn.f32" not in ptx, f"{name}: {kernel} fuses multiply-adds"
             assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: {kernel} uses atomics"
 
 
@@ -146,8 +169,8 @@ def test_misaligned_tensors_take_the_slow_path(arch: str, compiled: Callable) ->
 @pytest.mark.parametrize("name", FAST)
 def test_amd_accesses_are_wide(name: str, arch: str, compiled: Callable) -> None:
     text = compiled(arch)[name][ALL[name].kernel]["assembly"]
-    # a wave of 64 threads gets 8 bytes each from the half tiles of the error kernel
-    assert re.search(rf"_load_dwordx{2 if name == 'error' else 4}\b", text)
+    # four waves of 64 threads get 8 bytes each of a tile or chunk of 128 groups
+    assert re.search(r"_load_dwordx[24]\b", text)
     assert not re.search(r"_(load|store)_(ushort|short|ubyte|sbyte|byte|d16)", text)
     assert re.search(r"\.vgpr_spill_count:\s*0\b", text)
     assert re.search(r"\.private_segment_fixed_size:\s*0\b", text)
