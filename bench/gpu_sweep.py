@@ -105,7 +105,7 @@ STREAMED = TILED[:-1]
 SUMMED = ("capture and change", "pair statistics", "modulate and change")
 
 # Pair statistics of one contiguous pair in one launch: the program that comes last folds what all of them found. The
-# order of additions is that of statistics.py and of `_finalise_kernel`, so the results are equal bit by bit.
+# order of additions is another than in statistics.py, and the same in every run.
 TICKET = '''
 from __future__ import annotations
 
