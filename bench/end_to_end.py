@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 import layercache
+from layercache._utils.files import write_atomically
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
-from layercache.files import write_atomically
-from layercache.report import machine_info
+from layercache.tools.report.tables import machine_info
 
 
 def generate(pipe: DemoPipeline, prompts: list[str], steps: int, seed: int) -> float:

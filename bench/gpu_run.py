@@ -92,7 +92,7 @@ def parts(rehearse: bool) -> list[Part]:
 
     def kernels(*more: str) -> Callable[[float, Path], list[str]]:
         def command(seconds: float, file: Path) -> list[str]:
-            head = ["-m", "layercache.cli", "bench", "kernels", "--device", device, "--json", str(file)]
+            head = ["-m", "layercache", "bench", "kernels", "--device", device, "--json", str(file)]
             return [*head, "--time-limit", f"{max(1.0, seconds - GRACE):.0f}", "--rounds", rounds, *more]
 
         return command
@@ -299,8 +299,8 @@ def measure_machine(path: Path, rehearse: bool) -> int:
     """Writes card, versions and the rate of a copy of 1 GB; 1 where that is not what the card can do."""
     import torch
 
-    from layercache.benchmarks.clocks import clock_of
-    from layercache.report import machine_info, write_json
+    from layercache.tools.bench.clocks import clock_of
+    from layercache.tools.report.tables import machine_info, write_json
 
     device = torch.device("cpu" if rehearse else "cuda")
     elements = (2**20 if rehearse else 2**29) // 4
@@ -343,7 +343,7 @@ def compile_share(share: str, rehearse: bool) -> int:
     """Every so many-th case, for the device and in the shape that is measured."""
     import torch
 
-    from layercache.benchmarks.cases import CASES, find_cases
+    from layercache.tools.bench.cases import CASES, find_cases
 
     job, jobs = map(int, share.split("/"))
     cases = find_cases(["gram"]) if rehearse else list(CASES)
@@ -369,10 +369,10 @@ def simulated_kernels(shapes: list[str], compiled: bool) -> float:
 
     import torch
 
-    from layercache.benchmarks.cases import CASES
-    from layercache.benchmarks.clocks import SimulatedClock
-    from layercache.benchmarks.commands import CASE_SECONDS
-    from layercache.benchmarks.measuring import in_turn
+    from layercache.tools.bench.cases import CASES
+    from layercache.tools.bench.clocks import SimulatedClock
+    from layercache.tools.bench.measure import in_turn
+    from layercache.tools.cli.bench import CASE_SECONDS
 
     total = START_SECONDS
     for shape in shapes:

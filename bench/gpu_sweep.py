@@ -698,7 +698,7 @@ class Sweep:
     def write(self) -> None:
         if self.options.json is None:
             return
-        from layercache.report import write_json
+        from layercache.tools.report.tables import write_json
 
         known = {
             v.name: {
@@ -801,7 +801,7 @@ def show(sweep: str, shape: Sequence[int], rows: list[dict[str, Any]], seconds: 
     """Prints a table of what was measured."""
     from rich.table import Table
 
-    from layercache.report import plain_text
+    from layercache.tools.report.tables import plain_text
 
     table = Table(title=f"{sweep}, {'x'.join(map(str, shape))}, {seconds:.1f} s", title_justify="left", box=None)
     for heading in ("case", "variant"):

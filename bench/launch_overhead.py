@@ -38,8 +38,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """One row per form of an op; in a process that finds the stand-in."""
     import torch
 
-    from layercache.benchmarks.cases import CASES
     from layercache.ops.dispatch import Kernels
+    from layercache.tools.bench.cases import CASES
 
     torch.set_num_threads(1)
     driver = fake_driver.stand_in(watch=False)
@@ -83,8 +83,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from layercache.benchmarks.results import hash_or_none
-    from layercache.report import machine_info, write_json
+    from layercache.tools.bench.results import hash_or_none
+    from layercache.tools.report.tables import machine_info, write_json
 
     with tempfile.TemporaryDirectory() as folder:
         output = fake_driver.run_child(Path(__file__), Path(folder), "--child", "--rounds", str(args.rounds))

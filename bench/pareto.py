@@ -21,18 +21,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 from rich.console import Console
 
 import layercache
-from layercache import report
-from layercache.coaching import coach
 from layercache.demo.model import CLASS_NAMES, ClassEncoder
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 from layercache.errors import BudgetError
-from layercache.fitting import HOLD
-from layercache.front import Point
-from layercache.front_report import FrontRow, front_table, save_front_page, save_front_plot
 from layercache.methods import meancache
-from layercache.plots import MapPanel, save_maps
-from layercache.rehearsal import Rehearsal, skipping
-from layercache.searching import COACHED_TERMS, RESIDUAL_FORECASTS, STEERED
+from layercache.planning.fit import HOLD
+from layercache.planning.front import Point
+from layercache.planning.refit import coach
+from layercache.planning.rollout import Rehearsal, skipping
+from layercache.planning.search import COACHED_TERMS, RESIDUAL_FORECASTS, STEERED
+from layercache.tools.report import tables
+from layercache.tools.report.front import FrontRow, front_table, save_front_page, save_front_plot
+from layercache.tools.report.plots import MapPanel, save_maps
 
 BATCH = 24
 GAMMAS = (1.0, 2.0, 5.0)
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "calibration_seeds": list(fitted),
         "held_out_seeds": list(held),
-        "machine": report.machine_info(),
+        "machine": tables.machine_info(),
         "runs": front.tried,
         "notes": list(front.notes),
         "rows": [row.to_json() for row in rows],
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     save_block_map(args.out.with_suffix(".map.png"), pipe, samples(fitted)[0], fitted[0], call)
     front.save(args.out.with_suffix(".front.json"))
-    report.write_json(args.out.with_suffix(".json"), figures)
+    tables.write_json(args.out.with_suffix(".json"), figures)
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
     save_front_plot(args.out.with_suffix(".png"), rows, title)
     save_front_page(args.out.with_suffix(".html"), rows, title)

@@ -41,12 +41,12 @@ from host_overhead import ALWAYS, NEVER, diffusers_hook
 from torch import Tensor, nn
 
 import layercache
-from layercache.compat import scheduler_sigmas
-from layercache.layout import stored_bytes
+from layercache._utils.compat import scheduler_sigmas
 from layercache.methods.fbcache import DBCache, FBCache
-from layercache.models import count_blocks, fingerprint_of, spec_for
-from layercache.report import machine_info, write_json
-from layercache.schedule import Schedule, Velocity
+from layercache.models.known import count_blocks, fingerprint_of, spec_for
+from layercache.schedule.memory_plan import stored_bytes
+from layercache.schedule.schedule import Schedule, Velocity
+from layercache.tools.report.tables import machine_info, write_json
 
 # Steps at the beginning that do not count: all of them compute, and a forecast needs two.
 WARM = 2

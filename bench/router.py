@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 import layercache
-from layercache import metrics, plots, report
+from layercache._utils import metrics
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.methods import l2c
-from layercache.module_schedule import ModuleSchedule
+from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.report import plots, tables
 
 
 def classes(numbers: range) -> list[str]:
@@ -75,12 +76,12 @@ def main() -> None:
     figures = {
         "command": "python bench/router.py " + " ".join(sys.argv[1:]),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": report.machine_info(),
+        "machine": tables.machine_info(),
         "losses": router.losses,
         "modules": len(router.units),
         "rows": rows,
     }
-    report.write_json(args.out.with_suffix(".json"), figures)
+    tables.write_json(args.out.with_suffix(".json"), figures)
     plots.save_losses(args.out.with_suffix(".png"), router.losses, len(router.units))
 
 

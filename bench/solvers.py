@@ -21,8 +21,8 @@ from tqdm import tqdm
 import layercache
 from layercache import _core
 from layercache.errors import BudgetError
-from layercache.profile import StabilityProfile
-from layercache.report import machine_info, write_json
+from layercache.planning.profile import StabilityProfile
+from layercache.tools.report.tables import machine_info, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle_scheduler

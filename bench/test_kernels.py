@@ -12,8 +12,8 @@ import os
 import pytest
 import torch
 
-from layercache.benchmarks.cases import CASES, Case
-from layercache.benchmarks.measuring import TOLERANCE, keep_memory
+from layercache.tools.bench.cases import CASES, Case
+from layercache.tools.bench.measure import TOLERANCE, keep_memory
 
 SHAPE = tuple(int(size) for size in os.environ.get("LAYERCACHE_BENCH_SHAPE", "1x1024x1152").split("x"))
 DTYPE = getattr(torch, os.environ.get("LAYERCACHE_BENCH_DTYPE", "bfloat16"))

@@ -18,7 +18,7 @@ import torch
 import layercache
 from layercache import ops
 from layercache.demo.pipeline import load_demo_pipeline
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, check_range
+from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, check_range
 
 
 class CosineDecider(Decider):

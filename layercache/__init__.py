@@ -19,35 +19,35 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from layercache.calibration import calibrate as calibrate
     from layercache.errors import LayerCacheError as LayerCacheError
-    from layercache.front import Front as Front
-    from layercache.inference import infer_model as infer_model
-    from layercache.integration import disable as disable
-    from layercache.integration import enable as enable
-    from layercache.integration import enabled as enabled
-    from layercache.model_spec import ModelSpec as ModelSpec
-    from layercache.models import register_model as register_model
-    from layercache.planner import plan as plan
-    from layercache.profile import StabilityProfile as StabilityProfile
-    from layercache.schedule import Schedule as Schedule
-    from layercache.searching import search as search
+    from layercache.models.known import register_model as register_model
+    from layercache.models.spec import ModelSpec as ModelSpec
+    from layercache.planning.calibrate import calibrate as calibrate
+    from layercache.planning.front import Front as Front
+    from layercache.planning.infer_model import infer_model as infer_model
+    from layercache.planning.plan import plan as plan
+    from layercache.planning.profile import StabilityProfile as StabilityProfile
+    from layercache.planning.search import search as search
+    from layercache.runtime.enable import disable as disable
+    from layercache.runtime.enable import enable as enable
+    from layercache.runtime.enable import enabled as enabled
+    from layercache.schedule.schedule import Schedule as Schedule
 
 # Loaded on first use, so that `import layercache` costs no torch or diffusers import.
 _HOMES = {
-    "calibrate": "calibration",
-    "disable": "integration",
-    "enable": "integration",
-    "enabled": "integration",
-    "Front": "front",
+    "calibrate": "planning.calibrate",
+    "disable": "runtime.enable",
+    "enable": "runtime.enable",
+    "enabled": "runtime.enable",
+    "Front": "planning.front",
     "LayerCacheError": "errors",
-    "infer_model": "inference",
-    "ModelSpec": "model_spec",
-    "plan": "planner",
-    "register_model": "models",
-    "Schedule": "schedule",
-    "search": "searching",
-    "StabilityProfile": "profile",
+    "infer_model": "planning.infer_model",
+    "ModelSpec": "models.spec",
+    "plan": "planning.plan",
+    "register_model": "models.known",
+    "Schedule": "schedule.schedule",
+    "search": "planning.search",
+    "StabilityProfile": "planning.profile",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

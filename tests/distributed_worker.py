@@ -20,8 +20,8 @@ import zoo
 from layercache import register_model
 from layercache.errors import CacheStateError
 from layercache.methods.fbcache import FBCache
-from layercache.model_spec import ModelSpec
-from layercache.schedule import Schedule
+from layercache.models.spec import ModelSpec
+from layercache.schedule.schedule import Schedule
 from tiny import LAYERS, SlopeTransformer, fingerprint
 
 STEPS, DIM, IMAGE, TEXT = 10, 16, 8, 3

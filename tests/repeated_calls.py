@@ -164,7 +164,7 @@ def forms() -> dict[str, Callable[[float], Callable[[], Any]]]:
 
 def from_cases() -> dict[str, Callable[[float], Callable[[], Any]]]:
     """Every form that is measured."""
-    from layercache.benchmarks.cases import CASES
+    from layercache.tools.bench.cases import CASES
 
     def maker(case: Any) -> Callable[[float], Callable[[], Any]]:
         def make(c: float) -> Callable[[], Any]:

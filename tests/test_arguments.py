@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import layercache
-from layercache.coaching import coach
 from layercache.errors import ArgumentError, LayerCacheError, UnsupportedModelError
-from layercache.fitting import fit_residuals
-from layercache.forecast import reforecast
-from layercache.front import Front
-from layercache.methods import fixed, invardiff, l2c, magcache, meancache, teacache, watching
-from layercache.schedule import Schedule
+from layercache.methods import fixed, full_runs, invardiff, l2c, magcache, meancache, teacache
+from layercache.planning.fit import fit_residuals
+from layercache.planning.front import Front
+from layercache.planning.refit import coach
+from layercache.schedule.forecast import reforecast
+from layercache.schedule.schedule import Schedule
 from test_planner import made_profile
 from tiny import tiny_pipeline
 
@@ -59,7 +59,7 @@ OTHERS = {
 }
 OF_PIPELINES = {
     "teacache.fit": lambda value: teacache.fit(value, ["cat"], **CALL),
-    "watching.magnitude_ratios": lambda value: watching.magnitude_ratios(value, "cat", **CALL),
+    "watching.magnitude_ratios": lambda value: full_runs.magnitude_ratios(value, "cat", **CALL),
     "invardiff.build_schedule": lambda value: invardiff.build_schedule(value, ["cat"], **CALL),
     "invardiff.measure": lambda value: invardiff.measure(value, ["cat"], **CALL),
     "l2c.train": lambda value: l2c.train(value, ["cat"], progress=False, **CALL),

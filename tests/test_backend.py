@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from layercache import backend
 from layercache.backend import patching, primitives
-from layercache.cli import app
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
+from layercache.tools.cli.app import app
 from test_models import call
 from test_peer_agreement import STEPS, FullSize, full_size_counts, peer
 from test_peer_agreement import pipe as pipe
@@ -286,7 +286,7 @@ def test_full_size_operators_of_a_taylor_prediction(pipe):
 
 
 def reads_of(pipe, config) -> int:
-    from layercache.comparison import Counter
+    from layercache.tools.compare.run import Counter
 
     pipe.transformer.enable_cache(config)
     try:

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 import layercache
 from layercache import ops
-from layercache.benchmarks import results
-from layercache.benchmarks.cases import CASES, find_cases
-from layercache.benchmarks.clocks import HostClock
-from layercache.benchmarks.measuring import TOLERANCE, Timing, measure
-from layercache.cli import app
 from layercache.errors import OpInputError
+from layercache.tools.bench import results
+from layercache.tools.bench.cases import CASES, find_cases
+from layercache.tools.bench.clocks import HostClock
+from layercache.tools.bench.measure import TOLERANCE, Timing, measure
+from layercache.tools.cli.app import app
 
 SHAPE, CPU = (1, 16, 64), torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def test_no_speedup_is_claimed_for_a_wrong_result():
 
 def test_a_wrong_result_fails_the_command(monkeypatch):
     wrong = dataclasses.replace(find_cases(["reuse"])[0], ours=lambda i: i.x[0] - i.x[1])
-    monkeypatch.setattr("layercache.benchmarks.cases.CASES", (wrong,))
+    monkeypatch.setattr("layercache.tools.bench.cases.CASES", (wrong,))
     done = CliRunner().invoke(app, ["bench", "kernels", "--no-compile", "--rounds", "1", "--shape", "1x4x16"])
     assert done.exit_code == 1 and "WRONG" in done.stdout
 
@@ -94,7 +94,7 @@ def test_a_failing_case_does_not_lose_the_others(monkeypatch, tmp_path):
 
     good = find_cases(["reuse"])[0]
     bad = dataclasses.replace(good, name="bad", ours=fail)
-    monkeypatch.setattr("layercache.benchmarks.cases.CASES", (bad, good))
+    monkeypatch.setattr("layercache.tools.bench.cases.CASES", (bad, good))
     arguments = ["--no-compile", "--rounds", "1", "--shape", "1x4x16", "--json", str(tmp_path / "f.json")]
     done = CliRunner().invoke(app, ["bench", "kernels", *arguments])
     assert done.exit_code == 1 and "out of memory" in done.stdout

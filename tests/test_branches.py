@@ -8,9 +8,9 @@ import torch
 
 import layercache
 from layercache.errors import ScheduleError
-from layercache.fitting import Forecast
-from layercache.rehearsal import Rehearsal, psnr_of, skipping
-from layercache.schedule import Schedule, Velocity
+from layercache.planning.fit import Forecast
+from layercache.planning.rollout import Rehearsal, psnr_of, skipping
+from layercache.schedule.schedule import Schedule, Velocity
 from tiny import generate, generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import layercache
-from layercache.calibration import Observer
 from layercache.errors import CalibrationError, FileFormatError, ScheduleError
-from layercache.forecast import secant_coefficients
-from layercache.models import ModelSpec
-from layercache.partition import cut, cut_by_curves
-from layercache.profile import StabilityProfile, readable
+from layercache.models.known import ModelSpec
+from layercache.planning.calibrate import Observer
+from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.forecast import secant_coefficients
+from layercache.schedule.partition import cut, cut_by_curves
 from tiny import GROUPS, LAYERS, SlopeTransformer, fingerprint, shifted_sigmas, tiny_pipeline
 
 layercache.register_model(ModelSpec("SlopeTransformer", timestep="timestep"))

@@ -16,18 +16,19 @@ from typer.testing import CliRunner
 
 import layercache
 import tiny
-from layercache import cli, doctor
-from layercache.demo import pipeline, run
+from layercache.demo import pipeline
 from layercache.errors import BudgetError, UnsupportedModelError
-from layercache.front_report import order_sentence, rows_of
-from layercache.schedule import Schedule
+from layercache.schedule.schedule import Schedule
+from layercache.tools import demo, doctor
+from layercache.tools.cli import app
+from layercache.tools.report.front import order_sentence, rows_of
 
 COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
 STEPS = 8
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
+    return CliRunner().invoke(app.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
 
 
 def refused(code: int, *arguments: object) -> str:
@@ -77,7 +78,7 @@ def test_version():
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys, layercache.cli; "
+        "import sys, layercache.tools.cli.app; "
         "print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib', 'skimage') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -85,7 +86,7 @@ def test_help_loads_nothing_heavy():
 
 
 def test_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "layercache.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "layercache", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"layercache {layercache.__version__}")
 
 
@@ -134,7 +135,7 @@ def test_spans_that_are_none(schedule_file, spans):
 
 @pytest.mark.parametrize(("text", "spans"), [("1,2,3", (1, 2, 3)), (" 4 ", (4,)), ("none", ()), ("", ())])
 def test_spans(text, spans):
-    assert cli._parse_spans(text) == spans
+    assert app._parse_spans(text) == spans
 
 
 def test_unknown_class_of_the_demo_model(tiny_demo, tmp_path):
@@ -182,7 +183,7 @@ def test_full_disk(schedule_file, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "figures.json")
 
-    monkeypatch.setattr("layercache.report.write_json", full)
+    monkeypatch.setattr("layercache.tools.report.tables.write_json", full)
     text = refused(1, "show", schedule_file, "--json", "figures.json")
     assert text == "Error: No space left on device: figures.json."
 
@@ -191,14 +192,14 @@ def test_interrupt_is_quiet(schedule_file, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layercache.report.schedule_sentences", interrupt)
+    monkeypatch.setattr("layercache.tools.report.tables.schedule_sentences", interrupt)
     result = invoke("show", schedule_file)
     assert (result.exit_code, result.output) == (130, "")
 
 
 def test_debug_brings_the_traceback_back(schedule_file, monkeypatch):
     schedule_file.write_text("{")
-    result = CliRunner().invoke(cli.app, ["show", str(schedule_file)], env={"LAYERCACHE_DEBUG": "1"})
+    result = CliRunner().invoke(app.app, ["show", str(schedule_file)], env={"LAYERCACHE_DEBUG": "1"})
     assert isinstance(result.exception, layercache.LayerCacheError)
 
 
@@ -338,7 +339,7 @@ def test_commands_of_bench_are_worded_too(monkeypatch):
     def fail(_):
         raise BudgetError("run with rounds=3 or max_run=2")
 
-    monkeypatch.setattr("layercache.benchmarks.cases.find_cases", fail)
+    monkeypatch.setattr("layercache.tools.bench.cases.find_cases", fail)
     assert refused(1, "bench", "kernels") == "Error: run with --rounds 3 or max_run=2."
 
 
@@ -371,23 +372,23 @@ class FluxLike:
     ],
 )
 def test_guidance_goes_by_the_pipelines_own_name(pipe, expected):
-    assert cli._call_arguments(pipe, 4.0, None, None) == expected
+    assert app._call_arguments(pipe, 4.0, None, None) == expected
 
 
 def test_no_second_forward_without_guidance():
-    assert cli._call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
-    assert cli._call_arguments(QwenLike(), None, None, None) == {}
+    assert app._call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
+    assert app._call_arguments(QwenLike(), None, None, None) == {}
 
 
 def test_an_option_the_pipeline_lacks():
     with pytest.raises(UnsupportedModelError, match="takes no height"):
-        cli._call_arguments(FluxLike(), None, 64, None)
+        app._call_arguments(FluxLike(), None, 64, None)
 
 
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
-    assert cli._read_prompts(path) == ["a red fox", "café"]
+    assert app._read_prompts(path) == ["a red fox", "café"]
 
 
 # --- the whole way -------------------------------------------------------------------------------------------
@@ -474,7 +475,7 @@ def check_demo(output, figures, seeds: int) -> None:
 
 
 def test_demo_on_a_tiny_model(tiny_demo, tmp_path):
-    result = run.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=tiny_demo)
+    result = demo.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=tiny_demo)
     check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=5)
     assert len(result.profile.samples) == 2
     # the seeds that are compared are not among those that were calibrated on
@@ -499,15 +500,15 @@ def psnr_one_by_one(pipe, result) -> list[float]:
     ("seconds", "warns"), [([1.0, 1.4, 0.2], False), ([1.0, 1.6, 0.2], True), ([1.0], False), ([], False)]
 )
 def test_unsteady_times_are_pointed_out(seconds, warns):
-    settings = run.Settings(seeds=20, batch=8)  # two full batches and a smaller one
-    note = run._timing_note(settings, {"cached": run._Run(np.empty(0), seconds, None)})
+    settings = demo.Settings(seeds=20, batch=8)  # two full batches and a smaller one
+    note = demo._timing_note(settings, {"cached": demo._Run(np.empty(0), seconds, None)})
     assert bool(note) == warns
     assert not warns or "cached 1.00 to 1.60 s" in note
 
 
 def test_demo_refuses_before_it_works(tmp_path):
     with pytest.raises(BudgetError):
-        run.run_demo(tmp_path / "out", budget=1.5, pipe=object())
+        demo.run_demo(tmp_path / "out", budget=1.5, pipe=object())
     assert not (tmp_path / "out").exists()
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import layercache
-from layercache.coaching import TARGETS, _Products, _solve, coach, run_terms, with_terms
 from layercache.errors import ScheduleError
-from layercache.fitting import Forecast, fit_residuals
-from layercache.integration import attachment_of
-from layercache.rehearsal import Rehearsal
+from layercache.planning.fit import Forecast, fit_residuals
+from layercache.planning.refit import TARGETS, _Products, _solve, coach, run_terms, with_terms
+from layercache.planning.rollout import Rehearsal
+from layercache.runtime.enable import attachment_of
 from tiny import GROUPS, schedule_for, tiny_pipeline
 
 STEPS = 8

@@ -14,18 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import layercache
-from layercache import contestants as contestants_module
-from layercache.cli import app
-from layercache.comparison import Comparison, Counter, Outcome
-from layercache.comparison_report import comparison_table, failures, save_comparison
-from layercache.contestants import METHODS, PEERS, Workshop
+from layercache._utils.metrics import psnr, ssim
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
-from layercache.integration import attachment_of
 from layercache.methods.fixed import uniform
-from layercache.metrics import psnr, ssim
-from layercache.module_schedule import ModuleSchedule
-from layercache.report import plain_text
+from layercache.runtime.enable import attachment_of
+from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.cli.app import app
+from layercache.tools.compare import entries as contestants_module
+from layercache.tools.compare.entries import METHODS, PEERS, Workshop
+from layercache.tools.compare.report import comparison_table, failures, save_comparison
+from layercache.tools.compare.run import Comparison, Counter, Outcome
+from layercache.tools.report.tables import plain_text
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 STEPS = 8

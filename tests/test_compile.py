@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import layercache
-from layercache import models
-from layercache.models import spec_for
+from layercache.models import known
+from layercache.models.known import spec_for
 from test_models import call, schedule
 from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from zoo import build
@@ -87,7 +87,7 @@ ROWS = ((None,) * 3, ({0: 1.0}, None, {0: 1.0}), ({0: 1.0}, {1: 1.0}, {0: 1.0}))
 def test_other_classes(name, monkeypatch):
     """Joined streams, two heads, lists of pictures, transposed inputs: still one graph per row and no break."""
     model, inputs = build(name)
-    monkeypatch.setitem(models._REGISTRY, name, replace(spec_for(model), timestep=None))
+    monkeypatch.setitem(known._REGISTRY, name, replace(spec_for(model), timestep=None))
     plan = schedule(model, *ROWS)
     with layercache.enabled(model, plan):
         eager = [call(model, inputs) for _ in range(6)]
@@ -140,7 +140,7 @@ def test_inductor_agrees_with_eager(how):
 
 
 def test_where_torch_does_not_tell_whether_it_traces_hooks_are_kept_out_all_the_same(monkeypatch):
-    from layercache import compat
+    from layercache._utils import compat
 
     monkeypatch.setattr(compat, "get_eval_frame_callback", None)
     seen = []

@@ -10,8 +10,8 @@ from layercache.errors import CacheStateError, MethodError
 from layercache.methods import invardiff, l2c
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
-from layercache.rehearsal import skipping
-from layercache.steps import StepTally
+from layercache.planning.rollout import skipping
+from layercache.runtime.steps import StepTally
 from zoo import build
 
 STEPS = 6

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import layercache
-from layercache.dynamic import Reader
 from layercache.errors import CacheStateError, LayerCacheError, MethodError, NonFiniteResidualError
-from layercache.integration import attachment_of
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import MASKS, DBCache, FBCache, steps_mask
-from layercache.methods.policy import DynamicMethod
 from layercache.methods.teacache import COEFFICIENTS, IDENTITY, SpectralCache, TeaCache, fit
+from layercache.runtime.dynamic import Reader
+from layercache.runtime.enable import attachment_of
+from layercache.runtime.policy import DynamicMethod
 from tiny import LAYERS, SlopeTransformer, generate, shifted_sigmas, tiny_pipeline
 
 STEPS = 12

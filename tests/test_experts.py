@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import layercache
-from layercache.coaching import with_terms
 from layercache.errors import (
     BudgetError,
     CacheStateError,
@@ -18,14 +17,21 @@ from layercache.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from layercache.forecast import reforecast, secant_coefficients
-from layercache.integration import attachment_of
 from layercache.methods.fixed import smoothcache
-from layercache.models import spec_for
-from layercache.profile import StabilityProfile
-from layercache.rehearsal import Rehearsal
-from layercache.report import plain_text, profile_table, schedule_figures, schedule_sentences, schedule_table
-from layercache.schedule import Fingerprint, Schedule, Velocity
+from layercache.models.known import spec_for
+from layercache.planning.profile import StabilityProfile
+from layercache.planning.refit import with_terms
+from layercache.planning.rollout import Rehearsal
+from layercache.runtime.enable import attachment_of
+from layercache.schedule.forecast import reforecast, secant_coefficients
+from layercache.schedule.schedule import Fingerprint, Schedule, Velocity
+from layercache.tools.report.tables import (
+    plain_text,
+    profile_table,
+    schedule_figures,
+    schedule_sentences,
+    schedule_table,
+)
 from test_pipelines import block_calls, flux_img2img, generate
 from zoo_pipelines import _wan_two_experts
 
@@ -325,7 +331,7 @@ def test_contradictions_are_refused(profiles):
 
 
 def test_what_is_shown(profiles, tmp_path):
-    from layercache.plots import MapPanel, save_maps
+    from layercache.tools.report.plots import MapPanel, save_maps
 
     profile = evenly_timed(profiles["transformer_2"])
     schedule = layercache.plan(profile, 0.7, **ENDS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from layercache.errors import CalibrationError, ScheduleError
-from layercache.fitting import HOLD, Forecast, fit_velocity, solve_ridge
+from layercache.planning.fit import HOLD, Forecast, fit_velocity, solve_ridge
 
 SHAPE = (2, 16, 8)
 

@@ -9,9 +9,9 @@ import torch
 import layercache
 from layercache.errors import MethodError
 from layercache.methods.fixed import smoothcache, taylorseer, taylorseer_steps, uniform
+from layercache.methods.full_runs import magnitude_ratios
 from layercache.methods.magcache import FLUX_28, QWEN_IMAGE_50, RATIOS, build_schedule
-from layercache.methods.watching import magnitude_ratios
-from layercache.models import fingerprint_of
+from layercache.models.known import fingerprint_of
 from tiny import GROUPS, generate, generators, shifted_sigmas, tiny_pipeline
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import layercache
 from layercache.errors import ScheduleError
-from layercache.forecast import newton_forecast, reforecast, secant_coefficients, taylor_forecast
+from layercache.schedule.forecast import newton_forecast, reforecast, secant_coefficients, taylor_forecast
 from tiny import generate, mixed_cells, schedule_for, shifted_sigmas, tiny_pipeline
 
 STEPS = 12

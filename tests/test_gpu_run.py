@@ -18,8 +18,8 @@ from types import ModuleType
 
 import pytest
 
-from layercache.benchmarks.clocks import SimulatedClock
-from layercache.benchmarks.measuring import LEAST_ROUNDS, in_turn
+from layercache.tools.bench.clocks import SimulatedClock
+from layercache.tools.bench.measure import LEAST_ROUNDS, in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 

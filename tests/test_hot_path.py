@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
-from layercache.layout import CAPTURE, REUSE
-from layercache.routing import StandIn
+from layercache.runtime.router import StandIn
+from layercache.schedule.memory_plan import CAPTURE, REUSE
 from tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8

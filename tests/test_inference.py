@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import layercache
-from layercache import models
 from layercache.errors import UnsupportedModelError
-from layercache.integration import attachment_of
-from layercache.models import spec_for
+from layercache.models import known as models
+from layercache.models.known import spec_for
+from layercache.runtime.enable import attachment_of
 from zoo import MODELS, build
 
 REFUSED = {

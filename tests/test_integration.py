@@ -17,12 +17,12 @@ from layercache.errors import (
     ScheduleMismatchError,
     UnsupportedModelError,
 )
-from layercache.front import Front
-from layercache.integration import attachment_of
 from layercache.methods.fbcache import FBCache
-from layercache.models import ModelSpec
-from layercache.profile import StabilityProfile
-from layercache.schedule import Schedule
+from layercache.models.known import ModelSpec
+from layercache.planning.front import Front
+from layercache.planning.profile import StabilityProfile
+from layercache.runtime.enable import attachment_of
+from layercache.schedule.schedule import Schedule
 from tiny import (
     GROUPS,
     PROMPTS,
@@ -143,7 +143,7 @@ layercache.register_model(ModelSpec("SlopeTransformer", timestep="timestep"))
 @pytest.mark.parametrize("seed", range(10))
 def test_extrapolation_is_exact_for_residuals_linear_in_sigma(seed):
     """Any spacing of sigma, through the planner's own coefficients and the whole runtime."""
-    from layercache.forecast import secant_coefficients
+    from layercache.schedule.forecast import secant_coefficients
 
     torch.manual_seed(seed)
     # gaps within a factor of three of each other keep the extrapolation factor below its limit

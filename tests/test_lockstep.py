@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from layercache.lockstep import Turn, clones, paused_at_steps, run_in_step
+from layercache.planning.stepper import Turn, clones, paused_at_steps, run_in_step
 from tiny import generators, tiny_pipeline
 
 STEPS = 4

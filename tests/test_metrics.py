@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
-from layercache import metrics
+from layercache._utils import metrics
 from layercache.errors import LayerCacheError, MissingExtraError
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import layercache
-from layercache import models, ops
+from layercache import ops
 from layercache.methods.fbcache import DBCache
-from layercache.models import first_tensor, known_models, spec_for
-from layercache.schedule import Schedule
+from layercache.models import known as models
+from layercache.models.known import first_tensor, known_models, spec_for
+from layercache.schedule.schedule import Schedule
 from tiny import fingerprint
 from zoo import MODELS, build
 

@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 import layercache
-from layercache.cli import app
 from layercache.errors import (
     CacheStateError,
     CalibrationError,
@@ -20,12 +19,13 @@ from layercache.errors import (
     ScheduleMismatchError,
     UnsupportedModelError,
 )
-from layercache.integration import attachment_of
 from layercache.methods import invardiff, l2c
-from layercache.models import fingerprint_of, spec_for
-from layercache.module_schedule import ModuleSchedule, alternating, module_units
-from layercache.modules import as_rows, copy_of
-from layercache.report import module_sentences, module_table, plain_text
+from layercache.models.known import fingerprint_of, spec_for
+from layercache.runtime.enable import attachment_of
+from layercache.runtime.modules import as_rows, copy_of
+from layercache.schedule.module_schedule import ModuleSchedule, alternating, module_units
+from layercache.tools.cli.app import app
+from layercache.tools.report.tables import module_sentences, module_table, plain_text
 from tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
 from zoo import build
 from zoo_pipelines import PIPELINES

@@ -155,7 +155,7 @@ def test_demo_runs_from_the_wheel_without_a_compiler(installed: Path, python: Pa
         pytest.skip("the command line is not written yet")
     (tmp_path / "bin").mkdir()
     place = {"PYTHONPATH": str(installed), "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
-    run(python, "-m", "layercache.cli", "demo", "--quick", "--output", "shown", cwd=tmp_path, **place)
+    run(python, "-m", "layercache", "demo", "--quick", "--output", "shown", cwd=tmp_path, **place)
     assert any((tmp_path / "shown").iterdir())
 
 

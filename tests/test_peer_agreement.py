@@ -14,9 +14,9 @@ import layercache
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.methods.fbcache import FBCache
 from layercache.methods.fixed import taylorseer
+from layercache.methods.full_runs import magnitude_ratios
 from layercache.methods.magcache import build_schedule
-from layercache.methods.watching import magnitude_ratios
-from layercache.models import fingerprint_of
+from layercache.models.known import fingerprint_of
 from tiny import generate, shifted_sigmas
 
 STEPS = 14

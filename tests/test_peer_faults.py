@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import layercache
-from layercache import models
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import TeaCache
+from layercache.models import known
 from test_models import CONTROLS, call, controls
 from tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from zoo import build
@@ -27,8 +27,8 @@ METHODS = [
 
 @pytest.fixture
 def unclocked(monkeypatch):
-    for name, spec in list(models._REGISTRY.items()):
-        monkeypatch.setitem(models._REGISTRY, name, replace(spec, timestep=None))
+    for name, spec in list(known._REGISTRY.items()):
+        monkeypatch.setitem(known._REGISTRY, name, replace(spec, timestep=None))
 
 
 def test_another_pipeline_of_the_class_knows_nothing_of_it():

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import layercache
-from layercache.compat import scheduler_sigmas
+from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, ScheduleMismatchError
 from layercache.methods.fbcache import FBCache
-from layercache.models import count_blocks, fingerprint_of, spec_for
-from layercache.schedule import Schedule
+from layercache.models.known import count_blocks, fingerprint_of, spec_for
+from layercache.schedule.schedule import Schedule
 from zoo_pipelines import PIPELINES, STEPS, _flux2, _qwen, _sd3, _wan, _wan_two_experts
 
 SKIPS_A_BRANCH = ("lumina 2", "z-image", "sd3, skipping layers")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 import layercache
 from layercache.errors import BudgetError, ScheduleError
-from layercache.forecast import secant_coefficients
-from layercache.front import Front
-from layercache.planner import weighted_errors
-from layercache.profile import StabilityProfile, readable
-from layercache.schedule import Fingerprint
+from layercache.planning.front import Front
+from layercache.planning.plan import weighted_errors
+from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.forecast import secant_coefficients
+from layercache.schedule.schedule import Fingerprint
 from tiny import tiny_pipeline
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from layercache.cli import app
-from layercache.contestants import PEERS, Workshop
 from layercache.errors import FileFormatError, MethodError
-from layercache.random_models import load_random_pipeline
+from layercache.models.random_weights import load_random_pipeline
+from layercache.tools.cli.app import app
+from layercache.tools.compare.entries import PEERS, Workshop
 from tiny import randomise
 
 FLUX = Path(__file__).parents[1] / "examples" / "tiny_flux.json"

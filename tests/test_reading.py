@@ -12,13 +12,13 @@ import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from layercache import cli
+from layercache._utils.formats import JOURNAL, KINDS, format_of, going_on, what_holds, what_is
 from layercache.errors import FileFormatError
-from layercache.front import Front, Point
-from layercache.module_schedule import ModuleSchedule
-from layercache.profile import StabilityProfile
-from layercache.reading import JOURNAL, KINDS, format_of, going_on, what_holds, what_is
-from layercache.schedule import Schedule
+from layercache.planning.front import Front, Point
+from layercache.planning.profile import StabilityProfile
+from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.schedule.schedule import Schedule
+from layercache.tools.cli import app
 from test_planner import made_profile
 
 LOADERS = {
@@ -122,7 +122,7 @@ def test_each_of_ours_in_the_place_of_another(folder, found, wanted):
 
 
 def test_readers_and_writers_are_there():
-    import layercache.module_schedule
+    import layercache.schedule.module_schedule
 
     for kind, load in LOADERS.items():
         named: object = layercache
@@ -131,7 +131,7 @@ def test_readers_and_writers_are_there():
         assert named == load
         assert KINDS[kind].saver == f"{load.__self__.__name__}.save"
         command = KINDS[kind].command.strip("'").split()[1]
-        assert command in CliRunner().invoke(cli.app, ["--help"]).stdout
+        assert command in CliRunner().invoke(app.app, ["--help"]).stdout
 
 
 @pytest.mark.parametrize("wanted", LOADERS)
@@ -251,7 +251,7 @@ def test_a_character_cut_in_two_is_still_text():
 
 
 def said(*arguments: object) -> str:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
+    result = CliRunner().invoke(app.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
     assert result.exit_code in (1, 2) and "Traceback" not in result.output, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     return " ".join(result.stderr.replace("│", " ").split())

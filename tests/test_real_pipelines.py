@@ -7,15 +7,15 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 import layercache
 from layercache import ops
-from layercache.fitting import Forecast
 from layercache.methods import invardiff, l2c
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.invardiff import Settings
 from layercache.methods.teacache import SpectralCache, TeaCache
-from layercache.models import spec_for
-from layercache.rehearsal import Rehearsal, psnr_of, skipping
+from layercache.models.known import spec_for
+from layercache.planning.fit import Forecast
+from layercache.planning.rollout import Rehearsal, psnr_of, skipping
 from tiny import randomise
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 32, "width": 32}

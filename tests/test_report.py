@@ -10,11 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from layercache import plots, report
 from layercache.errors import MissingExtraError
-from layercache.profile import StabilityProfile
-from layercache.report import Measured
-from layercache.schedule import Fingerprint, Schedule
+from layercache.planning.profile import StabilityProfile
+from layercache.schedule.schedule import Fingerprint, Schedule
+from layercache.tools.report import plots
+from layercache.tools.report import tables as report
+from layercache.tools.report.tables import Measured
 
 SIGMAS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 GROUPS = ((0, 1), (1, 4))

@@ -8,8 +8,8 @@ import torch
 
 import layercache
 from layercache.errors import CalibrationError, ScheduleError
-from layercache.fitting import fit_residuals
-from layercache.profile import StabilityProfile
+from layercache.planning.fit import fit_residuals
+from layercache.planning.profile import StabilityProfile
 from tiny import GROUPS, generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
-from layercache.forecast import secant_coefficients
 from layercache.methods.fixed import taylorseer
-from layercache.schedule import Fingerprint, Schedule
+from layercache.schedule.forecast import secant_coefficients
+from layercache.schedule.schedule import Fingerprint, Schedule
 
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
 

@@ -8,17 +8,23 @@ import pytest
 import torch
 
 import layercache
-from layercache import searching
 from layercache.errors import BudgetError, CacheStateError, CalibrationError, FileFormatError, ScheduleMismatchError
-from layercache.fitting import HOLD, Forecast
-from layercache.forecast import reforecast
-from layercache.front import Front, Point, quality
-from layercache.front_report import FrontRow, front_table, order_sentence, rows_of, save_front_page, save_front_plot
-from layercache.integration import attachment_of
-from layercache.planner import weighted_errors
-from layercache.rehearsal import Rehearsal, psnr_of, skipping, with_terms_of
-from layercache.report import plain_text
-from layercache.searching import _with_exchanged, cell_needs, search, step_needs, step_weights, velocity_errors
+from layercache.planning.fit import HOLD, Forecast
+from layercache.planning.front import Front, Point, quality
+from layercache.planning.plan import weighted_errors
+from layercache.planning.rollout import Rehearsal, psnr_of, skipping, with_terms_of
+from layercache.planning.search import _with_exchanged, cell_needs, search, step_needs, step_weights, velocity_errors
+from layercache.runtime.enable import attachment_of
+from layercache.schedule.forecast import reforecast
+from layercache.tools.report.front import (
+    FrontRow,
+    front_table,
+    order_sentence,
+    rows_of,
+    save_front_page,
+    save_front_plot,
+)
+from layercache.tools.report.tables import plain_text
 from tiny import generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
@@ -484,7 +490,7 @@ def test_exchanged_cells_keep_the_budget_and_read_what_is_there(pipe, profile):
 
 
 def test_groups_are_refined_where_they_are_close(pipe, profile, monkeypatch):
-    monkeypatch.setattr(searching, "WORTH_REFINING", 1000.0)
+    monkeypatch.setattr("layercache.planning.search.WORTH_REFINING", 1000.0)
     front = run_search(pipe, profile, budgets=(0.7,), trials=4)
     hunted = [p.origin for p in front.points]
     assert front.tried > run_search(pipe, profile, budgets=(0.7,), trials=0).tried + 4

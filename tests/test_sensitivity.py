@@ -6,8 +6,8 @@ import torch
 
 import layercache
 from layercache.errors import CalibrationError
-from layercache.planner import weighted_errors
-from layercache.profile import StabilityProfile
+from layercache.planning.plan import weighted_errors
+from layercache.planning.profile import StabilityProfile
 from tiny import GROUPS, generators, shifted_sigmas, tiny_pipeline
 
 STEPS = 5

@@ -9,8 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache.errors import CacheStateError, NonFiniteResidualError
-from layercache.rehearsal import skipping
-from layercache.schedule import Schedule
+from layercache.planning.rollout import skipping
+from layercache.schedule.schedule import Schedule
 from tiny import fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 from zoo import build
 
@@ -200,10 +200,10 @@ def test_batches_of_other_models(name, monkeypatch):
     """Joined streams, and one stream: two requests in step are two runs."""
     from dataclasses import replace
 
-    from layercache import models
+    from layercache.models import known
 
     model, inputs = build(name)
-    monkeypatch.setitem(models._REGISTRY, name, replace(models._REGISTRY[name], timestep=None))
+    monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
     plan = plan_of(model, mixed_cells(STEPS))
     halves = [{n: v[k : k + 1] if getattr(v, "shape", (0,))[0] == 2 else v for n, v in inputs.items()} for k in (0, 1)]
 

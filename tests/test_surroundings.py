@@ -15,10 +15,10 @@ from torch import nn
 
 import layercache
 from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError
-from layercache.integration import attachment_of
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
-from layercache.routing import RoutedModuleList
+from layercache.runtime.enable import attachment_of
+from layercache.runtime.router import RoutedModuleList
 from test_models import call, schedule
 from test_pipelines import generate as run_pipeline
 from test_pipelines import schedule_of
@@ -48,9 +48,9 @@ class Adapter:
     def __init__(self, name: str, monkeypatch):
         from dataclasses import replace
 
-        from layercache import models
+        from layercache.models import known
 
-        monkeypatch.setitem(models._REGISTRY, name, replace(models._REGISTRY[name], timestep=None))
+        monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
         self.model, self.inputs = build(name)
 
     def enable_cache(self) -> None:
@@ -384,9 +384,9 @@ def test_storage_of_residuals(name, storage, monkeypatch):
     """Half-precision models with residuals unrounded, or in one byte a number: bytes and errors as told."""
     from dataclasses import replace
 
-    from layercache import models
+    from layercache.models import known
 
-    monkeypatch.setitem(models._REGISTRY, name, replace(models._REGISTRY[name], timestep=None))
+    monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
     model, inputs = build(name)
     model.to(torch.bfloat16)
     inputs = {

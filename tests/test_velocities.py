@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
 from layercache.errors import CacheStateError, NonFiniteResidualError, ScheduleError
-from layercache.layout import lay_out
-from layercache.schedule import Schedule, Velocity
-from layercache.velocities import combine
+from layercache.runtime.velocity import combine
+from layercache.schedule.memory_plan import lay_out
+from layercache.schedule.schedule import Schedule, Velocity
 from tiny import PROMPTS, fingerprint, generate, generators, mixed_cells, schedule_for, shifted_sigmas, tiny_pipeline
 
 STEPS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layercache.wording import in_options
+from layercache.tools.cli.messages import in_options
 
 OPTIONS = {
     name: "--" + name.replace("_", "-")

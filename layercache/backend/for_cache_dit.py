@@ -18,7 +18,7 @@ from torch import Tensor
 from layercache import ops
 from layercache.backend.patching import Replacement
 from layercache.backend.primitives import Pending, apply_residuals, capture, differences
-from layercache.model_spec import dense
+from layercache.models.spec import dense
 from layercache.ops.forecasts import taylor_coefficients
 
 _WAITING = "_layercache_waiting"

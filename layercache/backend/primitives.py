@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.errors import OpInputError
-from layercache.model_spec import dense
+from layercache.models.spec import dense
 from layercache.ops.forecasts import newton_coefficients, taylor_coefficients
 
 KINDS = ("l1", "l2", "cosine")

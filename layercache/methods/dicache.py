@@ -10,7 +10,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
 
 MODES = ("delta_y", "delta_minus")
 

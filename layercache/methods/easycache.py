@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 
 from layercache import ops
-from layercache.methods.policy import Run, by_name, check_range, ratio
-from layercache.schedule import Velocity
-from layercache.velocities import as_rows
+from layercache.runtime.policy import Run, by_name, check_range, ratio
+from layercache.runtime.velocity import as_rows
+from layercache.schedule.schedule import Velocity
 
 
 @by_name

@@ -10,8 +10,8 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
-from layercache.slots import check_alike
+from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.storage import check_alike
 
 # cache-dit's presets for 28 steps: lengths of runs, computed and cached in turns
 MASKS = {

@@ -7,12 +7,12 @@ from numbers import Integral
 
 import numpy as np
 
-from layercache.arguments import expect
-from layercache.forecast import taylor_forecast
-from layercache.methods.policy import check_range
-from layercache.planner import errors_among, spread
-from layercache.profile import StabilityProfile
-from layercache.schedule import Cell, Fingerprint, Schedule, Velocity
+from layercache._utils.validate import expect
+from layercache.planning.plan import errors_among, spread
+from layercache.planning.profile import StabilityProfile
+from layercache.runtime.policy import check_range
+from layercache.schedule.forecast import taylor_forecast
+from layercache.schedule.schedule import Cell, Fingerprint, Schedule, Velocity
 
 
 def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldown: int = 0) -> Schedule:

@@ -23,19 +23,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache import ops
-from layercache.arguments import expect
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import going_on
+from layercache._utils.timer import Stopwatch
+from layercache._utils.validate import expect
 from layercache.errors import MethodError, ScheduleMismatchError
-from layercache.files import write_atomically
-from layercache.integration import attach
-from layercache.layout import COMPUTE, GroupAction
-from layercache.methods.policy import check_range
-from layercache.methods.watching import generate_once, transformer_of
-from layercache.models import fingerprint_of, spec_for, velocities
-from layercache.module_schedule import ModuleSchedule, alternating
-from layercache.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
-from layercache.reading import going_on
-from layercache.schedule import Fingerprint
-from layercache.stopwatch import Stopwatch
+from layercache.methods.full_runs import generate_once, transformer_of
+from layercache.models.known import fingerprint_of, spec_for, velocities
+from layercache.runtime.enable import attach
+from layercache.runtime.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
+from layercache.runtime.policy import check_range
+from layercache.schedule.memory_plan import COMPUTE, GroupAction
+from layercache.schedule.module_schedule import ModuleSchedule, alternating
+from layercache.schedule.schedule import Fingerprint
 
 CLAMP = 5.0
 FORMAT = "layercache router"

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from layercache.arguments import expect
+from layercache._utils.validate import expect
 from layercache.errors import MethodError
-from layercache.methods.policy import check_range
-from layercache.schedule import Cell, Fingerprint, Schedule
+from layercache.runtime.policy import check_range
+from layercache.schedule.schedule import Cell, Fingerprint, Schedule
 
 # published ratios of the residual's magnitude to that of the step before, step 0 first (methods.md §8)
 FLUX_28 = (

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from layercache.arguments import expect, expect_table
+from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, BudgetError, ScheduleError
-from layercache.schedule import Fingerprint, Schedule, Velocity
+from layercache.schedule.schedule import Fingerprint, Schedule, Velocity
 
 FORMS = ("recursive", "one-shot")
 SPANS = (1, 2, 3, 4, 5, 6)

@@ -12,7 +12,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.methods.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
 
 # degree 4, highest power first, as published (methods.md §6)
 COEFFICIENTS = {
@@ -230,7 +230,7 @@ def fit(pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = Non
         MethodError: too few steps for the degree, or the model does not show its modulation.
         UnsupportedModelError: no pipeline.
     """
-    from layercache.methods.watching import input_output_changes
+    from layercache.methods.full_runs import input_output_changes
 
     pairs = input_output_changes(pipeline, prompts, seeds, **call)
     if len(pairs) <= degree:

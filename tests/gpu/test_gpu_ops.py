@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from layercache import ops
-from layercache.benchmarks.cases import CASES, Case
 from layercache.ops.dispatch import Kernels
 from layercache.ops.repeating import trouble
+from layercache.tools.bench.cases import CASES, Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

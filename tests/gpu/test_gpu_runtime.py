@@ -17,15 +17,15 @@ pytest.importorskip("diffusers")
 
 import layercache
 from gpu.plain_reuse import PlainReuse, as_fp8
-from layercache.compat import scheduler_sigmas
+from layercache._utils.compat import scheduler_sigmas
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import NonFiniteResidualError
 from layercache.methods import fbcache
 from layercache.methods.fbcache import FBCache
-from layercache.models import count_blocks, fingerprint_of
+from layercache.models.known import count_blocks, fingerprint_of
 from layercache.ops import repeating
 from layercache.ops.dispatch import Kernels
-from layercache.schedule import Schedule
+from layercache.schedule.schedule import Schedule
 from tiny import tiny_pipeline
 from zoo import build
 from zoo_pipelines import PIPELINES, make, noise
@@ -393,7 +393,7 @@ def test_a_decision_without_waiting() -> None:
 @pytest.mark.xfail(reason="DynamicRouter does not count the steps of a bare transformer by num_steps", strict=False)
 def test_generations_of_a_bare_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can read a timestep that is on a GPU; the number of steps says where the next generation begins."""
-    monkeypatch.setattr("layercache.steps.host_number", lambda value: None)
+    monkeypatch.setattr("layercache.runtime.steps.host_number", lambda value: None)
     loop = Loop(seed=0)
     with layercache.enabled(loop.model, FBCache(threshold=100.0), num_steps=STEPS) as cache:
         first = loop.run(1)

@@ -1,0 +1,144 @@
+"""Full runs looked at for the calibration of published methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from layercache import ops
+from layercache.errors import MethodError, UnsupportedModelError
+from layercache.models.known import count_blocks, find_transformer, spec_for
+from layercache.models.spec import ModelSpec, named_arguments
+from layercache.planning.calibrate import arguments_of
+from layercache.runtime.enable import attach
+from layercache.runtime.router import CapturedBlock, Place, Router, Trip
+from layercache.runtime.steps import StepCounter
+from layercache.schedule.memory_plan import CAPTURE, GroupAction
+
+
+class WholeRouter(Router):
+    """Computes everything; `look` is handed the image stream in front of and behind all blocks."""
+
+    def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
+        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
+        self.steps = StepCounter(scheduler=scheduler)
+        self.branch, self.step = "", 0
+        self.block_call: tuple[Any, Mapping[str, Any]] = (None, {})
+
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
+        place = self.locate(branch, step, arguments)
+        self.branch, self.step = place.branch, place.step
+        self.open((GroupAction(CAPTURE),))
+
+    def item(self, trip: Trip, block: Any, place: Place) -> Any:
+        return _Noting(trip, block, place) if place.opens else super().item(trip, block, place)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self.look(image_in, image_out)
+
+    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class _Noting(CapturedBlock):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.trip.router.block_call = (self.block, named_arguments(self.block, args, kwargs))  # type: ignore[attr-defined]
+        return super().__call__(*args, **kwargs)
+
+
+class _Changes(WholeRouter):
+    """Relative L1 changes of the modulated input and of the last block's output, per branch."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._before: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
+
+    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
+        assert self.spec.modulation is not None
+        scale, shift, eps = self.spec.modulation(*self.block_call)
+        step, modulated, output = self._before.get(self.branch, (-1, None, None))
+        follows = step == self.step - 1 and output is not None and output.shape == end.shape
+        fresh, inputs = ops.modulate(start, scale, shift, eps=eps, previous=modulated if follows else None)
+        if follows and inputs is not None:
+            self.pairs.append((inputs, ops.pair_statistics([end], [output])))  # type: ignore[list-item]
+        self._before[self.branch] = (self.step, fresh, end.clone())
+
+
+class _Magnitudes(WholeRouter):
+    """Mean ratio of the row norms of the residual of all blocks to those of the step before, per branch and step."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.ratios: dict[str, list[torch.Tensor | None]] = {}
+        self._before: dict[str, torch.Tensor] = {}
+
+    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
+        residual = torch.empty_like(end, memory_format=torch.contiguous_format)
+        ops.capture([end], [start], [residual])
+        row = self.ratios.setdefault(self.branch, [])
+        if self.step == 0:
+            row.clear()
+            self._before.pop(self.branch, None)
+        before = self._before.get(self.branch)
+        row.append(None if before is None else ops.row_statistics(residual, before))
+        self._before[self.branch] = residual
+
+
+def _run(pipeline: Any, router: WholeRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict) -> None:
+    if not prompts:
+        raise MethodError("give at least one prompt to run in full")
+    given = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(given) != len(prompts):
+        raise MethodError(f"give one seed per prompt: {len(prompts)} prompts, {len(given)} seeds")
+    attachment = attach(pipeline, router)
+    try:
+        for prompt, seed in zip(prompts, given, strict=True):
+            generate_once(pipeline, prompt, seed, call)
+    finally:
+        attachment.detach()
+
+
+def transformer_of(pipeline: Any) -> nn.Module:
+    """The transformer of a pipeline that is about to be called for whole generations.
+
+    Raises:
+        UnsupportedModelError: there is none, or the bare transformer was given.
+    """
+    transformer = find_transformer(pipeline)
+    if isinstance(pipeline, nn.Module):
+        raise UnsupportedModelError(
+            f"whole generations are run here: give the pipeline, not its bare {type(transformer).__name__}"
+        )
+    return transformer
+
+
+def generate_once(pipeline: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
+    """One call of the pipeline; a list of prompts is a batch that shares one generator."""
+    return pipeline(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def input_output_changes(
+    pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
+) -> np.ndarray:
+    """Relative L1 changes from step to step, ``[n, 2]``: of the modulated input, and of the last block's output."""
+    transformer = transformer_of(pipeline)
+    spec = spec_for(transformer)
+    if spec.modulation is None:
+        raise MethodError(f"the description of {spec.model_class} does not say how to get its modulated input")
+    router = _Changes(transformer, spec, getattr(pipeline, "scheduler", None))
+    _run(pipeline, router, prompts, seeds, call)
+    flat = [[float(t[0, 0] / t[0, 2]) for t in pair] for pair in router.pairs]
+    return np.array(flat).reshape(-1, 2)
+
+
+def magnitude_ratios(pipeline: Any, prompt: Any, seed: int = 0, **call: Any) -> dict[str, tuple[float, ...]]:
+    """MagCache's ratios of one full run, per branch and step; 1 at step 0. Source: methods.md §8."""
+    transformer = transformer_of(pipeline)
+    router = _Magnitudes(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None))
+    _run(pipeline, router, [prompt], [seed], call)
+    return {branch: tuple(1.0 if t is None else float(t[0, 0]) for t in row) for branch, row in router.ratios.items()}

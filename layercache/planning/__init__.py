@@ -1,0 +1,1 @@
+"""Planning: calibration, fits, plans, search and its front."""

@@ -1,0 +1,188 @@
+"""`Front`: schedules that were tried on calibration samples, and the best of them for every amount of compute."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import FRONT, entries, read_json
+from layercache._utils.metrics import Summary, summarise
+from layercache.errors import BudgetError, FileFormatError
+from layercache.schedule.schedule import Schedule
+
+FORMAT = FRONT
+VERSION = 1
+SLACK = 1e-9
+TARGETS = {
+    "budget": "budget=0.6 (share of the block time)",
+    "full_steps": "full_steps=12 (the same, as so many full steps)",
+    "speedup": "speedup=1.4 (of the whole denoising loop)",
+    "min_psnr": "min_psnr=40 (mean PSNR in dB)",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule and what it gave.
+
+    Attributes:
+        schedule: with its forecasts.
+        origin: how it was found, for people.
+        psnr: per calibration picture, in dB against the full run.
+        held_out: the same of pictures that nothing was fitted to; empty if there were none.
+    """
+
+    schedule: Schedule
+    origin: str
+    psnr: tuple[float, ...]
+    held_out: tuple[float, ...] = ()
+
+    @property
+    def used(self) -> float:
+        return self.schedule.used
+
+    @property
+    def calibration(self) -> Summary:
+        return summarise(self.psnr)
+
+    @property
+    def validation(self) -> Summary | None:
+        return summarise(self.held_out) if self.held_out else None
+
+
+def quality(psnr: Sequence[float], tail: float) -> float:
+    """``(1 - tail) * mean + tail * 10 % quantile``: with a tail weight, single pictures that go astray count."""
+    summary = summarise(psnr)
+    return (1 - tail) * summary.mean + tail * summary.quantile10
+
+
+def check_one_target(targets: Mapping[str, float | None], ways: Iterable[str], more: str = "") -> None:
+    """Raises `BudgetError` unless exactly one target is given, and names the ``ways`` to do so; ``more`` comes last."""
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) == 1:
+        return
+    *known, last = [TARGETS[name] for name in ways]
+    wanted = f"one target, not {' and '.join(given)}" if given else "a target"
+    raise BudgetError(f"give {wanted}: {', '.join(known)} or {last}{more}")
+
+
+@dataclass(frozen=True)
+class Front:
+    """The Pareto front ``used -> quality`` of everything that was tried; less used comes first.
+
+    Attributes:
+        points: each of higher `quality` than all that use less.
+        seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
+        tried: how many runs the search took.
+        notes: what the search found out on the way, a sentence each.
+    """
+
+    points: tuple[Point, ...]
+    seconds: tuple[float, float, float]
+    tried: int = 0
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        points: Iterable[Point],
+        seconds: Sequence[float],
+        tried: int = 0,
+        notes: Iterable[str] = (),
+        tail: float = 0.0,
+    ) -> Front:
+        """Keeps of all points those that no other point beats in `quality` with this tail weight."""
+        kept: list[Point] = []
+        for point in sorted(points, key=lambda p: (p.used, -quality(p.psnr, tail))):
+            if not kept or quality(point.psnr, tail) > quality(kept[-1].psnr, tail):
+                kept.append(point)
+        blocks, fixed, reuse = seconds
+        return cls(tuple(kept), (blocks, fixed, reuse), tried, tuple(notes))
+
+    def speedup(self, point: Point) -> float:
+        """Expected speedup of the denoising loop, by the measured seconds (methods.md §1.6)."""
+        blocks, fixed, reuse = self.seconds
+        return (fixed + blocks) / (fixed + point.used * blocks + (1 - point.used) * reuse)
+
+    def choose(
+        self, budget: float | None = None, *, speedup: float | None = None, min_psnr: float | None = None
+    ) -> Point:
+        """The best point within a budget or at a speedup, or the one of least used with this mean PSNR.
+
+        Raises:
+            BudgetError: not exactly one condition, or none of the points fulfils it.
+        """
+        targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
+        check_one_target(targets, targets)
+        if not self.points:
+            raise BudgetError("the front is empty; search for schedules first (layercache.search)")
+        if min_psnr is not None:
+            fitting = [p for p in self.points if p.calibration.mean >= min_psnr][:1]
+            known = f"the best schedule found reaches {max(p.calibration.mean for p in self.points):.1f} dB"
+        elif budget is not None:
+            if not 0 < budget <= 1:
+                raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")
+            fitting = [p for p in self.points if p.used <= budget + SLACK]
+            known = f"the cheapest schedule found uses {self.points[0].used:.3f}"
+        else:
+            assert speedup is not None
+            if not (math.isfinite(speedup) and speedup >= 1):
+                raise BudgetError(f"speedup must be a number of at least 1, got {speedup}")
+            fitting = [p for p in self.points if self.speedup(p) >= speedup - SLACK]
+            known = f"the fastest schedule found has {self.speedup(self.points[0]):.2f}"
+        if not fitting:
+            raise BudgetError(f"no schedule of this front fulfils that: {known}; search with other budgets")
+        return fitting[-1]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the front as JSON; the file appears whole or not at all."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "seconds": list(self.seconds),
+            "tried": self.tried,
+            "notes": list(self.notes),
+            "points": [
+                {
+                    "used": point.used,
+                    "origin": point.origin,
+                    "psnr": list(point.psnr),
+                    "held_out": list(point.held_out),
+                    "schedule": json.loads(point.schedule.to_json()),
+                }
+                for point in self.points
+            ],
+        }
+        text = json.dumps(data, allow_nan=False) + "\n"
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Front:
+        """Reads a front file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        data = read_json(path, FORMAT)
+        with entries(data, FORMAT, VERSION, str(path)):
+            blocks, fixed, reuse = (float(value) for value in data["seconds"])
+            points = tuple(_point(entry, f"schedule {k} of {path}") for k, entry in enumerate(data["points"]))
+            notes = tuple(str(note) for note in data.get("notes", ()))
+            return cls(points, (blocks, fixed, reuse), int(data["tried"]), notes)
+
+
+def _point(entry: Any, name: str) -> Point:
+    if not entry["psnr"]:
+        raise FileFormatError(f"{name} has no PSNR of any picture; search again")
+    return Point(
+        schedule=Schedule.from_data(entry["schedule"], name),
+        origin=str(entry["origin"]),
+        psnr=tuple(float(value) for value in entry["psnr"]),
+        held_out=tuple(float(value) for value in entry["held_out"]),
+    )

@@ -1,0 +1,312 @@
+"""`StabilityProfile`: what calibration measured, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import PROFILE, entries, unexpected, what_is
+from layercache.errors import CalibrationError, FileFormatError
+from layercache.models.known import text_leaves_of
+from layercache.schedule.memory_plan import stored_bytes
+from layercache.schedule.schedule import Fingerprint, Schedule, check_groups
+
+FORMAT = PROFILE
+VERSION = 1
+
+_TINY = 1e-12
+_RESPONSE = "velocity_response"
+_SUBSTITUTE = "substitute_error"
+_GRAM = "image_gram"
+_SEEN = "forecast_seen"
+_OPTIONAL = (_RESPONSE, _SUBSTITUTE, _GRAM, _SEEN)
+_ERRORS = ("image_error_l1", "image_error_l2", "text_error_l1")
+_NORMS = ("image_norm_l1", "image_norm_l2", "text_norm_l1")
+
+
+def readable(num_steps: int, max_distance: int, max_span: int) -> np.ndarray:
+    """Which (step, distance, span) entries exist, ``bool [N, M+1, K+1]``: both anchors must be steps of the run."""
+    step = np.arange(num_steps)[:, None, None]
+    distance = np.arange(max_distance + 1)[None, :, None]
+    span = np.arange(max_span + 1)[None, None, :]
+    return (distance >= 1) & (step - distance - span >= 0)
+
+
+def _moments(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over samples and branches of what counts; 0 where nothing does."""
+    counted = np.broadcast_to(counted, values.shape)
+    number = np.maximum(counted.sum(axis=(0, 1)), 1)
+    mean = np.where(counted, values, 0.0).sum(axis=(0, 1)) / number
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        squares = np.where(counted, (values - mean) ** 2, 0.0)
+    return mean, np.sqrt(squares.sum(axis=(0, 1)) / number)
+
+
+@dataclass(frozen=True, repr=False)
+class StabilityProfile:
+    """Errors of forecasts of every group's residual on full-compute runs, and what the groups cost.
+
+    Tables hold sums over elements, one entry per sample, branch, step, group, distance to the anchor and
+    span between the two anchors (0 = plain reuse); ``float64 [P, B, N, G, M+1, K+1]``:
+
+    * ``image_error_l1``: ``sum |prediction - residual|``, ``image_error_l2``: the root of the sum of squares,
+      ``text_error_l1``: as the first, of the text stream (zeros for models without one);
+    * ``image_norm_l1``, ``image_norm_l2``, ``text_norm_l1`` ``[P, B, N, G]``: the same sums of the residual itself.
+
+    * ``velocity_response`` and ``substitute_error`` ``[P, B, N, G]``, only where sensitivity was measured: relative L1
+      change of the velocity, and of the group's residual that was changed for it (0 at step 0).
+
+    * ``image_gram`` ``[P, B, N, G, W, W]``, missing in old files: inner products of the image residuals of a step and
+      of the ``W - 1`` steps before it, newest first; for fits.
+
+    * ``forecast_seen`` ``[P, B, N, M+1, K+1]``, missing where every branch was called at every step with one shape: 1
+      where a branch had the step and both anchors of the forecast, else 0; other entries count for nothing. Steps at
+      which no branch was called are those that the fingerprint's ``steps`` lack.
+
+    Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
+
+    Attributes:
+        group_seconds: seconds of computing each group once in every branch, ``[G]``.
+        reuse_seconds: seconds of reusing it instead, ``[G]``.
+        fixed_seconds: seconds of a step outside the blocks (embedders, head, guidance, sampler).
+        eta: damping of the secant the tables were measured with.
+        stream_bytes: per branch, bytes of the image and of the text stream in the largest sample, of all processes
+            together where several were measured; empty in old files.
+        samples: what was run, one line per sample.
+
+    Raises:
+        CalibrationError: on construction, when a readable entry is not finite or negative; names the cell.
+    """
+
+    fingerprint: Fingerprint
+    groups: tuple[tuple[int, int], ...]
+    group_seconds: tuple[float, ...]
+    reuse_seconds: tuple[float, ...]
+    fixed_seconds: float
+    samples: tuple[str, ...]
+    tables: Mapping[str, np.ndarray]
+    eta: float = 1.0
+    stream_bytes: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        prints = self.fingerprint
+        return (
+            f"StabilityProfile({prints.model_class}, {prints.num_steps} steps, {len(self.groups)} groups, "
+            f"{len(self.samples)} samples, branches {', '.join(prints.branches)})"
+        )
+
+    def __post_init__(self) -> None:
+        check_groups(self.groups, self.fingerprint.num_blocks)
+        shape = (len(self.samples), len(self.fingerprint.branches), self.fingerprint.num_steps, len(self.groups))
+        for name in _NORMS:
+            self._check_table(name, shape)
+        if self.has_sensitivity:
+            self._check_table(_RESPONSE, shape)
+            self._check_table(_SUBSTITUTE, shape)
+        if _GRAM in self.tables and not np.isfinite(self.tables[_GRAM]).all():
+            raise CalibrationError(
+                f"{_GRAM} is not finite; the model gave NaN or infinity, or its squares overflow fp32"
+            )
+        for name in _ERRORS:
+            self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
+        if _SEEN in self.tables:
+            self._check_table(_SEEN, (*shape[:3], self.max_distance + 1, self.max_span + 1))
+        seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
+        if len(seconds) != 2 * len(self.groups) + 1 or not all(np.isfinite(seconds)) or min(self.group_seconds) <= 0:
+            raise CalibrationError(f"the measured seconds are not usable: {seconds}")
+
+    @property
+    def has_sensitivity(self) -> bool:
+        return _RESPONSE in self.tables
+
+    def sensitivity(self) -> np.ndarray:
+        """Relative change of the velocity per relative error of a group's residual, ``w [N, G]``.
+
+        ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))``, mean over samples and branches; 1 at step 0, and where no
+        branch was called at the step before.
+        Source: methods.md §1.5, options A and B.
+
+        Raises:
+            CalibrationError: it was not measured.
+        """
+        if not self.has_sensitivity:
+            raise CalibrationError("this profile has no sensitivity; calibrate with sensitivity='substitution'")
+        response, change = self.tables[_RESPONSE], self.tables[_SUBSTITUTE]
+        weights = np.divide(response, change, out=np.ones_like(response), where=np.isfinite(change) & (change > _TINY))
+        followed = self._seen()[:, :, :, :, 1, 0]
+        return np.where(followed.any(axis=(0, 1)), _moments(weights, followed)[0], 1.0)
+
+    @property
+    def max_distance(self) -> int:
+        return self.tables["image_error_l1"].shape[-2] - 1
+
+    @property
+    def max_span(self) -> int:
+        return self.tables["image_error_l1"].shape[-1] - 1
+
+    def _check_table(self, name: str, shape: tuple[int, ...]) -> None:
+        table = self.tables[name]
+        if table.shape != shape:
+            raise CalibrationError(f"table {name} has shape {table.shape}, expected {shape}")
+        bad = ~np.isfinite(table) | (table < 0)
+        if not bad.any():
+            return
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        labels = ("sample", "branch", "step", "group", "distance", "span")
+        place = ", ".join(f"{label} {i}" for label, i in zip(labels, where, strict=False))
+        raise CalibrationError(
+            f"{name} is {table[where]} at {place} (branch {self.fingerprint.branches[where[1]]}); the model gave NaN "
+            "or infinity there, so no schedule can be planned from this run: use bfloat16 or float32, or other inputs"
+        )
+
+    def relative_errors(self, text_weight: float = 0.1, kappa: float = 0.0, branch: int | None = None) -> np.ndarray:
+        """Relative L1 error of every forecast, ``float64 [N, G, M+1, K+1]``.
+
+        ``image + text_weight * text``, the text left out for the last group (its text is discarded);
+        mean over samples and branches (or over the samples of one branch) plus ``kappa`` standard deviations. A
+        residual of norm 0 and an entry that does not exist give infinity. Source: methods.md §1.4.
+        """
+        error = self._relative("image")
+        if text_weight:
+            text = self._relative("text")
+            has_text = self.tables["text_norm_l1"] > _TINY
+            text[~has_text] = 0.0
+            text[..., -1, :, :] = 0.0
+            error = error + text_weight * text
+        own = slice(None) if branch is None else slice(branch, branch + 1)
+        seen = self._seen()[:, own]
+        combined, deviation = _moments(error[:, own], seen)
+        if kappa:
+            combined = combined + kappa * deviation
+        exists = readable(self.fingerprint.num_steps, self.max_distance, self.max_span)
+        return np.where(exists[:, None] & seen.any(axis=(0, 1)), combined, np.inf)
+
+    def _seen(self) -> np.ndarray:
+        """Which forecasts count, ``bool [P, B, N, 1, M+1, K+1]``."""
+        if _SEEN in self.tables:
+            return self.tables[_SEEN][:, :, :, None] > 0
+        return np.ones((*self.tables["image_norm_l1"].shape[:3], 1, self.max_distance + 1, self.max_span + 1), bool)
+
+    def _relative(self, stream: str) -> np.ndarray:
+        norm = self.tables[f"{stream}_norm_l1"][..., None, None]
+        error = self.tables[f"{stream}_error_l1"]
+        return np.divide(error, norm, out=np.full_like(error, np.inf), where=norm > _TINY)
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether forecasts of residuals can be fitted to this profile."""
+        return _GRAM in self.tables
+
+    def gram(self, step: int, group: int, branch: int | None = None) -> np.ndarray:
+        """Inner products of the residuals of ``step, step - 1, ...`` summed over samples (and branches), ``[W, W]``.
+
+        Raises:
+            CalibrationError: the profile was written before they were kept.
+        """
+        if not self.has_gram:
+            raise CalibrationError("this profile has no inner products to fit forecasts to; calibrate again")
+        table = self.tables[_GRAM][:, :, step, group]
+        return (table if branch is None else table[:, branch : branch + 1]).sum(axis=(0, 1))
+
+    @property
+    def text_leaves(self) -> bool:
+        """Whether the model's head reads the second stream too."""
+        return text_leaves_of(self.fingerprint.model_class)
+
+    def cache_bytes(self, schedule: Schedule) -> int:
+        """Memory of the residuals a schedule stores, all branches together, at the batch of the largest sample.
+
+        Exactly what is allocated. Source: methods.md §1.9 (slots by liveness).
+
+        Raises:
+            CalibrationError: the profile was written before sizes were kept.
+        """
+        if not self.stream_bytes:
+            raise CalibrationError("this profile does not say how large the streams are; calibrate again")
+        streams = dict(zip(self.fingerprint.branches, self.stream_bytes, strict=True))
+        return stored_bytes(schedule, streams, text_leaves=self.text_leaves)
+
+    def stability(self) -> np.ndarray:
+        """Relative L1 change of each group's image residual from the step before, ``[N, G]``.
+
+        Rows are NaN where there is none: step 0, and steps of which no branch had that step and the one before.
+        """
+        followed = self._seen()[..., 1, 0]
+        change = _moments(self._relative("image")[..., 1, 0], followed)[0]
+        change[0] = np.nan
+        return np.where(followed.any(axis=(0, 1)), change, np.nan)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes tables and header as one safetensors file; it appears whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "groups": [list(g) for g in self.groups],
+            "group_seconds": list(self.group_seconds),
+            "reuse_seconds": list(self.reuse_seconds),
+            "fixed_seconds": self.fixed_seconds,
+            "samples": list(self.samples),
+            "eta": self.eta,
+            "stream_bytes": [list(sizes) for sizes in self.stream_bytes],
+        }
+        names = [*_ERRORS, *_NORMS, *(name for name in _OPTIONAL if name in self.tables)]
+        tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
+        metadata = {"header": json.dumps(header)}
+        return write_atomically(path, lambda temporary: save_file(tables, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:
+        """Reads a profile file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = _header(file)
+                names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name in _OPTIONAL)]
+                with entries(header, FORMAT, VERSION, str(path)):
+                    tables = {name: _table(file, name) for name in names}
+                    return cls._from_header(header, tables)
+        except FileFormatError:
+            raise
+        except (OSError, SafetensorError, ValueError) as error:
+            raise unexpected(path, what_is(path), FORMAT) from error
+
+    @classmethod
+    def _from_header(cls, header: Mapping[str, Any], tables: Mapping[str, np.ndarray]) -> StabilityProfile:
+        return cls(
+            fingerprint=Fingerprint.from_json(header["fingerprint"]),
+            groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),
+            group_seconds=tuple(header["group_seconds"]),
+            reuse_seconds=tuple(header["reuse_seconds"]),
+            fixed_seconds=float(header["fixed_seconds"]),
+            samples=tuple(header["samples"]),
+            tables=tables,
+            eta=float(header["eta"]),
+            stream_bytes=tuple((int(image), int(text)) for image, text in header.get("stream_bytes", ())),
+        )
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """What a profile says of itself; a ``ValueError`` where it is other tensors."""
+    header = json.loads((file.metadata() or {}).get("header", "null"))
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError("no profile")
+    return header
+
+
+def _table(file: Any, name: str) -> np.ndarray:
+    if name not in file.keys():
+        raise CalibrationError(f"the table {name} is missing")
+    return file.get_tensor(name)

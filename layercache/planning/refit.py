@@ -1,0 +1,219 @@
+"""Fitting the forecasts of residuals while the schedule runs beside the full model (methods.md §17.1, ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from layercache._utils.validate import expect
+from layercache.errors import CalibrationError, ScheduleError
+from layercache.models.spec import ModelSpec
+from layercache.planning.fit import Forecast, solve_ridge
+from layercache.planning.rollout import ActorRouter, Rehearsal, Take
+from layercache.runtime.groups import CacheState
+from layercache.runtime.router import Router
+from layercache.runtime.steps import StepCounter
+from layercache.schedule.memory_plan import CAPTURE, GroupAction
+from layercache.schedule.schedule import Cell, Schedule
+
+TARGETS = ("teacher", "steer")
+
+Term = tuple[int, int]
+"""A stored residual: the step that stored it, and its group."""
+
+
+@dataclass
+class _Products:
+    """Inner products of the target and the terms of one run of reused groups, summed over samples and branches."""
+
+    terms: list[Term]
+    gram: np.ndarray
+
+    def add(self, target: torch.Tensor, residuals: Sequence[torch.Tensor]) -> None:
+        rows = torch.stack([t.flatten().double() for t in (target, *residuals)])
+        self.gram += (rows @ rows.T).cpu().numpy()
+
+
+@dataclass
+class _Lesson:
+    """What one run of a schedule beside the full model showed, by ``(step, last group, branch)``."""
+
+    schedule: Schedule
+    target: str
+    products: dict[tuple[int, int, str], _Products] = field(default_factory=dict)
+
+    def at(self, step: int, group: int, branch: str) -> _Products:
+        # branches with cells of their own are fitted on their own
+        key = (step, group, branch if branch in self.schedule.branch_cells else "")
+        if key not in self.products:
+            terms = run_terms(self.schedule.cells_of(branch)[step], group)
+            self.products[key] = _Products(terms, np.zeros((len(terms) + 1, len(terms) + 1)))
+        return self.products[key]
+
+
+def run_terms(row: Sequence[Cell], last: int) -> list[Term]:
+    """The terms of the run of reused groups that ends with group ``last``, in the order they are stored in."""
+    first = last
+    while first > 0 and row[first - 1]:
+        first -= 1
+    return [(anchor, g) for g in range(first, last + 1) for anchor in sorted(row[g] or {}, reverse=True)]
+
+
+class _ModelRouter(Router):
+    """Computes everything and remembers where each group took the image stream, by branch."""
+
+    def __init__(self, transformer: Any, spec: ModelSpec, groups: Sequence[tuple[int, int]], scheduler: Any):
+        super().__init__(transformer, spec, groups)
+        self.steps = StepCounter(scheduler=scheduler)
+        self.streams: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._branch = ""
+        self._actions = (GroupAction(CAPTURE),) * len(groups)
+
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
+        self._branch = self.steps.locate(branch, step, None).branch
+        self.streams[self._branch] = []
+        self.open(self._actions)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self.streams[self._branch].append((image_in, image_out))
+
+
+class _StudentRouter(ActorRouter):
+    """Runs the schedule, and notes at every run of reused groups what it should have given."""
+
+    def __init__(self, model: _ModelRouter, lesson: _Lesson, scheduler: Any):
+        super().__init__(model.transformer, model.spec, lesson.schedule, scheduler, 0)
+        self._model, self._lesson = model, lesson
+        self._place = (0, "")
+
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
+        actions = super()._choose_row(state, step)
+        self._place = step, next(name for name, own in self.states.items() if own is state)
+        return actions
+
+    def reuse(self, group, image, text, results=None):
+        step, branch = self._place
+        products = self._lesson.at(step, group, branch)
+        streams = self._model.streams[branch]
+        start = image if self._lesson.target == "steer" else streams[products.terms[0][1]][0]
+        residuals = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.buffers[0]]
+        products.add(streams[group][1].double() - start.double(), residuals)
+        return super().reuse(group, image, text, results)
+
+
+def coach(
+    rehearsal: Rehearsal,
+    schedule: Schedule,
+    target: str = "steer",
+    terms: int = 2,
+    forecast: Forecast | None = None,
+    rounds: int = 2,
+    ridge: float = 1e-3,
+) -> Take:
+    """The same computed cells, with forecasts fitted to what the running schedule misses; the best of the rounds.
+
+    All samples run by the schedule, each beside its own full run. Behind every run of reused groups the forecast
+    ``sum_g F_0 + sum_k d_k (F_k - F_0) + b F_0``, F being the stored residuals of the cached run, is compared with
+
+    * ``"teacher"``: the residual that the groups have in the full run;
+    * ``"steer"``: what takes the cached run's image stream to where the full run's is behind these groups.
+
+    Least squares over samples, elements and (where they share cells) branches; the coefficients found serve from the
+    next round on, because what is stored and missed depends on them. The text stream takes the same coefficients.
+    Source: methods.md §17.1, for residuals (ours).
+
+    Args:
+        rehearsal: the samples.
+        schedule: what is computed; cells that skip whole steps stay as they are.
+        target: ``"teacher"`` or ``"steer"``.
+        terms: how many residuals of a group are combined at most; each more costs memory.
+        forecast: of the velocities, fitted along the way.
+        rounds: each costs a full run and a run of the schedule.
+        ridge: relative to the mean square of each term.
+
+    Raises:
+        ArgumentError: no rehearsal, or no schedule.
+        ScheduleError: unknown target, or terms out of range.
+        CalibrationError: a residual is not finite.
+    """
+    expect("coach", rehearsal, Rehearsal)
+    expect("coach", schedule, Schedule)
+    if target not in TARGETS:
+        raise ScheduleError(f"unknown target {target!r}; choose {' or '.join(TARGETS)}")
+    if not 1 <= terms <= 8:
+        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
+    current = with_terms(schedule, terms)
+    takes = []
+    for _ in range(rounds):
+        lesson = _Lesson(current, target)
+        takes.append(_attend(rehearsal, lesson, forecast))
+        current = _corrected(lesson, ridge, {"residuals": target, "residual_terms": terms})
+    takes.append(rehearsal.run(current, forecast))
+    return max(takes, key=lambda take: take.quality)
+
+
+def _attend(rehearsal: Rehearsal, lesson: _Lesson, forecast: Forecast | None) -> Take:
+    def routers(model_scheduler: Any, scheduler: Any) -> tuple[Router, ActorRouter]:
+        model = _ModelRouter(rehearsal.transformer, rehearsal.spec, lesson.schedule.groups, model_scheduler)
+        return model, _StudentRouter(model, lesson, scheduler)
+
+    return rehearsal.run_beside_full(lesson.schedule, forecast, routers)
+
+
+def with_terms(schedule: Schedule, terms: int) -> Schedule:
+    """Every cached cell reads its group's newest residuals, so many at most; those it read keep their coefficients."""
+
+    def cell(cells: Sequence[Sequence[Cell]], step: int, group: int) -> Cell:
+        given = cells[step][group]
+        if not given:
+            return given
+        newest = [k for k in range(step - 1, -1, -1) if cells[k][group] is None][:terms]
+        kept = {k: given.get(k, 0.0) for k in newest}
+        kept[newest[0]] += sum(given.values()) - sum(kept.values())
+        return kept
+
+    def changed(cells: Sequence[Sequence[Cell]]) -> tuple[tuple[Cell, ...], ...]:
+        return tuple(tuple(cell(cells, i, g) for g in range(len(row))) for i, row in enumerate(cells))
+
+    own = {name: changed(cells) for name, cells in schedule.branch_cells.items()}
+    return replace(schedule, cells=changed(schedule.cells), branch_cells=own)
+
+
+def _corrected(lesson: _Lesson, ridge: float, told: Mapping[str, Any]) -> Schedule:
+    """The schedule with every coefficient fitted to what the lesson showed."""
+    schedule = lesson.schedule
+    cells = {"": [list(row) for row in schedule.cells]}
+    cells |= {name: [list(row) for row in own] for name, own in schedule.branch_cells.items()}
+    for (step, _, branch), products in lesson.products.items():
+        if not np.isfinite(products.gram).all():
+            raise CalibrationError(
+                f"a residual at step {step} is NaN or infinite; no forecast can be fitted to this run"
+            )
+        fitted: dict[int, dict[int, float]] = {}
+        for (anchor, group), value in zip(products.terms, _solve(products, ridge), strict=True):
+            fitted.setdefault(group, {})[anchor] = value
+        for group, cell in fitted.items():
+            cells[branch][step][group] = cell
+    frozen = {name: tuple(tuple(row) for row in rows) for name, rows in cells.items()}
+    shared = frozen.pop("")
+    return replace(schedule, cells=shared, branch_cells=frozen, made_by={**schedule.made_by, **told})
+
+
+def _solve(products: _Products, ridge: float) -> list[float]:
+    """Coefficients of the terms; the ridge pulls to reusing the newest residual of every group."""
+    count = len(products.terms)
+    newest = {group: at for at, (_, group) in reversed(list(enumerate(products.terms)))}
+    # columns are terms; a row for every d_k (F_k - F_0) and every b F_0
+    rows = np.eye(count)
+    for at, (_, group) in enumerate(products.terms):
+        if at != newest[group]:
+            rows[at, newest[group]] = -1.0
+    start = np.zeros(count)
+    start[list(newest.values())] = 1.0
+    gram, right = products.gram[1:, 1:], products.gram[1:, 0]
+    solution = solve_ridge(rows @ gram @ rows.T, rows @ (right - gram @ start), ridge)
+    return [float(value) for value in start + rows.T @ np.asarray(solution)]

@@ -1,0 +1,461 @@
+"""Running schedules on calibration samples: what they give, and the coefficients that make them better."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from layercache._utils.compat import scheduler_sigmas
+from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
+from layercache.models.known import count_blocks, find_transformer, fingerprint_of, spec_for
+from layercache.models.spec import ModelSpec
+from layercache.planning.calibrate import arguments_of
+from layercache.planning.fit import Forecast, fit_velocity
+from layercache.planning.stepper import Turn, clones, paused_at_steps, run_in_step
+from layercache.runtime.enable import attach
+from layercache.runtime.groups import CacheState, ScheduleRouter
+from layercache.runtime.router import Router
+from layercache.runtime.steps import StepCounter
+from layercache.runtime.velocity import VelocityTrack, combine
+from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction, stored_bytes
+from layercache.schedule.schedule import Cell, Fingerprint, Schedule, Velocity
+
+PSNR_LIMIT = 100.0
+
+
+@dataclass
+class Trace:
+    """Of one generation of one sample, per step: latents before it, velocity of the model, velocity taken.
+
+    ``raw[i]`` is ``None`` where the model did not run.
+    """
+
+    latents: list[torch.Tensor] = field(default_factory=list)
+    raw: list[torch.Tensor | None] = field(default_factory=list)
+    taken: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, latents: torch.Tensor, raw: torch.Tensor | None, taken: torch.Tensor | None = None) -> None:
+        self.latents.append(latents)
+        self.raw.append(raw)
+        if taken is not None:
+            self.taken.append(taken)
+
+    def after(self, step: int, sigmas: Sequence[float]) -> torch.Tensor:
+        """Latents behind a step (Euler)."""
+        if step + 1 < len(self.latents):
+            return self.latents[step + 1]
+        return self.latents[step] + (sigmas[step + 1] - sigmas[step]) * self.taken[step]
+
+    def combined(self, rule: Velocity | None, step: int) -> torch.Tensor:
+        """The velocity by a rule, made as it is made when the schedule runs."""
+        own = self.raw[step]
+        if rule is None:
+            assert own is not None
+            return own
+        terms = [(self.raw[source], c) for source, c in sorted(rule.terms.items(), reverse=True)]
+        terms += [(self.latents[step], rule.latents)] if rule.latents else []
+        return combine([t for t, _ in terms], [c for _, c in terms], None)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Take:
+    """A schedule as it went on the calibration samples.
+
+    Attributes:
+        schedule: with the velocities that were fitted on the way.
+        psnr: per picture, in dB, against the full run; at most 100.
+        traces: per sample.
+    """
+
+    schedule: Schedule
+    psnr: tuple[float, ...]
+    traces: tuple[Trace, ...] = field(repr=False, default=())
+
+    @property
+    def quality(self) -> float:
+        return float(np.mean(self.psnr))
+
+
+class _AlwaysThere(VelocityTrack):
+    """The rehearsal keeps the velocities itself, so none is ever missing."""
+
+    def begin(self, step: int, run: object) -> None:
+        self.step, self.run, self.is_complete = step, run, True
+
+
+class ActorRouter(ScheduleRouter):
+    """Routes one sample; its velocities are paused at, not passed on."""
+
+    def __init__(self, transformer: Any, spec: ModelSpec, schedule: Schedule, scheduler: Any, first: int):
+        super().__init__(transformer, spec, schedule, scheduler, end_is_announced=True)
+        self.track = _AlwaysThere(self.layout)
+        self._first = first
+
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
+        actions = super()._choose_row(state, step)
+        return (GroupAction(REUSE),) * len(actions) if step < self._first else actions
+
+    @property
+    def steers(self) -> bool:
+        return False
+
+
+class _Watcher(Router):
+    """Computes everything; notes its branches, the bytes of their streams, and how many forwards there were."""
+
+    def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
+        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
+        self.steps = StepCounter(scheduler=scheduler)
+        self.branches: dict[str, tuple[int, int]] = {}
+        self.forwards = 0
+        self._branch = ""
+
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
+        self._branch = self.steps.locate(branch, step, None).branch
+        self.forwards += 1
+        self.open((GroupAction(CAPTURE, text=True),))
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self.branches[self._branch] = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
+
+
+class Rehearsal:
+    """Calibration samples of a pipeline, their full runs, and a way to run any schedule on them.
+
+    All samples go through a step together (`layercache.lockstep`), so that a coefficient can be fitted to all of them
+    before the next step is taken. Each sample is one call of the pipeline and may be a batch.
+
+    Args:
+        pipeline: a diffusers pipeline with a scheduler.
+        prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
+            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
+        seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
+        call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
+
+    Raises:
+        CalibrationError: no prompts, or seeds that do not match.
+        UnsupportedModelError: the pipeline is of no known kind.
+    """
+
+    def __init__(self, pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any):
+        self.transformer = find_transformer(pipeline)
+        self.spec = spec_for(self.transformer)
+        if self.transformer is pipeline or not hasattr(pipeline, "scheduler"):
+            raise UnsupportedModelError("a rehearsal needs the pipeline, with its scheduler, not a bare transformer")
+        if not prompts:
+            raise CalibrationError("a rehearsal needs at least one prompt (8 to 24 pictures give a good fit)")
+        self.pipeline = pipeline
+        self.prompts = list(prompts)
+        self.seeds = _seeds_of(self.prompts, seeds)
+        self.call = dict(call)
+        if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
+            self.call.setdefault("output_type", "np")
+        self._clones = clones(pipeline, len(self.prompts))
+        self.branches: tuple[str, ...] = ()
+        self.runs = 0
+        self.full: tuple[Trace, ...] = ()
+        self.pictures: list[np.ndarray] = []
+        self._streams: list[dict[str, tuple[int, int]]] = []
+        self.sigmas: tuple[float, ...] = ()
+        self.is_euler = False
+        self._run_in_full()
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint_of(self.transformer, self.sigmas, self.branches)
+
+    def cache_bytes(self, schedule: Schedule) -> int:
+        """What a schedule stores while the largest of the samples is generated, all branches together."""
+        pairs = zip(self._streams, self.full, strict=True)
+        return max(
+            stored_bytes(schedule, streams, trace.latents[0].nbytes, self.spec.text_leaves) for streams, trace in pairs
+        )
+
+    def run(
+        self,
+        schedule: Schedule,
+        forecast: Forecast | None = None,
+        *,
+        start: Take | None = None,
+        first: int = 0,
+    ) -> Take:
+        """Runs a schedule on all samples.
+
+        Args:
+            schedule: its velocities are taken as they are, unless they are to be fitted.
+            forecast: fit the velocities while the samples run; those of the schedule are ignored.
+            start: an earlier take whose steps before ``first`` are the same: they are not run again.
+            first: the first step that runs. No residual from before it may be read.
+
+        Raises:
+            CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler that takes no Euler steps.
+        """
+        if forecast is not None and forecast.target == "steer" and not self.is_euler:
+            raise CalibrationError(
+                "velocities can only be steered where the sampler takes Euler steps; fit to 'teacher' instead"
+            )
+        if first and any(
+            anchor < first
+            for cells in (schedule.cells, *schedule.branch_cells.values())
+            for row in cells[first:]
+            for cell in row
+            for anchor in cell or ()
+        ):
+            raise ScheduleError(f"a step from {first} on reads a residual of a step that is not run again")
+        performance = _Performance(self, schedule, forecast, start, first)
+        routers = [ActorRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones]
+        return self._take(performance, self._perform(routers, performance.answer, self._clones))
+
+    def run_beside_full(
+        self,
+        schedule: Schedule,
+        forecast: Forecast | None,
+        routers: Callable[[Any, Any], tuple[Router, ActorRouter]],
+    ) -> Take:
+        """As `run`, but before every step of a sample the same step of its full run is taken.
+
+        Args:
+            routers: of the schedulers of a full and a cached generation, the routers of the two.
+        """
+        performance = _Performance(self, schedule, forecast, None, 0)
+        beside = clones(self.pipeline, len(self._clones))
+        pairs = [(full, own) for full, own in zip(beside, self._clones, strict=True)]
+        routed = [router for full, own in pairs for router in routers(full.scheduler, own.scheduler)]
+
+        def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+            taken = performance.answer(step, items[1::2])
+            return [v for (full, _), own in zip(items[::2], taken, strict=True) for v in (full, own)]
+
+        pictures = self._perform(routed, answer, [clone for pair in pairs for clone in pair])
+        return self._take(performance, pictures[1::2])
+
+    def _take(self, performance: _Performance, pictures: Sequence[np.ndarray]) -> Take:
+        psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
+        velocities = tuple(performance.velocities)
+        if all(velocity is None for velocity in velocities):
+            velocities = ()
+        return Take(replace(performance.schedule, velocities=velocities), tuple(psnr), performance.traces)
+
+    def _run_in_full(self) -> None:
+        watchers = [_Watcher(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
+        traces = tuple(Trace() for _ in self.prompts)
+        forwards: list[int] = []
+
+        def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+            forwards.append(watchers[0].forwards)
+            self.sigmas = self.sigmas or scheduler_sigmas(self._clones[0].scheduler) or ()
+            for trace, (velocity, latents) in zip(traces, items, strict=True):
+                trace.add(latents, velocity, velocity)
+            return [velocity for velocity, _ in items]
+
+        self.pictures = self._perform(watchers, answer, self._clones)
+        if len(traces[0].raw) != self.num_steps:
+            raise CalibrationError(
+                f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rehearsals need a "
+                "scheduler with sigmas that is stepped once per step"
+            )
+        _check_alone(forwards)
+        self.full, self.branches = traces, tuple(watchers[0].branches)
+        self._streams = [watcher.branches for watcher in watchers]
+        self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
+
+    def _perform(
+        self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]], cast: Sequence[Any]
+    ) -> list[np.ndarray]:
+        """One generation of every sample, each by its own router; ``answer`` says which velocities are taken.
+
+        ``cast`` are the pipelines, as many for every sample, those of a sample side by side.
+        """
+        self.runs += len(cast) // len(self.prompts)
+        attachment = attach(self.pipeline, routers[0])
+        each = len(cast) // len(self.prompts)
+        calls = [call for one in zip(*(self._calls() for _ in range(each)), strict=True) for call in one]
+        turns = [_turn(clone, call) for clone, call in zip(cast, calls, strict=True)]
+        try:
+            results = run_in_step(turns, lambda k: attachment.switch(routers[k]), answer)
+        finally:
+            attachment.detach()
+        return [_pictures(result) for result in results]
+
+    def _calls(self) -> list[dict[str, Any]]:
+        calls = []
+        for prompt, seeds in zip(self.prompts, self.seeds, strict=True):
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            one = generators if isinstance(prompt, (list, tuple)) else generators[0]
+            calls.append(self.call | arguments_of(prompt) | {"generator": one})
+        return calls
+
+
+class _Performance:
+    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
+
+    def __init__(
+        self, rehearsal: Rehearsal, schedule: Schedule, forecast: Forecast | None, start: Take | None, first: int
+    ):
+        self.sigmas, self.full = rehearsal.sigmas, rehearsal.full
+        self.schedule, self.forecast, self.start, self.first = schedule, forecast, start, first
+        self.traces = tuple(Trace() for _ in rehearsal.prompts)
+        self.velocities: list[Velocity | None] = []
+
+    def answer(self, step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+        if step < self.first and self.start is not None:
+            return self._repeat(step, self.start)
+        runs = not self.schedule.is_skipped(step)
+        for trace, (velocity, latents) in zip(self.traces, items, strict=True):
+            trace.add(latents, velocity.clone() if runs else None)
+        rule = self.schedule.velocity(step) if self.forecast is None else self._fit(step, self.forecast)
+        self.velocities.append(rule)
+        for trace in self.traces:
+            trace.taken.append(trace.combined(rule, step))
+        return [trace.taken[step] for trace in self.traces]
+
+    def _repeat(self, step: int, start: Take) -> list[Any]:
+        self.velocities.append(start.schedule.velocity(step))
+        for trace, before in zip(self.traces, start.traces, strict=True):
+            trace.add(before.latents[step], before.raw[step], before.taken[step])
+        return [trace.taken[step] for trace in self.traces]
+
+    def _fit(self, step: int, forecast: Forecast) -> Velocity | None:
+        runs = self.traces[0].raw[step] is not None
+        if runs and not (forecast.target == "steer" and forecast.everywhere and self._has_drifted(step)):
+            return None
+        sources = [k for k in range(step, -1, -1) if self.traces[0].raw[k] is not None][: forecast.terms]
+        if forecast.target == "none":
+            return Velocity({sources[0]: 1.0})
+        features = [[trace.raw[k] for k in sources] for trace in self.traces]
+        if forecast.target == "open":
+            features = [[trace.raw[k] for k in sources] for trace in self.full]
+        latents = [trace.latents[step] for trace in (self.full if forecast.target == "open" else self.traces)]
+        if forecast.target == "steer":
+            targets = [
+                (full.after(step, self.sigmas) - x) / (self.sigmas[step + 1] - self.sigmas[step])
+                for full, x in zip(self.full, latents, strict=True)
+            ]
+        else:
+            targets = [full.raw[step] for full in self.full]  # type: ignore[misc]
+        return fit_velocity(forecast, step, sources, features, latents, targets)  # type: ignore[arg-type]
+
+    def _has_drifted(self, step: int) -> bool:
+        return any(
+            not torch.equal(trace.latents[step], full.latents[step])
+            for trace, full in zip(self.traces, self.full, strict=True)
+        )
+
+
+def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float = 1.0) -> Schedule:
+    """A schedule that computes these steps whole and skips the others, holding the newest velocity.
+
+    Args:
+        fingerprint: of the model and run.
+        computed: steps, ascending, step 0 first.
+        seconds: of computing all blocks once, as calibration measured them; 1 where nobody did.
+
+    Raises:
+        ScheduleError: step 0 is not computed.
+    """
+    if not computed or computed[0] != 0:
+        raise ScheduleError("step 0 must be computed")
+    run: tuple[Cell, ...] = (None,)
+    skip: tuple[Cell, ...] = ({},)
+    cells = [run if step in set(computed) else skip for step in range(fingerprint.num_steps)]
+    velocities = tuple(_placeholders(cells))
+    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), tuple(cells), (seconds,), velocities=velocities)
+
+
+def with_terms_of(schedule: Schedule, forecast: Forecast) -> Schedule:
+    """The schedule with the terms that a fit would give it, newest first, and coefficients that hold the newest."""
+    velocities: list[Velocity | None] = []
+    raw: list[int] = []
+    for step in range(schedule.num_steps):
+        runs = not schedule.is_skipped(step)
+        raw = [step, *raw] if runs else raw
+        corrects = step > 0 and forecast.target == "steer" and forecast.everywhere
+        if runs and not corrects:
+            velocities.append(None)
+            continue
+        velocities.append(Velocity({source: float(source == raw[0]) for source in raw[: forecast.terms]}))
+    return replace(schedule, velocities=tuple(velocities))
+
+
+def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
+    """The newest velocity held where a step is skipped; something has to be there for the schedule to be whole."""
+    newest, velocities = 0, list[Velocity | None]()
+    for step, row in enumerate(cells):
+        if all(cell is not None and not cell for cell in row):
+            velocities.append(Velocity({newest: 1.0}))
+        else:
+            newest = step
+            velocities.append(None)
+    return velocities
+
+
+def _check_alone(forwards: Sequence[int]) -> None:
+    """``forwards`` of the transformer until the end of each step: they rise, unless another one runs the step."""
+    others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
+    if others:
+        raise CalibrationError(
+            f"the pipeline runs another transformer at step {', '.join(others)}, and rehearsals (search, coaching, "
+            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
+            "transformer=...), budget)"
+        )
+
+
+def _turn(clone: Any, call: dict[str, Any]) -> Turn:
+    def generate() -> Any:
+        with paused_at_steps(clone.scheduler, turn):
+            return clone(**call)
+
+    turn = Turn(generate)
+    return turn
+
+
+def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[int]]:
+    """Seeds of every prompt's pictures."""
+    counts = [len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts]
+    given = list(range(sum(counts))) if seeds is None else list(seeds)
+    if len(given) != sum(counts):
+        raise CalibrationError(f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds")
+    edges = np.cumsum([0, *counts])
+    return [given[lo:hi] for lo, hi in pairwise(edges.tolist())]
+
+
+def _is_euler(trace: Trace, sigmas: Sequence[float]) -> bool:
+    """Whether every step added ``(sigma[i+1] - sigma[i]) * v`` to the latents, within rounding."""
+    for step in range(len(trace.latents) - 1):
+        here, there = trace.latents[step].float(), trace.latents[step + 1].float()
+        error = here + (sigmas[step + 1] - sigmas[step]) * trace.taken[step].float() - there
+        tolerance = 1e-4 if trace.latents[step + 1].dtype == torch.float32 else 4e-3
+        if not error.norm() <= tolerance * there.norm():
+            return False
+    return True
+
+
+def _pictures(result: Any) -> np.ndarray:
+    """Pictures or frames of a pipeline's result, ``[B, ...]`` in 0..1."""
+    for name in ("images", "frames"):
+        if hasattr(result, name):
+            result = getattr(result, name)
+            break
+    else:
+        result = result[0] if isinstance(result, tuple) else result
+    if isinstance(result, torch.Tensor):
+        result = result.float().cpu().numpy()
+    return np.stack([np.asarray(picture, dtype=np.float64) for picture in result])
+
+
+def psnr_of(reference: np.ndarray, pictures: np.ndarray) -> list[float]:
+    """PSNR in dB of every picture (of a video: over all its frames), at most 100."""
+    error = ((reference - pictures) ** 2).reshape(len(reference), -1).mean(axis=1)
+    if not np.isfinite(error).all():
+        raise CalibrationError("a picture of the rehearsal holds NaN or infinity")
+    return [float(value) for value in -10 * np.log10(np.maximum(error, 10 ** (-PSNR_LIMIT / 10)))]

@@ -1,0 +1,544 @@
+"""Searching schedules closed loop: candidates are run on calibration samples, the best refined, the front returned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import JOURNAL, check_header, going_on
+from layercache._utils.validate import expect
+from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
+from layercache.planning.fit import HOLD, Forecast, fit_residuals, solve_ridge
+from layercache.planning.front import Front, Point, quality
+from layercache.planning.plan import SPANS, plan, weighted_errors
+from layercache.planning.profile import StabilityProfile, readable
+from layercache.planning.refit import coach, with_terms
+from layercache.planning.rollout import Rehearsal, Take, skipping, with_terms_of
+from layercache.schedule.forecast import reforecast, secant_coefficients
+from layercache.schedule.schedule import Cell, Schedule
+
+BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
+STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
+TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
+RESIDUAL_FORECASTS = ("secant", "fitted")
+COACHED_TERMS = 3
+WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
+JOURNAL_VERSION = 1
+
+
+def search(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    *,
+    profiles: StabilityProfile | Sequence[StabilityProfile],
+    seeds: Sequence[int] | None = None,
+    validation: tuple[Sequence[Any], Sequence[int]] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    forecasts: Sequence[Forecast] | None = None,
+    trials: int = 40,
+    time_limit: float | None = None,
+    max_cache_bytes: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    per_branch: bool = False,
+    tail: float = 0.5,
+    step_probes: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    **call: Any,
+) -> Front:
+    """Finds the schedules of highest PSNR for every budget, by running them.
+
+    For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
+    two best with every forecast. The best schedule of whole steps, and of groups where that is close, is then refined:
+    one computed cell is exchanged for a cached one, in the order of what their errors promise. At last the forecasts
+    of the groups' residuals are fitted while the schedule runs (`layercache.planning.refit.coach`). Nothing is drawn by
+    chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts, seeds, call: the calibration samples, see `layercache.planning.rollout.Rehearsal`.
+        profiles: from `layercache.calibrate`, on the same settings: costs, and the groups to try.
+        validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
+        budgets: shares of the block time.
+        forecasts: of velocities; by default steered ones, where the sampler takes Euler steps.
+        trials: exchanges tried per budget and kind of schedule, at most.
+        time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
+        max_cache_bytes: schedules that would store more than this, all branches together, are left out.
+        per_branch: also try schedules that compute the guidance branches at different steps.
+        tail: weight of the 10 % quantile of the PSNR beside its mean; 0 looks at the mean alone.
+        step_probes: measure at so many steps what an error becomes at the end (`step_weights`), and also try schedules
+            of whole steps that weigh errors by it. A probe costs half a full run on average.
+        resume: a file that keeps what every run gave; a search that was stopped goes on from it.
+        seed: of the order of exchanges.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: there are no profiles, or they are something else.
+        BudgetError: a budget is out of range.
+        ScheduleMismatchError: a profile was measured on something else.
+        CalibrationError: as for `Rehearsal`.
+    """
+    measured = _profiles(profiles)
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
+    if not 0 <= tail <= 1:
+        raise BudgetError(f"tail is a weight from 0 to 1, got {tail}")
+    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    for profile in measured:
+        _check_profile(profile, rehearsal)
+    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed, tail)
+    hunt.per_branch = per_branch
+    if step_probes and rehearsal.is_euler:
+        hunt.weights = step_weights(rehearsal, step_probes)
+    hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
+        for budget in sorted(budgets, reverse=True):
+            hunt.explore(budget, trials, bar)
+    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes, tail)
+    if validation is None:
+        return front
+    return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
+
+
+def _profiles(given: Any) -> list[StabilityProfile]:
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not found:
+        raise ArgumentError("layercache.search needs a profile at least: layercache.calibrate(pipe, prompts)")
+    for profile in found:
+        expect("layercache.search(profiles=...)", profile, StabilityProfile)
+    return found
+
+
+def validated(points: Sequence[Point], pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
+    """The points with their PSNR on other samples: nothing is fitted here."""
+    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    for point in points:
+        yield replace(point, held_out=rehearsal.run(point.schedule).psnr)
+
+
+def _check_profile(profile: StabilityProfile, rehearsal: Rehearsal) -> None:
+    here, there = rehearsal.fingerprint, profile.fingerprint
+    there.check_model(here.model_class, here.config_hash, here.num_blocks)
+    there.check_sigmas(here.sigmas)
+    if set(here.branches) != set(there.branches):
+        raise ScheduleMismatchError(
+            f"the profile was measured with the branches {', '.join(there.branches)}, this run has "
+            f"{', '.join(here.branches)}; calibrate with the same guidance"
+        )
+
+
+def _seconds(profile: StabilityProfile) -> tuple[float, float, float]:
+    return sum(profile.group_seconds), profile.fixed_seconds, sum(profile.reuse_seconds)
+
+
+@dataclass
+class _Tried:
+    """A candidate after its run; a run that the journal remembers has no traces until they are asked for.
+
+    Where it was coached, the skeleton is the schedule from before.
+    """
+
+    skeleton: Schedule
+    forecast: Forecast
+    origin: str
+    psnr: tuple[float, ...]
+    quality: float
+    take: Take | None = None
+    is_coached: bool = False
+
+
+class _Journal:
+    """What every run gave, in a file if there is one, so that a search can be stopped and gone on with."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, rehearsal: Rehearsal):
+        self.path = None if path is None else Path(path)
+        call = {name: repr(value) for name, value in sorted(rehearsal.call.items())}
+        told = [rehearsal.fingerprint.to_json(), repr(rehearsal.prompts), rehearsal.seeds, call]
+        self.samples = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        self.results: dict[str, list[float]] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        with going_on(path, JOURNAL):
+            data = json.loads(path.read_bytes())
+            check_header(data, JOURNAL, JOURNAL_VERSION, str(path))
+            results = {str(key): [float(v) for v in psnr] for key, psnr in data["results"].items()}
+        if data.get("samples") != self.samples:
+            raise ScheduleMismatchError(f"{path} belongs to a search with other samples or settings; name another file")
+        self.results = results
+
+    def add(self, key: str, psnr: Sequence[float]) -> None:
+        self.results[key] = list(psnr)
+        if self.path is None:
+            return
+        data = {"format": JOURNAL, "version": JOURNAL_VERSION, "samples": self.samples, "results": self.results}
+        text = json.dumps(data)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class _Search:
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        profiles: Sequence[StabilityProfile],
+        forecasts: Sequence[Forecast] | None,
+        max_cache_bytes: int | None,
+        journal: _Journal,
+        seed: int,
+        tail: float,
+    ):
+        self.rehearsal, self.profiles, self.journal = rehearsal, profiles, journal
+        self.forecasts = forecasts or (STEERED if rehearsal.is_euler else TAUGHT)
+        self.max_cache_bytes = max_cache_bytes
+        self.tail = tail
+        self.random = np.random.default_rng(seed)
+        self.deadline = math.inf
+        self.per_branch = False
+        self.weights: np.ndarray | None = None
+        self.seconds = sum(profiles[0].group_seconds)
+        self.points: list[Point] = []
+        self.notes: list[str] = []
+        self.errors = velocity_errors(rehearsal)
+        self.best: _Tried | None = None
+
+    def explore(self, budget: float, trials: int, bar: Any) -> None:
+        """Runs the portfolio of a budget, then refines the best of whole steps and, if they are close, of groups."""
+        count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
+        portfolio = list(self._portfolio(budget, count))
+        tried = self._run_all([(skeleton, self.forecasts[0], origin) for origin, skeleton in portfolio])
+        ahead = sorted(tried, key=lambda t: t.quality)[-2:] or [
+            _Tried(skeleton, self.forecasts[0], origin, (), -math.inf) for origin, skeleton in portfolio
+        ]
+        tried += self._run_all([(one.skeleton, f, one.origin) for one in ahead for f in self.forecasts[1:]])
+        whole = [t for t in tried if len(t.skeleton.groups) == 1]
+        grouped = [t for t in tried if len(t.skeleton.groups) > 1]
+        self._note(budget, whole, grouped)
+        if whole:
+            self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
+            tried.append(self.best)
+        if grouped and max(t.quality for t in grouped) > max(t.quality for t in tried) - WORTH_REFINING:
+            refined = self._refine(max(grouped, key=lambda t: t.quality), trials, bar)
+            tried += [refined, *self._coach(refined)]
+        for one in sorted(tried, key=lambda t: t.quality)[-3:]:
+            take = self._take(one)
+            self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
+
+    def _note(self, budget: float, whole: Sequence[_Tried], grouped: Sequence[_Tried]) -> None:
+        """Says whether deciding per group of layers pays, before anything is refined."""
+        if not whole or not grouped:
+            return
+        steps, groups = (max(t.quality for t in kind) for kind in (whole, grouped))
+        verdict = (
+            "the groups change alike, whole steps are the better unit" if steps >= groups else "deciding per group pays"
+        )
+        self.notes.append(f"budget {budget:g}: whole steps {steps:.1f} dB, groups {groups:.1f} dB: {verdict}")
+        if not self.per_branch:
+            return
+        together, apart = (
+            max((t.quality for t in grouped if bool(t.skeleton.branch_cells) == own), default=math.nan)
+            for own in (False, True)
+        )
+        paid = "paid" if apart > together else "did not pay"
+        self.notes.append(
+            f"budget {budget:g}: branches at the same steps {together:.1f} dB, at different ones {apart:.1f} dB: "
+            f"deciding per branch {paid}"
+        )
+
+    def _coach(self, tried: _Tried) -> Iterator[_Tried]:
+        """The same cells with residuals fitted as they run; not where time or memory forbid it."""
+        if time.monotonic() > self.deadline or not self._fits(
+            with_terms(tried.skeleton, COACHED_TERMS), tried.forecast
+        ):
+            return
+        coached = replace(tried, origin=f"{tried.origin}, coached", is_coached=True, take=None)
+        key = f"{_key(tried.skeleton, tried.forecast)} coached"
+        if key not in self.journal.results:
+            self.journal.add(key, self._take(coached).psnr)
+        coached.psnr = tuple(self.journal.results[key])
+        coached.quality = quality(coached.psnr, self.tail)
+        yield coached
+
+    def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
+        return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
+
+    def _portfolio(self, budget: float, count: int) -> Iterator[tuple[str, Schedule]]:
+        steps = self.rehearsal.num_steps
+        seen: set[tuple[int, ...]] = set()
+        lists = []
+        for gamma in (1.0, 2.0):
+            lists.append((f"whole steps, velocity errors^{gamma:g}", self._solved(count, self.errors**gamma)))
+        if self.weights is not None:
+            weighted = self.weights[:, None, None, None] * self.errors
+            lists.append(("whole steps, weighted velocity errors", self._solved(count, weighted)))
+        lists.append(
+            ("whole steps, evenly", sorted({round(k * (steps - 1) / max(1, count - 1)) for k in range(count)}))
+        )
+        if self.best is not None:
+            lists.append(("whole steps, thinned out", self._thinned(self.best, count)))
+        for origin, computed in lists:
+            if computed and tuple(computed) not in seen:
+                seen.add(tuple(computed))
+                yield origin, self._skipping(computed)
+        for profile in self.profiles:
+            if len(profile.groups) < 2:
+                continue
+            for apart in (False, True)[: 1 + self.per_branch]:
+                for forecast in RESIDUAL_FORECASTS[: 1 + profile.has_gram]:
+                    try:
+                        schedule = plan(profile, budget, per_branch=apart, forecast=forecast)
+                    except BudgetError:
+                        continue
+                    yield f"{len(profile.groups)} groups, {forecast}" + (", branches apart" if apart else ""), schedule
+
+    def _skipping(self, computed: Sequence[int]) -> Schedule:
+        return skipping(self.rehearsal.fingerprint, computed, self.seconds)
+
+    def _solved(self, count: int, errors: np.ndarray) -> list[int]:
+        """The solver's choice of whole steps, by how well old velocities forecast new ones."""
+        from layercache import _core
+
+        steps = self.rehearsal.num_steps
+        protected = np.zeros((steps, 1), dtype=bool)
+        protected[:2] = True
+        protected[-1:] = count > 3
+        result = _core.solve(
+            np.ascontiguousarray(errors),
+            np.ones(1),
+            np.zeros(1),
+            float(count),
+            protected,
+            list(SPANS),
+            max_run=errors.shape[2] - 1,
+        )
+        return [step for step in range(steps) if result.cells[step, 0] < 0] if result.feasible else []
+
+    def _thinned(self, tried: _Tried, count: int) -> list[int]:
+        """The computed steps of a richer schedule without those that are forecast best."""
+        computed = _computed(tried.skeleton)
+        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        droppable = sorted((s for s in computed if s > 0), key=lambda s: need[s])
+        dropped = set(droppable[: max(0, len(computed) - count)])
+        return [step for step in computed if step not in dropped]
+
+    def _refine(self, best: _Tried, trials: int, bar: Any) -> _Tried:
+        """Exchanges one computed cell for a cached one at a time, as long as that helps."""
+        known = {_key(best.skeleton, best.forecast)}
+        bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
+        neighbours = self._neighbours(best)
+        for _ in range(trials):
+            found = next((s for s in neighbours if _key(s, best.forecast) not in known), None)
+            if found is None or time.monotonic() > self.deadline:
+                break
+            known.add(_key(found, best.forecast))
+            if not self._fits(found, best.forecast):
+                continue
+            trial = self._run(found, best.forecast, best.origin.removesuffix(", refined") + ", refined", best)
+            if trial.quality > best.quality:
+                best, neighbours = trial, self._neighbours(trial)
+                bar.set_postfix_str(f"used {best.skeleton.used:.2f}: {best.quality:.2f} dB")
+            bar.update()
+        return best
+
+    def _neighbours(self, tried: _Tried) -> Iterator[Schedule]:
+        """Schedules with one computed cell exchanged for a cached one."""
+        if len(tried.skeleton.groups) > 1:
+            return self._cell_exchanges(tried.skeleton)
+        return self._step_exchanges(tried)
+
+    def _step_exchanges(self, tried: _Tried) -> Iterator[Schedule]:
+        computed = _computed(tried.skeleton)
+        skipped = [step for step in range(self.rehearsal.num_steps) if step not in computed]
+        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        pairs = [(out, into) for out in computed[1:] for into in skipped]
+        for out, into in self._mixed(pairs, lambda pair: _gain(need, *pair)):
+            yield self._skipping(sorted({*computed, into} - {out}))
+
+    def _cell_exchanges(self, skeleton: Schedule) -> Iterator[Schedule]:
+        profile = next((p for p in self.profiles if p.groups == skeleton.groups), None)
+        if profile is None or skeleton.branch_cells:
+            return
+        need = cell_needs(profile, skeleton)
+        cells = skeleton.cells
+        steps = range(1, skeleton.num_steps)
+        moves = [
+            (group, out, into)
+            for group in range(len(skeleton.groups))
+            for out in steps
+            for into in steps
+            if cells[out][group] is None and cells[into][group] is not None
+        ]
+        for group, out, into in self._mixed(moves, lambda move: _gain(need[:, move[0]], *move[1:])):
+            exchanged = _with_exchanged(skeleton, group, out, into)
+            if skeleton.made_by.get("forecast") == "fitted":
+                yield fit_residuals(profile, exchanged)
+            else:
+                yield reforecast(exchanged, "secant")
+
+    def _mixed(self, moves: list[Any], gain: Callable[[Any], float]) -> Iterator[Any]:
+        """By falling gain, every fourth drawn by chance."""
+        moves.sort(key=gain, reverse=True)
+        while moves:
+            for _ in range(3):
+                if moves:
+                    yield moves.pop(0)
+            if moves:
+                yield moves.pop(int(self.random.integers(len(moves))))
+
+    def _run(self, skeleton: Schedule, forecast: Forecast, origin: str, near: _Tried | None = None) -> _Tried:
+        key = _key(skeleton, forecast)
+        if key in self.journal.results:
+            psnr = tuple(self.journal.results[key])
+            return _Tried(skeleton, forecast, origin, psnr, quality(psnr, self.tail))
+        start, first = None, 0
+        if near is not None and forecast == near.forecast:
+            start = self._take(near)
+            first = _first_difference(skeleton, near.skeleton)
+        take = self.rehearsal.run(skeleton, forecast, start=start, first=first)
+        self.journal.add(key, take.psnr)
+        return _Tried(skeleton, forecast, origin, take.psnr, quality(take.psnr, self.tail), take)
+
+    def _take(self, tried: _Tried) -> Take:
+        if tried.take is None and tried.is_coached:
+            tried.take = coach(self.rehearsal, tried.skeleton, "teacher", COACHED_TERMS, tried.forecast)
+        elif tried.take is None:
+            tried.take = self.rehearsal.run(tried.skeleton, tried.forecast)
+        made_by = {"method": "layercache", "origin": tried.origin, "forecast": tried.forecast.name}
+        schedule = replace(tried.take.schedule, made_by={**tried.take.schedule.made_by, **made_by})
+        return replace(tried.take, schedule=schedule)
+
+    def _fits(self, skeleton: Schedule, forecast: Forecast) -> bool:
+        if self.max_cache_bytes is None:
+            return True
+        return self.rehearsal.cache_bytes(with_terms_of(skeleton, forecast)) <= self.max_cache_bytes
+
+
+def _computed(schedule: Schedule) -> list[int]:
+    return [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+
+
+def _gain(need: np.ndarray, out: int, into: int) -> float:
+    """A neighbour takes over most of what a step gives, so shifts are the gentler moves."""
+    return float(need[into] - need[out] * (0.5 if abs(out - into) == 1 else 1.0))
+
+
+def _with_exchanged(schedule: Schedule, group: int, out: int, into: int) -> Schedule:
+    """One cell of a group cached, another computed; every cached cell reuses step 0 until it is given a forecast."""
+
+    def cell(step: int, k: int) -> Cell:
+        computed = schedule.cells[step][k] is None
+        if k == group and step in (out, into):
+            computed = step == into
+        return None if computed else {0: 1.0}
+
+    cells = tuple(tuple(cell(step, k) for k in range(len(schedule.groups))) for step in range(schedule.num_steps))
+    return replace(schedule, cells=cells, velocities=())
+
+
+def cell_needs(profile: StabilityProfile, schedule: Schedule) -> np.ndarray:
+    """Weighted error of reusing the newest computed residual, ``[N, G]``; of computed cells, if they were cached."""
+    errors = weighted_errors(profile, 1.0, 0.0, 0.1)
+    needs = np.full(errors.shape[:2], np.inf)
+    for step in range(1, schedule.num_steps):
+        for group in range(len(schedule.groups)):
+            anchor = max(k for k in range(step) if schedule.cells[k][group] is None)
+            needs[step, group] = errors[step, group, min(step - anchor, profile.max_distance), 0]
+    return needs
+
+
+def _first_difference(a: Schedule, b: Schedule) -> int:
+    """The first step whose cells differ; 0 where residuals are stored, which a later start would lack."""
+    if any(cell for schedule in (a, b) for row in schedule.cells for cell in row):
+        return 0
+    return next((step for step, rows in enumerate(zip(a.cells, b.cells, strict=True)) if rows[0] != rows[1]), 0)
+
+
+def _key(skeleton: Schedule, forecast: Forecast) -> str:
+    told = [skeleton.groups, skeleton.cells, forecast.__dict__, dict(skeleton.branch_cells)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+
+
+def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
+    """The solver's table for whole steps, ``[N, 1, max_distance + 1, max_span + 1]``, from the full runs' velocities.
+
+    ``|sigma[i+1] - sigma[i]| * mean |(1 + c) v[a] - c v[b] - v[i]|`` as for residuals of groups (methods.md §1.5).
+    """
+    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
+    table = np.full((steps, 1, max_distance + 1, max_span + 1), np.inf)
+    for step, distance, span in np.argwhere(readable(steps, max_distance, max_span)).tolist():
+        anchor = step - distance
+        terms = secant_coefficients(sigmas, step, anchor, anchor - span if span else None)
+        errors = [
+            float((sum(c * trace.taken[s] for s, c in terms.items()) - trace.taken[step]).abs().mean())
+            for trace in rehearsal.full
+        ]
+        table[step, 0, distance, span] = abs(sigmas[step + 1] - sigmas[step]) * np.mean(errors)
+    return table
+
+
+def step_weights(rehearsal: Rehearsal, probes: int = 10) -> np.ndarray:
+    """What an error of the velocity becomes by the end of the run, relative to the other steps, ``phi [N]``, mean 1.
+
+    At each probed step alone the velocity of the step before is held; ``phi`` is how far the final latents move, over
+    how far the step moved them. Steps in between are interpolated. Source: methods.md §1.5, option C.
+    """
+    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
+    full = Take(Schedule.compute_all(rehearsal.fingerprint), (), rehearsal.full)
+    probed = sorted({round(step) for step in np.linspace(1, steps - 1, probes)})
+    found = []
+    for step in probed:
+        others = [k for k in range(steps) if k != step]
+        take = rehearsal.run(skipping(rehearsal.fingerprint, others), HOLD, start=full, first=step)
+        moved = introduced = 0.0
+        for trace, reference in zip(take.traces, rehearsal.full, strict=True):
+            end, true_end = (t.after(steps - 1, sigmas) for t in (trace, reference))
+            moved += float((end - true_end).float().abs().mean())
+            introduced += float((trace.taken[step] - reference.taken[step]).float().abs().mean())
+        found.append(moved / max(introduced * abs(sigmas[step + 1] - sigmas[step]), 1e-30))
+    weights = np.interp(np.arange(steps), probed, found)
+    return weights / weights.mean()
+
+
+def step_needs(take: Take, rehearsal: Rehearsal, forecast: Forecast) -> np.ndarray:
+    """How far a step's velocity is from any forecast of it, times the length of the step, ``[N]``.
+
+    Of a skipped step: what its forecast missed. Of a computed one: what the forecast would have missed without it.
+    """
+    sigmas, needs = rehearsal.sigmas, np.zeros(rehearsal.num_steps)
+    for step in range(rehearsal.num_steps):
+        length = sigmas[step + 1] - sigmas[step]
+        sources = [k for k in range(step - 1, -1, -1) if take.traces[0].raw[k] is not None][: forecast.terms]
+        if not sources:
+            needs[step] = math.inf
+            continue
+        missed = 0.0
+        for trace, full in zip(take.traces, rehearsal.full, strict=True):
+            if trace.raw[step] is None:
+                target = (full.after(step, sigmas) - trace.latents[step]) / length
+                left = trace.taken[step] - target
+            else:
+                left = _left_over([trace.raw[k] for k in sources], trace.latents[step], trace.raw[step])
+            missed += float(left.float().pow(2).mean())
+        needs[step] = abs(length) * math.sqrt(missed / len(take.traces))
+    return needs
+
+
+def _left_over(features: Sequence[Any], latents: torch.Tensor, target: Any) -> torch.Tensor:
+    """What is left of the target after the best combination of the features."""
+    columns = torch.stack([t.float().flatten() for t in (*features, latents)])
+    gram, right = columns @ columns.T, columns @ target.float().flatten()
+    weights = solve_ridge(gram.double().cpu().numpy(), right.double().cpu().numpy(), 1e-6)
+    return target.float().flatten() - columns.T @ torch.tensor(weights, dtype=torch.float32, device=columns.device)

@@ -1,0 +1,1 @@
+"""The executor of schedules and methods inside a transformer's forward pass."""

@@ -1,0 +1,512 @@
+"""Executing a schedule: one `CacheState` per branch, stored residuals, the row of the current step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache import ops
+from layercache._utils.compat import keep_address
+from layercache.errors import CacheStateError, NonFiniteResidualError
+from layercache.models.spec import ModelSpec
+from layercache.runtime.requests import Requests
+from layercache.runtime.router import Router, Trip
+from layercache.runtime.steps import Signature, StepCounter
+from layercache.runtime.storage import Buffer, Storage, check_alike, describe
+from layercache.runtime.velocity import VelocityTrack
+from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
+from layercache.schedule.schedule import Cell, Schedule, time_share
+
+MAX_TERMS = ops.MAX_TERMS
+
+
+class Terms:
+    """Stored residuals of one launch, of the image and where it advances the text, and their coefficients.
+
+    Newest anchor of the shallowest group first.
+    """
+
+    def __init__(self, buffers: list[list[Buffer]], values: tuple[float, ...]):
+        self.buffers, self.values = buffers, values
+        self.coefficients: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor | tuple[float, ...]:
+        """The coefficients for an op there. A compiled graph, and a GPU, do not depend on them as numbers."""
+        if device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+            return self.values
+        assert self.coefficients is not None
+        return self.coefficients
+
+
+class Row:
+    """A `RowLayout` bound to the buffers of one branch."""
+
+    def __init__(self, layout: RowLayout, cells: Sequence[Cell], images: list[Buffer], texts: list[Buffer]):
+        self.layout, self.cells = layout, cells
+        self.captures = [
+            None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
+            for slots in layout.captures
+        ]
+        self.stores = [(slots[0], group) for group, slots in enumerate(layout.captures) if slots is not None]
+        self.runs: list[list[Terms] | None] = []
+        for run in layout.runs:
+            if run is None:
+                self.runs.append(None)
+                continue
+            launches = []
+            for lo in range(0, len(run.coefficients), MAX_TERMS):
+                part = slice(lo, lo + MAX_TERMS)
+                buffers = [[images[s] for s in run.image_slots[part]]]
+                if run.text_slots is not None:
+                    buffers.append([texts[s] for s in run.text_slots[part]])
+                launches.append(Terms(buffers, run.coefficients[part]))
+            self.runs.append(launches)
+
+
+class CacheState:
+    """Stored residuals of one branch of one generation.
+
+    Slots are allocated together at the first capture, because only then their shapes are known (where a
+    graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
+    streams change.
+    """
+
+    def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
+        self.layout, self.storage = layout, storage
+        self.images = [Buffer() for _ in range(layout.image_slots)]
+        self.texts = [Buffer() for _ in range(layout.text_slots)]
+        self.flag = Buffer()
+        self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
+        self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
+        self.alike: set[tuple[int, bool]] = set()  # groups that were seen to give what they take; without the text
+        self.signature = Signature()
+        self._uploaded_to: torch.device | None = None
+
+    def reset(self) -> None:
+        """No stored residual is valid any more; the memory stays for the next generation."""
+        self.held = [None] * len(self.held)
+        self.alike.clear()
+
+    def is_valid(self, row: Row) -> bool:
+        """Whether every residual the row reads was stored in this generation."""
+        held = self.held
+        for slot, key in row.layout.reads:  # at every step; a generator would cost more than the rest
+            if held[slot] != key:
+                return False
+        return True
+
+    def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
+        """Makes every slot fit the streams; does nothing when they already do.
+
+        Raises:
+            CacheStateError: they fit the streams of another group, which has stored something already.
+        """
+        if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
+            if text is None or not self.texts or self.storage.fits(self.texts[0], text):
+                return
+        if self.alike:
+            raise CacheStateError(
+                f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
+                "behind the groups before it; layercache follows streams that keep their size through all groups"
+            )
+        for buffers, stream in ((self.images, image), (self.texts, text)):
+            if stream is None:
+                continue
+            for buffer in buffers:
+                self.storage.allocate(buffer, stream)
+        self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
+
+    def is_finite(self) -> bool:
+        """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
+        if self.flag.tensor is None:
+            return True
+        held = [buffer for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
+        bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
+        if bad:
+            self.flag.tensor.zero_()
+            self.reset()
+        return not bad
+
+    def upload_coefficients(self) -> None:
+        """Puts the coefficients of all rows where the residuals are, in one transfer."""
+        if not self.images or self.images[0].tensor is None:
+            return
+        device = self.images[0].tensor.device
+        if device == self._uploaded_to:
+            return
+        self._uploaded_to = device
+        terms = [t for row in self.rows for run in row.runs if run is not None for t in run]
+        if not terms:
+            return
+        table = torch.tensor([v for t in terms for v in t.values], dtype=torch.float32).to(device)
+        for part, values in zip(terms, table.split([len(t.values) for t in terms]), strict=True):
+            part.coefficients = values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
+
+
+class DryTrip(Trip):
+    """Passes the streams by every block and remembers the first group's."""
+
+    watches = True
+    streams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def opened(self, group: int) -> None:
+        if self.streams is None:
+            assert self.image is not None
+            self.streams = self.image, self.text
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache did since it was enabled.
+
+    Attributes:
+        used: share of the block time computed, by the schedule's measured seconds per group (1.0 before a run).
+        computed_cells, cached_cells: groups computed and reused, over all forwards.
+        generations: generations begun, counted on the branch that began most.
+        forwards: calls of the transformer.
+        fallback_rows: forwards that computed everything because a residual they would have read was not
+            there (a run that began in the middle, or changed its shape).
+        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
+        branches: names of the branches seen.
+    """
+
+    used: float
+    computed_cells: int
+    cached_cells: int
+    generations: int
+    forwards: int
+    fallback_rows: int
+    cache_bytes: int
+    branches: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
+            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
+            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
+        ]
+        if self.fallback_rows:
+            lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
+        return "\n".join(lines)
+
+
+class ScheduleRouter(Router):
+    """Routes a transformer by a schedule; this is what ``layercache.enable`` returns."""
+
+    keeps_items = True
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        schedule: Schedule,
+        scheduler: Any = None,
+        end_is_announced: bool = False,
+        storage: str = "same",
+    ):
+        super().__init__(transformer, spec, schedule.groups)
+        self.schedule = schedule
+        self.storage = Storage(storage)
+        self._end_is_announced = end_is_announced
+        self.layout = self._lay_out("")
+        self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
+        self.states: dict[str, CacheState] = {}
+        self.state: CacheState
+        self.row: Row
+        self.track = VelocityTrack(self.layout)
+        self._dry_trip: DryTrip | None = None
+        self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
+        self._runs: dict[tuple[GroupAction, ...], int] = {}
+        self._generations: dict[str, int] = {}
+        self._fallback_rows = 0
+        self.requests = Requests(self)
+
+    @property
+    def graphs(self) -> int:
+        """One per distinct row (actions and number of terms), one that allocates, one that computes everything."""
+        layouts = [self._lay_out(name) for name in ("", *self.schedule.branch_cells)]
+        rows = {
+            (row.actions, tuple(run and len(run.coefficients) for run in row.runs))
+            for layout in layouts
+            for row in layout.rows
+        }
+        return len(rows) + 2
+
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        actions = self.prepare(branch, step, arguments, dry_run)
+        self.count(actions)
+        self.open(actions)
+
+    def prepare(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> tuple[GroupAction, ...]:
+        """Finds the forward's place, and what its groups do there."""
+        place = self.locate(branch, step, arguments)
+        state = self.states.get(place.branch)
+        if state is None:
+            cells = self.schedule.cells_of(place.branch)
+            state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells, self.storage)
+        if place.starts:
+            self._start_generation(place.branch, state)
+        if state.signature.changes(arguments, place.starts):
+            state.reset()
+            if dry_run is not None:
+                self._fit_ahead(state, dry_run)
+        if self.track.layouts:
+            self.track.begin(place.step, self.steps.run)
+        return self._choose_row(state, place.step)
+
+    def _lay_out(self, branch: str) -> Layout:
+        spec = self.spec
+        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
+
+    def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
+        """Allocates the slots outside the graph, which would be compiled again once they are there.
+
+        The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
+        """
+        self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
+        self._dry_trip, self.keeps_items = DryTrip(self), False
+        try:
+            dry_run()
+            if self._dry_trip.streams is not None:
+                state.fit(*self._dry_trip.streams)
+        finally:
+            self._dry_trip, self.keeps_items = None, True
+            self.shut()
+
+    def new_trip(self) -> Trip:
+        return self._dry_trip or super().new_trip()
+
+    def _start_generation(self, branch: str, state: CacheState) -> None:
+        """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
+        self._generations[branch] = self._generations.get(branch, 0) + 1
+        if not self._end_is_announced:
+            self.check()
+        elif state.flag.tensor is not None:
+            state.flag.tensor.zero_()
+        state.reset()
+
+    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
+        """The schedule's row, or computing everything where a residual the row reads is not there."""
+        row = state.rows[step]
+        self.state, self.row = state, row
+        actions = row.layout.actions
+        skipped_in_vain = self._skipped[step] and not self.track.is_complete
+        valid = (not row.layout.reads or state.is_valid(row)) and not skipped_in_vain
+        for slot, group in row.stores:
+            state.held[slot] = (step, group)
+        if not valid:
+            # what the row computes anyway is still stored for the rows to come
+            actions = tuple(GroupAction(COMPUTE) if a.kind == REUSE else a for a in actions)
+            self._fallback_rows += 1
+        elif row.layout.reads:
+            state.upload_coefficients()
+        return actions
+
+    def count(self, actions: tuple[GroupAction, ...]) -> None:
+        """Notes a forward that is run by ``actions``."""
+        self._runs[actions] = self._runs.get(actions, 0) + 1
+
+    def _count_of(self, reused: bool) -> list[int]:
+        groups = range(len(self.schedule.groups))
+        return [sum(n for row, n in self._runs.items() if (row[g].kind == REUSE) is reused) for g in groups]
+
+    @property
+    def computed(self) -> list[int]:
+        """Forwards that computed each group."""
+        return self._count_of(False)
+
+    @property
+    def cached(self) -> list[int]:
+        """Forwards that reused each group."""
+        return self._count_of(True)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        state = self.state
+        image_slot, text_slot = self.row.captures[group]
+        if (group, text_slot is None) not in state.alike:
+            state.fit(image_out, text_out)
+            check_alike(image_in, image_out)
+            if text_slot is not None:
+                check_alike(text_in, text_out)
+            state.alike.add((group, text_slot is None))
+        # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
+        flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
+        if text_slot is None:
+            self.storage.store([image_out], [image_in], [image_slot], flag)
+        else:
+            self.storage.store([image_out, text_out], [image_in, text_in], [image_slot, text_slot], flag)
+
+    def reuse(self, group, image, text, results=None):
+        for terms in self.row.runs[group]:
+            streams = [image] if len(terms.buffers) == 1 else [image, text]
+            into = list(results[: len(streams)]) if results else None
+            streams = self.storage.restore(streams, terms.buffers, terms.on(image.device), into)
+            image, text = streams if len(streams) == 2 else (streams[0], text)
+        return image, text
+
+    def terms(self, groups: range, text: bool) -> list[tuple[float, Buffer, Buffer | None]] | None:
+        """Coefficient, image and text residual of everything that the present row takes for these groups.
+
+        ``None`` where one is not there: nothing says so for the text, which a row stores only as far as it needs it.
+        """
+        found = []
+        row = self.state.layout.rows
+        for group in groups:
+            for anchor, coefficient in sorted((self.row.cells[group] or {}).items(), reverse=True):
+                slots = row[anchor].captures[group]
+                if slots is None or self.state.held[slots[0]] != (anchor, group) or (text and slots[1] is None):
+                    return None
+                image = self.state.images[slots[0]]
+                beside = self.state.texts[slots[1]] if text and slots[1] is not None else None
+                if image.tensor is None or (beside is not None and beside.tensor is None):
+                    return None
+                found.append((coefficient, image, beside))
+        return found
+
+    def invalidate(self) -> None:
+        self.track.held = [None] * len(self.track.held)
+        for state in self.states.values():
+            state.reset()
+        self.requests.invalidate()
+
+    def drop(self) -> None:
+        """Frees the stored residuals; until there are new ones everything is computed."""
+        for state in self.states.values():
+            state.reset()
+            for buffer in (*state.images, *state.texts, state.flag):
+                buffer.free()
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+        self.track.reset()
+        for state in self.states.values():
+            state.reset()
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.track.layouts)
+
+    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """What the sampler gets at a step instead of the model's velocity.
+
+        Raises:
+            CacheStateError: the sampler steps where the transformer was not called.
+        """
+        if step != self.track.step:
+            raise CacheStateError(
+                f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "
+                "a schedule with velocities needs one scheduler, stepped once after every call of the transformer"
+            )
+        return self.track.pass_on(velocity, latents)
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Reads the device flag of the finished generation, and looks at its stored velocities.
+
+        Raises:
+            NonFiniteResidualError: a stored residual or velocity held NaN or infinity. The flag is cleared.
+        """
+        bad = []
+        for name, state in self.states.items():
+            if not state.is_finite():
+                bad.append(name)
+        if not self.track.is_finite():
+            self.track.reset()
+            bad.append("all")
+        if bad:
+            raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
+
+    def for_call(self) -> Router:
+        return self.requests.router() if self.requests.routers else self
+
+    def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
+
+        Requests may be entered again and again, by turns and from several threads; one forward runs at a time.
+
+        Args:
+            request_id: any name; it is new, or its generation goes on.
+            scheduler: the request's own sampler; without one its forwards are counted, one per branch and step.
+        """
+        return self.requests.entered({request_id: None}, scheduler)
+
+    def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block are a batch of several requests, each at its own step.
+
+        A group is reused where all of them reuse it, each sample from its request's residuals; where one has to compute
+        it, it is computed for all.
+
+        Args:
+            rows: requests in the order of the batch, and how many samples of it each has.
+        """
+        return self.requests.entered(rows)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended: its memory is freed.
+
+        Raises:
+            CacheStateError: there is no such request.
+            NonFiniteResidualError: one of its stored residuals held NaN or infinity.
+        """
+        self.requests.forget(request_id)
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
+
+        ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
+        ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
+        without, such as those that follow from step numbers alone), ``fallback_rows``, ``bytes``, ``requests`` (known
+        now), ``evictions``.
+        """
+        return self.requests.metrics()
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled, requests apart (see `metrics`)."""
+        computed, seconds = self.computed, self.schedule.group_seconds
+        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
+        return CacheReport(
+            used=time_share(seconds, computed, forwards) if self._runs else 1.0,
+            computed_cells=sum(computed),
+            cached_cells=sum(self.cached),
+            generations=max(self._generations.values(), default=0),
+            forwards=sum(self._runs.values()),
+            fallback_rows=self._fallback_rows,
+            cache_bytes=sum(state.nbytes for state in self.states.values()) + self.track.nbytes,
+            branches=tuple(self.states),
+        )
+
+
+def require_inference() -> None:
+    """Refuses to cache while gradients are recorded.
+
+    Raises:
+        CacheStateError: grad mode is on.
+    """
+    if torch.is_grad_enabled():
+        raise CacheStateError(
+            "caching is for inference: call the transformer under torch.no_grad() or torch.inference_mode()"
+        )

@@ -1,0 +1,291 @@
+"""Executing a `ModuleSchedule`, and looking at the outputs of modules: routers that go inside the blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache._utils.compat import scheduler_sigmas
+from layercache.errors import (
+    CacheStateError,
+    CalibrationError,
+    NonFiniteResidualError,
+    ScheduleMismatchError,
+    UnsupportedModelError,
+)
+from layercache.models.known import count_blocks
+from layercache.models.spec import ModelSpec
+from layercache.runtime.groups import CacheReport
+from layercache.runtime.router import Router
+from layercache.runtime.steps import Signature, StepCounter
+from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.schedule.module_schedule import ModuleSchedule, ModuleUnit, module_units
+
+Output = Any
+"""What a module returns: a tensor, or a tuple of tensors (joint attention)."""
+
+
+def tensors_of(output: Output) -> tuple[torch.Tensor, ...]:
+    found = output if isinstance(output, (tuple, list)) else (output,)
+    return tuple(t for t in found if isinstance(t, torch.Tensor))
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``[batch, rows, channels]``, as the ops take it, of an output that has more dims (a convolution's)."""
+    return tensor if tensor.dim() == 3 else tensor.flatten(2).contiguous()
+
+
+def copy_of(output: Output, into: Output | None = None) -> Output:
+    """The output with tensors of its own; those of ``into`` where they fit."""
+    if isinstance(output, torch.Tensor):
+        fits = isinstance(into, torch.Tensor) and into.shape == output.shape and into.dtype == output.dtype
+        if fits and into.device == output.device:  # type: ignore[union-attr]
+            return into.copy_(output)  # type: ignore[union-attr]
+        return output.clone(memory_format=torch.contiguous_format)
+    if isinstance(output, (tuple, list)):
+        older = into if isinstance(into, (tuple, list)) and len(into) == len(output) else [None] * len(output)
+        return tuple(copy_of(new, old) for new, old in zip(output, older, strict=True))
+    return output
+
+
+class ModuleRouter(Router):
+    """Stands in front of every unit of a transformer. Subclasses say what happens there.
+
+    Raises:
+        UnsupportedModelError: the description names no modules, or gradients are needed and do not pass through them.
+    """
+
+    needs_gradients = False
+
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, scheduler: Any):
+        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
+        self.units = module_units(transformer, spec)
+        if self.needs_gradients and not spec.differentiable:
+            raise UnsupportedModelError(
+                f"no gradient passes through the blocks of {spec.model_class}; take InvarDiff, which needs none"
+            )
+        self.steps = StepCounter(scheduler=scheduler)
+        self.branch, self.step, self.starts = "", 0, False
+        self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
+        self._ran: set[int] = set()
+
+    def shadows(self) -> Iterable[tuple[Any, str, Any]]:
+        for number, unit in enumerate(self.units):
+            *front, last = unit.modules
+            for module in front:
+                yield module, "forward", self._front(number, module.forward)
+            yield last, "forward", self._last(number, unit, last.forward)
+
+    def _front(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A module before a unit's last: passed by where the unit is."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.is_announced and self.passes_by(number):
+                return args[0] if args else next(iter(kwargs.values()))
+            return original(*args, **kwargs)
+
+        return forward
+
+    def _last(self, number: int, unit: ModuleUnit, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_announced:
+                return original(*args, **kwargs)
+            if number in self._ran:
+                raise CacheStateError(
+                    f"{unit.name} runs several times in one forward and has no one output to store; turn chunked "
+                    "feed-forward off (transformer.disable_forward_chunking()), or take a method of whole blocks"
+                )
+            self._ran.add(number)
+            return self.through(number, lambda: original(*args, **kwargs))
+
+        return forward
+
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        if dry_run is not None:
+            raise CacheStateError(
+                "modules inside the blocks cannot be routed in a compiled transformer; call it uncompiled, or take a "
+                "method of whole blocks"
+            )
+        place = self.locate(branch, step, arguments)
+        self.branch, self.step, self.starts = place.branch, place.step, place.starts
+        self.announce(arguments)
+
+    def open(self, actions: tuple[GroupAction, ...]) -> None:
+        super().open(actions)
+        self._ran.clear()
+
+    def announce(self, arguments: Mapping[str, Any]) -> None:
+        """A forward starts; calls `open`."""
+        self.open((GroupAction(COMPUTE),))
+
+    def leaving(self, image: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """The streams that the transformer's head reads."""
+        return (image, text) if self.spec.text_leaves and text is not None else (image,)
+
+    def require_one_shape(self, arguments: Mapping[str, Any]) -> None:
+        """What is measured is compared from step to step.
+
+        Raises:
+            CalibrationError: the branch has other shapes than at the step before.
+        """
+        if self._signatures[self.branch].changes(arguments, self.starts) and not self.starts:
+            raise CalibrationError(
+                f"branch {self.branch} has other shapes from step {self.step} on; calibrate with settings that keep "
+                "them, such as guidance at every step"
+            )
+
+    def passes_by(self, number: int) -> bool:
+        """Whether the unit's own work is left out in the present forward."""
+        return False
+
+    def through(self, number: int, compute: Callable[[], Output]) -> Output:
+        """What the unit gives; ``compute`` runs it."""
+        raise NotImplementedError
+
+
+class ModuleScheduleRouter(ModuleRouter):
+    """Routes by a `ModuleSchedule`; this is what ``layercache.enable`` returns for one."""
+
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, schedule: ModuleSchedule, scheduler: Any):
+        super().__init__(transformer, spec, scheduler)
+        names = tuple(unit.name for unit in self.units)
+        if names != schedule.units:
+            raise ScheduleMismatchError("the schedule names other modules than this transformer has; plan it again")
+        self.schedule = schedule
+        self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
+        steps = schedule.num_steps
+        # an output is stored where the next step that is not computed whole reads it
+        self._stored_at = [
+            [not_last and computed and self._is_read(step, unit) for unit, computed in enumerate(row)]
+            for step, row in enumerate(schedule.computed)
+            for not_last in [step + 1 < steps]
+        ]
+        self._final_at = [step + 1 in schedule.reused_steps for step in range(steps)]
+        self.outputs: dict[str, dict[int, Output]] = {}
+        self.finals: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._valid: dict[str, set[int]] = {}
+        self._final_valid: set[str] = set()
+        self._computes_all = False
+        self._counts = {"computed": 0.0, "all": 0.0, "generations": 0, "forwards": 0, "fallbacks": 0}
+
+    def _is_read(self, step: int, unit: int) -> bool:
+        """Whether a later step takes this step's output, that is, comes before it is computed again."""
+        for later in range(step + 1, self.schedule.num_steps):
+            if later in self.schedule.reused_steps:
+                continue
+            return not self.schedule.computed[later][unit]
+        return False
+
+    def announce(self, arguments: Mapping[str, Any]) -> None:
+        branch, step = self.branch, self.step
+        if self._signatures[branch].changes(arguments, self.starts) or self.starts:
+            self._valid[branch] = set()
+            self._final_valid.discard(branch)
+            self._counts["generations"] += self.starts and branch == next(iter(self._signatures))
+        row = self.schedule.computed[step]
+        reuses = step in self.schedule.reused_steps
+        needed = set() if reuses else {unit for unit, computed in enumerate(row) if not computed}
+        missing = branch not in self._final_valid if reuses else not needed <= self._valid[branch]
+        self._computes_all = missing
+        self._count(reuses and not missing, needed if not missing else set(), missing)
+        if reuses and not missing:
+            self.open((GroupAction(REUSE, ends_run=True),))
+        elif self._final_at[step]:
+            self.open((GroupAction(CAPTURE),))
+        else:
+            self.open((GroupAction(COMPUTE),))
+
+    def _count(self, reuses: bool, passed_by: set[int], missing: bool) -> None:
+        weights = self.schedule.seconds or (1.0,) * len(self.units)
+        total = sum(weights)
+        self._counts["all"] += total
+        self._counts["computed"] += 0.0 if reuses else total - sum(weights[unit] for unit in passed_by)
+        self._counts["forwards"] += 1
+        self._counts["fallbacks"] += missing
+
+    def passes_by(self, number: int) -> bool:
+        return not self._computes_all and not self.schedule.computed[self.step][number]
+
+    def through(self, number: int, compute: Callable[[], Output]) -> Output:
+        stored = self.outputs.setdefault(self.branch, {})
+        if self.passes_by(number):
+            return stored[number]
+        output = compute()
+        if self._stored_at[self.step][number] or self._computes_all:
+            stored[number] = copy_of(output, stored.get(number))
+            self._valid[self.branch].add(number)
+        return output
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        self.finals[self.branch] = copy_of(self.leaving(image_out, text_out), self.finals.get(self.branch))
+        self._final_valid.add(self.branch)
+
+    def reuse(self, group, image, text, results=None):
+        final = self.finals[self.branch]
+        return final[0], final[1] if len(final) == 2 else text
+
+    def invalidate(self) -> None:
+        self._valid = {branch: set() for branch in self._valid}
+        self._final_valid.clear()
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+        self._signatures.clear()
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Looks at the stored final hidden states and outputs of the last block.
+
+        Raises:
+            NonFiniteResidualError: one holds NaN or infinity.
+        """
+        last = [max(stored) for stored in self.outputs.values() if stored]
+        found = [t for stored, at in zip(self.outputs.values(), last, strict=False) for t in tensors_of(stored[at])]
+        finals = [t for final in self.finals.values() for t in final]
+        if not all(bool(torch.isfinite(t).all()) for t in (*found, *finals)):
+            self.outputs.clear()
+            self.finals.clear()
+            self.reset()
+            raise NonFiniteResidualError.of("a stored output")
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled; shares are of the modules' time."""
+        tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
+        tensors += [t for final in self.finals.values() for t in final]
+        used = self._counts["computed"] / self._counts["all"] if self._counts["all"] else 1.0
+        cells = round(self._counts["forwards"] * len(self.units))
+        return CacheReport(
+            used=used,
+            computed_cells=round(used * cells),
+            cached_cells=cells - round(used * cells),
+            generations=int(self._counts["generations"]),
+            forwards=int(self._counts["forwards"]),
+            fallback_rows=int(self._counts["fallbacks"]),
+            cache_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            branches=tuple(self._signatures),
+        )
+
+
+def sigmas_of(scheduler: Any) -> tuple[float, ...]:
+    """Noise levels of the run that is under way.
+
+    Raises:
+        CacheStateError: the scheduler has none.
+    """
+    sigmas = scheduler_sigmas(scheduler)
+    if not sigmas:
+        raise CacheStateError("this needs a scheduler with sigmas that a pipeline has set")
+    return sigmas

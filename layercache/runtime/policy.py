@@ -1,0 +1,194 @@
+"""What a method whose decisions depend on what it sees has to say: its settings, and a `Decider` per branch."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from layercache.errors import MethodError
+from layercache.schedule.forecast import taylor_forecast
+
+SYNCS = ("step", "lagged")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The generation that a method decides for.
+
+    Attributes:
+        num_steps: ``None`` where nobody knows (a bare transformer without a scheduler).
+        sigmas: noise levels, ``num_steps + 1`` values, or ``None``.
+    """
+
+    num_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
+@dataclass
+class Sight:
+    """What can be looked at in front of the blocks that may be skipped.
+
+    Attributes:
+        start: image stream in front of the first block, ``[B, S, D]``.
+        probe: behind the probe blocks; ``start`` where there are none.
+        modulation: gives scale, shift and eps of the first block's modulated input (`ModelSpec.modulation`).
+    """
+
+    start: torch.Tensor
+    probe: torch.Tensor
+    modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]]
+
+
+class Decider(ABC):
+    """Decisions of one branch in one generation. The arithmetic is on the host, the statistics come from one launch."""
+
+    def __init__(self, method: Any, run: Run):
+        self.method, self.run = method, run
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def memory(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of its own, kept between steps; what it holds is not cleared."""
+        found = self._memory.get(name)
+        if found is None:
+            found = self._memory[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return found
+
+    def swap(self, a: str, b: str) -> None:
+        self._memory[a], self._memory[b] = self._memory.get(b), self._memory[a]  # type: ignore[assignment]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._memory.values() if t is not None)
+
+    def is_last(self, step: int) -> bool:
+        return self.run.num_steps is not None and step == self.run.num_steps - 1
+
+    @abstractmethod
+    def must_compute(self, step: int) -> bool:
+        """Whether the step is computed whatever is seen."""
+
+    @abstractmethod
+    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
+        """Remembers what is seen; fp32 statistics against what was, or ``None`` where there is nothing to compare."""
+
+    @abstractmethod
+    def may_reuse(self, step: int, numbers: Sequence[float]) -> bool:
+        """The published rule on the numbers of `observe`; NaN never counts as a small change."""
+
+    @abstractmethod
+    def settle(self, step: int, computed: bool) -> None:
+        """The decision was made; references that belong to computed steps move here."""
+
+    def terms(self, step: int, anchors: Sequence[int]) -> dict[int, float]:
+        """Coefficients of the stored residuals, by the step that stored them; ``anchors`` newest first."""
+        return taylor_forecast(step, anchors, self.method.order)
+
+
+def by_name(method: type[T]) -> type[T]:
+    """A dataclass of settings that says how to name them where they are given by position.
+
+    Raises:
+        MethodError: of the class's construction, for a setting without its name.
+    """
+    make = method.__init__
+
+    @functools.wraps(make)
+    def named(self: Any, *unnamed: Any, **settings: Any) -> None:
+        if unnamed:
+            raise MethodError(_unnamed(method, unnamed[0]))
+        make(self, **settings)
+
+    method.__init__ = named  # type: ignore[method-assign]
+    return method
+
+
+def _unnamed(method: Any, value: Any) -> str:
+    own = [field for field in fields(method) if field.name in method.__annotations__]
+    names = [field.name for field in own] + [field.name for field in fields(method) if field not in own]
+    shown = value if type(value) in (int, float) else own[0].default
+    example = f"{method.__name__}({names[0]}={shown!r})"
+    return f"give the settings of {method.__name__} by name, such as {example}; there are {', '.join(names)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicMethod(ABC):
+    """Settings of a method that decides as it runs. Blocks ``[skip_from, L - tail)`` are reused or computed.
+
+    Settings are given by name: those of every method, here, would come before those of its own.
+
+    Attributes:
+        order: 0 reuses the newest residual; above, it is extended by so many finite differences (methods.md §7, §13).
+        sync: ``"step"`` decides from what is seen in the same step: one small transfer from the device per decision.
+            ``"lagged"`` decides from what was seen a step before and never waits for the device.
+        per_branch: every guidance branch decides for itself; otherwise all follow the first.
+
+    Raises:
+        MethodError: on construction, when a setting is out of range.
+    """
+
+    order: int = 0
+    sync: str = "step"
+    per_branch: bool = True
+
+    name: ClassVar[str] = ""
+    needs_num_steps: ClassVar[bool] = False
+    needs_modulation: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range("order", self.order, 0, 3)
+        if not isinstance(self.order, int):
+            raise MethodError(f"order must be a whole number, got {self.order!r}")
+        if self.sync not in SYNCS:
+            raise MethodError(f"sync is {' or '.join(SYNCS)}, got {self.sync!r}")
+
+    @property
+    def probe(self) -> int:
+        """Blocks that run at every step before the decision."""
+        return 0
+
+    @property
+    def skip_from(self) -> int:
+        """The first block whose work a stored residual stands for; at most `probe`."""
+        return self.probe
+
+    @property
+    def tail(self) -> int:
+        """Blocks at the end that run at every step."""
+        return 0
+
+    @property
+    def depth(self) -> int:
+        """Residuals kept."""
+        return self.order + 1
+
+    @abstractmethod
+    def decider(self, run: Run) -> Decider:
+        """A new one, for one branch of one generation."""
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Raises `MethodError` where nothing is left to skip."""
+        if self.probe + self.tail >= num_blocks:
+            raise MethodError(
+                f"{self.name} always runs {self.probe} blocks in front and {self.tail} at the end, of {num_blocks}: "
+                "nothing is left to skip"
+            )
+
+
+def check_range(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raises `MethodError` unless ``low <= value`` (``<= high``)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+        raise MethodError(f"{name} must be at least {low}, got {value!r}")
+    if high is not None and value > high:
+        raise MethodError(f"{name} must be from {low} to {high}, got {value!r}")
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """A relative change; infinite where nothing was there before, so that it never passes for a small one."""
+    return numerator / denominator if denominator > 0 else float("inf")

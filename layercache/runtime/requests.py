@@ -1,0 +1,250 @@
+"""Many generations on one transformer at a time: requests, batches of requests, memory and counts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layercache import ops
+from layercache.errors import CacheStateError
+from layercache.runtime.router import Router
+from layercache.runtime.steps import StepCounter
+from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+
+if TYPE_CHECKING:
+    from layercache.runtime.groups import ScheduleRouter
+
+Rows = tuple[tuple[str, int | None], ...]
+_now: ContextVar[tuple[int, Rows] | None] = ContextVar("layercache requests", default=None)
+
+
+class Requests:
+    """Routers of the requests that share a schedule and a transformer.
+
+    Attributes:
+        routers: by request, those called last at the end.
+        limit_bytes: memory of the stored residuals of all requests; above it those that were not called for longest
+            lose theirs, and compute their next steps until they have new ones. ``None`` for no limit.
+        evictions: how often that happened.
+    """
+
+    def __init__(self, root: ScheduleRouter):
+        self._root = root
+        self.routers: OrderedDict[str, ScheduleRouter] = OrderedDict()
+        self._gone = {"forwards": 0.0, "hits": 0.0, "misses": 0.0, "fallback_rows": 0.0, "saved": 0.0, "spent": 0.0}
+        self.limit_bytes: int | None = None
+        self.evictions = 0
+        self._batch: tuple[Rows, BatchRouter] | None = None
+
+    def __len__(self) -> int:
+        return len(self.routers)
+
+    @contextmanager
+    def entered(self, rows: Mapping[str, int | None], scheduler: Any = None) -> Iterator[None]:
+        """Within, forwards belong to these requests."""
+        if not rows or any(count is not None and count < 1 for count in rows.values()):
+            raise CacheStateError(f"a batch needs requests with at least one sample each, got {dict(rows)}")
+        for name in rows:
+            self._find(name, scheduler)
+        token = _now.set((id(self), tuple(rows.items())))
+        try:
+            yield
+        finally:
+            _now.reset(token)
+
+    def _find(self, name: str, scheduler: Any) -> ScheduleRouter:
+        router = self.routers.get(name)
+        if router is None:
+            root = self._root
+            router = self.routers[name] = type(root)(
+                root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
+            )
+            router.attachment = root.attachment  # type: ignore[attr-defined]
+            if scheduler is not None:
+                root.attachment.follow(router, scheduler)  # type: ignore[attr-defined]
+        elif scheduler is not None and scheduler is not router.steps.scheduler:
+            raise CacheStateError(f"request {name!r} is under way with another scheduler; forget it first")
+        return router
+
+    def router(self) -> Router:
+        """The router of the present forward."""
+        entered = _now.get()
+        if entered is None or entered[0] != id(self):
+            return self._root
+        rows = entered[1]
+        members = [(self._find(name, None), count) for name, count in rows]
+        for name, _ in rows:
+            self.routers.move_to_end(name)
+        self._evict({name for name, _ in rows})
+        if len(members) == 1 and members[0][1] is None:
+            return members[0][0]
+        if self._batch is None or self._batch[0] != rows:
+            self._batch = rows, BatchRouter(self._root, [(router, count or 1) for router, count in members])
+        return self._batch[1]
+
+    def _evict(self, present: set[str]) -> None:
+        if self.limit_bytes is None:
+            return
+        held = {name: router.report().cache_bytes for name, router in list(self.routers.items())}
+        total = sum(held.values())
+        for name in list(self.routers):
+            if total <= self.limit_bytes:
+                return
+            if name not in present and held[name]:
+                self.routers[name].drop()
+                total -= held[name]
+                self.evictions += 1
+
+    def invalidate(self) -> None:
+        for router in list(self.routers.values()):
+            router.invalidate()
+
+    def forget(self, name: str) -> None:
+        router = self.routers.pop(name, None)
+        if router is None:
+            raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
+        self._batch = None
+        scheduler = router.steps.scheduler
+        if all(other.steps.scheduler is not scheduler for other in (self._root, *self.routers.values())):
+            self._root.attachment.unfollow(scheduler)  # type: ignore[attr-defined]
+        for key, value in _counts(router).items():
+            self._gone[key] += value
+        router.check()
+
+    def metrics(self) -> dict[str, float]:
+        totals, routers = dict(self._gone), [self._root, *self.routers.values()]
+        for router in routers:
+            for key, value in _counts(router).items():
+                totals[key] += value
+        stored = sum(router.report().cache_bytes for router in routers)
+        time = totals["saved"] + totals["spent"]
+        return {
+            "forwards": totals["forwards"],
+            "hits": totals["hits"],
+            "misses": totals["misses"],
+            "hit_rate": totals["saved"] / time if time else 0.0,
+            "seconds_saved": totals["saved"] / max(1, len(self._root.schedule.fingerprint.branches))
+            if self._root.schedule.is_timed
+            else 0.0,
+            "fallback_rows": totals["fallback_rows"],
+            "bytes": float(stored),
+            "requests": float(len(self.routers)),
+            "evictions": float(self.evictions),
+        }
+
+
+def _counts(router: ScheduleRouter) -> dict[str, float]:
+    """Of one router; seconds are those of all branches of a step for every forward."""
+    report, seconds = router.report(), router.schedule.group_seconds
+    cells = zip(router.cached, router.computed, seconds, strict=True)
+    saved, spent = (sum(values) for values in zip(*((c * s, f * s) for c, f, s in cells), strict=True))
+    return {
+        "forwards": float(report.forwards),
+        "hits": float(report.cached_cells),
+        "misses": float(report.computed_cells),
+        "fallback_rows": float(report.fallback_rows),
+        "saved": saved,
+        "spent": spent,
+    }
+
+
+class BatchRouter(Router):
+    """One forward for several requests, whose samples lie one behind the other in the batch."""
+
+    def __init__(self, root: ScheduleRouter, members: Sequence[tuple[ScheduleRouter, int]]):
+        super().__init__(root.transformer, root.spec, root.schedule.groups)
+        self.steps = StepCounter()
+        self.attachment = root.attachment  # type: ignore[attr-defined]
+        self.members: list[tuple[ScheduleRouter, slice]] = []
+        self.size = 0
+        for router, count in members:
+            self.members.append((router, slice(self.size, self.size + count)))
+            self.size += count
+        if any(router.steers for router, _ in self.members):
+            raise CacheStateError("a schedule that changes velocities serves one request per forward: cache.request()")
+
+    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
+        if dry_run is not None:
+            raise CacheStateError(
+                "batches of requests are not for a transformer that is compiled whole: compile its blocks instead "
+                "(compile_repeated_blocks)"
+            )
+        own = [router.prepare(branch, step, self._part(arguments, rows)) for router, rows in self.members]
+        actions = self._together(own)
+        for router, _ in self.members:
+            router.count(actions)
+        self.open(actions)
+
+    def _part(self, arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+        """The arguments of one request."""
+        return {name: self._rows(value, rows) for name, value in arguments.items()}
+
+    def _rows(self, value: Any, rows: slice) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[rows] if value.dim() and value.shape[0] == self.size else value
+        return value[rows] if isinstance(value, list) and len(value) == self.size else value
+
+    def _together(self, own: Sequence[Sequence[GroupAction]]) -> tuple[GroupAction, ...]:
+        """Reuses what all reuse and have the streams for; stores what any of them stores."""
+        count = len(own[0])
+        reused = [all(actions[g].kind == REUSE for actions in own) for g in range(count)]
+        for run in _ranges(reused):
+            needs_text = self.spec.has_text and (run.stop < count or self.spec.text_leaves)
+            if any(router.terms(run, needs_text) is None for router, _ in self.members):
+                for group in run:
+                    reused[group] = False
+        runs = {run.stop - 1: run for run in _ranges(reused)}
+        self._runs = runs
+        actions = []
+        for group in range(count):
+            captures = [actions_[group] for actions_ in own if actions_[group].kind == CAPTURE]
+            if reused[group]:
+                run = next(run for run in runs.values() if group in run)
+                text = self.spec.has_text and (run.stop < count or self.spec.text_leaves)
+                ends = group in runs and any(router.terms(run, text) for router, _ in self.members)
+                actions.append(GroupAction(REUSE, text, ends))
+            else:
+                kind = CAPTURE if captures else COMPUTE
+                actions.append(GroupAction(kind, any(action.text for action in captures)))
+        return tuple(actions)
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        streams = (image_in, text_in, image_out, text_out)
+        for router, rows in self.members:
+            if router.row.captures[group] is not None:
+                router.capture(group, *(None if stream is None else stream[rows] for stream in streams))
+
+    def reuse(self, group, image, text, results=None):
+        advances = text is not None and self.actions[group].text
+        base = [image, text] if advances else [image]
+        into = list(results[: len(base)]) if results else [torch.empty_like(stream) for stream in base]
+        for router, rows in self.members:
+            parts = [stream[rows] for stream in base]
+            targets = [stream[rows] for stream in into]
+            terms = router.terms(self._runs[group], advances) or ()
+            if not terms:
+                for target, part in zip(targets, parts, strict=True):
+                    target.copy_(part)
+            for lo in range(0, len(terms), ops.MAX_TERMS):
+                chunk = terms[lo : lo + ops.MAX_TERMS]
+                stored: list[list[Any]] = [[term[1 + stream] for term in chunk] for stream in range(len(parts))]
+                router.storage.restore(parts, stored, [term[0] for term in chunk], targets)
+                parts = targets
+        return into[0], into[1] if advances else text
+
+
+def _ranges(flags: Sequence[bool]) -> list[range]:
+    """Ranges of consecutive true flags."""
+    found, start = [], None
+    for index, flag in enumerate((*flags, False)):
+        if flag and start is None:
+            start = index
+        elif not flag and start is not None:
+            found.append(range(start, index))
+            start = None
+    return found

@@ -1,0 +1,408 @@
+"""Routing a transformer's forward through blocks, capturing callables and skipping callables.
+
+The forward of the model keeps iterating over its own ``ModuleList``; for as long as a router is
+attached, that list yields for each block of the current row either the block itself or a small
+callable of the same signature. Whatever the forward adds between blocks (ControlNet residuals) is
+counted once: inside a group it is part of the residual, behind a group it is added live.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from layercache._utils.compat import HOOK_REGISTRY, stream_splits
+from layercache.errors import CacheStateError
+from layercache.models.spec import ModelSpec, Streams, Tokens
+from layercache.runtime.steps import Place as StepPlace
+from layercache.runtime.steps import StepCounter
+from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
+
+_CLOSED = -1
+
+
+class Place(NamedTuple):
+    """Where a block stands: group, number over all lists, whether it is the group's first, and its last; its list."""
+
+    group: int
+    block: int
+    opens: bool
+    closes: bool
+    list: int = 0
+
+
+class Trip:
+    """One passage of the streams through the blocks; remembers the input of the group that is open.
+
+    Attributes:
+        watches: whether `opened`, `computed` and `captured` do anything.
+    """
+
+    watches = False
+
+    def __init__(self, router: Router):
+        self.router = router
+        self.tokens = Tokens()
+        self.image: torch.Tensor | None = None
+        self.text: torch.Tensor | None = None
+
+    def opened(self, group: int) -> None:
+        """The streams are in front of a group's first block."""
+
+    def computed(self, group: int) -> None:
+        """The streams are behind a group's last block; the router gets its input and output now."""
+
+    def captured(self, group: int) -> None:
+        """The router has had them."""
+
+    def skip(self, group: int, action: GroupAction, results: Streams | None = None) -> Streams:
+        """The open group was skipped: its output is its input, or the end of the whole run."""
+        image, text = self.image, self.text
+        self.image = self.text = None
+        if not action.ends_run:
+            return image, text  # type: ignore[return-value]
+        return self.router.reuse(group, image, text, results)
+
+
+class StandIn:
+    """Called where the forward calls a block; has the block's attributes, should the forward look at them.
+
+    Attributes:
+        splits: under context parallelism the first block of some models is given whole streams and takes its shard of
+            them; everything that follows, and so a residual, is of the shard alone.
+    """
+
+    def __init__(self, trip: Trip, block: nn.Module, place: Place):
+        self.trip, self.block, self.place = trip, block, place
+        self.calls = trip.router.calls[place.list]
+        self.splits: tuple[Any, ...] = ()
+        if isinstance(block, StandIn):
+            self.splits = block.splits
+        elif place.block == 0:
+            self.splits = stream_splits(block, trip.router.spec.arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def sharded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the block itself sees them; views, no communication."""
+        for split in self.splits:
+            args, kwargs = split.pre_forward(self.block, *args, **kwargs)
+        return args, kwargs
+
+    def streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """The streams of a call as the block itself sees them."""
+        if self.splits:
+            args, kwargs = self.sharded(args, kwargs)
+        return self.calls.inputs(args, kwargs, self.trip.tokens)
+
+    def packed(self, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
+        """What the block gives without running; of joined streams, what is new replaces its part in place."""
+        if self.calls.order is None:
+            return self.calls.pack(*new)
+        for old, other in zip(here, new, strict=True):
+            if other is not None and other is not old:
+                old.copy_(other)  # type: ignore[union-attr]
+        return self.calls.given(args, kwargs)
+
+
+class CapturedBlock(StandIn):
+    """The first or last block of a computed group whose residual is stored.
+
+    Attributes:
+        hands_on: what leaves the group is the input of the next one, which is stored too.
+    """
+
+    hands_on = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trip = self.trip
+        group, _, opens, closes, _ = self.place
+        if opens:
+            trip.image, trip.text = self.streams(args, kwargs)
+            if trip.watches:
+                trip.opened(group)
+        output = self.block(*args, **kwargs)
+        if closes:
+            image, text = self.calls.unpack(output, trip.tokens)
+            if trip.watches:
+                trip.computed(group)
+            image_in, text_in = trip.image, trip.text
+            trip.image, trip.text = (image, text) if self.hands_on else (None, None)
+            trip.router.capture(group, image_in, text_in, image, text)
+            if trip.watches:
+                trip.captured(group)
+        return output
+
+
+class SkippedBlock(StandIn):
+    """The first or last block of a reused group: passes the streams on, and at the group's end replaces them."""
+
+    def __init__(self, trip: Trip, block: nn.Module, place: Place, action: GroupAction):
+        super().__init__(trip, block, place)
+        self.action = action
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trip, place = self.trip, self.place
+        if self.splits:
+            args, kwargs = self.sharded(args, kwargs)
+        here = new = self.calls.inputs(args, kwargs, trip.tokens)
+        if place.opens:
+            trip.image, trip.text = here
+            if trip.watches:
+                trip.opened(place.group)
+            if not place.closes and place.list in trip.router.rewritten:
+                return self.calls.copied(args, kwargs)
+        if place.closes:
+            new = trip.skip(place.group, self.action, here if self.calls.order is not None else None)
+        return self.packed(args, kwargs, here, new)
+
+
+class PassedBlock(StandIn):
+    """A block inside a reused group: passes on what it was given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.calls.passed(args, kwargs)
+
+
+class MeasuredBlock(StandIn):
+    """The very first block of a model that joins its streams later: notes how many tokens each has."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.trip.tokens.note(*self.streams(args, kwargs))
+        return self.block(*args, **kwargs)
+
+
+class Router:
+    """Decides what the routed block lists yield. Subclasses say what happens at the end of a group.
+
+    Attributes:
+        actions: what each group does in the forward that is about to run, one `GroupAction` per group.
+        steps: says which step a forward belongs to.
+        is_announced: whether a forward is under way that follows the actions.
+        rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
+        adds: whether the present forward may add something behind single blocks.
+        keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
+        looks_back: whether `after` does anything.
+    """
+
+    adds = True
+    keeps_items = False
+    rewritten: frozenset[int] = frozenset()
+    steps: StepCounter
+
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
+        self.transformer = transformer
+        self.spec = spec
+        self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
+        self.actions: tuple[GroupAction, ...] = ()
+        self.is_announced = False
+        self.looks_back = type(self).after is not Router.after
+        self._next_list = _CLOSED
+        self._last_list = len(spec.block_lists) - 1
+        self._trip: Trip | None = None
+        self._kept_trip: Trip | None = None
+        self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
+        self._kept_blocks: list[list[Any]] = [[] for _ in spec.block_lists]
+        lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
+        lists = [index for index, length in enumerate(lengths) for _ in range(length)]
+        position = [
+            Place(group, block, block == lo, block == hi - 1, lists[block])
+            for group, (lo, hi) in enumerate(groups)
+            for block in range(lo, hi)
+        ]
+        self._positions = [[place for place in position if place.list == index] for index in range(len(lengths))]
+
+    def open(self, actions: tuple[GroupAction, ...]) -> None:
+        """Announces a forward: the routed lists follow ``actions`` once, each in its turn."""
+        self.actions = actions
+        self.is_announced = True
+        self._next_list = 0
+        self._trip = None
+
+    def shut(self) -> None:
+        """No forward is running: the lists yield their blocks, as for anybody who looks at the model."""
+        self.is_announced = False
+        self._next_list = _CLOSED
+        self._trip = None
+
+    def new_trip(self) -> Trip:
+        return Trip(self)
+
+    def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
+        """What block list ``index`` yields: its blocks, or in an announced forward, in its turn, what stands for them.
+
+        Where the actions alone decide on it, that is what was made for an earlier forward with the same actions.
+        """
+        if self._next_list != index:
+            return iter(blocks)
+        last = index == self._last_list
+        self._next_list = _CLOSED if last else index + 1
+        if self.keeps_items and not torch.compiler.is_dynamo_compiling():
+            return iter(self._items_again(index, list(blocks)))
+        trip = self.new_trip() if self._trip is None else self._trip
+        self._trip = None if last else trip
+        return iter(self._items(trip, index, blocks))
+
+    def _items(self, trip: Trip, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
+        placed = zip(blocks, self._positions[index], strict=True)
+        return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
+
+    def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
+        hooked = index == 0 and blocks and HOOK_REGISTRY in blocks[0].__dict__
+        made_of = [*blocks, *stream_splits(blocks[0], self.spec.arguments)] if hooked else blocks
+        if made_of != self._kept_blocks[index]:
+            self._kept_blocks[index], self._kept[index] = made_of, {}
+        key = self.actions, self.adds
+        kept = self._kept[index]
+        if key not in kept:
+            if self._kept_trip is None:
+                self._kept_trip = self.new_trip()
+            items = self._items(self._kept_trip, index, blocks)
+            kept[key] = items if self.adds else _joined(_shortened(items))
+        return kept[key]
+
+    def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
+        return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
+
+    def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
+        """What stands for a block in the announced forward."""
+        action = self.actions[place.group]
+        if action.kind == COMPUTE:
+            return block
+        if action.kind == CAPTURE:
+            return CapturedBlock(trip, block, place) if place.opens or place.closes else block
+        if place.opens or place.closes:
+            return SkippedBlock(trip, block, place, action)
+        return PassedBlock(trip, block, place)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs a compiled transformer needs under this router."""
+        return 1
+
+    def shadows(self) -> Iterable[tuple[Any, str, Any]]:
+        """``(owner, name, replacement)`` of further methods that are hidden while the router is attached."""
+        return ()
+
+    def locate(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> StepPlace:
+        """Where the forward with these arguments stands."""
+        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
+        return self.steps.locate(branch, step, timestep)
+
+    def for_call(self) -> Router:
+        """The router of the forward that is about to start: this one, or that of the request it belongs to."""
+        return self
+
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        """A forward with these keyword arguments is about to start; implementations call `open`.
+
+        ``dry_run`` runs the same forward once outside the compiled graph; there is none where nothing is compiled.
+        """
+        raise NotImplementedError
+
+    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
+        """The announced forward gave ``output``; ``rerun`` runs the same one again."""
+
+    @property
+    def steers(self) -> bool:
+        """Whether the velocity passes through `pass_on` on its way to the sampler."""
+        return False
+
+    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return velocity
+
+    def invalidate(self) -> None:
+        """The model has changed in the middle of a generation: what is stored may not be used any more."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        self.steps.reset()
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:
+        """Only of schedules.
+
+        Raises:
+            CacheStateError: there are none here.
+        """
+        raise CacheStateError(
+            "requests, batches and metrics are for schedules of groups or steps; of a method that decides as it runs "
+            "take cache.export_schedule() after a generation, and enable that"
+        )
+
+    batch = forget = metrics = request
+
+    def finish(self) -> None:
+        """The pipeline has ended a generation."""
+
+    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+        raise NotImplementedError
+
+    def reuse(self, group, image, text, results=None) -> Streams:
+        """The streams behind a run of reused groups; may be written into ``results``, parts of a joined tensor."""
+        raise NotImplementedError
+
+
+def _shortened(items: list[Any]) -> list[Any]:
+    """With the reused groups at the end of a list as one call each: nothing there asks for a block's number."""
+    needed = (k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock)) or item.splits)
+    last = max(needed, default=-1)
+    kept, opened = items[: last + 1], None
+    for item in items[last + 1 :]:
+        if isinstance(item, PassedBlock):
+            continue
+        if item.place.opens and not item.place.closes:
+            opened = item
+        elif opened is None:  # a group of one block, or one that was opened in the list before
+            kept.append(item)
+        else:
+            opened = None
+            if item.action.ends_run:
+                kept.append(SkippedBlock(item.trip, item.block, item.place._replace(opens=True), item.action))
+    return kept if opened is None else [*kept, opened]
+
+
+def _joined(items: list[Any]) -> list[Any]:
+    """With the end of one stored group as the beginning of the next: nothing is added between them."""
+    joined = list(items)
+    for number, (before, after) in enumerate(itertools.pairwise(items), 1):
+        if not (isinstance(before, CapturedBlock) and isinstance(after, CapturedBlock)):
+            continue
+        if before.place.closes and after.place.opens and not before.trip.watches:
+            before.hands_on = True
+            after.place = after.place._replace(opens=False)
+            if not after.place.closes:
+                joined[number] = after.block
+    return joined
+
+
+class RoutedModuleList(nn.ModuleList):
+    """A transformer's own block list while a router is attached to it."""
+
+    _layercache_router: Router
+    _layercache_index: int
+
+    def __iter__(self) -> Iterator[Any]:
+        blocks: Any = self._modules.values()
+        return self._layercache_router.route(self._layercache_index, blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A slice is a plain list of blocks."""
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are plain lists: they belong to another model, which nothing is enabled on."""
+        return nn.ModuleList, (list(self._modules.values()),)

@@ -1,0 +1,114 @@
+"""The velocity on its way from the model to the sampler: storing it, and putting older ones in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layercache import ops
+from layercache.schedule.memory_plan import Layout, VelocityLayout
+
+MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
+
+
+def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], store: tuple[int, torch.Tensor] | None):
+    """``sum_k c_k t_k`` as a new tensor, in the first tensor's shape and dtype.
+
+    Args:
+        tensors: of one shape, latent-sized; dtypes may differ.
+        coefficients: one for each.
+        store: ``(k, copy)``: tensor k is also copied there, in the same launch.
+    """
+    flat = [as_rows(t) for t in tensors]
+    result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    outputs: list[torch.Tensor] = [as_rows(result)]
+    matrix: list[list[float | None]] = [list(coefficients[:MAX_INPUTS])]
+    if store is not None and store[0] < MAX_INPUTS:
+        outputs.append(as_rows(store[1]))
+        matrix.append([1.0 if k == store[0] else None for k in range(len(matrix[0]))])
+    ops.linear_map([flat[:MAX_INPUTS]], [outputs], matrix)
+    for lo in range(MAX_INPUTS, len(flat), MAX_INPUTS - 1):
+        part = flat[lo : lo + MAX_INPUTS - 1]
+        row = [1.0, *coefficients[lo : lo + MAX_INPUTS - 1]]
+        ops.linear_map([[outputs[0], *part]], [outputs[:1]], [row])
+    return result
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Of any rank, as the ops take it: ``[1, rows, channels]``."""
+    return tensor.contiguous().view(1, -1, tensor.shape[-1] if tensor.dim() else 1)
+
+
+class VelocityTrack:
+    """Stored velocities of one generation, and what the sampler is given at each step.
+
+    One per generation, not per branch: it sees the velocity after guidance.
+    """
+
+    def __init__(self, layout: Layout):
+        self.layouts = layout.velocities
+        self.slots: list[torch.Tensor | None] = [None] * layout.velocity_slots
+        self.held: list[int | None] = [None] * layout.velocity_slots
+        self.step = -1
+        self.run: object = None
+        self.is_complete = False
+        self.fallbacks = 0
+
+    def begin(self, step: int, run: object) -> None:
+        """A forward of this step starts; ``run`` is an object that every generation has another of."""
+        if run is self.run and step == self.step:
+            return
+        if run is not self.run or step < self.step:
+            self.reset()
+        self.step, self.run = step, run
+        # decided once a step, for all its branches alike
+        self.is_complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
+
+    def reset(self) -> None:
+        """No stored velocity is valid any more; the memory stays for the next generation."""
+        self.held = [None] * len(self.held)
+        self.step, self.run = -1, None
+
+    def pass_on(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """What the sampler gets instead of the model's ``velocity``; stores that where it is read later."""
+        layout = self.layouts[self.step]
+        slot = self._slot(layout.capture, velocity)
+        if layout.capture is not None:
+            self.held[layout.capture] = self.step
+        if not layout.changes or not self.is_complete:
+            self.fallbacks += layout.changes
+            if slot is not None:
+                slot.copy_(velocity)
+            return velocity
+        tensors, coefficients = self._terms(layout, velocity, latents)
+        result = combine(tensors, coefficients, None if slot is None else (0, slot))
+        return result if result.dtype == velocity.dtype else result.to(velocity.dtype)
+
+    def _terms(self, layout: VelocityLayout, velocity: Any, latents: Any) -> tuple[list[torch.Tensor], list[float]]:
+        """What is combined; the fresh velocity first where it is used or stored."""
+        terms: list[tuple[Any, float]] = []
+        if layout.fresh is not None or layout.capture is not None:
+            terms.append((velocity, layout.fresh or 0.0))
+        terms += [(self.slots[slot], c) for (slot, _), c in zip(layout.reads, layout.coefficients, strict=True)]
+        if layout.latents is not None:
+            terms.append((latents, layout.latents))
+        return [t for t, _ in terms], [c for _, c in terms]
+
+    def _slot(self, index: int | None, like: torch.Tensor) -> torch.Tensor | None:
+        if index is None:
+            return None
+        slot = self.slots[index]
+        if slot is None or slot.shape != like.shape or slot.dtype != like.dtype or slot.device != like.device:
+            slot = self.slots[index] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return slot
+
+    def is_finite(self) -> bool:
+        """Whether the stored velocities are; asks the device. What is not finite once stays so by the latents."""
+        held = [slot for slot, step in zip(self.slots, self.held, strict=True) if slot is not None and step is not None]
+        return all(bool(torch.isfinite(slot).all()) for slot in held)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.numel() * slot.element_size() for slot in self.slots if slot is not None)

@@ -1,0 +1,164 @@
+"""Executing a method that decides about whole steps before they run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache._utils.compat import scheduler_sigmas, takes_euler_steps
+from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
+from layercache.methods.easycache import EasyCache, StepDecider
+from layercache.models.known import count_blocks, fingerprint_of
+from layercache.models.spec import ModelSpec
+from layercache.runtime.groups import CacheReport
+from layercache.runtime.policy import Run
+from layercache.runtime.router import Router
+from layercache.runtime.steps import StepCounter
+from layercache.runtime.velocity import combine
+from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
+from layercache.schedule.schedule import Cell, Schedule, Velocity
+
+
+class StepRouter(Router):
+    """Skips whole steps by an `EasyCache`; this is what ``layercache.enable`` returns for one."""
+
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, method: EasyCache, scheduler: Any):
+        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
+        if not takes_euler_steps(scheduler):
+            raise MethodError(
+                f"{method.name} extends velocities along Euler steps, which "
+                f"{'no scheduler' if scheduler is None else type(scheduler).__name__} takes; use a pipeline with "
+                "FlowMatchEulerDiscreteScheduler, or another method"
+            )
+        self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
+        self.method = method
+        self.steps = StepCounter(scheduler=scheduler)
+        self.log: list[Velocity | None] = []
+        self.branches: list[str] = []
+        self._decider: StepDecider
+        self._sigmas: tuple[float, ...] = ()
+        self._step = -1
+        self._velocity: torch.Tensor | None = None
+        self._signature: tuple = ()
+        self._counts = {"computed": 0, "reused": 0, "generations": 0}
+
+    def begin(
+        self,
+        branch: str | None,
+        step: int | None,
+        arguments: Mapping[str, Any],
+        dry_run: Callable[[], Any] | None = None,
+    ) -> None:
+        place = self.steps.locate(branch, step, None)
+        inputs = arguments[self._stream]
+        if place.branch not in self.branches:
+            self.branches.append(place.branch)
+        signature = (inputs.shape, inputs.dtype, inputs.device)
+        if place.branch == self.branches[0]:
+            if place.starts or signature != self._signature:
+                self._start(place.step, signature)
+            self._decide(place.step, inputs)
+        rule = self.log[place.step]
+        self._counts["computed" if rule is None else "reused"] += 1
+        self.open((GroupAction(COMPUTE if rule is None else REUSE),))
+
+    def _start(self, step: int, signature: tuple) -> None:
+        self._sigmas = scheduler_sigmas(self.steps.scheduler) or ()
+        self._decider = self.method.decider(Run(len(self._sigmas) - 1, self._sigmas))
+        self._signature = signature
+        self._velocity = None
+        self.log = [None] * step
+        self._counts["generations"] += step == 0
+
+    def _decide(self, step: int, inputs: torch.Tensor) -> None:
+        decider = self._decider
+        decider.observe(inputs)
+        reuses = not decider.must_compute(step) and decider.may_reuse(decider.numbers())
+        del self.log[step:]
+        self.log += [None] * (step - len(self.log)) + [decider.velocity(step) if reuses else None]
+        self._step = step
+
+    @property
+    def steers(self) -> bool:
+        return True
+
+    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The model's velocity, or the stored one extended.
+
+        Raises:
+            CacheStateError: the sampler steps where the transformer was not called.
+        """
+        if step != self._step:
+            raise CacheStateError(
+                f"the scheduler takes step {step}, but the transformer was last called for step {self._step}; "
+                f"{self.method.name} needs one scheduler, stepped once after every call of the transformer"
+            )
+        rule = self.log[step]
+        if rule is None:
+            self._decider.computed_step(step, velocity)
+            if self._velocity is None or self._velocity.shape != velocity.shape:
+                self._velocity = velocity.clone()
+            else:
+                self._velocity.copy_(velocity)
+            return velocity
+        assert self._velocity is not None
+        return combine([self._velocity], list(rule.terms.values()), None)
+
+    def reset(self) -> None:
+        """Starts afresh: the next call is step 0 of a new generation."""
+        self.steps.reset()
+        self._signature, self.log = (), []
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Looks at the stored velocity.
+
+        Raises:
+            NonFiniteResidualError: it holds NaN or infinity.
+        """
+        if self._velocity is not None and not bool(torch.isfinite(self._velocity).all()):
+            self._velocity = None
+            raise NonFiniteResidualError(
+                "a stored velocity held NaN or infinity, so the result of the last generation is not usable; the model "
+                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
+            )
+
+    @property
+    def decisions(self) -> dict[str, tuple[bool, ...]]:
+        """Of the last generation, per branch and step: whether the model ran."""
+        return {name: tuple(rule is None for rule in self.log) for name in self.branches}
+
+    def export_schedule(self) -> Schedule:
+        """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
+
+        Raises:
+            CacheStateError: no generation was finished.
+        """
+        steps = len(self._sigmas) - 1
+        if steps < 1 or len(self.log) != steps:
+            raise CacheStateError(f"run a whole generation first; steps seen so far: {len(self.log)}")
+        prints = fingerprint_of(self.transformer, self._sigmas, self.branches)
+        cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in self.log)
+        told = {"method": self.method.name, "settings": repr(self.method)}
+        return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), told, tuple(self.log))
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled."""
+        computed, reused = self._counts["computed"], self._counts["reused"]
+        stored = 0 if self._velocity is None else self._velocity.numel() * self._velocity.element_size()
+        return CacheReport(
+            used=computed / (computed + reused) if computed else 1.0,
+            computed_cells=computed,
+            cached_cells=reused,
+            generations=self._counts["generations"],
+            forwards=computed + reused,
+            fallback_rows=0,
+            cache_bytes=stored + (self._decider.nbytes if self.log else 0),
+            branches=tuple(self.branches),
+        )

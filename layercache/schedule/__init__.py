@@ -1,0 +1,8 @@
+"""Schedules: which cells are computed, and what the others are made of."""
+
+from layercache.schedule.schedule import Cell as Cell
+from layercache.schedule.schedule import Fingerprint as Fingerprint
+from layercache.schedule.schedule import Schedule as Schedule
+from layercache.schedule.schedule import Velocity as Velocity
+
+__all__ = ["Cell", "Fingerprint", "Schedule", "Velocity"]

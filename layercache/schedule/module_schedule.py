@@ -1,0 +1,190 @@
+"""`ModuleSchedule`: for every step and every attention or feed-forward module, compute it or take its last output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import MODULES, entries, parse_json, read_json
+from layercache.errors import ScheduleError, UnsupportedModelError
+from layercache.models.spec import ModelSpec
+from layercache.schedule.schedule import Fingerprint, check_steps
+
+FORMAT, VERSION = MODULES, 1
+REUSED_STEP = "reuse"
+
+
+@dataclass(frozen=True)
+class ModuleUnit:
+    """A module of a block whose output can be cached.
+
+    Attributes:
+        name: block list, block and submodules, such as ``transformer_blocks.3.attn``.
+        kind: the submodules' names alone, the same in every block of a list.
+        modules: run one after the other; the last one's output is kept.
+    """
+
+    name: str
+    kind: str
+    modules: tuple[nn.Module, ...] = field(repr=False)
+
+
+def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
+    """Every unit of a transformer, in the order of the blocks.
+
+    Raises:
+        UnsupportedModelError: the model's description names no modules.
+    """
+    if not spec.modules:
+        raise UnsupportedModelError(
+            f"the description of {spec.model_class} does not say which modules of a block can be cached; add "
+            "ModelSpec.modules, or take a method of whole blocks"
+        )
+    units = []
+    for name in spec.block_lists:
+        for number, block in enumerate(getattr(transformer, name)._modules.values()):
+            for parts in spec.modules.get(name, ()):
+                kind = "+".join(parts)
+                modules = tuple(attrgetter(part)(block) for part in parts)
+                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
+                    continue
+                units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
+    return units
+
+
+@dataclass(frozen=True)
+class ModuleSchedule:
+    """What to do at every step.
+
+    Attributes:
+        fingerprint: what it is valid for.
+        units: names of the modules (`ModuleUnit`).
+        computed: ``computed[step][unit]``; what is not computed is the output of the newest step that was.
+        reused_steps: steps that take the final hidden state of the step before as it is; nothing else runs there.
+        seconds: measured seconds of every unit, or other weights; of `used`.
+        made_by: how it was found, for people to read.
+
+    Raises:
+        ScheduleError: on construction, when the parts contradict each other.
+    """
+
+    fingerprint: Fingerprint
+    units: tuple[str, ...]
+    computed: tuple[tuple[bool, ...], ...]
+    reused_steps: frozenset[int] = frozenset()
+    seconds: tuple[float, ...] = ()
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_steps(self.fingerprint)
+        steps = self.fingerprint.num_steps
+        if len(self.computed) != steps or any(len(row) != len(self.units) for row in self.computed):
+            raise ScheduleError(f"a module schedule needs {steps} rows of {len(self.units)} decisions")
+        if not all(self.computed[0]) or 0 in self.reused_steps:
+            raise ScheduleError("step 0 must compute every module; there is nothing to reuse yet")
+        if not all(0 <= step < steps for step in self.reused_steps):
+            raise ScheduleError(f"reused steps must lie within the {steps} steps, got {sorted(self.reused_steps)}")
+        if self.seconds and (len(self.seconds) != len(self.units) or not all(_positive(s) for s in self.seconds)):
+            raise ScheduleError("seconds must hold one positive number per module")
+
+    @property
+    def num_steps(self) -> int:
+        return self.fingerprint.num_steps
+
+    @property
+    def used(self) -> float:
+        """Share of the modules' time that is computed."""
+        weights = self.seconds or (1.0,) * len(self.units)
+        spent = sum(
+            weight
+            for step, row in enumerate(self.computed)
+            if step not in self.reused_steps
+            for weight, computed in zip(weights, row, strict=True)
+            if computed
+        )
+        return spent / (self.num_steps * sum(weights))
+
+    def to_json(self) -> str:
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "made_by": dict(self.made_by),
+            "seconds": list(self.seconds),
+            "units": list(self.units),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}," for key, value in head.items()]
+        rows = [
+            REUSED_STEP if step in self.reused_steps else "".join("01"[c] for c in row)
+            for step, row in enumerate(self.computed)
+        ]
+        body = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        return "{\n" + "\n".join(lines) + '\n  "steps": [\n' + body + "\n  ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "module schedule") -> ModuleSchedule:
+        """Parses what `to_json` wrote; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
+        return cls._from_data(parse_json(text, FORMAT, name), name)
+
+    @classmethod
+    def _from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+        with entries(data, FORMAT, VERSION, name):
+            rows = [str(row) for row in data["steps"]]
+            count = len(data["units"])
+            if any(row != REUSED_STEP and set(row) - {"0", "1"} for row in rows):
+                raise ScheduleError("a step holds something else than 0 and 1")
+            return cls(
+                Fingerprint.from_json(data["fingerprint"]),
+                tuple(str(unit) for unit in data["units"]),
+                tuple((False,) * count if row == REUSED_STEP else tuple(c == "1" for c in row) for row in rows),
+                frozenset(step for step, row in enumerate(rows) if row == REUSED_STEP),
+                tuple(float(s) for s in data["seconds"]),
+                dict(data.get("made_by", {})),
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes JSON, one line per step; the file appears whole or not at all."""
+        text = self.to_json()
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ModuleSchedule:
+        """Reads a file.
+
+        Raises:
+            FileFormatError: missing, damaged, of another kind, or written by a newer version.
+        """
+        return cls._from_data(read_json(path, FORMAT), str(path))
+
+
+def alternating(
+    fingerprint: Fingerprint,
+    units: Sequence[str],
+    cached: Sequence[Sequence[str]],
+    seconds: Sequence[float] = (),
+    first: int = 1,
+) -> ModuleSchedule:
+    """At step ``2 k + first`` the modules ``cached[k]`` take the output of the step before; the others are full."""
+    rows = []
+    for step in range(fingerprint.num_steps):
+        number, rest = divmod(step - first, 2)
+        reused = set(cached[number]) if not rest and 0 <= number < len(cached) else set()
+        rows.append(tuple(unit not in reused for unit in units))
+    return ModuleSchedule(fingerprint, tuple(units), tuple(rows), seconds=tuple(seconds))
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

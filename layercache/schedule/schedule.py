@@ -1,0 +1,375 @@
+"""`Schedule`: for every step and layer group, either "compute" or a combination of stored residuals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
+from layercache.errors import ScheduleError, ScheduleMismatchError
+
+FORMAT = SCHEDULE
+VERSION = 2
+SIGMA_TOLERANCE = 1e-3
+
+Cell = Mapping[int, float] | None
+"""``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead.
+
+An empty mapping passes the group by: its step is skipped as a whole. The velocity comes from a `Velocity`, or, at steps
+at which the transformer does not run (`Fingerprint.steps`), from another transformer."""
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """How the velocity that the sampler gets at a step is put together: ``sum_k c_k v[k] + latents * x``.
+
+    ``v[k]`` is what the model itself (guidance included) gave at step k, the step's own number standing for the
+    fresh one; ``x`` are the latents the step starts from. Source: methods.md §17 (ours).
+
+    Attributes:
+        terms: ``{step: coefficient}``.
+        latents: coefficient of ``x``.
+    """
+
+    terms: Mapping[int, float]
+    latents: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        latents = {"latents": self.latents} if self.latents else {}
+        return {str(step): value for step, value in self.terms.items()} | latents
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Velocity:
+        terms = {int(step): float(value) for step, value in data.items() if step != "latents"}
+        return cls(terms, float(data.get("latents", 0.0)))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a profile was measured on and a schedule is valid for.
+
+    Attributes:
+        model_class: class name of the transformer.
+        config_hash: hash of its configuration (`layercache.models.config_hash`).
+        num_blocks: transformer blocks over all block lists.
+        sigmas: noise levels of the steps plus the final one, ``num_steps + 1`` values.
+        branches: names of the guidance branches seen, for example ``("cond", "uncond")``.
+        package_version: version of layercache that wrote it.
+        steps_run: the steps at which the pipeline runs this transformer, where it is not all of them (one of two
+            experts, img2img); empty: all.
+
+    Raises:
+        ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
+    """
+
+    model_class: str
+    config_hash: str
+    num_blocks: int
+    sigmas: tuple[float, ...]
+    branches: tuple[str, ...]
+    package_version: str
+    steps_run: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        last = -1
+        for step in self.steps_run:
+            if not last < step < self.num_steps:
+                raise ScheduleError(f"steps_run must ascend from 0 to below {self.num_steps}, got {self.steps_run}")
+            last = step
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run, whoever computes them."""
+        return len(self.sigmas) - 1
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps at which the transformer runs."""
+        return self.steps_run or tuple(range(self.num_steps))
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self) | {"num_steps": self.num_steps}
+        return data if self.steps_run else {name: value for name, value in data.items() if name != "steps_run"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Fingerprint:
+        return cls(
+            model_class=str(data["model_class"]),
+            config_hash=str(data["config_hash"]),
+            num_blocks=int(data["num_blocks"]),
+            sigmas=tuple(float(s) for s in data["sigmas"]),
+            branches=tuple(str(b) for b in data["branches"]),
+            package_version=str(data["package_version"]),
+            steps_run=tuple(int(step) for step in data.get("steps_run", ())),
+        )
+
+    def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
+        """Raises `ScheduleMismatchError` when the transformer is not the one this was made for."""
+        if model_class != self.model_class:
+            raise ScheduleMismatchError(
+                f"this was made for {self.model_class}, the transformer is a {model_class}; "
+                "calibrate and plan on the model you want to speed up"
+            )
+        if num_blocks != self.num_blocks or config_hash != self.config_hash:
+            raise ScheduleMismatchError(
+                f"this was made for a {self.model_class} with {self.num_blocks} blocks and configuration "
+                f"{self.config_hash}, the transformer has {num_blocks} blocks and configuration {config_hash}; "
+                "calibrate and plan on this transformer"
+            )
+
+    def check_sigmas(self, sigmas: Sequence[float]) -> None:
+        """Raises `ScheduleMismatchError` unless ``sigmas`` are the ones this was made for (max norm 1e-3)."""
+        steps = len(sigmas) - 1
+        if steps != self.num_steps:
+            raise ScheduleMismatchError(
+                f"the schedule has {self.num_steps} steps, this run has {steps}; run with "
+                f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps"
+            )
+        for step, (here, planned) in enumerate(zip(sigmas, self.sigmas, strict=True)):
+            if not abs(here - planned) < SIGMA_TOLERANCE:
+                raise ScheduleMismatchError(
+                    f"the noise schedule differs: sigma[{step}] is {here:.5f} here and {planned:.5f} in the schedule "
+                    "(resolution, shift or custom sigmas changed?); calibrate and plan with the settings of this run"
+                )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What to do at every step.
+
+    Attributes:
+        fingerprint: what it is valid for.
+        groups: block ranges ``[lo, hi)`` that tile ``0..num_blocks``, counted over all block lists.
+        cells: ``cells[step][group]``, see `Cell`.
+        group_seconds: measured seconds of computing each group once, weights of `used`; where nobody measured them, 1
+            or numbers of blocks (`is_timed`).
+        branch_cells: cells of branches that do not follow ``cells``, by the branch's name. A step is skipped as a
+            whole in all branches or in none.
+        velocities: per step what the sampler gets, or ``None`` for the model's own output; empty: none is changed.
+        made_by: how it was found (method, budget, predicted error, ...), for people to read.
+
+    Raises:
+        ScheduleError: on construction, when the parts contradict each other.
+    """
+
+    fingerprint: Fingerprint
+    groups: tuple[tuple[int, int], ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    group_seconds: tuple[float, ...]
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    velocities: tuple[Velocity | None, ...] = ()
+    branch_cells: Mapping[str, tuple[tuple[Cell, ...], ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_steps(self.fingerprint)
+        check_groups(self.groups, self.fingerprint.num_blocks)
+        if len(self.group_seconds) != len(self.groups) or not all(
+            math.isfinite(s) and s > 0 for s in self.group_seconds
+        ):
+            raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
+        if self.velocities and len(self.velocities) != self.num_steps:
+            raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")
+        self._check_cells(self.cells, "")
+        for branch, cells in self.branch_cells.items():
+            if branch not in self.fingerprint.branches:
+                raise ScheduleError(f"cells for branch {branch!r}, which is none of {self.fingerprint.branches}")
+            self._check_cells(cells, f" of branch {branch}")
+        for step in range(self.num_steps):
+            self._check_velocity(step)
+
+    def _check_cells(self, cells: Sequence[Sequence[Cell]], whose: str) -> None:
+        if len(cells) != self.num_steps:
+            raise ScheduleError(f"{len(cells)} rows of cells{whose} for {self.num_steps} steps")
+        steps = self.fingerprint.steps
+        for step, row in enumerate(cells):
+            if len(row) != len(self.groups):
+                raise ScheduleError(f"step {step}{whose} has {len(row)} cells for {len(self.groups)} groups")
+            if _is_skip(row) != self.is_skipped(step):
+                raise ScheduleError(f"step {step} is skipped as a whole in some branches only; skip it in all")
+            if not _is_skip(row) and step not in steps:
+                raise ScheduleError(
+                    f"step {step} is none of those at which the transformer runs, {list(steps)}; leave it empty, "
+                    "as layercache.plan does"
+                )
+            for group, cell in enumerate(row):
+                if cell is not None:
+                    self._check_cell(cells, step, group, whose)
+
+    def cells_of(self, branch: str) -> tuple[tuple[Cell, ...], ...]:
+        """The cells a branch follows."""
+        return self.branch_cells.get(branch, self.cells)
+
+    def is_skipped(self, step: int) -> bool:
+        """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
+        return _is_skip(self.cells[step])
+
+    def velocity(self, step: int) -> Velocity | None:
+        return self.velocities[step] if self.velocities else None
+
+    def _check_velocity(self, step: int) -> None:
+        velocity = self.velocity(step)
+        if velocity is None:
+            if self.is_skipped(step) and step in self.fingerprint.steps:
+                raise ScheduleError(f"step {step} skips every group but has no velocity to go on with")
+            return
+        if step not in self.fingerprint.steps:
+            raise ScheduleError(f"step {step} has a velocity, but the transformer does not run there; leave it out")
+        if not velocity.terms or not all(map(math.isfinite, (*velocity.terms.values(), velocity.latents))):
+            raise ScheduleError(f"the velocity of step {step} needs a term and finite coefficients: {velocity}")
+        for source in velocity.terms:
+            if not 0 <= source <= step or self.is_skipped(source):
+                raise ScheduleError(
+                    f"the velocity of step {step} reads that of step {source}, which is not an earlier step at which "
+                    "the model runs"
+                )
+
+    def _check_cell(self, cells: Sequence[Sequence[Cell]], step: int, group: int, whose: str) -> None:
+        cell = cells[step][group] or {}
+        place = f"cell (step {step}, group {group}){whose}"
+        if not cell and not self.is_skipped(step):
+            raise ScheduleError(f"{place} combines no residual; compute it, or skip all groups of the step")
+        for anchor, coefficient in cell.items():
+            if not 0 <= anchor < step or cells[anchor][group] is not None:
+                raise ScheduleError(
+                    f"{place} reads step {anchor}, which is not an earlier step that computes the group"
+                )
+            if not math.isfinite(coefficient):
+                raise ScheduleError(f"{place} has the coefficient {coefficient}")
+
+    @classmethod
+    def compute_all(cls, fingerprint: Fingerprint, groups: Sequence[tuple[int, int]] | None = None) -> Schedule:
+        """The schedule that caches nothing."""
+        ranges = tuple(groups) if groups is not None else ((0, fingerprint.num_blocks),)
+        cells: list[Cell] = [None if step in fingerprint.steps else {} for step in range(fingerprint.num_steps)]
+        seconds = tuple(float(hi - lo) for lo, hi in ranges)
+        return cls(fingerprint, ranges, tuple((cell,) * len(ranges) for cell in cells), seconds, {"method": "full"})
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the groups' seconds were measured; where they were not, they are 1 or numbers of blocks."""
+        blocks = tuple(float(hi - lo) for lo, hi in self.groups)
+        return self.group_seconds not in ((1.0,) * len(blocks), blocks)
+
+    @property
+    def num_steps(self) -> int:
+        return self.fingerprint.num_steps
+
+    @property
+    def used(self) -> float:
+        """Share of the block time of the steps that are run that is computed, by the measured seconds of the groups."""
+        branches = self.fingerprint.branches or ("",)
+        rows = [self.cells_of(branch)[step] for branch in branches for step in self.fingerprint.steps]
+        computed = [sum(cell is None for cell in column) for column in zip(*rows, strict=True)]
+        return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the schedule as JSON, one line per step; the file appears whole or not at all."""
+        text = self.to_json()
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Schedule:
+        """Reads a schedule file.
+
+        Raises:
+            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+        """
+        return cls.from_data(read_json(path, FORMAT), str(path))
+
+    def to_json(self) -> str:
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "groups": [list(r) for r in self.groups],
+            "group_seconds": list(self.group_seconds),
+            "made_by": dict(self.made_by),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}," for key, value in head.items()]
+        text = "{\n" + "\n".join(lines) + '\n  "cells": ' + _rows_json(self.cells, "  ")
+        if self.branch_cells:
+            own = [f"    {json.dumps(name)}: " + _rows_json(cells, "    ") for name, cells in self.branch_cells.items()]
+            text += ',\n  "branch_cells": {\n' + ",\n".join(own) + "\n  }"
+        if self.velocities:
+            given = [json.dumps(v and v.to_json(), allow_nan=False) for v in self.velocities]
+            text += ',\n  "velocities": [\n    ' + ",\n    ".join(given) + "\n  ]"
+        return text + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "schedule") -> Schedule:
+        """Parses what `to_json` wrote; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: as for `load`.
+        """
+        return cls.from_data(parse_json(text, FORMAT, name), name)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Schedule:
+        """Of what the JSON holds.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
+        with entries(data, FORMAT, VERSION, name):
+            return cls(
+                fingerprint=Fingerprint.from_json(data["fingerprint"]),
+                groups=tuple((int(lo), int(hi)) for lo, hi in data["groups"]),
+                cells=_rows_from_json(data["cells"]),
+                group_seconds=tuple(float(s) for s in data["group_seconds"]),
+                made_by=dict(data.get("made_by", {})),
+                velocities=tuple(v and Velocity.from_json(v) for v in data.get("velocities", ())),
+                branch_cells={str(k): _rows_from_json(rows) for k, rows in data.get("branch_cells", {}).items()},
+            )
+
+
+def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:
+    """``sum(seconds * counts) / sum(seconds * totals)`` without rounding on the way.
+
+    Half the steps of every group are half the time then, whatever the seconds, and no budget is missed by a digit.
+    """
+    spent, due = (sum(Fraction(float(s)) * n for s, n in zip(seconds, own, strict=True)) for own in (counts, totals))
+    return float(Fraction(spent) / Fraction(due))
+
+
+def _is_skip(row: Sequence[Cell]) -> bool:
+    return all(cell is not None and not cell for cell in row)
+
+
+def _rows_json(cells: Sequence[Sequence[Cell]], indent: str) -> str:
+    """One line per step."""
+    lines = []
+    for row in cells:
+        items = ["compute" if cell is None else {str(a): c for a, c in cell.items()} for cell in row]
+        lines.append(indent + "  " + json.dumps(items, allow_nan=False))
+    return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
+
+
+def _rows_from_json(rows: Any) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(
+        tuple(None if c == "compute" else {int(a): float(k) for a, k in c.items()} for c in row) for row in rows
+    )
+
+
+def check_steps(fingerprint: Fingerprint) -> None:
+    """Raises `ScheduleError` where there is no step to schedule."""
+    if fingerprint.num_steps < 1:
+        raise ScheduleError(f"a schedule needs a step at least, and its noise levels are {list(fingerprint.sigmas)}")
+
+
+def check_groups(groups: Sequence[tuple[int, int]], num_blocks: int) -> None:
+    """Raises `ScheduleError` unless the ranges tile ``0..num_blocks`` in order, each with a block at least."""
+    expected = 0
+    for lo, hi in groups:
+        if lo != expected or hi <= lo:
+            raise ScheduleError(f"groups must tile the blocks 0..{num_blocks} in order, got {list(groups)}")
+        expected = hi
+    if expected != num_blocks:
+        raise ScheduleError(f"groups end at block {expected}, the model has {num_blocks} blocks")

@@ -1,0 +1,1 @@
+"""Comparison of caching methods: entries, runs, report."""

@@ -1,0 +1,433 @@
+"""What `layercache compare` compares: every method here, and the caches of other packages that are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import layercache
+from layercache.errors import BudgetError, LayerCacheError, MethodError
+from layercache.methods import fixed, invardiff, l2c, magcache, meancache, teacache
+from layercache.methods.dicache import DiCache
+from layercache.methods.easycache import EasyCache
+from layercache.methods.fbcache import DBCache, FBCache
+from layercache.methods.full_runs import generate_once, magnitude_ratios
+from layercache.methods.teacache import SpectralCache, TeaCache
+from layercache.models.known import spec_for
+from layercache.planning.front import Front
+from layercache.planning.profile import StabilityProfile
+from layercache.planning.rollout import Rehearsal
+from layercache.runtime.enable import Plan
+from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.schedule.schedule import Fingerprint
+
+MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
+
+
+@dataclass
+class Workshop:
+    """A model, and what is measured on calibration samples for the methods that need it; all of it made on demand.
+
+    Attributes:
+        pipeline: a diffusers pipeline.
+        prompts, seeds: calibration samples, see `layercache.planning.rollout.Rehearsal`.
+        call: arguments of every call.
+        budgets: shares of the block time.
+        trials: exchanges of the search.
+        journal: file of the search, so that it can be gone on with.
+        rounds: generations that Learning-to-Cache learns from.
+    """
+
+    pipeline: Any
+    prompts: Sequence[Any]
+    seeds: Sequence[int]
+    call: Mapping[str, Any]
+    budgets: Sequence[float]
+    trials: int = 12
+    journal: Any = None
+    rounds: int = 12
+    _made: dict[tuple[str, float], tuple[Plan, str]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def profile(self) -> StabilityProfile:
+        count = len(self.prompts[0]) if isinstance(self.prompts[0], (list, tuple)) else 1
+        call = {k: v for k, v in self.call.items() if k != "output_type"}
+        # one call measures; its first seed is that of its batch
+        return layercache.calibrate(
+            self.pipeline, self.prompts[:1], seeds=self.seeds[:count][:1], progress=False, **call
+        )
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.profile.fingerprint
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.pipeline, self.prompts, self.seeds, **self.call)
+
+    @cached_property
+    def front(self) -> Front:
+        return layercache.search(
+            self.pipeline,
+            self.prompts,
+            seeds=self.seeds,
+            profiles=self.profile,
+            budgets=self.budgets,
+            trials=self.trials,
+            resume=self.journal,
+            progress=False,
+            **self.call,
+        )
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        """Mean over the branches, as the published ones: guidance amplifies what is computed for one branch alone."""
+        ratios = magnitude_ratios(self.pipeline, self.prompts[0], self.seeds[0], **self._latent_call)
+        return tuple(sum(values) / len(ratios) for values in zip(*ratios.values(), strict=True))
+
+    @cached_property
+    def teacache(self) -> TeaCache:
+        """With the published coefficients of the model's class, else with fitted ones."""
+        name = self.fingerprint.model_class
+        if name in teacache.MODELS:
+            return TeaCache().for_model(name)
+        coefficients, _ = teacache.fit(self.pipeline, self.prompts, range(len(self.prompts)), **self._latent_call)
+        return TeaCache(coefficients=coefficients)
+
+    @cached_property
+    def rates(self) -> invardiff.Rates:
+        return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+
+    def invardiff(self, quantile: float) -> ModuleSchedule:
+        """One quantile for steps and modules."""
+        settings = invardiff.Settings(quantile, quantile)
+        cached = invardiff.first_phase(self.rates, settings)
+        again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
+        return invardiff.plan(self.rates, again, settings)
+
+    @cached_property
+    def router(self) -> l2c.LearnedRouter:
+        settings = l2c.Settings(rounds=self.rounds)
+        return l2c.train(self.pipeline, self.prompts, settings, progress=False, **self._latent_call)
+
+    @property
+    def _call_seeds(self) -> list[int]:
+        return list(self.seeds[: len(self.prompts)])
+
+    @property
+    def _latent_call(self) -> dict[str, Any]:
+        return {k: v for k, v in self.call.items() if k != "output_type"}
+
+    def made(self, name: str, budget: float) -> tuple[Plan, str]:
+        """A method's plan for a budget and what was set; made once, others of the same settings share it."""
+        if (name, budget) not in self._made:
+            self._made[name, budget] = METHODS[name](self, budget)
+        return self._made[name, budget]
+
+    def used_by(self, plan: Plan) -> float:
+        """Share of the blocks that a plan computes on the first calibration sample."""
+        from layercache.methods.full_runs import generate_once
+
+        with layercache.enabled(self.pipeline, plan) as cache:  # type: ignore[call-overload]
+            generate_once(self.pipeline, self.prompts[0], self.seeds[0], self._latent_call)
+            return float(cache.report().used)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with its settings for one budget.
+
+    Attributes:
+        method: its name.
+        setting: what was set, for people to read.
+        budget: what it was set for.
+        attach: a context manager around the generations, which gives the cache or, of another package's, ``None``.
+    """
+
+    method: str
+    setting: str
+    budget: float
+    attach: Callable[[], AbstractContextManager[Any]] = field(repr=False)
+
+
+Maker = Callable[[Workshop, float], tuple[Plan, str]]
+
+
+def _layercache(shop: Workshop, budget: float) -> tuple[Plan, str]:
+    point = shop.front.choose(budget)
+    return point.schedule, point.origin
+
+
+def _planned(shop: Workshop, budget: float) -> tuple[Plan, str]:
+    schedule = layercache.plan(shop.profile, budget)
+    return schedule, f"{len(schedule.groups)} groups, {schedule.made_by.get('solver', 'best')}"
+
+
+def _meancache(form: str) -> Maker:
+    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
+        rehearsal = shop.rehearsal
+        deviation = meancache.stability_deviation([t.taken for t in rehearsal.full], rehearsal.sigmas)
+        tried = []
+        for gamma in MEANCACHE_GAMMAS:
+            computed, spans = meancache.plan_steps(deviation, int(budget * rehearsal.num_steps + 1e-9), gamma=gamma)
+            schedule = meancache.build_schedule(rehearsal.fingerprint, computed, spans, form)
+            tried.append((rehearsal.run(schedule).quality, gamma, schedule))
+        _, gamma, schedule = max(tried, key=lambda entry: entry[:2])
+        return schedule, f"gamma {gamma:g}"
+
+    return make
+
+
+def _interval(build: Callable[[Workshop, int], Plan]) -> Maker:
+    """The shortest interval between full steps that keeps to the budget."""
+
+    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
+        for interval in range(1, shop.fingerprint.num_steps + 1):
+            plan = build(shop, interval)
+            if plan.used <= budget + 1e-9:  # type: ignore[union-attr]
+                return plan, f"interval {interval}"
+        raise BudgetError(f"no interval keeps to a budget of {budget:g}")
+
+    return make
+
+
+def _threshold(build: Callable[[Workshop, float], Plan], low: float, high: float, rounds: int = 8) -> Maker:
+    """The largest share within the budget, by bisection of the threshold on one calibration sample."""
+
+    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
+        least, most, best = low, high, None
+        for _ in range(rounds):
+            value = (least * most) ** 0.5
+            plan = build(shop, value)
+            used = plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else shop.used_by(plan)
+            if used <= budget + 1e-9:
+                most = value
+                best = (used, value) if best is None or used > best[0] else best
+            else:
+                least = value
+        if best is None:
+            raise BudgetError(f"no threshold up to {high:g} brings it down to {budget:g}")
+        return build(shop, best[1]), f"threshold {best[1]:.4g}"
+
+    return make
+
+
+def _dual(shop: Workshop, threshold: float) -> Plan:
+    # at or above 1 every step would be reused
+    front = max(1, min(8, shop.fingerprint.num_blocks // 8))
+    return DBCache(front=front, warmup=min(8, shop.fingerprint.num_steps // 6), threshold=min(threshold, 0.999))
+
+
+METHODS: dict[str, Maker] = {
+    "layercache": _layercache,
+    "layercache-planned": _planned,
+    "meancache": _meancache("recursive"),
+    "meancache-paper": _meancache("one-shot"),
+    "uniform": _interval(lambda shop, n: fixed.uniform(shop.fingerprint, n)),
+    "taylorseer": _interval(lambda shop, n: fixed.taylorseer(shop.fingerprint, n)),
+    "taylorseer-2": _interval(lambda shop, n: fixed.taylorseer(shop.fingerprint, n, order=2)),
+    "taylorseer-blocks": _interval(
+        lambda shop, n: fixed.taylorseer(
+            shop.fingerprint, n, groups=[(k, k + 1) for k in range(shop.fingerprint.num_blocks)]
+        )
+    ),
+    "smoothcache": _threshold(lambda shop, a: fixed.smoothcache(shop.profile, a), 1e-3, 3.0, 12),
+    "magcache": _threshold(
+        lambda shop, t: magcache.build_schedule(shop.fingerprint, shop.magnitudes, t, 5, 0.1), 1e-3, 3.0, 12
+    ),
+    "fbcache": _threshold(lambda shop, t: FBCache(threshold=t), 1e-3, 3.0),
+    "fbcache-1": _threshold(lambda shop, t: FBCache(threshold=t, order=1), 1e-3, 3.0),
+    "dbcache": _threshold(_dual, 1e-3, 1.0),
+    "teacache": _threshold(lambda shop, t: replace(shop.teacache, threshold=t), 1e-3, 10.0),
+    "spectralcache": _threshold(
+        lambda shop, t: SpectralCache(coefficients=shop.teacache.coefficients, threshold=t), 1e-3, 10.0
+    ),
+    "invardiff": _threshold(lambda shop, q: shop.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "l2c": lambda shop, budget: (shop.router.schedule(budget=budget), "learned"),
+    "dicache": _threshold(lambda shop, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
+    "easycache": _threshold(lambda shop, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
+}
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raises `MethodError` where a name is unknown, or there is none."""
+    known = {**METHODS, **PEERS}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise MethodError(f"unknown method {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}")
+
+
+def contestants(shop: Workshop, names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[], Contestant]]]:
+    """``(method, budget, make)`` of everything asked for; ``make`` plans and tunes, and may raise `LayerCacheError`.
+
+    Raises:
+        MethodError: a name is unknown.
+    """
+    check_methods(names)
+    for name in names:
+        for budget in sorted(shop.budgets, reverse=True):
+            yield name, budget, lambda name=name, budget=budget: _made(shop, name, budget)  # type: ignore[misc]
+
+
+def _made(shop: Workshop, name: str, budget: float) -> Contestant:
+    if name in PEERS:
+        return PEERS[name](shop, budget)
+    plan, setting = shop.made(name, budget)
+    return Contestant(name, setting, budget, lambda: layercache.enabled(shop.pipeline, plan))  # type: ignore[call-overload]
+
+
+# --- caches of other packages, through their public interfaces ----------------------------------------------
+
+
+def _diffusers(make_config: Callable[[Workshop, Plan], Any], ours: str) -> Callable[..., Contestant]:
+    """A hook of diffusers with the setting that ours was tuned to: both take the same decisions."""
+
+    def make(shop: Workshop, budget: float) -> Contestant:
+        plan, setting = shop.made(ours, budget)
+
+        @contextmanager
+        def attach() -> Iterator[None]:
+            transformer = shop.pipeline.transformer
+            transformer.enable_cache(make_config(shop, plan))
+            try:
+                yield None
+            finally:
+                transformer.disable_cache()
+
+        return Contestant(f"diffusers:{ours}", setting, budget, attach)
+
+    return make
+
+
+def _first_block(shop: Workshop, plan: Any) -> Any:
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig(threshold=plan.threshold)
+
+
+def _taylor(shop: Workshop, plan: Any) -> Any:
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    return TaylorSeerCacheConfig(cache_interval=plan.made_by["interval"], max_order=1, use_lite_mode=True)
+
+
+def _mag(shop: Workshop, plan: Any) -> Any:
+    from diffusers.hooks import MagCacheConfig
+
+    told = plan.made_by
+    return MagCacheConfig(
+        threshold=told["threshold"],
+        max_skip_steps=told["max_consecutive"],
+        retention_ratio=told["retention"],
+        num_inference_steps=plan.num_steps,
+        mag_ratios=list(shop.magnitudes),
+    )
+
+
+def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
+    def make(shop: Workshop, budget: float) -> Contestant:
+        if importlib.util.find_spec("cache_dit") is None:
+            raise LayerCacheError("cache-dit is not installed: pip install cache-dit")
+        plan, setting = shop.made("dbcache", budget)
+        assert isinstance(plan, DBCache)
+
+        @contextmanager
+        def attach() -> Iterator[None]:
+            import cache_dit
+
+            pipeline = shop.pipeline
+            adapter = cache_dit.BlockAdapter(
+                pipe=pipeline,
+                transformer=pipeline.transformer,
+                blocks=pipeline.transformer.transformer_blocks,
+                forward_pattern=cache_dit.ForwardPattern.Pattern_1,
+                has_separate_cfg=len(shop.fingerprint.branches) > 1,
+            )
+            config = cache_dit.DBCacheConfig(
+                Fn_compute_blocks=plan.front,
+                Bn_compute_blocks=plan.back,
+                residual_diff_threshold=plan.threshold,
+                max_warmup_steps=plan.warmup,
+                enable_separate_cfg=len(shop.fingerprint.branches) > 1,
+                num_inference_steps=shop.fingerprint.num_steps,
+            )
+            calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+            cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+            try:
+                yield None
+            finally:
+                cache_dit.disable_cache(adapter)
+
+        return Contestant(name, f"F{plan.front}B0 {setting}", budget, attach)
+
+    return make
+
+
+SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")
+
+
+def _seacache(shop: Workshop, budget: float) -> Contestant:
+    """Threshold by bisection: none of ours takes its decisions."""
+    transformer = shop.pipeline.transformer
+    if type(transformer).__name__ not in SEACACHE_CLASSES:
+        raise MethodError(f"SeaCache of diffusers covers {' and '.join(SEACACHE_CLASSES)} only")
+
+    def contestant(threshold: float) -> Contestant:
+        @contextmanager
+        def attach() -> Iterator[None]:
+            from diffusers import SeaCacheConfig
+
+            transformer.enable_cache(SeaCacheConfig(threshold=threshold))
+            try:
+                yield None
+            finally:
+                transformer.disable_cache()
+
+        return Contestant("diffusers:seacache", f"threshold {threshold:.3g}", budget, attach)
+
+    def used(threshold: float) -> float:
+        with block_calls(transformer) as full:
+            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
+        with contestant(threshold).attach(), block_calls(transformer) as calls:
+            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
+        return calls[0] / full[0]
+
+    low, high = 1e-3, 4.0
+    for _ in range(8):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if used(middle) <= budget else (middle, high)
+    return contestant(high)
+
+
+@contextmanager
+def block_calls(transformer: Any) -> Iterator[list[int]]:
+    """Counts forwards of the attention modules of the blocks, which every cache passes by when it skips a block."""
+    calls = [0]
+
+    def count(module: Any, args: Any) -> None:
+        calls[0] += 1
+
+    hooks = [
+        (getattr(block, "attn", None) or block).register_forward_pre_hook(count)
+        for blocks in spec_for(transformer).block_modules(transformer)
+        for block in blocks._modules.values()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+PEERS: dict[str, Callable[..., Contestant]] = {
+    "diffusers:fbcache": _diffusers(_first_block, "fbcache"),
+    "diffusers:taylorseer": _diffusers(_taylor, "taylorseer"),
+    "diffusers:magcache": _diffusers(_mag, "magcache"),
+    "diffusers:seacache": _seacache,
+    "cache-dit:dbcache": _cache_dit(False, "cache-dit:dbcache"),
+    "cache-dit:dbcache-taylor": _cache_dit(True, "cache-dit:dbcache-taylor"),
+}

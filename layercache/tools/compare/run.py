@@ -1,0 +1,261 @@
+"""Every method on one model, the same seeds and budgets: `layercache compare`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layercache._utils import metrics
+from layercache._utils.files import write_atomically
+from layercache._utils.formats import COMPARISON, going_on
+from layercache.errors import LayerCacheError, ScheduleMismatchError
+from layercache.tools.compare.entries import Contestant, Workshop, block_calls, contestants
+from layercache.tools.report import tables
+
+FORMAT, VERSION = COMPARISON, 1
+SHOWN = 8  # pictures of every contestant that are kept for the page
+_NUMBERS = ("used", "seconds", "speedup", "operators", "reads")
+_READS = ("item", "tolist", "__bool__", "__float__", "__int__")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contestant did.
+
+    Attributes:
+        method, setting, budget: see `layercache.contestants.Contestant`.
+        used: share of the block time computed; of another package's cache the share of block calls.
+        seconds: of all pictures.
+        speedup: against full runs of the first batch right before and after.
+        psnr, ssim, lpips: per picture against the full run; ``lpips`` is empty where it is not available.
+        cache_bytes: memory of what is stored, ``None`` of another package's cache.
+        operators: PyTorch operators per step, model included.
+        reads: times per step that the host read a value of a tensor, which waits for a GPU.
+        error: why there is nothing else.
+    """
+
+    method: str
+    setting: str
+    budget: float
+    used: float = float("nan")
+    seconds: float = float("nan")
+    speedup: float = float("nan")
+    psnr: tuple[float, ...] = ()
+    ssim: tuple[float, ...] = ()
+    lpips: tuple[float, ...] = ()
+    cache_bytes: int | None = None
+    operators: float = float("nan")
+    reads: float = float("nan")
+    error: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} {self.budget:g}"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        read: dict[str, Any] = {k: float("nan") if data[k] is None else float(data[k]) for k in _NUMBERS}
+        read |= {k: tuple(float(v) for v in data[k]) for k in ("psnr", "ssim", "lpips")}
+        return cls(**read, **{k: data[k] for k in ("method", "setting", "budget", "cache_bytes", "error")})
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators, and the host's looks at values of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.reads = 0
+        self._originals: dict[str, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Counter:
+        for name in _READS:
+            self._originals[name] = getattr(torch.Tensor, name)
+            setattr(torch.Tensor, name, self._counted(self._originals[name]))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for name, original in self._originals.items():
+            setattr(torch.Tensor, name, original)
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(tensor: torch.Tensor) -> Any:
+            self.reads += 1
+            return original(tensor)
+
+        return read
+
+
+class Comparison:
+    """Runs contestants one after the other; keeps what they gave, so that a run that was stopped goes on.
+
+    Args:
+        shop: the model and its calibration samples.
+        prompts: one call per entry, an entry being a list of as many prompts as the call has pictures.
+        seeds: one per picture.
+        folder: where results and pictures are kept.
+    """
+
+    def __init__(self, shop: Workshop, prompts: Sequence[Sequence[str]], seeds: Sequence[int], folder: Path):
+        metrics.check_installed()
+        self.shop, self.prompts, self.seeds, self.folder = shop, [list(p) for p in prompts], list(seeds), Path(folder)
+        edges = np.cumsum([0, *map(len, self.prompts)]).tolist()
+        if edges[-1] != len(self.seeds):
+            raise LayerCacheError(f"give one seed per picture: {edges[-1]} pictures, {len(self.seeds)} seeds")
+        self._batches = list(pairwise(edges))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.outcomes: dict[str, Outcome] = {}
+        self._settings = {
+            "call": {name: repr(value) for name, value in sorted(shop.call.items())},
+            "model": f"{type(shop.pipeline).__name__} {type(shop.pipeline.transformer).__name__}",
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "calibration_seeds": list(shop.seeds),
+            "trials": shop.trials,
+        }
+        self._digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._read()
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "compare.json"
+
+    def run(self, methods: Sequence[str], say: Callable[[str], None] = lambda text: None) -> list[Outcome]:
+        """All methods at all budgets; one that fails leaves its reason and does not stop the others."""
+        pending = [entry for entry in contestants(self.shop, methods) if not self._has(entry[0], entry[1])]
+        if pending:
+            say("generating the full pictures")
+            self.full, self.full_seconds = self._generate(nullcontext(), range(len(self._batches)))
+            np.save(self.folder / "full.npy", self.full[:SHOWN])
+        for number, (name, budget, make) in enumerate(pending, 1):
+            say(f"{name} at {budget:g} ({number} of {len(pending)})")
+            try:
+                outcome = self._judge(make())
+            except (LayerCacheError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+                outcome = Outcome(name, "", budget, error=f"{type(error).__name__}: {error}")
+            self.outcomes[outcome.key] = outcome
+            self.save()
+        wanted = [f"{name} {budget:g}" for name, budget, _ in contestants(self.shop, methods)]
+        return [self.outcomes[key] for key in wanted]
+
+    def pictures(self, outcome: Outcome) -> np.ndarray | None:
+        """The first pictures of a contestant, ``[n, H, W, C]`` in 0..1."""
+        path = self._picture_file(outcome)
+        return np.load(path) if path.exists() else None
+
+    def full_pictures(self) -> np.ndarray:
+        return np.load(self.folder / "full.npy")
+
+    def save(self) -> Path:
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "digest": self._digest,
+            "settings": self._settings,
+            "machine": tables.machine_info(),
+            "outcomes": [asdict(outcome) for outcome in self.outcomes.values()],
+        }
+        return tables.write_json(self.file, data)
+
+    def _read(self) -> None:
+        if not self.file.exists():
+            return
+        with going_on(self.file, COMPARISON):
+            data = json.loads(self.file.read_bytes())
+            found = [Outcome.from_json(entry) for entry in data["outcomes"]]
+            digest = data["digest"]
+        if digest != self._digest:
+            raise ScheduleMismatchError(
+                f"{self.file} compares another model, other seeds or other settings; name another folder"
+            )
+        self.outcomes = {outcome.key: outcome for outcome in found}
+
+    def _has(self, name: str, budget: float) -> bool:
+        before = self.outcomes.get(f"{name} {budget:g}")
+        return before is not None and not before.error
+
+    def _judge(self, contestant: Contestant) -> Outcome:
+        counted = self._count(contestant)
+        first = [0]
+        before = self._generate(nullcontext(), first)[1][0]
+        with contestant.attach() as cache, block_calls(self.shop.pipeline.transformer) as calls:
+            pictures, seconds = self._generate(nullcontext(), range(len(self._batches)))
+            told = cache.report() if cache else None
+        used = told.used if told else calls[0] / (len(self._batches) * self._blocks_per_batch)
+        stored = told.cache_bytes if told else None
+        after = self._generate(nullcontext(), first)[1][0]
+        outcome = Outcome(
+            contestant.method,
+            contestant.setting,
+            contestant.budget,
+            used=float(used),
+            seconds=sum(seconds),
+            speedup=(before + after) / 2 / seconds[0],
+            psnr=tuple(metrics.psnr(self.full, pictures)),
+            ssim=tuple(metrics.ssim(self.full, pictures)),
+            lpips=tuple(metrics.lpips(self.full, pictures)[0] or ()),
+            cache_bytes=stored,
+            operators=counted["operators"],
+            reads=counted["reads"],
+        )
+        path = self._picture_file(outcome)
+        write_atomically(path, lambda temporary: _save_array(temporary, pictures[:SHOWN]))
+        return outcome
+
+    def _count(self, contestant: Contestant) -> dict[str, float]:
+        """Operators and reads per step of one batch; also warms up."""
+        steps = self.shop.fingerprint.num_steps
+        with contestant.attach(), Counter() as counter:
+            self._generate(nullcontext(), [0])
+        return {"operators": counter.operators / steps, "reads": counter.reads / steps}
+
+    @property
+    def _blocks_per_batch(self) -> int:
+        prints = self.shop.fingerprint
+        return prints.num_blocks * len(prints.branches) * prints.num_steps
+
+    def _generate(self, context: Any, batches: Sequence[int]) -> tuple[np.ndarray, list[float]]:
+        pictures, seconds = [], []
+        pipeline, device = self.shop.pipeline, self.shop.pipeline.device
+        with context:
+            for number in batches:
+                lo, hi = self._batches[number]
+                generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds[lo:hi]]
+                call = {**self.shop.call, "generator": generators, "output_type": "np"}
+                _synchronise(device)
+                start = time.perf_counter()
+                images = pipeline(self.prompts[number], return_dict=False, **call)[0]
+                _synchronise(device)
+                seconds.append(time.perf_counter() - start)
+                pictures.append(metrics.as_pictures(images))
+        return np.concatenate(pictures), seconds
+
+    def _picture_file(self, outcome: Outcome) -> Path:
+        name = outcome.key.replace(":", "-").replace(" ", "-")
+        return self.folder / "pictures" / f"{name}.npy"
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def _synchronise(device: torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
