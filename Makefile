@@ -7,7 +7,8 @@ PIP := $(BIN)/pip --require-virtualenv
 
 # The oldest diffusers that is supported, beside the one that constraints.txt installs.
 OLDEST := build/diffusers-0.41.0
-OLDEST_TESTS := test_models test_pipelines test_integration test_surroundings test_inference test_dit test_peer_faults
+OLDEST_TESTS := models/test_models runtime/test_pipelines runtime/test_enable runtime/test_surroundings \
+	planning/test_infer_model runtime/test_dit runtime/test_peer_faults
 
 # The files of tests are shared out to processes, each of which has one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -25,9 +25,8 @@ from layercache.planning.profile import StabilityProfile
 from layercache.tools.report.tables import machine_info, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import oracle_scheduler
-import oracle_solvers
-from oracle_scheduler import Problem
+from support import oracle_scheduler, oracle_solvers
+from support.oracle_scheduler import Problem
 
 STEPS, GROUPS, SPANS, LONGEST = 100, 60, 8, 12
 PARTITIONS = ("whole", "sixth", "thirds", "measured")

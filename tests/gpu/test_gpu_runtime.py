@@ -26,9 +26,9 @@ from layercache.models.known import count_blocks, fingerprint_of
 from layercache.ops import repeating
 from layercache.ops.dispatch import Kernels
 from layercache.schedule.schedule import Schedule
-from tiny import tiny_pipeline
-from zoo import build
-from zoo_pipelines import PIPELINES, make, noise
+from support.tiny import tiny_pipeline
+from support.zoo import build
+from support.zoo_pipelines import PIPELINES, make, noise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -1,0 +1,175 @@
+"""Exact counts: launches, full-size operators and synchronisations of a cached forward."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import layercache
+from layercache.runtime.router import StandIn
+from layercache.schedule.memory_plan import CAPTURE, REUSE
+from support.tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
+
+STEPS = 8
+SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")
+TOKENS, DIM = 64, 56
+
+
+class Counter(TorchDispatchMode):
+    """Counts layercache ops, other operators that touch a full-size hidden state, and host reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours: list[tuple[str, int]] = []
+        self.full_size: collections.Counter = collections.Counter()
+        self.host_reads: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        output = func(*args, **(kwargs or {}))
+        if name.startswith("layercache::"):
+            self.ours.append((name.removeprefix("layercache::"), len(args[0])))
+        elif any(word in name for word in SYNCHRONISING):
+            self.host_reads[name] += 1
+        elif name == "aten::_to_copy" and (kwargs or {}).get("device") is not None:
+            self.host_reads[name] += 1
+        elif isinstance(output, torch.Tensor) and output.numel() == len(PROMPTS) * TOKENS * DIM:
+            if func.is_view:
+                return output
+            self.full_size[name] += 1
+        return output
+
+
+def count_forwards(pipe, schedule) -> list[Counter]:
+    """One counter per forward of the second generation (the first allocates)."""
+    counters: list[Counter] = []
+    forward = pipe.transformer.forward
+
+    def counted(*args, **kwargs):
+        counters.append(Counter())
+        with counters[-1]:
+            return forward(*args, **kwargs)
+
+    with layercache.enabled(pipe, schedule):
+        generate(pipe)
+        pipe.transformer.forward = counted
+        try:
+            generate(pipe)
+        finally:
+            del pipe.transformer.forward
+    return counters
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def test_launches_per_row(pipe):
+    """One capture per stored group, one linear combination per run, for all streams that are read."""
+    schedule = schedule_for(pipe, mixed_cells())
+    layout = layercache.enable(pipe, schedule).layout
+    layercache.disable(pipe)
+    counters = count_forwards(pipe, schedule)
+    assert len(counters) == 2 * STEPS
+    for index, counter in enumerate(counters):
+        row = layout.rows[index // 2]
+        expected = []
+        for action in row.actions:
+            if action.kind == CAPTURE:
+                expected.append(("capture", 2 if action.text else 1))
+            elif action.kind == REUSE and action.ends_run:
+                expected.append(("linear_combination", 2 if action.text else 1))
+        assert counter.ours == expected
+
+
+@pytest.mark.parametrize("groups", [GROUPS, ((0, 1), (1, 2), (2, 6)), tuple((k, k + 1) for k in range(6))])
+def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
+    """Where nothing is added between them, the next one has no call of ours of its own; the same bits are stored."""
+    parts = len(groups)
+    rows = ((None,) * parts, (None, {0: 1.0}, *(None,) * (parts - 2)), ({0: 1.0},) * parts)
+    schedule = layercache.Schedule(fingerprint(pipe.transformer, (0.6,) * 3 + (0.0,)), groups, rows, (1.0,) * parts)
+    inputs = {
+        "hidden_states": torch.randn(2, 64, 48),
+        "encoder_hidden_states": torch.randn(2, 4, 64),
+        "timestep": torch.full((2,), 0.6),
+        "img_shapes": [(1, 8, 8)] * 2,
+        "return_dict": False,
+    }
+    nothing = [torch.zeros(2, 64, 56)] * 6
+    seen = []
+    for control in ({}, {"controlnet_block_samples": nothing}):
+        with torch.no_grad(), layercache.enabled(pipe.transformer, schedule) as cache:
+            outputs = []
+            for _ in range(3):
+                with pipe.transformer.cache_context("cond"):
+                    outputs.append(pipe.transformer(**inputs, **control)[0])
+            cache.open(cache.layout.rows[0].actions)
+            calls = list(pipe.transformer.transformer_blocks)
+            cache.shut()
+            stored = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts)]
+        seen.append((outputs, stored, [isinstance(call, StandIn) for call in calls]))
+    (outputs, stored, ours), (expected, wanted, separate) = seen
+    assert all(map(torch.equal, outputs, expected)) and all(map(torch.equal, stored, wanted))
+    opening = sum(lo + 1 < hi for lo, hi in groups[1:])
+    assert sum(separate) - sum(ours) == opening
+    if parts == 6:
+        assert all(ours)
+
+
+def test_a_static_schedule_reads_nothing_back(pipe):
+    for counter in count_forwards(pipe, schedule_for(pipe, mixed_cells())):
+        assert not counter.host_reads
+
+
+def test_a_wholly_cached_step_touches_the_hidden_state_once(pipe):
+    """Beside the embedder and the head, one launch on the image stream alone."""
+    counters = count_forwards(pipe, schedule_for(pipe, mixed_cells()))
+    cached = counters[2 * 3]
+    assert cached.ours == [("linear_combination", 1)]
+    empty = tiny_pipeline()
+    empty.transformer.transformer_blocks = torch.nn.ModuleList()
+    bare = Counter()
+    with torch.no_grad(), bare:
+        empty.transformer(
+            hidden_states=torch.randn(2, 64, 48),
+            encoder_hidden_states=torch.randn(2, 4, 64),
+            timestep=torch.ones(2),
+            img_shapes=[(1, 8, 8)] * 2,
+        )
+    assert cached.full_size == bare.full_size
+
+
+def test_memory_is_known_before_the_run(pipe):
+    schedule = schedule_for(pipe, mixed_cells())
+    with layercache.enabled(pipe, schedule) as cache:
+        generate(pipe)
+        image, text = len(PROMPTS) * TOKENS * DIM * 4, len(PROMPTS) * 4 * DIM * 4
+        expected = 2 * (cache.layout.image_slots * image + cache.layout.text_slots * text)
+        assert cache.report().cache_bytes == expected
+
+
+def test_report_counts(pipe):
+    schedule = schedule_for(pipe, mixed_cells())
+    cached = sum(cell is not None for row in schedule.cells for cell in row)
+    with layercache.enabled(pipe, schedule) as cache:
+        assert cache.report().used == 1.0
+        generate(pipe)
+        generate(pipe)
+    report = cache.report()
+    assert report.generations == 2
+    assert report.forwards == 2 * 2 * STEPS
+    assert report.cached_cells == 4 * cached
+    assert report.computed_cells == 4 * (STEPS * len(GROUPS) - cached)
+    assert report.used == pytest.approx(schedule.used)
+    assert "reused: 62.5%" in str(report)
+
+
+def test_slots_keep_their_address(pipe):
+    """Graph captures rely on it."""
+    with layercache.enabled(pipe, schedule_for(pipe, mixed_cells())) as cache:
+        generate(pipe)
+        before = [b.tensor.data_ptr() for s in cache.states.values() for b in (*s.images, *s.texts, s.flag)]
+        generate(pipe, seed=5)
+        assert before == [b.tensor.data_ptr() for s in cache.states.values() for b in (*s.images, *s.texts, s.flag)]

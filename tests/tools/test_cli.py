@@ -1,0 +1,580 @@
+"""The command line, on a tiny untrained model in the place of the bundled one (except where that is there)."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+import layercache
+from layercache.demo import pipeline
+from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.schedule.schedule import Schedule
+from layercache.tools import demo, doctor
+from layercache.tools.cli import app
+from layercache.tools.report.front import order_sentence, rows_of
+from support import tiny
+
+COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
+STEPS = 8
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app.app, [str(a) for a in arguments], env={"COLUMNS": "100", "LAYERCACHE_DEBUG": ""})
+
+
+def refused(code: int, *arguments: object) -> str:
+    """What the user reads when the command fails as it should: words, no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The pipeline that ``--model demo`` gets."""
+    pipe = tiny.tiny_pipeline()
+    monkeypatch.setattr(pipeline, "load_demo_pipeline", lambda device=None: pipe)
+    return pipe
+
+
+@pytest.fixture
+def schedule_file(tmp_path):
+    schedule = tiny.schedule_for(tiny.tiny_pipeline(), tiny.mixed_cells(STEPS))
+    return schedule.save(tmp_path / "schedule.json")
+
+
+# --- help, version, import -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"layercache {command}" in result.stdout
+
+
+def test_general_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in COMMANDS)
+    assert invoke().exit_code == 2  # no command: the help, as a usage error
+
+
+def test_version():
+    assert invoke("--version").stdout.strip() == f"layercache {layercache.__version__}"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, layercache.tools.cli.app; "
+        "print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib', 'skimage') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "layercache", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"layercache {layercache.__version__}")
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    assert "does not exist" in refused(2, "show", tmp_path / "nowhere.json")
+    assert "does not exist" in refused(2, "plan", tmp_path / "nowhere.safetensors", "--budget", 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "layercache schedule", "version": 1}', "\x00\xff"])
+def test_damaged_schedule(tmp_path, content):
+    path = tmp_path / "damaged.json"
+    path.write_text(content, encoding="latin-1")
+    assert "damaged.json" in refused(1, "show", path)
+
+
+def test_schedule_cut_off(schedule_file):
+    schedule_file.write_text(schedule_file.read_text()[:-100])
+    assert "not a whole JSON file" in refused(1, "show", schedule_file)
+
+
+def test_damaged_profile(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header ")
+    assert "profile.safetensors" in refused(1, "show", path)
+    assert "profile.safetensors" in refused(1, "plan", path, "--budget", 0.5)
+
+
+@pytest.mark.parametrize("budget", ["0", "-0.1", "1.01", "nan", "much"])
+def test_budget_out_of_range(schedule_file, budget):
+    assert "--budget" in refused(2, "plan", schedule_file, "--budget", budget)
+    assert "--budget" in refused(2, "demo", "--budget", budget)
+
+
+def test_plan_wants_budget_or_speedup(schedule_file):
+    assert "either --budget, --speedup" in refused(2, "plan", schedule_file)
+    assert "either --budget, --speedup" in refused(2, "plan", schedule_file, "--budget", 0.5, "--speedup", 2)
+
+
+@pytest.mark.parametrize("spans", ["1,x", "0", "1,,2", "1,-2"])
+def test_spans_that_are_none(schedule_file, spans):
+    assert "--spans" in refused(2, "plan", schedule_file, "--budget", 0.5, "--spans", spans)
+
+
+@pytest.mark.parametrize(("text", "spans"), [("1,2,3", (1, 2, 3)), (" 4 ", (4,)), ("none", ()), ("", ())])
+def test_spans(text, spans):
+    assert app._parse_spans(text) == spans
+
+
+def test_unknown_class_of_the_demo_model(tiny_demo, tmp_path):
+    assert "'unicorn' is not one of astronaut" in refused(2, "generate", "-p", "unicorn", "-o", tmp_path / "x.png")
+    assert "'unicorn' is not one of astronaut" in refused(2, "calibrate", "-p", "unicorn")
+
+
+def test_arguments_the_pipeline_refuses(tiny_demo, tmp_path):
+    text = refused(1, "generate", "-p", "cat", "--steps", 2, "--height", 30, "-o", tmp_path / "x.png")
+    assert "multiples of 4" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_options_that_do_not_fit(tmp_path):
+    assert "--schedule" in refused(2, "generate", "-p", "cat", "--compare")
+    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture")
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    text = refused(1, "generate", "--model", tmp_path / "nothing", "-p", "a fox", "--device", "cpu")
+    assert "cannot load the model" in text
+    assert "--prompt" in refused(2, "calibrate", "--model", tmp_path / "nothing")
+
+
+def test_an_installation_without_the_bundled_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "weights")
+    assert "reinstall" in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda"])
+def test_a_device_that_is_not_there(monkeypatch, device):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device" in refused(2, "generate", "-p", "cat", "--device", device)
+
+
+def test_schedule_for_another_model(tmp_path, schedule_file, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_demo_pipeline", lambda device=None: tiny.tiny_pipeline(layers=4))
+    text = refused(1, "generate", "-p", "cat", "--schedule", schedule_file, "-o", tmp_path / "x.png")
+    assert "6 blocks" in text and "4 blocks" in text
+
+
+def test_full_disk(schedule_file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "figures.json")
+
+    monkeypatch.setattr("layercache.tools.report.tables.write_json", full)
+    text = refused(1, "show", schedule_file, "--json", "figures.json")
+    assert text == "Error: No space left on device: figures.json."
+
+
+def test_interrupt_is_quiet(schedule_file, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layercache.tools.report.tables.schedule_sentences", interrupt)
+    result = invoke("show", schedule_file)
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_debug_brings_the_traceback_back(schedule_file, monkeypatch):
+    schedule_file.write_text("{")
+    result = CliRunner().invoke(app.app, ["show", str(schedule_file)], env={"LAYERCACHE_DEBUG": "1"})
+    assert isinstance(result.exception, layercache.LayerCacheError)
+
+
+# --- show and doctor -----------------------------------------------------------------------------------------
+
+
+def test_show_explains_a_schedule(schedule_file, tmp_path):
+    result = invoke("show", schedule_file, "--plot", tmp_path / "plot.png")
+    assert result.exit_code == 0
+    schedule = Schedule.load(schedule_file)
+    assert f"{schedule.used:.1%} of the block time" in result.stdout
+    assert "blocks 0-1: computed at" in result.stdout
+    assert sum(line.split()[:1] == [str(step)] for step in range(STEPS) for line in result.stdout.splitlines()) == STEPS
+    assert PIL.Image.open(tmp_path / "plot.png").width > 300
+
+
+def test_json_on_standard_output_is_alone(schedule_file):
+    result = invoke("show", schedule_file, "--json", "-")
+    figures = json.loads(result.stdout)
+    assert figures["num_steps"] == STEPS
+    assert figures["used"] == pytest.approx(Schedule.load(schedule_file).used)
+    assert "blocks 0-1" in result.stderr
+
+
+def test_doctor(tmp_path):
+    result = invoke("doctor", "--json", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert (result.exit_code == 0) == found["usable"]
+    assert {"torch", "diffusers", "compiled core", "GPU", "triton"} <= {check["name"] for check in found["checks"]}
+    from layercache import ops
+
+    assert [op["op"] for op in found["ops"] if op["device"] == "cpu"] == list(ops.OP_NAMES)
+    assert all(op["backend"] and op["reason"] for op in found["ops"])
+
+
+def test_doctor_without_the_compiled_core(monkeypatch):
+    monkeypatch.setitem(sys.modules, "layercache._core", None)
+    result = invoke("doctor", "--json", "-")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and not found["usable"]
+    assert next(c for c in found["checks"] if c["name"] == "compiled core")["state"] == "broken"
+
+
+def test_doctor_without_extras(monkeypatch):
+    for name in ("skimage", "matplotlib", "triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    states = {check.name: check for check in doctor.diagnose().checks}
+    for name in ("scikit-image", "matplotlib", "triton"):
+        assert states[name].state == "optional"
+    assert "layercache[demo]" in states["matplotlib"].detail
+    assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
+
+
+# --- messages by the options that were typed ------------------------------------------------------------------
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    path = tmp_path / "max_run and full_steps=3.safetensors"
+    return tiny_profile().save(path)
+
+
+@functools.cache
+def tiny_profile():
+    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    return layercache.calibrate(tiny.tiny_pipeline(), [["cat"]], progress=False, **call)
+
+
+HINT = "protect fewer steps (--protect-first, --protect-last), allow longer runs (--max-run), or calibrate with more"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--budget", 0.01), f"of the block time is needed; {HINT}"),
+        (("--speedup", 90), "cannot be reached"),
+        (("--full-steps", 40), "Error: --full-steps must be above 0 and at most 8, got 40."),
+        (
+            ("--min-psnr", 40),
+            "Error: --min-psnr needs a front of measured schedules: run 'layercache plan --pareto' first.",
+        ),
+        (("--budget", 0.7, "--max-cache-mb", 0.001), "Error: 1000 bytes (--max-cache-mb) are too little"),
+        (("--budget", 0.7, "--tau", "inf"), "Error: --tau must be a number from 0 to below 1, got inf."),
+        (("--budget", 0.7, "--gamma", 0), "Error: --gamma must be a number above 0, got 0.0."),
+        (("--budget", 0.7, "--kappa", "inf"), "Error: --kappa must be a number of at least 0, got inf."),
+        (("--budget", 0.7, "--order", 9), "Error: --order must be at most 7, got 9."),
+    ],
+)
+def test_plan_names_its_options(profile_file, tmp_path, options, told):
+    text = refused(1, "plan", profile_file, "-o", tmp_path / "s.json", *options)
+    assert told in text
+    assert not any(name in text for name in ("max_run", "protect_first", "full_steps", "min_psnr", "max_cache"))
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_names_of_files_stay_as_they_are(profile_file):
+    text = refused(1, "generate", "-p", "cat", "--schedule", profile_file)
+    assert text.startswith(f"Error: {profile_file} is a layercache profile, ")
+    profile_file.write_text("")
+    assert text.startswith("Error: ") and f"{profile_file} is empty" in refused(1, "plan", profile_file, "--budget", 1)
+
+
+def test_no_memory_limit_and_large_numbers(profile_file, tmp_path):
+    more = ("--max-cache-mb", "inf", "--spans", "1,99999999999999999999", "--history", 10**20, "--max-run", 10**20)
+    assert invoke("plan", profile_file, "--budget", 0.7, *more, "-o", tmp_path / "s.json").exit_code == 0
+
+
+def test_a_search_that_finds_nothing_says_so(tiny_demo, profile_file, tmp_path):
+    more = ("--samples", 1, "--validation", 0, "--trials", 0, "--guidance", 3, "-o", tmp_path / "f.json")
+    text = refused(1, "plan", profile_file, "--pareto", "--budgets", 0.01, *more)
+    assert "no schedule keeps to these --budgets and --max-cache-mb" in text
+    assert not (tmp_path / "f.json").exists()
+
+
+def test_generate_names_its_steps(tiny_demo, schedule_file, tmp_path):
+    text = refused(1, "generate", "-p", "cat", "--schedule", schedule_file, "--steps", 5, "-o", tmp_path / "x.png")
+    assert text.endswith("this run has 5; run with --steps 8, or calibrate and plan for 5 steps.")
+
+
+def test_the_demo_names_no_arguments_that_it_does_not_take(tiny_demo, tmp_path):
+    text = refused(1, "demo", "--steps", 3, "--seeds", 1, "--budget", 0.1, "-o", tmp_path / "out")
+    assert "protect fewer steps, allow longer runs, or calibrate with more steps." in text
+
+
+def test_a_router_names_its_options(tiny_demo, tmp_path):
+    more = ("--rounds", 1, "--batch", 1, "-o", tmp_path / "r.json")
+    assert refused(1, "train-router", "--learning-rate", 0, *more) == (
+        "Error: --learning-rate must be a number above 0, got 0.0."
+    )
+    assert "Error: --penalty must be a finite number" in refused(1, "train-router", "--penalty", "inf", *more)
+    assert "at least 3 steps" in refused(1, "train-router", "--steps", 2, "--shifted", *more)
+    text = refused(1, "train-router", "--steps", 4, "--budget", 0.1, *more)
+    assert "a budget of 0.1 cannot be met: caching every second step needs 0.500 at least" in text
+
+
+def test_commands_of_bench_are_worded_too(monkeypatch):
+    def fail(_):
+        raise BudgetError("run with rounds=3 or max_run=2")
+
+    monkeypatch.setattr("layercache.tools.bench.cases.find_cases", fail)
+    assert refused(1, "bench", "kernels") == "Error: run with --rounds 3 or max_run=2."
+
+
+def test_a_folder_in_the_place_of_a_file(schedule_file, tmp_path):
+    assert refused(1, "show", schedule_file, "--json", tmp_path) == f"Error: Is a directory: {tmp_path}."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.json"]
+    assert "--output" in refused(2, "compare", "-o", schedule_file)
+
+
+# --- names of arguments in other pipelines ---------------------------------------------------------------------
+
+
+class QwenLike:
+    transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=False))
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=4.0, height=None, guidance_scale=None): ...
+
+
+class FluxLike:
+    transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=True))
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=1.0, guidance_scale=3.5): ...
+
+
+@pytest.mark.parametrize(
+    ("pipe", "expected"),
+    [
+        (QwenLike(), {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+        (FluxLike(), {"guidance_scale": 4.0}),
+    ],
+)
+def test_guidance_goes_by_the_pipelines_own_name(pipe, expected):
+    assert app._call_arguments(pipe, 4.0, None, None) == expected
+
+
+def test_no_second_forward_without_guidance():
+    assert app._call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
+    assert app._call_arguments(QwenLike(), None, None, None) == {}
+
+
+def test_an_option_the_pipeline_lacks():
+    with pytest.raises(UnsupportedModelError, match="takes no height"):
+        app._call_arguments(FluxLike(), None, 64, None)
+
+
+def test_prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
+    assert app._read_prompts(path) == ["a red fox", "café"]
+
+
+# --- the whole way -------------------------------------------------------------------------------------------
+
+
+def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
+    profile, schedule, picture = tmp_path / "p.safetensors", tmp_path / "s.json", tmp_path / "cat.png"
+    calibrated = invoke(
+        *("calibrate", "-p", "cat", "-p", "coffee", "--samples", 3, "--seed", 5, "--steps", STEPS, "--guidance", 2),
+        *("-o", profile, "--json", "-"),
+    )
+    assert calibrated.exit_code == 0, calibrated.output
+    samples = json.loads(calibrated.stdout)["samples"]
+    assert samples == ["seed 5: cat", "seed 6: coffee", "seed 7: cat"]
+
+    planned = invoke("plan", profile, "--budget", 0.7, "-o", schedule, "--spans", "1,2", "--json", "-")
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["used"] == pytest.approx(Schedule.load(schedule).used)
+    assert Schedule.load(schedule).used <= 0.7
+
+    drawn = invoke(
+        *("generate", "-p", "cat", "--seed", 3, "--guidance", 2, "--schedule", schedule, "-o", picture),
+        *("--compare", "--json", tmp_path / "figures.json"),
+    )
+    assert drawn.exit_code == 0, drawn.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    full, cached = figures["comparison"]["runs"]
+    assert cached["used"] == pytest.approx(figures["cache"]["used"]) == pytest.approx(Schedule.load(schedule).used)
+    assert figures["cache"]["forwards"] == 2 * STEPS
+    assert cached["psnr"]["count"] == 1 and full["psnr"] is None
+    assert PIL.Image.open(picture).size == (32, 32)
+    assert PIL.Image.open(tmp_path / "cat-comparison.png").width > 3 * 96
+
+    # the same seed without the command line
+    with layercache.enabled(tiny_demo, Schedule.load(schedule)):
+        again = tiny.generate(tiny_demo, ["cat"], STEPS, seed=3, guidance_scale=2, output_type="np")
+    assert np.array_equal(np.asarray(PIL.Image.open(picture)), (again[0] * 255).round().astype(np.uint8))
+
+    shown = invoke("show", profile, "--plot", tmp_path / "profile.png")
+    assert shown.exit_code == 0 and "measured on 3 samples" in shown.stdout
+    assert (tmp_path / "profile.png").exists()
+
+
+def test_generate_without_a_schedule(tiny_demo, tmp_path):
+    result = invoke("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["cache"] is None
+
+
+def test_plan_that_cannot_be_reached(tiny_demo, tmp_path):
+    profile = tmp_path / "p.safetensors"
+    assert invoke("calibrate", "-p", "cat", "--steps", 4, "-o", profile).exit_code == 0
+    assert refused(1, "plan", profile, "--budget", 0.01, "-o", tmp_path / "s.json").startswith("Error: ")
+    assert not (tmp_path / "s.json").exists()
+
+
+# --- the demonstration ---------------------------------------------------------------------------------------
+
+
+def check_demo(output, figures, seeds: int) -> None:
+    assert sorted(p.name for p in output.iterdir()) == [
+        "comparison.png",
+        "profile.safetensors",
+        "report.json",
+        "schedule.json",
+        "searched.json",
+        "stability.png",
+    ]
+    assert json.loads((output / "report.json").read_text()) == figures
+    full, layer, searched, whole = figures["methods"]
+    names = ["full", "LayerCache", "LayerCache, searched", "whole-step reuse"]
+    assert [method["name"] for method in figures["methods"]] == names
+    assert full["used"] == 1.0 and max(m["used"] for m in (layer, searched, whole)) <= 0.6
+    assert Schedule.load(output / "searched.json").used == pytest.approx(searched["used"])
+    for method in figures["methods"]:
+        assert method.get("cache", {"fallback_rows": 0})["fallback_rows"] == 0
+        assert method["seconds"] == pytest.approx(sum(method["seconds_per_batch"]))
+        assert method["speedup"] == pytest.approx(full["seconds"] / method["seconds"])
+    assert [p["seed"] for p in figures["pictures"]] == list(range(seeds))
+    values = [float(p["LayerCache"]["psnr"]) for p in figures["pictures"]]
+    assert layer["psnr"]["mean"] == pytest.approx(np.mean(values))
+    assert Schedule.load(output / "schedule.json").used == pytest.approx(layer["used"])
+    assert figures["settings"]["steps"] == 10 and figures["machine"]["versions"]["torch"]
+
+
+def test_demo_on_a_tiny_model(tiny_demo, tmp_path):
+    result = demo.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=tiny_demo)
+    check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=5)
+    assert len(result.profile.samples) == 2
+    # the seeds that are compared are not among those that were calibrated on
+    assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 5", "seed 6"]
+    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3, 3]
+    assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(tiny_demo, result), abs=0.05)
+
+
+def psnr_one_by_one(pipe, result) -> list[float]:
+    """Each picture generated alone: neither batch nor order nor the other runs may have mattered."""
+    values = []
+    for picture in result.figures["pictures"]:
+        call = {"seed": picture["seed"], "guidance_scale": 4.0, "output_type": "np"}
+        full = tiny.generate(pipe, [picture["class"]], 10, **call)
+        with layercache.enabled(pipe, result.schedule):
+            cached = tiny.generate(pipe, [picture["class"]], 10, **call)
+        values.append(-10 * np.log10(((full - cached).astype(np.float64) ** 2).mean()))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warns"), [([1.0, 1.4, 0.2], False), ([1.0, 1.6, 0.2], True), ([1.0], False), ([], False)]
+)
+def test_unsteady_times_are_pointed_out(seconds, warns):
+    settings = demo.Settings(seeds=20, batch=8)  # two full batches and a smaller one
+    note = demo._timing_note(settings, {"cached": demo._Run(np.empty(0), seconds, None)})
+    assert bool(note) == warns
+    assert not warns or "cached 1.00 to 1.60 s" in note
+
+
+def test_demo_refuses_before_it_works(tmp_path):
+    with pytest.raises(BudgetError):
+        demo.run_demo(tmp_path / "out", budget=1.5, pipe=object())
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_into_a_file(tmp_path, tiny_demo):
+    (tmp_path / "taken").write_text("")
+    assert "taken" in refused(1, "demo", "--quick", "-o", tmp_path / "taken")
+
+
+@pytest.mark.skipif(not (pipeline.WEIGHTS / "transformer").is_dir(), reason="the bundled weights are not here")
+def test_demo_with_the_bundled_model(tmp_path):
+    result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    check_demo(tmp_path / "out", figures, seeds=4)
+    # a trained model: the cached pictures resemble the full ones, those of the searched schedule most
+    planned, searched, _ = (method["psnr"]["median"] for method in figures["methods"][1:])
+    assert 20 < planned < searched
+    assert "whole-step reuse" in result.stderr
+
+
+# --- fronts --------------------------------------------------------------------------------------------------
+
+
+def plan_front(tmp_path, *more):
+    profile, front = tmp_path / "profile.safetensors", tmp_path / "front.json"
+    settings = ("--samples", 2, "--validation", 2, "--budgets", "0.75,0.5", "--trials", 1)
+    assert invoke("calibrate", "--steps", STEPS, "--samples", 1, "-o", profile).exit_code == 0
+    return invoke("plan", profile, "--pareto", "-o", front, *settings, *more), front
+
+
+def test_front_from_search_to_picture(tiny_demo, tmp_path):
+    result, front = plan_front(tmp_path, "--json", tmp_path / "figures.json")
+    assert result.exit_code == 0, result.output
+    assert "PSNR in dB of 2 held-out pictures" in result.stdout
+    result_of_search = result.stdout
+    points = json.loads((tmp_path / "figures.json").read_text())["points"]
+    loaded = layercache.Front.load(front)
+    assert [p["used"] for p in points] == [p.used for p in reversed(loaded.points)]
+    assert points[0]["held_out"]["mean"] == pytest.approx(loaded.points[-1].validation.mean)
+    assert front.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in front.with_suffix(".html").read_text()
+
+    schedule = tmp_path / "schedule.json"
+    result = invoke("plan", front, "--budget", 0.5, "-o", schedule)
+    assert result.exit_code == 0, result.output
+    assert Schedule.load(schedule) == layercache.plan(loaded, 0.5)
+    shown = invoke("show", schedule, "--plot", tmp_path / "s.png").stdout
+    assert "skipped whole" in shown
+    assert "skip" in shown
+    shown = " ".join(invoke("show", front, "--plot", tmp_path / "f.png").stdout.split())
+    assert f"{order_sentence(rows_of(loaded))} 'layercache plan' takes one out by --budget" in shown
+    assert order_sentence(rows_of(loaded)) in " ".join(result_of_search.split())
+    assert (tmp_path / "f.png").exists()
+    result = invoke("generate", "-p", "cat", "--schedule", schedule, "-o", tmp_path / "cat.png")
+    assert result.exit_code == 0, result.output
+
+
+def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file):
+    _, front = plan_front(tmp_path)
+    assert "no schedule of this front" in refused(1, "plan", front, "--min-psnr", 500)
+    assert "one from the front" in refused(2, "plan", front, "--pareto", "--budget", 0.5)
+    assert "schedule already" in refused(2, "plan", schedule_file, "--budget", 0.5)
+    profile = tmp_path / "profile.safetensors"
+    assert "--budgets takes shares" in refused(2, "plan", profile, "--pareto", "--budgets", "0.5,2")
+    assert "front of measured schedules" in refused(1, "plan", profile, "--min-psnr", 30)
+    assert "not one of astronaut" in refused(2, "plan", profile, "--pareto", "-p", "unicorn")
+    text = front.read_text()
+    front.write_text(text[:-200])
+    assert "not a whole JSON file" in refused(1, "plan", front, "--budget", 0.5)

@@ -1,0 +1,33 @@
+"""The examples run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("teacache_in_40_lines", r"(\d+) of 60 forwards skipped, PSNR 3\d\.\d dB"),
+        ("method_as_policy", r"computed: ##[#.]{27}#"),
+        ("plain_pytorch", r"relative error: \d\.\d\de-0[3-9]"),
+    ],
+)
+def test_example(name, told, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(told, done.stdout), done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_short_cache_is_short():
+    lines = (EXAMPLES / "teacache_in_40_lines.py").read_text().split("class TeaStyleCache")[1].split("def main")[0]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 40

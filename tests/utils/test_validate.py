@@ -1,0 +1,148 @@
+"""Public functions that are given something of another kind say what they expect and where to get it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import layercache
+from layercache.errors import ArgumentError, LayerCacheError, UnsupportedModelError
+from layercache.methods import fixed, full_runs, invardiff, l2c, magcache, meancache, teacache
+from layercache.planning.fit import fit_residuals
+from layercache.planning.front import Front
+from layercache.planning.refit import coach
+from layercache.schedule.forecast import reforecast
+from layercache.schedule.schedule import Schedule
+from planning.test_plan import made_profile
+from support.tiny import tiny_pipeline
+
+PROFILE = made_profile()
+PRINTS = PROFILE.fingerprint
+SCHEDULE = Schedule.compute_all(PRINTS)
+FRONT = Front((), (1.0, 0.1, 0.0))
+VELOCITIES = [[torch.zeros(2)] * 20]
+CALL = {"num_inference_steps": 4}
+
+OF_FINGERPRINTS = {
+    "fixed.uniform": fixed.uniform,
+    "fixed.taylorseer": fixed.taylorseer,
+    "magcache.build_schedule": magcache.build_schedule,
+    "meancache.build_schedule": lambda value: meancache.build_schedule(value, [0, 1], [1, 1]),
+    "meancache.preset": lambda value: meancache.preset(value, "qwen-image", 25),
+}
+OF_PROFILES = {
+    "fixed.smoothcache": fixed.smoothcache,
+    "fit_residuals": lambda value: fit_residuals(value, SCHEDULE),
+    "layercache.search(profiles=...)": lambda value: layercache.search(object(), ["cat"], profiles=value),
+}
+OTHERS = {
+    "layercache.plan expects StabilityProfile or Front": lambda value: layercache.plan(value, 0.6),
+    "reforecast expects Schedule": lambda value: reforecast(value, "hold"),
+    "fit_residuals expects Schedule": lambda value: fit_residuals(PROFILE, value),
+    "coach expects Rehearsal": lambda value: coach(value, SCHEDULE),
+    "fixed.taylorseer_steps expects a number of steps": fixed.taylorseer_steps,
+    "invardiff.first_phase expects Rates": lambda value: invardiff.first_phase(value, invardiff.Settings()),
+    "invardiff.plan expects Rates": lambda value: invardiff.plan(value, value, invardiff.Settings()),
+    "invardiff.build_schedule expects Settings": lambda value: invardiff.build_schedule(None, ["a"], settings=value),
+    "l2c.train expects Settings": lambda value: l2c.train(None, ["a"], value),
+    "l2c.random_router expects LearnedRouter": l2c.random_router,
+    "meancache.plan_steps expects an array [N, max_length + 1, spans]": lambda value: meancache.plan_steps(value, 3),
+    "meancache.lexicographic_steps expects an array [N, max_length + 1]": (
+        lambda value: meancache.lexicographic_steps(value, 3)
+    ),
+    "meancache.stability_deviation expects 20 velocities per sample": (
+        lambda value: meancache.stability_deviation(value, PRINTS.sigmas)
+    ),
+}
+OF_PIPELINES = {
+    "teacache.fit": lambda value: teacache.fit(value, ["cat"], **CALL),
+    "watching.magnitude_ratios": lambda value: full_runs.magnitude_ratios(value, "cat", **CALL),
+    "invardiff.build_schedule": lambda value: invardiff.build_schedule(value, ["cat"], **CALL),
+    "invardiff.measure": lambda value: invardiff.measure(value, ["cat"], **CALL),
+    "l2c.train": lambda value: l2c.train(value, ["cat"], progress=False, **CALL),
+}
+
+
+def refused(call, value) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        call(value)
+    assert isinstance(caught.value, LayerCacheError) and isinstance(caught.value, TypeError)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", OF_FINGERPRINTS)
+@pytest.mark.parametrize("value", [PROFILE, SCHEDULE], ids=["profile", "schedule"])
+def test_what_has_a_fingerprint_is_not_one(name, value):
+    told = f"{name} expects Fingerprint, got {type(value).__name__}; give its .fingerprint"
+    assert refused(OF_FINGERPRINTS[name], value) == told
+
+
+@pytest.mark.parametrize("name", OF_FINGERPRINTS)
+@pytest.mark.parametrize(
+    ("value", "described"),
+    [(FRONT, "Front"), ("a.json", "the text 'a.json'"), (Path("a.json"), "the path 'a.json'"), (None, "None")],
+    ids=str,
+)
+def test_what_has_no_fingerprint_either(name, value, described):
+    told = f"{name} expects Fingerprint, got {described}; profiles and schedules have one, such as profile.fingerprint"
+    assert refused(OF_FINGERPRINTS[name], value) == told
+
+
+@pytest.mark.parametrize("name", OF_PROFILES)
+@pytest.mark.parametrize("value", [PRINTS, SCHEDULE, "a.safetensors", Front, None], ids=str)
+def test_a_profile_is_expected(name, value):
+    text = refused(OF_PROFILES[name], value)
+    assert text.startswith(f"{name} expects StabilityProfile, got ")
+    assert "layercache.calibrate(pipe, prompts)" in text and "StabilityProfile.load(path)" in text
+
+
+def test_a_search_without_profiles_does_not_start():
+    assert "needs a profile" in refused(lambda value: layercache.search(object(), ["cat"], profiles=value), [])
+    assert "got Schedule" in refused(
+        lambda value: layercache.search(object(), ["cat"], profiles=value), [PROFILE, SCHEDULE]
+    )
+
+
+@pytest.mark.parametrize("told", OTHERS)
+@pytest.mark.parametrize("value", [PRINTS, FRONT.seconds, Path("a"), None], ids=["prints", "tuple", "path", "none"])
+def test_other_kinds(told, value):
+    text = refused(OTHERS[told], value)
+    assert text.startswith(told)
+    assert "; " in text and "has no attribute" not in text
+
+
+def test_a_class_in_the_place_of_its_instance():
+    assert "got the class Fingerprint" in refused(fixed.uniform, type(PRINTS))
+
+
+def test_tables_of_another_shape_and_numbers_of_any_kind():
+    assert "got one of shape [20, 10, 6]" in refused(other("lexicographic"), np.ones((20, 10, 6)))
+    assert "got one of shape [4]" in refused(other("plan_steps"), np.ones(4))
+    table = meancache.stability_deviation(VELOCITIES, PRINTS.sigmas)
+    assert meancache.plan_steps(table.tolist(), 5) == meancache.plan_steps(table, 5)
+    assert fixed.taylorseer_steps(np.int64(7)) == fixed.taylorseer_steps(7)
+
+
+def other(name):
+    return next(call for told, call in OTHERS.items() if name in told)
+
+
+@pytest.mark.parametrize("velocities", [[], [[torch.zeros(2)] * 19], [[1.0] * 20], [torch.zeros(20, 2)]], ids=str)
+def test_velocities_of_too_few_steps(velocities):
+    assert "rehearsal.full" in refused(other("stability_deviation"), velocities)
+
+
+@pytest.mark.parametrize("name", OF_PIPELINES)
+@pytest.mark.parametrize("value", [PROFILE, "Qwen/Qwen-Image", None], ids=["profile", "text", "none"])
+def test_a_pipeline_is_expected(name, value):
+    with pytest.raises(UnsupportedModelError, match=f"expected a diffusers pipeline.*got {type(value).__name__}"):
+        OF_PIPELINES[name](value)
+
+
+@pytest.mark.parametrize("name", OF_PIPELINES)
+def test_a_bare_transformer_cannot_be_asked_for_generations(name):
+    with pytest.raises(UnsupportedModelError, match="give the pipeline, not its bare QwenImageTransformer2DModel"):
+        OF_PIPELINES[name](tiny_pipeline().transformer)
