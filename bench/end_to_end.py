@@ -22,7 +22,7 @@ import layercache
 from layercache._utils.files import write_atomically
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
-from layercache.tools.report.tables import machine_info
+from layercache.tools.report.machine import machine_info
 
 
 def generate(pipe: DemoPipeline, prompts: list[str], steps: int, seed: int) -> float:

@@ -300,7 +300,7 @@ def measure_machine(path: Path, rehearse: bool) -> int:
     import torch
 
     from layercache.tools.bench.clocks import clock_of
-    from layercache.tools.report.tables import machine_info, write_json
+    from layercache.tools.report.machine import machine_info, write_json
 
     device = torch.device("cpu" if rehearse else "cuda")
     elements = (2**20 if rehearse else 2**29) // 4

@@ -698,7 +698,7 @@ class Sweep:
     def write(self) -> None:
         if self.options.json is None:
             return
-        from layercache.tools.report.tables import write_json
+        from layercache.tools.report.machine import write_json
 
         known = {
             v.name: {

@@ -33,9 +33,9 @@ from layercache._utils.compat import scheduler_sigmas
 from layercache.demo.model import TRANSFORMER_CONFIG, ClassEncoder
 from layercache.demo.pipeline import DemoPipeline
 from layercache.methods.fbcache import FBCache
-from layercache.models.known import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.schedule.schedule import Schedule
-from layercache.tools.report.tables import machine_info, write_json
+from layercache.tools.report.machine import machine_info, write_json
 
 BLOCKS, STEPS, WARM = 24, 24, 4
 PERIOD = 4  # of the schedule that stores residuals: the fourth step reads those of the three before, as planned ones do

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from layercache.tools.report.tables import machine_info, write_json
+from layercache.tools.report.machine import machine_info, write_json
 
 MODULES = ("layercache", "layercache.ops", "layercache.backend")
 

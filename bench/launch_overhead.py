@@ -84,7 +84,7 @@ def main() -> None:
     from rich.table import Table
 
     from layercache.tools.bench.results import hash_or_none
-    from layercache.tools.report.tables import machine_info, write_json
+    from layercache.tools.report.machine import machine_info, write_json
 
     with tempfile.TemporaryDirectory() as folder:
         output = fake_driver.run_child(Path(__file__), Path(folder), "--child", "--rounds", str(args.rounds))

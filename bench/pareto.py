@@ -30,7 +30,7 @@ from layercache.planning.front import Point
 from layercache.planning.refit import coach
 from layercache.planning.rollout import Rehearsal, skipping
 from layercache.planning.search import COACHED_TERMS, RESIDUAL_FORECASTS, STEERED
-from layercache.tools.report import tables
+from layercache.tools.report import machine
 from layercache.tools.report.front import FrontRow, front_table, save_front_page, save_front_plot
 from layercache.tools.report.plots import MapPanel, save_maps
 
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "calibration_seeds": list(fitted),
         "held_out_seeds": list(held),
-        "machine": tables.machine_info(),
+        "machine": machine.machine_info(),
         "runs": front.tried,
         "notes": list(front.notes),
         "rows": [row.to_json() for row in rows],
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     save_block_map(args.out.with_suffix(".map.png"), pipe, samples(fitted)[0], fitted[0], call)
     front.save(args.out.with_suffix(".front.json"))
-    tables.write_json(args.out.with_suffix(".json"), figures)
+    machine.write_json(args.out.with_suffix(".json"), figures)
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
     save_front_plot(args.out.with_suffix(".png"), rows, title)
     save_front_page(args.out.with_suffix(".html"), rows, title)

@@ -43,10 +43,10 @@ from torch import Tensor, nn
 import layercache
 from layercache._utils.compat import scheduler_sigmas
 from layercache.methods.fbcache import DBCache, FBCache
-from layercache.models.known import count_blocks, fingerprint_of, spec_for
+from layercache.models.registry import count_blocks, fingerprint_of, spec_for
 from layercache.schedule.memory_plan import stored_bytes
 from layercache.schedule.schedule import Schedule, Velocity
-from layercache.tools.report.tables import machine_info, write_json
+from layercache.tools.report.machine import machine_info, write_json
 
 # Steps at the beginning that do not count: all of them compute, and a forecast needs two.
 WARM = 2

@@ -21,7 +21,7 @@ from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.methods import l2c
 from layercache.schedule.module_schedule import ModuleSchedule
-from layercache.tools.report import plots, tables
+from layercache.tools.report import machine, plots
 
 
 def classes(numbers: range) -> list[str]:
@@ -76,12 +76,12 @@ def main() -> None:
     figures = {
         "command": "python bench/router.py " + " ".join(sys.argv[1:]),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": tables.machine_info(),
+        "machine": machine.machine_info(),
         "losses": router.losses,
         "modules": len(router.units),
         "rows": rows,
     }
-    tables.write_json(args.out.with_suffix(".json"), figures)
+    machine.write_json(args.out.with_suffix(".json"), figures)
     plots.save_losses(args.out.with_suffix(".png"), router.losses, len(router.units))
 
 

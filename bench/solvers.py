@@ -22,7 +22,7 @@ import layercache
 from layercache import _core
 from layercache.errors import BudgetError
 from layercache.planning.profile import StabilityProfile
-from layercache.tools.report.tables import machine_info, write_json
+from layercache.tools.report.machine import machine_info, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import oracle_scheduler, oracle_solvers

@@ -20,7 +20,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (Path(__file__).parents[
 
 if TYPE_CHECKING:
     from layercache.errors import LayerCacheError as LayerCacheError
-    from layercache.models.known import register_model as register_model
+    from layercache.models.registry import register_model as register_model
     from layercache.models.spec import ModelSpec as ModelSpec
     from layercache.planning.calibrate import calibrate as calibrate
     from layercache.planning.front import Front as Front

@@ -44,7 +44,7 @@ KINDS = {
         "a layercache module schedule",
         "'layercache train-router'",
         "ModuleSchedule.save",
-        "layercache.schedule.module_schedule.ModuleSchedule.load",
+        "layercache.schedule.ModuleSchedule.load",
     ),
     PROFILE: Kind(
         "a layercache profile", "'layercache calibrate'", "StabilityProfile.save", "layercache.StabilityProfile.load"

@@ -10,7 +10,6 @@ from layercache.backend.patching import accelerate as accelerate
 from layercache.backend.patching import accelerated as accelerated
 from layercache.backend.primitives import KINDS as KINDS
 from layercache.backend.primitives import NewtonForecaster as NewtonForecaster
-from layercache.backend.primitives import Pending as Pending
 from layercache.backend.primitives import TaylorForecaster as TaylorForecaster
 from layercache.backend.primitives import apply_residual as apply_residual
 from layercache.backend.primitives import apply_residuals as apply_residuals
@@ -18,10 +17,11 @@ from layercache.backend.primitives import capture as capture
 from layercache.backend.primitives import change as change
 from layercache.backend.primitives import changes as changes
 from layercache.backend.primitives import probe as probe
-from layercache.backend.primitives import read_later as read_later
 from layercache.ops import align as align
 from layercache.ops import mean_velocity as mean_velocity
 from layercache.ops import modulate as modulate
+from layercache.ops.pending import Pending as Pending
+from layercache.ops.pending import read_later as read_later
 
 API_VERSION = "1.1"
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.backend.patching import Replacement
-from layercache.backend.primitives import Pending, apply_residuals, capture, differences
+from layercache.backend.primitives import apply_residuals, capture, differences
 from layercache.models.spec import dense
 from layercache.ops.forecasts import taylor_coefficients
+from layercache.ops.pending import Pending
 
 _WAITING = "_layercache_waiting"
 

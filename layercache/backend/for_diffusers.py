@@ -14,8 +14,9 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.backend.patching import Replacement
-from layercache.backend.primitives import Pending, as_rows, capture, differences, probe
+from layercache.backend.primitives import as_rows, capture, differences, probe
 from layercache.ops.forecasts import taylor_coefficients
+from layercache.ops.pending import Pending
 
 
 def replacements(sync: str) -> list[Replacement]:

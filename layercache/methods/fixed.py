@@ -11,8 +11,9 @@ from layercache._utils.validate import expect
 from layercache.planning.plan import errors_among, spread
 from layercache.planning.profile import StabilityProfile
 from layercache.runtime.policy import check_range
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
-from layercache.schedule.schedule import Cell, Fingerprint, Schedule, Velocity
+from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 
 def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldown: int = 0) -> Schedule:

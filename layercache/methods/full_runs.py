@@ -11,10 +11,10 @@ from torch import nn
 
 from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
-from layercache.models.known import count_blocks, find_transformer, spec_for
+from layercache.models.registry import count_blocks, find_transformer, spec_for
 from layercache.models.spec import ModelSpec, named_arguments
-from layercache.planning.calibrate import arguments_of
-from layercache.runtime.enable import attach
+from layercache.planning.samples import arguments_of
+from layercache.runtime.attachment import attach
 from layercache.runtime.router import CapturedBlock, Place, Router, Trip
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, GroupAction

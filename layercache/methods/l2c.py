@@ -29,13 +29,13 @@ from layercache._utils.timer import Stopwatch
 from layercache._utils.validate import expect
 from layercache.errors import MethodError, ScheduleMismatchError
 from layercache.methods.full_runs import generate_once, transformer_of
-from layercache.models.known import fingerprint_of, spec_for, velocities
-from layercache.runtime.enable import attach
+from layercache.models.registry import fingerprint_of, spec_for, velocities
+from layercache.runtime.attachment import attach
 from layercache.runtime.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
 from layercache.runtime.policy import check_range
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule, alternating
-from layercache.schedule.schedule import Fingerprint
 
 CLAMP = 5.0
 FORMAT = "layercache router"

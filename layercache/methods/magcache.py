@@ -9,7 +9,8 @@ import numpy as np
 from layercache._utils.validate import expect
 from layercache.errors import MethodError
 from layercache.runtime.policy import check_range
-from layercache.schedule.schedule import Cell, Fingerprint, Schedule
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.schedule import Cell, Schedule
 
 # published ratios of the residual's magnitude to that of the step before, step 0 first (methods.md §8)
 FLUX_28 = (
@@ -44,7 +45,7 @@ def build_schedule(
         fingerprint: of the model and run.
         ratios: of every step; by branch, one list for all, the name of published ones (`RATIOS`), or ``"auto"``: those
             published for the model's class. Lists of another length are read at the nearest steps. Your own come from
-            `layercache.methods.watching.magnitude_ratios`.
+            `layercache.methods.full_runs.magnitude_ratios`.
         threshold: most error added up before a step is computed.
         max_consecutive: most skipped steps in a row.
         retention: share of the steps at the beginning that is computed.
@@ -81,7 +82,7 @@ def _by_branch(fingerprint: Fingerprint, ratios: Ratios) -> dict[str, list[float
             wanted = fingerprint.model_class if ratios == "auto" else ratios
             raise MethodError(
                 f"no MagCache ratios are published for {wanted}: measure them with "
-                "layercache.methods.watching.magnitude_ratios(pipe, prompt)"
+                "layercache.methods.full_runs.magnitude_ratios(pipe, prompt)"
             )
         ratios = RATIOS[name]
     branches = fingerprint.branches or ("all",)

@@ -16,7 +16,8 @@ import torch
 
 from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, BudgetError, ScheduleError
-from layercache.schedule.schedule import Fingerprint, Schedule, Velocity
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.schedule import Schedule, Velocity
 
 FORMS = ("recursive", "one-shot")
 SPANS = (1, 2, 3, 4, 5, 6)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from layercache.errors import LayerCacheError, UnsupportedModelError
-from layercache.models.known import find_transformer, first_tensor, register_model, temporarily_known
+from layercache.models.registry import find_transformer, first_tensor, register_model, temporarily_known
 from layercache.models.spec import ModelSpec
-from layercache.runtime.enable import attach
+from layercache.runtime.attachment import attach
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction

@@ -14,8 +14,9 @@ from layercache.errors import BudgetError, ScheduleError
 from layercache.planning.fit import fit_residuals
 from layercache.planning.front import Front, check_one_target
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import FORECASTS, reforecast, secant_coefficients
-from layercache.schedule.schedule import Cell, Fingerprint, Schedule
+from layercache.schedule.schedule import Cell, Schedule
 
 SPANS = (1, 2, 3, 4, 5, 6)
 SOLVERS = ("best", "exact", "lagrangian", "removal", "addition")

@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import PROFILE, entries, unexpected, what_is
 from layercache.errors import CalibrationError, FileFormatError
-from layercache.models.known import text_leaves_of
+from layercache.models.registry import text_leaves_of
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import stored_bytes
-from layercache.schedule.schedule import Fingerprint, Schedule, check_groups
+from layercache.schedule.schedule import Schedule, check_groups
 
 FORMAT = PROFILE
 VERSION = 1

@@ -14,8 +14,8 @@ from layercache.errors import CalibrationError, ScheduleError
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, solve_ridge
 from layercache.planning.rollout import ActorRouter, Rehearsal, Take
-from layercache.runtime.groups import CacheState
 from layercache.runtime.router import Router
+from layercache.runtime.state import CacheState
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule

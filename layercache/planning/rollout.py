@@ -13,18 +13,20 @@ import torch
 
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
-from layercache.models.known import count_blocks, find_transformer, fingerprint_of, spec_for
+from layercache.models.registry import count_blocks, find_transformer, fingerprint_of, spec_for
 from layercache.models.spec import ModelSpec
-from layercache.planning.calibrate import arguments_of
 from layercache.planning.fit import Forecast, fit_velocity
+from layercache.planning.samples import arguments_of
 from layercache.planning.stepper import Turn, clones, paused_at_steps, run_in_step
-from layercache.runtime.enable import attach
-from layercache.runtime.groups import CacheState, ScheduleRouter
+from layercache.runtime.attachment import attach
+from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
+from layercache.runtime.state import CacheState
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import VelocityTrack, combine
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction, stored_bytes
-from layercache.schedule.schedule import Cell, Fingerprint, Schedule, Velocity
+from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 PSNR_LIMIT = 100.0
 

@@ -9,24 +9,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from layercache._utils.files import write_atomically
-from layercache._utils.formats import JOURNAL, check_header, going_on
 from layercache._utils.validate import expect
 from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
-from layercache.planning.fit import HOLD, Forecast, fit_residuals, solve_ridge
+from layercache.planning.fit import Forecast, fit_residuals
 from layercache.planning.front import Front, Point, quality
-from layercache.planning.plan import SPANS, plan, weighted_errors
-from layercache.planning.profile import StabilityProfile, readable
+from layercache.planning.journal import Journal
+from layercache.planning.plan import SPANS, plan
+from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import coach, with_terms
 from layercache.planning.rollout import Rehearsal, Take, skipping, with_terms_of
-from layercache.schedule.forecast import reforecast, secant_coefficients
+from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
+from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Cell, Schedule
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
@@ -35,7 +33,6 @@ TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", te
 RESIDUAL_FORECASTS = ("secant", "fitted")
 COACHED_TERMS = 3
 WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
-JOURNAL_VERSION = 1
 
 
 def search(
@@ -99,7 +96,7 @@ def search(
     rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rehearsal)
-    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, _Journal(resume, rehearsal), seed, tail)
+    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, Journal(resume, rehearsal), seed, tail)
     hunt.per_branch = per_branch
     if step_probes and rehearsal.is_euler:
         hunt.weights = step_weights(rehearsal, step_probes)
@@ -160,36 +157,6 @@ class _Tried:
     is_coached: bool = False
 
 
-class _Journal:
-    """What every run gave, in a file if there is one, so that a search can be stopped and gone on with."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, rehearsal: Rehearsal):
-        self.path = None if path is None else Path(path)
-        call = {name: repr(value) for name, value in sorted(rehearsal.call.items())}
-        told = [rehearsal.fingerprint.to_json(), repr(rehearsal.prompts), rehearsal.seeds, call]
-        self.samples = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-        self.results: dict[str, list[float]] = {}
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
-
-    def _read(self, path: Path) -> None:
-        with going_on(path, JOURNAL):
-            data = json.loads(path.read_bytes())
-            check_header(data, JOURNAL, JOURNAL_VERSION, str(path))
-            results = {str(key): [float(v) for v in psnr] for key, psnr in data["results"].items()}
-        if data.get("samples") != self.samples:
-            raise ScheduleMismatchError(f"{path} belongs to a search with other samples or settings; name another file")
-        self.results = results
-
-    def add(self, key: str, psnr: Sequence[float]) -> None:
-        self.results[key] = list(psnr)
-        if self.path is None:
-            return
-        data = {"format": JOURNAL, "version": JOURNAL_VERSION, "samples": self.samples, "results": self.results}
-        text = json.dumps(data)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 class _Search:
     def __init__(
         self,
@@ -197,7 +164,7 @@ class _Search:
         profiles: Sequence[StabilityProfile],
         forecasts: Sequence[Forecast] | None,
         max_cache_bytes: int | None,
-        journal: _Journal,
+        journal: Journal,
         seed: int,
         tail: float,
     ):
@@ -448,17 +415,6 @@ def _with_exchanged(schedule: Schedule, group: int, out: int, into: int) -> Sche
     return replace(schedule, cells=cells, velocities=())
 
 
-def cell_needs(profile: StabilityProfile, schedule: Schedule) -> np.ndarray:
-    """Weighted error of reusing the newest computed residual, ``[N, G]``; of computed cells, if they were cached."""
-    errors = weighted_errors(profile, 1.0, 0.0, 0.1)
-    needs = np.full(errors.shape[:2], np.inf)
-    for step in range(1, schedule.num_steps):
-        for group in range(len(schedule.groups)):
-            anchor = max(k for k in range(step) if schedule.cells[k][group] is None)
-            needs[step, group] = errors[step, group, min(step - anchor, profile.max_distance), 0]
-    return needs
-
-
 def _first_difference(a: Schedule, b: Schedule) -> int:
     """The first step whose cells differ; 0 where residuals are stored, which a later start would lack."""
     if any(cell for schedule in (a, b) for row in schedule.cells for cell in row):
@@ -469,76 +425,3 @@ def _first_difference(a: Schedule, b: Schedule) -> int:
 def _key(skeleton: Schedule, forecast: Forecast) -> str:
     told = [skeleton.groups, skeleton.cells, forecast.__dict__, dict(skeleton.branch_cells)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
-
-
-def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
-    """The solver's table for whole steps, ``[N, 1, max_distance + 1, max_span + 1]``, from the full runs' velocities.
-
-    ``|sigma[i+1] - sigma[i]| * mean |(1 + c) v[a] - c v[b] - v[i]|`` as for residuals of groups (methods.md §1.5).
-    """
-    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
-    table = np.full((steps, 1, max_distance + 1, max_span + 1), np.inf)
-    for step, distance, span in np.argwhere(readable(steps, max_distance, max_span)).tolist():
-        anchor = step - distance
-        terms = secant_coefficients(sigmas, step, anchor, anchor - span if span else None)
-        errors = [
-            float((sum(c * trace.taken[s] for s, c in terms.items()) - trace.taken[step]).abs().mean())
-            for trace in rehearsal.full
-        ]
-        table[step, 0, distance, span] = abs(sigmas[step + 1] - sigmas[step]) * np.mean(errors)
-    return table
-
-
-def step_weights(rehearsal: Rehearsal, probes: int = 10) -> np.ndarray:
-    """What an error of the velocity becomes by the end of the run, relative to the other steps, ``phi [N]``, mean 1.
-
-    At each probed step alone the velocity of the step before is held; ``phi`` is how far the final latents move, over
-    how far the step moved them. Steps in between are interpolated. Source: methods.md §1.5, option C.
-    """
-    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
-    full = Take(Schedule.compute_all(rehearsal.fingerprint), (), rehearsal.full)
-    probed = sorted({round(step) for step in np.linspace(1, steps - 1, probes)})
-    found = []
-    for step in probed:
-        others = [k for k in range(steps) if k != step]
-        take = rehearsal.run(skipping(rehearsal.fingerprint, others), HOLD, start=full, first=step)
-        moved = introduced = 0.0
-        for trace, reference in zip(take.traces, rehearsal.full, strict=True):
-            end, true_end = (t.after(steps - 1, sigmas) for t in (trace, reference))
-            moved += float((end - true_end).float().abs().mean())
-            introduced += float((trace.taken[step] - reference.taken[step]).float().abs().mean())
-        found.append(moved / max(introduced * abs(sigmas[step + 1] - sigmas[step]), 1e-30))
-    weights = np.interp(np.arange(steps), probed, found)
-    return weights / weights.mean()
-
-
-def step_needs(take: Take, rehearsal: Rehearsal, forecast: Forecast) -> np.ndarray:
-    """How far a step's velocity is from any forecast of it, times the length of the step, ``[N]``.
-
-    Of a skipped step: what its forecast missed. Of a computed one: what the forecast would have missed without it.
-    """
-    sigmas, needs = rehearsal.sigmas, np.zeros(rehearsal.num_steps)
-    for step in range(rehearsal.num_steps):
-        length = sigmas[step + 1] - sigmas[step]
-        sources = [k for k in range(step - 1, -1, -1) if take.traces[0].raw[k] is not None][: forecast.terms]
-        if not sources:
-            needs[step] = math.inf
-            continue
-        missed = 0.0
-        for trace, full in zip(take.traces, rehearsal.full, strict=True):
-            if trace.raw[step] is None:
-                target = (full.after(step, sigmas) - trace.latents[step]) / length
-                left = trace.taken[step] - target
-            else:
-                left = _left_over([trace.raw[k] for k in sources], trace.latents[step], trace.raw[step])
-            missed += float(left.float().pow(2).mean())
-        needs[step] = abs(length) * math.sqrt(missed / len(take.traces))
-    return needs
-
-
-def _left_over(features: Sequence[Any], latents: torch.Tensor, target: Any) -> torch.Tensor:
-    """What is left of the target after the best combination of the features."""
-    columns = torch.stack([t.float().flatten() for t in (*features, latents)])
-    gram, right = columns @ columns.T, columns @ target.float().flatten()
-    weights = solve_ridge(gram.double().cpu().numpy(), right.double().cpu().numpy(), 1e-6)
-    return target.float().flatten() - columns.T @ torch.tensor(weights, dtype=torch.float32, device=columns.device)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from layercache._utils.compat import scheduler_sigmas
-from layercache.backend.primitives import Pending
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
-from layercache.models.known import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
-from layercache.runtime.groups import CacheReport
+from layercache.ops.pending import Pending
 from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight
+from layercache.runtime.report import CacheReport
 from layercache.runtime.router import Place, Router, StandIn, Trip
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike

@@ -2,154 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercache import ops
-from layercache._utils.compat import keep_address
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec
+from layercache.runtime.report import CacheReport
 from layercache.runtime.requests import Requests
 from layercache.runtime.router import Router, Trip
-from layercache.runtime.steps import Signature, StepCounter
-from layercache.runtime.storage import Buffer, Storage, check_alike, describe
+from layercache.runtime.state import CacheState, Row
+from layercache.runtime.steps import StepCounter
+from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.runtime.velocity import VelocityTrack
-from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, RowLayout, lay_out
-from layercache.schedule.schedule import Cell, Schedule, time_share
-
-MAX_TERMS = ops.MAX_TERMS
-
-
-class Terms:
-    """Stored residuals of one launch, of the image and where it advances the text, and their coefficients.
-
-    Newest anchor of the shallowest group first.
-    """
-
-    def __init__(self, buffers: list[list[Buffer]], values: tuple[float, ...]):
-        self.buffers, self.values = buffers, values
-        self.coefficients: torch.Tensor | None = None
-
-    def on(self, device: torch.device) -> torch.Tensor | tuple[float, ...]:
-        """The coefficients for an op there. A compiled graph, and a GPU, do not depend on them as numbers."""
-        if device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
-            return self.values
-        assert self.coefficients is not None
-        return self.coefficients
-
-
-class Row:
-    """A `RowLayout` bound to the buffers of one branch."""
-
-    def __init__(self, layout: RowLayout, cells: Sequence[Cell], images: list[Buffer], texts: list[Buffer]):
-        self.layout, self.cells = layout, cells
-        self.captures = [
-            None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
-            for slots in layout.captures
-        ]
-        self.stores = [(slots[0], group) for group, slots in enumerate(layout.captures) if slots is not None]
-        self.runs: list[list[Terms] | None] = []
-        for run in layout.runs:
-            if run is None:
-                self.runs.append(None)
-                continue
-            launches = []
-            for lo in range(0, len(run.coefficients), MAX_TERMS):
-                part = slice(lo, lo + MAX_TERMS)
-                buffers = [[images[s] for s in run.image_slots[part]]]
-                if run.text_slots is not None:
-                    buffers.append([texts[s] for s in run.text_slots[part]])
-                launches.append(Terms(buffers, run.coefficients[part]))
-            self.runs.append(launches)
-
-
-class CacheState:
-    """Stored residuals of one branch of one generation.
-
-    Slots are allocated together at the first capture, because only then their shapes are known (where a
-    graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
-    streams change.
-    """
-
-    def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
-        self.layout, self.storage = layout, storage
-        self.images = [Buffer() for _ in range(layout.image_slots)]
-        self.texts = [Buffer() for _ in range(layout.text_slots)]
-        self.flag = Buffer()
-        self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
-        self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
-        self.alike: set[tuple[int, bool]] = set()  # groups that were seen to give what they take; without the text
-        self.signature = Signature()
-        self._uploaded_to: torch.device | None = None
-
-    def reset(self) -> None:
-        """No stored residual is valid any more; the memory stays for the next generation."""
-        self.held = [None] * len(self.held)
-        self.alike.clear()
-
-    def is_valid(self, row: Row) -> bool:
-        """Whether every residual the row reads was stored in this generation."""
-        held = self.held
-        for slot, key in row.layout.reads:  # at every step; a generator would cost more than the rest
-            if held[slot] != key:
-                return False
-        return True
-
-    def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
-        """Makes every slot fit the streams; does nothing when they already do.
-
-        Raises:
-            CacheStateError: they fit the streams of another group, which has stored something already.
-        """
-        if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
-            if text is None or not self.texts or self.storage.fits(self.texts[0], text):
-                return
-        if self.alike:
-            raise CacheStateError(
-                f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
-                "behind the groups before it; layercache follows streams that keep their size through all groups"
-            )
-        for buffers, stream in ((self.images, image), (self.texts, text)):
-            if stream is None:
-                continue
-            for buffer in buffers:
-                self.storage.allocate(buffer, stream)
-        self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
-
-    def is_finite(self) -> bool:
-        """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
-        if self.flag.tensor is None:
-            return True
-        held = [buffer for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
-        bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
-        if bad:
-            self.flag.tensor.zero_()
-            self.reset()
-        return not bad
-
-    def upload_coefficients(self) -> None:
-        """Puts the coefficients of all rows where the residuals are, in one transfer."""
-        if not self.images or self.images[0].tensor is None:
-            return
-        device = self.images[0].tensor.device
-        if device == self._uploaded_to:
-            return
-        self._uploaded_to = device
-        terms = [t for row in self.rows for run in row.runs if run is not None for t in run]
-        if not terms:
-            return
-        table = torch.tensor([v for t in terms for v in t.values], dtype=torch.float32).to(device)
-        for part, values in zip(terms, table.split([len(t.values) for t in terms]), strict=True):
-            part.coefficients = values
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
+from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, lay_out
+from layercache.schedule.schedule import Schedule, time_share
 
 
 class DryTrip(Trip):
@@ -162,41 +32,6 @@ class DryTrip(Trip):
         if self.streams is None:
             assert self.image is not None
             self.streams = self.image, self.text
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What a cache did since it was enabled.
-
-    Attributes:
-        used: share of the block time computed, by the schedule's measured seconds per group (1.0 before a run).
-        computed_cells, cached_cells: groups computed and reused, over all forwards.
-        generations: generations begun, counted on the branch that began most.
-        forwards: calls of the transformer.
-        fallback_rows: forwards that computed everything because a residual they would have read was not
-            there (a run that began in the middle, or changed its shape).
-        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
-        branches: names of the branches seen.
-    """
-
-    used: float
-    computed_cells: int
-    cached_cells: int
-    generations: int
-    forwards: int
-    fallback_rows: int
-    cache_bytes: int
-    branches: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
-            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
-            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
-        ]
-        if self.fallback_rows:
-            lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
-        return "\n".join(lines)
 
 
 class ScheduleRouter(Router):

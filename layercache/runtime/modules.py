@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,16 +19,54 @@ from layercache.errors import (
     ScheduleMismatchError,
     UnsupportedModelError,
 )
-from layercache.models.known import count_blocks
+from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec
-from layercache.runtime.groups import CacheReport
+from layercache.runtime.report import CacheReport
 from layercache.runtime.router import Router
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
-from layercache.schedule.module_schedule import ModuleSchedule, ModuleUnit, module_units
+from layercache.schedule.module_schedule import ModuleSchedule
 
 Output = Any
 """What a module returns: a tensor, or a tuple of tensors (joint attention)."""
+
+
+@dataclass(frozen=True)
+class ModuleUnit:
+    """A module of a block whose output can be cached.
+
+    Attributes:
+        name: block list, block and submodules, such as ``transformer_blocks.3.attn``.
+        kind: the submodules' names alone, the same in every block of a list.
+        modules: run one after the other; the last one's output is kept.
+    """
+
+    name: str
+    kind: str
+    modules: tuple[nn.Module, ...] = field(repr=False)
+
+
+def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
+    """Every unit of a transformer, in the order of the blocks.
+
+    Raises:
+        UnsupportedModelError: the model's description names no modules.
+    """
+    if not spec.modules:
+        raise UnsupportedModelError(
+            f"the description of {spec.model_class} does not say which modules of a block can be cached; add "
+            "ModelSpec.modules, or take a method of whole blocks"
+        )
+    units = []
+    for name in spec.block_lists:
+        for number, block in enumerate(getattr(transformer, name)._modules.values()):
+            for parts in spec.modules.get(name, ()):
+                kind = "+".join(parts)
+                modules = tuple(attrgetter(part)(block) for part in parts)
+                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
+                    continue
+                units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
+    return units
 
 
 def tensors_of(output: Output) -> tuple[torch.Tensor, ...]:

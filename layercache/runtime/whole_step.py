@@ -12,10 +12,10 @@ from torch import nn
 from layercache._utils.compat import scheduler_sigmas, takes_euler_steps
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
 from layercache.methods.easycache import EasyCache, StepDecider
-from layercache.models.known import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
-from layercache.runtime.groups import CacheReport
 from layercache.runtime.policy import Run
+from layercache.runtime.report import CacheReport
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import combine

@@ -7,58 +7,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import MODULES, entries, parse_json, read_json
-from layercache.errors import ScheduleError, UnsupportedModelError
-from layercache.models.spec import ModelSpec
-from layercache.schedule.schedule import Fingerprint, check_steps
+from layercache.errors import ScheduleError
+from layercache.schedule.fingerprint import Fingerprint, check_steps
 
 FORMAT, VERSION = MODULES, 1
 REUSED_STEP = "reuse"
-
-
-@dataclass(frozen=True)
-class ModuleUnit:
-    """A module of a block whose output can be cached.
-
-    Attributes:
-        name: block list, block and submodules, such as ``transformer_blocks.3.attn``.
-        kind: the submodules' names alone, the same in every block of a list.
-        modules: run one after the other; the last one's output is kept.
-    """
-
-    name: str
-    kind: str
-    modules: tuple[nn.Module, ...] = field(repr=False)
-
-
-def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
-    """Every unit of a transformer, in the order of the blocks.
-
-    Raises:
-        UnsupportedModelError: the model's description names no modules.
-    """
-    if not spec.modules:
-        raise UnsupportedModelError(
-            f"the description of {spec.model_class} does not say which modules of a block can be cached; add "
-            "ModelSpec.modules, or take a method of whole blocks"
-        )
-    units = []
-    for name in spec.block_lists:
-        for number, block in enumerate(getattr(transformer, name)._modules.values()):
-            for parts in spec.modules.get(name, ()):
-                kind = "+".join(parts)
-                modules = tuple(attrgetter(part)(block) for part in parts)
-                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
-                    continue
-                units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
-    return units
 
 
 @dataclass(frozen=True)

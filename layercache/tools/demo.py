@@ -24,9 +24,9 @@ from layercache.errors import BudgetError, CalibrationError
 from layercache.planning.plan import SPANS
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.search import STEERED
-from layercache.runtime.groups import CacheReport
+from layercache.runtime.report import CacheReport
 from layercache.schedule.schedule import Schedule
-from layercache.tools.report import plots, tables
+from layercache.tools.report import machine, plots, tables
 from layercache.tools.report.tables import Measured
 
 FULL, LAYERCACHE, SEARCHED = "full", "LayerCache", "LayerCache, searched"
@@ -98,7 +98,7 @@ class DemoResult:
 
     def __rich__(self) -> RenderableType:
         notes = (tables.identical_note(self.measured), self.figures["timing_note"], self._lpips_line())
-        lines = [*(note for note in notes if note), tables.machine_line(self.figures["machine"]), ""]
+        lines = [*(note for note in notes if note), machine.machine_line(self.figures["machine"]), ""]
         lines += [f"{name}: {path}" for name, path in self.files.items()]
         # Text, not str: a path may hold what rich takes for markup
         return Group(tables.comparison_table(self.measured), *(Text(line) for line in lines))
@@ -336,7 +336,7 @@ def _figures(
     ]
     return {
         "settings": vars(settings) | {"device": str(pipe.device), "dtype": str(pipe.transformer.dtype)},
-        "machine": tables.machine_info(),
+        "machine": machine.machine_info(),
         "methods": methods,
         "timing_note": _timing_note(settings, runs),
         "pictures": pictures,
@@ -380,7 +380,7 @@ def _save(
         "profile": profiles[LAYERCACHE].save(output / "profile.safetensors"),
         "schedule": schedules[LAYERCACHE].save(output / "schedule.json"),
         "searched schedule": schedules[SEARCHED].save(output / "searched.json"),
-        "figures": tables.write_json(output / "report.json", figures),
+        "figures": machine.write_json(output / "report.json", figures),
     }
 
 

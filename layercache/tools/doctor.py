@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercache.tools.report.tables import machine_info, package_version
+from layercache.tools.report.machine import machine_info, package_version
 
 STYLES = {"ok": "green", "optional": "yellow", "broken": "bold red"}
 

@@ -16,7 +16,7 @@ from layercache.methods.fbcache import FBCache
 from layercache.methods.fixed import taylorseer
 from layercache.methods.full_runs import magnitude_ratios
 from layercache.methods.magcache import build_schedule
-from layercache.models.known import fingerprint_of
+from layercache.models.registry import fingerprint_of
 from support.tiny import generate, shifted_sigmas
 
 STEPS = 14

@@ -22,7 +22,7 @@ from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import NonFiniteResidualError
 from layercache.methods import fbcache
 from layercache.methods.fbcache import FBCache
-from layercache.models.known import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.ops import repeating
 from layercache.ops.dispatch import Kernels
 from layercache.schedule.schedule import Schedule

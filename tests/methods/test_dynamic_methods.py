@@ -19,8 +19,8 @@ from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import MASKS, DBCache, FBCache, steps_mask
 from layercache.methods.teacache import COEFFICIENTS, IDENTITY, SpectralCache, TeaCache, fit
+from layercache.runtime.attachment import attachment_of
 from layercache.runtime.dynamic import Reader
-from layercache.runtime.enable import attachment_of
 from layercache.runtime.policy import DynamicMethod
 from support.tiny import LAYERS, SlopeTransformer, generate, shifted_sigmas, tiny_pipeline
 

@@ -11,7 +11,7 @@ from layercache.errors import MethodError
 from layercache.methods.fixed import smoothcache, taylorseer, taylorseer_steps, uniform
 from layercache.methods.full_runs import magnitude_ratios
 from layercache.methods.magcache import FLUX_28, QWEN_IMAGE_50, RATIOS, build_schedule
-from layercache.models.known import fingerprint_of
+from layercache.models.registry import fingerprint_of
 from support.tiny import GROUPS, generate, generators, shifted_sigmas, tiny_pipeline
 
 

@@ -8,7 +8,7 @@ import torch
 
 from layercache.errors import BudgetError, ScheduleError
 from layercache.methods import meancache
-from layercache.schedule.schedule import Fingerprint
+from layercache.schedule.fingerprint import Fingerprint
 
 STEPS = 12
 UNIFORM = tuple(np.linspace(1, 0, STEPS + 1).tolist())

@@ -15,13 +15,13 @@ from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
 from layercache.methods.l2c import Settings, _interpolated, _Training
 from layercache.methods.teacache import IDENTITY, TeaCache
-from layercache.models import known
-from layercache.models.known import known_models, spec_for, velocities
+from layercache.models import registry
+from layercache.models.registry import known_models, spec_for, velocities
 from layercache.models.spec import named_arguments
-from layercache.runtime.enable import attach
-from layercache.runtime.modules import ModuleRouter, copy_of
+from layercache.runtime.attachment import attach
+from layercache.runtime.modules import ModuleRouter, copy_of, module_units
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
-from layercache.schedule.module_schedule import ModuleSchedule, module_units
+from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.report.tables import model_rows, models_table, plain_text
 from models.test_models import call
 from support.tiny import fingerprint
@@ -52,7 +52,7 @@ TEACACHE = TeaCache(threshold=0.01, coefficients=IDENTITY, cooldown=0)
 def _no_clock(monkeypatch):
     """The steps of these tests share one timestep."""
     for spec in known_models():
-        monkeypatch.setitem(known._REGISTRY, spec.model_class, replace(spec, timestep=None))
+        monkeypatch.setitem(registry._REGISTRY, spec.model_class, replace(spec, timestep=None))
 
 
 def test_what_is_said_of_which_class():

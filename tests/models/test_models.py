@@ -12,8 +12,8 @@ from torch import nn
 import layercache
 from layercache import ops
 from layercache.methods.fbcache import DBCache
-from layercache.models import known as models
-from layercache.models.known import first_tensor, known_models, spec_for
+from layercache.models import registry as models
+from layercache.models.registry import first_tensor, known_models, spec_for
 from layercache.schedule.schedule import Schedule
 from support.tiny import fingerprint
 from support.zoo import MODELS, build

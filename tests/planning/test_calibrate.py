@@ -7,7 +7,7 @@ import torch
 import layercache
 from layercache.errors import CalibrationError, FileFormatError, ScheduleError
 from layercache.models.known import ModelSpec
-from layercache.planning.calibrate import Observer
+from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.partition import cut, cut_by_curves

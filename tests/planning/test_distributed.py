@@ -16,8 +16,8 @@ import torch.distributed._functional_collectives as funcol
 
 import layercache
 from layercache import ops
-from layercache.backend.primitives import Pending
 from layercache.methods.fbcache import FBCache
+from layercache.ops.pending import Pending
 from support import zoo
 from support.distributed_worker import (
     CALIBRATED,

@@ -8,9 +8,9 @@ from torch import nn
 
 import layercache
 from layercache.errors import UnsupportedModelError
-from layercache.models import known as models
-from layercache.models.known import spec_for
-from layercache.runtime.enable import attachment_of
+from layercache.models import registry as models
+from layercache.models.registry import spec_for
+from layercache.runtime.attachment import attachment_of
 from support.zoo import MODELS, build
 
 REFUSED = {

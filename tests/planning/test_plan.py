@@ -13,8 +13,8 @@ from layercache.errors import BudgetError, ScheduleError
 from layercache.planning.front import Front
 from layercache.planning.plan import weighted_errors
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import secant_coefficients
-from layercache.schedule.schedule import Fingerprint
 from support.tiny import tiny_pipeline
 
 

@@ -13,7 +13,7 @@ from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.invardiff import Settings
 from layercache.methods.teacache import SpectralCache, TeaCache
-from layercache.models.known import spec_for
+from layercache.models.registry import spec_for
 from layercache.planning.fit import Forecast
 from layercache.planning.rollout import Rehearsal, psnr_of, skipping
 from support.tiny import randomise

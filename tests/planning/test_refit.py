@@ -11,7 +11,7 @@ from layercache.errors import ScheduleError
 from layercache.planning.fit import Forecast, fit_residuals
 from layercache.planning.refit import TARGETS, _Products, _solve, coach, run_terms, with_terms
 from layercache.planning.rollout import Rehearsal
-from layercache.runtime.enable import attachment_of
+from layercache.runtime.attachment import attachment_of
 from support.tiny import GROUPS, schedule_for, tiny_pipeline
 
 STEPS = 8

@@ -13,8 +13,9 @@ from layercache.planning.fit import HOLD, Forecast
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.plan import weighted_errors
 from layercache.planning.rollout import Rehearsal, psnr_of, skipping, with_terms_of
-from layercache.planning.search import _with_exchanged, cell_needs, search, step_needs, step_weights, velocity_errors
-from layercache.runtime.enable import attachment_of
+from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
+from layercache.planning.search import _with_exchanged, search
+from layercache.runtime.attachment import attachment_of
 from layercache.schedule.forecast import reforecast
 from layercache.tools.report.front import (
     FrontRow,

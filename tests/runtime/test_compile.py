@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import layercache
-from layercache.models import known
-from layercache.models.known import spec_for
+from layercache.models import registry
+from layercache.models.registry import spec_for
 from models.test_models import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
@@ -87,7 +87,7 @@ ROWS = ((None,) * 3, ({0: 1.0}, None, {0: 1.0}), ({0: 1.0}, {1: 1.0}, {0: 1.0}))
 def test_other_classes(name, monkeypatch):
     """Joined streams, two heads, lists of pictures, transposed inputs: still one graph per row and no break."""
     model, inputs = build(name)
-    monkeypatch.setitem(known._REGISTRY, name, replace(spec_for(model), timestep=None))
+    monkeypatch.setitem(registry._REGISTRY, name, replace(spec_for(model), timestep=None))
     plan = schedule(model, *ROWS)
     with layercache.enabled(model, plan):
         eager = [call(model, inputs) for _ in range(6)]

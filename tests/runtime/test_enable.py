@@ -21,7 +21,7 @@ from layercache.methods.fbcache import FBCache
 from layercache.models.known import ModelSpec
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
-from layercache.runtime.enable import attachment_of
+from layercache.runtime.attachment import attachment_of
 from layercache.schedule.schedule import Schedule
 from support.tiny import (
     GROUPS,

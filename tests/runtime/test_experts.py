@@ -18,13 +18,14 @@ from layercache.errors import (
     UnsupportedModelError,
 )
 from layercache.methods.fixed import smoothcache
-from layercache.models.known import spec_for
+from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import with_terms
 from layercache.planning.rollout import Rehearsal
-from layercache.runtime.enable import attachment_of
+from layercache.runtime.attachment import attachment_of
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
-from layercache.schedule.schedule import Fingerprint, Schedule, Velocity
+from layercache.schedule.schedule import Schedule, Velocity
 from layercache.tools.report.tables import (
     plain_text,
     profile_table,

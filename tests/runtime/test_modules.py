@@ -20,10 +20,10 @@ from layercache.errors import (
     UnsupportedModelError,
 )
 from layercache.methods import invardiff, l2c
-from layercache.models.known import fingerprint_of, spec_for
-from layercache.runtime.enable import attachment_of
-from layercache.runtime.modules import as_rows, copy_of
-from layercache.schedule.module_schedule import ModuleSchedule, alternating, module_units
+from layercache.models.registry import fingerprint_of, spec_for
+from layercache.runtime.attachment import attachment_of
+from layercache.runtime.modules import as_rows, copy_of, module_units
+from layercache.schedule.module_schedule import ModuleSchedule, alternating
 from layercache.tools.cli.app import app
 from layercache.tools.report.tables import module_sentences, module_table, plain_text
 from support.tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline

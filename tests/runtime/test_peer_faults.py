@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import layercache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import TeaCache
-from layercache.models import known
+from layercache.models import registry
 from models.test_models import CONTROLS, call, controls
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
@@ -27,8 +27,8 @@ METHODS = [
 
 @pytest.fixture
 def unclocked(monkeypatch):
-    for name, spec in list(known._REGISTRY.items()):
-        monkeypatch.setitem(known._REGISTRY, name, replace(spec, timestep=None))
+    for name, spec in list(registry._REGISTRY.items()):
+        monkeypatch.setitem(registry._REGISTRY, name, replace(spec, timestep=None))
 
 
 def test_another_pipeline_of_the_class_knows_nothing_of_it():

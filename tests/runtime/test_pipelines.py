@@ -12,7 +12,7 @@ import layercache
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, ScheduleMismatchError
 from layercache.methods.fbcache import FBCache
-from layercache.models.known import count_blocks, fingerprint_of, spec_for
+from layercache.models.registry import count_blocks, fingerprint_of, spec_for
 from layercache.schedule.schedule import Schedule
 from support.zoo_pipelines import PIPELINES, STEPS, _flux2, _qwen, _sd3, _wan, _wan_two_experts
 

@@ -200,10 +200,10 @@ def test_batches_of_other_models(name, monkeypatch):
     """Joined streams, and one stream: two requests in step are two runs."""
     from dataclasses import replace
 
-    from layercache.models import known
+    from layercache.models import registry
 
     model, inputs = build(name)
-    monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
+    monkeypatch.setitem(registry._REGISTRY, name, replace(registry._REGISTRY[name], timestep=None))
     plan = plan_of(model, mixed_cells(STEPS))
     halves = [{n: v[k : k + 1] if getattr(v, "shape", (0,))[0] == 2 else v for n, v in inputs.items()} for k in (0, 1)]
 

@@ -17,7 +17,7 @@ import layercache
 from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
-from layercache.runtime.enable import attachment_of
+from layercache.runtime.attachment import attachment_of
 from layercache.runtime.router import RoutedModuleList
 from models.test_models import call, schedule
 from runtime.test_pipelines import generate as run_pipeline
@@ -48,9 +48,9 @@ class Adapter:
     def __init__(self, name: str, monkeypatch):
         from dataclasses import replace
 
-        from layercache.models import known
+        from layercache.models import registry
 
-        monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
+        monkeypatch.setitem(registry._REGISTRY, name, replace(registry._REGISTRY[name], timestep=None))
         self.model, self.inputs = build(name)
 
     def enable_cache(self) -> None:
@@ -384,9 +384,9 @@ def test_storage_of_residuals(name, storage, monkeypatch):
     """Half-precision models with residuals unrounded, or in one byte a number: bytes and errors as told."""
     from dataclasses import replace
 
-    from layercache.models import known
+    from layercache.models import registry
 
-    monkeypatch.setitem(known._REGISTRY, name, replace(known._REGISTRY[name], timestep=None))
+    monkeypatch.setitem(registry._REGISTRY, name, replace(registry._REGISTRY[name], timestep=None))
     model, inputs = build(name)
     model.to(torch.bfloat16)
     inputs = {

@@ -2,8 +2,9 @@ import random
 
 import pytest
 
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, lay_out
-from layercache.schedule.schedule import Fingerprint, Schedule
+from layercache.schedule.schedule import Schedule
 
 
 def random_schedule(seed: int, steps: int = 12, groups: int = 4) -> Schedule:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
 from layercache.methods.fixed import taylorseer
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import secant_coefficients
-from layercache.schedule.schedule import Fingerprint, Schedule
+from layercache.schedule.schedule import Schedule
 
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
 

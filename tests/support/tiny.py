@@ -10,8 +10,9 @@ from torch import nn
 from layercache._version import __version__
 from layercache.demo.model import NULL_CLASS, TRANSFORMER_CONFIG, ClassEncoder
 from layercache.demo.pipeline import DemoPipeline
-from layercache.models.known import config_hash, count_blocks
-from layercache.schedule.schedule import Fingerprint, Schedule
+from layercache.models.registry import config_hash, count_blocks
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.schedule import Schedule
 
 LAYERS = 6
 GROUPS = ((0, 2), (2, 4), (4, 6))

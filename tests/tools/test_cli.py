@@ -183,7 +183,7 @@ def test_full_disk(schedule_file, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "figures.json")
 
-    monkeypatch.setattr("layercache.tools.report.tables.write_json", full)
+    monkeypatch.setattr("layercache.tools.report.machine.write_json", full)
     text = refused(1, "show", schedule_file, "--json", "figures.json")
     assert text == "Error: No space left on device: figures.json."
 

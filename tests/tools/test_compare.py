@@ -18,7 +18,7 @@ from layercache._utils.metrics import psnr, ssim
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
 from layercache.methods.fixed import uniform
-from layercache.runtime.enable import attachment_of
+from layercache.runtime.attachment import attachment_of
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.cli.app import app
 from layercache.tools.compare import entries as contestants_module

@@ -12,8 +12,9 @@ import pytest
 
 from layercache.errors import MissingExtraError
 from layercache.planning.profile import StabilityProfile
-from layercache.schedule.schedule import Fingerprint, Schedule
-from layercache.tools.report import plots
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.schedule import Schedule
+from layercache.tools.report import machine, plots
 from layercache.tools.report import tables as report
 from layercache.tools.report.tables import Measured
 
@@ -80,7 +81,7 @@ def test_figures_of_a_run(measured):
 
 def test_json_is_strict(tmp_path):
     data = {"a": math.inf, "b": [math.nan, (-math.inf, 1.5)], "c": tmp_path, 3: None}
-    path = report.write_json(tmp_path / "made" / "x.json", data)
+    path = machine.write_json(tmp_path / "made" / "x.json", data)
     loaded = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert loaded == {"a": "inf", "b": ["nan", ["-inf", 1.5]], "c": str(tmp_path), "3": None}
     assert float(loaded["a"]) == math.inf
@@ -90,16 +91,16 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("before")
     with pytest.raises(TypeError):
-        report.write_json(path, {"x": object()})
+        machine.write_json(path, {"x": object()})
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_machine_info():
-    info = report.machine_info()
+    info = machine.machine_info()
     assert info["cpu"] and info["cpu_count"] >= 1 and info["threads"] >= 1
     assert info["versions"]["torch"].startswith("2.")
-    line = report.machine_line(info)
+    line = machine.machine_line(info)
     assert info["versions"]["diffusers"] in line and "None" not in line
 
 
@@ -112,7 +113,7 @@ def test_schedule_figures(schedule):
     assert (first["computed_steps"], first["reused_steps"], first["forecast_steps"]) == (3, 2, 0)
     assert (second["computed_steps"], second["reused_steps"], second["forecast_steps"]) == (4, 0, 1)
     assert (first["longest_cached_run"], second["longest_cached_run"]) == (2, 1)
-    json.loads(report.json_text(figures))
+    json.loads(machine.json_text(figures))
 
 
 def test_schedule_in_words(schedule):
@@ -161,7 +162,7 @@ def test_profile_table(profile):
     assert lines[1].split() == ["0", "1.000", "-", "-"]
     assert lines[2].split() == ["1", "0.800", "4.0%", "30.0%"]
     assert lines[5].split() == ["4", "0.200", "50.0%", "6.0%"]
-    figures = json.loads(report.json_text(report.profile_figures(profile)))
+    figures = json.loads(machine.json_text(report.profile_figures(profile)))
     assert figures["stability"][0] == ["nan", "nan"]
     assert figures["stability"][4] == pytest.approx([0.5, 0.06])
 

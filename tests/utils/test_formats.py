@@ -122,7 +122,7 @@ def test_each_of_ours_in_the_place_of_another(folder, found, wanted):
 
 
 def test_readers_and_writers_are_there():
-    import layercache.schedule.module_schedule
+    import layercache.schedule
 
     for kind, load in LOADERS.items():
         named: object = layercache

@@ -15,7 +15,7 @@ from rich.table import Table
 import layercache
 from layercache.errors import FileFormatError
 from layercache.tools.bench.measure import Row
-from layercache.tools.report.tables import machine_info, write_json
+from layercache.tools.report.machine import machine_info, write_json
 
 # What a measurement depends on; the C++ sources are there in a checkout only.
 SOURCES = ("kernels/*.py", "layercache/ops/*.py", "csrc/cpu/*", "csrc/launch/*")

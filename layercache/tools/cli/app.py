@@ -191,7 +191,7 @@ class Printer:
             self.console.print(part, style=style)
 
     def figures(self, data: Any) -> None:
-        from layercache.tools.report.tables import print_json, write_json
+        from layercache.tools.report.machine import print_json, write_json
 
         if self.json_to == "-":
             print_json(data)
@@ -625,7 +625,7 @@ def generate(
     _check_picture_name(output)
     if compare:
         _check_extras()
-    from layercache.tools.report.tables import machine_info
+    from layercache.tools.report.machine import machine_info
 
     printer = Printer(json_to)
     plan = _load_schedule(schedule) if schedule is not None else None
@@ -1023,7 +1023,7 @@ def doctor(json_to: Json = None) -> None:
     Example: `layercache doctor --json doctor.json`
     """
     from layercache.tools.doctor import diagnose
-    from layercache.tools.report.tables import machine_line
+    from layercache.tools.report.machine import machine_line
 
     printer = Printer(json_to)
     diagnosis = diagnose()

@@ -150,7 +150,7 @@ class _Run:
 
     def _write(self) -> None:
         """Whoever stops this process keeps what was measured until then."""
-        from layercache.tools.report.tables import write_json
+        from layercache.tools.report.machine import write_json
 
         if self.printer.json_to not in (None, "-"):
             write_json(self.printer.json_to, self._figures())

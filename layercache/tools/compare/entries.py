@@ -17,13 +17,13 @@ from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.full_runs import generate_once, magnitude_ratios
 from layercache.methods.teacache import SpectralCache, TeaCache
-from layercache.models.known import spec_for
+from layercache.models.registry import spec_for
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import Rehearsal
 from layercache.runtime.enable import Plan
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
-from layercache.schedule.schedule import Fingerprint
 
 MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
 

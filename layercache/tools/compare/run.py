@@ -21,7 +21,7 @@ from layercache._utils.files import write_atomically
 from layercache._utils.formats import COMPARISON, going_on
 from layercache.errors import LayerCacheError, ScheduleMismatchError
 from layercache.tools.compare.entries import Contestant, Workshop, block_calls, contestants
-from layercache.tools.report import tables
+from layercache.tools.report import machine
 
 FORMAT, VERSION = COMPARISON, 1
 SHOWN = 8  # pictures of every contestant that are kept for the page
@@ -168,10 +168,10 @@ class Comparison:
             "version": VERSION,
             "digest": self._digest,
             "settings": self._settings,
-            "machine": tables.machine_info(),
+            "machine": machine.machine_info(),
             "outcomes": [asdict(outcome) for outcome in self.outcomes.values()],
         }
-        return tables.write_json(self.file, data)
+        return machine.write_json(self.file, data)
 
     def _read(self) -> None:
         if not self.file.exists():

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import json
 import math
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,16 +13,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercache._utils.files import write_atomically
 from layercache._utils.metrics import Summary, summarise
-from layercache._version import __version__
-from layercache.schedule.schedule import Cell, Fingerprint, Schedule, Velocity
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 if TYPE_CHECKING:
     from layercache.planning.profile import StabilityProfile
     from layercache.schedule.module_schedule import ModuleSchedule
 
-PACKAGES = ("torch", "diffusers", "triton", "numpy", "scikit-image")
 PLAIN_WIDTH = 120
 MOST_WIDE_COLUMNS = 4
 
@@ -115,78 +107,6 @@ def plain_text(renderable: RenderableType, width: int = PLAIN_WIDTH) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def json_text(data: Any) -> str:
-    """Strict JSON: infinities and NaN, which JSON lacks, become the strings ``"inf"``, ``"-inf"``, ``"nan"``."""
-    return json.dumps(_json_ready(data), indent=2, allow_nan=False) + "\n"
-
-
-def write_json(path: str | os.PathLike[str], data: Any) -> Path:
-    """Writes `json_text` to a file, whole or not at all."""
-    text = json_text(data)
-    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def package_version(name: str) -> str | None:
-    """Version of an installed distribution, ``None`` when it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def machine_info() -> dict[str, Any]:
-    """The machine and the versions that figures were measured with."""
-    return {
-        "cpu": cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        **_torch_devices(),
-        "versions": {
-            "layercache": __version__,
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in PACKAGES},
-        },
-    }
-
-
-def cpu_model() -> str:
-    """Name of the processor as its maker calls it, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _torch_devices() -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        return {"threads": None, "gpu": None}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def machine_line(info: Mapping[str, Any]) -> str:
-    """One line for below a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
-    return f"{info['gpu'] or info['cpu']}, {info['threads']} CPU threads; {versions}"
 
 
 # --- what a schedule holds ---------------------------------------------------------------------------------
@@ -487,16 +407,11 @@ def _steps_table(groups: Sequence[tuple[int, int]]) -> Table:
     return table
 
 
-def print_json(data: Any) -> None:
-    """Writes `json_text` to standard output and nothing else."""
-    sys.stdout.write(json_text(data))
-
-
 def model_rows() -> list[dict[str, Any]]:
     """What is known of every transformer class, as plain data."""
     import diffusers
 
-    from layercache.models.known import known_models
+    from layercache.models.registry import known_models
 
     return [
         {

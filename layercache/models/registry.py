@@ -1,0 +1,138 @@
+"""The registry of transformer classes, and what the library asks of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache._utils.compat import model_config, unwrap_compiled
+from layercache._version import __version__
+from layercache.errors import UnsupportedModelError
+from layercache.models.known import SPECS
+from layercache.models.spec import ModelSpec
+from layercache.schedule.fingerprint import Fingerprint
+
+_REGISTRY: dict[str, ModelSpec] = {spec.model_class: spec for spec in SPECS}
+
+
+def register_model(spec: ModelSpec) -> None:
+    """Makes a transformer class known (or replaces what is known of it)."""
+    _REGISTRY[spec.model_class] = spec
+
+
+@contextmanager
+def temporarily_known(spec: ModelSpec) -> Iterator[None]:
+    """Knows a class within a ``with`` block."""
+    before = _REGISTRY.get(spec.model_class)
+    register_model(spec)
+    try:
+        yield
+    finally:
+        del _REGISTRY[spec.model_class]
+        if before is not None:
+            register_model(before)
+
+
+def known_models() -> tuple[ModelSpec, ...]:
+    """Every registered model, by class name."""
+    return tuple(_REGISTRY[name] for name in sorted(_REGISTRY))
+
+
+def spec_for(transformer: nn.Module) -> ModelSpec:
+    """The registered description of a transformer.
+
+    Raises:
+        UnsupportedModelError: no class in its inheritance is registered.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in _REGISTRY:
+            return _REGISTRY[cls.__name__]
+    raise UnsupportedModelError(
+        f"{type(transformer).__name__} is not a transformer layercache knows (see layercache models); let it be found "
+        "out with layercache.infer_model(pipe, lambda: pipe(...)), or describe it with "
+        "layercache.register_model(layercache.ModelSpec(...))"
+    )
+
+
+EXPERTS = ("transformer", "transformer_2")
+"""Components of a pipeline that share its steps; most have the first alone."""
+
+
+def find_transformer(target: Any, name: str = "transformer") -> nn.Module:
+    """The transformer of a pipeline, or ``target`` itself when it is one; compiled wrappers are opened.
+
+    Args:
+        target: a pipeline, or a transformer.
+        name: the component to take, where a pipeline has several transformers.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    module = target if isinstance(target, nn.Module) else getattr(target, name, None)
+    if isinstance(module, nn.Module):
+        return unwrap_compiled(module)
+    known = experts_of(target)
+    if known:
+        raise UnsupportedModelError(f"the pipeline has no {name!r}; its transformers are {', '.join(known)}")
+    raise UnsupportedModelError(
+        f"expected a diffusers pipeline with a transformer, or a transformer, got {type(target).__name__}"
+    )
+
+
+def experts_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by the names of their components, as the pipeline calls them."""
+    found = {name: getattr(pipeline, name, None) for name in EXPERTS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def text_leaves_of(model_class: str) -> bool:
+    """Whether the head of a registered class reads the second stream too; ``False`` of an unknown class."""
+    return model_class in _REGISTRY and _REGISTRY[model_class].text_leaves
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The velocity in what a transformer's forward returns: a tensor, a list of one per picture, or an output class."""
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    return torch.stack(list(first)) if isinstance(first, (list, tuple)) else first
+
+
+def velocities(output: Any, spec: ModelSpec) -> list[torch.Tensor]:
+    """What a transformer's forward returns for each of the streams that leave it."""
+    if len(spec.leaves) == 1:
+        return [first_tensor(output)]
+    return [first_tensor((output[k],)) for k in range(len(spec.leaves))]
+
+
+def config_hash(transformer: nn.Module) -> str:
+    """Twelve hex digits that change when the transformer's configuration does."""
+    text = json.dumps(model_config(transformer), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def count_blocks(transformer: nn.Module) -> int:
+    return sum(len(blocks) for blocks in spec_for(transformer).block_modules(transformer))
+
+
+def fingerprint_of(
+    transformer: nn.Module, sigmas: Sequence[float], branches: Sequence[str], steps: Sequence[int] = ()
+) -> Fingerprint:
+    """What a schedule for this transformer, these noise levels and guidance branches is valid for.
+
+    ``steps`` are those at which the transformer runs; none given stands for all.
+    """
+    whole = len(steps) == len(sigmas) - 1
+    return Fingerprint(
+        model_class=type(transformer).__name__,
+        config_hash=config_hash(transformer),
+        num_blocks=count_blocks(transformer),
+        sigmas=tuple(sigmas),
+        branches=tuple(branches),
+        package_version=__version__,
+        steps_run=() if whole else tuple(steps),
+    )

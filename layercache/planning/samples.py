@@ -1,0 +1,54 @@
+"""Samples of a calibration: prompt, seed, sigmas."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache.errors import CalibrationError
+
+Sample = tuple[str, Callable[[], object]]
+
+
+def samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
+    """The calls to make, each with a line that describes it."""
+    if isinstance(target, nn.Module):
+        if run is None or sigmas is None or not samples:
+            raise CalibrationError(
+                "to calibrate a bare transformer give run=, a function that does one full generation, samples=, how "
+                "many, and sigmas=, the noise levels it runs through; or pass the pipeline"
+            )
+        return [(f"run {k}", functools.partial(run, k)) for k in range(samples)]
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not prompts:
+        raise CalibrationError("calibration needs at least one prompt (3 to 16 give a stable profile)")
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise CalibrationError(f"give one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+    arguments = dict(call)
+    accepted = inspect.signature(type(target).__call__).parameters
+    if "output_type" in accepted:
+        arguments.setdefault("output_type", "latent")
+    if num_inference_steps is not None:
+        arguments["num_inference_steps"] = num_inference_steps
+
+    def sample(prompt: Any, seed: int) -> Sample:
+        def generate() -> None:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            target(**{**arguments, **arguments_of(prompt), "generator": generator})
+
+        told = ", ".join(prompt) if isinstance(prompt, Mapping) and "prompt" not in prompt else prompt
+        return f"seed {seed}: {told['prompt'] if isinstance(told, Mapping) else told}", generate
+
+    return [sample(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def arguments_of(prompt: Any) -> dict[str, Any]:
+    """Arguments of a pipeline's call for one sample: those it names, or its prompt."""
+    return dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}

@@ -1,0 +1,344 @@
+"""The patching of a transformer's forward pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from threading import Lock, get_ident, local
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercache._utils.compat import (
+    ADAPTER_METHODS,
+    CACHE_CONFIG,
+    OutsideGraphs,
+    allow_graphs,
+    counts_steps,
+    has_foreign_cache,
+    has_own_contexts,
+    is_compiled,
+    is_hooked,
+    scheduler_step,
+    unwrap_compiled,
+)
+from layercache.errors import CacheStateError, ForeignCacheError
+from layercache.models.registry import experts_of, spec_for
+from layercache.runtime.groups import require_inference
+from layercache.runtime.router import RoutedModuleList, Router
+from layercache.runtime.steps import StepTally
+
+_ROUTED_NAMES = ("_layercache_router", "_layercache_index")
+
+
+def _class_method(owner: Any, name: str) -> Any:
+    return MethodType(getattr(type(owner), name), owner)
+
+
+class Shadow(functools.partial):
+    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
+
+    of: tuple[Any, str]
+
+    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> Shadow:
+        shadow = super().__new__(cls, call)
+        functools.update_wrapper(shadow, getattr(owner, name))
+        shadow.of = owner, name
+        return shadow
+
+    def __reduce__(self) -> Any:
+        return _class_method, self.of
+
+
+class Whereabouts(local):
+    """Name and step of each thread's cache context."""
+
+    now: tuple[str | None, int | None] = (None, None)
+
+
+class NamedContext:
+    """One of diffusers' cache contexts, whose name and step this thread remembers within.
+
+    Diffusers tells its hooks of it; a name is told to nobody where there are none.
+    """
+
+    def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
+        self._thread = attachment.thread
+        self._now = name, fields.get("step_index")
+        told = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
+        self._inner = original(name, **fields) if told else None
+
+    def __enter__(self) -> Any:
+        self._before = self._thread.now
+        result = None if self._inner is None else self._inner.__enter__()
+        self._thread.now = self._now
+        return result
+
+    def __exit__(self, *exc: Any) -> Any:
+        self._thread.now = self._before
+        return None if self._inner is None else self._inner.__exit__(*exc)
+
+
+class Occupied:
+    """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _do_nothing(*args: Any) -> None:
+    pass
+
+
+class ForwardHook(OutsideGraphs):
+    """A module hook that stays with its module: what copies and pickles of the module get does nothing."""
+
+    def __reduce__(self) -> Any:
+        return ForwardHook, (_do_nothing,)
+
+
+class Attachment:
+    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
+
+    def __init__(self, target: Any, router: Router):
+        self.router = router
+        self.transformer = router.transformer
+        self.pipeline = None if isinstance(target, nn.Module) else target
+        self._target = target
+        experts = experts_of(target).items()
+        self._name = next(
+            (name for name, module in experts if unwrap_compiled(module) is self.transformer), "transformer"
+        )
+        self._tallies: dict[int, StepTally] = {}
+        self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
+        self._root = router
+        self.thread = Whereabouts()
+        self.has_own_contexts = has_own_contexts(self.transformer)
+        self._lock, self._holder = Lock(), 0
+        self._classes: list[tuple[nn.ModuleList, type]] = []
+        self._hooks: list[Any] = []
+        self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
+
+    def attach(self) -> None:
+        for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
+            self._classes.append((blocks, type(blocks)))
+            blocks.__dict__.update(zip(_ROUTED_NAMES, (self.router, index), strict=True))
+            blocks.__class__ = RoutedModuleList
+        self._lead(self.router)
+        allow_graphs(self.router.graphs)
+        self._hooks = [
+            self.transformer.register_forward_pre_hook(ForwardHook(self._before_forward), with_kwargs=True),
+            self.transformer.register_forward_hook(
+                ForwardHook(self._after_forward), with_kwargs=True, always_call=True
+            ),
+        ]
+        if hasattr(self.transformer, "cache_context"):
+            original: Any = self.transformer.cache_context
+            self._shadow(self.transformer, "cache_context", functools.partial(NamedContext, self, original))
+        self._occupy()
+        for name in ADAPTER_METHODS:
+            if hasattr(self.transformer, name):
+                self._shadow(self.transformer, name, self._changing(getattr(self.transformer, name)))
+        for owner, name, replacement in self.router.shadows():
+            self._shadow(owner, name, replacement)
+        self._follow(self.pipeline, self.router.steps.scheduler)
+
+    def _occupy(self) -> None:
+        """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""
+        transformer = self.transformer
+        if not all(hasattr(transformer, name) for name in ("enable_cache", "disable_cache", "is_cache_enabled")):
+            return
+
+        def enable_cache(config: Any) -> None:
+            raise ForeignCacheError(
+                "Caching has already been enabled on this transformer, with layercache; call layercache.disable first"
+            )
+
+        self._shadow(transformer, "enable_cache", enable_cache)
+        self._shadow(transformer, "disable_cache", self.detach)
+        self._put(transformer, CACHE_CONFIG, Occupied())
+
+    def _changing(self, original: Any) -> Any:
+        """A method after which the model is another one: nothing that it stored before is of use."""
+
+        def changing(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self._root.invalidate()
+            return result
+
+        return changing
+
+    def share(self, pipeline: Any, scheduler: Any) -> None:
+        """Another pipeline generates with the same transformer."""
+        self.router.steps.share(scheduler)
+        self._follow(pipeline, scheduler)
+
+    def _follow(self, pipeline: Any, scheduler: Any) -> None:
+        """Hears of the end of a pipeline's generations and of its scheduler's steps."""
+        if pipeline is not None and hasattr(pipeline, "maybe_free_model_hooks"):
+            self._shadow(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
+        if scheduler is not None and not counts_steps(scheduler) and hasattr(scheduler, "step"):
+            tally = self._tallies[id(scheduler)] = StepTally(scheduler)
+            self._shadow(scheduler, "step", self._counted_step(scheduler.step, tally))
+        if self.router.steers:
+            self._shadow(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
+
+    def detach(self) -> None:
+        for blocks, cls in self._classes:
+            blocks.__class__ = cls
+            for name in _ROUTED_NAMES:
+                delattr(blocks, name)
+        for hook in self._hooks:
+            hook.remove()
+        for shadowed in reversed(self._instance_attributes):
+            self._restore(*shadowed)
+        self._classes, self._hooks, self._instance_attributes = [], [], []
+
+    @staticmethod
+    def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
+        owner.__dict__.pop(name, None)
+        owner.__dict__.update(before)
+
+    def follow(self, router: Router, scheduler: Any) -> None:
+        """A request brings a sampler of its own."""
+        router.steps.tallies = self._tallies
+        if all(owner is not scheduler for owner, _, _ in self._instance_attributes):
+            self._follow(None, scheduler)
+
+    def unfollow(self, scheduler: Any) -> None:
+        """No request has this sampler any more."""
+        own = [shadowed for shadowed in self._instance_attributes if shadowed[0] is scheduler]
+        for shadowed in reversed(own):
+            self._restore(*shadowed)
+        self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
+        self._tallies.pop(id(scheduler), None)
+
+    def switch(self, router: Router) -> None:
+        """Routes by another router of the same transformer from now on."""
+        self._root = router
+        self._route_by(router)
+
+    def _route_by(self, router: Router) -> None:
+        self._lead(router)
+        for blocks, _ in self._classes:
+            blocks.__dict__["_layercache_router"] = router
+
+    def _lead(self, router: Router) -> None:
+        self.router = router
+        router.attachment = self  # type: ignore[attr-defined]
+        router.steps.tallies = self._tallies
+
+    def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
+        """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
+        self._put(owner, name, Shadow(owner, name, replacement))
+
+    def _put(self, owner: Any, name: str, value: Any) -> None:
+        before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+        owner.__dict__[name] = value
+        self._instance_attributes.append((owner, name, before))
+
+    def _at_end(self, original: Any) -> Any:
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.router.finish()
+            return result
+
+        return maybe_free_model_hooks
+
+    def _counted_step(self, original: Any, tally: StepTally) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            tally.count()
+            return result
+
+        return step
+
+    def _sampler_step(self, scheduler: Any, original: Any) -> Any:
+        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            at = scheduler_step(scheduler)
+            router = self._root.for_call()
+            velocity = model_output if at is None else router.pass_on(at, model_output, sample)
+            return original(velocity, timestep, sample, *args, **kwargs)
+
+        return step
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            require_inference()
+        # one forward at a time; a holder that comes again was interrupted
+        if self._holder != get_ident():
+            self._lock.acquire()
+            self._holder = get_ident()
+        try:
+            self._announce(module, args, kwargs)
+        except BaseException:
+            self._holder = 0
+            self._lock.release()
+            raise
+
+    def _announce(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        router = self._root.for_call()
+        if router is not self.router:
+            self._route_by(router)
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
+        spec = router.spec
+        if spec.bypass and _gives(arguments, spec.bypass):
+            return
+        if spec.rewritten:
+            writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
+            router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
+        router.adds = spec.adds is None or _gives(arguments, spec.adds)
+        dry_run = None
+        if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
+            dry_run = functools.partial(module.forward, *args, **kwargs)
+        router.begin(*self.thread.now, arguments, dry_run)
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            router = self.router
+            if router.looks_back and output is not None and router.is_announced:  # the forward did not fail
+                router.after(output, functools.partial(module.forward, *args, **kwargs))
+        finally:
+            self.router.shut()
+            if self._holder == get_ident():
+                self._holder = 0
+                self._lock.release()
+
+
+def _gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether a forward is given one of these arguments."""
+    for name in names:  # at every step; a generator would cost more than the rest
+        if arguments.get(name) is not None:
+            return True
+    return False
+
+
+def attachment_of(transformer: nn.Module) -> Attachment | None:
+    """The attachment of the router that routes this transformer, if one does."""
+    for blocks in spec_for(transformer).block_modules(transformer):
+        if isinstance(blocks, RoutedModuleList):
+            return blocks._layercache_router.attachment  # type: ignore[attr-defined]
+    return None
+
+
+def attach(target: Any, router: Router) -> Attachment:
+    """Attaches a router to a pipeline or transformer, and to its scheduler if the router steers.
+
+    Raises:
+        CacheStateError: another cache, ours or one of diffusers, is enabled on it.
+    """
+    transformer = router.transformer
+    if attachment_of(transformer) is not None:
+        raise CacheStateError(
+            "a layercache cache is already enabled on this transformer; call layercache.disable first"
+        )
+    if has_foreign_cache(transformer):
+        raise CacheStateError(
+            "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
+        )
+    attachment = Attachment(target, router)
+    attachment.attach()
+    return attachment

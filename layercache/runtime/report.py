@@ -1,0 +1,40 @@
+"""The report of a cache: what was computed and reused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache did since it was enabled.
+
+    Attributes:
+        used: share of the block time computed, by the schedule's measured seconds per group (1.0 before a run).
+        computed_cells, cached_cells: groups computed and reused, over all forwards.
+        generations: generations begun, counted on the branch that began most.
+        forwards: calls of the transformer.
+        fallback_rows: forwards that computed everything because a residual they would have read was not
+            there (a run that began in the middle, or changed its shape).
+        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
+        branches: names of the branches seen.
+    """
+
+    used: float
+    computed_cells: int
+    cached_cells: int
+    generations: int
+    forwards: int
+    fallback_rows: int
+    cache_bytes: int
+    branches: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
+            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
+            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
+        ]
+        if self.fallback_rows:
+            lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
+        return "\n".join(lines)
