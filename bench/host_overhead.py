@@ -5,7 +5,7 @@
 Every block is a stand-in that adds a constant, so that what is left is the pipeline, the transformer's own head, and
 the cache. Steps that compute everything are compared with the same steps without a cache (a schedule stores what it
 computes there, and reuses every fourth step, which does not count); steps that reuse everything with a transformer that
-has no blocks at all. Runs of all contestants alternate; the figures are medians over the steps of all rounds, in
+has no blocks at all. Runs of all entries alternate; the figures are medians over the steps of all rounds, in
 microseconds per forward. cache-dit takes part where it is installed.
 """
 
@@ -124,7 +124,7 @@ def cache_dit(pipe: DemoPipeline, threshold: float) -> Iterator[None]:
         cache_dit.disable_cache(adapter)
 
 
-def contestants() -> dict[str, Callable[[DemoPipeline, bool], Any]]:
+def entries() -> dict[str, Callable[[DemoPipeline, bool], Any]]:
     """By name: a context in which every step of a pipeline computes, or reuses (second argument)."""
     from diffusers.hooks import FirstBlockCacheConfig
 
@@ -149,7 +149,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     whole, empty = make_pipeline(BLOCKS), make_pipeline(0)
     step_seconds(whole, False)
     step_seconds(empty, True)
-    kinds = contestants()
+    kinds = entries()
     seconds: dict[tuple[str, bool], list[float]] = {(name, r): [] for name in kinds for r in (False, True)}
     plain: dict[bool, list[float]] = {False: [], True: []}
     for _ in tqdm(range(rounds), desc="rounds"):

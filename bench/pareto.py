@@ -27,9 +27,9 @@ from layercache.errors import BudgetError
 from layercache.methods import meancache
 from layercache.planning.fit import HOLD
 from layercache.planning.front import Point
-from layercache.planning.refit import coach
-from layercache.planning.rollout import Rehearsal, skipping
-from layercache.planning.search import COACHED_TERMS, RESIDUAL_FORECASTS, STEERED
+from layercache.planning.refit import refit
+from layercache.planning.rollout import Rollouts, skipping
+from layercache.planning.search import REFIT_TERMS, RESIDUAL_FORECASTS, STEERED
 from layercache.tools.report import machine
 from layercache.tools.report.front import FrontRow, front_table, save_front_page, save_front_plot
 from layercache.tools.report.plots import MapPanel, save_maps
@@ -56,7 +56,7 @@ def samples(seeds: range) -> list[list[str]]:
     return [names[lo : lo + BATCH] for lo in range(0, len(names), BATCH)]
 
 
-def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9) -> list[tuple[str, Point]]:
+def meancache_points(calibration: Rollouts, budget: float, max_length: int = 9) -> list[tuple[str, Point]]:
     """Both forms of MeanCache at a budget, each with the gamma that is best on the calibration samples."""
     steps = calibration.num_steps
     deviation = meancache.stability_deviation([t.taken for t in calibration.full], calibration.sigmas, max_length)
@@ -69,15 +69,15 @@ def meancache_points(calibration: Rehearsal, budget: float, max_length: int = 9)
             except BudgetError:
                 continue
             schedule = meancache.build_schedule(calibration.fingerprint, computed, spans, form)
-            take = calibration.run(schedule)
-            tried.append((take.quality, gamma, Point(schedule, f"MeanCache {form}, gamma {gamma:g}", take.psnr)))
+            rollout = calibration.run(schedule)
+            tried.append((rollout.quality, gamma, Point(schedule, f"MeanCache {form}, gamma {gamma:g}", rollout.psnr)))
         if tried:
             found.append((f"MeanCache, {form}", max(tried, key=lambda t: t[:2])[2]))
     return found
 
 
-def group_points(calibration: Rehearsal, profiles: dict[str, Any], budget: float) -> list[tuple[str, Point]]:
-    """Schedules per group of layers at a budget: as planned, with the forecasts that suit each best, and coached."""
+def group_points(calibration: Rollouts, profiles: dict[str, Any], budget: float) -> list[tuple[str, Point]]:
+    """Schedules per group of layers at a budget: as planned, with the forecasts that suit each best, and refitted."""
     found = []
     for name, profile in profiles.items():
         if len(profile.groups) < 2:
@@ -86,26 +86,26 @@ def group_points(calibration: Rehearsal, profiles: dict[str, Any], budget: float
             planned = [layercache.plan(profile, budget, forecast=residuals) for residuals in RESIDUAL_FORECASTS]
         except BudgetError:
             continue
-        take = calibration.run(planned[0])
-        found.append((name, Point(take.schedule, "planned", take.psnr)))
-        takes = [
+        rollout = calibration.run(planned[0])
+        found.append((name, Point(rollout.schedule, "planned", rollout.psnr)))
+        rollouts_made = [
             (calibration.run(schedule, velocities), schedule, velocities)
             for schedule, velocities in product(planned, STEERED)
         ]
-        best, schedule, velocities = max(takes, key=lambda entry: entry[0].quality)
+        best, schedule, velocities = max(rollouts_made, key=lambda entry: entry[0].quality)
         origin = f"planned, {schedule.made_by['forecast']}, {velocities.name}"
         found.append((f"{name}, steered", Point(best.schedule, origin, best.psnr)))
-        coached = coach(calibration, schedule, "teacher", COACHED_TERMS, velocities)
-        found.append((f"{name}, steered, coached", Point(coached.schedule, f"{origin}, coached", coached.psnr)))
+        refitted = refit(calibration, schedule, "teacher", REFIT_TERMS, velocities)
+        found.append((f"{name}, steered, refitted", Point(refitted.schedule, f"{origin}, refitted", refitted.psnr)))
     return found
 
 
-def held_point(calibration: Rehearsal, point: Point) -> Point:
+def held_point(calibration: Rollouts, point: Point) -> Point:
     """The same computed steps, holding the newest velocity in between: what the forecasts are worth."""
     schedule = point.schedule
     computed = [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
-    take = calibration.run(skipping(calibration.fingerprint, computed), HOLD)
-    return Point(take.schedule, "whole-step reuse", take.psnr)
+    rollout = calibration.run(skipping(calibration.fingerprint, computed), HOLD)
+    return Point(rollout.schedule, "whole-step reuse", rollout.psnr)
 
 
 def save_block_map(path: Path, pipe: DemoPipeline, prompts: list[str], seed: int, call: dict) -> None:
@@ -154,8 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         resume=args.out.with_suffix(".journal.json"),
         **call,
     )
-    calibration = Rehearsal(pipe, samples(fitted), list(fitted), **call)
-    judge = Rehearsal(pipe, samples(held), list(held), **call)
+    calibration = Rollouts(pipe, samples(fitted), list(fitted), **call)
+    judge = Rollouts(pipe, samples(held), list(held), **call)
     rows = []
     for budget in sorted(args.budgets, reverse=True):
         try:

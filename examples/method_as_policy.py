@@ -18,7 +18,7 @@ import torch
 import layercache
 from layercache import ops
 from layercache.demo.pipeline import load_demo_pipeline
-from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, check_range
+from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run, check_range
 
 
 class CosineDecider(Decider):
@@ -29,16 +29,16 @@ class CosineDecider(Decider):
     def must_compute(self, step: int) -> bool:
         return step < 2 or self.is_last(step) or self.in_a_row >= 3
 
-    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
-        fresh = self.memory("fresh", sight.probe)
-        previous = [self.memory("reference", sight.probe)] if self.has_reference else None
-        return ops.capture([sight.probe], [sight.start], [fresh], previous=previous)
+    def observe(self, step: int, observation: Observation) -> torch.Tensor | None:
+        fresh = self.memory("fresh", observation.probe)
+        previous = [self.memory("reference", observation.probe)] if self.has_reference else None
+        return ops.capture([observation.probe], [observation.start], [fresh], previous=previous)
 
     def may_reuse(self, step: int, numbers: Sequence[float]) -> bool:
         squared, product, squared_before = numbers[1], numbers[6], numbers[5]
         return product >= self.method.cosine * (squared * squared_before) ** 0.5
 
-    def settle(self, step: int, computed: bool) -> None:
+    def record(self, step: int, computed: bool) -> None:
         self.in_a_row = 0 if computed else self.in_a_row + 1
         if computed:
             self.swap("fresh", "reference")

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 
 
-class Stopwatch:
+class Timer:
     """Attributes the time between marks to labels.
 
     On a CUDA device the marks are events on the current stream, read only by `totals`; elsewhere the

@@ -17,7 +17,7 @@ SOURCES = {
     "Integral": "a fingerprint has it: fingerprint.num_steps",
     "LearnedRouter": "layercache.methods.l2c.train(pipe, prompts) gives one",
     "Rates": "layercache.methods.invardiff.measure(pipe, prompts) gives them",
-    "Rehearsal": "make one: layercache.planning.rollout.Rehearsal(pipe, prompts)",
+    "Rollouts": "make one: layercache.planning.rollout.Rollouts(pipe, prompts)",
     "Schedule": "layercache.plan(profile, budget=0.6) makes one, layercache.Schedule.load(path) reads one",
     "Settings": "the class is in the same module",
     "StabilityProfile": (

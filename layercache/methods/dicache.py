@@ -10,7 +10,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run, by_name, check_range, ratio
 
 MODES = ("delta_y", "delta_minus")
 
@@ -29,18 +29,18 @@ class _AlignedDecider(Decider):
         steps = self.run.num_steps or 0
         return step <= int(self.method.retention * steps) or self.is_last(step)
 
-    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
-        fresh = self.memory("fresh", sight.probe)
-        older = [self.memory("older", sight.probe)] if self._computed > 1 else None
-        aligned = ops.capture([sight.probe], [sight.start], [fresh], previous=older)
-        start, probe = self.memory("start", sight.start), self.memory("probe", sight.probe)
+    def observe(self, step: int, observation: Observation) -> torch.Tensor | None:
+        fresh = self.memory("fresh", observation.probe)
+        older = [self.memory("older", observation.probe)] if self._computed > 1 else None
+        aligned = ops.capture([observation.probe], [observation.start], [fresh], previous=older)
+        start, probe = self.memory("start", observation.start), self.memory("probe", observation.probe)
         found = None
         if self._seen:
-            found = ops.pair_statistics([sight.start, sight.probe], [start, probe]).flatten()
+            found = ops.pair_statistics([observation.start, observation.probe], [start, probe]).flatten()
             if aligned is not None and self._spread is not None:
                 found = torch.cat([found, aligned.flatten(), self._spread.flatten()])
-        start.copy_(sight.start)
-        probe.copy_(sight.probe)
+        start.copy_(observation.start)
+        probe.copy_(observation.probe)
         self._seen += 1
         return found
 
@@ -52,7 +52,7 @@ class _AlignedDecider(Decider):
         self._gamma = min(max(away, 1.0), 1.5) if away < float("inf") else 1.0
         return self.accumulated < self.method.threshold
 
-    def settle(self, step: int, computed: bool) -> None:
+    def record(self, step: int, computed: bool) -> None:
         if not computed:
             return
         self.accumulated = 0.0

@@ -10,7 +10,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run, by_name, check_range, ratio
 from layercache.runtime.storage import check_alike
 
 # cache-dit's presets for 28 steps: lengths of runs, computed and cached in turns
@@ -33,16 +33,16 @@ class _ProbeDecider(Decider):
     def must_compute(self, step: int) -> bool:
         return step < self.method.warmup
 
-    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
-        check_alike(sight.start, sight.probe)
-        fresh = self.memory("fresh", sight.probe)
-        previous = [self.memory("reference", sight.probe)] if self._has_reference else None
-        return ops.store([sight.probe], [sight.start], [fresh], None, previous)
+    def observe(self, step: int, observation: Observation) -> torch.Tensor | None:
+        check_alike(observation.start, observation.probe)
+        fresh = self.memory("fresh", observation.probe)
+        previous = [self.memory("reference", observation.probe)] if self._has_reference else None
+        return ops.store([observation.probe], [observation.start], [fresh], None, previous)
 
     def may_reuse(self, step: int, numbers: Sequence[float]) -> bool:
         return ratio(numbers[2], numbers[4]) <= self.method.threshold
 
-    def settle(self, step: int, computed: bool) -> None:
+    def record(self, step: int, computed: bool) -> None:
         if computed:
             self.swap("fresh", "reference")
             self._has_reference = True

@@ -86,12 +86,12 @@ def taylorseer(
     check_range("order", order, 0, 7)
     check_range("warmup", warmup, 1)
     computed = taylorseer_steps(len(fingerprint.steps), interval, warmup, stop)
-    told = {"method": "taylorseer", "interval": interval, "order": order}
+    metadata = {"method": "taylorseer", "interval": interval, "order": order}
     if groups is None:
-        return _whole_steps(fingerprint, computed, order, told)
+        return _whole_steps(fingerprint, computed, order, metadata)
     ranges = tuple((int(lo), int(hi)) for lo, hi in groups)
     rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint, computed, order))
-    return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), told)
+    return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), metadata)
 
 
 def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: int = 3) -> Schedule:
@@ -136,11 +136,11 @@ def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
     return cells
 
 
-def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, told: dict) -> Schedule:
+def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, metadata: dict) -> Schedule:
     cells = list(_forecasts(fingerprint, computed, order))
     rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if cell is None else ({},) for cell in cells)
     velocities = tuple(Velocity(cell) if cell else None for cell in cells)
-    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), told, velocities)
+    return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), metadata, velocities)
 
 
 def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:

@@ -15,7 +15,7 @@ from layercache.models.registry import count_blocks, find_transformer, spec_for
 from layercache.models.spec import ModelSpec, named_arguments
 from layercache.planning.samples import arguments_of
 from layercache.runtime.attachment import attach
-from layercache.runtime.router import CapturedBlock, Place, Router, Trip
+from layercache.runtime.router import BlockPass, CapturedBlock, Place, Router
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, GroupAction
 
@@ -34,8 +34,8 @@ class WholeRouter(Router):
         self.branch, self.step = place.branch, place.step
         self.open((GroupAction(CAPTURE),))
 
-    def item(self, trip: Trip, block: Any, place: Place) -> Any:
-        return _Noting(trip, block, place) if place.opens else super().item(trip, block, place)
+    def item(self, block_pass: BlockPass, block: Any, place: Place) -> Any:
+        return _Noting(block_pass, block, place) if place.opens else super().item(block_pass, block, place)
 
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         self.look(image_in, image_out)
@@ -46,7 +46,7 @@ class WholeRouter(Router):
 
 class _Noting(CapturedBlock):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.trip.router.block_call = (self.block, named_arguments(self.block, args, kwargs))  # type: ignore[attr-defined]
+        self.block_pass.router.block_call = (self.block, named_arguments(self.block, args, kwargs))  # type: ignore[attr-defined]
         return super().__call__(*args, **kwargs)
 
 

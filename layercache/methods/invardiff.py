@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from layercache import ops
-from layercache._utils.timer import Stopwatch
+from layercache._utils.timer import Timer
 from layercache._utils.validate import expect
 from layercache.errors import MethodError
 from layercache.methods.full_runs import generate_once, transformer_of
@@ -109,7 +109,7 @@ class _RateRouter(ModuleRouter):
         self.tracks: dict[tuple[str, int], _Track] = {}
         self.ratios: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
         self.branches: list[str] = []
-        self.clock = Stopwatch(next(transformer.parameters()).device)
+        self.clock = Timer(next(transformer.parameters()).device)
         self.sigmas: tuple[float, ...] = ()
 
     def announce(self, arguments: Mapping[str, Any]) -> None:

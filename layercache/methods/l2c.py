@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from layercache import ops
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import going_on
-from layercache._utils.timer import Stopwatch
+from layercache._utils.timer import Timer
 from layercache._utils.validate import expect
 from layercache.errors import MethodError, ScheduleMismatchError
 from layercache.methods.full_runs import generate_once, transformer_of
@@ -153,7 +153,7 @@ class _Training(ModuleRouter):
         self.recorded: dict[str, dict[int, Output]] = {}
         self.sums = [0.0, 0.0, 0]
         self.device = next(transformer.parameters()).device
-        self.clock = Stopwatch(self.device)
+        self.clock = Timer(self.device)
         self.seconds: tuple[float, ...] = ()
         self._weights: torch.Tensor | None = None
         self._mode = "record"

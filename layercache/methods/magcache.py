@@ -64,13 +64,18 @@ def build_schedule(
         for branch, values in own.items()
     }
     shared = next(iter(cells.values()))
-    told = {"method": "magcache", "threshold": threshold, "max_consecutive": max_consecutive, "retention": retention}
+    metadata = {
+        "method": "magcache",
+        "threshold": threshold,
+        "max_consecutive": max_consecutive,
+        "retention": retention,
+    }
     return Schedule(
         fingerprint,
         ((0, fingerprint.num_blocks),),
         shared,
         (1.0,),
-        told,
+        metadata,
         branch_cells={branch: rows for branch, rows in cells.items() if rows != shared},
     )
 

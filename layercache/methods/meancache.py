@@ -224,7 +224,7 @@ def _check_velocities(velocities: Any, num_steps: int) -> None:
     if not all(whole) or not samples or not all(isinstance(v, torch.Tensor) for steps in samples for v in steps):
         raise ArgumentError(
             f"meancache.stability_deviation expects {num_steps} velocities per sample, one for every step, got "
-            f"{type(velocities).__name__}; a rehearsal has them: [trace.taken for trace in rehearsal.full]"
+            f"{type(velocities).__name__}; rollouts has them: [trace.taken for trace in rollouts.full]"
         )
 
 

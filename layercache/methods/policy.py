@@ -2,6 +2,6 @@
 
 from layercache.runtime.policy import Decider as Decider
 from layercache.runtime.policy import DynamicMethod as DynamicMethod
+from layercache.runtime.policy import Observation as Observation
 from layercache.runtime.policy import Run as Run
-from layercache.runtime.policy import Sight as Sight
 from layercache.runtime.policy import check_range as check_range

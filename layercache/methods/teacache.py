@@ -12,7 +12,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import MethodError
-from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight, by_name, check_range, ratio
+from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run, by_name, check_range, ratio
 
 # degree 4, highest power first, as published (methods.md §6)
 COEFFICIENTS = {
@@ -64,14 +64,14 @@ class _ModulatedDecider(Decider):
             self.run.num_steps is not None and step >= self.run.num_steps - method.cooldown
         )
 
-    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
-        scale, shift, eps = sight.modulation()
-        modulated = self.memory("modulated", sight.start)
+    def observe(self, step: int, observation: Observation) -> torch.Tensor | None:
+        scale, shift, eps = observation.modulation()
+        modulated = self.memory("modulated", observation.start)
         previous = modulated if self._has_previous else None
         self._has_previous = True
-        segments = self.method.segments(sight.start.shape[-1])
+        segments = self.method.segments(observation.start.shape[-1])
         _, statistics = ops.modulate(
-            sight.start, scale, shift, eps=eps, previous=previous, segments=segments, result=modulated
+            observation.start, scale, shift, eps=eps, previous=previous, segments=segments, result=modulated
         )
         return statistics
 
@@ -82,7 +82,7 @@ class _ModulatedDecider(Decider):
         self.accumulated += self.method.rescaled(self.change([numbers]))
         return self.accumulated < self.method.threshold
 
-    def settle(self, step: int, computed: bool) -> None:
+    def record(self, step: int, computed: bool) -> None:
         self.consecutive = 0 if computed else self.consecutive + 1
         if computed:
             self.accumulated = 0.0

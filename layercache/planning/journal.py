@@ -11,7 +11,7 @@ from pathlib import Path
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import JOURNAL, check_header, going_on
 from layercache.errors import ScheduleMismatchError
-from layercache.planning.rollout import Rehearsal
+from layercache.planning.rollout import Rollouts
 
 JOURNAL_VERSION = 1
 
@@ -19,10 +19,10 @@ JOURNAL_VERSION = 1
 class Journal:
     """What every run gave, in a file if there is one, so that a search can be stopped and gone on with."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, rehearsal: Rehearsal):
+    def __init__(self, path: str | os.PathLike[str] | None, rollouts: Rollouts):
         self.path = None if path is None else Path(path)
-        call = {name: repr(value) for name, value in sorted(rehearsal.call.items())}
-        told = [rehearsal.fingerprint.to_json(), repr(rehearsal.prompts), rehearsal.seeds, call]
+        call = {name: repr(value) for name, value in sorted(rollouts.call.items())}
+        told = [rollouts.fingerprint.to_json(), repr(rollouts.prompts), rollouts.seeds, call]
         self.samples = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         self.results: dict[str, list[float]] = {}
         if self.path is not None and self.path.exists():

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from layercache import ops
-from layercache._utils.timer import Stopwatch
+from layercache._utils.timer import Timer
 from layercache.errors import CalibrationError
 from layercache.models.registry import fingerprint_of, first_tensor
 from layercache.models.spec import ModelSpec
 from layercache.planning.profile import StabilityProfile, readable
-from layercache.runtime.router import Router, Trip
+from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import as_rows
 from layercache.schedule.forecast import secant_coefficients
@@ -29,7 +29,7 @@ NOISE = 0.01  # of a random change, relative to the residual
 _STATISTICS = 4  # of one stream and coefficient set: error l1, error l2^2, norm l1, norm l2^2
 
 
-class _ObservedTrip(Trip):
+class ObservedPass(BlockPass):
     """Marks where a group begins and ends in time."""
 
     router: Observer
@@ -115,13 +115,13 @@ class Observer(Router):
         elif tuple(sigmas) != self.sigmas:
             raise CalibrationError("the samples do not share one noise schedule; use one step count and resolution")
 
-    def new_trip(self) -> Trip:
-        return _ObservedTrip(self) if self._substitutes is None else super().new_trip()
+    def new_pass(self) -> BlockPass:
+        return ObservedPass(self) if self._substitutes is None else super().new_pass()
 
     def start_sample(self) -> None:
         self._branches = {}
         self.steps.reset()
-        self.clock = Stopwatch(next(self.transformer.parameters()).device)
+        self.clock = Timer(next(self.transformer.parameters()).device)
 
     def begin(self, branch, step, arguments, dry_run=None) -> None:
         self.place = self.locate(branch, step, arguments)

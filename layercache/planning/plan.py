@@ -204,7 +204,7 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
     )
     if not result.feasible:
         _refuse(profile, result.spent, settings["budget"], cached_cost)
-    told = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
+    metadata = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
     kept = {name: value for name, value in settings.items() if not name.startswith("protect")}
     cells = [_cells(profile, result, number * len(profile.groups)) for number in range(count)]
     schedule = Schedule(
@@ -212,7 +212,7 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
         groups=profile.groups,
         cells=cells[0],
         group_seconds=tuple(profile.group_seconds),
-        made_by={"method": "layercache", **kept, "solver": result.method, **told},
+        made_by={"method": "layercache", **kept, "solver": result.method, **metadata},
         branch_cells=dict(zip(profile.fingerprint.branches[1:], cells[1:], strict=False)),
     )
     kind, order = settings["forecast"], settings["order"] if settings["history"] > 1 else 0

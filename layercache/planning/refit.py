@@ -13,7 +13,7 @@ from layercache._utils.validate import expect
 from layercache.errors import CalibrationError, ScheduleError
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, solve_ridge
-from layercache.planning.rollout import ActorRouter, Rehearsal, Take
+from layercache.planning.rollout import Rollout, RolloutRouter, Rollouts
 from layercache.runtime.router import Router
 from layercache.runtime.state import CacheState
 from layercache.runtime.steps import StepCounter
@@ -82,7 +82,7 @@ class _ModelRouter(Router):
         self.streams[self._branch].append((image_in, image_out))
 
 
-class _StudentRouter(ActorRouter):
+class CachedRouter(RolloutRouter):
     """Runs the schedule, and notes at every run of reused groups what it should have given."""
 
     def __init__(self, model: _ModelRouter, lesson: _Lesson, scheduler: Any):
@@ -105,15 +105,15 @@ class _StudentRouter(ActorRouter):
         return super().reuse(group, image, text, results)
 
 
-def coach(
-    rehearsal: Rehearsal,
+def refit(
+    rollouts: Rollouts,
     schedule: Schedule,
     target: str = "steer",
     terms: int = 2,
     forecast: Forecast | None = None,
     rounds: int = 2,
     ridge: float = 1e-3,
-) -> Take:
+) -> Rollout:
     """The same computed cells, with forecasts fitted to what the running schedule misses; the best of the rounds.
 
     All samples run by the schedule, each beside its own full run. Behind every run of reused groups the forecast
@@ -127,7 +127,7 @@ def coach(
     Source: methods.md §17.1, for residuals (ours).
 
     Args:
-        rehearsal: the samples.
+        rollouts: the samples.
         schedule: what is computed; cells that skip whole steps stay as they are.
         target: ``"teacher"`` or ``"steer"``.
         terms: how many residuals of a group are combined at most; each more costs memory.
@@ -136,32 +136,32 @@ def coach(
         ridge: relative to the mean square of each term.
 
     Raises:
-        ArgumentError: no rehearsal, or no schedule.
+        ArgumentError: no rollouts, or no schedule.
         ScheduleError: unknown target, or terms out of range.
         CalibrationError: a residual is not finite.
     """
-    expect("coach", rehearsal, Rehearsal)
-    expect("coach", schedule, Schedule)
+    expect("refit", rollouts, Rollouts)
+    expect("refit", schedule, Schedule)
     if target not in TARGETS:
         raise ScheduleError(f"unknown target {target!r}; choose {' or '.join(TARGETS)}")
     if not 1 <= terms <= 8:
         raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
     current = with_terms(schedule, terms)
-    takes = []
+    rollouts_made = []
     for _ in range(rounds):
         lesson = _Lesson(current, target)
-        takes.append(_attend(rehearsal, lesson, forecast))
+        rollouts_made.append(_attend(rollouts, lesson, forecast))
         current = _corrected(lesson, ridge, {"residuals": target, "residual_terms": terms})
-    takes.append(rehearsal.run(current, forecast))
-    return max(takes, key=lambda take: take.quality)
+    rollouts_made.append(rollouts.run(current, forecast))
+    return max(rollouts_made, key=lambda rollout: rollout.quality)
 
 
-def _attend(rehearsal: Rehearsal, lesson: _Lesson, forecast: Forecast | None) -> Take:
-    def routers(model_scheduler: Any, scheduler: Any) -> tuple[Router, ActorRouter]:
-        model = _ModelRouter(rehearsal.transformer, rehearsal.spec, lesson.schedule.groups, model_scheduler)
-        return model, _StudentRouter(model, lesson, scheduler)
+def _attend(rollouts: Rollouts, lesson: _Lesson, forecast: Forecast | None) -> Rollout:
+    def routers(model_scheduler: Any, scheduler: Any) -> tuple[Router, RolloutRouter]:
+        model = _ModelRouter(rollouts.transformer, rollouts.spec, lesson.schedule.groups, model_scheduler)
+        return model, CachedRouter(model, lesson, scheduler)
 
-    return rehearsal.run_beside_full(lesson.schedule, forecast, routers)
+    return rollouts.run_beside_full(lesson.schedule, forecast, routers)
 
 
 def with_terms(schedule: Schedule, terms: int) -> Schedule:
@@ -183,7 +183,7 @@ def with_terms(schedule: Schedule, terms: int) -> Schedule:
     return replace(schedule, cells=changed(schedule.cells), branch_cells=own)
 
 
-def _corrected(lesson: _Lesson, ridge: float, told: Mapping[str, Any]) -> Schedule:
+def _corrected(lesson: _Lesson, ridge: float, metadata: Mapping[str, Any]) -> Schedule:
     """The schedule with every coefficient fitted to what the lesson showed."""
     schedule = lesson.schedule
     cells = {"": [list(row) for row in schedule.cells]}
@@ -200,7 +200,7 @@ def _corrected(lesson: _Lesson, ridge: float, told: Mapping[str, Any]) -> Schedu
             cells[branch][step][group] = cell
     frozen = {name: tuple(tuple(row) for row in rows) for name, rows in cells.items()}
     shared = frozen.pop("")
-    return replace(schedule, cells=shared, branch_cells=frozen, made_by={**schedule.made_by, **told})
+    return replace(schedule, cells=shared, branch_cells=frozen, made_by={**schedule.made_by, **metadata})
 
 
 def _solve(products: _Products, ridge: float) -> list[float]:

@@ -17,7 +17,7 @@ from layercache.models.registry import count_blocks, find_transformer, fingerpri
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, fit_velocity
 from layercache.planning.samples import arguments_of
-from layercache.planning.stepper import Turn, clones, paused_at_steps, run_in_step
+from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
@@ -66,7 +66,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Take:
+class Rollout:
     """A schedule as it went on the calibration samples.
 
     Attributes:
@@ -85,13 +85,13 @@ class Take:
 
 
 class _AlwaysThere(VelocityTrack):
-    """The rehearsal keeps the velocities itself, so none is ever missing."""
+    """Rollouts keep the velocities themselves, so none is ever missing."""
 
     def begin(self, step: int, run: object) -> None:
         self.step, self.run, self.is_complete = step, run, True
 
 
-class ActorRouter(ScheduleRouter):
+class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, schedule: Schedule, scheduler: Any, first: int):
@@ -104,7 +104,7 @@ class ActorRouter(ScheduleRouter):
         return (GroupAction(REUSE),) * len(actions) if step < self._first else actions
 
     @property
-    def steers(self) -> bool:
+    def replaces_velocity(self) -> bool:
         return False
 
 
@@ -127,10 +127,10 @@ class _Watcher(Router):
         self.branches[self._branch] = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
 
 
-class Rehearsal:
+class Rollouts:
     """Calibration samples of a pipeline, their full runs, and a way to run any schedule on them.
 
-    All samples go through a step together (`layercache.lockstep`), so that a coefficient can be fitted to all of them
+    All samples go through a step together (`layercache.planning.stepper`), so that a coefficient can be fitted to all of them
     before the next step is taken. Each sample is one call of the pipeline and may be a batch.
 
     Args:
@@ -149,9 +149,9 @@ class Rehearsal:
         self.transformer = find_transformer(pipeline)
         self.spec = spec_for(self.transformer)
         if self.transformer is pipeline or not hasattr(pipeline, "scheduler"):
-            raise UnsupportedModelError("a rehearsal needs the pipeline, with its scheduler, not a bare transformer")
+            raise UnsupportedModelError("rollouts need the pipeline, with its scheduler, not a bare transformer")
         if not prompts:
-            raise CalibrationError("a rehearsal needs at least one prompt (8 to 24 pictures give a good fit)")
+            raise CalibrationError("rollouts need at least one prompt (8 to 24 pictures give a good fit)")
         self.pipeline = pipeline
         self.prompts = list(prompts)
         self.seeds = _seeds_of(self.prompts, seeds)
@@ -188,9 +188,9 @@ class Rehearsal:
         schedule: Schedule,
         forecast: Forecast | None = None,
         *,
-        start: Take | None = None,
+        start: Rollout | None = None,
         first: int = 0,
-    ) -> Take:
+    ) -> Rollout:
         """Runs a schedule on all samples.
 
         Args:
@@ -214,39 +214,41 @@ class Rehearsal:
             for anchor in cell or ()
         ):
             raise ScheduleError(f"a step from {first} on reads a residual of a step that is not run again")
-        performance = _Performance(self, schedule, forecast, start, first)
-        routers = [ActorRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones]
-        return self._take(performance, self._perform(routers, performance.answer, self._clones))
+        run = RolloutRun(self, schedule, forecast, start, first)
+        routers = [
+            RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones
+        ]
+        return self._rollout_of(run, self._perform(routers, run.answer, self._clones))
 
     def run_beside_full(
         self,
         schedule: Schedule,
         forecast: Forecast | None,
-        routers: Callable[[Any, Any], tuple[Router, ActorRouter]],
-    ) -> Take:
+        routers: Callable[[Any, Any], tuple[Router, RolloutRouter]],
+    ) -> Rollout:
         """As `run`, but before every step of a sample the same step of its full run is taken.
 
         Args:
             routers: of the schedulers of a full and a cached generation, the routers of the two.
         """
-        performance = _Performance(self, schedule, forecast, None, 0)
+        run = RolloutRun(self, schedule, forecast, None, 0)
         beside = clones(self.pipeline, len(self._clones))
         pairs = [(full, own) for full, own in zip(beside, self._clones, strict=True)]
         routed = [router for full, own in pairs for router in routers(full.scheduler, own.scheduler)]
 
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-            taken = performance.answer(step, items[1::2])
+            taken = run.answer(step, items[1::2])
             return [v for (full, _), own in zip(items[::2], taken, strict=True) for v in (full, own)]
 
         pictures = self._perform(routed, answer, [clone for pair in pairs for clone in pair])
-        return self._take(performance, pictures[1::2])
+        return self._rollout_of(run, pictures[1::2])
 
-    def _take(self, performance: _Performance, pictures: Sequence[np.ndarray]) -> Take:
+    def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
-        velocities = tuple(performance.velocities)
+        velocities = tuple(run.velocities)
         if all(velocity is None for velocity in velocities):
             velocities = ()
-        return Take(replace(performance.schedule, velocities=velocities), tuple(psnr), performance.traces)
+        return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces)
 
     def _run_in_full(self) -> None:
         watchers = [_Watcher(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
@@ -263,7 +265,7 @@ class Rehearsal:
         self.pictures = self._perform(watchers, answer, self._clones)
         if len(traces[0].raw) != self.num_steps:
             raise CalibrationError(
-                f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rehearsals need a "
+                f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rollouts need a "
                 "scheduler with sigmas that is stepped once per step"
             )
         _check_alone(forwards)
@@ -272,19 +274,19 @@ class Rehearsal:
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
     def _perform(
-        self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]], cast: Sequence[Any]
+        self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]], pipelines: Sequence[Any]
     ) -> list[np.ndarray]:
         """One generation of every sample, each by its own router; ``answer`` says which velocities are taken.
 
-        ``cast`` are the pipelines, as many for every sample, those of a sample side by side.
+        ``pipelines`` are the pipelines, as many for every sample, those of a sample side by side.
         """
-        self.runs += len(cast) // len(self.prompts)
+        self.runs += len(pipelines) // len(self.prompts)
         attachment = attach(self.pipeline, routers[0])
-        each = len(cast) // len(self.prompts)
+        each = len(pipelines) // len(self.prompts)
         calls = [call for one in zip(*(self._calls() for _ in range(each)), strict=True) for call in one]
-        turns = [_turn(clone, call) for clone, call in zip(cast, calls, strict=True)]
+        runs = [_pausable(clone, call) for clone, call in zip(pipelines, calls, strict=True)]
         try:
-            results = run_in_step(turns, lambda k: attachment.switch(routers[k]), answer)
+            results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
         return [_pictures(result) for result in results]
@@ -298,15 +300,15 @@ class Rehearsal:
         return calls
 
 
-class _Performance:
+class RolloutRun:
     """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
 
     def __init__(
-        self, rehearsal: Rehearsal, schedule: Schedule, forecast: Forecast | None, start: Take | None, first: int
+        self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, start: Rollout | None, first: int
     ):
-        self.sigmas, self.full = rehearsal.sigmas, rehearsal.full
+        self.sigmas, self.full = rollouts.sigmas, rollouts.full
         self.schedule, self.forecast, self.start, self.first = schedule, forecast, start, first
-        self.traces = tuple(Trace() for _ in rehearsal.prompts)
+        self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
 
     def answer(self, step: int, items: list[tuple[Any, Any]]) -> list[Any]:
@@ -321,7 +323,7 @@ class _Performance:
             trace.taken.append(trace.combined(rule, step))
         return [trace.taken[step] for trace in self.traces]
 
-    def _repeat(self, step: int, start: Take) -> list[Any]:
+    def _repeat(self, step: int, start: Rollout) -> list[Any]:
         self.velocities.append(start.schedule.velocity(step))
         for trace, before in zip(self.traces, start.traces, strict=True):
             trace.add(before.latents[step], before.raw[step], before.taken[step])
@@ -406,19 +408,19 @@ def _check_alone(forwards: Sequence[int]) -> None:
     others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
     if others:
         raise CalibrationError(
-            f"the pipeline runs another transformer at step {', '.join(others)}, and rehearsals (search, coaching, "
+            f"the pipeline runs another transformer at step {', '.join(others)}, and rollouts (search, refitting, "
             "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
             "transformer=...), budget)"
         )
 
 
-def _turn(clone: Any, call: dict[str, Any]) -> Turn:
+def _pausable(clone: Any, call: dict[str, Any]) -> PausableRun:
     def generate() -> Any:
-        with paused_at_steps(clone.scheduler, turn):
+        with paused_at_steps(clone.scheduler, pausable):
             return clone(**call)
 
-    turn = Turn(generate)
-    return turn
+    pausable = PausableRun(generate)
+    return pausable
 
 
 def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[int]]:
@@ -459,5 +461,5 @@ def psnr_of(reference: np.ndarray, pictures: np.ndarray) -> list[float]:
     """PSNR in dB of every picture (of a video: over all its frames), at most 100."""
     error = ((reference - pictures) ** 2).reshape(len(reference), -1).mean(axis=1)
     if not np.isfinite(error).all():
-        raise CalibrationError("a picture of the rehearsal holds NaN or infinity")
+        raise CalibrationError("a picture of the rollouts holds NaN or infinity")
     return [float(value) for value in -10 * np.log10(np.maximum(error, 10 ** (-PSNR_LIMIT / 10)))]

@@ -12,7 +12,7 @@ import torch
 from layercache.planning.fit import HOLD, Forecast, solve_ridge
 from layercache.planning.plan import weighted_errors
 from layercache.planning.profile import StabilityProfile, readable
-from layercache.planning.rollout import Rehearsal, Take, skipping
+from layercache.planning.rollout import Rollout, Rollouts, skipping
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.schedule import Schedule
 
@@ -28,39 +28,39 @@ def cell_needs(profile: StabilityProfile, schedule: Schedule) -> np.ndarray:
     return needs
 
 
-def velocity_errors(rehearsal: Rehearsal, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
+def velocity_errors(rollouts: Rollouts, max_distance: int = 8, max_span: int = 6) -> np.ndarray:
     """The solver's table for whole steps, ``[N, 1, max_distance + 1, max_span + 1]``, from the full runs' velocities.
 
     ``|sigma[i+1] - sigma[i]| * mean |(1 + c) v[a] - c v[b] - v[i]|`` as for residuals of groups (methods.md §1.5).
     """
-    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
+    sigmas, steps = rollouts.sigmas, rollouts.num_steps
     table = np.full((steps, 1, max_distance + 1, max_span + 1), np.inf)
     for step, distance, span in np.argwhere(readable(steps, max_distance, max_span)).tolist():
         anchor = step - distance
         terms = secant_coefficients(sigmas, step, anchor, anchor - span if span else None)
         errors = [
             float((sum(c * trace.taken[s] for s, c in terms.items()) - trace.taken[step]).abs().mean())
-            for trace in rehearsal.full
+            for trace in rollouts.full
         ]
         table[step, 0, distance, span] = abs(sigmas[step + 1] - sigmas[step]) * np.mean(errors)
     return table
 
 
-def step_weights(rehearsal: Rehearsal, probes: int = 10) -> np.ndarray:
+def step_weights(rollouts: Rollouts, probes: int = 10) -> np.ndarray:
     """What an error of the velocity becomes by the end of the run, relative to the other steps, ``phi [N]``, mean 1.
 
     At each probed step alone the velocity of the step before is held; ``phi`` is how far the final latents move, over
     how far the step moved them. Steps in between are interpolated. Source: methods.md §1.5, option C.
     """
-    sigmas, steps = rehearsal.sigmas, rehearsal.num_steps
-    full = Take(Schedule.compute_all(rehearsal.fingerprint), (), rehearsal.full)
+    sigmas, steps = rollouts.sigmas, rollouts.num_steps
+    full = Rollout(Schedule.compute_all(rollouts.fingerprint), (), rollouts.full)
     probed = sorted({round(step) for step in np.linspace(1, steps - 1, probes)})
     found = []
     for step in probed:
         others = [k for k in range(steps) if k != step]
-        take = rehearsal.run(skipping(rehearsal.fingerprint, others), HOLD, start=full, first=step)
+        rollout = rollouts.run(skipping(rollouts.fingerprint, others), HOLD, start=full, first=step)
         moved = introduced = 0.0
-        for trace, reference in zip(take.traces, rehearsal.full, strict=True):
+        for trace, reference in zip(rollout.traces, rollouts.full, strict=True):
             end, true_end = (t.after(steps - 1, sigmas) for t in (trace, reference))
             moved += float((end - true_end).float().abs().mean())
             introduced += float((trace.taken[step] - reference.taken[step]).float().abs().mean())
@@ -69,27 +69,27 @@ def step_weights(rehearsal: Rehearsal, probes: int = 10) -> np.ndarray:
     return weights / weights.mean()
 
 
-def step_needs(take: Take, rehearsal: Rehearsal, forecast: Forecast) -> np.ndarray:
+def step_needs(rollout: Rollout, rollouts: Rollouts, forecast: Forecast) -> np.ndarray:
     """How far a step's velocity is from any forecast of it, times the length of the step, ``[N]``.
 
     Of a skipped step: what its forecast missed. Of a computed one: what the forecast would have missed without it.
     """
-    sigmas, needs = rehearsal.sigmas, np.zeros(rehearsal.num_steps)
-    for step in range(rehearsal.num_steps):
+    sigmas, needs = rollouts.sigmas, np.zeros(rollouts.num_steps)
+    for step in range(rollouts.num_steps):
         length = sigmas[step + 1] - sigmas[step]
-        sources = [k for k in range(step - 1, -1, -1) if take.traces[0].raw[k] is not None][: forecast.terms]
+        sources = [k for k in range(step - 1, -1, -1) if rollout.traces[0].raw[k] is not None][: forecast.terms]
         if not sources:
             needs[step] = math.inf
             continue
         missed = 0.0
-        for trace, full in zip(take.traces, rehearsal.full, strict=True):
+        for trace, full in zip(rollout.traces, rollouts.full, strict=True):
             if trace.raw[step] is None:
                 target = (full.after(step, sigmas) - trace.latents[step]) / length
                 left = trace.taken[step] - target
             else:
                 left = _left_over([trace.raw[k] for k in sources], trace.latents[step], trace.raw[step])
             missed += float(left.float().pow(2).mean())
-        needs[step] = abs(length) * math.sqrt(missed / len(take.traces))
+        needs[step] = abs(length) * math.sqrt(missed / len(rollout.traces))
     return needs
 
 

@@ -21,8 +21,8 @@ from layercache.planning.front import Front, Point, quality
 from layercache.planning.journal import Journal
 from layercache.planning.plan import SPANS, plan
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.refit import coach, with_terms
-from layercache.planning.rollout import Rehearsal, Take, skipping, with_terms_of
+from layercache.planning.refit import refit, with_terms
+from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
 from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Cell, Schedule
@@ -31,7 +31,7 @@ BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
 TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
 RESIDUAL_FORECASTS = ("secant", "fitted")
-COACHED_TERMS = 3
+REFIT_TERMS = 3
 WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
 
 
@@ -60,12 +60,12 @@ def search(
     For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
     two best with every forecast. The best schedule of whole steps, and of groups where that is close, is then refined:
     one computed cell is exchanged for a cached one, in the order of what their errors promise. At last the forecasts
-    of the groups' residuals are fitted while the schedule runs (`layercache.planning.refit.coach`). Nothing is drawn by
+    of the groups' residuals are fitted while the schedule runs (`layercache.planning.refit.refit`). Nothing is drawn by
     chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts, seeds, call: the calibration samples, see `layercache.planning.rollout.Rehearsal`.
+        prompts, seeds, call: the calibration samples, see `layercache.planning.rollout.Rollouts`.
         profiles: from `layercache.calibrate`, on the same settings: costs, and the groups to try.
         validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
         budgets: shares of the block time.
@@ -85,7 +85,7 @@ def search(
         ArgumentError: there are no profiles, or they are something else.
         BudgetError: a budget is out of range.
         ScheduleMismatchError: a profile was measured on something else.
-        CalibrationError: as for `Rehearsal`.
+        CalibrationError: as for `Rollouts`.
     """
     measured = _profiles(profiles)
     for budget in budgets:
@@ -93,18 +93,18 @@ def search(
             raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
     if not 0 <= tail <= 1:
         raise BudgetError(f"tail is a weight from 0 to 1, got {tail}")
-    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    rollouts = Rollouts(pipeline, prompts, seeds, **call)
     for profile in measured:
-        _check_profile(profile, rehearsal)
-    hunt = _Search(rehearsal, measured, forecasts, max_cache_bytes, Journal(resume, rehearsal), seed, tail)
-    hunt.per_branch = per_branch
-    if step_probes and rehearsal.is_euler:
-        hunt.weights = step_weights(rehearsal, step_probes)
-    hunt.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+        _check_profile(profile, rollouts)
+    state = _Search(rollouts, measured, forecasts, max_cache_bytes, Journal(resume, rollouts), seed, tail)
+    state.per_branch = per_branch
+    if step_probes and rollouts.is_euler:
+        state.weights = step_weights(rollouts, step_probes)
+    state.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(budgets, reverse=True):
-            hunt.explore(budget, trials, bar)
-    front = Front.of(hunt.points, _seconds(measured[0]), rehearsal.runs, hunt.notes, tail)
+            state.explore(budget, trials, bar)
+    front = Front.of(state.points, _seconds(measured[0]), rollouts.runs, state.notes, tail)
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
@@ -121,13 +121,13 @@ def _profiles(given: Any) -> list[StabilityProfile]:
 
 def validated(points: Sequence[Point], pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
     """The points with their PSNR on other samples: nothing is fitted here."""
-    rehearsal = Rehearsal(pipeline, prompts, seeds, **call)
+    rollouts = Rollouts(pipeline, prompts, seeds, **call)
     for point in points:
-        yield replace(point, held_out=rehearsal.run(point.schedule).psnr)
+        yield replace(point, held_out=rollouts.run(point.schedule).psnr)
 
 
-def _check_profile(profile: StabilityProfile, rehearsal: Rehearsal) -> None:
-    here, there = rehearsal.fingerprint, profile.fingerprint
+def _check_profile(profile: StabilityProfile, rollouts: Rollouts) -> None:
+    here, there = rollouts.fingerprint, profile.fingerprint
     there.check_model(here.model_class, here.config_hash, here.num_blocks)
     there.check_sigmas(here.sigmas)
     if set(here.branches) != set(there.branches):
@@ -145,7 +145,7 @@ def _seconds(profile: StabilityProfile) -> tuple[float, float, float]:
 class _Tried:
     """A candidate after its run; a run that the journal remembers has no traces until they are asked for.
 
-    Where it was coached, the skeleton is the schedule from before.
+    Where it was refitted, the skeleton is the schedule from before.
     """
 
     skeleton: Schedule
@@ -153,14 +153,14 @@ class _Tried:
     origin: str
     psnr: tuple[float, ...]
     quality: float
-    take: Take | None = None
-    is_coached: bool = False
+    rollout: Rollout | None = None
+    is_refitted: bool = False
 
 
 class _Search:
     def __init__(
         self,
-        rehearsal: Rehearsal,
+        rollouts: Rollouts,
         profiles: Sequence[StabilityProfile],
         forecasts: Sequence[Forecast] | None,
         max_cache_bytes: int | None,
@@ -168,8 +168,8 @@ class _Search:
         seed: int,
         tail: float,
     ):
-        self.rehearsal, self.profiles, self.journal = rehearsal, profiles, journal
-        self.forecasts = forecasts or (STEERED if rehearsal.is_euler else TAUGHT)
+        self.rollouts, self.profiles, self.journal = rollouts, profiles, journal
+        self.forecasts = forecasts or (STEERED if rollouts.is_euler else TAUGHT)
         self.max_cache_bytes = max_cache_bytes
         self.tail = tail
         self.random = np.random.default_rng(seed)
@@ -179,12 +179,12 @@ class _Search:
         self.seconds = sum(profiles[0].group_seconds)
         self.points: list[Point] = []
         self.notes: list[str] = []
-        self.errors = velocity_errors(rehearsal)
+        self.errors = velocity_errors(rollouts)
         self.best: _Tried | None = None
 
     def explore(self, budget: float, trials: int, bar: Any) -> None:
         """Runs the portfolio of a budget, then refines the best of whole steps and, if they are close, of groups."""
-        count = math.floor(budget * self.rehearsal.num_steps + 1e-9)
+        count = math.floor(budget * self.rollouts.num_steps + 1e-9)
         portfolio = list(self._portfolio(budget, count))
         tried = self._run_all([(skeleton, self.forecasts[0], origin) for origin, skeleton in portfolio])
         ahead = sorted(tried, key=lambda t: t.quality)[-2:] or [
@@ -201,8 +201,8 @@ class _Search:
             refined = self._refine(max(grouped, key=lambda t: t.quality), trials, bar)
             tried += [refined, *self._coach(refined)]
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
-            take = self._take(one)
-            self.points.append(Point(take.schedule, f"{one.origin}, {one.forecast.name}", take.psnr))
+            rollout = self._rollout_of(one)
+            self.points.append(Point(rollout.schedule, f"{one.origin}, {one.forecast.name}", rollout.psnr))
 
     def _note(self, budget: float, whole: Sequence[_Tried], grouped: Sequence[_Tried]) -> None:
         """Says whether deciding per group of layers pays, before anything is refined."""
@@ -227,23 +227,21 @@ class _Search:
 
     def _coach(self, tried: _Tried) -> Iterator[_Tried]:
         """The same cells with residuals fitted as they run; not where time or memory forbid it."""
-        if time.monotonic() > self.deadline or not self._fits(
-            with_terms(tried.skeleton, COACHED_TERMS), tried.forecast
-        ):
+        if time.monotonic() > self.deadline or not self._fits(with_terms(tried.skeleton, REFIT_TERMS), tried.forecast):
             return
-        coached = replace(tried, origin=f"{tried.origin}, coached", is_coached=True, take=None)
-        key = f"{_key(tried.skeleton, tried.forecast)} coached"
+        refitted = replace(tried, origin=f"{tried.origin}, refitted", is_refitted=True, rollout=None)
+        key = f"{_key(tried.skeleton, tried.forecast)} refitted"
         if key not in self.journal.results:
-            self.journal.add(key, self._take(coached).psnr)
-        coached.psnr = tuple(self.journal.results[key])
-        coached.quality = quality(coached.psnr, self.tail)
-        yield coached
+            self.journal.add(key, self._rollout_of(refitted).psnr)
+        refitted.psnr = tuple(self.journal.results[key])
+        refitted.quality = quality(refitted.psnr, self.tail)
+        yield refitted
 
     def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
         return [self._run(*candidate) for candidate in candidates if self._fits(*candidate[:2])]
 
     def _portfolio(self, budget: float, count: int) -> Iterator[tuple[str, Schedule]]:
-        steps = self.rehearsal.num_steps
+        steps = self.rollouts.num_steps
         seen: set[tuple[int, ...]] = set()
         lists = []
         for gamma in (1.0, 2.0):
@@ -272,13 +270,13 @@ class _Search:
                     yield f"{len(profile.groups)} groups, {forecast}" + (", branches apart" if apart else ""), schedule
 
     def _skipping(self, computed: Sequence[int]) -> Schedule:
-        return skipping(self.rehearsal.fingerprint, computed, self.seconds)
+        return skipping(self.rollouts.fingerprint, computed, self.seconds)
 
     def _solved(self, count: int, errors: np.ndarray) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
         from layercache import _core
 
-        steps = self.rehearsal.num_steps
+        steps = self.rollouts.num_steps
         protected = np.zeros((steps, 1), dtype=bool)
         protected[:2] = True
         protected[-1:] = count > 3
@@ -296,7 +294,7 @@ class _Search:
     def _thinned(self, tried: _Tried, count: int) -> list[int]:
         """The computed steps of a richer schedule without those that are forecast best."""
         computed = _computed(tried.skeleton)
-        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        need = step_needs(self._rollout_of(tried), self.rollouts, tried.forecast)
         droppable = sorted((s for s in computed if s > 0), key=lambda s: need[s])
         dropped = set(droppable[: max(0, len(computed) - count)])
         return [step for step in computed if step not in dropped]
@@ -328,8 +326,8 @@ class _Search:
 
     def _step_exchanges(self, tried: _Tried) -> Iterator[Schedule]:
         computed = _computed(tried.skeleton)
-        skipped = [step for step in range(self.rehearsal.num_steps) if step not in computed]
-        need = step_needs(self._take(tried), self.rehearsal, tried.forecast)
+        skipped = [step for step in range(self.rollouts.num_steps) if step not in computed]
+        need = step_needs(self._rollout_of(tried), self.rollouts, tried.forecast)
         pairs = [(out, into) for out in computed[1:] for into in skipped]
         for out, into in self._mixed(pairs, lambda pair: _gain(need, *pair)):
             yield self._skipping(sorted({*computed, into} - {out}))
@@ -372,25 +370,25 @@ class _Search:
             return _Tried(skeleton, forecast, origin, psnr, quality(psnr, self.tail))
         start, first = None, 0
         if near is not None and forecast == near.forecast:
-            start = self._take(near)
+            start = self._rollout_of(near)
             first = _first_difference(skeleton, near.skeleton)
-        take = self.rehearsal.run(skeleton, forecast, start=start, first=first)
-        self.journal.add(key, take.psnr)
-        return _Tried(skeleton, forecast, origin, take.psnr, quality(take.psnr, self.tail), take)
+        rollout = self.rollouts.run(skeleton, forecast, start=start, first=first)
+        self.journal.add(key, rollout.psnr)
+        return _Tried(skeleton, forecast, origin, rollout.psnr, quality(rollout.psnr, self.tail), rollout)
 
-    def _take(self, tried: _Tried) -> Take:
-        if tried.take is None and tried.is_coached:
-            tried.take = coach(self.rehearsal, tried.skeleton, "teacher", COACHED_TERMS, tried.forecast)
-        elif tried.take is None:
-            tried.take = self.rehearsal.run(tried.skeleton, tried.forecast)
+    def _rollout_of(self, tried: _Tried) -> Rollout:
+        if tried.rollout is None and tried.is_refitted:
+            tried.rollout = refit(self.rollouts, tried.skeleton, "teacher", REFIT_TERMS, tried.forecast)
+        elif tried.rollout is None:
+            tried.rollout = self.rollouts.run(tried.skeleton, tried.forecast)
         made_by = {"method": "layercache", "origin": tried.origin, "forecast": tried.forecast.name}
-        schedule = replace(tried.take.schedule, made_by={**tried.take.schedule.made_by, **made_by})
-        return replace(tried.take, schedule=schedule)
+        schedule = replace(tried.rollout.schedule, made_by={**tried.rollout.schedule.made_by, **made_by})
+        return replace(tried.rollout, schedule=schedule)
 
     def _fits(self, skeleton: Schedule, forecast: Forecast) -> bool:
         if self.max_cache_bytes is None:
             return True
-        return self.rehearsal.cache_bytes(with_terms_of(skeleton, forecast)) <= self.max_cache_bytes
+        return self.rollouts.cache_bytes(with_terms_of(skeleton, forecast)) <= self.max_cache_bytes
 
 
 def _computed(schedule: Schedule) -> list[int]:

@@ -22,7 +22,7 @@ class Abandoned(BaseException):
     """Raised inside a generation that nobody waits for any more."""
 
 
-class Turn:
+class PausableRun:
     """A function that can pause: ``resume`` runs it up to its next ``pause``, or to its end.
 
     Attributes:
@@ -120,13 +120,13 @@ def clones(pipeline: Any, count: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def paused_at_steps(scheduler: Any, turn: Turn) -> Iterator[None]:
-    """The turn pauses at every sampler step with ``(step, velocity, latents)``; the reply is the velocity to take."""
+def paused_at_steps(scheduler: Any, run: PausableRun) -> Iterator[None]:
+    """Pauses the run at every sampler step with ``(step, velocity, latents)``; the reply is the velocity to take."""
     original = scheduler.step
 
     @functools.wraps(original)
     def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        velocity = turn.pause((scheduler_step(scheduler), model_output, sample))
+        velocity = run.pause((scheduler_step(scheduler), model_output, sample))
         return original(velocity, timestep, sample, *args, **kwargs)
 
     scheduler.__dict__["step"] = step
@@ -137,34 +137,34 @@ def paused_at_steps(scheduler: Any, turn: Turn) -> Iterator[None]:
 
 
 def run_in_step(
-    turns: Sequence[Turn],
+    runs: Sequence[PausableRun],
     select: Callable[[int], object],
     answer: Callable[[int, list[tuple[Any, Any]]], list[Any]],
 ) -> list[Any]:
-    """Runs all turns to their end, stopping at every sampler step; their results.
+    """Resumes all runs to their end, stopping at every sampler step; their results.
 
     Args:
-        turns: paused by `paused_at_steps`.
-        select: called with a turn's number before that turn runs.
-        answer: of the step's number and every turn's ``(velocity, latents)``, the velocities to take.
+        runs: paused by `paused_at_steps`.
+        select: called with a run's number before it goes on.
+        answer: of the step's number and every run's ``(velocity, latents)``, the velocities to take.
 
     Raises:
-        ValueError: the turns do not take the same steps.
+        ValueError: the runs do not take the same steps.
     """
-    replies: list[Any] = [None] * len(turns)
+    replies: list[Any] = [None] * len(runs)
     try:
         while True:
             running = []
-            for number, turn in enumerate(turns):
+            for number, run in enumerate(runs):
                 select(number)
-                running.append(turn.resume(replies[number]))
+                running.append(run.resume(replies[number]))
             if not any(running):
-                return [turn.result for turn in turns]
-            steps = {turn.item[0] if goes_on else None for turn, goes_on in zip(turns, running, strict=True)}
+                return [run.result for run in runs]
+            steps = {run.item[0] if goes_on else None for run, goes_on in zip(runs, running, strict=True)}
             step = steps.pop()
             if steps or step is None:
                 raise ValueError(f"the generations do not take the same steps: {sorted(map(str, {step, *steps}))}")
-            replies = answer(step, [turn.item[1:] for turn in turns])
+            replies = answer(step, [run.item[1:] for run in runs])
     finally:
-        for turn in turns:
-            turn.abandon()
+        for run in runs:
+            run.abandon()

@@ -38,22 +38,22 @@ def _class_method(owner: Any, name: str) -> Any:
     return MethodType(getattr(type(owner), name), owner)
 
 
-class Shadow(functools.partial):
+class MethodPatch(functools.partial):
     """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
 
     of: tuple[Any, str]
 
-    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> Shadow:
-        shadow = super().__new__(cls, call)
-        functools.update_wrapper(shadow, getattr(owner, name))
-        shadow.of = owner, name
-        return shadow
+    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
+        patch = super().__new__(cls, call)
+        functools.update_wrapper(patch, getattr(owner, name))
+        patch.of = owner, name
+        return patch
 
     def __reduce__(self) -> Any:
         return _class_method, self.of
 
 
-class Whereabouts(local):
+class ThreadContext(local):
     """Name and step of each thread's cache context."""
 
     now: tuple[str | None, int | None] = (None, None)
@@ -82,7 +82,7 @@ class NamedContext:
         return None if self._inner is None else self._inner.__exit__(*exc)
 
 
-class Occupied:
+class CacheConfigMarker:
     """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
 
     def __reduce__(self) -> Any:
@@ -115,7 +115,7 @@ class Attachment:
         self._tallies: dict[int, StepTally] = {}
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
-        self.thread = Whereabouts()
+        self.thread = ThreadContext()
         self.has_own_contexts = has_own_contexts(self.transformer)
         self._lock, self._holder = Lock(), 0
         self._classes: list[tuple[nn.ModuleList, type]] = []
@@ -159,7 +159,7 @@ class Attachment:
 
         self._shadow(transformer, "enable_cache", enable_cache)
         self._shadow(transformer, "disable_cache", self.detach)
-        self._put(transformer, CACHE_CONFIG, Occupied())
+        self._put(transformer, CACHE_CONFIG, CacheConfigMarker())
 
     def _changing(self, original: Any) -> Any:
         """A method after which the model is another one: nothing that it stored before is of use."""
@@ -183,7 +183,7 @@ class Attachment:
         if scheduler is not None and not counts_steps(scheduler) and hasattr(scheduler, "step"):
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
             self._shadow(scheduler, "step", self._counted_step(scheduler.step, tally))
-        if self.router.steers:
+        if self.router.replaces_velocity:
             self._shadow(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
@@ -233,7 +233,7 @@ class Attachment:
 
     def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
-        self._put(owner, name, Shadow(owner, name, replacement))
+        self._put(owner, name, MethodPatch(owner, name, replacement))
 
     def _put(self, owner: Any, name: str, value: Any) -> None:
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
@@ -260,7 +260,7 @@ class Attachment:
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             at = scheduler_step(scheduler)
             router = self._root.for_call()
-            velocity = model_output if at is None else router.pass_on(at, model_output, sample)
+            velocity = model_output if at is None else router.replace_velocity(at, model_output, sample)
             return original(velocity, timestep, sample, *args, **kwargs)
 
         return step
@@ -299,7 +299,7 @@ class Attachment:
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
             router = self.router
-            if router.looks_back and output is not None and router.is_announced:  # the forward did not fail
+            if router.has_post_hook and output is not None and router.is_announced:  # the forward did not fail
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
         finally:
             self.router.shut()
@@ -325,7 +325,7 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
 
 
 def attach(target: Any, router: Router) -> Attachment:
-    """Attaches a router to a pipeline or transformer, and to its scheduler if the router steers.
+    """Attaches a router to a pipeline or transformer, and to its scheduler if the router replaces velocities.
 
     Raises:
         CacheStateError: another cache, ours or one of diffusers, is enabled on it.

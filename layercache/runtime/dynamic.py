@@ -15,9 +15,9 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
-from layercache.runtime.policy import Decider, DynamicMethod, Run, Sight
+from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
 from layercache.runtime.report import CacheReport
-from layercache.runtime.router import Place, Router, StandIn, Trip
+from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
@@ -69,7 +69,7 @@ class BranchState:
         return sum(buffer.nbytes for one in self.stored for buffer in one) + self.decider.nbytes
 
 
-class _Visit(Trip):
+class _Visit(BlockPass):
     """One passage through the blocks."""
 
     router: DynamicRouter
@@ -100,7 +100,7 @@ class _Visit(Trip):
             self.base = [image, text] if router.keeps_text and text is not None else [image]
         if at == router.probe:
             assert self.start is not None
-            self.reuses = router.decides_to_reuse(Sight(self.start, image, router.modulation))
+            self.reuses = router.decides_to_reuse(Observation(self.start, image, router.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -112,13 +112,13 @@ class _Visit(Trip):
         return found[0], found[1] if len(found) == 2 else text
 
 
-class _Gate(StandIn):
+class _Gate(BlockProxy):
     """A block that is computed or skipped by what was decided on the way to it."""
 
-    trip: _Visit
+    block_pass: _Visit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        visit, at = self.trip, self.place.block
+        visit, at = self.block_pass, self.place.block
         router = visit.router
         if at in router.landmarks:
             visit.arrive(self.block, at, self.streams(args, kwargs), args, kwargs)
@@ -199,8 +199,8 @@ class DynamicRouter(Router):
         changed = self._signatures[place.branch].changes(arguments, place.starts)
         if changed or place.starts or place.branch not in self.states:
             self._start(place.branch, place.step)
-        if self._kept_trip is not None:
-            self._kept_trip.restart()  # type: ignore[attr-defined]
+        if self._kept_pass is not None:
+            self._kept_pass.restart()  # type: ignore[attr-defined]
         self.open((GroupAction(COMPUTE),))
 
     def _start(self, branch: str, step: int) -> None:
@@ -214,13 +214,13 @@ class DynamicRouter(Router):
         log: list[Cell] = [*before, *[None] * (step - len(before))]
         self.states[branch] = BranchState(decider, Reader(self.method.sync, self._group), log=log)
 
-    def new_trip(self) -> Trip:
+    def new_pass(self) -> BlockPass:
         return _Visit(self)
 
-    def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
-        assert isinstance(trip, _Visit)
+    def item(self, block_pass: BlockPass, block: nn.Module, place: Place) -> Any:
+        assert isinstance(block_pass, _Visit)
         gated = place.block in self.landmarks or self.probe <= place.block < self.end
-        return _Gate(trip, block, place) if gated else block
+        return _Gate(block_pass, block, place) if gated else block
 
     def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
@@ -233,36 +233,36 @@ class DynamicRouter(Router):
         lo, hi = (min(max(block - first, 0), len(items)) for block in (self.probe + 1, self.end - 1))
         yield from items[:lo]
         between = items[lo:hi]  # the decision was made on the way here
-        if between and not between[0].trip.reuses:
+        if between and not between[0].block_pass.reuses:
             yield from [gate.block for gate in between]
         elif self.adds:
             yield from between
         yield from items[max(lo, hi) :]
 
-    def decides_to_reuse(self, sight: Sight) -> bool:
+    def decides_to_reuse(self, observation: Observation) -> bool:
         """Looks, decides, and notes what was decided."""
         state, step = self.states[self._branch], self._step
         leader = self._leader()
         if leader is not None:
             terms = leader.log[step] if set(leader.log[step] or ()) <= set(state.anchors) else None
         else:
-            terms = self._decide(state, step, sight)
+            terms = self._decide(state, step, observation)
         del state.log[step:]
         state.log += [None] * (step - len(state.log)) + [terms]
         self._counts["computed" if terms is None else "reused"] += 1
         return terms is not None
 
-    def _decide(self, state: BranchState, step: int, sight: Sight) -> Cell:
+    def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
         must = not state.anchors or decider.must_compute(step)
-        numbers = state.reader.read(self._seen(state, step, sight, must))
+        numbers = state.reader.read(self._seen(state, step, observation, must))
         reuses = not must and numbers is not None and decider.may_reuse(step, numbers)
-        decider.settle(step, not reuses)
+        decider.record(step, not reuses)
         return decider.terms(step, state.anchors) if reuses else None
 
-    def _seen(self, state: BranchState, step: int, sight: Sight, must: bool) -> torch.Tensor | None:
+    def _seen(self, state: BranchState, step: int, observation: Observation, must: bool) -> torch.Tensor | None:
         """Statistics of what is seen; not sent to the host where nothing depends on them."""
-        statistics = state.decider.observe(step, sight)
+        statistics = state.decider.observe(step, observation)
         return None if must and self.method.sync == "step" else statistics
 
     def _leader(self) -> BranchState | None:

@@ -128,7 +128,7 @@ def _enable_schedule(
             return shared.router
     ends = hasattr(target, "maybe_free_model_hooks")
     router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, ends, storage)
-    if router.steers and not hasattr(scheduler, "step_index"):
+    if router.replaces_velocity and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
             "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"

@@ -13,7 +13,7 @@ from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec
 from layercache.runtime.report import CacheReport
 from layercache.runtime.requests import Requests
-from layercache.runtime.router import Router, Trip
+from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.state import CacheState, Row
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
@@ -22,7 +22,7 @@ from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout,
 from layercache.schedule.schedule import Schedule, time_share
 
 
-class DryTrip(Trip):
+class DryPass(BlockPass):
     """Passes the streams by every block and remembers the first group's."""
 
     watches = True
@@ -58,7 +58,7 @@ class ScheduleRouter(Router):
         self.state: CacheState
         self.row: Row
         self.track = VelocityTrack(self.layout)
-        self._dry_trip: DryTrip | None = None
+        self._dry_pass: DryPass | None = None
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._generations: dict[str, int] = {}
@@ -120,17 +120,17 @@ class ScheduleRouter(Router):
         The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
         """
         self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
-        self._dry_trip, self.keeps_items = DryTrip(self), False
+        self._dry_pass, self.keeps_items = DryPass(self), False
         try:
             dry_run()
-            if self._dry_trip.streams is not None:
-                state.fit(*self._dry_trip.streams)
+            if self._dry_pass.streams is not None:
+                state.fit(*self._dry_pass.streams)
         finally:
-            self._dry_trip, self.keeps_items = None, True
+            self._dry_pass, self.keeps_items = None, True
             self.shut()
 
-    def new_trip(self) -> Trip:
-        return self._dry_trip or super().new_trip()
+    def new_pass(self) -> BlockPass:
+        return self._dry_pass or super().new_pass()
 
     def _start_generation(self, branch: str, state: CacheState) -> None:
         """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
@@ -179,12 +179,12 @@ class ScheduleRouter(Router):
     def capture(self, group, image_in, text_in, image_out, text_out) -> None:
         state = self.state
         image_slot, text_slot = self.row.captures[group]
-        if (group, text_slot is None) not in state.alike:
+        if (group, text_slot is None) not in state.validated_groups:
             state.fit(image_out, text_out)
             check_alike(image_in, image_out)
             if text_slot is not None:
                 check_alike(text_in, text_out)
-            state.alike.add((group, text_slot is None))
+            state.validated_groups.add((group, text_slot is None))
         # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
         flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
         if text_slot is None:
@@ -240,10 +240,10 @@ class ScheduleRouter(Router):
             state.reset()
 
     @property
-    def steers(self) -> bool:
+    def replaces_velocity(self) -> bool:
         return bool(self.track.layouts)
 
-    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """What the sampler gets at a step instead of the model's velocity.
 
         Raises:
@@ -254,7 +254,7 @@ class ScheduleRouter(Router):
                 f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "
                 "a schedule with velocities needs one scheduler, stepped once after every call of the transformer"
             )
-        return self.track.pass_on(velocity, latents)
+        return self.track.replace_velocity(velocity, latents)
 
     def finish(self) -> None:
         self.check()

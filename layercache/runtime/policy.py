@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass
-class Sight:
+class Observation:
     """What can be looked at in front of the blocks that may be skipped.
 
     Attributes:
@@ -75,7 +75,7 @@ class Decider(ABC):
         """Whether the step is computed whatever is seen."""
 
     @abstractmethod
-    def observe(self, step: int, sight: Sight) -> torch.Tensor | None:
+    def observe(self, step: int, observation: Observation) -> torch.Tensor | None:
         """Remembers what is seen; fp32 statistics against what was, or ``None`` where there is nothing to compare."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Decider(ABC):
         """The published rule on the numbers of `observe`; NaN never counts as a small change."""
 
     @abstractmethod
-    def settle(self, step: int, computed: bool) -> None:
+    def record(self, step: int, computed: bool) -> None:
         """The decision was made; references that belong to computed steps move here."""
 
     def terms(self, step: int, anchors: Sequence[int]) -> dict[int, float]:

@@ -165,7 +165,7 @@ class BatchRouter(Router):
         for router, count in members:
             self.members.append((router, slice(self.size, self.size + count)))
             self.size += count
-        if any(router.steers for router, _ in self.members):
+        if any(router.replaces_velocity for router, _ in self.members):
             raise CacheStateError("a schedule that changes velocities serves one request per forward: cache.request()")
 
     def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:

@@ -35,7 +35,7 @@ class Place(NamedTuple):
     list: int = 0
 
 
-class Trip:
+class BlockPass:
     """One passage of the streams through the blocks; remembers the input of the group that is open.
 
     Attributes:
@@ -68,7 +68,7 @@ class Trip:
         return self.router.reuse(group, image, text, results)
 
 
-class StandIn:
+class BlockProxy:
     """Called where the forward calls a block; has the block's attributes, should the forward look at them.
 
     Attributes:
@@ -76,14 +76,14 @@ class StandIn:
             them; everything that follows, and so a residual, is of the shard alone.
     """
 
-    def __init__(self, trip: Trip, block: nn.Module, place: Place):
-        self.trip, self.block, self.place = trip, block, place
-        self.calls = trip.router.calls[place.list]
+    def __init__(self, block_pass: BlockPass, block: nn.Module, place: Place):
+        self.block_pass, self.block, self.place = block_pass, block, place
+        self.calls = block_pass.router.calls[place.list]
         self.splits: tuple[Any, ...] = ()
-        if isinstance(block, StandIn):
+        if isinstance(block, BlockProxy):
             self.splits = block.splits
         elif place.block == 0:
-            self.splits = stream_splits(block, trip.router.spec.arguments)
+            self.splits = stream_splits(block, block_pass.router.spec.arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
@@ -98,7 +98,7 @@ class StandIn:
         """The streams of a call as the block itself sees them."""
         if self.splits:
             args, kwargs = self.sharded(args, kwargs)
-        return self.calls.inputs(args, kwargs, self.trip.tokens)
+        return self.calls.inputs(args, kwargs, self.block_pass.tokens)
 
     def packed(self, args: Sequence[Any], kwargs: Mapping[str, Any], here: Streams, new: Streams) -> Any:
         """What the block gives without running; of joined streams, what is new replaces its part in place."""
@@ -110,7 +110,7 @@ class StandIn:
         return self.calls.given(args, kwargs)
 
 
-class CapturedBlock(StandIn):
+class CapturedBlock(BlockProxy):
     """The first or last block of a computed group whose residual is stored.
 
     Attributes:
@@ -120,60 +120,60 @@ class CapturedBlock(StandIn):
     hands_on = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trip = self.trip
+        block_pass = self.block_pass
         group, _, opens, closes, _ = self.place
         if opens:
-            trip.image, trip.text = self.streams(args, kwargs)
-            if trip.watches:
-                trip.opened(group)
+            block_pass.image, block_pass.text = self.streams(args, kwargs)
+            if block_pass.watches:
+                block_pass.opened(group)
         output = self.block(*args, **kwargs)
         if closes:
-            image, text = self.calls.unpack(output, trip.tokens)
-            if trip.watches:
-                trip.computed(group)
-            image_in, text_in = trip.image, trip.text
-            trip.image, trip.text = (image, text) if self.hands_on else (None, None)
-            trip.router.capture(group, image_in, text_in, image, text)
-            if trip.watches:
-                trip.captured(group)
+            image, text = self.calls.unpack(output, block_pass.tokens)
+            if block_pass.watches:
+                block_pass.computed(group)
+            image_in, text_in = block_pass.image, block_pass.text
+            block_pass.image, block_pass.text = (image, text) if self.hands_on else (None, None)
+            block_pass.router.capture(group, image_in, text_in, image, text)
+            if block_pass.watches:
+                block_pass.captured(group)
         return output
 
 
-class SkippedBlock(StandIn):
+class SkippedBlock(BlockProxy):
     """The first or last block of a reused group: passes the streams on, and at the group's end replaces them."""
 
-    def __init__(self, trip: Trip, block: nn.Module, place: Place, action: GroupAction):
-        super().__init__(trip, block, place)
+    def __init__(self, block_pass: BlockPass, block: nn.Module, place: Place, action: GroupAction):
+        super().__init__(block_pass, block, place)
         self.action = action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trip, place = self.trip, self.place
+        block_pass, place = self.block_pass, self.place
         if self.splits:
             args, kwargs = self.sharded(args, kwargs)
-        here = new = self.calls.inputs(args, kwargs, trip.tokens)
+        here = new = self.calls.inputs(args, kwargs, block_pass.tokens)
         if place.opens:
-            trip.image, trip.text = here
-            if trip.watches:
-                trip.opened(place.group)
-            if not place.closes and place.list in trip.router.rewritten:
+            block_pass.image, block_pass.text = here
+            if block_pass.watches:
+                block_pass.opened(place.group)
+            if not place.closes and place.list in block_pass.router.rewritten:
                 return self.calls.copied(args, kwargs)
         if place.closes:
-            new = trip.skip(place.group, self.action, here if self.calls.order is not None else None)
+            new = block_pass.skip(place.group, self.action, here if self.calls.order is not None else None)
         return self.packed(args, kwargs, here, new)
 
 
-class PassedBlock(StandIn):
+class IdentityBlock(BlockProxy):
     """A block inside a reused group: passes on what it was given."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.calls.passed(args, kwargs)
 
 
-class MeasuredBlock(StandIn):
+class MeasuredBlock(BlockProxy):
     """The very first block of a model that joins its streams later: notes how many tokens each has."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.trip.tokens.note(*self.streams(args, kwargs))
+        self.block_pass.tokens.note(*self.streams(args, kwargs))
         return self.block(*args, **kwargs)
 
 
@@ -187,7 +187,7 @@ class Router:
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
         adds: whether the present forward may add something behind single blocks.
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
-        looks_back: whether `after` does anything.
+        has_post_hook: whether `after` does anything.
     """
 
     adds = True
@@ -201,11 +201,11 @@ class Router:
         self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
         self.actions: tuple[GroupAction, ...] = ()
         self.is_announced = False
-        self.looks_back = type(self).after is not Router.after
+        self.has_post_hook = type(self).after is not Router.after
         self._next_list = _CLOSED
         self._last_list = len(spec.block_lists) - 1
-        self._trip: Trip | None = None
-        self._kept_trip: Trip | None = None
+        self._pass: BlockPass | None = None
+        self._kept_pass: BlockPass | None = None
         self._kept: list[dict[Any, list[Any]]] = [{} for _ in spec.block_lists]
         self._kept_blocks: list[list[Any]] = [[] for _ in spec.block_lists]
         lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
@@ -222,16 +222,16 @@ class Router:
         self.actions = actions
         self.is_announced = True
         self._next_list = 0
-        self._trip = None
+        self._pass = None
 
     def shut(self) -> None:
         """No forward is running: the lists yield their blocks, as for anybody who looks at the model."""
         self.is_announced = False
         self._next_list = _CLOSED
-        self._trip = None
+        self._pass = None
 
-    def new_trip(self) -> Trip:
-        return Trip(self)
+    def new_pass(self) -> BlockPass:
+        return BlockPass(self)
 
     def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """What block list ``index`` yields: its blocks, or in an announced forward, in its turn, what stands for them.
@@ -244,13 +244,13 @@ class Router:
         self._next_list = _CLOSED if last else index + 1
         if self.keeps_items and not torch.compiler.is_dynamo_compiling():
             return iter(self._items_again(index, list(blocks)))
-        trip = self.new_trip() if self._trip is None else self._trip
-        self._trip = None if last else trip
-        return iter(self._items(trip, index, blocks))
+        block_pass = self.new_pass() if self._pass is None else self._pass
+        self._pass = None if last else block_pass
+        return iter(self._items(block_pass, index, blocks))
 
-    def _items(self, trip: Trip, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
+    def _items(self, block_pass: BlockPass, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
         placed = zip(blocks, self._positions[index], strict=True)
-        return [self._measured(trip, self.item(trip, block, place), place) for block, place in placed]
+        return [self._measured(block_pass, self.item(block_pass, block, place), place) for block, place in placed]
 
     def _items_again(self, index: int, blocks: list[nn.Module]) -> list[Any]:
         hooked = index == 0 and blocks and HOOK_REGISTRY in blocks[0].__dict__
@@ -260,25 +260,25 @@ class Router:
         key = self.actions, self.adds
         kept = self._kept[index]
         if key not in kept:
-            if self._kept_trip is None:
-                self._kept_trip = self.new_trip()
-            items = self._items(self._kept_trip, index, blocks)
+            if self._kept_pass is None:
+                self._kept_pass = self.new_pass()
+            items = self._items(self._kept_pass, index, blocks)
             kept[key] = items if self.adds else _joined(_shortened(items))
         return kept[key]
 
-    def _measured(self, trip: Trip, item: Any, place: Place) -> Any:
-        return MeasuredBlock(trip, item, place) if self.spec.joint and place.block == 0 else item
+    def _measured(self, block_pass: BlockPass, item: Any, place: Place) -> Any:
+        return MeasuredBlock(block_pass, item, place) if self.spec.joint and place.block == 0 else item
 
-    def item(self, trip: Trip, block: nn.Module, place: Place) -> Any:
+    def item(self, block_pass: BlockPass, block: nn.Module, place: Place) -> Any:
         """What stands for a block in the announced forward."""
         action = self.actions[place.group]
         if action.kind == COMPUTE:
             return block
         if action.kind == CAPTURE:
-            return CapturedBlock(trip, block, place) if place.opens or place.closes else block
+            return CapturedBlock(block_pass, block, place) if place.opens or place.closes else block
         if place.opens or place.closes:
-            return SkippedBlock(trip, block, place, action)
-        return PassedBlock(trip, block, place)
+            return SkippedBlock(block_pass, block, place, action)
+        return IdentityBlock(block_pass, block, place)
 
     @property
     def graphs(self) -> int:
@@ -315,11 +315,11 @@ class Router:
         """The announced forward gave ``output``; ``rerun`` runs the same one again."""
 
     @property
-    def steers(self) -> bool:
-        """Whether the velocity passes through `pass_on` on its way to the sampler."""
+    def replaces_velocity(self) -> bool:
+        """Whether the velocity passes through `replace_velocity` on its way to the sampler."""
         return False
 
-    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return velocity
 
     def invalidate(self) -> None:
@@ -356,11 +356,11 @@ class Router:
 
 def _shortened(items: list[Any]) -> list[Any]:
     """With the reused groups at the end of a list as one call each: nothing there asks for a block's number."""
-    needed = (k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, PassedBlock)) or item.splits)
+    needed = (k for k, item in enumerate(items) if not isinstance(item, (SkippedBlock, IdentityBlock)) or item.splits)
     last = max(needed, default=-1)
     kept, opened = items[: last + 1], None
     for item in items[last + 1 :]:
-        if isinstance(item, PassedBlock):
+        if isinstance(item, IdentityBlock):
             continue
         if item.place.opens and not item.place.closes:
             opened = item
@@ -369,7 +369,7 @@ def _shortened(items: list[Any]) -> list[Any]:
         else:
             opened = None
             if item.action.ends_run:
-                kept.append(SkippedBlock(item.trip, item.block, item.place._replace(opens=True), item.action))
+                kept.append(SkippedBlock(item.block_pass, item.block, item.place._replace(opens=True), item.action))
     return kept if opened is None else [*kept, opened]
 
 
@@ -379,7 +379,7 @@ def _joined(items: list[Any]) -> list[Any]:
     for number, (before, after) in enumerate(itertools.pairwise(items), 1):
         if not (isinstance(before, CapturedBlock) and isinstance(after, CapturedBlock)):
             continue
-        if before.place.closes and after.place.opens and not before.trip.watches:
+        if before.place.closes and after.place.opens and not before.block_pass.watches:
             before.hands_on = True
             after.place = after.place._replace(opens=False)
             if not after.place.closes:

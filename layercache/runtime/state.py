@@ -75,14 +75,14 @@ class CacheState:
         self.flag = Buffer()
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
-        self.alike: set[tuple[int, bool]] = set()  # groups that were seen to give what they take; without the text
+        self.validated_groups: set[tuple[int, bool]] = set()  # (group, without text)
         self.signature = Signature()
         self._uploaded_to: torch.device | None = None
 
     def reset(self) -> None:
         """No stored residual is valid any more; the memory stays for the next generation."""
         self.held = [None] * len(self.held)
-        self.alike.clear()
+        self.validated_groups.clear()
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
@@ -101,7 +101,7 @@ class CacheState:
         if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
             if text is None or not self.texts or self.storage.fits(self.texts[0], text):
                 return
-        if self.alike:
+        if self.validated_groups:
             raise CacheStateError(
                 f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
                 "behind the groups before it; layercache follows streams that keep their size through all groups"

@@ -71,7 +71,7 @@ class VelocityTrack:
         self.held = [None] * len(self.held)
         self.step, self.run = -1, None
 
-    def pass_on(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """What the sampler gets instead of the model's ``velocity``; stores that where it is read later."""
         layout = self.layouts[self.step]
         slot = self._slot(layout.capture, velocity)

@@ -83,10 +83,10 @@ class StepRouter(Router):
         self._step = step
 
     @property
-    def steers(self) -> bool:
+    def replaces_velocity(self) -> bool:
         return True
 
-    def pass_on(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The model's velocity, or the stored one extended.
 
         Raises:
@@ -145,8 +145,8 @@ class StepRouter(Router):
             raise CacheStateError(f"run a whole generation first; steps seen so far: {len(self.log)}")
         prints = fingerprint_of(self.transformer, self._sigmas, self.branches)
         cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in self.log)
-        told = {"method": self.method.name, "settings": repr(self.method)}
-        return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), told, tuple(self.log))
+        metadata = {"method": self.method.name, "settings": repr(self.method)}
+        return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), metadata, tuple(self.log))
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""

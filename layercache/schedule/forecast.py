@@ -145,12 +145,12 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
             for step, row in enumerate(cells)
         )
 
-    told = {"forecast": kind, "order": order if kind in ("newton", "taylor") else None, "eta": eta}
+    metadata = {"forecast": kind, "order": order if kind in ("newton", "taylor") else None, "eta": eta}
     return replace(
         schedule,
         cells=changed(schedule.cells),
         branch_cells={name: changed(cells) for name, cells in schedule.branch_cells.items()},
-        made_by={**schedule.made_by, **told},
+        made_by={**schedule.made_by, **metadata},
     )
 
 

@@ -567,7 +567,7 @@ def test_an_exception_in_the_middle_of_a_generation(at: int) -> None:
     assert allocated() == before
 
 
-HELD = pytest.mark.xfail(reason="Router._kept_trip holds the streams of the last forward until the next", strict=False)
+HELD = pytest.mark.xfail(reason="Router._kept_pass holds the streams of the last forward until the next", strict=False)
 
 
 @pytest.mark.parametrize("method", ["schedule", pytest.param("fbcache", marks=HELD)])

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from layercache.errors import FileFormatError, MethodError
 from layercache.models.random_weights import load_random_pipeline
 from layercache.tools.cli.app import app
-from layercache.tools.compare.entries import PEERS, Workshop
+from layercache.tools.compare.entries import PEERS, CalibratedModel
 from support.tiny import randomise
 
 FLUX = Path(__file__).parents[2] / "examples" / "tiny_flux.json"
@@ -98,13 +98,13 @@ WAN = {
 
 def test_seacache_runs_where_it_applies(flux, tmp_path):
     with pytest.raises(MethodError, match="WanTransformer3DModel"):
-        PEERS["diffusers:seacache"](Workshop(flux, [["a fox"]], [0], CALL, [0.6]), 0.6)
+        PEERS["diffusers:seacache"](CalibratedModel(flux, [["a fox"]], [0], CALL, [0.6]), 0.6)
     (tmp_path / "wan.json").write_text(json.dumps(WAN))
     pipe = load_random_pipeline(tmp_path / "wan.json")
     pipe.set_progress_bar_config(disable=True)
     randomise(pipe.transformer)
     call = {"num_inference_steps": 8, "height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}
-    contestant = PEERS["diffusers:seacache"](Workshop(pipe, [["a fox"]], [0], call, [0.6]), 0.6)
-    assert contestant.setting.startswith("threshold") and not pipe.transformer.is_cache_enabled
-    with contestant.attach():
+    entry = PEERS["diffusers:seacache"](CalibratedModel(pipe, [["a fox"]], [0], call, [0.6]), 0.6)
+    assert entry.setting.startswith("threshold") and not pipe.transformer.is_cache_enabled
+    with entry.attach():
         assert pipe.transformer.is_cache_enabled

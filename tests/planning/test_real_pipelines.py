@@ -15,7 +15,7 @@ from layercache.methods.invardiff import Settings
 from layercache.methods.teacache import SpectralCache, TeaCache
 from layercache.models.registry import spec_for
 from layercache.planning.fit import Forecast
-from layercache.planning.rollout import Rehearsal, psnr_of, skipping
+from layercache.planning.rollout import Rollouts, psnr_of, skipping
 from support.tiny import randomise
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 32, "width": 32}
@@ -87,12 +87,12 @@ def pictures(pipe, samples, schedule=None):
 
 
 def test_rehearsed_schedules_give_the_same_in_the_pipeline(pipe, samples):
-    rehearsal = Rehearsal(pipe, samples, **CALL)
-    for a, b in zip(pictures(pipe, samples), rehearsal.pictures, strict=True):
+    rollouts = Rollouts(pipe, samples, **CALL)
+    for a, b in zip(pictures(pipe, samples), rollouts.pictures, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert rehearsal.is_euler
-    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 5]), Forecast(terms=2))
-    for a, psnr, full in zip(pictures(pipe, samples, take.schedule), take.psnr, rehearsal.pictures, strict=True):
+    assert rollouts.is_euler
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 5]), Forecast(terms=2))
+    for a, psnr, full in zip(pictures(pipe, samples, rollout.schedule), rollout.psnr, rollouts.pictures, strict=True):
         assert psnr_of(full, a) == pytest.approx([psnr], rel=1e-6)
 
 

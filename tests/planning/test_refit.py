@@ -9,8 +9,8 @@ import torch
 import layercache
 from layercache.errors import ScheduleError
 from layercache.planning.fit import Forecast, fit_residuals
-from layercache.planning.refit import TARGETS, _Products, _solve, coach, run_terms, with_terms
-from layercache.planning.rollout import Rehearsal
+from layercache.planning.refit import TARGETS, _Products, _solve, refit, run_terms, with_terms
+from layercache.planning.rollout import Rollouts
 from layercache.runtime.attachment import attachment_of
 from support.tiny import GROUPS, schedule_for, tiny_pipeline
 
@@ -25,11 +25,11 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def rehearsal(pipe):
-    return Rehearsal(pipe, PROMPTS, SEEDS, **CALL)
+def rollouts(pipe):
+    return Rollouts(pipe, PROMPTS, SEEDS, **CALL)
 
 
-def made_for(pipe, rehearsal, cached):
+def made_for(pipe, rollouts, cached):
     """Everything computed but the cells ``(step, group)``, which reuse the newest."""
     plain = schedule_for(pipe, [[None] * len(GROUPS)] * STEPS)
     rows = [[None] * len(GROUPS) for _ in range(STEPS)]
@@ -37,7 +37,7 @@ def made_for(pipe, rehearsal, cached):
         anchor = max(k for k in range(step) if (k, group) not in cached)
         rows[step][group] = {anchor: 1.0}
     cells = tuple(tuple(row) for row in rows)
-    return layercache.Schedule(rehearsal.fingerprint, plain.groups, cells, plain.group_seconds)
+    return layercache.Schedule(rollouts.fingerprint, plain.groups, cells, plain.group_seconds)
 
 
 def streams_of(pipe, prompt, seeds, schedule=None):
@@ -88,11 +88,11 @@ def least_squares(columns, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_first_cached_run_is_the_least_squares_of_the_full_runs(pipe, rehearsal, full, target):
+def test_the_first_cached_run_is_the_least_squares_of_the_full_runs(pipe, rollouts, full, target):
     """Nothing has drifted there, so both targets are the residuals of the full runs, over samples and branches."""
-    schedule = made_for(pipe, rehearsal, [(4, 1), (4, 2)])
-    take = coach(rehearsal, schedule, target, terms=2, rounds=1, ridge=1e-9)
-    found = take.schedule.cells[4]
+    schedule = made_for(pipe, rollouts, [(4, 1), (4, 2)])
+    rollout = refit(rollouts, schedule, target, terms=2, rounds=1, ridge=1e-9)
+    found = rollout.schedule.cells[4]
     assert list(found[1]) == list(found[2]) == [3, 2]
 
     def residual(calls, group):
@@ -111,11 +111,11 @@ def test_the_first_cached_run_is_the_least_squares_of_the_full_runs(pipe, rehear
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_drifted_run_is_fitted_to_its_target(pipe, rehearsal, full, target):
-    schedule = made_for(pipe, rehearsal, [(3, 0), (5, 2)])
-    first = coach(rehearsal, schedule, target, terms=2, rounds=1, ridge=1e-9).schedule
+def test_a_drifted_run_is_fitted_to_its_target(pipe, rollouts, full, target):
+    schedule = made_for(pipe, rollouts, [(3, 0), (5, 2)])
+    first = refit(rollouts, schedule, target, terms=2, rounds=1, ridge=1e-9).schedule
     # the second round sees the streams of a run by what the first one found
-    second = coach(rehearsal, first, target, terms=2, rounds=1, ridge=1e-9).schedule
+    second = refit(rollouts, first, target, terms=2, rounds=1, ridge=1e-9).schedule
     if second.cells == first.cells:
         pytest.skip("the first round was better")
     own = [streams_of(pipe, ["cat", "coffee"], [3, 4], first), streams_of(pipe, "rocket", [5], first)]
@@ -136,32 +136,32 @@ def test_a_drifted_run_is_fitted_to_its_target(pipe, rehearsal, full, target):
 
 def test_one_group_one_branch_agrees_with_the_open_fit(pipe):
     call = CALL | {"guidance_scale": 1.0}
-    rehearsal = Rehearsal(pipe, ["cat"], [0], **call)
+    rollouts = Rollouts(pipe, ["cat"], [0], **call)
     profile = layercache.calibrate(pipe, ["cat"], seeds=[0], progress=False, max_distance=5, max_span=4, **call)
-    schedule = replace(made_for(pipe, rehearsal, [(5, 1)]), fingerprint=profile.fingerprint)
+    schedule = replace(made_for(pipe, rollouts, [(5, 1)]), fingerprint=profile.fingerprint)
     opened = fit_residuals(profile, schedule, 3).cells[5][1]
     for target in TARGETS:
-        found = coach(rehearsal, schedule, target, terms=3, rounds=1).schedule.cells[5][1]
+        found = refit(rollouts, schedule, target, terms=3, rounds=1).schedule.cells[5][1]
         assert found == pytest.approx(opened, rel=1e-2, abs=1e-3)
 
 
-def test_takes_are_repeatable_and_the_best_is_kept(pipe, rehearsal):
-    schedule = made_for(pipe, rehearsal, [(s, g) for s in (3, 5, 6) for g in range(3) if (s, g) != (6, 0)])
+def test_takes_are_repeatable_and_the_best_is_kept(pipe, rollouts):
+    schedule = made_for(pipe, rollouts, [(s, g) for s in (3, 5, 6) for g in range(3) if (s, g) != (6, 0)])
     schedule = with_terms(schedule, 2)
-    first, again = (coach(rehearsal, schedule, forecast=Forecast(terms=2)) for _ in range(2))
+    first, again = (refit(rollouts, schedule, forecast=Forecast(terms=2)) for _ in range(2))
     assert first.psnr == again.psnr and first.schedule == again.schedule
-    assert first.quality >= rehearsal.run(schedule, Forecast(terms=2)).quality
-    replayed = rehearsal.run(first.schedule)
+    assert first.quality >= rollouts.run(schedule, Forecast(terms=2)).quality
+    replayed = rollouts.run(first.schedule)
     assert replayed.psnr == pytest.approx(first.psnr, abs=0.05)
     assert attachment_of(pipe.transformer) is None
 
 
-def test_branches_of_their_own_are_fitted_on_their_own(pipe, rehearsal):
-    shared = made_for(pipe, rehearsal, [(4, 1)])
-    other = made_for(pipe, rehearsal, [(5, 1)])
-    cond, uncond = rehearsal.branches
+def test_branches_of_their_own_are_fitted_on_their_own(pipe, rollouts):
+    shared = made_for(pipe, rollouts, [(4, 1)])
+    other = made_for(pipe, rollouts, [(5, 1)])
+    cond, uncond = rollouts.branches
     schedule = replace(shared, branch_cells={uncond: other.cells})
-    found = coach(rehearsal, schedule, terms=2, rounds=1, ridge=1e-9).schedule
+    found = refit(rollouts, schedule, terms=2, rounds=1, ridge=1e-9).schedule
     assert found.cells[4][1] is not None and found.cells[5][1] is None
     assert found.branch_cells[uncond][5][1] is not None and found.branch_cells[uncond][4][1] is None
 
@@ -184,9 +184,9 @@ def test_solutions_without_full_rank_stay_finite(spoil):
     assert np.isfinite(solution).all() and reached <= np.linalg.norm(a - target)
 
 
-def test_wrong_settings_are_refused(pipe, rehearsal):
-    schedule = made_for(pipe, rehearsal, [(4, 1)])
+def test_wrong_settings_are_refused(pipe, rollouts):
+    schedule = made_for(pipe, rollouts, [(4, 1)])
     with pytest.raises(ScheduleError, match="unknown target"):
-        coach(rehearsal, schedule, "open")
+        refit(rollouts, schedule, "open")
     with pytest.raises(ScheduleError, match="1 to 8"):
-        coach(rehearsal, schedule, terms=0)
+        refit(rollouts, schedule, terms=0)

@@ -1,4 +1,4 @@
-"""Rehearsals, the search and its front, on a tiny untrained pipeline."""
+"""Rollouts, the search and its front, on a tiny untrained pipeline."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from layercache.errors import BudgetError, CacheStateError, CalibrationError, Fi
 from layercache.planning.fit import HOLD, Forecast
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.plan import weighted_errors
-from layercache.planning.rollout import Rehearsal, psnr_of, skipping, with_terms_of
+from layercache.planning.rollout import Rollouts, psnr_of, skipping, with_terms_of
 from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
 from layercache.planning.search import _with_exchanged, search
 from layercache.runtime.attachment import attachment_of
@@ -40,8 +40,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def rehearsal(pipe):
-    return Rehearsal(pipe, PROMPTS, SEEDS, **CALL)
+def rollouts(pipe):
+    return Rollouts(pipe, PROMPTS, SEEDS, **CALL)
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +63,18 @@ def pictures(pipe, schedule=None):
     return results
 
 
-def test_the_full_run_is_the_pipelines_own(pipe, rehearsal):
-    for a, b in zip(pictures(pipe), rehearsal.pictures, strict=True):
+def test_the_full_run_is_the_pipelines_own(pipe, rollouts):
+    for a, b in zip(pictures(pipe), rollouts.pictures, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert rehearsal.branches == ("cond", "uncond")
-    assert rehearsal.num_steps == STEPS
-    assert rehearsal.is_euler
+    assert rollouts.branches == ("cond", "uncond")
+    assert rollouts.num_steps == STEPS
+    assert rollouts.is_euler
 
 
 @pytest.mark.parametrize("forecast", [Forecast(terms=3), Forecast("open", terms=2), Forecast("teacher", terms=2), HOLD])
-def test_a_fitted_schedule_gives_the_same_when_it_is_used(pipe, rehearsal, forecast):
-    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 7]), forecast)
-    for a, b, full in zip(pictures(pipe, take.schedule), _split(take.psnr), rehearsal.pictures, strict=True):
+def test_a_fitted_schedule_gives_the_same_when_it_is_used(pipe, rollouts, forecast):
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 4, 7]), forecast)
+    for a, b, full in zip(pictures(pipe, rollout.schedule), _split(rollout.psnr), rollouts.pictures, strict=True):
         np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
 
 
@@ -82,60 +82,60 @@ def _split(values):
     return [values[:2], values[2:]]
 
 
-def test_group_schedules_are_steered_too(pipe, rehearsal):
+def test_group_schedules_are_steered_too(pipe, rollouts):
     plain = schedule_for(pipe, mixed_cells())
-    schedule = replace(plain, fingerprint=rehearsal.fingerprint)
-    as_it_is, steered = rehearsal.run(schedule), rehearsal.run(schedule, Forecast(terms=3))
+    schedule = replace(plain, fingerprint=rollouts.fingerprint)
+    as_it_is, steered = rollouts.run(schedule), rollouts.run(schedule, Forecast(terms=3))
     assert as_it_is.schedule.velocities == ()
     assert steered.quality > as_it_is.quality
-    for a, b, full in zip(pictures(pipe, steered.schedule), _split(steered.psnr), rehearsal.pictures, strict=True):
+    for a, b, full in zip(pictures(pipe, steered.schedule), _split(steered.psnr), rollouts.pictures, strict=True):
         np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
 
 
-def test_steering_hits_the_full_run_where_it_can(rehearsal):
+def test_steering_hits_the_full_run_where_it_can(rollouts):
     """With as many free terms as needed the latents are back on the full run's; one sample, so it can be exact."""
-    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), Forecast(terms=4, ridge=1e-12))
-    hold = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), HOLD)
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), Forecast(terms=4, ridge=1e-12))
+    hold = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), HOLD)
 
-    def drift(take, step):
-        pairs = zip(take.traces, rehearsal.full, strict=True)
+    def drift(rollout, step):
+        pairs = zip(rollout.traces, rollouts.full, strict=True)
         return sum(float((t.latents[step] - f.latents[step]).pow(2).sum()) for t, f in pairs)
 
-    assert drift(take, 6) == 0
-    assert 0 < drift(take, 7) < drift(hold, 7)
+    assert drift(rollout, 6) == 0
+    assert 0 < drift(rollout, 7) < drift(hold, 7)
 
 
-def test_open_fits_use_the_full_runs_velocities(rehearsal):
+def test_open_fits_use_the_full_runs_velocities(rollouts):
     """The coefficients of an open fit do not depend on what was skipped before."""
     forecast = Forecast("open", terms=2)
-    a = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 5, 7]), forecast).schedule
-    b = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 3, 4, 5, 7]), forecast).schedule
+    a = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 4, 5, 7]), forecast).schedule
+    b = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), forecast).schedule
     assert a.velocity(6) == b.velocity(6)
 
 
-def test_a_run_can_begin_where_two_schedules_part(rehearsal):
-    start = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 3, 4, 7]), Forecast(terms=2))
-    other = skipping(rehearsal.fingerprint, [0, 1, 3, 5, 7])
-    whole, tail = rehearsal.run(other, Forecast(terms=2)), rehearsal.run(other, Forecast(terms=2), start=start, first=4)
+def test_a_run_can_begin_where_two_schedules_part(rollouts):
+    start = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 4, 7]), Forecast(terms=2))
+    other = skipping(rollouts.fingerprint, [0, 1, 3, 5, 7])
+    whole, tail = rollouts.run(other, Forecast(terms=2)), rollouts.run(other, Forecast(terms=2), start=start, first=4)
     assert tail.schedule == whole.schedule
     assert tail.psnr == whole.psnr
 
 
-def test_nothing_is_left_behind(pipe, rehearsal):
-    rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), HOLD)
+def test_nothing_is_left_behind(pipe, rollouts):
+    rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), HOLD)
     assert attachment_of(pipe.transformer) is None
     assert "step" not in pipe.scheduler.__dict__
     assert "maybe_free_model_hooks" not in pipe.__dict__
 
 
-def test_an_enabled_cache_is_in_the_way(pipe, rehearsal):
+def test_an_enabled_cache_is_in_the_way(pipe, rollouts):
     with layercache.enabled(pipe, schedule_for(pipe, mixed_cells())), pytest.raises(CacheStateError, match="already"):
-        rehearsal.run(skipping(rehearsal.fingerprint, [0, 7]), HOLD)
+        rollouts.run(skipping(rollouts.fingerprint, [0, 7]), HOLD)
 
 
-def test_a_model_that_breaks_is_refused(rehearsal):
-    schedule = skipping(rehearsal.fingerprint, [0, 1, 7])
-    block = rehearsal.transformer.transformer_blocks[0]
+def test_a_model_that_breaks_is_refused(rollouts):
+    schedule = skipping(rollouts.fingerprint, [0, 1, 7])
+    block = rollouts.transformer.transformer_blocks[0]
 
     def spoil(module, args, output):
         return output[0], output[1] * float("nan")
@@ -143,20 +143,20 @@ def test_a_model_that_breaks_is_refused(rehearsal):
     handle = block.register_forward_hook(spoil)
     try:
         with pytest.raises(CalibrationError, match="NaN"):
-            rehearsal.run(schedule, Forecast(terms=2))
+            rollouts.run(schedule, Forecast(terms=2))
     finally:
         handle.remove()
-    assert attachment_of(rehearsal.transformer) is None
+    assert attachment_of(rollouts.transformer) is None
 
 
 def test_steering_needs_euler_steps(pipe):
     other = tiny_pipeline()
     other.scheduler.step = _second_order(other.scheduler.step)
-    rehearsal = Rehearsal(other, ["cat"], [1], **CALL)
-    assert not rehearsal.is_euler
+    rollouts = Rollouts(other, ["cat"], [1], **CALL)
+    assert not rollouts.is_euler
     with pytest.raises(CalibrationError, match="teacher"):
-        rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), Forecast())
-    assert rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 7]), Forecast("teacher")).quality > 0
+        rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast())
+    assert rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast("teacher")).quality > 0
 
 
 def _second_order(step):
@@ -169,40 +169,40 @@ def _second_order(step):
 @pytest.mark.parametrize(("prompts", "seeds", "message"), [([], None, "at least one"), (["cat"], [1, 2], "one seed")])
 def test_bad_samples(pipe, prompts, seeds, message):
     with pytest.raises(CalibrationError, match=message):
-        Rehearsal(pipe, prompts, seeds, **CALL)
+        Rollouts(pipe, prompts, seeds, **CALL)
 
 
-def test_cache_bytes_are_what_is_allocated(pipe, rehearsal):
+def test_cache_bytes_are_what_is_allocated(pipe, rollouts):
     for schedule in (
-        replace(schedule_for(pipe, mixed_cells()), fingerprint=rehearsal.fingerprint),
-        rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 4]), Forecast(terms=3)).schedule,
+        replace(schedule_for(pipe, mixed_cells()), fingerprint=rollouts.fingerprint),
+        rollouts.run(skipping(rollouts.fingerprint, [0, 1, 4]), Forecast(terms=3)).schedule,
     ):
         with layercache.enabled(pipe, schedule) as cache:
             pipe(["cat", "coffee"], **CALL)
-            assert cache.report().cache_bytes == rehearsal.cache_bytes(schedule)
+            assert cache.report().cache_bytes == rollouts.cache_bytes(schedule)
 
 
-def test_errors_of_velocities_against_a_loop(rehearsal):
-    table = velocity_errors(rehearsal, 3, 2)
-    sigmas = rehearsal.sigmas
+def test_errors_of_velocities_against_a_loop(rollouts):
+    table = velocity_errors(rollouts, 3, 2)
+    sigmas = rollouts.sigmas
     ratio = (sigmas[5] - sigmas[3]) / (sigmas[3] - sigmas[1])
     expected = np.mean(
-        [float(((1 + ratio) * t.raw[3] - ratio * t.raw[1] - t.raw[5]).abs().mean()) for t in rehearsal.full]
+        [float(((1 + ratio) * t.raw[3] - ratio * t.raw[1] - t.raw[5]).abs().mean()) for t in rollouts.full]
     )
     assert table[5, 0, 2, 2] == pytest.approx(expected * abs(sigmas[6] - sigmas[5]), rel=1e-5)
     assert np.isinf(table[1, 0, 2]).all()
 
 
-def test_needs_are_zero_where_nothing_was_missed(rehearsal):
+def test_needs_are_zero_where_nothing_was_missed(rollouts):
     forecast = Forecast(terms=3)
-    take = rehearsal.run(skipping(rehearsal.fingerprint, [0, 1, 2, 4, 7]), forecast)
-    needs = step_needs(take, rehearsal, forecast)
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 4, 7]), forecast)
+    needs = step_needs(rollout, rollouts, forecast)
     assert needs[0] == np.inf
     assert (needs[1:] > 0).all()
-    step, length = 3, rehearsal.sigmas[4] - rehearsal.sigmas[3]
+    step, length = 3, rollouts.sigmas[4] - rollouts.sigmas[3]
     missed = [
         float((t.taken[step] - (f.latents[4] - t.latents[3]) / length).pow(2).mean())
-        for t, f in zip(take.traces, rehearsal.full, strict=True)
+        for t, f in zip(rollout.traces, rollouts.full, strict=True)
     ]
     assert needs[step] == pytest.approx(abs(length) * np.sqrt(np.mean(missed)), rel=1e-4)
 
@@ -217,14 +217,14 @@ def front(pipe, profile):
     return run_search(pipe, profile, validation=(["temple"], [9]))
 
 
-def test_the_front_keeps_what_it_promises(pipe, rehearsal, front):
+def test_the_front_keeps_what_it_promises(pipe, rollouts, front):
     assert [p.used for p in front.points] == sorted(p.used for p in front.points)
     qualities = [quality(p.psnr, 0.5) for p in front.points]
     assert qualities == sorted(qualities)
     assert [note.split(":")[0] for note in front.notes] == ["budget 0.75", "budget 0.5"]
     assert all("whole steps" in note and "groups" in note for note in front.notes)
     for point in front.points:
-        assert rehearsal.run(point.schedule).psnr == pytest.approx(point.psnr, rel=1e-9)
+        assert rollouts.run(point.schedule).psnr == pytest.approx(point.psnr, rel=1e-9)
         assert len(point.held_out) == 1
 
 
@@ -313,23 +313,23 @@ def test_a_time_limit_ends_the_trials(pipe, profile):
     assert run_search(pipe, profile, trials=50, time_limit=0.0, budgets=(0.5,)).tried < 20
 
 
-def test_a_memory_limit_leaves_out_what_stores_more(pipe, profile, rehearsal):
+def test_a_memory_limit_leaves_out_what_stores_more(pipe, profile, rollouts):
     one = 2 * 64 * 48 * 4  # a velocity of two pictures
     free = run_search(pipe, profile, trials=4)
     limited = run_search(pipe, profile, trials=4, max_cache_bytes=2 * one)
-    assert max(rehearsal.cache_bytes(p.schedule) for p in free.points) > 2 * one
-    assert 0 < max(rehearsal.cache_bytes(p.schedule) for p in limited.points) <= 2 * one
+    assert max(rollouts.cache_bytes(p.schedule) for p in free.points) > 2 * one
+    assert 0 < max(rollouts.cache_bytes(p.schedule) for p in limited.points) <= 2 * one
     assert run_search(pipe, profile, trials=0, max_cache_bytes=one - 1).points == ()
 
 
-def test_terms_of_a_forecast_are_known_before_it_is_fitted(rehearsal):
+def test_terms_of_a_forecast_are_known_before_it_is_fitted(rollouts):
     for forecast in (
         Forecast(terms=3),
         Forecast(terms=2, everywhere=False),
         Forecast("teacher", terms=4, everywhere=False),
     ):
-        schedule = skipping(rehearsal.fingerprint, [0, 1, 2, 4, 5, 7])
-        fitted = rehearsal.run(schedule, forecast).schedule
+        schedule = skipping(rollouts.fingerprint, [0, 1, 2, 4, 5, 7])
+        fitted = rollouts.run(schedule, forecast).schedule
         expected = with_terms_of(schedule, forecast)
         for step in range(3, STEPS):
             a, b = fitted.velocity(step), expected.velocity(step)
@@ -358,8 +358,8 @@ def test_files(front, tmp_path):
         Front.load(tmp_path / "none.json")
 
 
-def test_dominated_points_are_dropped(rehearsal):
-    cheap, dear = (skipping(rehearsal.fingerprint, steps) for steps in ([0, 4], [0, 2, 4]))
+def test_dominated_points_are_dropped(rollouts):
+    cheap, dear = (skipping(rollouts.fingerprint, steps) for steps in ([0, 4], [0, 2, 4]))
     points = [Point(cheap, "a", (30.0,)), Point(dear, "b", (29.0,)), Point(dear, "c", (31.0,))]
     assert [p.origin for p in Front.of(points, (1.0, 0.1, 0.01)).points] == ["a", "c"]
     astray = Point(dear, "d", (60.0,) * 4 + (10.0,))  # a good mean, one bad picture
@@ -419,9 +419,9 @@ def test_psnr_by_hand():
 
 
 def test_pictures_may_be_tensors(pipe):
-    rehearsal = Rehearsal(pipe, ["cat"], [1], output_type="pt", **CALL)
-    assert isinstance(rehearsal.pictures[0], np.ndarray)
-    assert torch.is_tensor(rehearsal.full[0].raw[0])
+    rollouts = Rollouts(pipe, ["cat"], [1], output_type="pt", **CALL)
+    assert isinstance(rollouts.pictures[0], np.ndarray)
+    assert torch.is_tensor(rollouts.full[0].raw[0])
 
 
 def test_quality_weighs_the_tail():
@@ -431,9 +431,9 @@ def test_quality_weighs_the_tail():
     assert quality(psnr, 0.5) == pytest.approx((55.0 + np.quantile(psnr, 0.1)) / 2)
 
 
-def test_step_weights_by_hand(pipe, rehearsal):
+def test_step_weights_by_hand(pipe, rollouts):
     """One velocity held in a plain loop, the rest computed: how far the end moves over how far the step moved."""
-    weights = step_weights(rehearsal, STEPS - 1)
+    weights = step_weights(rollouts, STEPS - 1)
 
     def end_with(held):
         ends, steps = [], []
@@ -460,7 +460,7 @@ def test_step_weights_by_hand(pipe, rehearsal):
         ends, _ = end_with(held)
         moved = sum(float((a - b).abs().mean()) for a, b in zip(ends, full, strict=True))
         gap = sum(float((velocities[k + held - 1] - velocities[k + held]).abs().mean()) for k in (0, STEPS))
-        expected.append(moved / gap / abs(rehearsal.sigmas[held + 1] - rehearsal.sigmas[held]))
+        expected.append(moved / gap / abs(rollouts.sigmas[held + 1] - rollouts.sigmas[held]))
     ratio = weights[1:] / np.array(expected)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
     assert weights.mean() == pytest.approx(1.0)
@@ -493,6 +493,6 @@ def test_exchanged_cells_keep_the_budget_and_read_what_is_there(pipe, profile):
 def test_groups_are_refined_where_they_are_close(pipe, profile, monkeypatch):
     monkeypatch.setattr("layercache.planning.search.WORTH_REFINING", 1000.0)
     front = run_search(pipe, profile, budgets=(0.7,), trials=4)
-    hunted = [p.origin for p in front.points]
+    origins = [p.origin for p in front.points]
     assert front.tried > run_search(pipe, profile, budgets=(0.7,), trials=0).tried + 4
-    assert hunted
+    assert origins

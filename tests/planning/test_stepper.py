@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from layercache.planning.stepper import Turn, clones, paused_at_steps, run_in_step
+from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from support.tiny import generators, tiny_pipeline
 
 STEPS = 4
@@ -22,24 +22,24 @@ def counting(turn_box, log, name, count=3):
     return function
 
 
-def turns_of(log, *names):
-    turns = []
+def runs_of(log, *names):
+    runs = []
     for name in names:
         box = []
-        box.append(Turn(counting(box, log, name)))
-        turns.append(box[0])
-    return turns
+        box.append(PausableRun(counting(box, log, name)))
+        runs.append(box[0])
+    return runs
 
 
 def test_turns_alternate_and_get_their_replies():
     log, seen = [], []
-    turns = turns_of(log, "a", "b")
+    runs = runs_of(log, "a", "b")
 
     def answer(step, items):
         seen.append((step, [item[0] for item in items]))
         return [10**step, 2 * 10**step]
 
-    assert run_in_step(turns, lambda _: None, answer) == [111, 222]
+    assert run_in_step(runs, lambda _: None, answer) == [111, 222]
     assert [entry[:2] for entry in log] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert seen == [(k, [f"a{k}", f"b{k}"]) for k in range(3)]
     assert len({entry[2] for entry in log}) == 2
@@ -47,8 +47,8 @@ def test_turns_alternate_and_get_their_replies():
 
 def test_select_precedes_every_turn():
     order = []
-    turns = turns_of([], "a", "b")
-    run_in_step(turns, order.append, lambda step, items: [0, 0])
+    runs = runs_of([], "a", "b")
+    run_in_step(runs, order.append, lambda step, items: [0, 0])
     assert order == [0, 1] * 4
 
 
@@ -60,8 +60,8 @@ def test_an_exception_reaches_the_caller_and_ends_the_others():
         box[0].pause((0, None, None))
         raise KeyError("lost")
 
-    good = turns_of([], "a")[0]
-    box.append(Turn(broken))
+    good = runs_of([], "a")[0]
+    box.append(PausableRun(broken))
     with pytest.raises(KeyError, match="lost"):
         run_in_step([good, box[0]], lambda _: None, lambda step, items: [0, 0])
     assert threading.active_count() == before
@@ -74,15 +74,15 @@ def test_an_exception_of_the_answer_ends_all_turns():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_in_step(turns_of([], "a", "b"), lambda _: None, answer)
+        run_in_step(runs_of([], "a", "b"), lambda _: None, answer)
     assert threading.active_count() == before
 
 
 def test_turns_of_different_length_are_refused():
     log, box = [], []
-    box.append(Turn(counting(box, log, "short", count=2)))
+    box.append(PausableRun(counting(box, log, "short", count=2)))
     with pytest.raises(ValueError, match="same steps"):
-        run_in_step([*turns_of(log, "long"), box[0]], lambda _: None, lambda step, items: [0, 0])
+        run_in_step([*runs_of(log, "long"), box[0]], lambda _: None, lambda step, items: [0, 0])
 
 
 def test_grad_and_autocast_modes_are_the_callers():
@@ -92,10 +92,10 @@ def test_grad_and_autocast_modes_are_the_callers():
         seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
 
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        Turn(look).resume()
+        PausableRun(look).resume()
     with torch.inference_mode():
-        Turn(look).resume()
-    Turn(look).resume()
+        PausableRun(look).resume()
+    PausableRun(look).resume()
     assert seen == [(False, False, True), (False, True, False), (True, False, False)]
 
 
@@ -107,23 +107,23 @@ def test_pipelines_in_turns_equal_pipelines_alone():
     ]
     copies = clones(pipe, 3)
     assert all(c.transformer is pipe.transformer and c.scheduler is not pipe.scheduler for c in copies)
-    turns = []
+    runs = []
     for seed, (clone, name) in enumerate(zip(copies, ("cat", "coffee", "rocket"), strict=True)):
 
         def generate(clone=clone, name=name, seed=seed):
-            with paused_at_steps(clone.scheduler, turns[seed]):
+            with paused_at_steps(clone.scheduler, runs[seed]):
                 return clone(
                     [name], num_inference_steps=STEPS, generator=generators(1, seed), output_type="latent"
                 ).images
 
-        turns.append(Turn(generate))
+        runs.append(PausableRun(generate))
     steps = []
 
     def answer(step, items):
         steps.append(step)
         return [velocity for velocity, _ in items]
 
-    together = run_in_step(turns, lambda _: None, answer)
+    together = run_in_step(runs, lambda _: None, answer)
     assert steps == list(range(STEPS))
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)

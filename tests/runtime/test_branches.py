@@ -9,7 +9,7 @@ import torch
 import layercache
 from layercache.errors import ScheduleError
 from layercache.planning.fit import Forecast
-from layercache.planning.rollout import Rehearsal, psnr_of, skipping
+from layercache.planning.rollout import Rollouts, psnr_of, skipping
 from layercache.schedule.schedule import Schedule, Velocity
 from support.tiny import generate, generators, mixed_cells, schedule_for, tiny_pipeline
 
@@ -111,8 +111,8 @@ def test_planned_and_searched_per_branch(pipe):
 
 
 def test_rehearsed(pipe, apart):
-    rehearsal = Rehearsal(pipe, ["cat"], [0], **CALL)
-    take = rehearsal.run(replace(apart, fingerprint=rehearsal.fingerprint), Forecast(terms=2))
+    rollouts = Rollouts(pipe, ["cat"], [0], **CALL)
+    take = rollouts.run(replace(apart, fingerprint=rollouts.fingerprint), Forecast(terms=2))
     with layercache.enabled(pipe, take.schedule):
         picture = pipe("cat", generator=generators(1)[0], output_type="np", **CALL).images
-    np.testing.assert_allclose(psnr_of(rehearsal.pictures[0], picture), take.psnr, rtol=1e-9)
+    np.testing.assert_allclose(psnr_of(rollouts.pictures[0], picture), take.psnr, rtol=1e-9)

@@ -21,7 +21,7 @@ from layercache.methods.fixed import smoothcache
 from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import with_terms
-from layercache.planning.rollout import Rehearsal
+from layercache.planning.rollout import Rollouts
 from layercache.runtime.attachment import attachment_of
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
@@ -448,7 +448,7 @@ def test_an_expert_that_never_runs(made):
 def test_rehearsals_follow_one_transformer(made, profiles):
     pipe, prompts, settings = made
     with pytest.raises(CalibrationError, match="5, 6, 7, 8, 9, 10, 11.*layercache.plan"):
-        Rehearsal(pipe, prompts[:1], **settings)
+        Rollouts(pipe, prompts[:1], **settings)
     with pytest.raises(CalibrationError, match="layercache.plan"):
         layercache.search(pipe, prompts[:1], profiles=profiles["transformer"], budgets=(0.8,), **settings)
 

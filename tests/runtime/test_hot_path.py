@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
-from layercache.runtime.router import StandIn
+from layercache.runtime.router import BlockProxy
 from layercache.schedule.memory_plan import CAPTURE, REUSE
 from support.tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 
@@ -109,7 +109,7 @@ def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
             calls = list(pipe.transformer.transformer_blocks)
             cache.shut()
             stored = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts)]
-        seen.append((outputs, stored, [isinstance(call, StandIn) for call in calls]))
+        seen.append((outputs, stored, [isinstance(call, BlockProxy) for call in calls]))
     (outputs, stored, ours), (expected, wanted, separate) = seen
     assert all(map(torch.equal, outputs, expected)) and all(map(torch.equal, stored, wanted))
     opening = sum(lo + 1 < hi for lo, hi in groups[1:])

@@ -272,7 +272,7 @@ def test_one_launch_and_no_host_read_per_step(pipe):
         for step in range(STEPS):
             track.begin(step, run)
             with Counter():
-                track.pass_on(velocity, latents)
+                track.replace_velocity(velocity, latents)
     assert ours == ["layercache::linear_map"] * sum(row.changes for row in cache.layout.velocities)
     assert not reads
 

@@ -21,8 +21,8 @@ from layercache.methods.fixed import uniform
 from layercache.runtime.attachment import attachment_of
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.cli.app import app
-from layercache.tools.compare import entries as contestants_module
-from layercache.tools.compare.entries import METHODS, PEERS, Workshop
+from layercache.tools.compare import entries as entries_module
+from layercache.tools.compare.entries import METHODS, PEERS, CalibratedModel
 from layercache.tools.compare.report import comparison_table, failures, save_comparison
 from layercache.tools.compare.run import Comparison, Counter, Outcome
 from layercache.tools.report.tables import plain_text
@@ -41,8 +41,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def shop(pipe):
-    return Workshop(pipe, [["retina", "temple"]], [10, 11], CALL, [0.5], trials=0, rounds=2)
+def model(pipe):
+    return CalibratedModel(pipe, [["retina", "temple"]], [10, 11], CALL, [0.5], trials=0, rounds=2)
 
 
 def pictures(pipe, plan=None):
@@ -58,15 +58,15 @@ def pictures(pipe, plan=None):
 
 
 @pytest.fixture(scope="module")
-def compared(shop, tmp_path_factory):
-    comparison = Comparison(shop, PROMPTS, SEEDS, tmp_path_factory.mktemp("compare"))
+def compared(model, tmp_path_factory):
+    comparison = Comparison(model, PROMPTS, SEEDS, tmp_path_factory.mktemp("compare"))
     names = ["uniform", "fbcache", "easycache", "diffusers:fbcache", "cache-dit:dbcache"]
     return comparison, comparison.run(names)
 
 
-def test_figures_are_those_of_the_same_runs(pipe, shop, compared):
+def test_figures_are_those_of_the_same_runs(pipe, model, compared):
     comparison, outcomes = compared
-    schedule = uniform(shop.fingerprint, 2)
+    schedule = uniform(model.fingerprint, 2)
     reference, cached = pictures(pipe), pictures(pipe, schedule)
     found = outcomes[0]
     assert (found.method, found.setting, found.used) == ("uniform", "interval 2", 0.5)
@@ -93,52 +93,50 @@ def test_one_failure_does_not_lose_the_others(compared):
     assert not any(outcome.error for outcome in compared[1][:4])
 
 
-def test_goes_on_where_it_was_stopped(shop, compared, monkeypatch):
+def test_goes_on_where_it_was_stopped(model, compared, monkeypatch):
     comparison, outcomes = compared
-    again = Comparison(shop, PROMPTS, SEEDS, comparison.folder)
+    again = Comparison(model, PROMPTS, SEEDS, comparison.folder)
     monkeypatch.setattr(again, "_generate", lambda *a: pytest.fail("generated again"))
     names = [o.method for o in outcomes if not o.error]
     assert [o.psnr for o in again.run(names)] == [o.psnr for o in outcomes if not o.error]
     with pytest.raises(ScheduleMismatchError, match="another folder"):
-        Comparison(shop, PROMPTS, [4, 5, 6], comparison.folder)
+        Comparison(model, PROMPTS, [4, 5, 6], comparison.folder)
 
 
-def test_a_damaged_file_is_refused(shop, tmp_path):
+def test_a_damaged_file_is_refused(model, tmp_path):
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(FileFormatError, match="remove it"):
-        Comparison(shop, PROMPTS, SEEDS, tmp_path)
+        Comparison(model, PROMPTS, SEEDS, tmp_path)
     with pytest.raises(LayerCacheError, match="one seed per picture"):
-        Comparison(shop, PROMPTS, [1], tmp_path / "other")
+        Comparison(model, PROMPTS, [1], tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("layercache", "uniform", "easycache")])
-def test_every_method_keeps_to_the_budget(shop, name):
-    plan, setting = METHODS[name](shop, 0.6)
+def test_every_method_keeps_to_the_budget(model, name):
+    plan, setting = METHODS[name](model, 0.6)
     planned = isinstance(plan, (layercache.Schedule, ModuleSchedule))
-    used = plan.used if planned else shop.used_by(plan)
+    used = plan.used if planned else model.used_by(plan)
     assert 0 < used <= 0.6 + 1e-9 and setting
-    assert attachment_of(shop.pipeline.transformer) is None
+    assert attachment_of(model.pipeline.transformer) is None
 
 
-def test_thresholds_are_tuned_to_the_largest_share_within_the_budget(shop):
+def test_thresholds_are_tuned_to_the_largest_share_within_the_budget(model):
     tried = []
-    build = contestants_module._threshold(
-        lambda shop, t: tried.append(t) or uniform(shop.fingerprint, 1 + int(t)), 1, 64
-    )
-    plan, _ = build(shop, 0.55)
+    build = entries_module._threshold(lambda model, t: tried.append(t) or uniform(model.fingerprint, 1 + int(t)), 1, 64)
+    plan, _ = build(model, 0.55)
     assert plan.used == pytest.approx(0.5) and len(tried) == 9
     with pytest.raises(BudgetError, match="no threshold"):
-        build(shop, 0.01)
+        build(model, 0.01)
 
 
-def test_searched_layercache_is_in_it(pipe, shop):
-    plan, origin = METHODS["layercache"](shop, 0.5)
+def test_searched_layercache_is_in_it(pipe, model):
+    plan, origin = METHODS["layercache"](model, 0.5)
     assert plan.used <= 0.5 and origin
 
 
-def test_unknown_methods_are_refused_at_once(shop, tmp_path):
+def test_unknown_methods_are_refused_at_once(model, tmp_path):
     with pytest.raises(MethodError, match=r"unknown method nocache.*fbcache"):
-        Comparison(shop, PROMPTS, SEEDS, tmp_path).run(["nocache"])
+        Comparison(model, PROMPTS, SEEDS, tmp_path).run(["nocache"])
     result = CliRunner().invoke(app, ["compare", "--methods", "nocache", "-o", str(tmp_path / "x")])
     assert result.exit_code == 1 and "unknown method nocache" in result.output and not (tmp_path / "x").exists()
 

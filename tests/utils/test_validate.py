@@ -13,7 +13,7 @@ from layercache.errors import ArgumentError, LayerCacheError, UnsupportedModelEr
 from layercache.methods import fixed, full_runs, invardiff, l2c, magcache, meancache, teacache
 from layercache.planning.fit import fit_residuals
 from layercache.planning.front import Front
-from layercache.planning.refit import coach
+from layercache.planning.refit import refit
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Schedule
 from planning.test_plan import made_profile
@@ -42,7 +42,7 @@ OTHERS = {
     "layercache.plan expects StabilityProfile or Front": lambda value: layercache.plan(value, 0.6),
     "reforecast expects Schedule": lambda value: reforecast(value, "hold"),
     "fit_residuals expects Schedule": lambda value: fit_residuals(PROFILE, value),
-    "coach expects Rehearsal": lambda value: coach(value, SCHEDULE),
+    "refit expects Rollouts": lambda value: refit(value, SCHEDULE),
     "fixed.taylorseer_steps expects a number of steps": fixed.taylorseer_steps,
     "invardiff.first_phase expects Rates": lambda value: invardiff.first_phase(value, invardiff.Settings()),
     "invardiff.plan expects Rates": lambda value: invardiff.plan(value, value, invardiff.Settings()),
@@ -132,7 +132,7 @@ def other(name):
 
 @pytest.mark.parametrize("velocities", [[], [[torch.zeros(2)] * 19], [[1.0] * 20], [torch.zeros(20, 2)]], ids=str)
 def test_velocities_of_too_few_steps(velocities):
-    assert "rehearsal.full" in refused(other("stability_deviation"), velocities)
+    assert "rollouts.full" in refused(other("stability_deviation"), velocities)
 
 
 @pytest.mark.parametrize("name", OF_PIPELINES)

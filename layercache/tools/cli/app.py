@@ -833,7 +833,7 @@ def compare(
 
     Example: `layercache compare --methods layercache,meancache,fbcache,diffusers:fbcache --budgets 0.6,0.4`
     """
-    from layercache.tools.compare.entries import METHODS, PEERS, Workshop, check_methods
+    from layercache.tools.compare.entries import METHODS, PEERS, CalibratedModel, check_methods
     from layercache.tools.compare.report import comparison_table, failures, save_comparison
     from layercache.tools.compare.run import Comparison
     from layercache.tools.report import plots
@@ -859,7 +859,7 @@ def compare(
         return [chosen[lo : lo + batch] for lo in range(0, count, batch)]
 
     output.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(
+    calibrated = CalibratedModel(
         pipe,
         batches(seeds, calibration),
         list(range(seeds, seeds + calibration)),
@@ -869,7 +869,7 @@ def compare(
         output / "search.journal.json",
     )
     with _pipeline_complaints(), printer.console.status("comparing") as status:
-        comparison = Comparison(shop, batches(0, seeds), list(range(seeds)), output)
+        comparison = Comparison(calibrated, batches(0, seeds), list(range(seeds)), output)
         outcomes = comparison.run(names, lambda text: status.update(text))
     title = f"{model}, {steps} steps, {seeds} pictures"
     shown = [name for one in batches(0, min(seeds, 8)) for name in one]

@@ -20,7 +20,7 @@ from layercache.methods.teacache import SpectralCache, TeaCache
 from layercache.models.registry import spec_for
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.rollout import Rehearsal
+from layercache.planning.rollout import Rollouts
 from layercache.runtime.enable import Plan
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -29,12 +29,12 @@ MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
 
 
 @dataclass
-class Workshop:
+class CalibratedModel:
     """A model, and what is measured on calibration samples for the methods that need it; all of it made on demand.
 
     Attributes:
         pipeline: a diffusers pipeline.
-        prompts, seeds: calibration samples, see `layercache.planning.rollout.Rehearsal`.
+        prompts, seeds: calibration samples, see `layercache.planning.rollout.Rollouts`.
         call: arguments of every call.
         budgets: shares of the block time.
         trials: exchanges of the search.
@@ -66,8 +66,8 @@ class Workshop:
         return self.profile.fingerprint
 
     @cached_property
-    def rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.pipeline, self.prompts, self.seeds, **self.call)
+    def rollouts(self) -> Rollouts:
+        return Rollouts(self.pipeline, self.prompts, self.seeds, **self.call)
 
     @cached_property
     def front(self) -> Front:
@@ -138,7 +138,7 @@ class Workshop:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entry:
     """A method with its settings for one budget.
 
     Attributes:
@@ -154,40 +154,40 @@ class Contestant:
     attach: Callable[[], AbstractContextManager[Any]] = field(repr=False)
 
 
-Maker = Callable[[Workshop, float], tuple[Plan, str]]
+Maker = Callable[[CalibratedModel, float], tuple[Plan, str]]
 
 
-def _layercache(shop: Workshop, budget: float) -> tuple[Plan, str]:
-    point = shop.front.choose(budget)
+def _layercache(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+    point = model.front.choose(budget)
     return point.schedule, point.origin
 
 
-def _planned(shop: Workshop, budget: float) -> tuple[Plan, str]:
-    schedule = layercache.plan(shop.profile, budget)
+def _planned(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+    schedule = layercache.plan(model.profile, budget)
     return schedule, f"{len(schedule.groups)} groups, {schedule.made_by.get('solver', 'best')}"
 
 
 def _meancache(form: str) -> Maker:
-    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
-        rehearsal = shop.rehearsal
-        deviation = meancache.stability_deviation([t.taken for t in rehearsal.full], rehearsal.sigmas)
+    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+        rollouts = model.rollouts
+        deviation = meancache.stability_deviation([t.taken for t in rollouts.full], rollouts.sigmas)
         tried = []
         for gamma in MEANCACHE_GAMMAS:
-            computed, spans = meancache.plan_steps(deviation, int(budget * rehearsal.num_steps + 1e-9), gamma=gamma)
-            schedule = meancache.build_schedule(rehearsal.fingerprint, computed, spans, form)
-            tried.append((rehearsal.run(schedule).quality, gamma, schedule))
+            computed, spans = meancache.plan_steps(deviation, int(budget * rollouts.num_steps + 1e-9), gamma=gamma)
+            schedule = meancache.build_schedule(rollouts.fingerprint, computed, spans, form)
+            tried.append((rollouts.run(schedule).quality, gamma, schedule))
         _, gamma, schedule = max(tried, key=lambda entry: entry[:2])
         return schedule, f"gamma {gamma:g}"
 
     return make
 
 
-def _interval(build: Callable[[Workshop, int], Plan]) -> Maker:
+def _interval(build: Callable[[CalibratedModel, int], Plan]) -> Maker:
     """The shortest interval between full steps that keeps to the budget."""
 
-    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
-        for interval in range(1, shop.fingerprint.num_steps + 1):
-            plan = build(shop, interval)
+    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+        for interval in range(1, model.fingerprint.num_steps + 1):
+            plan = build(model, interval)
             if plan.used <= budget + 1e-9:  # type: ignore[union-attr]
                 return plan, f"interval {interval}"
         raise BudgetError(f"no interval keeps to a budget of {budget:g}")
@@ -195,15 +195,15 @@ def _interval(build: Callable[[Workshop, int], Plan]) -> Maker:
     return make
 
 
-def _threshold(build: Callable[[Workshop, float], Plan], low: float, high: float, rounds: int = 8) -> Maker:
+def _threshold(build: Callable[[CalibratedModel, float], Plan], low: float, high: float, rounds: int = 8) -> Maker:
     """The largest share within the budget, by bisection of the threshold on one calibration sample."""
 
-    def make(shop: Workshop, budget: float) -> tuple[Plan, str]:
+    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
         least, most, best = low, high, None
         for _ in range(rounds):
             value = (least * most) ** 0.5
-            plan = build(shop, value)
-            used = plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else shop.used_by(plan)
+            plan = build(model, value)
+            used = plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else model.used_by(plan)
             if used <= budget + 1e-9:
                 most = value
                 best = (used, value) if best is None or used > best[0] else best
@@ -211,15 +211,15 @@ def _threshold(build: Callable[[Workshop, float], Plan], low: float, high: float
                 least = value
         if best is None:
             raise BudgetError(f"no threshold up to {high:g} brings it down to {budget:g}")
-        return build(shop, best[1]), f"threshold {best[1]:.4g}"
+        return build(model, best[1]), f"threshold {best[1]:.4g}"
 
     return make
 
 
-def _dual(shop: Workshop, threshold: float) -> Plan:
+def _dual(model: CalibratedModel, threshold: float) -> Plan:
     # at or above 1 every step would be reused
-    front = max(1, min(8, shop.fingerprint.num_blocks // 8))
-    return DBCache(front=front, warmup=min(8, shop.fingerprint.num_steps // 6), threshold=min(threshold, 0.999))
+    front = max(1, min(8, model.fingerprint.num_blocks // 8))
+    return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=min(threshold, 0.999))
 
 
 METHODS: dict[str, Maker] = {
@@ -227,29 +227,29 @@ METHODS: dict[str, Maker] = {
     "layercache-planned": _planned,
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
-    "uniform": _interval(lambda shop, n: fixed.uniform(shop.fingerprint, n)),
-    "taylorseer": _interval(lambda shop, n: fixed.taylorseer(shop.fingerprint, n)),
-    "taylorseer-2": _interval(lambda shop, n: fixed.taylorseer(shop.fingerprint, n, order=2)),
+    "uniform": _interval(lambda model, n: fixed.uniform(model.fingerprint, n)),
+    "taylorseer": _interval(lambda model, n: fixed.taylorseer(model.fingerprint, n)),
+    "taylorseer-2": _interval(lambda model, n: fixed.taylorseer(model.fingerprint, n, order=2)),
     "taylorseer-blocks": _interval(
-        lambda shop, n: fixed.taylorseer(
-            shop.fingerprint, n, groups=[(k, k + 1) for k in range(shop.fingerprint.num_blocks)]
+        lambda model, n: fixed.taylorseer(
+            model.fingerprint, n, groups=[(k, k + 1) for k in range(model.fingerprint.num_blocks)]
         )
     ),
-    "smoothcache": _threshold(lambda shop, a: fixed.smoothcache(shop.profile, a), 1e-3, 3.0, 12),
+    "smoothcache": _threshold(lambda model, a: fixed.smoothcache(model.profile, a), 1e-3, 3.0, 12),
     "magcache": _threshold(
-        lambda shop, t: magcache.build_schedule(shop.fingerprint, shop.magnitudes, t, 5, 0.1), 1e-3, 3.0, 12
+        lambda model, t: magcache.build_schedule(model.fingerprint, model.magnitudes, t, 5, 0.1), 1e-3, 3.0, 12
     ),
-    "fbcache": _threshold(lambda shop, t: FBCache(threshold=t), 1e-3, 3.0),
-    "fbcache-1": _threshold(lambda shop, t: FBCache(threshold=t, order=1), 1e-3, 3.0),
+    "fbcache": _threshold(lambda model, t: FBCache(threshold=t), 1e-3, 3.0),
+    "fbcache-1": _threshold(lambda model, t: FBCache(threshold=t, order=1), 1e-3, 3.0),
     "dbcache": _threshold(_dual, 1e-3, 1.0),
-    "teacache": _threshold(lambda shop, t: replace(shop.teacache, threshold=t), 1e-3, 10.0),
+    "teacache": _threshold(lambda model, t: replace(model.teacache, threshold=t), 1e-3, 10.0),
     "spectralcache": _threshold(
-        lambda shop, t: SpectralCache(coefficients=shop.teacache.coefficients, threshold=t), 1e-3, 10.0
+        lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
-    "invardiff": _threshold(lambda shop, q: shop.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
-    "l2c": lambda shop, budget: (shop.router.schedule(budget=budget), "learned"),
-    "dicache": _threshold(lambda shop, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
-    "easycache": _threshold(lambda shop, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
+    "invardiff": _threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
+    "dicache": _threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
+    "easycache": _threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
 
 
@@ -261,7 +261,7 @@ def check_methods(names: Sequence[str]) -> None:
         raise MethodError(f"unknown method {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}")
 
 
-def contestants(shop: Workshop, names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[], Contestant]]]:
+def entries(model: CalibratedModel, names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[], Entry]]]:
     """``(method, budget, make)`` of everything asked for; ``make`` plans and tunes, and may raise `LayerCacheError`.
 
     Raises:
@@ -269,91 +269,91 @@ def contestants(shop: Workshop, names: Sequence[str]) -> Iterator[tuple[str, flo
     """
     check_methods(names)
     for name in names:
-        for budget in sorted(shop.budgets, reverse=True):
-            yield name, budget, lambda name=name, budget=budget: _made(shop, name, budget)  # type: ignore[misc]
+        for budget in sorted(model.budgets, reverse=True):
+            yield name, budget, lambda name=name, budget=budget: _made(model, name, budget)  # type: ignore[misc]
 
 
-def _made(shop: Workshop, name: str, budget: float) -> Contestant:
+def _made(model: CalibratedModel, name: str, budget: float) -> Entry:
     if name in PEERS:
-        return PEERS[name](shop, budget)
-    plan, setting = shop.made(name, budget)
-    return Contestant(name, setting, budget, lambda: layercache.enabled(shop.pipeline, plan))  # type: ignore[call-overload]
+        return PEERS[name](model, budget)
+    plan, setting = model.made(name, budget)
+    return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan))  # type: ignore[call-overload]
 
 
 # --- caches of other packages, through their public interfaces ----------------------------------------------
 
 
-def _diffusers(make_config: Callable[[Workshop, Plan], Any], ours: str) -> Callable[..., Contestant]:
+def _diffusers(make_config: Callable[[CalibratedModel, Plan], Any], ours: str) -> Callable[..., Entry]:
     """A hook of diffusers with the setting that ours was tuned to: both take the same decisions."""
 
-    def make(shop: Workshop, budget: float) -> Contestant:
-        plan, setting = shop.made(ours, budget)
+    def make(model: CalibratedModel, budget: float) -> Entry:
+        plan, setting = model.made(ours, budget)
 
         @contextmanager
         def attach() -> Iterator[None]:
-            transformer = shop.pipeline.transformer
-            transformer.enable_cache(make_config(shop, plan))
+            transformer = model.pipeline.transformer
+            transformer.enable_cache(make_config(model, plan))
             try:
                 yield None
             finally:
                 transformer.disable_cache()
 
-        return Contestant(f"diffusers:{ours}", setting, budget, attach)
+        return Entry(f"diffusers:{ours}", setting, budget, attach)
 
     return make
 
 
-def _first_block(shop: Workshop, plan: Any) -> Any:
+def _first_block(model: CalibratedModel, plan: Any) -> Any:
     from diffusers.hooks import FirstBlockCacheConfig
 
     return FirstBlockCacheConfig(threshold=plan.threshold)
 
 
-def _taylor(shop: Workshop, plan: Any) -> Any:
+def _taylor(model: CalibratedModel, plan: Any) -> Any:
     from diffusers.hooks import TaylorSeerCacheConfig
 
     return TaylorSeerCacheConfig(cache_interval=plan.made_by["interval"], max_order=1, use_lite_mode=True)
 
 
-def _mag(shop: Workshop, plan: Any) -> Any:
+def _mag(model: CalibratedModel, plan: Any) -> Any:
     from diffusers.hooks import MagCacheConfig
 
-    told = plan.made_by
+    metadata = plan.made_by
     return MagCacheConfig(
-        threshold=told["threshold"],
-        max_skip_steps=told["max_consecutive"],
-        retention_ratio=told["retention"],
+        threshold=metadata["threshold"],
+        max_skip_steps=metadata["max_consecutive"],
+        retention_ratio=metadata["retention"],
         num_inference_steps=plan.num_steps,
-        mag_ratios=list(shop.magnitudes),
+        mag_ratios=list(model.magnitudes),
     )
 
 
-def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
-    def make(shop: Workshop, budget: float) -> Contestant:
+def _cache_dit(taylor: bool, name: str) -> Callable[..., Entry]:
+    def make(model: CalibratedModel, budget: float) -> Entry:
         if importlib.util.find_spec("cache_dit") is None:
             raise LayerCacheError("cache-dit is not installed: pip install cache-dit")
-        plan, setting = shop.made("dbcache", budget)
+        plan, setting = model.made("dbcache", budget)
         assert isinstance(plan, DBCache)
 
         @contextmanager
         def attach() -> Iterator[None]:
             import cache_dit
 
-            pipeline = shop.pipeline
+            pipeline = model.pipeline
             adapter = cache_dit.BlockAdapter(
                 pipe=pipeline,
                 transformer=pipeline.transformer,
                 blocks=pipeline.transformer.transformer_blocks,
                 forward_pattern=cache_dit.ForwardPattern.Pattern_1,
-                has_separate_cfg=len(shop.fingerprint.branches) > 1,
+                has_separate_cfg=len(model.fingerprint.branches) > 1,
             )
             config = cache_dit.DBCacheConfig(
                 Fn_compute_blocks=plan.front,
                 Bn_compute_blocks=plan.back,
                 residual_diff_threshold=plan.threshold,
                 max_warmup_steps=plan.warmup,
-                enable_separate_cfg=len(shop.fingerprint.branches) > 1,
-                num_inference_steps=shop.fingerprint.num_steps,
+                enable_separate_cfg=len(model.fingerprint.branches) > 1,
+                num_inference_steps=model.fingerprint.num_steps,
             )
             calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
             cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
@@ -362,7 +362,7 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
             finally:
                 cache_dit.disable_cache(adapter)
 
-        return Contestant(name, f"F{plan.front}B0 {setting}", budget, attach)
+        return Entry(name, f"F{plan.front}B0 {setting}", budget, attach)
 
     return make
 
@@ -370,13 +370,13 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Contestant]:
 SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")
 
 
-def _seacache(shop: Workshop, budget: float) -> Contestant:
+def _seacache(model: CalibratedModel, budget: float) -> Entry:
     """Threshold by bisection: none of ours takes its decisions."""
-    transformer = shop.pipeline.transformer
+    transformer = model.pipeline.transformer
     if type(transformer).__name__ not in SEACACHE_CLASSES:
         raise MethodError(f"SeaCache of diffusers covers {' and '.join(SEACACHE_CLASSES)} only")
 
-    def contestant(threshold: float) -> Contestant:
+    def entry(threshold: float) -> Entry:
         @contextmanager
         def attach() -> Iterator[None]:
             from diffusers import SeaCacheConfig
@@ -387,20 +387,20 @@ def _seacache(shop: Workshop, budget: float) -> Contestant:
             finally:
                 transformer.disable_cache()
 
-        return Contestant("diffusers:seacache", f"threshold {threshold:.3g}", budget, attach)
+        return Entry("diffusers:seacache", f"threshold {threshold:.3g}", budget, attach)
 
     def used(threshold: float) -> float:
         with block_calls(transformer) as full:
-            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
-        with contestant(threshold).attach(), block_calls(transformer) as calls:
-            generate_once(shop.pipeline, shop.prompts[0], shop.seeds[0], shop.call)
+            generate_once(model.pipeline, model.prompts[0], model.seeds[0], model.call)
+        with entry(threshold).attach(), block_calls(transformer) as calls:
+            generate_once(model.pipeline, model.prompts[0], model.seeds[0], model.call)
         return calls[0] / full[0]
 
     low, high = 1e-3, 4.0
     for _ in range(8):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if used(middle) <= budget else (middle, high)
-    return contestant(high)
+    return entry(high)
 
 
 @contextmanager
@@ -423,7 +423,7 @@ def block_calls(transformer: Any) -> Iterator[list[int]]:
             hook.remove()
 
 
-PEERS: dict[str, Callable[..., Contestant]] = {
+PEERS: dict[str, Callable[..., Entry]] = {
     "diffusers:fbcache": _diffusers(_first_block, "fbcache"),
     "diffusers:taylorseer": _diffusers(_taylor, "taylorseer"),
     "diffusers:magcache": _diffusers(_mag, "magcache"),

@@ -20,21 +20,21 @@ from layercache._utils import metrics
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import COMPARISON, going_on
 from layercache.errors import LayerCacheError, ScheduleMismatchError
-from layercache.tools.compare.entries import Contestant, Workshop, block_calls, contestants
+from layercache.tools.compare.entries import CalibratedModel, Entry, block_calls, entries
 from layercache.tools.report import machine
 
 FORMAT, VERSION = COMPARISON, 1
-SHOWN = 8  # pictures of every contestant that are kept for the page
+SHOWN = 8  # pictures of every entry that are kept for the page
 _NUMBERS = ("used", "seconds", "speedup", "operators", "reads")
 _READS = ("item", "tolist", "__bool__", "__float__", "__int__")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contestant did.
+    """What one entry did.
 
     Attributes:
-        method, setting, budget: see `layercache.contestants.Contestant`.
+        method, setting, budget: see `layercache.tools.compare.entries.Entry`.
         used: share of the block time computed; of another package's cache the share of block calls.
         seconds: of all pictures.
         speedup: against full runs of the first batch right before and after.
@@ -103,18 +103,18 @@ class Counter(TorchDispatchMode):
 
 
 class Comparison:
-    """Runs contestants one after the other; keeps what they gave, so that a run that was stopped goes on.
+    """Runs entries one after the other; keeps what they gave, so that a run that was stopped goes on.
 
     Args:
-        shop: the model and its calibration samples.
+        model: the model and its calibration samples.
         prompts: one call per entry, an entry being a list of as many prompts as the call has pictures.
         seeds: one per picture.
         folder: where results and pictures are kept.
     """
 
-    def __init__(self, shop: Workshop, prompts: Sequence[Sequence[str]], seeds: Sequence[int], folder: Path):
+    def __init__(self, model: CalibratedModel, prompts: Sequence[Sequence[str]], seeds: Sequence[int], folder: Path):
         metrics.check_installed()
-        self.shop, self.prompts, self.seeds, self.folder = shop, [list(p) for p in prompts], list(seeds), Path(folder)
+        self.model, self.prompts, self.seeds, self.folder = model, [list(p) for p in prompts], list(seeds), Path(folder)
         edges = np.cumsum([0, *map(len, self.prompts)]).tolist()
         if edges[-1] != len(self.seeds):
             raise LayerCacheError(f"give one seed per picture: {edges[-1]} pictures, {len(self.seeds)} seeds")
@@ -122,12 +122,12 @@ class Comparison:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.outcomes: dict[str, Outcome] = {}
         self._settings = {
-            "call": {name: repr(value) for name, value in sorted(shop.call.items())},
-            "model": f"{type(shop.pipeline).__name__} {type(shop.pipeline.transformer).__name__}",
+            "call": {name: repr(value) for name, value in sorted(model.call.items())},
+            "model": f"{type(model.pipeline).__name__} {type(model.pipeline.transformer).__name__}",
             "prompts": self.prompts,
             "seeds": self.seeds,
-            "calibration_seeds": list(shop.seeds),
-            "trials": shop.trials,
+            "calibration_seeds": list(model.seeds),
+            "trials": model.trials,
         }
         self._digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._read()
@@ -138,7 +138,7 @@ class Comparison:
 
     def run(self, methods: Sequence[str], say: Callable[[str], None] = lambda text: None) -> list[Outcome]:
         """All methods at all budgets; one that fails leaves its reason and does not stop the others."""
-        pending = [entry for entry in contestants(self.shop, methods) if not self._has(entry[0], entry[1])]
+        pending = [entry for entry in entries(self.model, methods) if not self._has(entry[0], entry[1])]
         if pending:
             say("generating the full pictures")
             self.full, self.full_seconds = self._generate(nullcontext(), range(len(self._batches)))
@@ -151,11 +151,11 @@ class Comparison:
                 outcome = Outcome(name, "", budget, error=f"{type(error).__name__}: {error}")
             self.outcomes[outcome.key] = outcome
             self.save()
-        wanted = [f"{name} {budget:g}" for name, budget, _ in contestants(self.shop, methods)]
+        wanted = [f"{name} {budget:g}" for name, budget, _ in entries(self.model, methods)]
         return [self.outcomes[key] for key in wanted]
 
     def pictures(self, outcome: Outcome) -> np.ndarray | None:
-        """The first pictures of a contestant, ``[n, H, W, C]`` in 0..1."""
+        """The first pictures of an entry, ``[n, H, W, C]`` in 0..1."""
         path = self._picture_file(outcome)
         return np.load(path) if path.exists() else None
 
@@ -190,20 +190,20 @@ class Comparison:
         before = self.outcomes.get(f"{name} {budget:g}")
         return before is not None and not before.error
 
-    def _judge(self, contestant: Contestant) -> Outcome:
-        counted = self._count(contestant)
+    def _judge(self, entry: Entry) -> Outcome:
+        counted = self._count(entry)
         first = [0]
         before = self._generate(nullcontext(), first)[1][0]
-        with contestant.attach() as cache, block_calls(self.shop.pipeline.transformer) as calls:
+        with entry.attach() as cache, block_calls(self.model.pipeline.transformer) as calls:
             pictures, seconds = self._generate(nullcontext(), range(len(self._batches)))
             told = cache.report() if cache else None
         used = told.used if told else calls[0] / (len(self._batches) * self._blocks_per_batch)
         stored = told.cache_bytes if told else None
         after = self._generate(nullcontext(), first)[1][0]
         outcome = Outcome(
-            contestant.method,
-            contestant.setting,
-            contestant.budget,
+            entry.method,
+            entry.setting,
+            entry.budget,
             used=float(used),
             seconds=sum(seconds),
             speedup=(before + after) / 2 / seconds[0],
@@ -218,26 +218,26 @@ class Comparison:
         write_atomically(path, lambda temporary: _save_array(temporary, pictures[:SHOWN]))
         return outcome
 
-    def _count(self, contestant: Contestant) -> dict[str, float]:
+    def _count(self, entry: Entry) -> dict[str, float]:
         """Operators and reads per step of one batch; also warms up."""
-        steps = self.shop.fingerprint.num_steps
-        with contestant.attach(), Counter() as counter:
+        steps = self.model.fingerprint.num_steps
+        with entry.attach(), Counter() as counter:
             self._generate(nullcontext(), [0])
         return {"operators": counter.operators / steps, "reads": counter.reads / steps}
 
     @property
     def _blocks_per_batch(self) -> int:
-        prints = self.shop.fingerprint
+        prints = self.model.fingerprint
         return prints.num_blocks * len(prints.branches) * prints.num_steps
 
     def _generate(self, context: Any, batches: Sequence[int]) -> tuple[np.ndarray, list[float]]:
         pictures, seconds = [], []
-        pipeline, device = self.shop.pipeline, self.shop.pipeline.device
+        pipeline, device = self.model.pipeline, self.model.pipeline.device
         with context:
             for number in batches:
                 lo, hi = self._batches[number]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds[lo:hi]]
-                call = {**self.shop.call, "generator": generators, "output_type": "np"}
+                call = {**self.model.call, "generator": generators, "output_type": "np"}
                 _synchronise(device)
                 start = time.perf_counter()
                 images = pipeline(self.prompts[number], return_dict=False, **call)[0]
