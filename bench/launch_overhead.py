@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,7 +99,7 @@ def main() -> None:
     if args.json:
         found = {
             "command": " ".join(["python", "bench/launch_overhead.py", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "kernel_hash": hash_or_none(),
             "machine": machine_info(),
             "shape": SHAPE,
