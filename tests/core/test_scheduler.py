@@ -263,7 +263,7 @@ def test_coupled_groups_are_refused(method: str) -> None:
 
 def test_ctrl_c_ends_a_solver() -> None:
     code = (
-        "import numpy as np, signal, sys; sys.path.insert(0, 'tests');"
+        "import numpy as np, signal, sys; sys.path[:0] = ['tests', 'tests/core'];"
         "import test_scheduler as t;"
         "p = t.smooth_problem(steps=180, groups=60, max_run=8);"
         "signal.setitimer(signal.ITIMER_REAL, 0.3); signal.signal(signal.SIGALRM, signal.default_int_handler);"
