@@ -66,17 +66,3 @@ def shortest_path(
     mode: Literal["sum", "lexicographic"] = "sum",
     required: ArrayLike | None = None,
 ) -> Path: ...
-
-class PairPath:
-    """A path whose costs depend on the last two computed steps."""
-
-    @property
-    def feasible(self) -> bool: ...
-    @property
-    def steps(self) -> list[int]:
-        """The computed steps, ascending."""
-    @property
-    def cost(self) -> float: ...
-
-def pair_path(costs: ArrayLike, budget: int, first: int = 3, exact: bool = False) -> PairPath: ...
-def threshold_steps(errors: ArrayLike, threshold: float) -> list[int]: ...
