@@ -83,7 +83,7 @@ void look_for_signals() {
 
 Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double target,
              const Bools& protected_cells, const std::vector<int>& spans, int history, int max_run, double tau,
-             const std::string& method, bool monotone) {
+             const std::string& method) {
     const Solver solver = solver_of(method);
     Problem problem;
     read_errors(errors, problem);
@@ -95,7 +95,6 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     problem.history = history;
     problem.max_run = max_run;
     problem.tau = tau;
-    problem.monotone = monotone;
     problem.interrupt = look_for_signals;
 
     py::gil_scoped_release released; // `errors` is held by the caller's frame, everything else is a copy
@@ -208,6 +207,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
                py::arg("mode") = "sum", py::arg("required") = py::none());
     module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),
                py::arg("target"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
-               py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best",
-               py::arg("monotone") = false);
+               py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best");
 }

@@ -6,7 +6,6 @@
 namespace layercache {
 
 // Both expect a normalised problem and answer as the greedy solvers do where the budget cannot be met.
-// They throw std::invalid_argument for a monotone problem of several groups, which couples the groups.
 
 // The least error there is within the target. Where groups with unequal costs make too many combinations
 // for that, the answer is the Lagrangian one, and says so by its method.

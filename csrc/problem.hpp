@@ -25,7 +25,6 @@ struct Problem {
     int history = 3;                   // computed steps whose residuals are kept, the anchor included
     int max_run = 8;                   // most cached steps in a row
     double tau = 0.05;                 // least relative gain of a span over plain reuse
-    bool monotone = false;             // a group is cached only where all shallower groups are
     std::function<void()> interrupt;   // called now and then in long loops; may throw
 
     void poll() const {

@@ -39,7 +39,6 @@ def solve(
     max_run: int = 8,
     tau: float = 0.05,
     method: str = "best",
-    monotone: bool = False,
 ) -> Result: ...
 
 class Path:

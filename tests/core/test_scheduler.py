@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache import _core
@@ -20,11 +20,6 @@ from support.oracle_scheduler import Problem
 
 GREEDY = ["removal", "addition"]
 METHODS = [*GREEDY, "exact", "lagrangian", "best"]
-
-
-def methods_for(problem: Problem) -> list[str]:
-    """A monotone schedule couples its groups, which only the greedy solvers follow."""
-    return [*GREEDY, "best"] if problem.monotone and problem.groups > 1 else METHODS
 
 
 def solve(problem: Problem, method: str = "best") -> _core.Result:
@@ -61,7 +56,6 @@ def problems(draw: st.DrawFn, max_steps: int = 9, max_groups: int = 3) -> Proble
         history=draw(between(1, 4)),
         max_run=draw(between(1, 8)),
         tau=draw(st.sampled_from([0.0, 0.05, 0.5])),
-        monotone=draw(st.booleans()),
     )
 
 
@@ -131,14 +125,11 @@ def check_result(problem: Problem, result: _core.Result) -> None:
         assert np.array_equal(array, expected)
     assert math.isfinite(result.total_error)
     assert result.total_error == sum(cell_error(problem, result, *cell) for cell in cached)
-    if problem.monotone:
-        assert oracle.nested([computed_steps(result, group) for group in range(problem.groups)])
 
 
 @settings(max_examples=200, deadline=None)
 @given(problems(), st.sampled_from(METHODS))
 def test_result_obeys_every_rule(problem: Problem, method: str) -> None:
-    assume(method in methods_for(problem))
     result = solve(problem, method)
     check_result(problem, result)
     spent = sum(
@@ -173,7 +164,6 @@ def test_equals_the_twin_on_smooth_tables(method: str, seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(problems(max_steps=10, max_groups=1), st.sampled_from(METHODS))
 def test_never_below_brute_force_one_group(problem: Problem, method: str) -> None:
-    assume(method in methods_for(problem))
     result = solve(problem, method)
     if result.feasible:
         assert result.total_error >= oracle.brute_force(problem)
@@ -182,7 +172,6 @@ def test_never_below_brute_force_one_group(problem: Problem, method: str) -> Non
 @settings(max_examples=40, deadline=None)
 @given(problems(max_steps=6, max_groups=2), st.sampled_from(METHODS))
 def test_never_below_brute_force_two_groups(problem: Problem, method: str) -> None:
-    assume(method in methods_for(problem))
     result = solve(problem, method)
     if result.feasible:
         assert result.total_error >= oracle.brute_force(problem)
@@ -197,13 +186,13 @@ def test_exact_is_brute_force_one_group(problem: Problem) -> None:
 @settings(max_examples=60, deadline=None)
 @given(problems(max_steps=6, max_groups=2))
 def test_exact_is_brute_force_two_groups(problem: Problem) -> None:
-    check_exact(replace(problem, history=min(problem.history, 3), monotone=False))
+    check_exact(replace(problem, history=min(problem.history, 3)))
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems(max_steps=5, max_groups=3))
 def test_exact_is_brute_force_three_groups(problem: Problem) -> None:
-    check_exact(replace(problem, history=min(problem.history, 3), monotone=False))
+    check_exact(replace(problem, history=min(problem.history, 3)))
 
 
 def check_exact(problem: Problem) -> None:
@@ -220,7 +209,7 @@ def check_exact(problem: Problem) -> None:
 def test_best_is_the_best(problem: Problem) -> None:
     problem = replace(problem, history=min(problem.history, 3))
     best = solve(problem, "best")
-    others = [solve(problem, method) for method in methods_for(problem)]
+    others = [solve(problem, method) for method in METHODS]
     assert best.feasible == any(other.feasible for other in others)
     if best.feasible:
         assert best.total_error == min(other.total_error for other in others if other.feasible)
@@ -251,14 +240,6 @@ def test_exact_of_many_unequal_groups_says_that_it_is_lagrangian() -> None:
     groups = 24
     problem = smooth_problem(steps=60, groups=groups, compute_cost=list(rng.uniform(0.5, 2.0, groups)), target=1000.0)
     assert solve(problem, "exact").method == "lagrangian"
-
-
-@pytest.mark.parametrize("method", ["exact", "lagrangian"])
-def test_coupled_groups_are_refused(method: str) -> None:
-    problem = smooth_problem(steps=12, groups=2, monotone=True)
-    with pytest.raises(ValueError, match="removal"):
-        solve(problem, method)
-    assert solve(problem, "best").feasible
 
 
 def test_ctrl_c_ends_a_solver() -> None:
@@ -347,17 +328,6 @@ def test_best_prefers_the_feasible_method() -> None:
     problem.errors[1, 0, 1, 0] = problem.errors[3, 0, 1, 0] = 1.0
     removal, addition, best = (solve(problem, method) for method in [*GREEDY, "best"])
     assert not removal.feasible and addition.feasible and best.method == "addition"
-
-
-def test_monotone_can_cache_deep_groups() -> None:
-    # The deep group looks cheapest at first, where it is not allowed yet.
-    problem = smooth_problem(steps=20, groups=2, budget=0.5, monotone=True)
-    problem.errors[:, 1] *= 0.01
-    for method in [*GREEDY, "best"]:
-        result = solve(problem, method)
-        assert result.feasible
-        assert (result.cells[:, 1] >= 0).any()
-        assert oracle.nested([computed_steps(result, group) for group in range(2)])
 
 
 def test_addition_stops_when_nothing_is_gained() -> None:
