@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "best.hpp"
 #include "exact.hpp"
 #include "greedy.hpp"
 #include "paths.hpp"

@@ -5,19 +5,14 @@
 #include <limits>
 #include <queue>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "exact.hpp"
 #include "runs.hpp"
 #include "selection.hpp"
 #include "starts.hpp"
 
 namespace layercache {
 namespace {
-
-// Above this (about a second) the exact solver is not asked.
-constexpr double most_effort = 5e8;
 
 enum class Move { remove, add };
 
@@ -107,12 +102,6 @@ private:
     std::priority_queue<Candidate, std::vector<Candidate>, LowerPriority> heap_;
 };
 
-bool better(const Result& a, const Result& b) {
-    if (a.feasible != b.feasible) return a.feasible;
-    if (!a.feasible && a.spent != b.spent) return a.spent < b.spent;
-    return a.total_error < b.total_error;
-}
-
 } // namespace
 
 Result solve_removal(const Problem& problem) {
@@ -143,14 +132,6 @@ void fill(const Problem& problem, Selection& selection) {
         selection.flip(candidate.step, candidate.group);
         queue.moved(candidate.step, candidate.group);
     }
-}
-
-Result solve_best(const Problem& problem) {
-    Result best = solve_removal(problem);
-    Result other = solve_addition(problem);
-    if (better(other, best)) best = std::move(other);
-    other = exact_effort(problem) <= most_effort ? solve_exact(problem) : solve_lagrangian(problem);
-    return better(other, best) ? std::move(other) : std::move(best);
 }
 
 } // namespace layercache
