@@ -82,7 +82,7 @@ void look_for_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double target,
+Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double budget,
              const Bools& protected_cells, const std::vector<int>& spans, int history, int max_run, double tau,
              const std::string& method) {
     const Solver solver = solver_of(method);
@@ -91,7 +91,7 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     problem.compute_cost = read_costs("compute_cost", compute_cost, problem);
     problem.cached_cost = read_costs("cached_cost", cached_cost, problem);
     problem.protected_cells = read_protected(protected_cells, problem);
-    problem.target = target;
+    problem.budget = budget;
     problem.spans = spans;
     problem.history = history;
     problem.max_run = max_run;
@@ -183,14 +183,14 @@ to the power gamma. mode 'sum' adds them up; 'lexicographic' makes the largest a
 the second largest, and so on. required[t] steps are always computed.)";
 
 const char* const solve_doc =
-    R"(Choose which cells to compute so that the error is small and the seconds stay within target.
+    R"(Choose which cells to compute so that the error is small and the seconds stay within budget.
 
 errors[i, g, m, Kb] is the error of caching step i of group g when its anchor is i - m and the older
-residual lies Kb steps before the anchor (0: plain reuse). Infinity forbids caching. target limits the
+residual lies Kb steps before the anchor (0: plain reuse). Infinity forbids caching. budget limits the
 sum over cells of compute_cost[g] or cached_cost[g]. history counts the kept residuals, the anchor
 included. A span is used only where it lowers a run's error by more than the share tau.
 
-method: 'removal' drops the cell with the least error per second until the target is met; 'addition'
+method: 'removal' drops the cell with the least error per second until the budget is met; 'addition'
 starts from the fewest cells allowed and adds the one that saves most error per second, as long as one
 fits and saves any; 'exact' finds the least error there is (history of more than 3 counts as 3);
 'lagrangian' comes close to it, for many groups; 'best' keeps the best of the greedy two and of 'exact',
@@ -207,6 +207,6 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def("shortest_path", &path_of, path_doc, py::arg("errors"), py::arg("budget"), py::arg("gamma") = 5.0,
                py::arg("mode") = "sum", py::arg("required") = py::none());
     module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),
-               py::arg("target"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
+               py::arg("budget"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
                py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best");
 }

@@ -23,7 +23,7 @@ class Result:
         """Sum of the cells' seconds."""
     @property
     def feasible(self) -> bool:
-        """Whether spent stays within the target."""
+        """Whether spent stays within the budget."""
     @property
     def method(self) -> Literal["removal", "addition", "exact", "lagrangian"]:
         """The solver that found it."""
@@ -32,7 +32,7 @@ def solve(
     errors: ArrayLike,
     compute_cost: ArrayLike,
     cached_cost: ArrayLike,
-    target: float,
+    budget: float,
     protected: ArrayLike,
     spans: Sequence[int],
     history: int = 3,

@@ -21,7 +21,7 @@ class Problem:
     errors: np.ndarray
     compute_cost: list[float]
     cached_cost: list[float]
-    target: float
+    budget: float
     protected: np.ndarray
     spans: list[int] = field(default_factory=list)
     history: int = 3
@@ -63,7 +63,7 @@ class Solution:
     spent: float
 
     def feasible(self, problem: Problem) -> bool:
-        return self.spent <= problem.target * SLACK
+        return self.spent <= problem.budget * SLACK
 
 
 def resolve(computed: list[int], anchor: int, span: int, problem: Problem) -> int | None:
@@ -143,7 +143,7 @@ def give_up_order(move: tuple[float, float, int, int]) -> tuple[float, float, in
 
 def removal(problem: Problem) -> Solution:
     computed = [list(range(problem.steps)) for _ in range(problem.groups)]
-    while spent(problem, computed) > problem.target * SLACK:
+    while spent(problem, computed) > problem.budget * SLACK:
         candidates = [move for move in moves(problem, computed, adding=False) if move[0] < INFINITY]
         if not candidates:
             break
@@ -174,7 +174,7 @@ def addition(problem: Problem) -> Solution:
         candidates = [
             move
             for move in moves(problem, computed, adding=True)
-            if move[0] > 0 and spent(problem, computed) + problem.saving(move[3]) <= problem.target * SLACK
+            if move[0] > 0 and spent(problem, computed) + problem.saving(move[3]) <= problem.budget * SLACK
         ]
         if not candidates:
             return solution(problem, computed)
@@ -200,6 +200,6 @@ def brute_force(problem: Problem) -> float:
     for choice in product(*per_group):
         total = sum(cost for cost, _ in choice)
         computed = [steps for _, steps in choice]
-        if total < lowest and spent(problem, computed) <= problem.target * SLACK:
+        if total < lowest and spent(problem, computed) <= problem.budget * SLACK:
             lowest = total
     return lowest
