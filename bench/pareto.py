@@ -68,7 +68,7 @@ def meancache_points(calibration: Rollouts, budget: float, max_length: int = 9) 
                 computed, spans = meancache.plan_steps(deviation, int(budget * steps + 1e-9), gamma=gamma)
             except BudgetError:
                 continue
-            schedule = meancache.build_schedule(calibration.fingerprint, computed, spans, form)
+            schedule = meancache.MeanCache(tuple(computed), tuple(spans), form).schedule(calibration.fingerprint)
             rollout = calibration.run(schedule)
             tried.append((rollout.quality, gamma, Point(schedule, f"MeanCache {form}, gamma {gamma:g}", rollout.psnr)))
         if tried:

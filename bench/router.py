@@ -43,7 +43,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     prompts = [classes(range(lo, lo + args.batch)) for lo in range(0, len(CLASS_NAMES), args.batch)]
-    router = l2c.train(pipe, prompts, l2c.Settings(rounds=args.rounds), output_type="latent", **call)
+    router = l2c.LearningToCache(rounds=args.rounds).train(pipe, prompts, output_type="latent", **call)
     seeds = range(1000, 1000 + args.seeds)
 
     def draw(schedule: ModuleSchedule | None) -> np.ndarray:

@@ -42,12 +42,12 @@ def table(rng: np.random.Generator, steps: int, groups: int, rough: float = 0.1)
     return scale * distance * damping * noise
 
 
-def problem_of(rng: np.random.Generator, steps: int, groups: int, budget: float, rough: float = 0.1) -> Problem:
+def problem_of(rng: np.random.Generator, steps: int, groups: int, share: float, rough: float = 0.1) -> Problem:
     return Problem(
         errors=table(rng, steps, groups, rough),
         compute_cost=[1.0] * groups,
         cached_cost=[0.01] * groups,
-        target=budget * steps * groups,
+        budget=share * steps * groups,
         protected=np.zeros((steps, groups), bool),
         spans=list(range(1, SPANS + 1)),
         max_run=LONGEST,

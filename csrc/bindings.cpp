@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "best.hpp"
 #include "exact.hpp"
 #include "greedy.hpp"
 #include "paths.hpp"
 #include "problem.hpp"
-#include "variants.hpp"
 
 namespace py = pybind11;
 
@@ -82,21 +82,20 @@ void look_for_signals() {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double target,
+Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double budget,
              const Bools& protected_cells, const std::vector<int>& spans, int history, int max_run, double tau,
-             const std::string& method, bool monotone) {
+             const std::string& method) {
     const Solver solver = solver_of(method);
     Problem problem;
     read_errors(errors, problem);
     problem.compute_cost = read_costs("compute_cost", compute_cost, problem);
     problem.cached_cost = read_costs("cached_cost", cached_cost, problem);
     problem.protected_cells = read_protected(protected_cells, problem);
-    problem.target = target;
+    problem.budget = budget;
     problem.spans = spans;
     problem.history = history;
     problem.max_run = max_run;
     problem.tau = tau;
-    problem.monotone = monotone;
     problem.interrupt = look_for_signals;
 
     py::gil_scoped_release released; // `errors` is held by the caller's frame, everything else is a copy
@@ -132,23 +131,6 @@ Path path_of(const Doubles& errors, int budget, double gamma, const std::string&
     problem.lexicographic = is_lexicographic(mode);
     py::gil_scoped_release released;
     return shortest_path(problem);
-}
-
-std::vector<int> threshold_steps_of(const Doubles& errors, double threshold) {
-    if (errors.ndim() != 2 || errors.shape(0) < 2 || errors.shape(1) < 1) {
-        refuse_shape("errors", "[distances + 1, steps] with at least 2 and 1 entries", errors);
-    }
-    return threshold_steps(flat(errors), extent(errors, 0) - 1, extent(errors, 1), threshold);
-}
-
-PairPath pair_path_of(const Doubles& costs, int budget, int first, bool exact) {
-    const bool is_cube = costs.ndim() == 3 && costs.shape(0) == costs.shape(1) && costs.shape(0) == costs.shape(2);
-    if (!is_cube || costs.shape(0) < 2) {
-        refuse_shape("costs", "[steps + 1, steps + 1, steps + 1] with at least 1 step", costs);
-    }
-    PairPathProblem problem{extent(costs, 0) - 1, flat(costs), budget, first, exact, look_for_signals};
-    py::gil_scoped_release released;
-    return pair_path(problem);
 }
 
 // A read-only view that keeps the result alive.
@@ -200,38 +182,15 @@ the k-th forecast in between; n = 1 skips nothing and costs nothing, infinity fo
 to the power gamma. mode 'sum' adds them up; 'lexicographic' makes the largest as small as possible, then
 the second largest, and so on. required[t] steps are always computed.)";
 
-const char* const pair_path_doc =
-    R"(DPCache's choice of at most `budget` computed steps.
-
-costs[i, j, k] is the error of the steps between the computed steps j < k with i computed before j; i = steps:
-there is none; k = steps: the end. The first `first` steps are computed. exact: over all pairs, instead of the
-published recursion.)";
-
-const char* const threshold_doc =
-    R"(SmoothCache's computed steps.
-
-errors[j, i] compares steps i and i + j. From a computed step, as many steps are skipped as an error of at most
-`threshold` at the far end allows.)";
-
-void bind_variants(py::module_& module) {
-    py::class_<PairPath>(module, "PairPath", "A path whose costs depend on the last two computed steps.")
-        .def_readonly("feasible", &PairPath::feasible)
-        .def_readonly("steps", &PairPath::steps, "The computed steps, ascending.")
-        .def_readonly("cost", &PairPath::cost);
-    module.def("pair_path", &pair_path_of, pair_path_doc, py::arg("costs"), py::arg("budget"), py::arg("first") = 3,
-               py::arg("exact") = false);
-    module.def("threshold_steps", &threshold_steps_of, threshold_doc, py::arg("errors"), py::arg("threshold"));
-}
-
 const char* const solve_doc =
-    R"(Choose which cells to compute so that the error is small and the seconds stay within target.
+    R"(Choose which cells to compute so that the error is small and the seconds stay within budget.
 
 errors[i, g, m, Kb] is the error of caching step i of group g when its anchor is i - m and the older
-residual lies Kb steps before the anchor (0: plain reuse). Infinity forbids caching. target limits the
+residual lies Kb steps before the anchor (0: plain reuse). Infinity forbids caching. budget limits the
 sum over cells of compute_cost[g] or cached_cost[g]. history counts the kept residuals, the anchor
 included. A span is used only where it lowers a run's error by more than the share tau.
 
-method: 'removal' drops the cell with the least error per second until the target is met; 'addition'
+method: 'removal' drops the cell with the least error per second until the budget is met; 'addition'
 starts from the fewest cells allowed and adds the one that saves most error per second, as long as one
 fits and saves any; 'exact' finds the least error there is (history of more than 3 counts as 3);
 'lagrangian' comes close to it, for many groups; 'best' keeps the best of the greedy two and of 'exact',
@@ -245,11 +204,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.doc() = "Schedulers in C++.";
     bind_result(module);
     bind_path(module);
-    bind_variants(module);
     module.def("shortest_path", &path_of, path_doc, py::arg("errors"), py::arg("budget"), py::arg("gamma") = 5.0,
                py::arg("mode") = "sum", py::arg("required") = py::none());
     module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),
-               py::arg("target"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
-               py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best",
-               py::arg("monotone") = false);
+               py::arg("budget"), py::arg("protected"), py::arg("spans"), py::arg("history") = 3,
+               py::arg("max_run") = 8, py::arg("tau") = 0.05, py::arg("method") = "best");
 }

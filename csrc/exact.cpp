@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -23,12 +22,6 @@ constexpr int bisections = 60;
 // Moves of all groups up to which states of three kept steps are affordable. Above, two have to do: a forecast
 // reads two residuals, and which older one it could read instead is left to the final evaluation.
 constexpr double most_moves = 3e6;
-
-void refuse_monotone(const Problem& problem) {
-    if (problem.monotone && problem.groups > 1) {
-        throw std::invalid_argument("a monotone schedule couples its groups: use method 'removal' or 'addition'");
-    }
-}
 
 // The least error of one group for every number of computed steps.
 class CountedGroup {
@@ -185,7 +178,6 @@ std::vector<Steps> priced_steps(const Problem& problem, std::vector<PricedGroup>
 } // namespace
 
 Result solve_exact(const Problem& problem) {
-    refuse_monotone(problem);
     const RunCosts costs(problem);
     std::vector<std::unique_ptr<CountedGroup>> counted;
     double reserved = 0.0;
@@ -216,7 +208,6 @@ Result solve_exact(const Problem& problem) {
 }
 
 Result solve_lagrangian(const Problem& problem) {
-    refuse_monotone(problem);
     const RunCosts costs(problem);
     const int history = exact_effort(problem) <= most_moves * problem.steps ? Chains::most_history : 2;
     std::vector<PricedGroup> groups;

@@ -6,13 +6,12 @@
 namespace layercache {
 
 // Both expect a normalised problem and answer as the greedy solvers do where the budget cannot be met.
-// They throw std::invalid_argument for a monotone problem of several groups, which couples the groups.
 
-// The least error there is within the target. Where groups with unequal costs make too many combinations
+// The least error there is within the budget. Where groups with unequal costs make too many combinations
 // for that, the answer is the Lagrangian one, and says so by its method.
 Result solve_exact(const Problem& problem);
 
-// Minimises error + multiplier * seconds group by group, finds the multiplier that meets the target, and
+// Minimises error + multiplier * seconds group by group, finds the multiplier that meets the budget, and
 // spends what is left greedily. Fast for many groups; off the optimum by less than the error of one cell
 // per group.
 Result solve_lagrangian(const Problem& problem);

@@ -5,19 +5,14 @@
 #include <limits>
 #include <queue>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "exact.hpp"
 #include "runs.hpp"
 #include "selection.hpp"
 #include "starts.hpp"
 
 namespace layercache {
 namespace {
-
-// Above this (about a second) the exact solver is not asked.
-constexpr double most_effort = 5e8;
 
 enum class Move { remove, add };
 
@@ -64,20 +59,17 @@ public:
         return false;
     }
 
-    void refresh(int group, int first, int last) {
-        for (int step = first; step <= last; ++step) refresh_cell(step, group);
-    }
-
-    // A monotone schedule opens a cell of the next group when this one has moved.
     void moved(int step, int group) {
         const auto [first, last] = selection_.neighbourhood(step, group);
         refresh(group, first, last);
-        const int next = move_ == Move::remove ? group + 1 : group - 1;
-        if (problem_.monotone && next >= 0 && next < problem_.groups) refresh_cell(step, next);
     }
 
 private:
     static constexpr double none = std::numeric_limits<double>::quiet_NaN();
+
+    void refresh(int group, int first, int last) {
+        for (int step = first; step <= last; ++step) refresh_cell(step, group);
+    }
 
     void refresh_cell(int step, int group) {
         const std::size_t cell = problem_.cell(step, group);
@@ -99,12 +91,7 @@ private:
 
     bool may_move(int step, int group) const {
         const bool computed = selection_.computed(step, group);
-        if (move_ == Move::add) {
-            return !computed && !(problem_.monotone && group + 1 < problem_.groups &&
-                                  !selection_.computed(step, group + 1));
-        }
-        return computed && !problem_.is_protected(step, group) &&
-               !(problem_.monotone && group > 0 && selection_.computed(step, group - 1));
+        return move_ == Move::add ? !computed : computed && !problem_.is_protected(step, group);
     }
 
     const Problem& problem_;
@@ -114,12 +101,6 @@ private:
     std::vector<double> queued_; // the gain under which the cell stands in the heap
     std::priority_queue<Candidate, std::vector<Candidate>, LowerPriority> heap_;
 };
-
-bool better(const Result& a, const Result& b) {
-    if (a.feasible != b.feasible) return a.feasible;
-    if (!a.feasible && a.spent != b.spent) return a.spent < b.spent;
-    return a.total_error < b.total_error;
-}
 
 } // namespace
 
@@ -151,15 +132,6 @@ void fill(const Problem& problem, Selection& selection) {
         selection.flip(candidate.step, candidate.group);
         queue.moved(candidate.step, candidate.group);
     }
-}
-
-Result solve_best(const Problem& problem) {
-    Result best = solve_removal(problem);
-    Result other = solve_addition(problem);
-    if (better(other, best)) best = std::move(other);
-    if (problem.monotone && problem.groups > 1) return best;
-    other = exact_effort(problem) <= most_effort ? solve_exact(problem) : solve_lagrangian(problem);
-    return better(other, best) ? std::move(other) : std::move(best);
 }
 
 } // namespace layercache

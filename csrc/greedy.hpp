@@ -6,15 +6,12 @@
 
 namespace layercache {
 
-// All three expect a normalised problem. Where the budget cannot be met they return the cheapest state
+// Both expect a normalised problem. Where the budget cannot be met they return the cheapest state
 // they reached, marked as not feasible; a cell with an infinite error is never cached.
 Result solve_removal(const Problem& problem);
 Result solve_addition(const Problem& problem);
 
 // Computes the cells that save most error per second, as long as one fits and saves any.
 void fill(const Problem& problem, Selection& selection);
-
-// Of both of the above and an exact or Lagrangian solver: a feasible one, then one with the smaller error.
-Result solve_best(const Problem& problem);
 
 } // namespace layercache

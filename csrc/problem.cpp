@@ -19,7 +19,7 @@ void require(bool holds, const char* expectation, Value value) {
 }
 
 void check_limits(const Problem& problem) {
-    require(problem.target >= 0.0, "target must be at least 0", problem.target);
+    require(problem.budget >= 0.0, "budget must be at least 0", problem.budget);
     require(problem.history >= 1, "history must be at least 1", problem.history);
     require(problem.max_run >= 1, "max_run must be at least 1", problem.max_run);
     require(problem.tau >= 0.0 && problem.tau < 1.0, "tau must be in [0, 1)", problem.tau);

@@ -19,13 +19,12 @@ struct Problem {
     const double* errors = nullptr;    // [steps, groups, max_distance + 1, max_span + 1], the caller's
     std::vector<double> compute_cost;  // [groups], seconds of a computed cell
     std::vector<double> cached_cost;   // [groups], seconds of a cached cell
-    double target = 0.0;               // largest allowed sum of cell seconds
+    double budget = 0.0;               // largest allowed sum of cell seconds
     std::vector<char> protected_cells; // [steps, groups], cells that are always computed
     std::vector<int> spans;            // requested spans K; 0 is always allowed
     int history = 3;                   // computed steps whose residuals are kept, the anchor included
     int max_run = 8;                   // most cached steps in a row
     double tau = 0.05;                 // least relative gain of a span over plain reuse
-    bool monotone = false;             // a group is cached only where all shallower groups are
     std::function<void()> interrupt;   // called now and then in long loops; may throw
 
     void poll() const {
@@ -45,7 +44,7 @@ struct Problem {
     int run_limit() const { return max_run < max_distance ? max_run : max_distance; }
 
     // Rounding in the caller's own product must not cost a cell, hence the last few digits of slack.
-    bool affords(double seconds) const { return seconds <= target * (1.0 + 1e-12); }
+    bool affords(double seconds) const { return seconds <= budget * (1.0 + 1e-12); }
 };
 
 struct Result {

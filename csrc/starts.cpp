@@ -27,8 +27,7 @@ Steps trail(const std::vector<Label>& labels, int end, std::size_t longest) {
 }
 
 // Extends the list that ends with `anchor` by every next computed step it can reach.
-void extend(const Problem& problem, const RunCosts& costs, int group, const std::vector<char>& required, int anchor,
-            std::vector<Label>& labels) {
+void extend(const Problem& problem, const RunCosts& costs, int group, int anchor, std::vector<Label>& labels) {
     Steps steps = trail(labels, anchor, problem.history);
     const std::size_t at = steps.size() - 1;
     for (int next = anchor + 1; next <= problem.steps; ++next) {
@@ -38,14 +37,14 @@ void extend(const Problem& problem, const RunCosts& costs, int group, const std:
         if (!std::isfinite(cost)) return; // a longer run contains this one
         const Label label{labels[anchor].count + 1, labels[anchor].cost + cost, anchor};
         if (label.beats(labels[next])) labels[next] = label;
-        if (next < problem.steps && required[next]) return;
+        if (next < problem.steps && problem.is_protected(next, group)) return;
     }
 }
 
-Steps sparsest(const Problem& problem, const RunCosts& costs, int group, const std::vector<char>& required) {
+Steps sparsest(const Problem& problem, const RunCosts& costs, int group) {
     std::vector<Label> labels(problem.steps + 1);
     labels[0].count = 1;
-    for (int anchor = 0; anchor < problem.steps; ++anchor) extend(problem, costs, group, required, anchor, labels);
+    for (int anchor = 0; anchor < problem.steps; ++anchor) extend(problem, costs, group, anchor, labels);
     return trail(labels, problem.steps, labels.size());
 }
 
@@ -59,16 +58,7 @@ std::vector<Steps> all_steps(const Problem& problem) {
 
 std::vector<Steps> sparsest_steps(const Problem& problem, const RunCosts& costs) {
     std::vector<Steps> computed;
-    std::vector<char> required(problem.steps);
-    for (int group = 0; group < problem.groups; ++group) {
-        // Monotone: what a shallower group computes, every deeper one must compute as well.
-        if (!problem.monotone) std::fill(required.begin(), required.end(), char{0});
-        for (int step = 0; step < problem.steps; ++step) required[step] |= problem.is_protected(step, group);
-        computed.push_back(sparsest(problem, costs, group, required));
-        for (int step : computed.back()) {
-            if (step < problem.steps) required[step] = 1;
-        }
-    }
+    for (int group = 0; group < problem.groups; ++group) computed.push_back(sparsest(problem, costs, group));
     return computed;
 }
 

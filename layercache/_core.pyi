@@ -23,7 +23,7 @@ class Result:
         """Sum of the cells' seconds."""
     @property
     def feasible(self) -> bool:
-        """Whether spent stays within the target."""
+        """Whether spent stays within the budget."""
     @property
     def method(self) -> Literal["removal", "addition", "exact", "lagrangian"]:
         """The solver that found it."""
@@ -32,14 +32,13 @@ def solve(
     errors: ArrayLike,
     compute_cost: ArrayLike,
     cached_cost: ArrayLike,
-    target: float,
+    budget: float,
     protected: ArrayLike,
     spans: Sequence[int],
     history: int = 3,
     max_run: int = 8,
     tau: float = 0.05,
     method: str = "best",
-    monotone: bool = False,
 ) -> Result: ...
 
 class Path:
@@ -66,17 +65,3 @@ def shortest_path(
     mode: Literal["sum", "lexicographic"] = "sum",
     required: ArrayLike | None = None,
 ) -> Path: ...
-
-class PairPath:
-    """A path whose costs depend on the last two computed steps."""
-
-    @property
-    def feasible(self) -> bool: ...
-    @property
-    def steps(self) -> list[int]:
-        """The computed steps, ascending."""
-    @property
-    def cost(self) -> float: ...
-
-def pair_path(costs: ArrayLike, budget: int, first: int = 3, exact: bool = False) -> PairPath: ...
-def threshold_steps(errors: ArrayLike, threshold: float) -> list[int]: ...

@@ -16,9 +16,9 @@ from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerSt
 from torch import Tensor
 
 from layercache import ops
+from layercache._utils.tensors import dense
 from layercache.backend.patching import Replacement
 from layercache.backend.primitives import apply_residuals, capture, differences
-from layercache.models.spec import dense
 from layercache.ops.forecasts import taylor_coefficients
 from layercache.ops.pending import Pending
 

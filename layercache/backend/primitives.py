@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layercache import ops
+from layercache._utils.tensors import dense
 from layercache.errors import OpInputError
-from layercache.models.spec import dense
 from layercache.ops.forecasts import newton_coefficients, taylor_coefficients
 
 KINDS = ("l1", "l2", "cosine")

@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 
 from layercache import ops
-from layercache.runtime.policy import Run, by_name, check_range, ratio
+from layercache.runtime.policy import Run, StepDecider, StepMethod, by_name, check_range, ratio
 from layercache.runtime.velocity import as_rows
 from layercache.schedule.schedule import Velocity
 
 
 @by_name
 @dataclass(frozen=True, kw_only=True)
-class EasyCache:
+class EasyCache(StepMethod):
     """Skips whole steps while ``E += k |x_i - x_{i-1}| / |v_a|`` stays below ``threshold``.
 
     ``k = |v_a - v_b| / |x_a - x_b|`` of the last two computed steps; a skipped step takes ``v = x + (v_a - x_a)``. With
@@ -43,10 +43,10 @@ class EasyCache:
         check_range("warmup", self.warmup, 1)
 
     def decider(self, run: Run) -> StepDecider:
-        return StepDecider(self, run)
+        return _Decider(self, run)
 
 
-class StepDecider:
+class _Decider(StepDecider):
     """Decisions about whole steps of one generation; the statistics stay on the device until one is due."""
 
     def __init__(self, method: EasyCache, run: Run):
@@ -61,7 +61,6 @@ class StepDecider:
         self._turned: torch.Tensor | None = None
 
     def observe(self, inputs: torch.Tensor) -> None:
-        """The inputs of a step, whatever is decided then."""
         fresh = as_rows(inputs)
         if self._inputs is None:
             self._inputs = fresh.clone()
@@ -73,12 +72,11 @@ class StepDecider:
         return step < self.method.warmup or step == len(self.sigmas) - 2 or len(self.computed) < 2
 
     def numbers(self) -> list[float]:
-        """The one transfer of a step."""
         assert self._moved is not None and self._turned is not None
         return torch.cat([self._moved, self._turned]).flatten().tolist()
 
     def may_reuse(self, numbers: Sequence[float]) -> bool:
-        """The published rule on mean absolute values; NaN never counts as a small change."""
+        """The published rule, on mean absolute values."""
         moved, turned, wandered, size = numbers[0], numbers[8], numbers[16], numbers[9]
         assert self._anchor is not None
         inputs, velocity = (t.numel() for t in self._anchor)
@@ -86,8 +84,7 @@ class StepDecider:
         self.accumulated += rate * ratio(moved / inputs, size / velocity)
         return self.accumulated < self.method.threshold
 
-    def computed_step(self, step: int, velocity: torch.Tensor) -> None:
-        """The model gave a velocity for the inputs last observed."""
+    def record(self, step: int, velocity: torch.Tensor) -> None:
         assert self._inputs is not None
         fresh = as_rows(velocity)
         self.accumulated = 0.0
@@ -103,7 +100,6 @@ class StepDecider:
             self._anchor = self._inputs.clone(), fresh.clone()
 
     def velocity(self, step: int) -> Velocity:
-        """What a skipped step takes."""
         anchor = self.computed[-1]
         return Velocity({anchor: math.prod(1 + self.sigmas[j + 1] - self.sigmas[j] for j in range(anchor, step))})
 

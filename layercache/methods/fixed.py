@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
+from typing import ClassVar
 
 import numpy as np
 
 from layercache._utils.validate import expect
 from layercache.planning.plan import errors_among, spread
 from layercache.planning.profile import StabilityProfile
-from layercache.runtime.policy import check_range
+from layercache.runtime.policy import PlannedMethod, by_name, check_range
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 
-def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldown: int = 0) -> Schedule:
+@by_name
+@dataclass(frozen=True, kw_only=True)
+class Uniform(PlannedMethod):
     """Computes every ``interval``-th step and holds the velocity in between: the floor for every other method.
 
     Source: FORA's rule on whole steps; methods.md §11 (uniform "every n-th").
 
-    Args:
-        fingerprint: of the model and run.
+    Attributes:
         interval: 1 computes everything.
         warmup, cooldown: steps at the beginning and end that are computed.
 
     Raises:
-        ArgumentError: no fingerprint.
-        MethodError: out of range.
+        MethodError: on construction, when a setting is out of range.
     """
-    expect("fixed.uniform", fingerprint, Fingerprint)
-    check_range("interval", interval, 1)
-    steps = len(fingerprint.steps)
-    _check_ends(warmup, cooldown)
-    computed = [
-        k for k in range(steps) if k < warmup or k >= steps - cooldown or (k - max(0, warmup - 1)) % interval == 0
-    ]
-    return _whole_steps(fingerprint, computed, 0, {"method": "uniform", "interval": interval})
+
+    interval: int = 2
+    warmup: int = 1
+    cooldown: int = 0
+
+    name: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        check_range("interval", self.interval, 1)
+        check_range("warmup", self.warmup, 1)
+        check_range("cooldown", self.cooldown, 0)
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        expect("Uniform.schedule", fingerprint, Fingerprint)
+        steps = len(fingerprint.steps)
+        first, last = self.warmup, steps - self.cooldown
+        computed = [k for k in range(steps) if k < first or k >= last or (k - first + 1) % self.interval == 0]
+        return _whole_steps(fingerprint, computed, 0, {"method": self.name, "interval": self.interval})
 
 
 def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: int | None = None) -> list[int]:
@@ -56,18 +68,14 @@ def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: i
     ]
 
 
-def taylorseer(
-    fingerprint: Fingerprint,
-    interval: int = 5,
-    order: int = 1,
-    warmup: int = 3,
-    stop: int | None = None,
-    groups: Sequence[tuple[int, int]] | None = None,
-) -> Schedule:
+@by_name
+@dataclass(frozen=True, kw_only=True)
+class TaylorSeer(PlannedMethod):
     """Forecasts by a Taylor series in the step number between periodic full steps.
 
-    Args:
-        fingerprint: of the model and run.
+    Source: methods.md §7.
+
+    Attributes:
         interval: steps from one full step to the next.
         order: of the series; ``order + 1`` tensors are combined.
         warmup: steps at the beginning that are computed.
@@ -75,53 +83,78 @@ def taylorseer(
         groups: block ranges whose residuals are forecast, for example one per block; by default the velocity is, as in
             diffusers' lite mode, which stores next to nothing.
 
-    Source: methods.md §7.
-
     Raises:
-        ArgumentError: no fingerprint.
-        MethodError: out of range.
+        MethodError: on construction, when a setting is out of range.
     """
-    expect("fixed.taylorseer", fingerprint, Fingerprint)
-    check_range("interval", interval, 1)
-    check_range("order", order, 0, 7)
-    check_range("warmup", warmup, 1)
-    computed = taylorseer_steps(len(fingerprint.steps), interval, warmup, stop)
-    metadata = {"method": "taylorseer", "interval": interval, "order": order}
-    if groups is None:
-        return _whole_steps(fingerprint, computed, order, metadata)
-    ranges = tuple((int(lo), int(hi)) for lo, hi in groups)
-    rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint, computed, order))
-    return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), metadata)
+
+    interval: int = 5
+    order: int = 1
+    warmup: int = 3
+    stop: int | None = None
+    groups: tuple[tuple[int, int], ...] | None = None
+
+    name: ClassVar[str] = "taylorseer"
+
+    def __post_init__(self) -> None:
+        check_range("interval", self.interval, 1)
+        check_range("order", self.order, 0, 7)
+        check_range("warmup", self.warmup, 1)
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        expect("TaylorSeer.schedule", fingerprint, Fingerprint)
+        computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)
+        metadata = {"method": self.name, "interval": self.interval, "order": self.order}
+        if self.groups is None:
+            return _whole_steps(fingerprint, computed, self.order, metadata)
+        ranges = tuple((int(lo), int(hi)) for lo, hi in self.groups)
+        rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint, computed, self.order))
+        return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), metadata)
 
 
-def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: int = 3) -> Schedule:
-    """Every group's residual is reused as far ahead as its error at the far end stays within ``alpha``.
+@by_name
+@dataclass(frozen=True, kw_only=True)
+class SmoothCache:
+    """Reuses every group's residual as far ahead as its error at the far end stays within ``alpha``.
 
     SmoothCache's rule, with the profile's groups in the place of its module types: from a computed step the longest
     run is taken whose last step has a relative L1 error of at most alpha; first and last step are computed.
     Source: methods.md §11.
 
-    Args:
-        profile: of full runs; its errors are ``|r_old - r_new| / |r_new|``.
-        alpha: bound of the error.
+    Attributes:
+        alpha: bound of the error ``|r_old - r_new| / |r_new|``.
         max_distance: longest run, at most the profile's.
 
     Raises:
-        ArgumentError: no profile.
-        MethodError: out of range.
+        MethodError: on construction, when a setting is out of range.
     """
-    expect("fixed.smoothcache", profile, StabilityProfile)
-    check_range("alpha", alpha, 0)
-    check_range("max_distance", max_distance, 1, profile.max_distance)
-    errors = errors_among(profile.relative_errors(text_weight=0.0), profile.fingerprint.steps)[..., 0]
-    columns = [_smooth(errors[:, group], alpha, max_distance) for group in range(len(profile.groups))]
-    return Schedule(
-        profile.fingerprint,
-        profile.groups,
-        spread(profile.fingerprint, list(zip(*columns, strict=True))),
-        profile.group_seconds,
-        {"method": "smoothcache", "alpha": alpha},
-    )
+
+    alpha: float = 0.08
+    max_distance: int = 3
+
+    name: ClassVar[str] = "smoothcache"
+
+    def __post_init__(self) -> None:
+        check_range("alpha", self.alpha, 0)
+        check_range("max_distance", self.max_distance, 1)
+
+    def schedule(self, profile: StabilityProfile) -> Schedule:
+        """The schedule from a profile of full runs.
+
+        Raises:
+            ArgumentError: no profile.
+            MethodError: ``max_distance`` is more than the profile measured.
+        """
+        expect("SmoothCache.schedule", profile, StabilityProfile)
+        check_range("max_distance", self.max_distance, 1, profile.max_distance)
+        errors = errors_among(profile.relative_errors(text_weight=0.0), profile.fingerprint.steps)[..., 0]
+        columns = [_smooth(errors[:, group], self.alpha, self.max_distance) for group in range(len(profile.groups))]
+        return Schedule(
+            profile.fingerprint,
+            profile.groups,
+            spread(profile.fingerprint, list(zip(*columns, strict=True))),
+            profile.group_seconds,
+            {"method": self.name, "alpha": self.alpha},
+        )
 
 
 def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
@@ -152,8 +185,3 @@ def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) ->
             yield {}
         else:
             yield None if step in full else taylor_forecast(step, anchors, order)
-
-
-def _check_ends(warmup: int, cooldown: int) -> None:
-    check_range("warmup", warmup, 1)
-    check_range("cooldown", cooldown, 0)

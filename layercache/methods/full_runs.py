@@ -11,54 +11,38 @@ from torch import nn
 
 from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
-from layercache.models.registry import count_blocks, find_transformer, spec_for
-from layercache.models.spec import ModelSpec, named_arguments
+from layercache.models.registry import find_transformer, spec_for
+from layercache.models.spec import named_arguments
 from layercache.planning.samples import arguments_of
 from layercache.runtime.attachment import attach
-from layercache.runtime.router import BlockPass, CapturedBlock, Place, Router
-from layercache.runtime.steps import StepCounter
-from layercache.schedule.memory_plan import CAPTURE, GroupAction
+from layercache.runtime.recording import RecordingRouter
+from layercache.runtime.router import BlockPass, CapturedBlock, Place
 
 
-class WholeRouter(Router):
-    """Computes everything; `look` is handed the image stream in front of and behind all blocks."""
+class _FirstBlock(CapturedBlock):
+    """Notes the block and its arguments before it runs."""
 
-    def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
-        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
-        self.steps = StepCounter(scheduler=scheduler)
-        self.branch, self.step = "", 0
-        self.block_call: tuple[Any, Mapping[str, Any]] = (None, {})
-
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        place = self.locate(branch, step, arguments)
-        self.branch, self.step = place.branch, place.step
-        self.open((GroupAction(CAPTURE),))
-
-    def item(self, block_pass: BlockPass, block: Any, place: Place) -> Any:
-        return _Noting(block_pass, block, place) if place.opens else super().item(block_pass, block, place)
-
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
-        self.look(image_in, image_out)
-
-    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
-        raise NotImplementedError
-
-
-class _Noting(CapturedBlock):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.block_pass.router.block_call = (self.block, named_arguments(self.block, args, kwargs))  # type: ignore[attr-defined]
+        router = self.block_pass.router
+        assert isinstance(router, _Changes)
+        router.block_call = self.block, named_arguments(self.block, args, kwargs)
         return super().__call__(*args, **kwargs)
 
 
-class _Changes(WholeRouter):
+class _Changes(RecordingRouter):
     """Relative L1 changes of the modulated input and of the last block's output, per branch."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
+        self.block_call: tuple[Any, Mapping[str, Any]] = (None, {})
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._before: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
-    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
+    def item(self, block_pass: BlockPass, block: Any, place: Place) -> Any:
+        return _FirstBlock(block_pass, block, place) if place.opens else super().item(block_pass, block, place)
+
+    def look(self, group, before, after) -> None:
+        start, end = before[0], after[0]
         assert self.spec.modulation is not None
         scale, shift, eps = self.spec.modulation(*self.block_call)
         step, modulated, output = self._before.get(self.branch, (-1, None, None))
@@ -69,7 +53,7 @@ class _Changes(WholeRouter):
         self._before[self.branch] = (self.step, fresh, end.clone())
 
 
-class _Magnitudes(WholeRouter):
+class _Magnitudes(RecordingRouter):
     """Mean ratio of the row norms of the residual of all blocks to those of the step before, per branch and step."""
 
     def __init__(self, *arguments: Any):
@@ -77,19 +61,22 @@ class _Magnitudes(WholeRouter):
         self.ratios: dict[str, list[torch.Tensor | None]] = {}
         self._before: dict[str, torch.Tensor] = {}
 
-    def look(self, start: torch.Tensor, end: torch.Tensor) -> None:
+    def look(self, group, before, after) -> None:
+        start, end = before[0], after[0]
         residual = torch.empty_like(end, memory_format=torch.contiguous_format)
         ops.capture([end], [start], [residual])
         row = self.ratios.setdefault(self.branch, [])
         if self.step == 0:
             row.clear()
             self._before.pop(self.branch, None)
-        before = self._before.get(self.branch)
-        row.append(None if before is None else ops.row_statistics(residual, before))
+        older = self._before.get(self.branch)
+        row.append(None if older is None else ops.row_statistics(residual, older))
         self._before[self.branch] = residual
 
 
-def _run(pipeline: Any, router: WholeRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict) -> None:
+def _run(
+    pipeline: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict
+) -> None:
     if not prompts:
         raise MethodError("give at least one prompt to run in full")
     given = list(range(len(prompts))) if seeds is None else list(seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -219,60 +219,26 @@ def measure(
     )
 
 
-def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
-    """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none before ``first``, nor the last.
-
-    Source: methods.md §3.3.
-    """
-    inner = rho[1:-1]
-    if quantile <= 0 or not inner.size:
-        return np.zeros(rho.shape, dtype=bool)
-    found = rho < np.quantile(inner, quantile)
-    found[:first] = False
-    found[-1] = False
-    return found
-
-
-def first_phase(rates: Rates, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Reused steps ``[N]`` and modules ``[N, U]`` of uncorrected rates.
-
-    Raises:
-        ArgumentError: no rates, or no settings.
-    """
-    _check_kinds("invardiff.first_phase", [rates], settings)
-    return below_quantile(rates.steps, settings.step_quantile, settings.first(len(rates.steps))), _modules(
-        rates, settings, 1
-    )
-
-
-def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
-    for one in rates:
-        expect(by, one, Rates)
-    expect(by, settings, Settings)
-
-
-def _modules(rates: Rates, settings: Settings, first: int) -> np.ndarray:
-    cached = np.zeros(rates.modules.shape, dtype=bool)
-    for kind in dict.fromkeys(rates.kinds):
-        columns = [unit for unit, own in enumerate(rates.kinds) if own == kind]
-        # all layers of a kind share one threshold
-        cached[:, columns] = below_quantile(rates.modules[:, columns], settings.quantile_of(kind), first)
-    return cached
-
-
 @dataclass(frozen=True)
-class Settings:
-    """InvarDiff's settings.
+class InvarDiff:
+    """Reuses steps and modules whose rate of change lies below a quantile.
+
+    Source: methods.md §3.
 
     Attributes:
         step_quantile: share of the steps, about, whose final hidden state is reused.
         module_quantiles: the same for modules; one number for all, or by kind (`Rates.kinds`).
         nonskip: share of the steps at the beginning that is computed.
+
+    Raises:
+        MethodError: on construction, when a setting is out of range.
     """
 
     step_quantile: float = 0.5
     module_quantiles: float | Mapping[str, float] = 0.3
     nonskip: float = 0.1
+
+    name: ClassVar[str] = "invardiff"
 
     def __post_init__(self) -> None:
         check_range("step_quantile", self.step_quantile, 0, 1)
@@ -292,8 +258,73 @@ class Settings:
     def first(self, num_steps: int) -> int:
         return max(1, int(self.nonskip * num_steps))
 
+    @classmethod
+    def preset(cls, name: str) -> InvarDiff:
+        """The published settings of a model (`PROFILES`); raises `MethodError` for another name."""
+        if name not in PROFILES:
+            raise MethodError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+        return cls(**PROFILES[name])
 
-def plan(rates: Rates, corrected: Rates, settings: Settings) -> ModuleSchedule:
+    def schedule(
+        self, pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
+    ) -> ModuleSchedule:
+        """Both phases: full runs, a first plan, the same runs with distances from what it would reuse, the final plan.
+
+        Args:
+            pipe: a diffusers pipeline.
+            prompts, seeds, call: the runs.
+
+        Raises:
+            MethodError: the settings do not fit the model.
+            UnsupportedModelError: no pipeline.
+        """
+        rates = measure(pipe, prompts, seeds, **call)
+        corrected = measure(pipe, prompts, seeds, cached=first_phase(rates, self), **call)
+        return plan(rates, corrected, self)
+
+
+def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
+    """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none before ``first``, nor the last.
+
+    Source: methods.md §3.3.
+    """
+    inner = rho[1:-1]
+    if quantile <= 0 or not inner.size:
+        return np.zeros(rho.shape, dtype=bool)
+    found = rho < np.quantile(inner, quantile)
+    found[:first] = False
+    found[-1] = False
+    return found
+
+
+def first_phase(rates: Rates, settings: InvarDiff) -> tuple[np.ndarray, np.ndarray]:
+    """Reused steps ``[N]`` and modules ``[N, U]`` of uncorrected rates.
+
+    Raises:
+        ArgumentError: no rates, or no settings.
+    """
+    _check_kinds("invardiff.first_phase", [rates], settings)
+    return below_quantile(rates.steps, settings.step_quantile, settings.first(len(rates.steps))), _modules(
+        rates, settings, 1
+    )
+
+
+def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
+    for one in rates:
+        expect(by, one, Rates)
+    expect(by, settings, InvarDiff)
+
+
+def _modules(rates: Rates, settings: InvarDiff, first: int) -> np.ndarray:
+    cached = np.zeros(rates.modules.shape, dtype=bool)
+    for kind in dict.fromkeys(rates.kinds):
+        columns = [unit for unit, own in enumerate(rates.kinds) if own == kind]
+        # all layers of a kind share one threshold
+        cached[:, columns] = below_quantile(rates.modules[:, columns], settings.quantile_of(kind), first)
+    return cached
+
+
+def plan(rates: Rates, corrected: Rates, settings: InvarDiff) -> ModuleSchedule:
     """The final plan: steps of the first phase, modules of the corrected rates; after a reused step all are computed.
 
     Source: methods.md §3.4.
@@ -326,32 +357,3 @@ def plan(rates: Rates, corrected: Rates, settings: Settings) -> ModuleSchedule:
             "nonskip": settings.nonskip,
         },
     )
-
-
-def build_schedule(
-    pipeline: Any,
-    prompts: Sequence[Any],
-    seeds: Sequence[int] | None = None,
-    settings: Settings | str = Settings(),
-    **call: Any,
-) -> ModuleSchedule:
-    """Both phases: full runs, a first plan, the same runs with distances from what it would reuse, the final plan.
-
-    Args:
-        pipeline: a diffusers pipeline.
-        prompts, seeds, call: the runs.
-        settings: or the name of a published profile (`PROFILES`).
-
-    Raises:
-        ArgumentError: no settings.
-        MethodError: unknown profile, or settings that do not fit the model.
-        UnsupportedModelError: no pipeline.
-    """
-    if isinstance(settings, str):
-        if settings not in PROFILES:
-            raise MethodError(f"unknown profile {settings!r}; choose one of {', '.join(PROFILES)}")
-        settings = Settings(**PROFILES[settings])
-    expect("invardiff.build_schedule", settings, Settings)
-    rates = measure(pipeline, prompts, seeds, **call)
-    corrected = measure(pipeline, prompts, seeds, cached=first_phase(rates, settings), **call)
-    return plan(rates, corrected, settings)

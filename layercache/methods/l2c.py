@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -42,8 +42,10 @@ FORMAT = "layercache router"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of a training.
+class LearningToCache:
+    """Learns by gradient descent which modules to cache at every second step.
+
+    Source: methods.md §4 (the flow-matching form and the cost weights are ours).
 
     The published rates (1e-3 to 1e-2, over tens of thousands of updates) and penalties (1e-6 to 5e-6, methods.md §4.5)
     are for data sets of noised pictures; these are for a few dozen generations.
@@ -53,7 +55,7 @@ class Settings:
         learning_rate: of AdamW, without weight decay.
         rounds: generations that are learned from; each has an update per cache step and branch.
         seed: of theta and of the first generation, the others follow.
-        by_cost: betas count by the measured cost of their module (mean 1); otherwise alike, as published.
+        by_cost: betas count by the measured cost of their module (mean 1); otherwise all the same, as published.
         shifted: for single-step DPM-Solver-2 (KDPM2), whose steps are a point of the outer grid and a midpoint in turn:
             the outer points but the first are cache steps and take what the midpoint before them gave.
         straight_through: betas above it count as 1 and the others as 0 in training too, with the gradient of beta
@@ -68,6 +70,8 @@ class Settings:
     shifted: bool = False
     straight_through: float | None = None
 
+    name: ClassVar[str] = "l2c"
+
     def __post_init__(self) -> None:
         check_range("penalty", self.penalty, 0)
         check_range("rounds", self.rounds, 1)
@@ -78,6 +82,69 @@ class Settings:
             raise MethodError(f"learning_rate must be a number above 0, got {self.learning_rate}")
         if self.penalty == math.inf:
             raise MethodError("penalty must be a finite number, got inf")
+
+    def train(
+        self,
+        pipe: Any,
+        prompts: Sequence[Any],
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+        **call: Any,
+    ) -> LearnedRouter:
+        """Learns which modules can be cached at every second step, from the pipeline's own generations.
+
+        Instead of noised pictures of a data set the model's own trajectories are learned from, every cache step of
+        every generation in turn; nothing but a pipeline is needed, with flow matching or with DDIM (DiT). The model's
+        weights are not touched. Where sound leaves the model too, its mean squared error is added to the picture's.
+
+        Args:
+            pipe: a diffusers pipeline whose model is called once per step and branch.
+            prompts: one per round, in turn; a list is a batch.
+            checkpoint: a file that is written after every round; a training that was killed goes on from it to the same
+                result.
+            progress: show a progress bar with the losses.
+            call: arguments of every call, such as ``num_inference_steps``.
+
+        Raises:
+            MethodError: no prompts, or no cache step among so few steps.
+            UnsupportedModelError: no pipeline, or no gradient passes through the model.
+            ScheduleMismatchError: the checkpoint belongs to another training.
+        """
+        if not prompts:
+            raise MethodError("a router is trained on at least one prompt")
+        transformer = transformer_of(pipe)
+        training = _Training(transformer, spec_for(transformer), getattr(pipe, "scheduler", None), self)
+        identity = {
+            "settings": asdict(self) | {"rounds": None},
+            "prompts": [repr(p) for p in prompts],
+            "call": repr(call),
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        losses = _resume(training, checkpoint, digest)
+        attachment = attach(pipe, training)
+        try:
+            with _frozen(transformer), tqdm(total=self.rounds, desc="training", disable=not progress) as bar:
+                bar.update(len(losses))
+                for number in range(len(losses), self.rounds):
+                    generate_once(pipe, prompts[number % len(prompts)], self.seed + number, call)
+                    losses.append(training.take_sums())
+                    bar.set_postfix_str(
+                        f"error {losses[-1][0]:.2e}, {losses[-1][1]:.1f} of {len(training.units)} modules"
+                    )
+                    bar.update()
+                    _save(training, checkpoint, digest, losses)
+        finally:
+            attachment.detach()
+        if not training.theta:
+            raise MethodError(_too_few(self))
+        return LearnedRouter(
+            fingerprint_of(transformer, training.sigmas, training.branches),
+            tuple(unit.name for unit in training.units),
+            torch.stack([row.detach().cpu() for row in training.theta]),
+            training.seconds,
+            losses,
+            self.shifted,
+        )
 
 
 @dataclass
@@ -90,7 +157,7 @@ class LearnedRouter:
         theta: ``[cache steps, units]``, fp32.
         seconds: measured seconds of every module.
         losses: per round, means over its updates: squared error, and sum of betas.
-        shifted: see `Settings`.
+        shifted: see `LearningToCache`.
     """
 
     fingerprint: Fingerprint
@@ -134,7 +201,7 @@ class LearnedRouter:
         raise MethodError(f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least")
 
 
-def _too_few(settings: Settings) -> str:
+def _too_few(settings: LearningToCache) -> str:
     return f"a router needs at least {2 + settings.shifted} steps, so that one of them can be a cache step"
 
 
@@ -143,7 +210,7 @@ class _Training(ModuleRouter):
 
     needs_gradients = True
 
-    def __init__(self, transformer: nn.Module, spec: Any, scheduler: Any, settings: Settings):
+    def __init__(self, transformer: nn.Module, spec: Any, scheduler: Any, settings: LearningToCache):
         super().__init__(transformer, spec, scheduler)
         self.settings = settings
         self.theta: list[nn.Parameter] = []
@@ -256,68 +323,6 @@ def _interpolated(fresh: Output, cached: Output, beta: torch.Tensor) -> Output:
     if isinstance(fresh, torch.Tensor):
         return ops.router_lerp(as_rows(fresh), as_rows(cached), beta.reshape(1)).view_as(fresh)
     return tuple(_interpolated(a, b, beta) for a, b in zip(fresh, cached, strict=True))
-
-
-def train(
-    pipeline: Any,
-    prompts: Sequence[Any],
-    settings: Settings = Settings(),
-    checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    **call: Any,
-) -> LearnedRouter:
-    """Learns which modules can be cached at every second step, from the pipeline's own generations.
-
-    Instead of noised pictures of a data set the model's own trajectories are learned from, every cache step of every
-    generation in turn; nothing but a pipeline is needed, with flow matching or with DDIM (DiT). The model's weights
-    are not touched. Where sound leaves the model too, its mean squared error is added to the picture's.
-    Source: methods.md §4 (the flow-matching form and the cost weights are ours).
-
-    Args:
-        pipeline: a diffusers pipeline whose model is called once per step and branch.
-        prompts: one per round, in turn; a list is a batch.
-        settings: see `Settings`.
-        checkpoint: a file that is written after every round; a training that was killed goes on from it to the same
-            result.
-        progress: show a progress bar with the losses.
-        call: arguments of every call, such as ``num_inference_steps``.
-
-    Raises:
-        ArgumentError: no settings.
-        MethodError: no prompts, or no cache step among so few steps.
-        UnsupportedModelError: no pipeline, or no gradient passes through the model.
-        ScheduleMismatchError: the checkpoint belongs to another training.
-    """
-    expect("l2c.train", settings, Settings)
-    if not prompts:
-        raise MethodError("a router is trained on at least one prompt")
-    transformer = transformer_of(pipeline)
-    training = _Training(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None), settings)
-    told = {"settings": asdict(settings) | {"rounds": None}, "prompts": [repr(p) for p in prompts], "call": repr(call)}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    losses = _resume(training, checkpoint, digest)
-    attachment = attach(pipeline, training)
-    try:
-        with _frozen(transformer), tqdm(total=settings.rounds, desc="training", disable=not progress) as bar:
-            bar.update(len(losses))
-            for number in range(len(losses), settings.rounds):
-                generate_once(pipeline, prompts[number % len(prompts)], settings.seed + number, call)
-                losses.append(training.take_sums())
-                bar.set_postfix_str(f"error {losses[-1][0]:.2e}, {losses[-1][1]:.1f} of {len(training.units)} modules")
-                bar.update()
-                _save(training, checkpoint, digest, losses)
-    finally:
-        attachment.detach()
-    if not training.theta:
-        raise MethodError(_too_few(settings))
-    return LearnedRouter(
-        fingerprint_of(transformer, training.sigmas, training.branches),
-        tuple(unit.name for unit in training.units),
-        torch.stack([row.detach().cpu() for row in training.theta]),
-        training.seconds,
-        losses,
-        settings.shifted,
-    )
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from layercache._utils.validate import expect
 from layercache.errors import MethodError
-from layercache.runtime.policy import check_range
+from layercache.runtime.policy import PlannedMethod, by_name, check_range
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -29,20 +31,15 @@ MODELS = {"FluxTransformer2DModel": "flux", "QwenImageTransformer2DModel": "qwen
 Ratios = str | Sequence[float] | Mapping[str, Sequence[float]]
 
 
-def build_schedule(
-    fingerprint: Fingerprint,
-    ratios: Ratios = "auto",
-    threshold: float = 0.06,
-    max_consecutive: int = 3,
-    retention: float = 0.2,
-) -> Schedule:
-    """MagCache's decisions follow from its ratios alone, so they are made ahead, per guidance branch.
+@by_name
+@dataclass(frozen=True, kw_only=True)
+class MagCache(PlannedMethod):
+    """Decides from ratios of magnitude alone, ahead of the run and per guidance branch.
 
     While skipping, ``P`` is the product of the ratios since the last computed step and the error grows by ``|1 - P|``.
     Source: methods.md §8.
 
-    Args:
-        fingerprint: of the model and run.
+    Attributes:
         ratios: of every step; by branch, one list for all, the name of published ones (`RATIOS`), or ``"auto"``: those
             published for the model's class. Lists of another length are read at the nearest steps. Your own come from
             `layercache.methods.full_runs.magnitude_ratios`.
@@ -51,33 +48,37 @@ def build_schedule(
         retention: share of the steps at the beginning that is computed.
 
     Raises:
-        ArgumentError: no fingerprint.
-        MethodError: a setting is out of range, or no ratios are known for this model.
+        MethodError: on construction, when a setting is out of range.
     """
-    expect("magcache.build_schedule", fingerprint, Fingerprint)
-    check_range("threshold", threshold, 0)
-    check_range("max_consecutive", max_consecutive, 1)
-    check_range("retention", retention, 0, 1)
-    own = _by_branch(fingerprint, ratios)
-    cells = {
-        branch: tuple((cell,) for cell in _cells(values, threshold, max_consecutive, retention))
-        for branch, values in own.items()
-    }
-    shared = next(iter(cells.values()))
-    metadata = {
-        "method": "magcache",
-        "threshold": threshold,
-        "max_consecutive": max_consecutive,
-        "retention": retention,
-    }
-    return Schedule(
-        fingerprint,
-        ((0, fingerprint.num_blocks),),
-        shared,
-        (1.0,),
-        metadata,
-        branch_cells={branch: rows for branch, rows in cells.items() if rows != shared},
-    )
+
+    ratios: Ratios = "auto"
+    threshold: float = 0.06
+    max_consecutive: int = 3
+    retention: float = 0.2
+
+    name: ClassVar[str] = "magcache"
+
+    def __post_init__(self) -> None:
+        check_range("threshold", self.threshold, 0)
+        check_range("max_consecutive", self.max_consecutive, 1)
+        check_range("retention", self.retention, 0, 1)
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        expect("MagCache.schedule", fingerprint, Fingerprint)
+        cells = {
+            branch: tuple((cell,) for cell in _cells(values, self.threshold, self.max_consecutive, self.retention))
+            for branch, values in _by_branch(fingerprint, self.ratios).items()
+        }
+        shared = next(iter(cells.values()))
+        settings = {name: getattr(self, name) for name in ("threshold", "max_consecutive", "retention")}
+        return Schedule(
+            fingerprint,
+            ((0, fingerprint.num_blocks),),
+            shared,
+            (1.0,),
+            {"method": self.name, **settings},
+            branch_cells={branch: rows for branch, rows in cells.items() if rows != shared},
+        )
 
 
 def _by_branch(fingerprint: Fingerprint, ratios: Ratios) -> dict[str, list[float]]:

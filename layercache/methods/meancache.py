@@ -7,15 +7,16 @@ are coefficients of the velocities the model gave: no latents are logged. Source
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, BudgetError, ScheduleError
+from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule, Velocity
 
@@ -48,69 +49,86 @@ Linear = dict[int, float]
 """Coefficients of the model's velocities, by step."""
 
 
-def build_schedule(
-    fingerprint: Fingerprint, computed: Sequence[int], spans: Sequence[int], form: str = "recursive"
-) -> Schedule:
-    """The schedule that computes these steps and extrapolates between them.
+@dataclass(frozen=True)
+class MeanCache(PlannedMethod):
+    """Computes some steps and extrapolates between them by an average-velocity JVP.
 
-    Args:
-        fingerprint: of the model and run.
+    Source: methods.md §2.3 and §2.5.
+
+    Attributes:
         computed: the steps the network is called at, ascending, step 0 first.
         spans: K of every interval from one computed step to the next, the last ending behind the last step;
             K = 1 is plain reuse.
         form: ``"recursive"``: every cached step extends the velocity of the step before it, which may itself be
             extrapolated, as in the released code; ``"one-shot"``: one average velocity for a whole interval, the
             computed step included, as in the paper.
-
-    Source: methods.md §2.3 and §2.5.
-
-    Raises:
-        ArgumentError: no fingerprint.
-        ScheduleError: unknown form, or steps and spans that do not match.
-    """
-    expect("meancache.build_schedule", fingerprint, Fingerprint)
-    if form not in FORMS:
-        raise ScheduleError(f"unknown form {form!r} of MeanCache; choose {' or '.join(FORMS)}")
-    steps, ends = list(computed), [*computed, fingerprint.num_steps]
-    if not steps or steps[0] != 0 or any(b <= a for a, b in pairwise(ends)):
-        raise ScheduleError(f"computed steps must ascend from 0 to below {fingerprint.num_steps}, got {steps}")
-    if len(spans) != len(steps) or min(spans) < 1:
-        raise ScheduleError(f"give one span K >= 1 for each of the {len(steps)} intervals, got {list(spans)}")
-    extend = _recursive if form == "recursive" else _one_shot
-    log: list[Linear] = []
-    for start, end, span in zip(steps, ends[1:], spans, strict=True):
-        extend(log, fingerprint.sigmas, start, end, span)
-    velocities = [
-        None if terms == {step: 1.0} else Velocity({s: c for s, c in sorted(terms.items(), reverse=True) if c})
-        for step, terms in enumerate(log)
-    ]
-    return Schedule(
-        fingerprint,
-        ((0, fingerprint.num_blocks),),
-        tuple((None,) if step in steps else ({},) for step in range(fingerprint.num_steps)),
-        (1.0,),
-        {"method": "meancache", "form": form, "spans": list(spans)},
-        tuple(velocities),
-    )
-
-
-def preset(fingerprint: Fingerprint, name: str, evaluations: int) -> Schedule:
-    """A released schedule (`PRESETS`), in the recursive form it was made for. Source: methods.md §2.6.
+        released: model and number of evaluations of a released schedule, for the record.
 
     Raises:
-        ArgumentError: no fingerprint.
-        ScheduleError: unknown name or number of evaluations, or a run of other than 50 steps.
+        ScheduleError: on construction, for an unknown form, or steps and spans that do not match.
     """
-    expect("meancache.preset", fingerprint, Fingerprint)
-    known = PRESETS.get(name, {})
-    if evaluations not in known:
-        choices = "; ".join(f"{model}: {', '.join(map(str, budgets))}" for model, budgets in PRESETS.items())
-        raise ScheduleError(f"no schedule is released for {name!r} with {evaluations} evaluations; there are {choices}")
-    if fingerprint.num_steps != 50:
-        raise ScheduleError(f"the released schedules are for 50 steps, this run has {fingerprint.num_steps}")
-    computed, spans = _parse_preset(known[evaluations])
-    schedule = build_schedule(fingerprint, computed, spans)
-    return replace(schedule, made_by={**schedule.made_by, "preset": f"{name} {evaluations}"})
+
+    computed: tuple[int, ...]
+    spans: tuple[int, ...]
+    form: str = "recursive"
+    released: str = ""
+
+    name: ClassVar[str] = "meancache"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "computed", tuple(map(int, self.computed)))
+        object.__setattr__(self, "spans", tuple(map(int, self.spans)))
+        if self.form not in FORMS:
+            raise ScheduleError(f"unknown form {self.form!r} of MeanCache; choose {' or '.join(FORMS)}")
+        if self.computed[:1] != (0,) or any(b <= a for a, b in pairwise(self.computed)):
+            raise ScheduleError(f"computed steps must ascend from 0, got {list(self.computed)}")
+        if len(self.spans) != len(self.computed) or min(self.spans) < 1:
+            raise ScheduleError(
+                f"give one span K >= 1 for each of the {len(self.computed)} intervals, got {list(self.spans)}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, evaluations: int) -> MeanCache:
+        """A released schedule for 50 steps (`PRESETS`), in the recursive form it was made for.
+
+        Source: methods.md §2.6.
+
+        Raises:
+            ScheduleError: unknown name or number of evaluations.
+        """
+        known = PRESETS.get(name, {})
+        if evaluations not in known:
+            choices = "; ".join(f"{model}: {', '.join(map(str, budgets))}" for model, budgets in PRESETS.items())
+            raise ScheduleError(
+                f"no schedule is released for {name!r} with {evaluations} evaluations; there are {choices}"
+            )
+        computed, spans = _parse_preset(known[evaluations])
+        return cls(tuple(computed), tuple(spans), released=f"{name} {evaluations}")
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        expect("MeanCache.schedule", fingerprint, Fingerprint)
+        num_steps = fingerprint.num_steps
+        if self.released and num_steps != 50:
+            raise ScheduleError(f"the released schedules are for 50 steps, this run has {num_steps}")
+        if self.computed[-1] >= num_steps:
+            raise ScheduleError(f"computed steps must lie below {num_steps}, got {list(self.computed)}")
+        extend = _recursive if self.form == "recursive" else _one_shot
+        log: list[Linear] = []
+        for start, end, span in zip(self.computed, [*self.computed[1:], num_steps], self.spans, strict=True):
+            extend(log, fingerprint.sigmas, start, end, span)
+        velocities = [
+            None if terms == {step: 1.0} else Velocity({s: c for s, c in sorted(terms.items(), reverse=True) if c})
+            for step, terms in enumerate(log)
+        ]
+        metadata = {"method": self.name, "form": self.form, "spans": list(self.spans)}
+        return Schedule(
+            fingerprint,
+            ((0, fingerprint.num_blocks),),
+            tuple((None,) if step in self.computed else ({},) for step in range(num_steps)),
+            (1.0,),
+            metadata | ({"preset": self.released} if self.released else {}),
+            tuple(velocities),
+        )
 
 
 def _parse_preset(text: str) -> tuple[list[int], list[int]]:
@@ -137,11 +155,11 @@ def lexicographic_steps(errors: np.ndarray, budget: int) -> list[int]:
         ArgumentError: no such table.
         BudgetError: no path has so few evaluations.
     """
-    from layercache import _core
+    import layercache._core as core
 
     source = "stability_deviation(velocities, sigmas, spans=(1,))[..., 0] is one"
     errors = expect_table("meancache.lexicographic_steps", errors, ("N", "max_length + 1"), source)
-    path = _core.shortest_path(np.ascontiguousarray(errors[..., None]), budget, mode="lexicographic")
+    path = core.shortest_path(np.ascontiguousarray(errors[..., None]), budget, mode="lexicographic")
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {errors.shape[1] - 1} steps")
     return list(path.steps)
@@ -252,12 +270,12 @@ def plan_steps(
         ArgumentError: no such table.
         BudgetError: no path has so few evaluations.
     """
-    from layercache import _core
+    import layercache._core as core
 
     dims = ("N", "max_length + 1", "spans")
     source = "stability_deviation(velocities, sigmas) makes one"
     deviation = expect_table("meancache.plan_steps", deviation, dims, source)
-    path = _core.shortest_path(deviation, budget, gamma=gamma)
+    path = core.shortest_path(deviation, budget, gamma=gamma)
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {deviation.shape[1] - 1} steps")
     return list(path.steps), [spans[k] for k in path.choice]

@@ -109,6 +109,7 @@ class TeaCache(DynamicMethod):
     cooldown: int = 1
 
     name: ClassVar[str] = "teacache"
+    knob: ClassVar[tuple[str, float, float]] = ("threshold", 1e-3, 10.0)
     needs_num_steps: ClassVar[bool] = True
     needs_modulation: ClassVar[bool] = True
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercache._utils.tensors import dense
+
 Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
 
 
@@ -175,8 +177,3 @@ class BlockCalls:
         if self.single:
             return first
         return self.pack(first, kwargs[self._second] if self._second in kwargs else args[1])
-
-
-def dense(stream: torch.Tensor) -> torch.Tensor:
-    """The stream with its channels side by side; some models take theirs from a transposed convolution's output."""
-    return stream if stream.stride(-1) == 1 else stream.contiguous()

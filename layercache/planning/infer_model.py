@@ -15,6 +15,7 @@ from layercache.errors import LayerCacheError, UnsupportedModelError
 from layercache.models.registry import find_transformer, first_tensor, register_model, temporarily_known
 from layercache.models.spec import ModelSpec
 from layercache.runtime.attachment import attach
+from layercache.runtime.forward import Forward
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
@@ -201,7 +202,7 @@ class _Proof(Router):
         self.keeps_text = True
         self.residuals: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def begin(self, branch: Any, step: Any, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
+    def begin(self, forward: Forward) -> None:
         if self.reused is None:
             self.open((GroupAction(CAPTURE, text=True),) * self.count)
             return

@@ -19,6 +19,7 @@ from layercache.errors import CalibrationError
 from layercache.models.registry import fingerprint_of, first_tensor
 from layercache.models.spec import ModelSpec
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.runtime.forward import Forward
 from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import as_rows
@@ -123,8 +124,8 @@ class Observer(Router):
         self.steps.reset()
         self.clock = Timer(next(self.transformer.parameters()).device)
 
-    def begin(self, branch, step, arguments, dry_run=None) -> None:
-        self.place = self.locate(branch, step, arguments)
+    def begin(self, forward: Forward) -> None:
+        self.place = self.locate(forward)
         if not self.sigmas:
             raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")
         self.clock.mark(("rest", self.place.step))

@@ -187,10 +187,10 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
 
     weighing = {name: settings[name] for name in ("gamma", "kappa", "text_weight", "sensitivity")}
     cached_cost, target = _target(profile, settings["budget"], settings["speedup"])
-    from layercache import _core
+    import layercache._core as core
 
     errors = np.concatenate([weighted_errors(profile, **weighing, branch=branch) for branch in branches], axis=1)
-    result = _core.solve(
+    result = core.solve(
         errors_among(errors, steps),
         np.tile(np.asarray(profile.group_seconds) / count, count),
         np.tile(cached_cost / count, count),

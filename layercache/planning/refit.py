@@ -14,10 +14,11 @@ from layercache.errors import CalibrationError, ScheduleError
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, solve_ridge
 from layercache.planning.rollout import Rollout, RolloutRouter, Rollouts
+from layercache.runtime.forward import Forward
+from layercache.runtime.recording import RecordingRouter
 from layercache.runtime.router import Router
 from layercache.runtime.state import CacheState
-from layercache.runtime.steps import StepCounter
-from layercache.schedule.memory_plan import CAPTURE, GroupAction
+from layercache.schedule.memory_plan import GroupAction
 from layercache.schedule.schedule import Cell, Schedule
 
 TARGETS = ("teacher", "steer")
@@ -63,29 +64,25 @@ def run_terms(row: Sequence[Cell], last: int) -> list[Term]:
     return [(anchor, g) for g in range(first, last + 1) for anchor in sorted(row[g] or {}, reverse=True)]
 
 
-class _ModelRouter(Router):
-    """Computes everything and remembers where each group took the image stream, by branch."""
+class _FullRouter(RecordingRouter):
+    """Remembers the image stream in front of and behind every group of a full run, by branch."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, groups: Sequence[tuple[int, int]], scheduler: Any):
-        super().__init__(transformer, spec, groups)
-        self.steps = StepCounter(scheduler=scheduler)
+        super().__init__(transformer, spec, scheduler, groups)
         self.streams: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._branch = ""
-        self._actions = (GroupAction(CAPTURE),) * len(groups)
 
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        self._branch = self.steps.locate(branch, step, None).branch
-        self.streams[self._branch] = []
-        self.open(self._actions)
+    def begin(self, forward: Forward) -> None:
+        super().begin(forward)
+        self.streams[self.branch] = []
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
-        self.streams[self._branch].append((image_in, image_out))
+    def look(self, group, before, after) -> None:
+        self.streams[self.branch].append((before[0], after[0]))
 
 
 class CachedRouter(RolloutRouter):
     """Runs the schedule, and notes at every run of reused groups what it should have given."""
 
-    def __init__(self, model: _ModelRouter, lesson: _Lesson, scheduler: Any):
+    def __init__(self, model: _FullRouter, lesson: _Lesson, scheduler: Any):
         super().__init__(model.transformer, model.spec, lesson.schedule, scheduler, 0)
         self._model, self._lesson = model, lesson
         self._place = (0, "")
@@ -158,7 +155,7 @@ def refit(
 
 def _attend(rollouts: Rollouts, lesson: _Lesson, forecast: Forecast | None) -> Rollout:
     def routers(model_scheduler: Any, scheduler: Any) -> tuple[Router, RolloutRouter]:
-        model = _ModelRouter(rollouts.transformer, rollouts.spec, lesson.schedule.groups, model_scheduler)
+        model = _FullRouter(rollouts.transformer, rollouts.spec, lesson.schedule.groups, model_scheduler)
         return model, CachedRouter(model, lesson, scheduler)
 
     return rollouts.run_beside_full(lesson.schedule, forecast, routers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -13,19 +13,19 @@ import torch
 
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
-from layercache.models.registry import count_blocks, find_transformer, fingerprint_of, spec_for
+from layercache.models.registry import find_transformer, fingerprint_of, spec_for
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, fit_velocity
 from layercache.planning.samples import arguments_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
+from layercache.runtime.recording import RecordingRouter
 from layercache.runtime.router import Router
 from layercache.runtime.state import CacheState
-from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import VelocityTrack, combine
 from layercache.schedule.fingerprint import Fingerprint
-from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction, stored_bytes
+from layercache.schedule.memory_plan import REUSE, GroupAction, stored_bytes
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 PSNR_LIMIT = 100.0
@@ -108,23 +108,16 @@ class RolloutRouter(ScheduleRouter):
         return False
 
 
-class _Watcher(Router):
-    """Computes everything; notes its branches, the bytes of their streams, and how many forwards there were."""
+class _FullRun(RecordingRouter):
+    """Notes the branches of a full run and the bytes of their streams, image and text."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
-        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
-        self.steps = StepCounter(scheduler=scheduler)
+        super().__init__(transformer, spec, scheduler)
         self.branches: dict[str, tuple[int, int]] = {}
-        self.forwards = 0
-        self._branch = ""
 
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        self._branch = self.steps.locate(branch, step, None).branch
-        self.forwards += 1
-        self.open((GroupAction(CAPTURE, text=True),))
-
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
-        self.branches[self._branch] = (image_out.nbytes, 0 if text_out is None else text_out.nbytes)
+    def look(self, group, before, after) -> None:
+        image, text = after
+        self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
 
 
 class Rollouts:
@@ -251,7 +244,7 @@ class Rollouts:
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces)
 
     def _run_in_full(self) -> None:
-        watchers = [_Watcher(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
+        watchers = [_FullRun(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
         traces = tuple(Trace() for _ in self.prompts)
         forwards: list[int] = []
 

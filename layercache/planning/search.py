@@ -274,13 +274,13 @@ class _Search:
 
     def _solved(self, count: int, errors: np.ndarray) -> list[int]:
         """The solver's choice of whole steps, by how well old velocities forecast new ones."""
-        from layercache import _core
+        import layercache._core as core
 
         steps = self.rollouts.num_steps
         protected = np.zeros((steps, 1), dtype=bool)
         protected[:2] = True
         protected[-1:] = count > 3
-        result = _core.solve(
+        result = core.solve(
             np.ascontiguousarray(errors),
             np.ones(1),
             np.zeros(1),

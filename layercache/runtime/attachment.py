@@ -27,6 +27,7 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
+from layercache.runtime.forward import Forward
 from layercache.runtime.groups import require_inference
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.steps import StepTally
@@ -62,14 +63,14 @@ class ThreadContext(local):
 class NamedContext:
     """One of diffusers' cache contexts, whose name and step this thread remembers within.
 
-    Diffusers tells its hooks of it; a name is told to nobody where there are none.
+    Diffusers' own context is entered only where one of its hooks would hear of it.
     """
 
     def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
         self._thread = attachment.thread
         self._now = name, fields.get("step_index")
-        told = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
-        self._inner = original(name, **fields) if told else None
+        is_heard = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
+        self._inner = original(name, **fields) if is_heard else None
 
     def __enter__(self) -> Any:
         self._before = self._thread.now
@@ -137,16 +138,16 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             original: Any = self.transformer.cache_context
-            self._shadow(self.transformer, "cache_context", functools.partial(NamedContext, self, original))
-        self._occupy()
+            self._patch(self.transformer, "cache_context", functools.partial(NamedContext, self, original))
+        self._mark_as_cached()
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
-                self._shadow(self.transformer, name, self._changing(getattr(self.transformer, name)))
-        for owner, name, replacement in self.router.shadows():
-            self._shadow(owner, name, replacement)
+                self._patch(self.transformer, name, self._changing(getattr(self.transformer, name)))
+        for owner, name, replacement in self.router.patches():
+            self._patch(owner, name, replacement)
         self._follow(self.pipeline, self.router.steps.scheduler)
 
-    def _occupy(self) -> None:
+    def _mark_as_cached(self) -> None:
         """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""
         transformer = self.transformer
         if not all(hasattr(transformer, name) for name in ("enable_cache", "disable_cache", "is_cache_enabled")):
@@ -157,8 +158,8 @@ class Attachment:
                 "Caching has already been enabled on this transformer, with layercache; call layercache.disable first"
             )
 
-        self._shadow(transformer, "enable_cache", enable_cache)
-        self._shadow(transformer, "disable_cache", self.detach)
+        self._patch(transformer, "enable_cache", enable_cache)
+        self._patch(transformer, "disable_cache", self.detach)
         self._put(transformer, CACHE_CONFIG, CacheConfigMarker())
 
     def _changing(self, original: Any) -> Any:
@@ -179,12 +180,12 @@ class Attachment:
     def _follow(self, pipeline: Any, scheduler: Any) -> None:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
         if pipeline is not None and hasattr(pipeline, "maybe_free_model_hooks"):
-            self._shadow(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
+            self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None and not counts_steps(scheduler) and hasattr(scheduler, "step"):
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
-            self._shadow(scheduler, "step", self._counted_step(scheduler.step, tally))
+            self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self.router.replaces_velocity:
-            self._shadow(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
+            self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
         for blocks, cls in self._classes:
@@ -193,8 +194,8 @@ class Attachment:
                 delattr(blocks, name)
         for hook in self._hooks:
             hook.remove()
-        for shadowed in reversed(self._instance_attributes):
-            self._restore(*shadowed)
+        for patched in reversed(self._instance_attributes):
+            self._restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
 
     @staticmethod
@@ -210,9 +211,9 @@ class Attachment:
 
     def unfollow(self, scheduler: Any) -> None:
         """No request has this sampler any more."""
-        own = [shadowed for shadowed in self._instance_attributes if shadowed[0] is scheduler]
-        for shadowed in reversed(own):
-            self._restore(*shadowed)
+        own = [patched for patched in self._instance_attributes if patched[0] is scheduler]
+        for patched in reversed(own):
+            self._restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
         self._tallies.pop(id(scheduler), None)
 
@@ -228,10 +229,10 @@ class Attachment:
 
     def _lead(self, router: Router) -> None:
         self.router = router
-        router.attachment = self  # type: ignore[attr-defined]
+        router.attachment = self
         router.steps.tallies = self._tallies
 
-    def _shadow(self, owner: Any, name: str, replacement: Any) -> None:
+    def _patch(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
         self._put(owner, name, MethodPatch(owner, name, replacement))
 
@@ -260,7 +261,9 @@ class Attachment:
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             at = scheduler_step(scheduler)
             router = self._root.for_call()
-            velocity = model_output if at is None else router.replace_velocity(at, model_output, sample)
+            velocity = model_output
+            if at is not None and router.replaces_velocity:
+                velocity = router.replace_velocity(at, model_output, sample)
             return original(velocity, timestep, sample, *args, **kwargs)
 
         return step
@@ -294,7 +297,7 @@ class Attachment:
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        router.begin(*self.thread.now, arguments, dry_run)
+        router.begin(Forward(*self.thread.now, arguments, dry_run))
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         try:
@@ -320,7 +323,9 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     """The attachment of the router that routes this transformer, if one does."""
     for blocks in spec_for(transformer).block_modules(transformer):
         if isinstance(blocks, RoutedModuleList):
-            return blocks._layercache_router.attachment  # type: ignore[attr-defined]
+            found = blocks._layercache_router.attachment
+            assert isinstance(found, Attachment)
+            return found
     return None
 
 

@@ -15,8 +15,9 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
+from layercache.runtime.forward import Forward
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
-from layercache.runtime.report import CacheReport
+from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
@@ -180,23 +181,17 @@ class DynamicRouter(Router):
         self._branch, self._step = "", 0
         self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
         self._flag: torch.Tensor | None = None
-        self._counts = {"computed": 0, "reused": 0, "generations": 0}
+        self._counts = Counts()
 
-    def begin(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> None:
-        if dry_run is not None:
+    def begin(self, forward: Forward) -> None:
+        if forward.dry_run is not None:
             raise CacheStateError(
                 f"{self.method.name} decides inside the forward, which one compiled graph cannot hold: compile the "
                 "blocks (transformer.compile_repeated_blocks()), or run the schedule of cache.export_schedule()"
             )
-        place = self.locate(branch, step, arguments)
+        place = self.locate(forward)
         self._branch, self._step = place.branch, place.step
-        changed = self._signatures[place.branch].changes(arguments, place.starts)
+        changed = self._signatures[place.branch].changes(forward.arguments, place.starts)
         if changed or place.starts or place.branch not in self.states:
             self._start(place.branch, place.step)
         if self._kept_pass is not None:
@@ -204,7 +199,7 @@ class DynamicRouter(Router):
         self.open((GroupAction(COMPUTE),))
 
     def _start(self, branch: str, step: int) -> None:
-        self._counts["generations"] += not self.states or branch == next(iter(self.states))
+        self._counts.generations += not self.states or branch == next(iter(self.states))
         if self.steps.scheduler is not None and (step == 0 or self._sigmas is None):
             self._sigmas = scheduler_sigmas(self.steps.scheduler)
         steps = self._num_steps if self._sigmas is None else len(self._sigmas) - 1
@@ -249,7 +244,7 @@ class DynamicRouter(Router):
             terms = self._decide(state, step, observation)
         del state.log[step:]
         state.log += [None] * (step - len(state.log)) + [terms]
-        self._counts["computed" if terms is None else "reused"] += 1
+        self._counts.note(reused=terms is not None)
         return terms is not None
 
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
@@ -372,19 +367,8 @@ class DynamicRouter(Router):
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are counted in blocks."""
-        computed, reused = self._counts["computed"], self._counts["reused"]
-        skipped = reused * (self.end - self.method.probe)
-        blocks = (computed + reused) * self.num_blocks
-        return CacheReport(
-            used=1.0 - skipped / blocks if blocks else 1.0,
-            computed_cells=computed,
-            cached_cells=reused,
-            generations=self._counts["generations"],
-            forwards=computed + reused,
-            fallback_rows=0,
-            cache_bytes=sum(state.nbytes for state in self.states.values()),
-            branches=tuple(self.states),
-        )
+        saved = (self.end - self.method.probe) / self.num_blocks
+        return self._counts.report(saved, sum(state.nbytes for state in self.states.values()), self.states)
 
 
 def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -1,59 +1,81 @@
-"""Putting a router into a transformer and taking it out again."""
+"""Enabling a plan on a pipeline or transformer, and disabling it again."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, overload
 
 from torch import nn
 
 from layercache.errors import CacheStateError, MethodError
-from layercache.methods.easycache import EasyCache
 from layercache.models.registry import config_hash, count_blocks, find_transformer, spec_for
 from layercache.runtime.attachment import attach, attachment_of
+from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
-from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.modules import ModuleScheduleRouter
-from layercache.runtime.policy import DynamicMethod
+from layercache.runtime.planned import PlannedRouter
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
+from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 
-Plan = Schedule | DynamicMethod | EasyCache | ModuleSchedule
-Cache = ScheduleRouter | DynamicRouter | StepRouter | ModuleScheduleRouter
+
+@overload
+def enable(pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same") -> ScheduleCache: ...
 
 
 @overload
-def enable(target: Any, plan: Schedule, scheduler: Any = None, **options: Any) -> ScheduleRouter: ...
+def enable(
+    pipe: Any,
+    plan: DynamicMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+) -> DynamicRouter: ...
 
 
 @overload
-def enable(target: Any, plan: DynamicMethod, scheduler: Any = None, **options: Any) -> DynamicRouter: ...
+def enable(pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same") -> PlannedRouter: ...
 
 
 @overload
-def enable(target: Any, plan: EasyCache, scheduler: Any = None, **options: Any) -> StepRouter: ...
+def enable(pipe: Any, plan: StepMethod, scheduler: Any = None) -> StepRouter: ...
 
 
 @overload
-def enable(target: Any, plan: ModuleSchedule, scheduler: Any = None, **options: Any) -> ModuleScheduleRouter: ...
+def enable(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> ModuleScheduleRouter: ...
 
 
-def enable(  # type: ignore[misc]  # the overloads leave the options to this one
-    target: Any,
-    plan: Plan,
+@overload
+def enable(
+    pipe: Any,
+    plan: Any,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+) -> Cache: ...
+
+
+def enable(
+    pipe: Any,
+    plan: Any,
     scheduler: Any = None,
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
 ) -> Cache:
-    """Runs ``target`` by ``plan`` from now on.
+    """Runs a pipeline by ``plan`` from now on.
 
     Args:
-        target: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
+        pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step. A second pipeline that shares the
             transformer joins the cache when the same schedule is enabled on it.
         plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
@@ -63,7 +85,7 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
         process_group: processes that work on one generation together (context or tensor parallelism): a method that
             decides as it runs decides by the sums over all of them. Without one no process waits for another.
         storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
-            halves their memory (`layercache.slots.Storage`).
+            halves their memory (`layercache.runtime.storage.Storage`).
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -76,31 +98,50 @@ def enable(  # type: ignore[misc]  # the overloads leave the options to this one
 
     All errors are classes of `layercache.errors`.
     """
-    transformer = find_transformer(target)
-    spec = spec_for(transformer)
-    _check_plan(plan)
-    scheduler = getattr(target, "scheduler", None) if scheduler is None else scheduler
-    if isinstance(plan, Schedule):
-        return _enable_schedule(target, plan, transformer, scheduler, storage)
-    if storage != "same" and not isinstance(plan, DynamicMethod):
-        raise CacheStateError(
-            f"storage={storage!r} is for residuals of groups; {type(plan).__name__} stores others, leave it out"
-        )
-    router: StepRouter | DynamicRouter | ModuleScheduleRouter
-    if isinstance(plan, EasyCache):
-        router = StepRouter(transformer, spec, plan, scheduler)
-    elif isinstance(plan, ModuleSchedule):
-        _check_fingerprint(plan.fingerprint, transformer)
-        router = ModuleScheduleRouter(transformer, spec, plan, scheduler)
-    else:
-        router = DynamicRouter(transformer, spec, plan, scheduler, num_steps, process_group, storage)
-    attach(target, router)
+    transformer = find_transformer(pipe)
+    scheduler = getattr(pipe, "scheduler", None) if scheduler is None else scheduler
+    setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage)
+    router = make_router(plan, setting)
+    attached = attachment_of(transformer)
+    if attached is None or attached.router is not router:
+        attach(pipe, router)
     return router
 
 
-def _check_plan(plan: Any) -> None:
-    if isinstance(plan, Schedule | DynamicMethod | EasyCache | ModuleSchedule):
-        return
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is enabled on, and the options of `enable`."""
+
+    pipe: Any
+    transformer: nn.Module
+    scheduler: Any = None
+    num_steps: int | None = None
+    process_group: Any = None
+    storage: str = "same"
+
+    def check_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Raises `ScheduleMismatchError` unless the schedule was made for this model."""
+        model = self.transformer
+        fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
+
+    def refuse_storage(self, plan: Any) -> None:
+        """Raises `CacheStateError` where a storage was asked for and the plan stores no residuals of groups."""
+        if self.storage != "same":
+            raise CacheStateError(
+                f"storage={self.storage!r} is for residuals of groups; {type(plan).__name__} stores others, "
+                "leave it out"
+            )
+
+
+@functools.singledispatch
+def make_router(plan: Any, setting: Setting) -> Any:
+    """The router that executes a plan, chosen by the plan's class.
+
+    Another kind of plan registers its own: ``make_router.register(PlanClass, handler)``.
+
+    Raises:
+        MethodError: no handler is registered for it.
+    """
     kind = plan.__name__ if isinstance(plan, type) else type(plan).__name__
     if isinstance(plan, type):
         hint = f"give an instance: {kind}()"
@@ -113,37 +154,58 @@ def _check_plan(plan: Any) -> None:
     raise MethodError(f"expected a schedule or a method of layercache.methods, got {kind}; {hint}")
 
 
-def _check_fingerprint(fingerprint: Fingerprint, transformer: nn.Module) -> None:
-    fingerprint.check_model(type(transformer).__name__, config_hash(transformer), count_blocks(transformer))
-
-
-def _enable_schedule(
-    target: Any, schedule: Schedule, transformer: nn.Module, scheduler: Any, storage: str
-) -> ScheduleRouter:
-    _check_fingerprint(schedule.fingerprint, transformer)
-    shared = attachment_of(transformer)
-    if shared is not None and isinstance(shared.router, ScheduleRouter) and shared.router.schedule == schedule:
-        if scheduler is not None and scheduler is not shared.router.steps.scheduler:
-            shared.share(None if isinstance(target, nn.Module) else target, scheduler)
-            return shared.router
-    ends = hasattr(target, "maybe_free_model_hooks")
-    router = ScheduleRouter(transformer, spec_for(transformer), schedule, scheduler, ends, storage)
+@make_router.register
+def _(plan: Schedule, setting: Setting) -> ScheduleCache:
+    setting.check_fingerprint(plan.fingerprint)
+    transformer, scheduler = setting.transformer, setting.scheduler
+    attachment = attachment_of(transformer)
+    shared = None if attachment is None else attachment.router
+    if attachment is not None and isinstance(shared, ScheduleCache) and shared.schedule == plan:
+        if scheduler is not None and scheduler is not shared.steps.scheduler:
+            attachment.share(None if isinstance(setting.pipe, nn.Module) else setting.pipe, scheduler)
+            return shared
+    announced = hasattr(setting.pipe, "maybe_free_model_hooks")
+    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, announced, setting.storage)
     if router.replaces_velocity and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
             "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"
         )
-    attach(target, router)
     return router
 
 
-def disable(target: Any) -> None:
+@make_router.register
+def _(plan: ModuleSchedule, setting: Setting) -> ModuleScheduleRouter:
+    setting.refuse_storage(plan)
+    setting.check_fingerprint(plan.fingerprint)
+    return ModuleScheduleRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+
+
+@make_router.register
+def _(plan: StepMethod, setting: Setting) -> StepRouter:
+    setting.refuse_storage(plan)
+    return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+
+
+@make_router.register
+def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
+    model = setting.transformer
+    return PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
+
+
+@make_router.register
+def _(plan: DynamicMethod, setting: Setting) -> DynamicRouter:
+    model, group = setting.transformer, setting.process_group
+    return DynamicRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
+
+
+def disable(pipe: Any) -> None:
     """Restores the transformer exactly; stored residuals are freed.
 
     Raises:
         CacheStateError: no cache is enabled.
     """
-    attachment = attachment_of(find_transformer(target))
+    attachment = attachment_of(find_transformer(pipe))
     if attachment is None:
         raise CacheStateError("no layercache cache is enabled here")
     attachment.detach()
@@ -151,50 +213,63 @@ def disable(target: Any) -> None:
 
 @overload
 def enabled(
-    target: Any, plan: Schedule, scheduler: Any = None, **options: Any
-) -> AbstractContextManager[ScheduleRouter]: ...
+    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same"
+) -> AbstractContextManager[ScheduleCache]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: DynamicMethod, scheduler: Any = None, **options: Any
+    pipe: Any,
+    plan: DynamicMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
 ) -> AbstractContextManager[DynamicRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: EasyCache, scheduler: Any = None, **options: Any
-) -> AbstractContextManager[StepRouter]: ...
+    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same"
+) -> AbstractContextManager[PlannedRouter]: ...
+
+
+@overload
+def enabled(pipe: Any, plan: StepMethod, scheduler: Any = None) -> AbstractContextManager[StepRouter]: ...
+
+
+@overload
+def enabled(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
 @overload
 def enabled(
-    target: Any, plan: ModuleSchedule, scheduler: Any = None, **options: Any
-) -> AbstractContextManager[ModuleScheduleRouter]: ...
-
-
-def enabled(  # type: ignore[misc]  # the overloads leave the options to this one
-    target: Any,
-    plan: Plan,
+    pipe: Any,
+    plan: Any,
     scheduler: Any = None,
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
-) -> AbstractContextManager[Any]:
-    """``enable`` for the length of a ``with`` block.
+) -> AbstractContextManager[Cache]: ...
+
+
+@contextmanager
+def enabled(
+    pipe: Any,
+    plan: Any,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+) -> Iterator[Any]:
+    """``enable`` for the length of a ``with`` block; takes the same arguments.
 
     Raises:
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
-    options = {"scheduler": scheduler, "num_steps": num_steps, "process_group": process_group, "storage": storage}
-    return _enabled(target, plan, options)
-
-
-@contextmanager
-def _enabled(target: Any, plan: Plan, options: dict[str, Any]) -> Iterator[Cache]:
-    cache = enable(target, plan, **options)  # type: ignore[call-overload]
+    cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage)
     try:
         yield cache
         cache.check()
     finally:
-        disable(target)
+        disable(pipe)

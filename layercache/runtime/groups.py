@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import nn
 
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec
+from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport
-from layercache.runtime.requests import Requests
 from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.state import CacheState, Row
 from layercache.runtime.steps import StepCounter
@@ -35,7 +34,7 @@ class DryPass(BlockPass):
 
 
 class ScheduleRouter(Router):
-    """Routes a transformer by a schedule; this is what ``layercache.enable`` returns."""
+    """Routes one generation at a time by a schedule; `ScheduleCache` serves several."""
 
     keeps_items = True
 
@@ -63,7 +62,6 @@ class ScheduleRouter(Router):
         self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._generations: dict[str, int] = {}
         self._fallback_rows = 0
-        self.requests = Requests(self)
 
     @property
     def graphs(self) -> int:
@@ -76,36 +74,24 @@ class ScheduleRouter(Router):
         }
         return len(rows) + 2
 
-    def begin(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> None:
-        actions = self.prepare(branch, step, arguments, dry_run)
+    def begin(self, forward: Forward) -> None:
+        actions = self.prepare(forward)
         self.count(actions)
         self.open(actions)
 
-    def prepare(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> tuple[GroupAction, ...]:
+    def prepare(self, forward: Forward) -> tuple[GroupAction, ...]:
         """Finds the forward's place, and what its groups do there."""
-        place = self.locate(branch, step, arguments)
+        place = self.locate(forward)
         state = self.states.get(place.branch)
         if state is None:
             cells = self.schedule.cells_of(place.branch)
             state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells, self.storage)
         if place.starts:
             self._start_generation(place.branch, state)
-        if state.signature.changes(arguments, place.starts):
+        if state.signature.changes(forward.arguments, place.starts):
             state.reset()
-            if dry_run is not None:
-                self._fit_ahead(state, dry_run)
+            if forward.dry_run is not None:
+                self._fit_ahead(state, forward.dry_run)
         if self.track.layouts:
             self.track.begin(place.step, self.steps.run)
         return self._choose_row(state, place.step)
@@ -223,7 +209,6 @@ class ScheduleRouter(Router):
         self.track.held = [None] * len(self.track.held)
         for state in self.states.values():
             state.reset()
-        self.requests.invalidate()
 
     def drop(self) -> None:
         """Frees the stored residuals; until there are new ones everything is computed."""
@@ -275,52 +260,8 @@ class ScheduleRouter(Router):
         if bad:
             raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
 
-    def for_call(self) -> Router:
-        return self.requests.router() if self.requests.routers else self
-
-    def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
-        """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
-
-        Requests may be entered again and again, by turns and from several threads; one forward runs at a time.
-
-        Args:
-            request_id: any name; it is new, or its generation goes on.
-            scheduler: the request's own sampler; without one its forwards are counted, one per branch and step.
-        """
-        return self.requests.entered({request_id: None}, scheduler)
-
-    def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
-        """Forwards in this ``with`` block are a batch of several requests, each at its own step.
-
-        A group is reused where all of them reuse it, each sample from its request's residuals; where one has to compute
-        it, it is computed for all.
-
-        Args:
-            rows: requests in the order of the batch, and how many samples of it each has.
-        """
-        return self.requests.entered(rows)
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended: its memory is freed.
-
-        Raises:
-            CacheStateError: there is no such request.
-            NonFiniteResidualError: one of its stored residuals held NaN or infinity.
-        """
-        self.requests.forget(request_id)
-
-    def metrics(self) -> dict[str, float]:
-        """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
-
-        ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
-        ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
-        without, such as those that follow from step numbers alone), ``fallback_rows``, ``bytes``, ``requests`` (known
-        now), ``evictions``.
-        """
-        return self.requests.metrics()
-
     def report(self) -> CacheReport:
-        """What the cache did since it was enabled, requests apart (see `metrics`)."""
+        """What the router did since it was enabled."""
         computed, seconds = self.computed, self.schedule.group_seconds
         forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
         return CacheReport(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +21,8 @@ from layercache.errors import (
 )
 from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec
-from layercache.runtime.report import CacheReport
+from layercache.runtime.forward import Forward
+from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
@@ -113,7 +114,7 @@ class ModuleRouter(Router):
         self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
         self._ran: set[int] = set()
 
-    def shadows(self) -> Iterable[tuple[Any, str, Any]]:
+    def patches(self) -> Iterable[tuple[Any, str, Any]]:
         for number, unit in enumerate(self.units):
             *front, last = unit.modules
             for module in front:
@@ -144,21 +145,15 @@ class ModuleRouter(Router):
 
         return forward
 
-    def begin(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> None:
-        if dry_run is not None:
+    def begin(self, forward: Forward) -> None:
+        if forward.dry_run is not None:
             raise CacheStateError(
                 "modules inside the blocks cannot be routed in a compiled transformer; call it uncompiled, or take a "
                 "method of whole blocks"
             )
-        place = self.locate(branch, step, arguments)
+        place = self.locate(forward)
         self.branch, self.step, self.starts = place.branch, place.step, place.starts
-        self.announce(arguments)
+        self.announce(forward.arguments)
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)
@@ -216,7 +211,8 @@ class ModuleScheduleRouter(ModuleRouter):
         self._valid: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
         self._computes_all = False
-        self._counts = {"computed": 0.0, "all": 0.0, "generations": 0, "forwards": 0, "fallbacks": 0}
+        self._counts = Counts()
+        self._seconds = {"computed": 0.0, "all": 0.0}
 
     def _is_read(self, step: int, unit: int) -> bool:
         """Whether a later step takes this step's output, that is, comes before it is computed again."""
@@ -231,7 +227,7 @@ class ModuleScheduleRouter(ModuleRouter):
         if self._signatures[branch].changes(arguments, self.starts) or self.starts:
             self._valid[branch] = set()
             self._final_valid.discard(branch)
-            self._counts["generations"] += self.starts and branch == next(iter(self._signatures))
+            self._counts.generations += self.starts and branch == next(iter(self._signatures))
         row = self.schedule.computed[step]
         reuses = step in self.schedule.reused_steps
         needed = set() if reuses else {unit for unit, computed in enumerate(row) if not computed}
@@ -248,10 +244,10 @@ class ModuleScheduleRouter(ModuleRouter):
     def _count(self, reuses: bool, passed_by: set[int], missing: bool) -> None:
         weights = self.schedule.seconds or (1.0,) * len(self.units)
         total = sum(weights)
-        self._counts["all"] += total
-        self._counts["computed"] += 0.0 if reuses else total - sum(weights[unit] for unit in passed_by)
-        self._counts["forwards"] += 1
-        self._counts["fallbacks"] += missing
+        self._seconds["all"] += total
+        self._seconds["computed"] += 0.0 if reuses else total - sum(weights[unit] for unit in passed_by)
+        self._counts.note(reused=False)
+        self._counts.fallbacks += missing
 
     def passes_by(self, number: int) -> bool:
         return not self._computes_all and not self.schedule.computed[self.step][number]
@@ -305,18 +301,11 @@ class ModuleScheduleRouter(ModuleRouter):
         """What the cache did since it was enabled; shares are of the modules' time."""
         tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
         tensors += [t for final in self.finals.values() for t in final]
-        used = self._counts["computed"] / self._counts["all"] if self._counts["all"] else 1.0
-        cells = round(self._counts["forwards"] * len(self.units))
-        return CacheReport(
-            used=used,
-            computed_cells=round(used * cells),
-            cached_cells=cells - round(used * cells),
-            generations=int(self._counts["generations"]),
-            forwards=int(self._counts["forwards"]),
-            fallback_rows=int(self._counts["fallbacks"]),
-            cache_bytes=sum(t.numel() * t.element_size() for t in tensors),
-            branches=tuple(self._signatures),
-        )
+        report = self._counts.report(0.0, sum(tensor.nbytes for tensor in tensors), self._signatures)
+        used = self._seconds["computed"] / self._seconds["all"] if self._seconds["all"] else 1.0
+        cells = report.forwards * len(self.units)
+        computed = round(used * cells)
+        return replace(report, used=used, computed_cells=computed, cached_cells=cells - computed)
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from layercache.errors import MethodError
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
+from layercache.schedule.schedule import Schedule, Velocity
 
 SYNCS = ("step", "lagged")
 
@@ -91,6 +93,68 @@ class Decider(ABC):
         return taylor_forecast(step, anchors, self.method.order)
 
 
+class StepDecider(ABC):
+    """Decisions about whole steps of one generation, for all branches together."""
+
+    @abstractmethod
+    def observe(self, inputs: torch.Tensor) -> None:
+        """The latents that the transformer is given at a step, whatever is decided then."""
+
+    @abstractmethod
+    def must_compute(self, step: int) -> bool:
+        """Whether the step is computed whatever was observed."""
+
+    @abstractmethod
+    def numbers(self) -> list[float]:
+        """The statistics that `may_reuse` decides by; the one transfer of a step."""
+
+    @abstractmethod
+    def may_reuse(self, numbers: Sequence[float]) -> bool:
+        """The published rule; NaN never counts as a small change."""
+
+    @abstractmethod
+    def velocity(self, step: int) -> Velocity:
+        """What the sampler gets at a skipped step."""
+
+    @abstractmethod
+    def record(self, step: int, velocity: torch.Tensor) -> None:
+        """The model gave a velocity for the inputs last observed."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of what is kept between steps."""
+
+
+class StepMethod(ABC):
+    """Settings of a method that decides about whole steps before they run; attributes as of `DynamicMethod`."""
+
+    name: ClassVar[str] = ""
+    knob: ClassVar[tuple[str, float, float]] = ("threshold", 1e-3, 3.0)
+
+    @abstractmethod
+    def decider(self, run: Run) -> StepDecider:
+        """A new one, for one generation."""
+
+
+class PlannedMethod(ABC):
+    """Settings of a method whose schedule follows from the steps of a run alone.
+
+    Enabled on a pipeline, it makes the schedule of the run that the pipeline is at.
+    """
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        """The schedule for this model and run.
+
+        Raises:
+            ArgumentError: no fingerprint.
+            MethodError: the settings do not fit the model or the run.
+        """
+
+
 def by_name(method: type[T]) -> type[T]:
     """A dataclass of settings that says how to name them where they are given by position.
 
@@ -128,6 +192,10 @@ class DynamicMethod(ABC):
         sync: ``"step"`` decides from what is seen in the same step: one small transfer from the device per decision.
             ``"lagged"`` decides from what was seen a step before and never waits for the device.
         per_branch: every guidance branch decides for itself; otherwise all follow the first.
+        name: what the method is called in reports and by `layercache compare`.
+        knob: the setting that is tuned to a budget, and its range; larger values reuse more.
+        needs_num_steps: whether it must know how many steps a run has.
+        needs_modulation: whether it looks at the modulated input of the first block.
 
     Raises:
         MethodError: on construction, when a setting is out of range.
@@ -138,6 +206,7 @@ class DynamicMethod(ABC):
     per_branch: bool = True
 
     name: ClassVar[str] = ""
+    knob: ClassVar[tuple[str, float, float]] = ("threshold", 1e-3, 3.0)
     needs_num_steps: ClassVar[bool] = False
     needs_modulation: ClassVar[bool] = False
 

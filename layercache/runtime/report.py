@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -38,3 +39,43 @@ class CacheReport:
         if self.fallback_rows:
             lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
         return "\n".join(lines)
+
+
+@dataclass
+class Counts:
+    """What a router counts from forward to forward.
+
+    Attributes:
+        computed, reused: forwards that computed, and that reused.
+        generations: that began.
+        fallbacks: forwards that computed everything because something they would have read was not there.
+    """
+
+    computed: int = 0
+    reused: int = 0
+    generations: int = 0
+    fallbacks: int = 0
+
+    @property
+    def forwards(self) -> int:
+        return self.computed + self.reused
+
+    def note(self, reused: bool) -> None:
+        """One more forward."""
+        if reused:
+            self.reused += 1
+        else:
+            self.computed += 1
+
+    def report(self, saved: float, nbytes: int, branches: Iterable[str]) -> CacheReport:
+        """The report of a router whose forwards either compute everything or leave out the share ``saved``."""
+        return CacheReport(
+            used=1.0 - self.reused * saved / self.forwards if self.forwards else 1.0,
+            computed_cells=self.computed,
+            cached_cells=self.reused,
+            generations=self.generations,
+            forwards=self.forwards,
+            fallback_rows=self.fallbacks,
+            cache_bytes=nbytes,
+            branches=tuple(branches),
+        )

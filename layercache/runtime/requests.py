@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from layercache import ops
 from layercache.errors import CacheStateError
+from layercache.runtime.forward import Forward
+from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
-
-if TYPE_CHECKING:
-    from layercache.runtime.groups import ScheduleRouter
 
 Rows = tuple[tuple[str, int | None], ...]
 _now: ContextVar[tuple[int, Rows] | None] = ContextVar("layercache requests", default=None)
@@ -61,12 +60,12 @@ class Requests:
         router = self.routers.get(name)
         if router is None:
             root = self._root
-            router = self.routers[name] = type(root)(
+            router = self.routers[name] = ScheduleRouter(
                 root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
             )
-            router.attachment = root.attachment  # type: ignore[attr-defined]
+            router.attachment = root.attachment
             if scheduler is not None:
-                root.attachment.follow(router, scheduler)  # type: ignore[attr-defined]
+                root.attachment.follow(router, scheduler)
         elif scheduler is not None and scheduler is not router.steps.scheduler:
             raise CacheStateError(f"request {name!r} is under way with another scheduler; forget it first")
         return router
@@ -111,7 +110,7 @@ class Requests:
         self._batch = None
         scheduler = router.steps.scheduler
         if all(other.steps.scheduler is not scheduler for other in (self._root, *self.routers.values())):
-            self._root.attachment.unfollow(scheduler)  # type: ignore[attr-defined]
+            self._root.attachment.unfollow(scheduler)
         for key, value in _counts(router).items():
             self._gone[key] += value
         router.check()
@@ -153,13 +152,69 @@ def _counts(router: ScheduleRouter) -> dict[str, float]:
     }
 
 
+class ScheduleCache(ScheduleRouter):
+    """Routes a transformer by a schedule, for several requests at a time; ``layercache.enable`` returns one."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.requests = Requests(self)
+
+    def for_call(self) -> Router:
+        return self.requests.router() if self.requests.routers else self
+
+    def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
+
+        Requests may be entered again and again, in any order and from several threads; one forward runs at a time.
+
+        Args:
+            request_id: any name; it is new, or its generation goes on.
+            scheduler: the request's own sampler; without one its forwards are counted, one per branch and step.
+        """
+        return self.requests.entered({request_id: None}, scheduler)
+
+    def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block are a batch of several requests, each at its own step.
+
+        A group is reused where all of them reuse it, each sample from its request's residuals; where one has to compute
+        it, it is computed for all.
+
+        Args:
+            rows: requests in the order of the batch, and how many samples of it each has.
+        """
+        return self.requests.entered(rows)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended: its memory is freed.
+
+        Raises:
+            CacheStateError: there is no such request.
+            NonFiniteResidualError: one of its stored residuals held NaN or infinity.
+        """
+        self.requests.forget(request_id)
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
+
+        ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
+        ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
+        without, such as those that follow from step numbers alone), ``fallback_rows``, ``bytes``, ``requests`` (known
+        now), ``evictions``.
+        """
+        return self.requests.metrics()
+
+    def invalidate(self) -> None:
+        super().invalidate()
+        self.requests.invalidate()
+
+
 class BatchRouter(Router):
     """One forward for several requests, whose samples lie one behind the other in the batch."""
 
     def __init__(self, root: ScheduleRouter, members: Sequence[tuple[ScheduleRouter, int]]):
         super().__init__(root.transformer, root.spec, root.schedule.groups)
         self.steps = StepCounter()
-        self.attachment = root.attachment  # type: ignore[attr-defined]
+        self.attachment = root.attachment
         self.members: list[tuple[ScheduleRouter, slice]] = []
         self.size = 0
         for router, count in members:
@@ -168,21 +223,22 @@ class BatchRouter(Router):
         if any(router.replaces_velocity for router, _ in self.members):
             raise CacheStateError("a schedule that changes velocities serves one request per forward: cache.request()")
 
-    def begin(self, branch: str | None, step: int | None, arguments: Mapping[str, Any], dry_run: Any = None) -> None:
-        if dry_run is not None:
+    def begin(self, forward: Forward) -> None:
+        if forward.dry_run is not None:
             raise CacheStateError(
                 "batches of requests are not for a transformer that is compiled whole: compile its blocks instead "
                 "(compile_repeated_blocks)"
             )
-        own = [router.prepare(branch, step, self._part(arguments, rows)) for router, rows in self.members]
+        own = [router.prepare(self._part(forward, rows)) for router, rows in self.members]
         actions = self._together(own)
         for router, _ in self.members:
             router.count(actions)
         self.open(actions)
 
-    def _part(self, arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-        """The arguments of one request."""
-        return {name: self._rows(value, rows) for name, value in arguments.items()}
+    def _part(self, forward: Forward, rows: slice) -> Forward:
+        """The forward of one request."""
+        arguments = {name: self._rows(value, rows) for name, value in forward.arguments.items()}
+        return Forward(forward.branch, forward.step, arguments)
 
     def _rows(self, value: Any, rows: slice) -> Any:
         if isinstance(value, torch.Tensor):

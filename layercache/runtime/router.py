@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
-from layercache.errors import CacheStateError
 from layercache.models.spec import ModelSpec, Streams, Tokens
+from layercache.runtime.forward import Forward
 from layercache.runtime.steps import Place as StepPlace
 from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
@@ -177,12 +177,23 @@ class MeasuredBlock(BlockProxy):
         return self.block(*args, **kwargs)
 
 
+class Attached(Protocol):
+    """What a router may ask of the attachment that it routes through."""
+
+    router: Router
+
+    def follow(self, router: Router, scheduler: Any) -> None: ...
+
+    def unfollow(self, scheduler: Any) -> None: ...
+
+
 class Router:
     """Decides what the routed block lists yield. Subclasses say what happens at the end of a group.
 
     Attributes:
         actions: what each group does in the forward that is about to run, one `GroupAction` per group.
         steps: says which step a forward belongs to.
+        attachment: set while the router is attached.
         is_announced: whether a forward is under way that follows the actions.
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
         adds: whether the present forward may add something behind single blocks.
@@ -194,6 +205,7 @@ class Router:
     keeps_items = False
     rewritten: frozenset[int] = frozenset()
     steps: StepCounter
+    attachment: Attached
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
         self.transformer = transformer
@@ -285,30 +297,21 @@ class Router:
         """How many graphs a compiled transformer needs under this router."""
         return 1
 
-    def shadows(self) -> Iterable[tuple[Any, str, Any]]:
-        """``(owner, name, replacement)`` of further methods that are hidden while the router is attached."""
+    def patches(self) -> Iterable[tuple[Any, str, Any]]:
+        """``(owner, name, replacement)`` of further methods that are replaced while the router is attached."""
         return ()
 
-    def locate(self, branch: str | None, step: int | None, arguments: Mapping[str, Any]) -> StepPlace:
-        """Where the forward with these arguments stands."""
-        timestep = arguments.get(self.spec.timestep) if self.spec.timestep else None
-        return self.steps.locate(branch, step, timestep)
+    def locate(self, forward: Forward) -> StepPlace:
+        """Where a forward stands: its branch and step, and whether a generation begins with it."""
+        timestep = forward.arguments.get(self.spec.timestep) if self.spec.timestep else None
+        return self.steps.locate(forward.branch, forward.step, timestep)
 
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
 
-    def begin(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> None:
-        """A forward with these keyword arguments is about to start; implementations call `open`.
-
-        ``dry_run`` runs the same forward once outside the compiled graph; there is none where nothing is compiled.
-        """
+    def begin(self, forward: Forward) -> None:
+        """A forward is about to start; implementations call `open`."""
         raise NotImplementedError
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
@@ -329,19 +332,6 @@ class Router:
     def reset(self) -> None:
         """Starts afresh: the next call of every branch is step 0 of a new generation."""
         self.steps.reset()
-
-    def request(self, *args: Any, **kwargs: Any) -> Any:
-        """Only of schedules.
-
-        Raises:
-            CacheStateError: there are none here.
-        """
-        raise CacheStateError(
-            "requests, batches and metrics are for schedules of groups or steps; of a method that decides as it runs "
-            "take cache.export_schedule() after a generation, and enable that"
-        )
-
-    batch = forget = metrics = request
 
     def finish(self) -> None:
         """The pipeline has ended a generation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import nn
 
 from layercache._utils.compat import scheduler_sigmas, takes_euler_steps
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
-from layercache.methods.easycache import EasyCache, StepDecider
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
-from layercache.runtime.policy import Run
-from layercache.runtime.report import CacheReport
+from layercache.runtime.forward import Forward
+from layercache.runtime.policy import Run, StepDecider, StepMethod
+from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import combine
@@ -24,9 +23,9 @@ from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 
 class StepRouter(Router):
-    """Skips whole steps by an `EasyCache`; this is what ``layercache.enable`` returns for one."""
+    """Skips whole steps by a `StepMethod`; this is what ``layercache.enable`` returns for one."""
 
-    def __init__(self, transformer: nn.Module, spec: ModelSpec, method: EasyCache, scheduler: Any):
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, method: StepMethod, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         if not takes_euler_steps(scheduler):
             raise MethodError(
@@ -44,17 +43,11 @@ class StepRouter(Router):
         self._step = -1
         self._velocity: torch.Tensor | None = None
         self._signature: tuple = ()
-        self._counts = {"computed": 0, "reused": 0, "generations": 0}
+        self._counts = Counts()
 
-    def begin(
-        self,
-        branch: str | None,
-        step: int | None,
-        arguments: Mapping[str, Any],
-        dry_run: Callable[[], Any] | None = None,
-    ) -> None:
-        place = self.steps.locate(branch, step, None)
-        inputs = arguments[self._stream]
+    def begin(self, forward: Forward) -> None:
+        place = self.steps.locate(forward.branch, forward.step, None)
+        inputs = forward.arguments[self._stream]
         if place.branch not in self.branches:
             self.branches.append(place.branch)
         signature = (inputs.shape, inputs.dtype, inputs.device)
@@ -63,7 +56,7 @@ class StepRouter(Router):
                 self._start(place.step, signature)
             self._decide(place.step, inputs)
         rule = self.log[place.step]
-        self._counts["computed" if rule is None else "reused"] += 1
+        self._counts.note(reused=rule is not None)
         self.open((GroupAction(COMPUTE if rule is None else REUSE),))
 
     def _start(self, step: int, signature: tuple) -> None:
@@ -72,7 +65,7 @@ class StepRouter(Router):
         self._signature = signature
         self._velocity = None
         self.log = [None] * step
-        self._counts["generations"] += step == 0
+        self._counts.generations += step == 0
 
     def _decide(self, step: int, inputs: torch.Tensor) -> None:
         decider = self._decider
@@ -99,7 +92,7 @@ class StepRouter(Router):
             )
         rule = self.log[step]
         if rule is None:
-            self._decider.computed_step(step, velocity)
+            self._decider.record(step, velocity)
             if self._velocity is None or self._velocity.shape != velocity.shape:
                 self._velocity = velocity.clone()
             else:
@@ -150,15 +143,5 @@ class StepRouter(Router):
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
-        computed, reused = self._counts["computed"], self._counts["reused"]
-        stored = 0 if self._velocity is None else self._velocity.numel() * self._velocity.element_size()
-        return CacheReport(
-            used=computed / (computed + reused) if computed else 1.0,
-            computed_cells=computed,
-            cached_cells=reused,
-            generations=self._counts["generations"],
-            forwards=computed + reused,
-            fallback_rows=0,
-            cache_bytes=stored + (self._decider.nbytes if self.log else 0),
-            branches=tuple(self.branches),
-        )
+        stored = 0 if self._velocity is None else self._velocity.nbytes
+        return self._counts.report(1.0, stored + (self._decider.nbytes if self.log else 0), self.branches)

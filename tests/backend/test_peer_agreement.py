@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 import layercache
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.methods.fbcache import FBCache
-from layercache.methods.fixed import taylorseer
+from layercache.methods.fixed import TaylorSeer
 from layercache.methods.full_runs import magnitude_ratios
-from layercache.methods.magcache import build_schedule
+from layercache.methods.magcache import MagCache
 from layercache.models.registry import fingerprint_of
 from support.tiny import generate, shifted_sigmas
 
@@ -130,7 +130,9 @@ def test_magcache(pipe, threshold, longest, retention):
         mag_ratios=list(ratios),
     )
     theirs, decisions = peer(pipe, config, 1)
-    schedule = build_schedule(prints(pipe), ratios, threshold, longest, retention)
+    schedule = MagCache(ratios=ratios, threshold=threshold, max_consecutive=longest, retention=retention).schedule(
+        prints(pipe)
+    )
     assert decided(schedule, 0) == decisions
     assert {True, False} == set(decisions["cond"])
     with layercache.enabled(pipe, schedule):
@@ -148,7 +150,7 @@ def test_taylorseer(pipe, interval, order):
         use_lite_mode=True,
     )
     theirs, decisions = peer(pipe, config, 0)
-    schedule = taylorseer(prints(pipe), interval, order)
+    schedule = TaylorSeer(interval=interval, order=order).schedule(prints(pipe))
     assert decided(schedule, 0) == decisions
     assert {True, False} == set(decisions["cond"])
     with layercache.enabled(pipe, schedule):

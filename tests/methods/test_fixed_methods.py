@@ -8,9 +8,9 @@ import torch
 
 import layercache
 from layercache.errors import MethodError
-from layercache.methods.fixed import smoothcache, taylorseer, taylorseer_steps, uniform
+from layercache.methods.fixed import SmoothCache, TaylorSeer, Uniform, taylorseer_steps
 from layercache.methods.full_runs import magnitude_ratios
-from layercache.methods.magcache import FLUX_28, QWEN_IMAGE_50, RATIOS, build_schedule
+from layercache.methods.magcache import FLUX_28, QWEN_IMAGE_50, RATIOS, MagCache
 from layercache.models.registry import fingerprint_of
 from support.tiny import GROUPS, generate, generators, shifted_sigmas, tiny_pipeline
 
@@ -29,10 +29,10 @@ def computed_steps(schedule):
 
 
 def test_uniform(pipe):
-    assert computed_steps(uniform(prints(pipe, 10), 3)) == [0, 3, 6, 9]
-    assert computed_steps(uniform(prints(pipe, 10), 3, warmup=3, cooldown=1)) == [0, 1, 2, 5, 8, 9]
-    assert computed_steps(uniform(prints(pipe, 5), 1)) == [0, 1, 2, 3, 4]
-    held = uniform(prints(pipe, 6), 2)
+    assert computed_steps(Uniform(interval=3).schedule(prints(pipe, 10))) == [0, 3, 6, 9]
+    assert computed_steps(Uniform(interval=3, warmup=3, cooldown=1).schedule(prints(pipe, 10))) == [0, 1, 2, 5, 8, 9]
+    assert computed_steps(Uniform(interval=1).schedule(prints(pipe, 5))) == [0, 1, 2, 3, 4]
+    held = Uniform(interval=2).schedule(prints(pipe, 6))
     assert held.velocity(3).terms == {2: 1.0}
     with layercache.enabled(pipe, held) as cache:
         generate(pipe, steps=6)
@@ -43,8 +43,8 @@ def test_uniform(pipe):
 def test_steps_that_are_not_run_are_left_out(pipe, groups):
     """Of img2img, or of one of two experts: the same rule, counted from the first step that is run."""
     part = replace(prints(pipe, 12), steps_run=tuple(range(4, 12)))
-    later = taylorseer(part, 3, 1, groups=groups)
-    alone = taylorseer(prints(pipe, 8), 3, 1, groups=groups)
+    later = TaylorSeer(interval=3, order=1, groups=groups).schedule(part)
+    alone = TaylorSeer(interval=3, order=1, groups=groups).schedule(prints(pipe, 8))
     for step in range(8):
         rule, expected = (s.velocity(k) for s, k in ((later, step + 4), (alone, step)))
         moved = None if expected is None else {k + 4: c for k, c in expected.terms.items()}
@@ -52,7 +52,7 @@ def test_steps_that_are_not_run_are_left_out(pipe, groups):
         for cell, own in zip(later.cells[step + 4], alone.cells[step], strict=True):
             assert cell == (own and {k + 4: c for k, c in own.items()})
     assert all(cell == {} for row in later.cells[:4] for cell in row) and later.used == alone.used
-    assert computed_steps(uniform(part, 3)) == [4, 7, 10]
+    assert computed_steps(Uniform(interval=3).schedule(part)) == [4, 7, 10]
 
 
 def taylor_literal(features, computed, order):
@@ -73,7 +73,7 @@ def taylor_literal(features, computed, order):
 @pytest.mark.parametrize("interval, order, warmup", [(5, 1, 3), (3, 2, 3), (4, 4, 2), (2, 0, 1)])
 def test_taylorseer_follows_the_recursion(pipe, interval, order, warmup):
     steps = 24
-    schedule = taylorseer(prints(pipe, steps), interval, order, warmup)
+    schedule = TaylorSeer(interval=interval, order=order, warmup=warmup).schedule(prints(pipe, steps))
     features = np.random.default_rng(0).normal(size=(steps, 7))
     expected = taylor_literal(features, taylorseer_steps(steps, interval, warmup), order)
     for step in range(steps):
@@ -89,7 +89,7 @@ def test_taylorseer_steps_are_those_of_diffusers():
 
 def test_taylorseer_per_block(pipe):
     blocks = [(k, k + 1) for k in range(6)]
-    schedule = taylorseer(prints(pipe, 8), 3, 1, groups=blocks)
+    schedule = TaylorSeer(interval=3, order=1, groups=blocks).schedule(prints(pipe, 8))
     assert schedule.groups == tuple(blocks) and schedule.cells[3] == ({2: 2.0, 1: -1.0},) * 6
     with layercache.enabled(pipe, schedule):
         assert torch.isfinite(generate(pipe, steps=8)).all()
@@ -116,7 +116,7 @@ def smooth_literal(error, alpha, longest):
 def test_smoothcache(pipe, alpha):
     call = {"num_inference_steps": 10, "guidance_scale": 1.0}
     profile = layercache.calibrate(pipe, ["cat"], seeds=[0], progress=False, max_distance=4, max_span=1, **call)
-    schedule = smoothcache(profile, alpha)
+    schedule = SmoothCache(alpha=alpha).schedule(profile)
     residuals = recorded_residuals(pipe, call)
     for group in range(len(GROUPS)):
         r = [row[group] for row in residuals]
@@ -166,7 +166,9 @@ def mag_literal(ratios, steps, threshold, longest, retention):
 @pytest.mark.parametrize("threshold, longest, retention", [(0.24, 5, 0.1), (0.06, 2, 0.2), (0.0, 3, 0.0)])
 @pytest.mark.parametrize("name", list(RATIOS))
 def test_magcache(pipe, name, steps, threshold, longest, retention):
-    schedule = build_schedule(prints(pipe, steps), name, threshold, longest, retention)
+    schedule = MagCache(ratios=name, threshold=threshold, max_consecutive=longest, retention=retention).schedule(
+        prints(pipe, steps)
+    )
     expected = mag_literal(RATIOS[name], steps, threshold, longest, retention)
     assert [row[0] is None for row in schedule.cells] == expected
     assert not schedule.branch_cells
@@ -176,11 +178,11 @@ def test_published_ratios_and_decisions_per_branch(pipe):
     assert len(FLUX_28) == 28 and len(QWEN_IMAGE_50) == 50
     assert (FLUX_28[1], FLUX_28[-1], QWEN_IMAGE_50[1], QWEN_IMAGE_50[-1]) == (1.21094, 0.89062, 1.64062, 0.55078)
     own = {"cond": [1.0] * 10, "uncond": [1.0, *[1.5] * 9]}
-    schedule = build_schedule(prints(pipe, 10), own)
+    schedule = MagCache(ratios=own).schedule(prints(pipe, 10))
     assert [row[0] is None for row in schedule.cells_of("uncond")] == [True] * 10
     assert [row[0] is None for row in schedule.cells_of("cond")] == mag_literal([1.0] * 10, 10, 0.06, 3, 0.2)
-    automatic = build_schedule(prints(pipe, 50))
-    assert automatic.cells == build_schedule(prints(pipe, 50), QWEN_IMAGE_50).cells
+    automatic = MagCache().schedule(prints(pipe, 50))
+    assert automatic.cells == MagCache(ratios=QWEN_IMAGE_50).schedule(prints(pipe, 50)).cells
 
 
 def test_measured_ratios(pipe):
@@ -204,15 +206,15 @@ def test_measured_ratios(pipe):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p: uniform(p, 0), "interval"),
-        (lambda p: uniform(p, 2, warmup=0), "warmup"),
-        (lambda p: taylorseer(p, 3, order=9), "order"),
-        (lambda p: taylorseer(p, 3, warmup=0), "warmup"),
-        (lambda p: build_schedule(p, "no-such"), "published"),
-        (lambda p: build_schedule(p, [1.0, -1.0]), "positive"),
-        (lambda p: build_schedule(p, {"cond": [1.0]}), "uncond"),
-        (lambda p: build_schedule(p, threshold=-1), "threshold"),
-        (lambda p: build_schedule(p, retention=1.5), "retention"),
+        (lambda p: Uniform(interval=0), "interval"),
+        (lambda p: Uniform(interval=2, warmup=0), "warmup"),
+        (lambda p: TaylorSeer(interval=3, order=9), "order"),
+        (lambda p: TaylorSeer(interval=3, warmup=0), "warmup"),
+        (lambda p: MagCache(ratios="no-such").schedule(p), "published"),
+        (lambda p: MagCache(ratios=[1.0, -1.0]).schedule(p), "positive"),
+        (lambda p: MagCache(ratios={"cond": [1.0]}).schedule(p), "uncond"),
+        (lambda p: MagCache(threshold=-1), "threshold"),
+        (lambda p: MagCache(retention=1.5), "retention"),
     ],
 )
 def test_bad_settings_are_refused(pipe, make, message):

@@ -85,9 +85,9 @@ def ours(schedule, x):
 )
 def test_both_forms_equal_the_published_updates(sigmas, steps, spans):
     x = np.random.default_rng(0).normal(size=50)
-    recursive = meancache.build_schedule(prints(sigmas), steps, spans, "recursive")
+    recursive = meancache.MeanCache(steps, spans, "recursive").schedule(prints(sigmas))
     np.testing.assert_allclose(ours(recursive, x), literal_recursive(sigmas, steps, spans, x), rtol=1e-9, atol=1e-9)
-    one_shot = meancache.build_schedule(prints(sigmas), steps, spans, "one-shot")
+    one_shot = meancache.MeanCache(steps, spans, "one-shot").schedule(prints(sigmas))
     np.testing.assert_allclose(ours(one_shot, x), literal_one_shot(sigmas, steps, spans, x), rtol=1e-9, atol=1e-9)
 
 
@@ -130,7 +130,7 @@ def test_steps_are_planned_within_the_budget():
         assert len(steps) == len(spans) <= budget
         assert all(b - a <= 6 for a, b in itertools.pairwise([*steps, STEPS]))
         for form in meancache.FORMS:
-            assert meancache.build_schedule(prints(), steps, spans, form).used == pytest.approx(len(steps) / STEPS)
+            assert meancache.MeanCache(steps, spans, form).schedule(prints()).used == pytest.approx(len(steps) / STEPS)
     with pytest.raises(BudgetError, match="too few"):
         meancache.plan_steps(table, 1)
 
@@ -148,7 +148,7 @@ def test_steps_are_planned_within_the_budget():
 )
 def test_refusals(steps, spans, form, message):
     with pytest.raises(ScheduleError, match=message):
-        meancache.build_schedule(prints(), steps, spans, form)
+        meancache.MeanCache(steps, spans, form).schedule(prints())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_refusals(steps, spans, form, message):
     ],
 )
 def test_released_schedules(name, evaluations, computed, edges):
-    schedule = meancache.preset(prints(np.linspace(1, 0, 51).tolist()), name, evaluations)
+    schedule = meancache.MeanCache.preset(name, evaluations).schedule(prints(np.linspace(1, 0, 51).tolist()))
     assert [step for step in range(50) if not schedule.is_skipped(step)] == computed
     assert schedule.made_by["spans"] == [*edges, 1] and len(computed) == evaluations
     assert schedule.used == pytest.approx(evaluations / 50)
@@ -191,9 +191,9 @@ def test_released_schedules(name, evaluations, computed, edges):
 
 def test_unknown_presets_are_refused():
     with pytest.raises(ScheduleError, match="z-image: 25, 20"):
-        meancache.preset(prints(), "qwen-image", 26)
+        meancache.MeanCache.preset("qwen-image", 26)
     with pytest.raises(ScheduleError, match="50 steps"):
-        meancache.preset(prints(), "qwen-image", 25)
+        meancache.MeanCache.preset("qwen-image", 25).schedule(prints())
 
 
 def test_lexicographic_path_is_the_least_of_all_by_brute_force():

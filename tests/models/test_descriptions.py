@@ -13,7 +13,7 @@ from torch import nn
 import layercache
 from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
-from layercache.methods.l2c import Settings, _interpolated, _Training
+from layercache.methods.l2c import LearningToCache, _interpolated, _Training
 from layercache.methods.teacache import IDENTITY, TeaCache
 from layercache.models import registry
 from layercache.models.registry import known_models, spec_for, velocities
@@ -313,7 +313,7 @@ def test_learning_needs_gradients():
     (gradient,) = torch.autograd.grad(given.sum(), x)
     assert given.any() and not gradient.any()
     with pytest.raises(UnsupportedModelError, match=r"no gradient .* take InvarDiff"):
-        _Training(model, spec_for(model), None, Settings())
+        _Training(model, spec_for(model), None, LearningToCache())
 
 
 def forwards(model: nn.Module, inputs: dict, steps: int):
@@ -339,7 +339,7 @@ def test_both_streams_that_leave_a_model_are_learned_from_and_kept():
     """LTX-2: the error of picture and sound, and both of a step that is reused whole."""
     model, inputs = build("LTX2VideoTransformer3DModel")
     scheduler, run = forwards(model, inputs, 2)
-    training = _Training(model, spec_for(model), scheduler, Settings(by_cost=False))
+    training = _Training(model, spec_for(model), scheduler, LearningToCache(by_cost=False))
     training.prepare(1)
     beta = torch.sigmoid(training.theta[0].detach()).tolist()
     attachment = attach(model, training)

@@ -6,7 +6,7 @@ import torch
 
 import layercache
 from layercache.errors import CalibrationError, FileFormatError, ScheduleError
-from layercache.models.known import ModelSpec
+from layercache.models.spec import ModelSpec
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.schedule.forecast import secant_coefficients

@@ -11,7 +11,7 @@ from layercache.methods import invardiff, l2c
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
-from layercache.methods.invardiff import Settings
+from layercache.methods.invardiff import InvarDiff
 from layercache.methods.teacache import SpectralCache, TeaCache
 from layercache.models.registry import spec_for
 from layercache.planning.fit import Forecast
@@ -146,10 +146,10 @@ def test_the_modulated_input_is_the_blocks_own(pipe, samples):
 
 
 def test_modules_of_both_kinds_of_blocks(pipe, samples):
-    schedule = invardiff.build_schedule(pipe, samples[:2], settings=invardiff.Settings(0.4, 0.6, 0.0), **CALL)
+    schedule = invardiff.InvarDiff(0.4, 0.6, 0.0).schedule(pipe, samples[:2], **CALL)
     kinds = {name.split(".", 2)[2] for name in schedule.units}
     assert kinds == {"attn", "ff", "ff_context", "proj_mlp+act_mlp"}
-    named = Settings(**invardiff.PROFILES["flux-slow"])
+    named = InvarDiff(**invardiff.PROFILES["flux-slow"])
     assert named.quantile_of("single_transformer_blocks.attn") == 0.68
     assert named.quantile_of("single_transformer_blocks.proj_mlp+act_mlp") == 0.62
     calls = []
@@ -167,7 +167,7 @@ def test_modules_of_both_kinds_of_blocks(pipe, samples):
 
 
 def test_a_router_is_trained_on_a_real_pipeline(pipe, samples):
-    settings = l2c.Settings(rounds=1)
-    router = l2c.train(pipe, samples[:1], settings, progress=False, output_type="latent", **CALL)
+    settings = l2c.LearningToCache(rounds=1)
+    router = settings.train(pipe, samples[:1], progress=False, output_type="latent", **CALL)
     assert router.theta.shape == (3, 2 * 3 + 2 * 2) and np.isfinite(router.losses).all()
     assert np.isfinite(pictures(pipe, samples[:1], router.schedule(0.5))[0]).all()

@@ -40,8 +40,8 @@ def picture(pipe, plan=None, sample=LABELS[0], seed=0):
 
 
 def test_a_router_learns_plans_and_runs(pipe):
-    settings = l2c.Settings(rounds=2, by_cost=False)
-    router = l2c.train(pipe, LABELS, settings, progress=False, output_type="np", **CALL)
+    settings = l2c.LearningToCache(rounds=2, by_cost=False)
+    router = settings.train(pipe, LABELS, progress=False, output_type="np", **CALL)
     assert router.theta.shape == (STEPS // 2, 4 * 2)
     assert router.units[:2] == ("transformer_blocks.0.attn1", "transformer_blocks.0.ff")
     assert np.isfinite(router.losses).all()
@@ -52,7 +52,7 @@ def test_a_router_learns_plans_and_runs(pipe):
 
 
 def test_noise_levels_are_those_of_the_scheduler(pipe):
-    router = l2c.train(pipe, LABELS[:1], l2c.Settings(rounds=1), progress=False, output_type="np", **CALL)
+    router = l2c.LearningToCache(rounds=1).train(pipe, LABELS[:1], progress=False, output_type="np", **CALL)
     kept = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
     expected = [*((1 - kept) / kept).sqrt().tolist(), 0.0]
     assert router.fingerprint.sigmas == pytest.approx(expected)
@@ -85,7 +85,7 @@ def test_dynamic_methods_and_invardiff(pipe):
         cached = pipe(**CALL, **LABELS[0], generator=torch.Generator().manual_seed(0), output_type="np").images
         schedule = cache.export_schedule()
     np.testing.assert_array_equal(picture(pipe, schedule), cached)
-    plan = invardiff.build_schedule(pipe, LABELS, settings=invardiff.Settings(0.4, 0.6, 0.0), output_type="np", **CALL)
+    plan = invardiff.InvarDiff(0.4, 0.6, 0.0).schedule(pipe, LABELS, output_type="np", **CALL)
     assert plan.used < 1 and not np.array_equal(picture(pipe, plan), full)
 
 
@@ -101,8 +101,8 @@ def test_single_step_dpm_solver_takes_shifted_steps(pipe):
     """Two evaluations per outer step: the outer points behind the first take what the midpoint before them gave."""
     ddim, pipe.scheduler = pipe.scheduler, DPMSolverSinglestepScheduler(solver_order=2)
     try:
-        settings = l2c.Settings(rounds=1, shifted=True)
-        router = l2c.train(pipe, LABELS[:1], settings, progress=False, output_type="np", **CALL)
+        settings = l2c.LearningToCache(rounds=1, shifted=True)
+        router = settings.train(pipe, LABELS[:1], progress=False, output_type="np", **CALL)
         assert router.theta.shape == ((STEPS - 1) // 2, 4 * 2)
         schedule = router.schedule(threshold=1.0)
         assert [all(row) for row in schedule.computed] == [True, True, False, True, False, True]

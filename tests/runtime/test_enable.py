@@ -18,7 +18,7 @@ from layercache.errors import (
     UnsupportedModelError,
 )
 from layercache.methods.fbcache import FBCache
-from layercache.models.known import ModelSpec
+from layercache.models.spec import ModelSpec
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.runtime.attachment import attachment_of

@@ -17,7 +17,7 @@ from layercache.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from layercache.methods.fixed import smoothcache
+from layercache.methods.fixed import SmoothCache
 from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import with_terms
@@ -218,7 +218,7 @@ def test_steps_with_gaps_between_them(profiles):
 def test_smoothcache_of_one_expert(profiles, name):
     """Every reused step is within the bound, by the profile's own table."""
     profile, runs, alpha = evenly_timed(profiles[name]), RUNS[name], 0.3
-    schedule = smoothcache(profile, alpha, DISTANCE)
+    schedule = SmoothCache(alpha=alpha, max_distance=DISTANCE).schedule(profile)
     errors, reused = profile.relative_errors(text_weight=0.0), 0
     for step, group in np.ndindex(STEPS, 3):
         cell = schedule.cells[step][group]

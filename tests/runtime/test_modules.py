@@ -280,7 +280,7 @@ def test_rates(pipe, runs):
 
 
 def test_the_correction_pass_and_the_plan(pipe, runs):
-    settings = invardiff.Settings(step_quantile=0.4, module_quantiles=0.5, nonskip=0.2)
+    settings = invardiff.InvarDiff(step_quantile=0.4, module_quantiles=0.5, nonskip=0.2)
 
     def threshold(rho, q, first):
         out = rho < np.quantile(rho[1:-1], q)
@@ -308,7 +308,7 @@ def test_the_correction_pass_and_the_plan(pipe, runs):
                 final[name][t] = True
                 if t + 1 < STEPS:
                     final[name][t + 1] = False
-    schedule = invardiff.build_schedule(pipe, ["cat", "rocket"], [3, 9], settings, **CALL)
+    schedule = settings.schedule(pipe, ["cat", "rocket"], [3, 9], **CALL)
     assert schedule.reused_steps == frozenset(np.flatnonzero(steps).tolist()) and schedule.reused_steps
     for unit, name in enumerate(UNITS):
         assert [not row[unit] for row in schedule.computed] == final[name].tolist()
@@ -325,10 +325,10 @@ def test_quantiles_at_the_ends():
 
 def test_invardiff_refuses(pipe):
     for make, message in [
-        (lambda: invardiff.Settings(step_quantile=1.5), "step_quantile"),
-        (lambda: invardiff.Settings(module_quantiles={"a": -1.0}), "module_quantiles"),
-        (lambda: invardiff.build_schedule(pipe, ["cat"], settings="none", **CALL), "profile"),
-        (lambda: invardiff.build_schedule(pipe, ["cat"], settings="flux-slow", **CALL), "no entry"),
+        (lambda: invardiff.InvarDiff(step_quantile=1.5), "step_quantile"),
+        (lambda: invardiff.InvarDiff(module_quantiles={"a": -1.0}), "module_quantiles"),
+        (lambda: invardiff.InvarDiff.preset("none"), "profile"),
+        (lambda: invardiff.InvarDiff.preset("flux-slow").schedule(pipe, ["cat"], **CALL), "no entry"),
         (lambda: invardiff.measure(pipe, [], **CALL), "prompt"),
         (lambda: invardiff.measure(pipe, ["cat"], [1, 2], **CALL), "seed"),
     ]:
@@ -340,12 +340,12 @@ def test_invardiff_refuses(pipe):
 # --- Learning-to-Cache ---------------------------------------------------------------------------------------
 
 
-SETTINGS = l2c.Settings(rounds=3, learning_rate=0.05, penalty=1e-3, by_cost=False)
+SETTINGS = l2c.LearningToCache(rounds=3, learning_rate=0.05, penalty=1e-3, by_cost=False)
 
 
 @pytest.fixture(scope="module")
 def router(pipe):
-    return l2c.train(pipe, ["cat", "rocket"], SETTINGS, progress=False, **CALL)
+    return SETTINGS.train(pipe, ["cat", "rocket"], progress=False, **CALL)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def router(pipe):
 def test_the_first_update_follows_the_published_gradient(pipe, penalty, changes):
     """AdamW's first step is the sign of the gradient, which is computed here from its definition."""
     settings = replace(SETTINGS, rounds=1, penalty=penalty, **changes)
-    one = l2c.train(pipe, ["cat"], settings, progress=False, **CALL)
+    one = settings.train(pipe, ["cat"], progress=False, **CALL)
     shifted = settings.shifted
     start = torch.randn((STEPS - shifted) // 2, len(UNITS), generator=torch.Generator().manual_seed(0))
     assert one.theta.shape == start.shape
@@ -422,14 +422,14 @@ def first_gradient(pipe, theta, penalty, recorded=0, threshold=None):
 def test_training_is_repeatable_and_goes_on_from_a_checkpoint(pipe, router, tmp_path):
     path = tmp_path / "router.pt"
     prompts = ["cat", "rocket"]
-    l2c.train(pipe, prompts, replace(SETTINGS, rounds=1), path, progress=False, **CALL)
-    resumed = l2c.train(pipe, prompts, SETTINGS, path, progress=False, **CALL)
+    replace(SETTINGS, rounds=1).train(pipe, prompts, path, progress=False, **CALL)
+    resumed = SETTINGS.train(pipe, prompts, path, progress=False, **CALL)
     assert torch.equal(resumed.theta, router.theta) and resumed.losses == router.losses and len(resumed.losses) == 3
     with pytest.raises(ScheduleMismatchError, match="other settings"):
-        l2c.train(pipe, ["coffee"], SETTINGS, path, progress=False, **CALL)
+        SETTINGS.train(pipe, ["coffee"], path, progress=False, **CALL)
     path.write_bytes(b"nothing")
     with pytest.raises(FileFormatError, match="remove it"):
-        l2c.train(pipe, prompts, SETTINGS, path, progress=False, **CALL)
+        SETTINGS.train(pipe, prompts, path, progress=False, **CALL)
 
 
 def test_training_leaves_the_model_alone(pipe, router):
@@ -462,7 +462,7 @@ def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
     dear = l2c.train(
         pipe, ["cat"], replace(SETTINGS, rounds=4, penalty=10.0, learning_rate=0.3), progress=False, **CALL
     )
-    free = l2c.train(pipe, ["cat"], replace(SETTINGS, rounds=4, penalty=0.0, learning_rate=0.3), progress=False, **CALL)
+    free = replace(SETTINGS, rounds=4, penalty=0.0, learning_rate=0.3).train(pipe, ["cat"], progress=False, **CALL)
     assert dear.beta.mean() < 0.4 < free.beta.mean()
     assert free.losses[-1][0] < free.losses[0][0]
 
@@ -475,15 +475,15 @@ def test_alternating_schedules(pipe):
 def test_bad_settings_are_refused(pipe):
     for rate in (0, -1, float("inf"), float("nan")):
         with pytest.raises(MethodError, match="^learning_rate must be"):
-            l2c.Settings(learning_rate=rate)
+            l2c.LearningToCache(learning_rate=rate)
     with pytest.raises(MethodError, match="^penalty must be"):
-        l2c.Settings(penalty=float("inf"))
+        l2c.LearningToCache(penalty=float("inf"))
     with pytest.raises(MethodError, match="at least 3 steps"):
-        l2c.train(pipe, ["cat"], l2c.Settings(shifted=True), progress=False, **CALL | {"num_inference_steps": 2})
+        l2c.LearningToCache(shifted=True).train(pipe, ["cat"], progress=False, **CALL | {"num_inference_steps": 2})
     with pytest.raises(MethodError, match="rounds"):
-        l2c.Settings(rounds=0)
+        l2c.LearningToCache(rounds=0)
     with pytest.raises(MethodError, match="prompt"):
-        l2c.train(pipe, [], progress=False, **CALL)
+        l2c.LearningToCache().train(pipe, [], progress=False, **CALL)
 
 
 def test_commands(pipe, tmp_path):
@@ -515,7 +515,7 @@ def test_tables_say_what_is_computed(pipe):
 # --- what cannot be cached -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure", [invardiff.measure, l2c.train], ids=["invardiff", "l2c"])
+@pytest.mark.parametrize("measure", [invardiff.measure, l2c.LearningToCache().train], ids=["invardiff", "l2c"])
 def test_a_batch_that_changes_while_it_is_measured(measure):
     """Z-Image's guidance ends early, and with it half of the batch."""
     pipe, call = PIPELINES["z-image"]()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
-from layercache.methods.fixed import taylorseer
+from layercache.methods.fixed import TaylorSeer
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.schedule import Schedule
@@ -54,7 +54,7 @@ def test_numbers_of_blocks_are_no_measured_seconds():
     assert not Schedule.compute_all(fingerprint()).is_timed
     assert dataclasses.replace(schedule(), group_seconds=(0.1, 0.3)).is_timed
     assert not dataclasses.replace(schedule(), group_seconds=(1.0, 1.0)).is_timed
-    assert not taylorseer(fingerprint(), 2, groups=[(0, 1), (1, 4)]).is_timed
+    assert not TaylorSeer(interval=2, groups=((0, 1), (1, 4))).schedule(fingerprint()).is_timed
 
 
 def test_file_round_trip(tmp_path):

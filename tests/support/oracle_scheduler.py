@@ -21,13 +21,12 @@ class Problem:
     errors: np.ndarray
     compute_cost: list[float]
     cached_cost: list[float]
-    target: float
+    budget: float
     protected: np.ndarray
     spans: list[int] = field(default_factory=list)
     history: int = 3
     max_run: int = 8
     tau: float = 0.05
-    monotone: bool = False
 
     @property
     def steps(self) -> int:
@@ -64,7 +63,7 @@ class Solution:
     spent: float
 
     def feasible(self, problem: Problem) -> bool:
-        return self.spent <= problem.target * SLACK
+        return self.spent <= problem.budget * SLACK
 
 
 def resolve(computed: list[int], anchor: int, span: int, problem: Problem) -> int | None:
@@ -120,11 +119,6 @@ def solution(problem: Problem, computed: list[list[int]]) -> Solution:
     return Solution([list(steps) for steps in computed], total, spent(problem, computed))
 
 
-def nested(computed: list[list[int]]) -> bool:
-    """Whether every group is cached only where all shallower ones are."""
-    return all(set(shallow) <= set(deep) for shallow, deep in zip(computed, computed[1:], strict=False))
-
-
 def flipped(computed: list[list[int]], step: int, group: int) -> list[list[int]]:
     changed = [list(steps) for steps in computed]
     changed[group] = sorted(set(changed[group]) ^ {step})
@@ -136,11 +130,8 @@ def moves(problem: Problem, computed: list[list[int]], adding: bool) -> Iterator
     for step, group in product(range(problem.steps), range(problem.groups)):
         if (step in computed[group]) == adding or (not adding and problem.must_compute(step, group)):
             continue
-        changed = flipped(computed, step, group)
-        if problem.monotone and not nested(changed):
-            continue
         before = group_cost(problem, group, computed[group])
-        after = group_cost(problem, group, changed[group])
+        after = group_cost(problem, group, flipped(computed, step, group)[group])
         rise = before - after if adding else after - before
         yield rise / problem.saving(group), problem.compute_cost[group], step, group
 
@@ -152,7 +143,7 @@ def give_up_order(move: tuple[float, float, int, int]) -> tuple[float, float, in
 
 def removal(problem: Problem) -> Solution:
     computed = [list(range(problem.steps)) for _ in range(problem.groups)]
-    while spent(problem, computed) > problem.target * SLACK:
+    while spent(problem, computed) > problem.budget * SLACK:
         candidates = [move for move in moves(problem, computed, adding=False) if move[0] < INFINITY]
         if not candidates:
             break
@@ -161,12 +152,12 @@ def removal(problem: Problem) -> Solution:
     return solution(problem, computed)
 
 
-def sparsest(problem: Problem, group: int, required: set[int]) -> list[int]:
+def sparsest(problem: Problem, group: int) -> list[int]:
     best: dict[int, tuple[int, float, list[int]]] = {0: (1, 0.0, [0])}
     for anchor in range(problem.steps):
         count, cost, path = best[anchor]
         for end in range(anchor + 1, problem.steps + 1):
-            if required & set(range(anchor + 1, end)):
+            if any(problem.must_compute(step, group) for step in range(anchor + 1, end)):
                 break
             run = cost_of_run(problem, group, path, anchor, end)
             if run.cost == INFINITY:
@@ -177,23 +168,13 @@ def sparsest(problem: Problem, group: int, required: set[int]) -> list[int]:
     return best[problem.steps][2][:-1]
 
 
-def addition_start(problem: Problem) -> list[list[int]]:
-    computed: list[list[int]] = []
-    for group in range(problem.groups):
-        required = {step for step in range(problem.steps) if problem.must_compute(step, group)}
-        if problem.monotone and computed:
-            required |= set(computed[-1])
-        computed.append(sparsest(problem, group, required))
-    return computed
-
-
 def addition(problem: Problem) -> Solution:
-    computed = addition_start(problem)
+    computed = [sparsest(problem, group) for group in range(problem.groups)]
     while True:
         candidates = [
             move
             for move in moves(problem, computed, adding=True)
-            if move[0] > 0 and spent(problem, computed) + problem.saving(move[3]) <= problem.target * SLACK
+            if move[0] > 0 and spent(problem, computed) + problem.saving(move[3]) <= problem.budget * SLACK
         ]
         if not candidates:
             return solution(problem, computed)
@@ -219,7 +200,6 @@ def brute_force(problem: Problem) -> float:
     for choice in product(*per_group):
         total = sum(cost for cost, _ in choice)
         computed = [steps for _, steps in choice]
-        if total < lowest and spent(problem, computed) <= problem.target * SLACK:
-            if not problem.monotone or nested(computed):
-                lowest = total
+        if total < lowest and spent(problem, computed) <= problem.budget * SLACK:
+            lowest = total
     return lowest

@@ -67,7 +67,7 @@ def lagrangian(problem: Problem, rounds: int = 40) -> float:
         return [priced_steps(problem, group, multiplier) for group in range(problem.groups)]
 
     def fits(steps: list[list[int]]) -> bool:
-        return spent(problem, steps) <= problem.target * SLACK
+        return spent(problem, steps) <= problem.budget * SLACK
 
     while not fits(computed(high)):
         low, high = high, high * 64

@@ -17,7 +17,7 @@ import layercache
 from layercache._utils.metrics import psnr, ssim
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
-from layercache.methods.fixed import uniform
+from layercache.methods.fixed import Uniform
 from layercache.runtime.attachment import attachment_of
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.cli.app import app
@@ -66,7 +66,7 @@ def compared(model, tmp_path_factory):
 
 def test_figures_are_those_of_the_same_runs(pipe, model, compared):
     comparison, outcomes = compared
-    schedule = uniform(model.fingerprint, 2)
+    schedule = Uniform(interval=2).schedule(model.fingerprint)
     reference, cached = pictures(pipe), pictures(pipe, schedule)
     found = outcomes[0]
     assert (found.method, found.setting, found.used) == ("uniform", "interval 2", 0.5)
@@ -122,7 +122,7 @@ def test_every_method_keeps_to_the_budget(model, name):
 
 def test_thresholds_are_tuned_to_the_largest_share_within_the_budget(model):
     tried = []
-    build = entries_module._threshold(lambda model, t: tried.append(t) or uniform(model.fingerprint, 1 + int(t)), 1, 64)
+    build = entries_module._threshold(lambda model, t: tried.append(t) or Uniform(interval=1 + int(t)), 1, 64)
     plan, _ = build(model, 0.55)
     assert plan.used == pytest.approx(0.5) and len(tried) == 9
     with pytest.raises(BudgetError, match="no threshold"):

@@ -770,7 +770,7 @@ def train_router(
     prompts: list[str] = [*(prompt or []), *_read_prompts(prompts_file)]
     if not prompts and model != "demo":
         raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
-    settings = l2c.Settings(penalty, learning_rate, rounds, shifted=shifted)
+    settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
     pipe = _load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     prompts = prompts or _demo_classes()
@@ -782,7 +782,7 @@ def train_router(
     samples = [[prompts[(k + j) % len(prompts)] for j in range(batch)] for k in range(0, len(prompts), batch)]
     kept = checkpoint or output.with_suffix(".pt")
     with _pipeline_complaints():
-        router = l2c.train(pipe, samples, settings, kept, printer.console.is_terminal, **call)
+        router = settings.train(pipe, samples, kept, printer.console.is_terminal, **call)
     schedule = router.schedule(budget=budget) if budget is not None else router.schedule(threshold)
     files = {"schedule": schedule.save(output), "checkpoint": kept}
     if plot is not None:

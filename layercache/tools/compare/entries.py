@@ -11,17 +11,32 @@ from typing import Any
 
 import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
-from layercache.methods import fixed, invardiff, l2c, magcache, meancache, teacache
-from layercache.methods.dicache import DiCache
-from layercache.methods.easycache import EasyCache
-from layercache.methods.fbcache import DBCache, FBCache
+from layercache.methods import (
+    DBCache,
+    DiCache,
+    EasyCache,
+    FBCache,
+    InvarDiff,
+    LearningToCache,
+    MagCache,
+    MeanCache,
+    SmoothCache,
+    SpectralCache,
+    TaylorSeer,
+    TeaCache,
+    Uniform,
+    installed,
+    invardiff,
+    l2c,
+    meancache,
+    teacache,
+)
 from layercache.methods.full_runs import generate_once, magnitude_ratios
-from layercache.methods.teacache import SpectralCache, TeaCache
 from layercache.models.registry import spec_for
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import Rollouts
-from layercache.runtime.enable import Plan
+from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
 
@@ -50,7 +65,7 @@ class CalibratedModel:
     trials: int = 12
     journal: Any = None
     rounds: int = 12
-    _made: dict[tuple[str, float], tuple[Plan, str]] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[str, float], tuple[Any, str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def profile(self) -> StabilityProfile:
@@ -104,15 +119,15 @@ class CalibratedModel:
 
     def invardiff(self, quantile: float) -> ModuleSchedule:
         """One quantile for steps and modules."""
-        settings = invardiff.Settings(quantile, quantile)
+        settings = InvarDiff(quantile, quantile)
         cached = invardiff.first_phase(self.rates, settings)
         again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
         return invardiff.plan(self.rates, again, settings)
 
     @cached_property
     def router(self) -> l2c.LearnedRouter:
-        settings = l2c.Settings(rounds=self.rounds)
-        return l2c.train(self.pipeline, self.prompts, settings, progress=False, **self._latent_call)
+        settings = LearningToCache(rounds=self.rounds)
+        return settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
 
     @property
     def _call_seeds(self) -> list[int]:
@@ -122,13 +137,13 @@ class CalibratedModel:
     def _latent_call(self) -> dict[str, Any]:
         return {k: v for k, v in self.call.items() if k != "output_type"}
 
-    def made(self, name: str, budget: float) -> tuple[Plan, str]:
+    def made(self, name: str, budget: float) -> tuple[Any, str]:
         """A method's plan for a budget and what was set; made once, others of the same settings share it."""
         if (name, budget) not in self._made:
-            self._made[name, budget] = METHODS[name](self, budget)
+            self._made[name, budget] = known_methods()[name](self, budget)
         return self._made[name, budget]
 
-    def used_by(self, plan: Plan) -> float:
+    def used_by(self, plan: Any) -> float:
         """Share of the blocks that a plan computes on the first calibration sample."""
         from layercache.methods.full_runs import generate_once
 
@@ -154,27 +169,27 @@ class Entry:
     attach: Callable[[], AbstractContextManager[Any]] = field(repr=False)
 
 
-Maker = Callable[[CalibratedModel, float], tuple[Plan, str]]
+Maker = Callable[[CalibratedModel, float], tuple[Any, str]]
 
 
-def _layercache(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+def _layercache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
     point = model.front.choose(budget)
     return point.schedule, point.origin
 
 
-def _planned(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+def _planned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
     schedule = layercache.plan(model.profile, budget)
     return schedule, f"{len(schedule.groups)} groups, {schedule.made_by.get('solver', 'best')}"
 
 
 def _meancache(form: str) -> Maker:
-    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
         rollouts = model.rollouts
         deviation = meancache.stability_deviation([t.taken for t in rollouts.full], rollouts.sigmas)
         tried = []
         for gamma in MEANCACHE_GAMMAS:
             computed, spans = meancache.plan_steps(deviation, int(budget * rollouts.num_steps + 1e-9), gamma=gamma)
-            schedule = meancache.build_schedule(rollouts.fingerprint, computed, spans, form)
+            schedule = MeanCache(tuple(computed), tuple(spans), form).schedule(rollouts.fingerprint)
             tried.append((rollouts.run(schedule).quality, gamma, schedule))
         _, gamma, schedule = max(tried, key=lambda entry: entry[:2])
         return schedule, f"gamma {gamma:g}"
@@ -182,27 +197,27 @@ def _meancache(form: str) -> Maker:
     return make
 
 
-def _interval(build: Callable[[CalibratedModel, int], Plan]) -> Maker:
+def _interval(build: Callable[[CalibratedModel, int], PlannedMethod]) -> Maker:
     """The shortest interval between full steps that keeps to the budget."""
 
-    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
         for interval in range(1, model.fingerprint.num_steps + 1):
-            plan = build(model, interval)
-            if plan.used <= budget + 1e-9:  # type: ignore[union-attr]
+            plan = build(model, interval).schedule(model.fingerprint)
+            if plan.used <= budget + 1e-9:
                 return plan, f"interval {interval}"
         raise BudgetError(f"no interval keeps to a budget of {budget:g}")
 
     return make
 
 
-def _threshold(build: Callable[[CalibratedModel, float], Plan], low: float, high: float, rounds: int = 8) -> Maker:
+def _threshold(build: Callable[[CalibratedModel, float], Any], low: float, high: float, rounds: int = 8) -> Maker:
     """The largest share within the budget, by bisection of the threshold on one calibration sample."""
 
-    def make(model: CalibratedModel, budget: float) -> tuple[Plan, str]:
+    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
         least, most, best = low, high, None
         for _ in range(rounds):
             value = (least * most) ** 0.5
-            plan = build(model, value)
+            plan = _schedule_of(model, build(model, value))
             used = plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else model.used_by(plan)
             if used <= budget + 1e-9:
                 most = value
@@ -211,12 +226,23 @@ def _threshold(build: Callable[[CalibratedModel, float], Plan], low: float, high
                 least = value
         if best is None:
             raise BudgetError(f"no threshold up to {high:g} brings it down to {budget:g}")
-        return build(model, best[1]), f"threshold {best[1]:.4g}"
+        return _schedule_of(model, build(model, best[1])), f"threshold {best[1]:.4g}"
 
     return make
 
 
-def _dual(model: CalibratedModel, threshold: float) -> Plan:
+def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
+    """The schedule of a method that plans ahead; other plans as they are."""
+    return plan.schedule(model.fingerprint) if isinstance(plan, PlannedMethod) else plan
+
+
+def _tuned(method: type) -> Maker:
+    """A method of another package, tuned by its own knob."""
+    setting, low, high = method.knob  # type: ignore[attr-defined]
+    return _threshold(lambda model, value: method(**{setting: value}), low, high)
+
+
+def _dual(model: CalibratedModel, threshold: float) -> Any:
     # at or above 1 every step would be reused
     front = max(1, min(8, model.fingerprint.num_blocks // 8))
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=min(threshold, 0.999))
@@ -227,17 +253,18 @@ METHODS: dict[str, Maker] = {
     "layercache-planned": _planned,
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
-    "uniform": _interval(lambda model, n: fixed.uniform(model.fingerprint, n)),
-    "taylorseer": _interval(lambda model, n: fixed.taylorseer(model.fingerprint, n)),
-    "taylorseer-2": _interval(lambda model, n: fixed.taylorseer(model.fingerprint, n, order=2)),
+    "uniform": _interval(lambda model, n: Uniform(interval=n)),
+    "taylorseer": _interval(lambda model, n: TaylorSeer(interval=n)),
+    "taylorseer-2": _interval(lambda model, n: TaylorSeer(interval=n, order=2)),
     "taylorseer-blocks": _interval(
-        lambda model, n: fixed.taylorseer(
-            model.fingerprint, n, groups=[(k, k + 1) for k in range(model.fingerprint.num_blocks)]
-        )
+        lambda model, n: TaylorSeer(interval=n, groups=tuple((k, k + 1) for k in range(model.fingerprint.num_blocks)))
     ),
-    "smoothcache": _threshold(lambda model, a: fixed.smoothcache(model.profile, a), 1e-3, 3.0, 12),
+    "smoothcache": _threshold(lambda model, a: SmoothCache(alpha=a).schedule(model.profile), 1e-3, 3.0, 12),
     "magcache": _threshold(
-        lambda model, t: magcache.build_schedule(model.fingerprint, model.magnitudes, t, 5, 0.1), 1e-3, 3.0, 12
+        lambda model, t: MagCache(ratios=model.magnitudes, threshold=t, max_consecutive=5, retention=0.1),
+        1e-3,
+        3.0,
+        12,
     ),
     "fbcache": _threshold(lambda model, t: FBCache(threshold=t), 1e-3, 3.0),
     "fbcache-1": _threshold(lambda model, t: FBCache(threshold=t, order=1), 1e-3, 3.0),
@@ -253,9 +280,14 @@ METHODS: dict[str, Maker] = {
 }
 
 
+def known_methods() -> dict[str, Maker]:
+    """Ours, and those that other packages have registered."""
+    return METHODS | {name: _tuned(method) for name, method in installed().items()}
+
+
 def check_methods(names: Sequence[str]) -> None:
     """Raises `MethodError` where a name is unknown, or there is none."""
-    known = {**METHODS, **PEERS}
+    known = {**known_methods(), **PEERS}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise MethodError(f"unknown method {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}")
@@ -283,7 +315,7 @@ def _made(model: CalibratedModel, name: str, budget: float) -> Entry:
 # --- caches of other packages, through their public interfaces ----------------------------------------------
 
 
-def _diffusers(make_config: Callable[[CalibratedModel, Plan], Any], ours: str) -> Callable[..., Entry]:
+def _diffusers(make_config: Callable[[CalibratedModel, Any], Any], ours: str) -> Callable[..., Entry]:
     """A hook of diffusers with the setting that ours was tuned to: both take the same decisions."""
 
     def make(model: CalibratedModel, budget: float) -> Entry:

@@ -1,0 +1,98 @@
+"""Executing a method whose schedule follows from the steps of a run alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layercache._utils.compat import scheduler_sigmas
+from layercache.errors import CacheStateError, MethodError
+from layercache.models.registry import count_blocks, fingerprint_of
+from layercache.models.spec import ModelSpec
+from layercache.runtime.groups import ScheduleRouter
+from layercache.runtime.policy import PlannedMethod
+from layercache.runtime.report import CacheReport, Counts
+from layercache.runtime.router import Router
+from layercache.runtime.steps import StepCounter
+from layercache.schedule.schedule import Schedule
+
+
+class PlannedRouter(Router):
+    """Makes the schedule of the run that the pipeline is at, and routes by it until the noise levels change."""
+
+    def __init__(
+        self, transformer: nn.Module, spec: ModelSpec, method: PlannedMethod, scheduler: Any, storage: str = "same"
+    ):
+        super().__init__(transformer, spec, [(0, count_blocks(transformer))])
+        if scheduler is None:
+            raise MethodError(
+                f"{type(method).__name__} is planned from the noise levels of a run: enable it on the pipeline, or "
+                "enable its schedule: method.schedule(fingerprint)"
+            )
+        self.method = method
+        self.steps = StepCounter(scheduler=scheduler)
+        self._storage = storage
+        self._run: object = None
+        self._router: ScheduleRouter | None = None
+
+    def for_call(self) -> Router:
+        run = self.steps.run
+        if run is not self._run or self._router is None:
+            sigmas = scheduler_sigmas(self.steps.scheduler)
+            if not sigmas:
+                raise MethodError(
+                    f"{type(self.method).__name__} needs the noise levels of the run, and "
+                    f"{type(self.steps.scheduler).__name__} has none"
+                )
+            if self._router is None or tuple(sigmas) != self._router.schedule.fingerprint.sigmas:
+                self._router = self._made_for(tuple(sigmas))
+            self._run = run
+        return self._router
+
+    def _made_for(self, sigmas: tuple[float, ...]) -> ScheduleRouter:
+        schedule = self.method.schedule(fingerprint_of(self.transformer, sigmas, ()))
+        return ScheduleRouter(
+            self.transformer, self.spec, schedule, self.steps.scheduler, end_is_announced=True, storage=self._storage
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the present run.
+
+        Raises:
+            CacheStateError: nothing has run yet.
+        """
+        if self._router is None:
+            raise CacheStateError("the schedule is made when the first generation begins; nothing has run yet")
+        return self._router.schedule
+
+    @property
+    def replaces_velocity(self) -> bool:
+        return True  # whether a run's schedule does is known when it begins
+
+    def invalidate(self) -> None:
+        if self._router is not None:
+            self._router.invalidate()
+
+    def reset(self) -> None:
+        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        super().reset()
+        if self._router is not None:
+            self._router.reset()
+
+    def finish(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Looks for NaN and infinity in what the last generation stored.
+
+        Raises:
+            NonFiniteResidualError: there were some.
+        """
+        if self._router is not None:
+            self._router.check()
+
+    def report(self) -> CacheReport:
+        """What was done by the present schedule."""
+        return Counts().report(0.0, 0, ()) if self._router is None else self._router.report()
