@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ class Rates:
         modules: ``rho[t, unit]``, ``[N, U]``.
         seconds: of each module.
     """
+
+    SOURCE: ClassVar[str] = "layercache.methods.invardiff.measure(pipe, prompts) gives them"
 
     fingerprint: Fingerprint
     units: tuple[str, ...]
@@ -269,6 +271,8 @@ class Settings:
         module_quantiles: the same for modules; one number for all, or by kind (`Rates.kinds`).
         nonskip: share of the steps at the beginning that is computed.
     """
+
+    SOURCE: ClassVar[str] = "the class is in the same module"
 
     step_quantile: float = 0.5
     module_quantiles: float | Mapping[str, float] = 0.3

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -60,6 +60,8 @@ class Settings:
             itself (published code, off by default); ``None`` interpolates.
     """
 
+    SOURCE: ClassVar[str] = "the class is in the same module"
+
     penalty: float = 1e-4
     learning_rate: float = 0.1
     rounds: int = 24
@@ -75,9 +77,11 @@ class Settings:
         if self.straight_through is not None:
             check_range("straight_through", self.straight_through, 0, 1)
         if not 0 < self.learning_rate < math.inf:
-            raise MethodError(f"learning_rate must be a number above 0, got {self.learning_rate}")
+            raise MethodError(
+                f"learning_rate must be a number above 0, got {self.learning_rate}", argument="learning_rate"
+            )
         if self.penalty == math.inf:
-            raise MethodError("penalty must be a finite number, got inf")
+            raise MethodError("penalty must be a finite number, got inf", argument="penalty")
 
 
 @dataclass
@@ -92,6 +96,8 @@ class LearnedRouter:
         losses: per round, means over its updates: squared error, and sum of betas.
         shifted: see `Settings`.
     """
+
+    SOURCE: ClassVar[str] = "layercache.methods.l2c.train(pipe, prompts) gives one"
 
     fingerprint: Fingerprint
     units: tuple[str, ...]
@@ -131,7 +137,10 @@ class LearnedRouter:
             if self.schedule(threshold=limit).used <= budget + 1e-9:
                 return limit
         least = self.schedule(threshold=1.0).used
-        raise MethodError(f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least")
+        raise MethodError(
+            f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least",
+            argument="budget",
+        )
 
 
 def _too_few(settings: Settings) -> str:
@@ -176,7 +185,7 @@ class _Training(ModuleRouter):
         if not self.theta:
             cache_steps = (len(self.sigmas) - 1 - self.settings.shifted) // 2
             if cache_steps < 1:
-                raise MethodError(_too_few(self.settings))
+                raise MethodError(_too_few(self.settings), argument="num_inference_steps")
             self.prepare(cache_steps)
         self._mode = "record" if self._cache_step is None else "teach"
         self.open((GroupAction(COMPUTE),))
@@ -309,7 +318,7 @@ def train(
     finally:
         attachment.detach()
     if not training.theta:
-        raise MethodError(_too_few(settings))
+        raise MethodError(_too_few(settings), argument="num_inference_steps")
     return LearnedRouter(
         fingerprint_of(transformer, training.sigmas, training.branches),
         tuple(unit.name for unit in training.units),
