@@ -25,7 +25,8 @@ from layercache.runtime.attachment import attachment_of
 from layercache.runtime.modules import as_rows, copy_of, module_units
 from layercache.schedule.module_schedule import ModuleSchedule, alternating
 from layercache.tools.cli.app import app
-from layercache.tools.report.tables import module_sentences, module_table, plain_text
+from layercache.tools.report.tables import module_sentences, module_table
+from support.text import plain_text
 from support.tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
 from support.zoo import build
 from support.zoo_pipelines import PIPELINES
