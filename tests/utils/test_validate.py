@@ -112,7 +112,7 @@ def test_other_kinds(told, value):
 
 
 def test_a_class_in_the_place_of_its_instance():
-    assert "got the class Fingerprint" in refused(fixed.uniform, type(PRINTS))
+    assert "got the class Fingerprint" in refused(fixed.Uniform().schedule, type(PRINTS))
 
 
 def test_tables_of_another_shape_and_numbers_of_any_kind():
