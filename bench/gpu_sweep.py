@@ -799,9 +799,8 @@ def brief(error: BaseException) -> str:
 
 def show(sweep: str, shape: Sequence[int], rows: list[dict[str, Any]], seconds: float) -> None:
     """Prints a table of what was measured."""
+    from rich.console import Console
     from rich.table import Table
-
-    from layercache.tools.report.tables import plain_text
 
     table = Table(title=f"{sweep}, {'x'.join(map(str, shape))}, {seconds:.1f} s", title_justify="left", box=None)
     for heading in ("case", "variant"):
@@ -819,7 +818,7 @@ def show(sweep: str, shape: Sequence[int], rows: list[dict[str, Any]], seconds: 
             f"{row['speedup']:.3f}" + ("" if row["held"] else " host"),
             verdict(row),
         )
-    print(plain_text(table), flush=True)
+    Console(width=120, color_system=None).print(table)
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 
 class LayerCacheError(Exception):
-    """Base class of the library's own errors."""
+    """Base class of the library's own errors.
+
+    Attributes:
+        argument: name of the argument that was refused; ``None`` where the error is of no single argument. The command
+            line names the option that sets it.
+    """
+
+    argument: str | None = None
+
+    def __init__(self, *parts: object, argument: str | None = None) -> None:
+        super().__init__(*parts)
+        if argument is not None:
+            self.argument = argument
 
 
 class ArgumentError(LayerCacheError, TypeError):

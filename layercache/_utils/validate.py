@@ -1,4 +1,4 @@
-"""What a function expects, said where it is given something of another kind."""
+"""Checks of arguments whose kind, if wrong, would otherwise show as an attribute that is missing."""
 
 from __future__ import annotations
 
@@ -10,38 +10,25 @@ import numpy as np
 
 from layercache.errors import ArgumentError
 
-# Where each kind comes from, by the name of its class.
-SOURCES = {
-    "Fingerprint": "profiles and schedules have one, such as profile.fingerprint",
-    "Front": "layercache.search gives one, layercache.Front.load(path) reads one",
-    "Integral": "a fingerprint has it: fingerprint.num_steps",
-    "LearnedRouter": "layercache.methods.l2c.train(pipe, prompts) gives one",
-    "Rates": "layercache.methods.invardiff.measure(pipe, prompts) gives them",
-    "Rollouts": "make one: layercache.planning.rollout.Rollouts(pipe, prompts)",
-    "Schedule": "layercache.plan(profile, budget=0.6) makes one, layercache.Schedule.load(path) reads one",
-    "Settings": "the class is in the same module",
-    "StabilityProfile": (
-        "layercache.calibrate(pipe, prompts) measures one, layercache.StabilityProfile.load(path) reads one"
-    ),
-}
-SPOKEN = {"Integral": "a number of steps"}
-
 
 def expect(by: str, value: Any, *kinds: type) -> None:
-    """Checks the kind of an argument where a mistake would otherwise show as an attribute that is missing.
+    """Checks that a value is of one of these kinds.
 
     Args:
         by: the function that was called, for the message.
         value: what it was given.
-        kinds: what it takes; the message says where the first comes from.
+        kinds: classes of this library; the message says where the first comes from, its ``SOURCE``.
 
     Raises:
         ArgumentError: it is none of them.
     """
     if isinstance(value, kinds):
         return
-    names = " or ".join(SPOKEN.get(kind.__name__, kind.__name__) for kind in kinds)
-    raise ArgumentError(f"{by} expects {names}, got {_described(value)}; {_way(value, kinds[0].__name__)}")
+    names = " or ".join(kind.__name__ for kind in kinds)
+    source = getattr(kinds[0], "SOURCE", "")
+    if isinstance(getattr(value, "fingerprint", None), kinds[0]):
+        source = "give its .fingerprint"
+    raise ArgumentError(f"{by} expects {names}, got {described(value)}" + (f"; {source}" if source else ""))
 
 
 def expect_table(by: str, value: Any, dims: Sequence[str], source: str) -> np.ndarray:
@@ -56,11 +43,12 @@ def expect_table(by: str, value: Any, dims: Sequence[str], source: str) -> np.nd
         table = np.empty(())
     if table.ndim == len(dims):
         return table
-    found = f"one of shape {list(table.shape)}" if table.ndim else _described(value)
+    found = f"one of shape {list(table.shape)}" if table.ndim else described(value)
     raise ArgumentError(f"{by} expects an array [{', '.join(dims)}], got {found}; {source}")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is, for messages: its class, or the text or path itself."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -68,9 +56,3 @@ def _described(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return f"the {'text' if isinstance(value, str) else 'path'} {os.fspath(value)!r}"
     return type(value).__name__
-
-
-def _way(value: Any, wanted: str) -> str:
-    if type(getattr(value, "fingerprint", None)).__name__ == wanted:
-        return "give its .fingerprint"
-    return SOURCES[wanted]

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from layercache._utils.validate import expect
+from layercache._utils.validate import described, expect
+from layercache.errors import ArgumentError
 from layercache.planning.plan import errors_among, spread
 from layercache.planning.profile import StabilityProfile
 from layercache.runtime.policy import PlannedMethod, by_name, check_range
@@ -60,7 +61,12 @@ def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: i
     Raises:
         ArgumentError: no number of steps.
     """
-    expect("fixed.taylorseer_steps", num_steps, Integral)
+    if not isinstance(num_steps, Integral):
+        raise ArgumentError(
+            f"fixed.taylorseer_steps expects a number of steps, got {described(num_steps)}; a fingerprint has it: "
+            "fingerprint.num_steps",
+            argument="num_steps",
+        )
     return [
         step
         for step in range(num_steps)

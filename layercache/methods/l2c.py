@@ -62,6 +62,8 @@ class LearningToCache:
             itself (published code, off by default); ``None`` interpolates.
     """
 
+    SOURCE: ClassVar[str] = "the class is in the same module"
+
     penalty: float = 1e-4
     learning_rate: float = 0.1
     rounds: int = 24
@@ -79,9 +81,11 @@ class LearningToCache:
         if self.straight_through is not None:
             check_range("straight_through", self.straight_through, 0, 1)
         if not 0 < self.learning_rate < math.inf:
-            raise MethodError(f"learning_rate must be a number above 0, got {self.learning_rate}")
+            raise MethodError(
+                f"learning_rate must be a number above 0, got {self.learning_rate}", argument="learning_rate"
+            )
         if self.penalty == math.inf:
-            raise MethodError("penalty must be a finite number, got inf")
+            raise MethodError("penalty must be a finite number, got inf", argument="penalty")
 
     def train(
         self,
@@ -160,6 +164,8 @@ class LearnedRouter:
         shifted: see `LearningToCache`.
     """
 
+    SOURCE: ClassVar[str] = "LearningToCache().train(pipe, prompts) gives one"
+
     fingerprint: Fingerprint
     units: tuple[str, ...]
     theta: torch.Tensor
@@ -198,7 +204,10 @@ class LearnedRouter:
             if self.schedule(threshold=limit).used <= budget + 1e-9:
                 return limit
         least = self.schedule(threshold=1.0).used
-        raise MethodError(f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least")
+        raise MethodError(
+            f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least",
+            argument="budget",
+        )
 
 
 def _too_few(settings: LearningToCache) -> str:
@@ -243,7 +252,7 @@ class _Training(ModuleRouter):
         if not self.theta:
             cache_steps = (len(self.sigmas) - 1 - self.settings.shifted) // 2
             if cache_steps < 1:
-                raise MethodError(_too_few(self.settings))
+                raise MethodError(_too_few(self.settings), argument="num_inference_steps")
             self.prepare(cache_steps)
         self._mode = "record" if self._cache_step is None else "teach"
         self.open((GroupAction(COMPUTE),))

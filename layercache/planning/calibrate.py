@@ -79,7 +79,9 @@ def calibrate(
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
     if sensitivity not in (None, *SENSITIVITIES):
-        raise CalibrationError(f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}")
+        raise CalibrationError(
+            f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}", argument="sensitivity"
+        )
     model = find_transformer(target, transformer)
     spec = spec_for(model)
     _check_uncached(target, transformer)

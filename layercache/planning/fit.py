@@ -46,11 +46,13 @@ class Forecast:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise ScheduleError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
+            raise ScheduleError(
+                f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}", argument="target"
+            )
         if not 1 <= self.terms <= 8:
-            raise ScheduleError(f"a forecast takes 1 to 8 velocities, got {self.terms}")
+            raise ScheduleError(f"a forecast takes 1 to 8 velocities, got {self.terms}", argument="terms")
         if not self.ridge > 0:
-            raise ScheduleError(f"the ridge must be above 0, got {self.ridge}")
+            raise ScheduleError(f"the ridge must be above 0, got {self.ridge}", argument="ridge")
 
     @property
     def name(self) -> str:
@@ -134,7 +136,7 @@ def fit_residuals(
     expect("fit_residuals", profile, StabilityProfile)
     expect("fit_residuals", schedule, Schedule)
     if not 1 <= terms <= 8:
-        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
+        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}", argument="terms")
 
     def fitted(cells: Cells, branch: int | None) -> Cells:
         return tuple(

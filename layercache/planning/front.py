@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import FRONT, entries, read_json
@@ -83,6 +83,8 @@ class Front:
         notes: what the search found out on the way, a sentence each.
     """
 
+    SOURCE: ClassVar[str] = "layercache.search gives one, layercache.Front.load(path) reads one"
+
     points: tuple[Point, ...]
     seconds: tuple[float, float, float]
     tried: int = 0
@@ -127,17 +129,22 @@ class Front:
             known = f"the best schedule found reaches {max(p.calibration.mean for p in self.points):.1f} dB"
         elif budget is not None:
             if not 0 < budget <= 1:
-                raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")
+                raise BudgetError(
+                    f"budget must be a share of the block time above 0 and at most 1, got {budget}", argument="budget"
+                )
             fitting = [p for p in self.points if p.used <= budget + SLACK]
             known = f"the cheapest schedule found uses {self.points[0].used:.3f}"
         else:
             assert speedup is not None
             if not (math.isfinite(speedup) and speedup >= 1):
-                raise BudgetError(f"speedup must be a number of at least 1, got {speedup}")
+                raise BudgetError(f"speedup must be a number of at least 1, got {speedup}", argument="speedup")
             fitting = [p for p in self.points if self.speedup(p) >= speedup - SLACK]
             known = f"the fastest schedule found has {self.speedup(self.points[0]):.2f}"
         if not fitting:
-            raise BudgetError(f"no schedule of this front fulfils that: {known}; search with other budgets")
+            refused = next(name for name, value in targets.items() if value is not None)
+            raise BudgetError(
+                f"no schedule of this front fulfils that: {known}; search with other budgets", argument=refused
+            )
         return fitting[-1]
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -93,40 +93,32 @@ def plan(
     budget = _share_of(profile, full_steps) if full_steps is not None else budget
     if isinstance(profile, Front):
         return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
-    settings = {
-        "budget": budget,
-        "speedup": speedup,
-        "max_run": max_run,
-        "protect_first": protect_first,
-        "protect_last": protect_last,
-        "tau": tau,
-        "gamma": gamma,
-        "kappa": kappa,
-        "text_weight": text_weight,
-        "sensitivity": profile.has_sensitivity if sensitivity is None else sensitivity,
-        "per_branch": per_branch and len(profile.fingerprint.branches) > 1,
-        "solver": method,
-        "forecast": forecast,
-        "order": order,
-    }
-    _check_settings({**settings, "spans": list(spans), "history": history})
-    schedule = _solved(profile, {**settings, "spans": list(spans), "history": history})
-    if max_cache_bytes is None:
-        return schedule
-    needed = [profile.cache_bytes(schedule)]
+    settings: dict[str, Any] = {"budget": budget, "speedup": speedup, "max_run": max_run}
+    settings |= {"protect_first": protect_first, "protect_last": protect_last}
+    settings |= {"tau": tau, "gamma": gamma, "kappa": kappa, "text_weight": text_weight}
+    settings["sensitivity"] = profile.has_sensitivity if sensitivity is None else sensitivity
+    settings["per_branch"] = per_branch and len(profile.fingerprint.branches) > 1
+    settings |= {"solver": method, "forecast": forecast, "order": order}
+    settings |= {"spans": list(spans), "history": history}
+    _check_settings(settings)
+    return _solved(profile, settings) if max_cache_bytes is None else _within(profile, settings, max_cache_bytes)
+
+
+def _within(profile: StabilityProfile, settings: dict[str, Any], max_cache_bytes: int) -> Schedule:
+    """The solver's schedule with as many anchors as the memory holds."""
+    needed = []
     # a second anchor costs memory, and the choice between older ones more of it
-    for fewer in ({"spans": list(spans), "history": min(2, history)}, {"spans": [], "history": 1}):
-        if needed[-1] <= max_cache_bytes:
-            return schedule
+    for fewer in ({}, {"history": min(2, settings["history"])}, {"spans": [], "history": 1}):
         schedule = _solved(profile, {**settings, **fewer})
         needed.append(profile.cache_bytes(schedule))
-    if needed[-1] <= max_cache_bytes:
-        return schedule
+        if needed[-1] <= max_cache_bytes:
+            return schedule
     least = min(needed)
     raise BudgetError(
         f"{max_cache_bytes} bytes (max_cache_bytes) are too little for this budget: {least} bytes are needed "
-        f"({math.ceil(least / 1e4) / 100:g} MB); cut the blocks into fewer groups, calibrate smaller batches, or take "
-        "a schedule of whole steps from a front"
+        f"({math.ceil(least / 1e4) / 100:g} MB); cut the blocks into fewer groups, calibrate smaller batches, or plan "
+        "whole steps from a front",
+        argument="max_cache_bytes",
     )
 
 
@@ -134,7 +126,9 @@ def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | 
     if isinstance(profile, Front):
         return check_one_target(targets, targets)
     if [name for name, value in targets.items() if value is not None] == ["min_psnr"]:
-        raise BudgetError("min_psnr needs a front of measured schedules: run layercache.search first")
+        raise BudgetError(
+            "min_psnr needs a front of measured schedules: run layercache.search first", argument="min_psnr"
+        )
     more = "; min_psnr is for a front of measured schedules (layercache.search)"
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
 
@@ -144,22 +138,26 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for name, least in {"history": 1, "max_run": 1, "protect_first": 0, "protect_last": 0, "order": 0}.items():
         value = settings[name]
         if value is not None and not (isinstance(value, Integral) and int(value) >= least):
-            raise ScheduleError(f"{name} must be a whole number of at least {least}, got {value}")
+            raise ScheduleError(f"{name} must be a whole number of at least {least}, got {value}", argument=name)
     if settings["order"] > MAX_ORDER:
-        raise ScheduleError(f"order must be at most {MAX_ORDER}, got {settings['order']}")
+        raise ScheduleError(f"order must be at most {MAX_ORDER}, got {settings['order']}", argument="order")
     if not all(isinstance(span, Integral) and int(span) >= 1 for span in settings["spans"]):
-        raise ScheduleError(f"spans must be whole numbers of at least 1, got {settings['spans']}")
+        raise ScheduleError(f"spans must be whole numbers of at least 1, got {settings['spans']}", argument="spans")
     for name in ("kappa", "text_weight"):
         if not 0 <= settings[name] < math.inf:
-            raise ScheduleError(f"{name} must be a number of at least 0, got {settings[name]}")
+            raise ScheduleError(f"{name} must be a number of at least 0, got {settings[name]}", argument=name)
     if not 0 < settings["gamma"] < math.inf:
-        raise ScheduleError(f"gamma must be a number above 0, got {settings['gamma']}")
+        raise ScheduleError(f"gamma must be a number above 0, got {settings['gamma']}", argument="gamma")
     if not 0 <= settings["tau"] < 1:
-        raise ScheduleError(f"tau must be a number from 0 to below 1, got {settings['tau']}")
+        raise ScheduleError(f"tau must be a number from 0 to below 1, got {settings['tau']}", argument="tau")
     if settings["solver"] not in SOLVERS:
-        raise ScheduleError(f"method must be one of {', '.join(SOLVERS)}, got {settings['solver']!r}")
+        raise ScheduleError(
+            f"method must be one of {', '.join(SOLVERS)}, got {settings['solver']!r}", argument="method"
+        )
     if settings["forecast"] not in ("fitted", *FORECASTS):
-        raise ScheduleError(f"unknown forecast {settings['forecast']!r}; choose fitted, {', '.join(FORECASTS)}")
+        raise ScheduleError(
+            f"unknown forecast {settings['forecast']!r}; choose fitted, {', '.join(FORECASTS)}", argument="forecast"
+        )
 
 
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
@@ -168,7 +166,7 @@ def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     fingerprint = profile.points[0].schedule.fingerprint if isinstance(profile, Front) else profile.fingerprint
     most = len(fingerprint.steps)
     if not 0 < full_steps <= most:
-        raise BudgetError(f"full_steps must be above 0 and at most {most}, got {full_steps:g}")
+        raise BudgetError(f"full_steps must be above 0 and at most {most}, got {full_steps:g}", argument="full_steps")
     return full_steps / most
 
 
@@ -271,16 +269,19 @@ def _target(profile: StabilityProfile, budget: float | None, speedup: float | No
     num_steps, blocks = len(profile.fingerprint.steps), sum(profile.group_seconds)
     if budget is not None:
         if not 0 < budget <= 1:
-            raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {budget}")
+            raise BudgetError(
+                f"budget must be a share of the block time above 0 and at most 1, got {budget}", argument="budget"
+            )
         # the share counts computed time only; a hair more keeps rounding from costing a cell
         return np.zeros(len(profile.groups)), budget * num_steps * blocks * (1 + 1e-9)
     if not (speedup is not None and math.isfinite(speedup) and speedup >= 1):
-        raise BudgetError(f"speedup must be a number of at least 1, got {speedup}")
+        raise BudgetError(f"speedup must be a number of at least 1, got {speedup}", argument="speedup")
     limit = (profile.fixed_seconds + blocks) / (profile.fixed_seconds + sum(profile.reuse_seconds))
     seconds = num_steps * ((profile.fixed_seconds + blocks) / speedup - profile.fixed_seconds)
     if seconds <= 0:
         raise BudgetError(
-            f"a speedup of {speedup:g} cannot be reached: with every block cached it would be {limit:.2f}"
+            f"a speedup of {speedup:g} cannot be reached: with every block cached it would be {limit:.2f}",
+            argument="speedup",
         )
     cached = np.minimum(np.asarray(profile.reuse_seconds), 0.99 * np.asarray(profile.group_seconds))
     return cached, seconds
@@ -293,9 +294,12 @@ def _refuse(profile: StabilityProfile, spent: float, budget: float | None, cache
     )
     if budget is not None:
         least = spent / (num_steps * blocks)
-        raise BudgetError(f"budget {budget:g} cannot be met: at least {least:.3f} of the block time is needed; {hint}")
+        raise BudgetError(
+            f"budget {budget:g} cannot be met: at least {least:.3f} of the block time is needed; {hint}",
+            argument="budget",
+        )
     fastest = num_steps * (profile.fixed_seconds + blocks) / (num_steps * profile.fixed_seconds + spent)
-    raise BudgetError(f"that speedup cannot be reached: at most {fastest:.2f} is possible; {hint}")
+    raise BudgetError(f"that speedup cannot be reached: at most {fastest:.2f} is possible; {hint}", argument="speedup")
 
 
 def _cells(profile: StabilityProfile, result: Any, offset: int = 0) -> tuple[tuple[Cell, ...], ...]:

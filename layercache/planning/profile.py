@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -87,6 +87,10 @@ class StabilityProfile:
     Raises:
         CalibrationError: on construction, when a readable entry is not finite or negative; names the cell.
     """
+
+    SOURCE: ClassVar[str] = (
+        "layercache.calibrate(pipe, prompts) measures one, layercache.StabilityProfile.load(path) reads one"
+    )
 
     fingerprint: Fingerprint
     groups: tuple[tuple[int, int], ...]

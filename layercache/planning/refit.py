@@ -140,9 +140,9 @@ def refit(
     expect("refit", rollouts, Rollouts)
     expect("refit", schedule, Schedule)
     if target not in TARGETS:
-        raise ScheduleError(f"unknown target {target!r}; choose {' or '.join(TARGETS)}")
+        raise ScheduleError(f"unknown target {target!r}; choose {' or '.join(TARGETS)}", argument="target")
     if not 1 <= terms <= 8:
-        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}")
+        raise ScheduleError(f"a forecast takes 1 to 8 residuals, got {terms}", argument="terms")
     current = with_terms(schedule, terms)
     rollouts_made = []
     for _ in range(rounds):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -138,13 +138,17 @@ class Rollouts:
         UnsupportedModelError: the pipeline is of no known kind.
     """
 
+    SOURCE: ClassVar[str] = "make one: layercache.planning.rollout.Rollouts(pipe, prompts)"
+
     def __init__(self, pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any):
         self.transformer = find_transformer(pipeline)
         self.spec = spec_for(self.transformer)
         if self.transformer is pipeline or not hasattr(pipeline, "scheduler"):
             raise UnsupportedModelError("rollouts need the pipeline, with its scheduler, not a bare transformer")
         if not prompts:
-            raise CalibrationError("rollouts need at least one prompt (8 to 24 pictures give a good fit)")
+            raise CalibrationError(
+                "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"
+            )
         self.pipeline = pipeline
         self.prompts = list(prompts)
         self.seeds = _seeds_of(self.prompts, seeds)

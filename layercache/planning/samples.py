@@ -27,10 +27,14 @@ def samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps
     if isinstance(prompts, str):
         prompts = [prompts]
     if not prompts:
-        raise CalibrationError("calibration needs at least one prompt (3 to 16 give a stable profile)")
+        raise CalibrationError(
+            "calibration needs at least one prompt (3 to 16 give a stable profile)", argument="prompts"
+        )
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
-        raise CalibrationError(f"give one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+        raise CalibrationError(
+            f"give one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds", argument="seeds"
+        )
     arguments = dict(call)
     accepted = inspect.signature(type(target).__call__).parameters
     if "output_type" in accepted:

@@ -88,11 +88,7 @@ def search(
         CalibrationError: as for `Rollouts`.
     """
     measured = _profiles(profiles)
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise BudgetError(f"budgets must be shares of the block time above 0 and at most 1, got {budget}")
-    if not 0 <= tail <= 1:
-        raise BudgetError(f"tail is a weight from 0 to 1, got {tail}")
+    _check_shares(budgets, tail)
     rollouts = Rollouts(pipeline, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rollouts)
@@ -110,10 +106,22 @@ def search(
     return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
 
 
+def _check_shares(budgets: Sequence[float], tail: float) -> None:
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise BudgetError(
+                f"budgets must be shares of the block time above 0 and at most 1, got {budget}", argument="budgets"
+            )
+    if not 0 <= tail <= 1:
+        raise BudgetError(f"tail is a weight from 0 to 1, got {tail}", argument="tail")
+
+
 def _profiles(given: Any) -> list[StabilityProfile]:
     found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if not found:
-        raise ArgumentError("layercache.search needs a profile at least: layercache.calibrate(pipe, prompts)")
+        raise ArgumentError(
+            "layercache.search needs a profile at least: layercache.calibrate(pipe, prompts)", argument="profiles"
+        )
     for profile in found:
         expect("layercache.search(profiles=...)", profile, StabilityProfile)
     return found
@@ -133,7 +141,8 @@ def _check_profile(profile: StabilityProfile, rollouts: Rollouts) -> None:
     if set(here.branches) != set(there.branches):
         raise ScheduleMismatchError(
             f"the profile was measured with the branches {', '.join(there.branches)}, this run has "
-            f"{', '.join(here.branches)}; calibrate with the same guidance"
+            f"{', '.join(here.branches)}; calibrate with the same guidance",
+            argument="guidance_scale",
         )
 
 

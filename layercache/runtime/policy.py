@@ -253,9 +253,9 @@ class DynamicMethod(ABC):
 def check_range(name: str, value: Any, low: float, high: float | None = None) -> None:
     """Raises `MethodError` unless ``low <= value`` (``<= high``)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
-        raise MethodError(f"{name} must be at least {low}, got {value!r}")
+        raise MethodError(f"{name} must be at least {low}, got {value!r}", argument=name)
     if high is not None and value > high:
-        raise MethodError(f"{name} must be from {low} to {high}, got {value!r}")
+        raise MethodError(f"{name} must be from {low} to {high}, got {value!r}", argument=name)
 
 
 def ratio(numerator: float, denominator: float) -> float:

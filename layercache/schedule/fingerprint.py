@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from layercache.errors import ScheduleError, ScheduleMismatchError
 
@@ -28,6 +28,8 @@ class Fingerprint:
     Raises:
         ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
     """
+
+    SOURCE: ClassVar[str] = "profiles and schedules have one, such as profile.fingerprint"
 
     model_class: str
     config_hash: str
@@ -90,7 +92,8 @@ class Fingerprint:
         if steps != self.num_steps:
             raise ScheduleMismatchError(
                 f"the schedule has {self.num_steps} steps, this run has {steps}; run with "
-                f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps"
+                f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps",
+                argument="num_inference_steps",
             )
         for step, (here, planned) in enumerate(zip(sigmas, self.sigmas, strict=True)):
             if not abs(here - planned) < SIGMA_TOLERANCE:

@@ -94,7 +94,7 @@ def taylor_forecast(step: int, anchors: Sequence[int], order: int) -> dict[int, 
     """
     _check_anchors(step, anchors)
     if order < 0:
-        raise ScheduleError(f"the order of a Taylor forecast must be at least 0, got {order}")
+        raise ScheduleError(f"the order of a Taylor forecast must be at least 0, got {order}", argument="order")
     used = list(anchors[: order + 1])[::-1]
     factors: list[dict[int, float]] = []
     for position, anchor in enumerate(used):
@@ -127,7 +127,7 @@ def reforecast(schedule: Schedule, kind: str, order: int = 1, eta: float = 1.0) 
     """
     expect("reforecast", schedule, Schedule)
     if kind not in FORECASTS:
-        raise ScheduleError(f"unknown forecast {kind!r}; choose one of {', '.join(FORECASTS)}")
+        raise ScheduleError(f"unknown forecast {kind!r}; choose one of {', '.join(FORECASTS)}", argument="kind")
     sigmas = schedule.fingerprint.sigmas
 
     def forecast(cells: Cells, step: int, group: int) -> dict[int, float]:

@@ -36,7 +36,10 @@ def cut(partition: Partition, list_lengths: Sequence[int]) -> tuple[tuple[int, i
     elif partition == "whole":
         return ((0, total),)
     elif isinstance(partition, str):
-        raise ScheduleError(f"unknown partition {partition!r}; choose one of {', '.join(NAMES)} or give block ranges")
+        raise ScheduleError(
+            f"unknown partition {partition!r}; choose one of {', '.join(NAMES)} or give block ranges",
+            argument="partition",
+        )
     else:
         groups = tuple((int(lo), int(hi)) for lo, hi in partition)
         check_groups(groups, total)
@@ -67,7 +70,7 @@ def cut_by_curves(curves: np.ndarray, num_groups: int) -> tuple[tuple[int, int],
     """
     steps, blocks = curves.shape
     if not 1 <= num_groups <= blocks:
-        raise ScheduleError(f"cannot cut {blocks} blocks into {num_groups} groups")
+        raise ScheduleError(f"cannot cut {blocks} blocks into {num_groups} groups", argument="num_groups")
     sums = np.concatenate([np.zeros((steps, 1)), curves.cumsum(axis=1)], axis=1)
     squares = np.concatenate([np.zeros((steps, 1)), (curves**2).cumsum(axis=1)], axis=1)
 

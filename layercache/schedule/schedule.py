@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
@@ -69,6 +69,8 @@ class Schedule:
     Raises:
         ScheduleError: on construction, when the parts contradict each other.
     """
+
+    SOURCE: ClassVar[str] = "layercache.plan(profile, budget=0.6) makes one, layercache.Schedule.load(path) reads one"
 
     fingerprint: Fingerprint
     groups: tuple[tuple[int, int], ...]

@@ -63,7 +63,9 @@ class Settings:
     def check(self) -> None:
         """Raises before anything slow is done."""
         if not 0 < self.budget <= 1:
-            raise BudgetError(f"budget must be a share of the block time above 0 and at most 1, got {self.budget}")
+            raise BudgetError(
+                f"budget must be a share of the block time above 0 and at most 1, got {self.budget}", argument="budget"
+            )
         counts = (self.steps, self.seeds, self.batch, self.calibration_samples)
         if min(counts) < 1:
             raise CalibrationError(f"steps, seeds, batch and calibration samples must be 1 or more, got {counts}")

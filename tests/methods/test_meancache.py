@@ -140,7 +140,7 @@ def test_steps_are_planned_within_the_budget():
     [
         ([1, 2], [1, 1], "recursive", "ascend from 0"),
         ([0, 2, 2], [1, 1, 1], "recursive", "ascend from 0"),
-        ([0, STEPS], [1, 1], "recursive", "ascend from 0"),
+        ([0, STEPS], [1, 1], "recursive", "lie below"),
         ([0, 2], [1], "recursive", "one span"),
         ([0, 2], [1, 0], "recursive", "one span"),
         ([0, 2], [1, 1], "implicit", "unknown form"),

@@ -25,7 +25,7 @@ from layercache.tools.report.front import (
     save_front_page,
     save_front_plot,
 )
-from layercache.tools.report.tables import plain_text
+from support.text import plain_text
 from support.tiny import generators, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8

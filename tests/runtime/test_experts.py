@@ -27,13 +27,13 @@ from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
 from layercache.schedule.schedule import Schedule, Velocity
 from layercache.tools.report.tables import (
-    plain_text,
     profile_table,
     schedule_figures,
     schedule_sentences,
     schedule_table,
 )
 from runtime.test_pipelines import block_calls, flux_img2img, generate
+from support.text import plain_text
 from support.zoo_pipelines import _wan_two_experts
 
 STEPS, EARLY = 12, 5

@@ -25,7 +25,8 @@ from layercache.runtime.attachment import attachment_of
 from layercache.runtime.modules import as_rows, copy_of, module_units
 from layercache.schedule.module_schedule import ModuleSchedule, alternating
 from layercache.tools.cli.app import app
-from layercache.tools.report.tables import module_sentences, module_table, plain_text
+from layercache.tools.report.tables import module_sentences, module_table
+from support.text import plain_text
 from support.tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
 from support.zoo import build
 from support.zoo_pipelines import PIPELINES
@@ -459,10 +460,9 @@ def test_decisions_follow_the_betas(pipe, router):
 
 
 def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
-    dear = l2c.train(
-        pipe, ["cat"], replace(SETTINGS, rounds=4, penalty=10.0, learning_rate=0.3), progress=False, **CALL
-    )
-    free = replace(SETTINGS, rounds=4, penalty=0.0, learning_rate=0.3).train(pipe, ["cat"], progress=False, **CALL)
+    settings = replace(SETTINGS, rounds=4, learning_rate=0.3)
+    dear = replace(settings, penalty=10.0).train(pipe, ["cat"], progress=False, **CALL)
+    free = replace(settings, penalty=0.0).train(pipe, ["cat"], progress=False, **CALL)
     assert dear.beta.mean() < 0.4 < free.beta.mean()
     assert free.losses[-1][0] < free.losses[0][0]
 

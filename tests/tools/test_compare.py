@@ -25,7 +25,7 @@ from layercache.tools.compare import entries as entries_module
 from layercache.tools.compare.entries import METHODS, PEERS, CalibratedModel
 from layercache.tools.compare.report import comparison_table, failures, save_comparison
 from layercache.tools.compare.run import Comparison, Counter, Outcome
-from layercache.tools.report.tables import plain_text
+from support.text import plain_text
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 STEPS = 8

@@ -17,6 +17,7 @@ from layercache.schedule.schedule import Schedule
 from layercache.tools.report import machine, plots
 from layercache.tools.report import tables as report
 from layercache.tools.report.tables import Measured
+from support.text import plain_text
 
 SIGMAS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 GROUPS = ((0, 1), (1, 4))
@@ -60,7 +61,7 @@ def row_of(text: str, name: str) -> list[str]:
 
 
 def test_comparison_table(measured):
-    text = report.plain_text(report.comparison_table(measured), width=80)
+    text = plain_text(report.comparison_table(measured), width=80)
     assert row_of(text, "full") == ["full", "1.000", "8.00", "1.00x", "-", "-", "-", "-"]
     assert row_of(text, "cached") == ["cached", "0.600", "5.00", "1.60x", "35.00", "40.00", "32.00", "0.9000"]
     assert "SSIM (mean) of 3 pictures" in " ".join(text.split())
@@ -126,7 +127,7 @@ def test_schedule_in_words(schedule):
 
 
 def test_schedule_table(schedule):
-    lines = report.plain_text(report.schedule_table(schedule)).splitlines()
+    lines = plain_text(report.schedule_table(schedule)).splitlines()
     assert lines[0].split() == ["step", "sigma", "block", "0", "blocks", "1-3"]
     assert len(lines) == 6
     assert lines[3].split() == ["2", "0.600", "as", "step", "1", "compute"]
@@ -142,7 +143,7 @@ def test_schedule_table_of_many_groups_fits_a_terminal(schedule):
     first = tuple(None if k % 2 else {0: 1.0} for k in range(20))
     second = tuple({1: 1.0} if k % 2 else None for k in range(20))
     wide = Schedule(fingerprint, groups, (computed, first, second, row, computed), (1.0,) * 20)
-    lines = report.plain_text(report.schedule_table(wide), width=80).splitlines()
+    lines = plain_text(report.schedule_table(wide), width=80).splitlines()
     assert lines[0].split()[2:] == [str(k) for k in range(20)]
     assert lines[3].split() == ["2", "0.600"] + ["■", "·"] * 10
     assert lines[4].split() == ["3", "0.400"] + ["2", "·"] * 10
@@ -158,7 +159,7 @@ def test_profile_in_words(profile):
 
 
 def test_profile_table(profile):
-    lines = report.plain_text(report.profile_table(profile)).splitlines()
+    lines = plain_text(report.profile_table(profile)).splitlines()
     assert lines[1].split() == ["0", "1.000", "-", "-"]
     assert lines[2].split() == ["1", "0.800", "4.0%", "30.0%"]
     assert lines[5].split() == ["4", "0.200", "50.0%", "6.0%"]

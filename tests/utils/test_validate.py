@@ -27,14 +27,13 @@ VELOCITIES = [[torch.zeros(2)] * 20]
 CALL = {"num_inference_steps": 4}
 
 OF_FINGERPRINTS = {
-    "fixed.uniform": fixed.uniform,
-    "fixed.taylorseer": fixed.taylorseer,
-    "magcache.build_schedule": magcache.build_schedule,
-    "meancache.build_schedule": lambda value: meancache.build_schedule(value, [0, 1], [1, 1]),
-    "meancache.preset": lambda value: meancache.preset(value, "qwen-image", 25),
+    "Uniform.schedule": fixed.Uniform().schedule,
+    "TaylorSeer.schedule": fixed.TaylorSeer().schedule,
+    "MagCache.schedule": magcache.MagCache().schedule,
+    "MeanCache.schedule": meancache.MeanCache([0, 1], [1, 1]).schedule,
 }
 OF_PROFILES = {
-    "fixed.smoothcache": fixed.smoothcache,
+    "SmoothCache.schedule": fixed.SmoothCache().schedule,
     "fit_residuals": lambda value: fit_residuals(value, SCHEDULE),
     "layercache.search(profiles=...)": lambda value: layercache.search(object(), ["cat"], profiles=value),
 }
@@ -44,10 +43,8 @@ OTHERS = {
     "fit_residuals expects Schedule": lambda value: fit_residuals(PROFILE, value),
     "refit expects Rollouts": lambda value: refit(value, SCHEDULE),
     "fixed.taylorseer_steps expects a number of steps": fixed.taylorseer_steps,
-    "invardiff.first_phase expects Rates": lambda value: invardiff.first_phase(value, invardiff.Settings()),
-    "invardiff.plan expects Rates": lambda value: invardiff.plan(value, value, invardiff.Settings()),
-    "invardiff.build_schedule expects Settings": lambda value: invardiff.build_schedule(None, ["a"], settings=value),
-    "l2c.train expects Settings": lambda value: l2c.train(None, ["a"], value),
+    "invardiff.first_phase expects Rates": lambda value: invardiff.first_phase(value, invardiff.InvarDiff()),
+    "invardiff.plan expects Rates": lambda value: invardiff.plan(value, value, invardiff.InvarDiff()),
     "l2c.random_router expects LearnedRouter": l2c.random_router,
     "meancache.plan_steps expects an array [N, max_length + 1, spans]": lambda value: meancache.plan_steps(value, 3),
     "meancache.lexicographic_steps expects an array [N, max_length + 1]": (
@@ -59,10 +56,10 @@ OTHERS = {
 }
 OF_PIPELINES = {
     "teacache.fit": lambda value: teacache.fit(value, ["cat"], **CALL),
-    "watching.magnitude_ratios": lambda value: full_runs.magnitude_ratios(value, "cat", **CALL),
-    "invardiff.build_schedule": lambda value: invardiff.build_schedule(value, ["cat"], **CALL),
+    "full_runs.magnitude_ratios": lambda value: full_runs.magnitude_ratios(value, "cat", **CALL),
+    "InvarDiff.schedule": lambda value: invardiff.InvarDiff().schedule(value, ["cat"], **CALL),
     "invardiff.measure": lambda value: invardiff.measure(value, ["cat"], **CALL),
-    "l2c.train": lambda value: l2c.train(value, ["cat"], progress=False, **CALL),
+    "LearningToCache.train": lambda value: l2c.LearningToCache().train(value, ["cat"], progress=False, **CALL),
 }
 
 
@@ -115,7 +112,7 @@ def test_other_kinds(told, value):
 
 
 def test_a_class_in_the_place_of_its_instance():
-    assert "got the class Fingerprint" in refused(fixed.uniform, type(PRINTS))
+    assert "got the class Fingerprint" in refused(fixed.Uniform().schedule, type(PRINTS))
 
 
 def test_tables_of_another_shape_and_numbers_of_any_kind():

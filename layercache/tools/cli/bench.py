@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercache.errors import FileFormatError
+from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer
+from layercache.tools.cli.pipelines import choose_device
 
 if TYPE_CHECKING:
     from layercache.tools.bench.cases import Case
     from layercache.tools.bench.measure import Row
-    from layercache.tools.cli.app import Printer
 
 app = typer.Typer(no_args_is_help=True, help="Measure the ops on this machine, and look after stored results.")
 
@@ -33,37 +34,36 @@ def _shape(text: str) -> tuple[int, int, int]:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _dtype(name: str) -> Any:
+def _torch_dtype(dtype: Dtype) -> Any:
     import torch
 
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
-    return known[name]
+    return getattr(torch, dtype.value)
+
+
+Ops = Annotated[
+    list[str] | None, typer.Option("--op", help="Only this op or case, such as 'capture'; may be repeated.")
+]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Batch x rows x channels; may be repeated.")]
+Shape = Annotated[str, typer.Option(help="Batch x rows x channels of the image stream.")]
+NumberFormat = Annotated[Dtype, typer.Option(help="Number format of the tensors.")]
+Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", min=0, help="Begin no case after this; what was measured until then is kept."),
+]
 
 
 @app.command()
 def kernels(
-    op: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op or case, such as 'capture'; may be repeated.")
-    ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option("--shape", help="Batch x rows x channels; may be repeated.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")
-    ] = None,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also measure torch.compile.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")] = 7,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Begin no case after this; what was measured until then is kept."),
-    ] = None,
-    json_to: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them."),
-    ] = None,
+    op: Ops = None,
+    shape: Shapes = None,
+    dtype: NumberFormat = Dtype.bfloat16,
+    device: Device = None,
+    compiled: Compiled = True,
+    rounds: Rounds = 7,
+    time_limit: TimeLimit = None,
+    json_to: Json = None,
 ) -> None:
     """Time every op beside eager PyTorch, torch.compile and a plain copy of as many bytes.
 
@@ -76,14 +76,12 @@ def kernels(
     import torch
 
     from layercache.tools.bench.cases import find_cases
-    from layercache.tools.cli.app import Printer, choose_device
 
-    printer = Printer(json_to)
     place = torch.device(choose_device(device))
     cases = find_cases(op or ())
-    run = _Run(_dtype(dtype), place, rounds, compiled, time_limit, printer)
+    run = _Run(_torch_dtype(dtype), place, rounds, compiled, time_limit, Printer(json_to))
     run.measure([(case, size) for size in shapes for case in cases])
-    run.tell()
+    run.report()
     if run.failures or run.skipped or not all(row.right for row in run.rows):
         raise typer.Exit(1)
 
@@ -166,7 +164,7 @@ class _Run:
         }
         return results.figures(self.rows, settings) | {"failures": self.failures, "not_begun": self.skipped}
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """A table for every size, what failed, what was not begun, and the figures."""
         from layercache.tools.bench import results
 
@@ -186,17 +184,12 @@ class _Run:
 
 @app.command()
 def peers(
-    shape: Annotated[str, typer.Option(help="Batch x rows x channels of the image stream.")] = "1x4096x3072",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[
-        str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each variant is measured.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the times, as PNG.")] = None,
-    json_to: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them."),
-    ] = None,
+    shape: Shape = "1x4096x3072",
+    dtype: NumberFormat = Dtype.bfloat16,
+    device: Device = None,
+    rounds: Rounds = 5,
+    plot: Plot = None,
+    json_to: Json = None,
 ) -> None:
     """Count and time what the caches of diffusers and cache-dit do, as they are and on our ops.
 
@@ -205,33 +198,37 @@ def peers(
 
     Example: `layercache bench peers --shape 1x4096x3072 --json peers.json`
     """
-    from dataclasses import asdict
-
     import torch
-    from tqdm.auto import tqdm
 
     from layercache.tools.bench import peers as measuring
     from layercache.tools.bench import results
-    from layercache.tools.cli.app import Printer, choose_device
     from layercache.tools.report import plots
 
     if plot is not None:
         plots.check_installed()
-    printer = Printer(json_to)
-    place = torch.device(choose_device(device))
+    printer, size, place = Printer(json_to), _shape(shape), torch.device(choose_device(device))
+    rows = _measure_peers(size, _torch_dtype(dtype), place, rounds)
+    printer.say(measuring.table(rows))
+    if plot is not None:
+        printer.say(f"plot: {measuring.save_plot(plot, rows, f'{shape}, {dtype.value}, {place}')}")
+    settings = {"rounds": rounds, "dtype": dtype.value, "device": str(place), "shape": list(size)}
+    head = {"kernel_hash": results.hash_or_none(), "machine": results.machine_info()}
+    figures = {"kind": "peers", **head, "settings": settings}
+    printer.figures({**figures, "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def _measure_peers(shape: tuple[int, int, int], dtype: Any, device: Any, rounds: int) -> list[Any]:
+    from tqdm.auto import tqdm
+
+    from layercache.tools.bench import peers as measuring
+
     with tqdm(total=2 * len(measuring.modes()), leave=False, unit="mode") as bar:
 
-        def tell(name: str) -> None:
+        def advance(name: str) -> None:
             bar.set_description(name)
             bar.update()
 
-        rows = measuring.measure(_shape(shape), _dtype(dtype), place, rounds, tell)
-    printer.say(measuring.table(rows))
-    if plot is not None:
-        printer.say(f"plot: {measuring.save_plot(plot, rows, f'{shape}, {dtype}, {place}')}")
-    settings = {"rounds": rounds, "dtype": dtype, "device": str(place), "shape": list(_shape(shape))}
-    head = {"kernel_hash": results.hash_or_none(), "machine": results.machine_info()}
-    printer.figures({"kind": "peers", **head, "settings": settings, "rows": [asdict(row) for row in rows]})
+        return measuring.measure(shape, dtype, device, rounds, advance)
 
 
 @app.command("results")

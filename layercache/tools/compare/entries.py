@@ -290,7 +290,9 @@ def check_methods(names: Sequence[str]) -> None:
     known = {**known_methods(), **PEERS}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise MethodError(f"unknown method {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}")
+        raise MethodError(
+            f"unknown method {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}", argument="methods"
+        )
 
 
 def entries(model: CalibratedModel, names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[], Entry]]]:

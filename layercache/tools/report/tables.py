@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from layercache.planning.profile import StabilityProfile
     from layercache.schedule.module_schedule import ModuleSchedule
 
-PLAIN_WIDTH = 120
 MOST_WIDE_COLUMNS = 4
 
 # Relative change up to which a cell of the stability table has this colour.
@@ -99,14 +96,6 @@ def _summary(values: Sequence[float]) -> Summary | None:
 
 def _decibels(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else str(value)
-
-
-def plain_text(renderable: RenderableType, width: int = PLAIN_WIDTH) -> str:
-    """What rich would print, without colours or escape sequences."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 # --- what a schedule holds ---------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""Options, printing and parsing that several commands share.
+
+A parameter of a command has the name of the library's argument that it sets, whatever its option is called, so that
+an error about an argument can be printed with the option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+PIPE_WIDTH = 120
+
+
+class Dtype(str, Enum):
+    """Number formats a model can be loaded in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def _check_budget(budget: float | None) -> float | None:
+    if budget is not None and not 0 < budget <= 1:
+        raise typer.BadParameter(f"{budget:g} is not a share of the block time above 0 and at most 1, such as 0.6.")
+    return budget
+
+
+def _bytes_of(megabytes: float | None) -> int | None:
+    return None if megabytes is None or megabytes == float("inf") else int(megabytes * 1e6)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'demo' for the bundled model, a Hugging Face model id, a folder with a pipeline, or a .json file that "
+        "describes one with random weights (examples/tiny_flux.json)."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the model ('demo' is always float32).")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
+PromptsFile = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps you will generate with.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's own default if left out.")
+]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(callback=_check_budget, help="Share of the block time that may be computed, above 0 to 1."),
+]
+Budgets = Annotated[str, typer.Option(help="Shares of the block time, with commas between them.")]
+MaxCacheBytes = Annotated[
+    float | None, typer.Option("--max-cache-mb", min=0.0, callback=_bytes_of, help="Store no more than so many MB.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Also draw it, as a PNG.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them.")
+]
+
+
+class Printer:
+    """Text for people, and figures as JSON where they were asked for."""
+
+    def __init__(self, json_to: str | None):
+        self.json_to = json_to
+        self.console = Console(stderr=json_to == "-", markup=False, highlight=False)
+        if not self.console.is_terminal:
+            # into a file or a pipe, tables keep their columns
+            self.console = Console(stderr=json_to == "-", markup=False, highlight=False, width=PIPE_WIDTH)
+
+    def say(self, *parts: Any, style: str | None = None) -> None:
+        for part in parts:
+            self.console.print(part, style=style)
+
+    def figures(self, data: Any) -> None:
+        from layercache.tools.report.machine import print_json, write_json
+
+        if self.json_to == "-":
+            print_json(data)
+        elif self.json_to is not None:
+            self.say(f"figures: {write_json(self.json_to, data)}")
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """``"0.6,0.5"`` as numbers."""
+    try:
+        budgets = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        budgets = (0.0,)
+    if not all(0 < budget <= 1 for budget in budgets):
+        raise typer.BadParameter(f"--budgets takes shares above 0 and at most 1 such as '0.6,0.5'; got {text!r}.")
+    return budgets
+
+
+def parse_spans(text: str) -> tuple[int, ...]:
+    """``"1,2,3"`` as numbers; ``"none"`` is empty."""
+    if text.strip().lower() in ("", "none"):
+        return ()
+    try:
+        spans = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        spans = (0,)
+    if min(spans) < 1:
+        raise typer.BadParameter(f"--spans takes positive numbers such as '1,2,3', or 'none'; got {text!r}.")
+    return spans
+
+
+def read_prompts(prompts: Sequence[str] | None, path: Path | None) -> list[str]:
+    """The prompts that were typed, then those of the file."""
+    if path is None:
+        return list(prompts or ())
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        lines = []
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise typer.BadParameter(
+            f"{path} holds no prompts; a text file (UTF-8) with one prompt per line is expected.",
+            param_hint="--prompts-file",
+        )
+    return [*(prompts or ()), *found]
+
+
+def batches_of(prompts: Sequence[str], first: int, count: int, batch: int) -> list[list[str]]:
+    """Prompts ``first`` to ``first + count``, in turn, as many per call as the batch has."""
+    chosen = [prompts[k % len(prompts)] for k in range(first, first + count)]
+    return [chosen[lo : lo + batch] for lo in range(0, count, batch)]
+
+
+def check_picture_name(path: Path, option: str) -> None:
+    """Refuses a file name whose format no picture can be saved in."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"{path} does not end like a picture; use .png.", param_hint=option)

@@ -1,0 +1,116 @@
+"""``layercache show`` and ``layercache models``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layercache.tools.cli.common import Json, Plot, Printer
+from layercache.tools.cli.files import load
+
+if TYPE_CHECKING:
+    from layercache.planning.front import Front
+    from layercache.schedule.module_schedule import ModuleSchedule
+    from layercache.tools.cli.files import Content
+
+# What is printed, what its marks mean, and the figures.
+Explained = tuple[tuple[Any, ...], str, dict[str, Any]]
+
+
+def show(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A schedule, a profile or a front.")],
+    plot: Plot = None,
+    json_to: Json = None,
+) -> None:
+    """Explain a schedule or a profile in words and as a table of steps by groups; a front as a table of schedules.
+
+    Example: `layercache show schedule.json --plot schedule.png`
+    """
+    printer = Printer(json_to)
+    content = load(file)
+    parts, legend, figures = _explain(content)
+    if plot is not None:
+        _plot(plot, file.name, content)
+    printer.say(*parts)
+    printer.say(legend, style="dim")
+    if plot is not None:
+        printer.say(f"plot: {plot}")
+    printer.figures(figures)
+
+
+def _explain(content: Content) -> Explained:
+    from layercache.planning.front import Front
+    from layercache.schedule.module_schedule import ModuleSchedule
+    from layercache.schedule.schedule import Schedule
+    from layercache.tools.report import tables
+
+    if isinstance(content, Front):
+        return _explain_front(content)
+    if isinstance(content, ModuleSchedule):
+        return _explain_modules(content)
+    if isinstance(content, Schedule):
+        parts = (tables.schedule_sentences(content), "", tables.schedule_table(content), "")
+        return parts, tables.schedule_legend(content), tables.schedule_figures(content)
+    parts = (tables.profile_sentences(content), "", tables.profile_table(content), "")
+    return parts, tables.profile_legend(content), tables.profile_figures(content)
+
+
+def _explain_modules(schedule: ModuleSchedule) -> Explained:
+    from layercache.tools.report import tables
+
+    parts = (tables.module_sentences(schedule), "", tables.module_table(schedule), "")
+    figures = {
+        "kind": "module schedule",
+        "used": schedule.used,
+        "reused_steps": sorted(schedule.reused_steps),
+        "made_by": dict(schedule.made_by),
+    }
+    return parts, "Modules that are computed, of each kind; the others take their last output.", figures
+
+
+def _explain_front(front: Front) -> Explained:
+    from layercache.tools.report.front import front_table, order_sentence, rows_of
+
+    rows = rows_of(front)
+    figures = {"kind": "front", "notes": list(front.notes), "points": [row.to_json() for row in rows]}
+    legend = f"{order_sentence(rows)} 'layercache plan' takes one out by --budget and the like.".lstrip()
+    return (front_table(rows), *front.notes), legend, figures
+
+
+def _plot(path: Path, title: str, content: Content) -> Path:
+    from layercache.planning.front import Front
+    from layercache.schedule.module_schedule import ModuleSchedule
+    from layercache.schedule.schedule import Schedule
+    from layercache.tools.report import plots
+
+    if isinstance(content, Front):
+        from layercache.tools.report.front import rows_of, save_front_plot
+
+        return save_front_plot(path, rows_of(content), title)
+    if isinstance(content, ModuleSchedule):
+        return plots.save_modules(path, content, f"{title}: {content.used:.1%} of the modules' time computed")
+    sigmas = content.fingerprint.sigmas
+    if isinstance(content, Schedule):
+        title = f"{title}: {content.used:.1%} of the block time computed"
+        panel = plots.MapPanel(title, content.groups, sigmas, schedule=content)
+    else:
+        panel = plots.MapPanel(title, content.groups, sigmas, stability=content.stability())
+    return plots.save_maps(path, [panel])
+
+
+def models(json_to: Json = None) -> None:
+    """List the transformers that are known, and which methods each supports.
+
+    Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
+    TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
+    single modules: where the table has a dash, the model's description does not say where those are. Another class is
+    found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+    """
+    from layercache.tools.report.tables import model_rows, models_table
+
+    printer = Printer(json_to)
+    rows = model_rows()
+    printer.say(models_table(rows))
+    printer.figures({"models": rows})

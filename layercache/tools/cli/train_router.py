@@ -1,0 +1,117 @@
+"""``layercache train-router``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layercache.tools.cli.common import (
+    Budget,
+    Device,
+    Dtype,
+    DtypeOption,
+    Guidance,
+    Height,
+    Json,
+    Model,
+    Plot,
+    Printer,
+    Prompts,
+    PromptsFile,
+    Steps,
+    Width,
+    batches_of,
+    check_picture_name,
+)
+from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
+
+if TYPE_CHECKING:
+    from layercache.methods.l2c import LearnedRouter
+    from layercache.schedule.module_schedule import ModuleSchedule
+
+Rounds = Annotated[int, typer.Option(min=1, help="Generations to learn from.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures per generation.")]
+Penalty = Annotated[float, typer.Option(min=0, help="Weight of computing, beside the error.")]
+LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
+Shifted = Annotated[
+    bool, typer.Option("--shifted", help="Cache the points of the outer grid of single-step DPM-Solver-2.")
+]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="Modules with a larger beta are computed.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="File kept after every round; OUTPUT.pt if left out. Training goes on from it.")
+]
+
+
+def train_router(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
+    rounds: Rounds = 24,
+    batch: Batch = 4,
+    penalty: Penalty = 1e-4,
+    learning_rate: LearningRate = 0.1,
+    shifted: Shifted = False,
+    threshold: Threshold = 0.1,
+    budget: Budget = None,
+    num_inference_steps: Steps = 30,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    output: Output = Path("router.json"),
+    checkpoint: Checkpoint = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    json_to: Json = None,
+) -> None:
+    """Train a Learning-to-Cache router: which modules can be left out at every second step.
+
+    It learns from the model's own generations; the model is not changed. A budget, the share of the modules' time,
+    replaces the threshold. A training that was stopped goes on when the same command is given again.
+
+    Example: `layercache train-router --rounds 40 --budget 0.7 -o router.json`
+    """
+    from layercache.methods import l2c
+
+    _check_plot(plot)
+    settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
+    pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
+    call = quiet_call(pipe, num_inference_steps, guidance_scale, height, width)
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        call["output_type"] = "latent"
+    samples = batches_of(found, 0, -(-len(found) // batch) * batch, batch)
+    kept, printer = checkpoint or output.with_suffix(".pt"), Printer(json_to)
+    with refused_arguments():
+        router = settings.train(pipe, samples, kept, printer.console.is_terminal, **call)
+    schedule = router.schedule(budget=budget) if budget is not None else router.schedule(threshold)
+    _report(printer, router, schedule, {"schedule": schedule.save(output), "checkpoint": kept}, plot)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuses a plot that could not be saved before the training, not after it."""
+    from layercache.tools.report import plots
+
+    if plot is not None:
+        plots.check_installed()
+        check_picture_name(plot, "--plot")
+
+
+def _report(
+    printer: Printer, router: LearnedRouter, schedule: ModuleSchedule, files: dict[str, Path], plot: Path | None
+) -> None:
+    from layercache.tools.report import plots
+
+    if plot is not None:
+        files["loss curve"] = plots.save_losses(plot, router.losses, len(router.units))
+    first, last = router.losses[0], router.losses[-1]
+    printer.say(
+        f"squared error {first[0]:.3g} in the first round, {last[0]:.3g} in the last; "
+        f"{last[1]:.1f} of {len(router.units)} modules in use at a cache step",
+        f"the schedule computes {schedule.used:.1%} of the modules' time",
+        *(f"{name}: {path}" for name, path in files.items()),
+    )
+    printer.figures({"losses": router.losses, "used": schedule.used, "beta": router.beta.tolist()})
