@@ -89,12 +89,11 @@ def modulate(
     ``stream`` one more.
     """
     op = "modulate"
-    if isinstance(eps, float) and eps > 0:  # of numbers a repeated call only knows that they are finite
-        found = MODULATE_KERNELS.again(
-            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-        )
-        if found is not NotImplemented:
-            return found  # type: ignore[no-any-return]
+    found = MODULATE_KERNELS.again(
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+    )
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)

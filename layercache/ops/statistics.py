@@ -36,7 +36,6 @@ ERROR_KERNELS = Kernels(
     kernels.combination_error_triton,
     kernels.combination_error_reference,
     native.if_available(native.combination_error),
-    repeatable=False,  # which terms a launch reads depends on what they are multiplied with
 )
 GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
 ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference, native.if_available(native.align))
