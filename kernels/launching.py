@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Whose compiled kernels take all parameters by position, also those known to the compiler; look at `JITFunction.run`
-# and `CompiledKernel.__getitem__` before adding one.
+# Whose compiled kernels take all parameters by position, also those known to the compiler; look at
+# `JITFunction.run` and `CompiledKernel` before adding one.
 _KNOWN_TRITON = ((3, 3), (3, 9))
 
 
@@ -32,36 +32,48 @@ class Launch:
     def __init__(self, kernel: Any, grid: Sequence[int], **constants: Any):
         self._kernel, self._constants = kernel, constants
         self._grid = (*grid, 1, 1)[:3]
-        self._kept: Callable[..., Any] | None = None
-        self._rest: tuple[Any, ...] = ()
+        self._kept: tuple[Any, ...] | None = None
 
     def __call__(self, *arguments: Any) -> None:
-        if self._kept is None or is_instrumented():
+        kept = self._kept
+        if kept is None or is_watched():
             compiled = self._kernel[self._grid](*arguments, **self._constants)
-            if self._kept is None and compiled is not None and keeps_kernels():  # the interpreter compiles nothing
-                self._rest = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
-                self._kept = compiled[self._grid]
+            if kept is None and compiled is not None and keeps_kernels():  # the interpreter compiles nothing
+                self._keep(compiled, len(arguments))
             return
-        # asks for the current stream, and runs the hooks of profilers
-        self._kept(*arguments, *self._rest)
+        run, head, tail, current_stream, device = kept
+        # neither metadata nor hooks
+        run(*self._grid, current_stream(device), *head, None, None, None, *arguments, *tail)
+
+    def _keep(self, compiled: Any, count: int) -> None:
+        driver = _triton().runtime.driver.active
+        tail = [self._constants[name] for name in self._kernel.arg_names[count:]]
+        head = compiled.function, compiled.packed_metadata
+        self._kept = compiled.run, head, tail, driver.get_current_stream, driver.get_current_device()
+
+
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("triton")
 
 
 @functools.cache
 def keeps_kernels() -> bool:
     """Whether this version of Triton is one whose compiled kernels we know how to launch."""
-    version = importlib.import_module("triton").__version__.split(".")
     first, last = _KNOWN_TRITON
-    return first <= tuple(map(int, version[:2])) <= last
+    return first <= tuple(map(int, _triton().__version__.split(".")[:2])) <= last
 
 
-def is_instrumented() -> bool:
-    """Whether Triton compiles kernels with probes in them, for Proton."""
-    return bool(getattr(_knobs().compilation, "instrumentation_mode", ""))
+def is_watched() -> bool:
+    """Whether something, such as Proton, wants to hear of launches, or to have probes in kernels."""
+    knobs = _triton().knobs
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # a hook or None, in later versions a list of hooks
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or _probes(knobs.compilation))
 
 
-@functools.cache
-def _knobs() -> Any:
-    return importlib.import_module("triton").knobs
+def _probes(compilation: Any) -> str:
+    return getattr(compilation, "instrumentation_mode", "")
 
 
 class Planned:

@@ -18,7 +18,7 @@ from layercache.errors import MissingExtraError
 from layercache.kernels.deferred import has_triton, use_triton
 from layercache.kernels.launching import Planned, first_tensor, on_device_of
 from layercache.kernels.tiles import accumulator_dtype
-from layercache.ops.plans import Call, Plan, read
+from layercache.ops.plans import Plan, read
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("layercache", "DEF")
@@ -58,9 +58,11 @@ class Kernels:
     def again(self, *arguments: Any) -> Any:
         """Runs the op if a call like this one went through `run` before; else returns NotImplemented, for the caller
         to check the arguments. Not for an op whose checks look at what a tensor holds."""
-        call = read(arguments)
-        plan = None if call is None else self._plans.get(call.key)
-        if plan is None or plan.relation(call) not in plan.checked or not plan.is_current():
+        if (call := read(arguments)) is None:
+            return NotImplemented
+        key, tensors, starts = call
+        plan = self._plans.get(key)
+        if plan is None or plan.relation(tensors, starts) not in plan.checked or not plan.is_current():
             return NotImplemented
         return plan.run(*arguments)
 
@@ -70,10 +72,10 @@ class Kernels:
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        call = read(arguments)
-        if call is not None:
-            plan = self._plans.get(call.key) or self._keep(call, arguments)
-            plan.approve(call)
+        if (call := read(arguments)) is not None:
+            key, tensors, starts = call
+            plan = self._plans.get(key) or self._keep(key, tensors, arguments)
+            plan.approve(tensors, starts)
         return self(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -91,24 +93,24 @@ class Kernels:
 
     def launch(self, *arguments: Any) -> Any:
         """By Triton, as planned for the first call like this one."""
-        call = read(arguments)
-        if call is None:
+        if (call := read(arguments)) is None:
             return self.triton(*arguments)
-        plan = self._plans.get(call.key) or self._keep(call, arguments)
+        key, tensors, _ = call
+        plan = self._plans.get(key) or self._keep(key, tensors, arguments)
         if plan.is_current():
             return plan.run(*arguments)
-        with on_device_of(call.tensors[0]):
+        with on_device_of(tensors[0]):
             return plan.run(*arguments)
 
-    def _keep(self, call: Call, arguments: Sequence[Any]) -> Plan:
-        """A new plan for calls like this one."""
-        if self.choose(call.tensors[0]) != self.launch:
+    def _keep(self, key: tuple[Any, ...], tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Plan:
+        """A new plan for calls of this key."""
+        if self.choose(tensors[0]) != self.launch:
             run: Callable[..., Any] = self
         else:
             run = self.triton.plan(*arguments) if isinstance(self.triton, Planned) else self.triton
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        plan = self._plans[call.key] = Plan(run, call)
+        plan = self._plans[key] = Plan(run, tensors)
         return plan
 
 

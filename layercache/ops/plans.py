@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from operator import add, le
 from typing import Any
 
 import torch
@@ -24,40 +25,8 @@ _Parameter = torch.nn.Parameter
 _VALUES = frozenset((int, float, bool, type(None)))
 
 
-class Call:
-    """Arguments of one call, taken apart.
-
-    Attributes:
-        key: all that a call depends on, but for where its tensors are.
-        tensors, starts: its tensors and their addresses.
-    """
-
-    __slots__ = ("key", "starts", "tensors")
-
-    def __init__(self) -> None:
-        self.key: Any = []
-        self.tensors: list[Tensor] = []
-        self.starts: list[int] = []
-
-    def read(self, arguments: Sequence[Any]) -> bool:
-        """Adds arguments; False where one is of a type that is not known."""
-        key, starts = self.key, self.starts
-        for argument in arguments:
-            kind = type(argument)
-            if kind is Tensor or kind is _Parameter:
-                start = argument.data_ptr()
-                starts.append(start)
-                self.tensors.append(argument)
-                key.append((argument.dtype, argument.shape, argument.stride(), argument.device, start & 15))
-            elif kind is list or kind is tuple:
-                key.append(("list", len(argument)))
-                if not self.read(argument):
-                    return False
-            elif kind in _VALUES:
-                key.append(argument)
-            else:
-                return False
-        return True
+# All that a call depends on but for where its tensors are; the tensors; their addresses.
+Call = tuple[tuple[Any, ...], list[Tensor], list[int]]
 
 
 class _Thread(threading.local):
@@ -81,16 +50,37 @@ def read(arguments: Sequence[Any]) -> Call | None:
     """A call as plans know it; None where none may be used."""
     if _thread.ignored or torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None
-    call = Call()
+    key: list[Any] = []
+    tensors: list[Tensor] = []
+    starts: list[int] = []
     try:
-        if not call.read(arguments) or not call.tensors:
+        if not _take_apart(arguments, key, tensors, starts) or not tensors:
             return None
     except RuntimeError:  # a tensor without memory of its own, such as a sparse one
         return None
-    if torch.is_grad_enabled() and any([t.requires_grad for t in call.tensors]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
-    call.key = tuple(call.key)
-    return call
+    return tuple(key), tensors, starts
+
+
+def _take_apart(arguments: Sequence[Any], key: list[Any], tensors: list[Tensor], starts: list[int]) -> bool:
+    """Adds what `read` returns; False where an argument is of a type that is not known."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is _Parameter:
+            start = argument.data_ptr()
+            tensors.append(argument)
+            starts.append(start)
+            key += (argument.dtype, argument.shape, argument.stride(), argument.device, start & 15)
+        elif kind is list or kind is tuple:
+            key += (list, len(argument))
+            if not _take_apart(argument, key, tensors, starts):
+                return False
+        elif kind in _VALUES:
+            key.append(argument)
+        else:
+            return False
+    return True
 
 
 class Plan:
@@ -98,29 +88,23 @@ class Plan:
 
     Attributes:
         run: what runs them.
-        device: index of the GPU that must be current; -1 on the CPU.
         checked: how the tensors of calls that passed the checks share memory, see `relation`.
     """
 
-    __slots__ = ("_spans", "checked", "device", "run")
+    __slots__ = ("_device", "_spans", "checked", "run")
 
-    def __init__(self, run: Callable[..., Any], call: Call):
+    def __init__(self, run: Callable[..., Any], tensors: Sequence[Tensor]):
         self.run = run
-        self.device = call.tensors[0].get_device()
         self.checked: set[tuple[Any, ...]] = set()
-        self._spans = [span(t) for t in call.tensors]
+        self._device = tensors[0].get_device()
+        self._spans = [span(t) for t in tensors]
 
-    def relation(self, call: Call) -> tuple[Any, ...]:
+    def relation(self, tensors: Sequence[Tensor], starts: Sequence[int]) -> tuple[Any, ...]:
         """Which tensors share memory: how far apart they begin, and whether they are the same object."""
-        end = 0
-        for start, size in sorted(zip(call.starts, self._spans, strict=True)):
-            if start < end:
-                break
-            end = start + size
-        else:
+        ends = list(map(add, starts, self._spans))
+        if all(map(le, sorted(ends), sorted(starts)[1:])):  # each ends before the next begins
             return ()
-        ends = [start + size for start, size in zip(call.starts, self._spans, strict=True)]
-        places = list(zip(call.starts, ends, call.tensors, strict=True))
+        places = list(zip(starts, ends, tensors, strict=True))
         return tuple(
             (i, j, start - other_start, tensor is other)
             for i, (start, end, tensor) in enumerate(places)
@@ -128,12 +112,12 @@ class Plan:
             if start < other_end and other_start < end
         )
 
-    def approve(self, call: Call) -> None:
+    def approve(self, tensors: Sequence[Tensor], starts: Sequence[int]) -> None:
         """Notes that a call passed its checks."""
         if len(self.checked) >= _MOST_RELATIONS:
             self.checked.clear()
-        self.checked.add(self.relation(call))
+        self.checked.add(self.relation(tensors, starts))
 
     def is_current(self) -> bool:
-        """Whether the GPU is current for which the plan was made."""
-        return self.device < 0 or self.device == torch.cuda.current_device()
+        """Whether the GPU is current for which the plan was made; always on the CPU."""
+        return self._device < 0 or self._device == torch.cuda.current_device()
