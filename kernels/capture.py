@@ -24,6 +24,7 @@ from .tiles import (
     plan_fold,
     size_of_entry,
     spread,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def capture_triton(
     def run(outputs, inputs, residuals, flag=None, previous=None, *others):
         found = []
         for some, part in parts:
-            own = None if previous is None else tuple([previous[s] for s in some])
-            found.append(part(*(tuple([of[s] for s in some]) for of in (outputs, inputs, residuals)), own, flag))
+            own = None if previous is None else taken(previous, some)
+            found.append(part(taken(outputs, some), taken(inputs, some), taken(residuals, some), own, flag))
         return spread(found, filled, len(outputs), count, outputs[0].device, samples) if count else None
 
     return run

@@ -23,6 +23,7 @@ from .tiles import (
     of_entry,
     row_of,
     size_of_entry,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _plan(
             launch(
                 tuple([t for s in some for t in inputs[s]]),
                 tuple([t for s in some for t in outputs[s]]),
-                None if gates is None else tuple([gates[s] for s in some]),
+                None if gates is None else taken(gates, some),
                 None if scales is None else tuple([t for s in some for t in _pointers(scales[s], outputs[s][0])]),
                 coefficients,
                 factors,

@@ -30,6 +30,7 @@ from .tiles import (
     size_of_entry,
     spread,
     summed,
+    taken,
     vector_width,
 )
 
@@ -175,7 +176,7 @@ def pair_statistics_triton(
     parts = [(some, _plan_pairs([(a[s], b[s]) for s in some], samples, groups)) for some in by_launch(filled)]
 
     def run(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
-        found = [part(tuple([a[s] for s in some]), tuple([b[s] for s in some])) for some, part in parts]
+        found = [part(taken(a, some), taken(b, some)) for some, part in parts]
         return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device, samples)
 
     return run

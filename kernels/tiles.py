@@ -335,6 +335,11 @@ def by_launch(entries: Sequence[Any]) -> Iterable[Sequence[Any]]:
     return (entries[first : first + MAX_ENTRIES] for first in range(0, len(entries), MAX_ENTRIES))
 
 
+def taken(entries: Sequence[Any], some: Sequence[int]) -> tuple[Any, ...]:
+    """The entries of one launch, by their numbers, which rise."""
+    return tuple(entries) if len(some) == len(entries) else tuple([entries[s] for s in some])
+
+
 def power_of_two(least: int) -> int:
     """The smallest that is at least so large."""
     return 1 << (least - 1).bit_length()

@@ -18,7 +18,7 @@ from layercache.errors import MissingExtraError
 from layercache.kernels.deferred import has_triton, use_triton
 from layercache.kernels.launching import Planned, first_tensor, on_device_of
 from layercache.kernels.tiles import accumulator_dtype
-from layercache.ops.plans import Plan, read
+from layercache.ops.plans import Call, Plan, read
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("layercache", "DEF")
@@ -38,6 +38,8 @@ class Kernels:
         triton: for CUDA and ROCm GPUs; of a `Planned` launcher the plans are kept.
         reference: eager PyTorch, for the CPU where the compiled path is not there or the dtype is float64.
         native: the compiled CPU path.
+        plans_on_cpu: whether the checks take longer than looking for a plan does, which is then worth it on the CPU
+            too; on a GPU a plan also saves the layout.
 
     Attributes:
         every: those of all ops.
@@ -50,33 +52,42 @@ class Kernels:
         triton: Callable[..., Any],
         reference: Callable[..., Any],
         native: Callable[..., Any] | None = None,
+        plans_on_cpu: bool = False,
     ):
         self.triton, self.reference, self.native = triton, reference, native
+        self.plans_on_cpu = plans_on_cpu
         self._plans: dict[Any, Plan] = {}
         self.every.append(self)
 
     def again(self, *arguments: Any) -> Any:
         """Runs the op if a call like this one went through `run` before; else returns NotImplemented, for the caller
         to check the arguments. Not for an op whose checks look at what a tensor holds."""
-        if (call := read(arguments)) is None:
+        call = self._read(arguments)
+        if call is None or (plan := self._plans.get(call[0])) is None:
             return NotImplemented
-        key, tensors, starts = call
-        plan = self._plans.get(key)
-        if plan is None or plan.relation(tensors, starts) not in plan.checked or not plan.is_current():
+        if plan.relation(*call[1:]) not in plan.checked or not plan.is_current():
             return NotImplemented
         return plan.run(*arguments)
 
     def run(self, *arguments: Any) -> Any:
-        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists.
+        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists; then
+        `again` runs calls like this one.
 
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        if (call := read(arguments)) is not None:
-            key, tensors, starts = call
-            plan = self._plans.get(key) or self._keep(key, tensors, arguments)
-            plan.approve(tensors, starts)
+        if (call := self._read(arguments)) is not None:
+            self._plan(call, arguments).approve(*call[1:])
         return self(*arguments)
+
+    def _read(self, arguments: Sequence[Any]) -> Call | None:
+        if not self.plans_on_cpu:
+            first = arguments[0]
+            while type(first) in (list, tuple) and first:
+                first = first[0]
+            if not getattr(first, "is_cuda", False):
+                return None
+        return read(arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         """`run`, for arguments that nobody has looked at."""
@@ -93,20 +104,30 @@ class Kernels:
 
     def launch(self, *arguments: Any) -> Any:
         """By Triton, as planned for the first call like this one."""
-        if (call := read(arguments)) is None:
+        return self._launch(read(arguments), arguments)
+
+    def fitting(self, by: Sequence[Any], *arguments: Any) -> Any:
+        """`__call__`, for arguments whose layout follows from ``by``, some of them and maybe a dtype, and which are
+        contiguous and begin at a multiple of 16 where they are none of those."""
+        run = self.choose(first_tensor(arguments))
+        return self._launch(read(("fitting", *by)), arguments) if run == self.launch else run(*arguments)
+
+    def _launch(self, call: Call | None, arguments: Sequence[Any]) -> Any:
+        if call is None:
             return self.triton(*arguments)
-        key, tensors, _ = call
-        plan = self._plans.get(key) or self._keep(key, tensors, arguments)
+        plan = self._plans.get(call[0]) or self._plan(call, arguments)
         if plan.is_current():
             return plan.run(*arguments)
-        with on_device_of(tensors[0]):
+        with on_device_of(call[1][0]):
             return plan.run(*arguments)
 
-    def _keep(self, key: tuple[Any, ...], tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Plan:
-        """A new plan for calls of this key."""
-        if self.choose(tensors[0]) != self.launch:
-            run: Callable[..., Any] = self
-        else:
+    def _plan(self, call: Call, arguments: Sequence[Any]) -> Plan:
+        """The plan for a call, made if there is none."""
+        key, tensors, _ = call
+        if (plan := self._plans.get(key)) is not None:
+            return plan
+        run: Callable[..., Any] = self
+        if self.choose(tensors[0]) == self.launch:
             run = self.triton.plan(*arguments) if isinstance(self.triton, Planned) else self.triton
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()

@@ -30,7 +30,9 @@ from layercache.ops.checks import (
 from layercache.ops.combinations import check_device_coefficients
 from layercache.ops.dispatch import Kernels, register, through_registry
 
-MODULATE_KERNELS = Kernels(kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate))
+MODULATE_KERNELS = Kernels(
+    kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate), plans_on_cpu=True
+)
 GUIDANCE_KERNELS = Kernels(
     guidance_kernels.guidance_triton, guidance_kernels.guidance_reference, native.if_available(native.guidance)
 )

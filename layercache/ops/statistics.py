@@ -100,7 +100,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     rows = _coefficient_rows(coefficients, len(terms))
     if through_registry([target, *terms]):
         return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
-    return ERROR_KERNELS.run(target, terms, rows)
+    return ERROR_KERNELS(target, terms, rows)
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
