@@ -109,8 +109,12 @@ def restore(
     """`linear_combination` without a look at its arguments, for residuals that were allocated to fit."""
     if through_registry(bases):
         return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
-    by = bases, results, len(residuals[0]), residuals[0][0].dtype, isinstance(coefficients, Tensor)
-    return COMBINATION_KERNELS.fitting(by, bases, residuals, coefficients, results)
+    run = COMBINATION_KERNELS.choose(bases[0])
+    if run != COMBINATION_KERNELS.launch:
+        return run(bases, residuals, coefficients, results)
+    on_device = coefficients if isinstance(coefficients, Tensor) else None
+    by = bases, results, on_device, len(residuals[0]), residuals[0][0].dtype
+    return COMBINATION_KERNELS.launch_fitting(by, bases, residuals, coefficients, results)
 
 
 def linear_map(

@@ -62,7 +62,13 @@ class Kernels:
     def again(self, *arguments: Any) -> Any:
         """Runs the op if a call like this one went through `run` before; else returns NotImplemented, for the caller
         to check the arguments. Not for an op whose checks look at what a tensor holds."""
-        call = self._read(arguments)
+        if not self.plans_on_cpu:
+            first = arguments[0]
+            while type(first) in (list, tuple) and first:
+                first = first[0]
+            if not getattr(first, "is_cuda", False):
+                return NotImplemented
+        call = read(arguments)
         if call is None or (plan := self._plans.get(call[0])) is None:
             return NotImplemented
         if plan.relation(*call[1:]) not in plan.checked or not plan.is_current():
@@ -76,18 +82,10 @@ class Kernels:
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        if (call := self._read(arguments)) is not None:
+        run = self.choose(first_tensor(arguments))
+        if (self.plans_on_cpu or run == self.launch) and (call := read(arguments)) is not None:
             self._plan(call, arguments).approve(*call[1:])
-        return self(*arguments)
-
-    def _read(self, arguments: Sequence[Any]) -> Call | None:
-        if not self.plans_on_cpu:
-            first = arguments[0]
-            while type(first) in (list, tuple) and first:
-                first = first[0]
-            if not getattr(first, "is_cuda", False):
-                return None
-        return read(arguments)
+        return run(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         """`run`, for arguments that nobody has looked at."""
@@ -106,11 +104,10 @@ class Kernels:
         """By Triton, as planned for the first call like this one."""
         return self._launch(read(arguments), arguments)
 
-    def fitting(self, by: Sequence[Any], *arguments: Any) -> Any:
-        """`__call__`, for arguments whose layout follows from ``by``, some of them and maybe a dtype, and which are
-        contiguous and begin at a multiple of 16 where they are none of those."""
-        run = self.choose(first_tensor(arguments))
-        return self._launch(read(("fitting", *by)), arguments) if run == self.launch else run(*arguments)
+    def launch_fitting(self, by: Sequence[Any], *arguments: Any) -> Any:
+        """`launch`, for arguments whose layout follows from ``by``: some of them, and dtype and number of the others,
+        which are contiguous, begin at a multiple of 16 and have the shapes of those."""
+        return self._launch(read(("fitting", *by)), arguments)
 
     def _launch(self, call: Call | None, arguments: Sequence[Any]) -> Any:
         if call is None:

@@ -101,8 +101,11 @@ def store(
 ) -> Tensor | None:
     """`capture` without a look at its arguments, for residuals, older ones too, that were allocated to fit."""
     if not through_registry(outputs + inputs):  # either may still be on its way from another process
+        run = CAPTURE_KERNELS.choose(outputs[0])
+        if run != CAPTURE_KERNELS.launch:
+            return run(outputs, inputs, residuals, flag, previous)
         by = outputs, inputs, residuals[0].dtype, flag is None, previous is None
-        return CAPTURE_KERNELS.fitting(by, outputs, inputs, residuals, flag, previous)
+        return CAPTURE_KERNELS.launch_fitting(by, outputs, inputs, residuals, flag, previous)
     if previous is None:
         return CAPTURE(outputs, inputs, residuals, flag)
     return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, previous, False)
