@@ -33,7 +33,7 @@ from layercache.ops.plans import ignored
 from layercache.report import machine_info, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from launches import StubDriver  # noqa: E402
+from launches import StubDriver
 
 SHAPE, CALLS = (1, 64, 128), 50
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Whose compiled kernels take all parameters by position, also those known to the compiler; look at
 # `JITFunction.run` and `CompiledKernel` before adding one.
-_KNOWN_TRITON = ((3, 3), (3, 9))
+_KNOWN_TRITON = ((3, 6), (3, 9))
 
 
 class Launch:

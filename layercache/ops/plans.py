@@ -74,7 +74,7 @@ def _take_apart(arguments: Sequence[Any], key: list[Any], tensors: list[Tensor],
             if not _take_apart(argument, key, tensors, starts):
                 return False
         elif kind in _VALUES:
-            key.append(argument)
+            key += (kind, argument)  # 1, 1.0 and True are equal, but not to a kernel
         else:
             return False
     return True
