@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ class Run:
             machine.unlink()
         found = {
             "kind": "gpu run",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "rehearsal": self.rehearse,
             "limit_seconds": self.limit,
             "machine": self.machine,
@@ -440,7 +440,7 @@ def run_all(args: argparse.Namespace) -> int:
         print(problem)
         return 2
     folder = Path(args.results or (tempfile.mkdtemp(prefix="rehearsal-") if args.rehearse else ROOT / "bench/results"))
-    prefix = folder.resolve() / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}"
+    prefix = folder.resolve() / f"{name}-{datetime.now(UTC):%Y-%m-%d}"
     out = Path(args.out) if args.out else None
     run = Run(prefix, args.limit, args.rehearse, out)
     if out is not None:

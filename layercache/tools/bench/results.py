@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def figures(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     """What a result file holds."""
     return {
         "kind": "kernels",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "kernel_hash": hash_or_none(),
         "machine": machine_info(),
         "settings": settings,

@@ -1,0 +1,103 @@
+"""What the documents say of the repository: links, paths, names, commands, versions and figures that are there."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from layercache.tools.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "examples" / "deep_model", ROOT / ".github")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
+CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which also says what was
+WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in".split()
+README = (ROOT / "README.md").read_text()
+
+
+def prose(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(\s*([^)\s]+)\s*\)", prose(path)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name_of)
+def test_files_and_names_in_backticks_exist(path: Path) -> None:
+    text = prose(path)
+    for name in re.findall(r"`((?:layercache|kernels|csrc|tests|bench|docs|examples)/[\w./]*)", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(layercache(?:\.\w+)+)", text):
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name_of)
+def test_commands_have_these_options(path: Path) -> None:
+    commands = typer.main.get_command(app).commands
+    for line in re.findall(r"(?:^    |`)layercache ((?:[a-z]|-[a-z])[^`\n]*)", path.read_text(), re.MULTILINE):
+        first, *rest = line.partition("  #")[0].split()
+        command = commands[first]
+        if first == "bench" and rest:
+            command = command.commands[rest[0]]
+        known = {option for one in command.params for option in (*one.opts, *one.secondary_opts)} | {"--help"}
+        assert {word for word in rest if re.match(r"--?[a-z]", word)} <= known, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_words_of_the_field(path: Path) -> None:
+    found = re.findall(rf"\b(?:{'|'.join(WORDS)})\b", path.read_text(), re.IGNORECASE)
+    assert not found
+
+
+def test_readme_is_short_and_names_the_commands_that_check_it() -> None:
+    assert len(README.splitlines()) <= 120
+    assert "    make demo " in README and "    make test " in README
+
+
+def test_the_demo_gave_what_readme_says() -> None:
+    runs = json.loads((ROOT / "bench" / "results" / "demo-cpu.json").read_text())["methods"]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:2] == "| "]
+    said = [row[1:] for row in table if len(row) == 7 and row[3] and row[2].endswith("x")]
+    assert said == [
+        [f"{run['used']:.3f}", f"{run['speedup']:.2f}x"]
+        + [f"{run['psnr'][name]:.2f}" for name in ("mean", "median", "quantile10")]
+        + [f"{run['ssim']['mean']:.4f}"]
+        for run in runs
+        if run["psnr"]
+    ]
+
+
+def test_versions_agree() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\s+rev: v(\S+)", hooks)[1] == pinned["ruff"]  # type: ignore[index]
+    project = (ROOT / "pyproject.toml").read_text()
+    supported = re.findall(r"Python :: (3\.\d+)", project)
+    assert f'requires-python = ">={supported[0]}"' in project
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r'"(3\.\d+)"', workflow) == supported
+    assert f"Python {supported[0]} to {supported[-1]}" in README
+    version = re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
