@@ -53,6 +53,6 @@ clean: ## Remove what was built, but keep the environment
 	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch setuptools pybind11
 	touch $@
 
-.venv/installed: .venv/torch constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/* csrc/launch/*)
+.venv/installed: .venv/torch constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@

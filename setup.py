@@ -60,13 +60,6 @@ setup(
             depends=["csrc/dlpack.hpp", *sorted(glob("csrc/cpu/*.hpp") + glob("csrc/cpu/*.inl"))],
             cxx_std=17,
         ),
-        Pybind11Extension(
-            "layercache._launch",
-            sorted(glob("csrc/launch/*.cpp")),
-            include_dirs=["csrc/launch", "csrc"],
-            depends=["csrc/dlpack.hpp", *sorted(glob("csrc/launch/*.hpp"))],
-            cxx_std=17,
-        ),
     ],
     cmdclass={"build_ext": BuildExt},
 )

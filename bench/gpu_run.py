@@ -60,7 +60,6 @@ class Part:
         expected: seconds that it took on an H200 where nothing cut it short; of the kernels see `simulated_kernels`.
         must_end_by: second of the run by which it must have ended when the run is simulated.
         beside: of a command that runs meanwhile.
-        environment: variables that it gets besides.
     """
 
     name: str
@@ -71,7 +70,6 @@ class Part:
     expected: float = 0.0
     must_end_by: float = LIMIT
     beside: Callable[[float], list[str]] | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,23 +133,12 @@ def parts(rehearse: bool) -> list[Part]:
         return [script, "--machine", str(file), *(["--rehearse"] if rehearse else [])]
 
     first = kernels("--shape", TINY, "--op", "gram") if rehearse else kernels("--shape", MAIN)
-    # what the host needs where no launch is repeated without Triton's launcher
-    small = TINY_OTHERS[-1] if rehearse else OTHERS[1]
-    launches = kernels("--no-compile", "--shape", small, *(["--op", "capture"] if rehearse else []))
     others = [argument for shape in (TINY_OTHERS if rehearse else OTHERS) for argument in ("--shape", shape)]
     return [
         Part("machine", 60, machine, "machine", expected=5),
         Part("tests", 150, tests, expected=100, must_end_by=400, beside=ahead),
         Part("kernels", 130, first, "kernels", expected=0, must_end_by=400),
         Part("real size, Qwen-Image", 170, real_size("qwen"), "qwen", ("diffusers",), 130, 400),
-        Part(
-            "launches by Triton",
-            30,
-            launches,
-            "triton-launches",
-            environment={"LAYERCACHE_LAUNCH": "triton"},
-            expected=20,
-        ),
         Part("sweep", 70, sweep, "sweep", expected=34),
         Part("kernels, other sizes", 90, kernels("--no-compile", *others), "sizes", expected=0),
         Part("real size, FLUX.1", 110, real_size("flux"), "flux", ("diffusers",), 110),
@@ -205,8 +192,8 @@ class Run:
         else:
             print(f"== {part.name}: at {begun:.0f} s, for {given:.0f} s at most", flush=True)
             with contextlib.ExitStack() as stack:
-                beside = stack.enter_context(started(part.beside(given), {})) if part.beside else None
-                main = stack.enter_context(started(part.command(given, self.file(part)), part.environment))
+                beside = stack.enter_context(started(part.beside(given))) if part.beside else None
+                main = stack.enter_context(started(part.command(given, self.file(part))))
                 state, note = wait(main, given)
                 if beside is not None:
                     wait(beside, max(1.0, given - (self.passed - begun)))
@@ -261,9 +248,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(arguments: list[str], more: dict[str, str]) -> Iterator[subprocess.Popen]:
+def started(arguments: list[str]) -> Iterator[subprocess.Popen]:
     """Python with these arguments, in a process group that is ended with the context, whatever it left running."""
-    options: dict[str, Any] = {"cwd": ROOT, "env": os.environ | more, "stdin": subprocess.DEVNULL}
+    options: dict[str, Any] = {"cwd": ROOT, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen([PYTHON, *arguments], process_group=0, **options)
     try:
         yield process
@@ -434,7 +421,7 @@ def card() -> str | None:
 def build() -> str | None:
     """Builds the extensions for this Python where they were not carried along; returns what went wrong."""
     # torch first: the CPU kernels share its OpenMP
-    check = [PYTHON, "-c", "import torch, layercache._core, layercache._cpu, layercache._launch"]
+    check = [PYTHON, "-c", "import torch, layercache._core, layercache._cpu"]
     if subprocess.run(check, cwd=ROOT, capture_output=True).returncode == 0:
         return None
     print("== building the extensions, which were not carried along for this Python", flush=True)

@@ -1,5 +1,4 @@
-// The part of DLPack's C exchange API (1.3) that is used here: a tensor's fields without a Python call, and the stream
-// that work is put on.
+// The part of DLPack's C exchange API (1.3) that is used here: a tensor's fields without a Python call.
 #pragma once
 
 #include <Python.h>
@@ -9,7 +8,7 @@
 namespace layercache::dlpack {
 
 constexpr std::uint8_t UINT = 1, FLOAT = 2, BFLOAT = 4;  // type codes
-constexpr std::int32_t CPU = 1, CUDA = 2;                // device types
+constexpr std::int32_t CPU = 1;                          // device type
 
 struct Tensor {
     void* data;
@@ -27,7 +26,6 @@ struct Exchange {
     Exchange* previous;
     void *allocate, *take, *give;
     int (*borrow)(void* tensor, Tensor* out);  // may be null; 0, or an error is set
-    int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** stream);
 };
 
 // What a tensor class brings, or null; no error is set.

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue
+from .launching import Launch, Planned
 from .statistics import pair_sums
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
     by_launch,
     entry_of,
-    finalise,
     groups_at,
     lay_out_launch,
     nbytes,
     new_partials,
     of_entry,
-    on_device_of,
+    plan_fold,
     size_of_entry,
     spread,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _capture_kernel(
             tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(rp, 0))
 
 
+@Planned
 def capture_triton(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -127,7 +128,7 @@ def capture_triton(
     statistics: bool = False,
     per_sample: bool = False,
     groups: int | None = None,
-) -> Tensor | None:
+) -> Callable[..., Tensor | None]:
     """`capture_reference` in one launch per eight streams, and a second tiny one for statistics.
 
     Args:
@@ -135,14 +136,18 @@ def capture_triton(
     """
     count = statistics_count(previous, statistics)
     samples = outputs[0].shape[0] if per_sample and count else 1
+    streams = list(zip(outputs, inputs, residuals, previous or residuals, strict=True))
     filled = [s for s, out in enumerate(outputs) if out.numel()]
-    found = []
-    for some in by_launch(filled):
-        streams = [(outputs[s], inputs[s], residuals[s], None if previous is None else previous[s]) for s in some]
-        found.append(_launch(streams, flag, count, samples, groups))
-    if not count:
-        return None
-    return spread(found, filled, len(outputs), count, outputs[0].device, samples)  # type: ignore[arg-type]
+    parts = [(some, _plan([streams[s] for s in some], count, samples, groups)) for some in by_launch(filled)]
+
+    def run(outputs, inputs, residuals, flag=None, previous=None, *others):
+        found = []
+        for some, part in parts:
+            own = None if previous is None else taken(previous, some)
+            found.append(part(taken(outputs, some), taken(inputs, some), taken(residuals, some), own, flag))
+        return spread(found, filled, len(outputs), count, outputs[0].device, samples) if count else None
+
+    return run
 
 
 def statistics_count(previous: Sequence[Tensor] | None, statistics: bool) -> int:
@@ -150,34 +155,20 @@ def statistics_count(previous: Sequence[Tensor] | None, statistics: bool) -> int
     return STATISTICS if previous is not None else INPUT_STATISTICS if statistics else 0
 
 
-def _launch(
-    streams: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    flag: Tensor | None,
-    count: int,
-    samples: int,
-    groups: int | None,
-) -> Tensor | None:
+def _plan(streams: Sequence[tuple[Tensor, ...]], count: int, samples: int, groups: int | None) -> Callable[..., Any]:
     """One launch for streams that are not empty; their statistics, if wanted."""
-    out, before, residual, previous = zip(*streams, strict=True)
-    others = [t for stream in streams for t in stream[2:] if t is not None]
-    launch = lay_out_launch([stream[:2] for stream in streams], others, groups, samples, sums=count > 0)
-    partials = new_partials(len(streams) * samples * count, out[0].device) if count else None
-    with on_device_of(out[0]):
-        enqueue(
-            _capture_kernel,
-            launch.grid,
-            out,
-            before,
-            residual,
-            previous if previous[0] is not None else None,
-            flag,
-            partials,
-            launch.sizes,
-            STATISTICS=count,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **launch.constants,
-        )
-        return None if partials is None else finalise(partials, launch.programs, count, samples=samples)
+    others = [t for stream in streams for t in stream[2:]]
+    layout = lay_out_launch([stream[:2] for stream in streams], others, groups, samples, sums=count > 0)
+    rows, sizes = len(streams) * samples * count, layout.sizes
+    launch = Launch(_capture_kernel, layout.grid, STATISTICS=count, MAX_PROGRAMS=MAX_PROGRAMS, **layout.constants)
+    fold = plan_fold(layout.programs, count, samples=samples)
+
+    def run(outputs, inputs, residuals, previous, flag):
+        partials = new_partials(rows, outputs[0].device) if rows else None
+        launch(outputs, inputs, residuals, previous, flag, partials, sizes)
+        return None if partials is None else fold(partials)
+
+    return run
 
 
 def capture_reference(

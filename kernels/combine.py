@@ -5,7 +5,7 @@ One kernel serves all forms: M outputs, each a linear combination of the same K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
-from .launching import enqueue, new_like
+from .launching import Launch, Planned, new_like, outline
 from .tiles import (
     accumulator_dtype,
     by_launch,
@@ -21,9 +21,9 @@ from .tiles import (
     lay_out_launch,
     nbytes,
     of_entry,
-    on_device_of,
     row_of,
     size_of_entry,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _linear_map_kernel(
             tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
+@Planned
 def linear_combination_triton(
     bases: Sequence[Tensor],
     residuals: Sequence[Sequence[Tensor]],
@@ -117,29 +118,35 @@ def linear_combination_triton(
     gates: Sequence[Tensor] | None = None,
     scales: Sequence[Sequence[Tensor]] | None = None,
     groups: int | None = None,
-) -> list[Tensor]:
+) -> Callable[..., list[Tensor]]:
     """`linear_combination_reference` in one launch per eight streams.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    results = new_like(bases) if results is None else list(results)
-    on_device = coefficients if isinstance(coefficients, Tensor) else None
-    matrix = None if isinstance(coefficients, Tensor) else [coefficients]
-    _launch(
-        [(x, *stream) for x, stream in zip(bases, residuals, strict=True)],
-        [[y] for y in results],
-        matrix,
-        on_device,
-        None,
-        gates,
-        None if scales is None else [(None, *stream) for stream in scales],
-        True,
-        groups,
-    )
-    return results
+    on_device = isinstance(coefficients, Tensor)
+    inputs = [(x, *stream) for x, stream in zip(bases, residuals, strict=True)]
+    outputs = [(y,) for y in results or map(outline, bases)]
+    coded = None if scales is None else [False, *[True] * len(scales[0])]
+    launch = _plan(inputs, outputs, [True] * len(inputs[0]), gates, coded, True, groups)
+
+    def run(bases, residuals, coefficients, results=None, gates=None, scales=None):
+        results = new_like(bases) if results is None else list(results)
+        launch(
+            [(x, *stream) for x, stream in zip(bases, residuals, strict=True)],
+            [(y,) for y in results],
+            None if on_device else tuple(map(float, coefficients)),
+            None,
+            coefficients if on_device else None,
+            gates,
+            None if scales is None else [(None, *stream) for stream in scales],
+        )
+        return results
+
+    return run
 
 
+@Planned
 def linear_map_triton(
     inputs: Sequence[Sequence[Tensor]],
     outputs: Sequence[Sequence[Tensor]],
@@ -147,70 +154,75 @@ def linear_map_triton(
     factors: Sequence[float] | None = None,
     scales: Scales | None = None,
     groups: int | None = None,
-) -> None:
+) -> Callable[..., None]:
     """`linear_map_reference` in one launch per eight streams.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
     on_device = isinstance(matrix, Tensor)
-    _launch(
-        inputs,
-        outputs,
-        None if on_device else matrix,  # type: ignore[arg-type]
-        matrix if on_device else None,  # type: ignore[arg-type]
-        factors,
-        None,
-        scales,
-        False,
-        groups,
-    )
+    flat = [1.0] * (len(inputs[0]) * len(outputs[0])) if on_device else [c for row in matrix for c in row]
+    coded = None if scales is None else [t is not None for t in scales[0]]
+    launch = _plan(inputs, outputs, [c is not None for c in flat], None, coded, False, groups)
+
+    def run(inputs, outputs, matrix, factors=None, scales=None):
+        launch(
+            inputs,
+            outputs,
+            None if on_device else tuple(0 if c is None else float(c) for row in matrix for c in row),
+            None if factors is None else tuple(map(float, factors)),
+            matrix if on_device else None,
+            None,
+            scales,
+        )
+
+    return run
 
 
-def _launch(
+def _plan(
     inputs: Sequence[Sequence[Tensor]],
     outputs: Sequence[Sequence[Tensor]],
-    matrix: Matrix | None,
-    on_device: Tensor | None,
-    factors: Sequence[float] | None,
+    known: Sequence[bool],
     gates: Sequence[Tensor] | None,
-    scales: Scales | None,
+    coded: Sequence[bool] | None,
     base: bool,
     groups: int | None,
-) -> None:
+) -> Callable[..., None]:
     """Launches for all streams that are not empty."""
-    filled = [s for s, stream in enumerate(inputs) if stream[0].numel()]
-    count, results = len(inputs[0]), len(outputs[0])
-    flat = None if matrix is None else [c for row in matrix for c in row]
-    # of a base too, which comes first
-    known = [True] * (count * results) if flat is None else [True] * base + [c is not None for c in flat]
-    used = sum(is_used << bit for bit, is_used in enumerate(known))
-    for some in by_launch(filled):
+    parts = []
+    for some in by_launch([s for s, stream in enumerate(inputs) if stream[0].numel()]):
         addressed = [[*inputs[s], *outputs[s]] for s in some]
         if gates is not None:
             for s, tensors in zip(some, addressed, strict=True):
                 tensors.append(as_rows(gates[s]).expand(inputs[s][0].shape))
         # codes of one byte come in groups of 16, whatever the rest
-        launch = lay_out_launch(addressed, (), groups, rows=scales is not None)
-        with on_device_of(inputs[some[0]][0]):
-            enqueue(
-                _linear_map_kernel,
-                launch.grid,
-                tuple(t for s in some for t in inputs[s]),
-                tuple(t for s in some for t in outputs[s]),
-                None if gates is None else tuple(gates[s] for s in some),
-                None if scales is None else tuple(t for s in some for t in _pointers(scales[s], outputs[s][0])),
-                None if flat is None else tuple(0 if c is None else float(c) for c in flat),
-                None if factors is None else tuple(map(float, factors)),
+        layout = lay_out_launch(addressed, (), groups, rows=coded is not None)
+        launch = Launch(
+            _linear_map_kernel,
+            layout.grid,
+            INPUTS=len(inputs[0]),
+            OUTPUTS=len(outputs[0]),
+            USED=sum(is_used << bit for bit, is_used in enumerate(known)),
+            CODED=sum(is_code << k for k, is_code in enumerate(coded or ())),
+            BASE=base,
+            **layout.constants,
+        )
+        parts.append((some, layout.sizes, launch))
+
+    def run(inputs, outputs, coefficients, factors, on_device, gates, scales):
+        for some, sizes, launch in parts:
+            launch(
+                tuple([t for s in some for t in inputs[s]]),
+                tuple([t for s in some for t in outputs[s]]),
+                None if gates is None else taken(gates, some),
+                None if scales is None else tuple([t for s in some for t in _pointers(scales[s], outputs[s][0])]),
+                coefficients,
+                factors,
                 on_device,
-                launch.sizes,
-                INPUTS=count,
-                OUTPUTS=results,
-                USED=used,
-                CODED=0 if scales is None else sum((t is not None) << k for k, t in enumerate(scales[0])),
-                BASE=base,
-                **launch.constants,
+                sizes,
             )
+
+    return run
 
 
 def _pointers(scales: Sequence[Tensor | None], instead: Tensor) -> list[Tensor]:

@@ -7,16 +7,16 @@ agree on every bit. The scale is the least power of two for which the row's larg
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue
+from .launching import Launch, Planned
 from .rows import load_chunk, row_offsets, share_out
-from .tiles import nbytes, on_device_of
+from .tiles import nbytes
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -104,31 +104,29 @@ def converts_e4m3(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@Planned
 def capture_compact_triton(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
     flag: Tensor | None = None,
-) -> None:
+) -> Callable[..., None]:
     """`capture_compact_reference` in one launch per stream."""
-    for output, before, code, scale in zip(outputs, inputs, codes, scales, strict=True):
-        if not output.numel():
-            continue
-        shape = share_out([output, before], [code])
-        with on_device_of(output):
-            enqueue(
-                _capture_compact_kernel,
-                (shape.tiles,),
-                output,
-                before,
-                code,
-                scale,
-                flag,
-                shape.sizes(output.shape[-1], *shape.steps(output, before)),
-                HARDWARE=converts_e4m3(output.device),
-                **shape.constants,
-            )
+    parts = []
+    for s, (output, before, code) in enumerate(zip(outputs, inputs, codes, strict=True)):
+        if output.numel():
+            shape = share_out([output, before], [code])
+            sizes = shape.sizes(output.shape[-1], *shape.steps(output, before))
+            hardware = converts_e4m3(output.device)
+            launch = Launch(_capture_compact_kernel, (shape.tiles,), HARDWARE=hardware, **shape.constants)
+            parts.append((s, sizes, launch))
+
+    def run(outputs, inputs, codes, scales, flag=None):
+        for s, sizes, launch in parts:
+            launch(outputs[s], inputs[s], codes[s], scales[s], flag, sizes)
+
+    return run
 
 
 def capture_compact_reference(

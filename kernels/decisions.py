@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue, new
+from .launching import Launch, Planned, new
 from .rows import SUMMED, load_chunk, row_offsets, share_out
 from .tiles import (
     MAX_PROGRAMS,
@@ -18,7 +18,6 @@ from .tiles import (
     encoded,
     nbytes,
     new_partials,
-    on_device_of,
     summed,
 )
 
@@ -104,37 +103,29 @@ def _decide_kernel(
     tl.store(flag_ptr, tl.where(small, 1, 0))
 
 
-def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+@Planned
+def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Callable[..., Tensor]:
     """`row_statistics_reference` in one launch and a second tiny one."""
     shape = share_out([a, b], held=SUMMED)
     samples = a.shape[0] if per_sample else 1
     rows = shape.rows // samples
     programs = min(-(-rows // shape.per_program), MAX_PROGRAMS)
-    partials = new_partials(3 * samples, a.device)
-    with on_device_of(a):
-        enqueue(
-            _row_statistics_kernel,
-            (programs, samples),
-            a,
-            b,
-            partials,
-            shape.sizes(a.shape[-1], *shape.steps(a, b), rows=rows),
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **shape.constants,
-        )
+    sizes = shape.sizes(a.shape[-1], *shape.steps(a, b), rows=rows)
+    launch = Launch(_row_statistics_kernel, (programs, samples), MAX_PROGRAMS=MAX_PROGRAMS, **shape.constants)
+    last = Launch(_row_results_kernel, (samples,), MAX_PROGRAMS=MAX_PROGRAMS, **OPTIONS)
+    counts = encoded((programs, rows))
+
+    def run(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
+        partials = new_partials(3 * samples, a.device)
+        launch(a, b, partials, sizes)
         out = new((samples, 3), torch.float32, a.device)
-        enqueue(
-            _row_results_kernel,
-            (samples,),
-            partials,
-            out,
-            *encoded((programs, rows)),
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **OPTIONS,
-        )
-    return out
+        last(partials, out, *counts)
+        return out
+
+    return run
 
 
+@Planned
 def decide_triton(
     numerator: Tensor,
     denominator: Tensor,
@@ -142,21 +133,14 @@ def decide_triton(
     flag: Tensor,
     polynomial: Sequence[float],
     threshold: float,
-) -> None:
+) -> Callable[..., None]:
     """`decide_reference` in one tiny launch."""
-    with on_device_of(flag):
-        enqueue(
-            _decide_kernel,
-            (1,),
-            numerator,
-            denominator,
-            accumulated,
-            flag,
-            tuple(map(float, polynomial)),
-            float(threshold),
-            TERMS=len(polynomial),
-            **OPTIONS,
-        )
+    launch = Launch(_decide_kernel, (1,), TERMS=len(polynomial), **OPTIONS)
+
+    def run(numerator, denominator, accumulated, flag, polynomial, threshold):
+        launch(numerator, denominator, accumulated, flag, tuple(map(float, polynomial)), float(threshold))
+
+    return run
 
 
 def row_statistics_reference(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:

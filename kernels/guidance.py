@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue, new
+from .launching import Launch, Planned, new_like, outline
 from .rows import load_chunk, row_offsets, share_out
-from .tiles import accumulator_dtype, nbytes, on_device_of
+from .tiles import accumulator_dtype, nbytes
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -63,25 +64,21 @@ def _guidance_kernel(
         tl.store(out_ptr + own + at, v.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
+@Planned
+def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Callable[..., Tensor]:
     """`guidance_reference` in one launch."""
-    out = new(cond.shape, cond.dtype, cond.device)
     if not cond.numel():
+        return lambda cond, *others: new_like([cond])[0]
+    shape = share_out([cond, uncond], [outline(cond)])
+    sizes = shape.sizes(cond.shape[-1], *shape.steps(cond, uncond))
+    launch = Launch(_guidance_kernel, (shape.tiles,), RESCALE=rescale, **shape.constants)
+
+    def run(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
+        (out,) = new_like([cond])
+        launch(cond, uncond, out, float(scale), sizes)
         return out
-    shape = share_out([cond, uncond], [out])
-    with on_device_of(cond):
-        enqueue(
-            _guidance_kernel,
-            (shape.tiles,),
-            cond,
-            uncond,
-            out,
-            float(scale),
-            shape.sizes(cond.shape[-1], *shape.steps(cond, uncond)),
-            RESCALE=rescale,
-            **shape.constants,
-        )
-    return out
+
+    return run
 
 
 def guidance_reference(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:

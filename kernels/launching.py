@@ -1,89 +1,116 @@
-"""Launches, and how they are written down so that the same call can be made again without Triton's launcher.
+"""Launches that are made again without looking anew for what they launch.
 
-Triton works out at every launch what it launches, and the launcher of a kernel here how its streams are laid out:
-together some 25 microseconds, of which the GPU needs none. Both depend on the layout of the tensors alone. So a call
-may be recorded, and `layercache.ops.repeating` repeats it for other tensors laid out alike.
+Of a call, Triton's JIT function finds the binary, and the launcher of a kernel here finds grid, sizes and compile-time
+arguments: most of what the host needs. All of it depends on how the tensors are laid out, not on where they are. So a
+launcher is a plan, made of arguments once, and called with them and with any others that are laid out alike.
 """
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PARAMETER = re.compile(r"^\s*\.param\s+(.*?)\s*,?\s*$", re.MULTILINE)
-# Triton appends pointers to scratch memory; kernels that need none get null.
-_MOST_HIDDEN = 2
+# Whose compiled kernels take all parameters by position, also those known to the compiler; look at
+# `JITFunction.run` and `CompiledKernel` before adding one.
+_KNOWN_TRITON = ((3, 6), (3, 9))
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One launch: the kernel as compiled, its grid, and its arguments one by one, without those known to the compiler.
+class Launch:
+    """A kernel with its grid and compile-time arguments, called with the others by position.
 
-    Attributes:
-        hidden: pointers that Triton appends, all of them null.
+    The first call goes through Triton's JIT function. Later ones launch the binary that it chose, so they must be for
+    arguments it would choose the same for: the same device, dtypes, integers and places of None, and addresses that
+    are multiples of 16 where those of the first call were. Numbers (float) and memory may be any.
     """
 
-    compiled: Any
-    grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
-    hidden: int
+    def __init__(self, kernel: Any, grid: Sequence[int], **constants: Any):
+        self._kernel, self._constants = kernel, constants
+        self._grid = (*grid, 1, 1)[:3]
+        self._kept: tuple[Any, ...] | None = None
 
-    @property
-    def threads(self) -> int:
-        return 32 * int(self.compiled.metadata.num_warps)
+    def __call__(self, *arguments: Any) -> None:
+        kept = self._kept
+        if kept is None or is_watched():
+            compiled = self._kernel[self._grid](*arguments, **self._constants)
+            if kept is None and compiled is not None and keeps_kernels():  # the interpreter compiles nothing
+                self._keep(compiled, len(arguments))
+            return
+        run, head, tail, current_stream, device = kept
+        # neither metadata nor hooks
+        run(*self._grid, current_stream(device), *head, None, None, None, *arguments, *tail)
+
+    def _keep(self, compiled: Any, count: int) -> None:
+        driver = _triton().runtime.driver.active
+        tail = [self._constants[name] for name in self._kernel.arg_names[count:]]
+        head = compiled.function, compiled.packed_metadata
+        self._kept = compiled.run, head, tail, driver.get_current_stream, driver.get_current_device()
 
 
-@dataclass
-class Recording:
-    """What a call launches and allocates.
+@functools.cache
+def _triton() -> Any:
+    return importlib.import_module("triton")
 
-    Attributes:
-        made: new tensors, in order.
-        faithful: whether nothing happened that is not written down here.
+
+@functools.cache
+def keeps_kernels() -> bool:
+    """Whether this version of Triton is one whose compiled kernels we know how to launch."""
+    first, last = _KNOWN_TRITON
+    return first <= tuple(map(int, _triton().__version__.split(".")[:2])) <= last
+
+
+def is_watched() -> bool:
+    """Whether something, such as Proton, wants to hear of launches, or to have probes in kernels."""
+    knobs = _triton().knobs
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # a hook or None, in later versions a list of hooks
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or _probes(knobs.compilation))
+
+
+def _probes(compilation: Any) -> str:
+    return getattr(compilation, "instrumentation_mode", "")
+
+
+class Planned:
+    """A launcher that makes a plan for its arguments and follows it once.
+
+    Args:
+        plan: takes the arguments of an op, the first of which is a tensor or a list of tensors, and maybe ``groups``;
+            what it returns takes the same without ``groups``, or others laid out alike. It may look at all but the
+            values of numbers (float) and the contents of tensors, and keeps neither numbers nor tensors.
     """
 
-    launches: list[Recorded] = field(default_factory=list)
-    made: list[Tensor] = field(default_factory=list)
-    faithful: bool = True
+    def __init__(self, plan: Callable[..., Callable[..., Any]]):
+        self.plan = plan
+        functools.update_wrapper(self, plan)
 
-    def __enter__(self) -> Recording:
-        _thread.recording = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _thread.recording = None
+    def __call__(self, *arguments: Any, groups: int | None = None, **options: Any) -> Any:
+        size = {} if groups is None else {"groups": groups}
+        with on_device_of(first_tensor(arguments)):
+            return self.plan(*arguments, **options, **size)(*arguments, **options)
 
 
-class _Thread(threading.local):
-    recording: Recording | None = None
+def first_tensor(arguments: Any) -> Tensor:
+    while not isinstance(arguments, Tensor):
+        arguments = arguments[0]
+    return arguments
 
 
-_thread = _Thread()
-
-
-def enqueue(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``; all arguments that are not compile-time constants by position."""
-    compiled = kernel[tuple(grid)](*arguments, **constants)
-    if (recording := _thread.recording) is not None:
-        found = _record(compiled, grid, arguments)
-        if found is None:
-            recording.faithful = False
-        else:
-            recording.launches.append(found)
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one; free when it already is."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous tensor, not initialised."""
-    made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if (recording := _thread.recording) is not None:
-        recording.made.append(made)
-    return made
+    """A contiguous tensor, not initialised, whose address is a multiple of 16."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def new_like(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -91,45 +118,6 @@ def new_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [new(t.shape, t.dtype, t.device) for t in tensors]
 
 
-def _record(compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Recorded | None:
-    """The launch, if parameters are all that it needs, and PTX declares just these."""
-    if compiled is None or not _is_plain(compiled.metadata):  # the interpreter compiles nothing
-        return None
-    flat = tuple(_flat(arguments))
-    declared = declared_parameters(compiled)
-    hidden = len(declared) - len(flat)
-    if not declared or not 0 <= hidden <= _MOST_HIDDEN:
-        return None
-    if declared != [*map(_kind, flat), *(["u64"] * hidden)]:
-        return None
-    x, y, z = (*grid, 1, 1)[:3]
-    return Recorded(compiled, (x, y, z), flat, hidden)
-
-
-def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
-    """Arguments as the kernel gets them: tuples one by one, nothing for None."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from _flat(argument)
-        elif argument is not None:
-            yield argument
-
-
-def _kind(argument: Any) -> str:
-    """Type of the parameter that Triton makes of an argument, in PTX."""
-    if isinstance(argument, Tensor):
-        return "u64"
-    return "f32" if isinstance(argument, float) else "u32" if -(2**31) <= argument < 2**31 else "u64"
-
-
-def declared_parameters(compiled: Any) -> list[str]:
-    """Types of a compiled kernel's parameters in PTX, such as u64; none where it is not for CUDA."""
-    head = compiled.asm.get("ptx", "").partition(".entry")[2].partition(")")[0]
-    # .param .u64 .ptr .global .align 1 name: the type comes first, a structure of bytes is none that is known here
-    return [match[1].split()[0].lstrip(".") for match in _PARAMETER.finditer(head)]
-
-
-def _is_plain(metadata: Any) -> bool:
-    """Whether a grid, threads and shared memory are all there is to say about the launch."""
-    special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
-    return getattr(metadata, "num_ctas", 1) == 1 and not any(getattr(metadata, name, 0) for name in special)
+def outline(tensor: Tensor) -> Tensor:
+    """What `new_like` will make of it, without its memory."""
+    return new(tensor.shape, tensor.dtype, torch.device("meta"))

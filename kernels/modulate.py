@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
-from .launching import enqueue, new
-from .rows import load_chunk, row_offsets, share_out
+from .launching import Launch, Planned, new_like, outline
+from .rows import Rows, load_chunk, row_offsets, share_out
 from .statistics import PAIR_STATISTICS, pair_sums, store_pair, with_pair
-from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, finalise, nbytes, new_partials, on_device_of
+from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, nbytes, new_partials, plan_fold
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -129,6 +129,7 @@ def _modulate_kernel(
         store_pair(slot, sums[s * 8 : s * 8 + 8], MAX_PROGRAMS)
 
 
+@Planned
 def modulate_triton(
     x: Tensor,
     scale: Tensor,
@@ -143,27 +144,36 @@ def modulate_triton(
     result: Tensor | None = None,
     stream: Tensor | None = None,
     scales: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`modulate_reference` in one launch, and a second tiny one with ``previous``."""
-    z = new(x.shape, x.dtype, x.device) if result is None else result
     bounds = [0, *segments, x.shape[-1]]
     parts = len(bounds) - 1
-    if not x.numel():
-        empty = torch.zeros((parts, PAIR_STATISTICS), dtype=torch.float32, device=x.device)
-        return z, None if previous is None else empty
-    scale, shift = as_rows(scale), as_rows(shift)
-    dense = [t for t in (z, *residuals, previous, stream, weight, bias) if t is not None]
-    shape = share_out([x], [*dense, *(t for t in (scale, shift) if t.is_contiguous())])
-    steps = shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]
     count = 0 if previous is None else PAIR_STATISTICS
+    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result))
     # where nothing is summed up, the GPU shares out the rows better than a loop does
     programs = min(shape.tiles, MAX_PROGRAMS) if count else shape.tiles
-    partials = new_partials(parts * count, x.device) if count else None
+    sizes, ends = shape.sizes(x.shape[-1], *steps), encoded(bounds)
     on_device = isinstance(coefficients, Tensor)
-    with on_device_of(x):
-        enqueue(
-            _modulate_kernel,
-            (programs,),
+    launch = Launch(
+        _modulate_kernel,
+        (programs,),
+        TERMS=len(residuals),
+        SEGMENTS=parts if count else 0,
+        STATISTICS=count,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        **shape.constants,
+    )
+    fold = plan_fold([programs], PAIR_STATISTICS, PAIR_STATISTICS - 1, samples=parts)
+
+    def run(
+        x, scale, shift, residuals=(), coefficients=(), previous=None, segments=(), eps=1e-6, weight=None, bias=None,
+        result=None, stream=None, scales=None,
+    ):  # fmt: skip
+        z = new_like([x])[0] if result is None else result
+        if not x.numel():
+            return z, torch.zeros((parts, count), dtype=torch.float32, device=x.device) if count else None
+        partials = new_partials(parts * count, x.device) if count else None
+        launch(
             x,
             tuple(residuals) or None,
             None if scales is None else tuple(scales),
@@ -174,21 +184,24 @@ def modulate_triton(
             previous,
             z,
             stream,
-            None if on_device or not residuals else tuple(float(c) for c in coefficients),
+            None if on_device or not residuals else tuple(map(float, coefficients)),
             coefficients if on_device else None,
             partials,
             float(eps),
-            shape.sizes(x.shape[-1], *steps),
-            encoded(bounds),
-            TERMS=len(residuals),
-            SEGMENTS=parts if count else 0,
-            STATISTICS=count,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **shape.constants,
+            sizes,
+            ends,
         )
-        if partials is None:
-            return z, None
-        return z, finalise(partials, [programs], PAIR_STATISTICS, PAIR_STATISTICS - 1, samples=parts)
+        return z, None if partials is None else fold(partials)
+
+    return run
+
+
+def _lay_out(x: Tensor, scale: Tensor, shift: Tensor, others: Iterable[Tensor | None]) -> tuple[Rows, list[int]]:
+    """How the rows are shared out, and the strides of x, scale and shift."""
+    scale, shift = as_rows(scale), as_rows(shift)
+    dense = [outline(x), *(t for t in others if t is not None)]
+    shape = share_out([x], [*dense, *(t for t in (scale, shift) if t.is_contiguous())])
+    return shape, shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]
 
 
 def modulate_reference(

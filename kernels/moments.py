@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .combine import Matrix, linear_combination_reference, linear_combination_triton
 from .deferred import jit
-from .launching import enqueue, new
+from .launching import Launch, Planned, new
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -18,10 +18,9 @@ from .tiles import (
     SLOW_GROUPS,
     accumulator_dtype,
     encoded,
-    finalise,
     nbytes,
     new_partials,
-    on_device_of,
+    plan_fold,
     program_count,
     vector_width,
 )
@@ -126,49 +125,50 @@ def _shape(tensors: Sequence[Tensor], groups: int | None) -> tuple[int, int, int
     return width, tile, count, program_count(count, tile)
 
 
-def gram_triton(tensors: Sequence[Tensor], groups: int | None = None) -> Tensor:
+@Planned
+def gram_triton(tensors: Sequence[Tensor], groups: int | None = None) -> Callable[..., Tensor]:
     """`gram_reference` in one launch for up to eight tensors, beyond that one for every two blocks of four.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    count = len(tensors)
+    count, step = len(tensors), MAX_TENSORS // 2
     if not tensors[0].numel():
-        return torch.zeros((count, count), dtype=torch.float32, device=tensors[0].device)
+        return lambda tensors: torch.zeros((count, count), dtype=torch.float32, device=tensors[0].device)
     if count <= MAX_TENSORS:
-        return _gram(tensors, groups)
-    out = new((count, count), torch.float32, tensors[0].device)
-    step = MAX_TENSORS // 2
+        return _plan_gram(tensors, groups)
     blocks = [slice(first, min(first + step, count)) for first in range(0, count, step)]
-    for row, first in enumerate(blocks):
-        for second in blocks[row + 1 :]:
-            both = _gram([*tensors[first], *tensors[second]], groups)
+    pairs = [(first, second) for row, first in enumerate(blocks) for second in blocks[row + 1 :]]
+    parts = [(*pair, _plan_gram([t for block in pair for t in tensors[block]], groups)) for pair in pairs]
+
+    def run(tensors: Sequence[Tensor]) -> Tensor:
+        out = new((count, count), torch.float32, tensors[0].device)
+        for first, second, part in parts:
+            both = part([*tensors[first], *tensors[second]])
             out[first, first], out[first, second] = both[:step, :step], both[:step, step:]
             out[second, first], out[second, second] = both[step:, :step], both[step:, step:]
-    return out
+        return out
+
+    return run
 
 
-def _gram(tensors: Sequence[Tensor], groups: int | None) -> Tensor:
+def _plan_gram(tensors: Sequence[Tensor], groups: int | None) -> Callable[[Sequence[Tensor]], Tensor]:
     width, tile, count, programs = _shape(tensors, groups)
-    number = len(tensors)
-    partials = new_partials(number * number, tensors[0].device)
-    with on_device_of(tensors[0]):
-        enqueue(
-            _gram_kernel,
-            (programs,),
-            tuple(tensors),
-            partials,
-            encoded((count, programs)),
-            TENSORS=number,
-            VEC=width,
-            R=tile,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **OPTIONS,
-        )
-        return finalise(partials, [programs], number, samples=number)
+    number, sizes = len(tensors), encoded((count, programs))
+    launch = Launch(_gram_kernel, (programs,), TENSORS=number, VEC=width, R=tile, MAX_PROGRAMS=MAX_PROGRAMS, **OPTIONS)
+    fold = plan_fold([programs], number, samples=number)
+
+    def run(tensors: Sequence[Tensor]) -> Tensor:
+        partials = new_partials(number * number, tensors[0].device)
+        launch(tuple(tensors), partials, sizes)
+        return fold(partials)
+
+    return run
 
 
-def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | None = None) -> Tensor:
+def plan_linear_sums(
+    tensors: Sequence[Tensor], matrix: Matrix, groups: int | None = None
+) -> Callable[[Sequence[Tensor]], Tensor]:
     """`linear_sums_reference` in one launch and a second tiny one.
 
     Args:
@@ -176,41 +176,50 @@ def linear_sums_triton(tensors: Sequence[Tensor], matrix: Matrix, groups: int | 
     """
     outputs = len(matrix)
     if not tensors[0].numel():
-        return torch.zeros((outputs, 2), dtype=torch.float32, device=tensors[0].device)
+        return lambda tensors: torch.zeros((outputs, 2), dtype=torch.float32, device=tensors[0].device)
     width, tile, count, programs = _shape(tensors, groups)
     flat = [c for row in matrix for c in row]
-    partials = new_partials(2 * outputs, tensors[0].device)
-    with on_device_of(tensors[0]):
-        enqueue(
-            _linear_sums_kernel,
-            (programs,),
-            tuple(tensors),
-            tuple(0 if c is None else float(c) for c in flat),
-            partials,
-            encoded((count, programs)),
-            INPUTS=len(tensors),
-            OUTPUTS=outputs,
-            USED=sum((c is not None) << bit for bit, c in enumerate(flat)),
-            VEC=width,
-            R=tile,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **OPTIONS,
-        )
-        return finalise(partials, [programs], 2, samples=outputs)
+    values, sizes = tuple(0 if c is None else float(c) for c in flat), encoded((count, programs))
+    launch = Launch(
+        _linear_sums_kernel,
+        (programs,),
+        INPUTS=len(tensors),
+        OUTPUTS=outputs,
+        USED=sum((c is not None) << bit for bit, c in enumerate(flat)),
+        VEC=width,
+        R=tile,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        **OPTIONS,
+    )
+    fold = plan_fold([programs], 2, samples=outputs)
+
+    def run(tensors: Sequence[Tensor]) -> Tensor:
+        partials = new_partials(2 * outputs, tensors[0].device)
+        launch(tuple(tensors), values, partials, sizes)
+        return fold(partials)
+
+    return run
 
 
 ALIGNMENT: Matrix = [[1.0, -1.0, -1.0, None], [None, None, -1.0, 1.0]]
 
 
+@Planned
 def align_triton(
     x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor], groups: int | None = None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """`align_reference` in two launches over full tensors and two tiny ones."""
-    sums = linear_sums_triton([y, x, probes[1], probes[0]], ALIGNMENT, groups)
-    coefficients = new((2,), torch.float32, x.device)
-    with on_device_of(x):
-        enqueue(_gamma_kernel, (1,), sums, coefficients, MAX_GAMMA=MAX_GAMMA, **OPTIONS)
-    return linear_combination_triton([x], [[residuals[1], residuals[0]]], coefficients, groups=groups)[0]
+    sums = plan_linear_sums([y, x, probes[1], probes[0]], ALIGNMENT, groups)
+    gamma = Launch(_gamma_kernel, (1,), MAX_GAMMA=MAX_GAMMA, **OPTIONS)
+    model = new((2,), torch.float32, torch.device("meta"))
+    combine = linear_combination_triton.plan([x], [[residuals[1], residuals[0]]], model, groups=groups)
+
+    def run(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
+        coefficients = new((2,), torch.float32, x.device)
+        gamma(sums([y, x, probes[1], probes[0]]), coefficients)
+        return combine([x], [[residuals[1], residuals[0]]], coefficients)[0]
+
+    return run
 
 
 def gram_reference(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,16 +10,15 @@ from torch import Tensor
 
 from .combine import as_rows
 from .deferred import jit
-from .launching import enqueue, new
+from .launching import Launch, Planned, new_like, outline
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
-    finalise,
     groups_at,
     lay_out_launch,
     nbytes,
     new_partials,
-    on_device_of,
+    plan_fold,
     size_of_entry,
 )
 
@@ -110,6 +110,7 @@ def _router_lerp_bwd_kernel(
     tl.store(partials_ptr + sample * MAX_PROGRAMS + pid, tl.sum(total, 0))
 
 
+@Planned
 def router_lerp_triton(
     fresh: Tensor,
     cached: Tensor,
@@ -117,34 +118,28 @@ def router_lerp_triton(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     groups: int | None = None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """`router_lerp_reference` in one launch.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    out = new(fresh.shape, fresh.dtype, fresh.device)
     if not fresh.numel():
-        return out
+        return lambda fresh, *others: new_like([fresh])[0]
     wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
-    addressed = [fresh, cached, out, wide, fresh if residual is None else residual]
-    launch = lay_out_launch([addressed], (), groups, beta.numel())
-    with on_device_of(fresh):
-        enqueue(
-            _router_lerp_fwd_kernel,
-            launch.grid,
-            fresh,
-            cached,
-            beta,
-            gate,
-            residual,
-            out,
-            launch.sizes,
-            **launch.constants,
-        )
-    return out
+    addressed = [fresh, cached, outline(fresh), wide, fresh if residual is None else residual]
+    layout = lay_out_launch([addressed], (), groups, beta.numel())
+    launch, sizes = Launch(_router_lerp_fwd_kernel, layout.grid, **layout.constants), layout.sizes
+
+    def run(fresh, cached, beta, gate=None, residual=None):
+        (out,) = new_like([fresh])
+        launch(fresh, cached, beta, gate, residual, out, sizes)
+        return out
+
+    return run
 
 
+@Planned
 def router_lerp_backward_triton(
     grad: Tensor,
     fresh: Tensor,
@@ -152,31 +147,23 @@ def router_lerp_backward_triton(
     beta: Tensor,
     gate: Tensor | None = None,
     groups: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`router_lerp_backward_reference` in one launch and a second tiny one."""
-    grad_fresh = new(fresh.shape, fresh.dtype, fresh.device)
     if not fresh.numel():
-        return grad_fresh, torch.zeros_like(beta)
+        return lambda grad, fresh, cached, beta, gate=None: (new_like([fresh])[0], torch.zeros_like(beta))
     samples = beta.numel()
     wide = fresh if gate is None else as_rows(gate).expand(fresh.shape)
-    launch = lay_out_launch([[grad, fresh, cached, grad_fresh, wide]], (), groups, samples, sums=True)
-    partials = new_partials(samples, fresh.device)
-    with on_device_of(fresh):
-        enqueue(
-            _router_lerp_bwd_kernel,
-            launch.grid,
-            grad,
-            fresh,
-            cached,
-            beta,
-            gate,
-            grad_fresh,
-            partials,
-            launch.sizes,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **launch.constants,
-        )
-        return grad_fresh, finalise(partials, launch.programs, 1, samples=samples, shape=beta.shape)
+    layout = lay_out_launch([[grad, fresh, cached, outline(fresh), wide]], (), groups, samples, sums=True)
+    launch = Launch(_router_lerp_bwd_kernel, layout.grid, MAX_PROGRAMS=MAX_PROGRAMS, **layout.constants)
+    sizes, fold = layout.sizes, plan_fold(layout.programs, 1, samples=samples, shape=beta.shape)
+
+    def run(grad, fresh, cached, beta, gate=None):
+        (grad_fresh,) = new_like([fresh])
+        partials = new_partials(samples, fresh.device)
+        launch(grad, fresh, cached, beta, gate, grad_fresh, partials, sizes)
+        return grad_fresh, fold(partials)
+
+    return run
 
 
 def router_lerp_reference(

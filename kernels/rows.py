@@ -98,7 +98,7 @@ def share_out(strided: Sequence[Tensor], contiguous: Sequence[Tensor] = (), held
         chunks,
         chunks * groups * width == channels,
         max(1, TILE_GROUPS // groups),
-        strided[0].numel() // channels,
+        strided[0].numel() // max(channels, 1),
         batch_rows,
         min(max(TILE_GROUPS, groups) // WARP, 16),
     )

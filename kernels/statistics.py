@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue
+from .launching import Launch, Planned, on_device_of
 from .tiles import (
     GROUPS,
     MAX_PROGRAMS,
@@ -19,18 +19,18 @@ from .tiles import (
     accumulator_dtype,
     by_launch,
     entry_of,
-    finalise,
     groups_at,
     lanes,
     lay_out_launch,
     nbytes,
     new_partials,
     of_entry,
-    on_device_of,
+    plan_fold,
     program_count,
     size_of_entry,
     spread,
     summed,
+    taken,
     vector_width,
 )
 
@@ -162,9 +162,10 @@ def _combination_error_kernel(
         tl.store(slot + (row + 3) * MAX_PROGRAMS, tl.sum(t_2, 0))
 
 
+@Planned
 def pair_statistics_triton(
     a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False, groups: int | None = None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """`pair_statistics_reference` in one launch per eight pairs and a second tiny one.
 
     Args:
@@ -172,28 +173,36 @@ def pair_statistics_triton(
     """
     samples = a[0].shape[0] if per_sample else 1
     filled = [s for s, tensor in enumerate(a) if tensor.numel()]
-    found = [_launch_pairs([(a[s], b[s]) for s in some], samples, groups) for some in by_launch(filled)]
-    return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device, samples)
+    parts = [(some, _plan_pairs([(a[s], b[s]) for s in some], samples, groups)) for some in by_launch(filled)]
+
+    def run(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
+        found = [part(taken(a, some), taken(b, some)) for some, part in parts]
+        return spread(found, filled, len(a), PAIR_STATISTICS, a[0].device, samples)
+
+    return run
 
 
-def _launch_pairs(pairs: Sequence[tuple[Tensor, Tensor]], samples: int, groups: int | None) -> Tensor:
+def _plan_pairs(
+    pairs: Sequence[tuple[Tensor, Tensor]], samples: int, groups: int | None
+) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]:
     """One launch for pairs that are not empty."""
-    a, b = zip(*pairs, strict=True)
-    launch = lay_out_launch(pairs, (), groups, samples, sums=True)
-    partials = new_partials(len(pairs) * samples * PAIR_STATISTICS, a[0].device)
-    with on_device_of(a[0]):
-        enqueue(
-            _pair_statistics_kernel,
-            launch.grid,
-            a,
-            b,
-            partials,
-            launch.sizes,
-            STATISTICS=PAIR_STATISTICS,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            **launch.constants,
-        )
-        return finalise(partials, launch.programs, PAIR_STATISTICS, max_at=PAIR_STATISTICS - 1, samples=samples)
+    layout = lay_out_launch(pairs, (), groups, samples, sums=True)
+    rows, sizes = len(pairs) * samples * PAIR_STATISTICS, layout.sizes
+    launch = Launch(
+        _pair_statistics_kernel,
+        layout.grid,
+        STATISTICS=PAIR_STATISTICS,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        **layout.constants,
+    )
+    fold = plan_fold(layout.programs, PAIR_STATISTICS, max_at=PAIR_STATISTICS - 1, samples=samples)
+
+    def run(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Tensor:
+        partials = new_partials(rows, a[0].device)
+        launch(a, b, partials, sizes)
+        return fold(partials)
+
+    return run
 
 
 def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
@@ -282,7 +291,8 @@ def plan_error_launches(coefficients: Sequence[Sequence[float]]) -> list[ErrorLa
 def combination_error_triton(
     target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]], groups: int | None = None
 ) -> Tensor:
-    """`combination_error_reference` in one launch per `ErrorLaunch` and a last tiny one.
+    """`combination_error_reference` in one launch per `ErrorLaunch` and a last tiny one; no plan, because which terms a
+    launch reads depends on what they are multiplied with.
 
     Args:
         coefficients: host numbers [sets, terms].
@@ -298,9 +308,17 @@ def combination_error_triton(
     row = 0
     with on_device_of(target):
         for launch in plan_error_launches(coefficients):
-            enqueue(
+            start = Launch(
                 _combination_error_kernel,
                 (programs,),
+                SETS=len(launch.others),
+                TERMS=len(launch.others[0]),
+                VEC=width,
+                R=tile,
+                MAX_PROGRAMS=MAX_PROGRAMS,
+                **OPTIONS,
+            )
+            start(
                 target,
                 target if launch.common < 0 else terms[launch.common],
                 tuple(target if k < 0 else terms[k] for others in launch.others for k in others),
@@ -310,15 +328,9 @@ def combination_error_triton(
                 target.numel() // width,
                 programs,
                 row,
-                SETS=len(launch.others),
-                TERMS=len(launch.others[0]),
-                VEC=width,
-                R=tile,
-                MAX_PROGRAMS=MAX_PROGRAMS,
-                **OPTIONS,
             )
             row += ERROR_STATISTICS * len(launch.others)
-        return finalise(partials, [programs], ERROR_STATISTICS, samples=sets)
+        return plan_fold([programs], ERROR_STATISTICS, samples=sets)(partials)
 
 
 def combination_error_reference(

@@ -7,8 +7,8 @@ fit take the same kernels with ``VEC = 1``, the slow path.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import enqueue, new
+from .launching import Launch, new
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -92,7 +92,7 @@ def of_entry(values, at: tl.constexpr, step: tl.constexpr, sizes, pid, ENTRIES: 
 
 @jit()
 def size_of_entry(at: tl.constexpr, sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
-    """Field ``at`` of the program's entry, decoded; `Launch.sizes` tells the order."""
+    """Field ``at`` of the program's entry, decoded; `Entries.sizes` tells the order."""
     return of_entry(sizes, at, FIELDS, sizes, pid, ENTRIES, FIELDS) >> 2
 
 
@@ -160,31 +160,33 @@ def new_partials(statistics: int, device: torch.device) -> Tensor:
     return new((statistics, MAX_PROGRAMS), torch.float32, device)
 
 
-def finalise(
-    partials: Tensor,
+def plan_fold(
     programs: Sequence[int],
     statistics: int,
     max_at: int = -1,
     samples: int = 1,
     shape: Sequence[int] | None = None,
-) -> Tensor:
+) -> Callable[[Tensor], Tensor]:
     """Folds partials [entries * samples * statistics, MAX_PROGRAMS] into fp32 [entries * samples, statistics], or
     another shape of as many numbers."""
-    out = new(shape or (len(programs) * samples, statistics), torch.float32, partials.device)
-    enqueue(
+    shape = tuple(shape or (len(programs) * samples, statistics))
+    launch = Launch(
         _finalise_kernel,
-        (out.numel(),),
-        partials,
-        out,
-        encoded(programs),
-        *encoded([samples * statistics]),
+        (math.prod(shape),),
         ENTRIES=len(programs),
         STATISTICS=statistics,
         MAX_AT=max_at,
         MAX_PROGRAMS=MAX_PROGRAMS,
         **OPTIONS,
     )
-    return out
+    filled, (rows,) = encoded(programs), encoded([samples * statistics])
+
+    def fold(partials: Tensor) -> Tensor:
+        out = new(shape, torch.float32, partials.device)
+        launch(partials, out, filled, rows)
+        return out
+
+    return fold
 
 
 def encoded(sizes: Iterable[int]) -> tuple[int, ...]:
@@ -194,8 +196,8 @@ def encoded(sizes: Iterable[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch for several entries (streams, branches, pairs), each with programs of its own.
+class Entries:
+    """How several entries (streams, branches, pairs) share a launch, each with programs of its own.
 
     Attributes:
         width, tile: elements per group, groups per tile.
@@ -238,7 +240,7 @@ def lay_out_launch(
     samples: int = 1,
     rows: bool = False,
     sums: bool = False,
-) -> Launch:
+) -> Entries:
     """Sizes of a launch.
 
     Args:
@@ -267,7 +269,7 @@ def lay_out_launch(
             fields.append(max(entry[0].shape[-1] // width, 1))
         sizes += fields
         programs.append(fields[2])
-    return Launch(width, tile, dense, samples, tuple(programs), encoded(sizes), len(sizes) // len(programs))
+    return Entries(width, tile, dense, samples, tuple(programs), encoded(sizes), len(sizes) // len(programs))
 
 
 def _row_sizes(entry: Sequence[Tensor], width: int, samples: int, rows: bool) -> list[int]:
@@ -333,11 +335,9 @@ def by_launch(entries: Sequence[Any]) -> Iterable[Sequence[Any]]:
     return (entries[first : first + MAX_ENTRIES] for first in range(0, len(entries), MAX_ENTRIES))
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one; free when it already is."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+def taken(entries: Sequence[Any], some: Sequence[int]) -> tuple[Any, ...]:
+    """The entries of one launch, by their numbers, which rise."""
+    return tuple(entries) if len(some) == len(entries) else tuple([entries[s] for s in some])
 
 
 def power_of_two(least: int) -> int:

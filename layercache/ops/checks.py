@@ -146,10 +146,15 @@ def check_no_grad(op: str, tensors: Iterable[Tensor]) -> None:
 def extent(tensor: Tensor) -> tuple[int, int]:
     """First address and the one after the last; of an empty tensor both are the same."""
     start = tensor.data_ptr()
+    return start, start + span(tensor)
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
     if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + span * tensor.element_size()
+        return tensor.nbytes
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return elements * tensor.element_size()
 
 
 def check_gate(op: str, name: str, gate: Any, dtype: torch.dtype, model: Tensor, model_name: str) -> None:

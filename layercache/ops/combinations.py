@@ -33,8 +33,11 @@ COMBINATION_KERNELS = Kernels(
     kernels.linear_combination_triton,
     kernels.linear_combination_reference,
     native.if_available(native.linear_combination),
+    plans_on_cpu=True,
 )
-MAP_KERNELS = Kernels(kernels.linear_map_triton, kernels.linear_map_reference, native.if_available(native.linear_map))
+MAP_KERNELS = Kernels(
+    kernels.linear_map_triton, kernels.linear_map_reference, native.if_available(native.linear_map), plans_on_cpu=True
+)
 
 
 def linear_combination(
@@ -103,10 +106,15 @@ def linear_combination(
 def restore(
     bases: list[Tensor], residuals: list[list[Tensor]], coefficients: Coefficients, results: list[Tensor] | None
 ) -> list[Tensor]:
-    """`linear_combination` without a look at its arguments, for residuals that were made to fit."""
+    """`linear_combination` without a look at its arguments, for residuals that were allocated to fit."""
     if through_registry(bases):
         return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
-    return COMBINATION_KERNELS.choose(bases[0])(bases, residuals, coefficients, results)
+    run = COMBINATION_KERNELS.choose(bases[0])
+    if run != COMBINATION_KERNELS.launch:
+        return run(bases, residuals, coefficients, results)
+    on_device = coefficients if isinstance(coefficients, Tensor) else None
+    by = bases, results, on_device, len(residuals[0]), residuals[0][0].dtype
+    return COMBINATION_KERNELS.launch_fitting(by, bases, residuals, coefficients, results)
 
 
 def linear_map(

@@ -8,7 +8,7 @@ FakeTensorMode watches, it calls the registered op ``torch.ops.layercache.*``, s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from layercache.errors import MissingExtraError
 from layercache.kernels.deferred import has_triton, use_triton
+from layercache.kernels.launching import Planned, first_tensor, on_device_of
 from layercache.kernels.tiles import accumulator_dtype
-from layercache.ops.repeating import Repeats
+from layercache.ops.plans import Call, Plan, read
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("layercache", "DEF")
+# Of one op. Only numbers that are never the same twice make more than a few hundred.
+MOST_PLANS = 1024
 
 NO_TRITON = (
     "triton is not installed, and tensors on a GPU need it: pip install 'layercache[triton]' (with PyTorch for ROCm: "
@@ -32,11 +35,11 @@ class Kernels:
     """The implementations of one op; a call picks the one for the device of its first argument.
 
     Args:
-        triton: for CUDA and ROCm GPUs.
+        triton: for CUDA and ROCm GPUs; of a `Planned` launcher the plans are kept.
         reference: eager PyTorch, for the CPU where the compiled path is not there or the dtype is float64.
         native: the compiled CPU path.
-        repeatable: whether ``triton`` hands host numbers to its kernels as they come, in order, and decides nothing by
-            them; then calls are repeated.
+        plans_on_cpu: whether the checks take longer than looking for a plan does, which is then worth it on the CPU
+            too; on a GPU a plan also saves the layout.
 
     Attributes:
         every: those of all ops.
@@ -49,65 +52,84 @@ class Kernels:
         triton: Callable[..., Any],
         reference: Callable[..., Any],
         native: Callable[..., Any] | None = None,
-        repeatable: bool = True,
+        plans_on_cpu: bool = False,
     ):
         self.triton, self.reference, self.native = triton, reference, native
-        self.use(repeatable)
+        self.plans_on_cpu = plans_on_cpu
+        self._plans: dict[Any, Plan] = {}
         self.every.append(self)
 
-    def use(self, repeatable: bool) -> None:
-        """Whether calls are repeated from now on; what was written down so far is forgotten."""
-        self.repeatable = repeatable
-        self._checked, self._trusted = Repeats(), Repeats()
-
-    @property
-    def kept(self) -> int:
-        """How many calls are written down."""
-        return self._checked.kept + self._trusted.kept
-
     def again(self, *arguments: Any) -> Any:
-        """What a call with arguments laid out like these returns, without a look at them; NotImplemented where there
-        was none that `run` made."""
-        return NotImplemented if torch.compiler.is_dynamo_compiling() else self._checked.again(*arguments)
+        """Runs the op if a call like this one went through `run` before; else returns NotImplemented, for the caller
+        to check the arguments. Not for an op whose checks look at what a tensor holds."""
+        if not self.plans_on_cpu:
+            first = arguments[0]
+            while type(first) in (list, tuple) and first:
+                first = first[0]
+            if not getattr(first, "is_cuda", False):
+                return NotImplemented
+        call = read(arguments)
+        if call is None or (plan := self._plans.get(call[0])) is None:
+            return NotImplemented
+        if plan.relation(*call[1:]) not in plan.checked or not plan.is_current():
+            return NotImplemented
+        return plan.run(*arguments)
 
     def run(self, *arguments: Any) -> Any:
-        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists.
+        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists; then
+        `again` runs calls like this one.
 
         Raises:
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        return self.choose(_first_tensor(arguments), checked=True)(*arguments)
+        run = self.choose(first_tensor(arguments))
+        if (self.plans_on_cpu or run == self.launch) and (call := read(arguments)) is not None:
+            self._plan(call, arguments).approve(*call[1:])
+        return run(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """`run`, for arguments that nobody has looked at; those are repeated apart."""
-        return self.choose(_first_tensor(arguments))(*arguments)
+        """`run`, for arguments that nobody has looked at."""
+        return self.choose(first_tensor(arguments))(*arguments)
 
-    def choose(self, tensor: Tensor, checked: bool = False) -> Callable[..., Any]:
+    def choose(self, tensor: Tensor) -> Callable[..., Any]:
         """What runs the op where a tensor is."""
         if not tensor.is_cuda:
             usable = self.native is not None and tensor.dtype != torch.float64
             return self.native if usable else self.reference  # type: ignore[return-value]
         if trouble := trouble_with_triton():
             raise MissingExtraError(trouble)
-        return self.launch_checked if checked else self.launch
-
-    def launch_checked(self, *arguments: Any) -> Any:
-        """By Triton: whoever has looked at the arguments has asked `again` before."""
-        return self._record(self._checked, arguments)
+        return self.launch
 
     def launch(self, *arguments: Any) -> Any:
-        """As before, or by Triton."""
-        found = self._trusted.again(*arguments)
-        return self._record(self._trusted, arguments) if found is NotImplemented else found
+        """By Triton, as planned for the first call like this one."""
+        return self._launch(read(arguments), arguments)
 
-    def _record(self, repeats: Repeats, arguments: tuple[Any, ...]) -> Any:
-        return repeats.record(self.triton, arguments) if self.repeatable else self.triton(*arguments)
+    def launch_fitting(self, by: Sequence[Any], *arguments: Any) -> Any:
+        """`launch`, for arguments whose layout follows from ``by``: some of them, and dtype and number of the others,
+        which are contiguous, begin at a multiple of 16 and have the shapes of those."""
+        return self._launch(read(("fitting", *by)), arguments)
 
+    def _launch(self, call: Call | None, arguments: Sequence[Any]) -> Any:
+        if call is None:
+            return self.triton(*arguments)
+        plan = self._plans.get(call[0]) or self._plan(call, arguments)
+        if plan.is_current():
+            return plan.run(*arguments)
+        with on_device_of(call[1][0]):
+            return plan.run(*arguments)
 
-def _first_tensor(arguments: Any) -> Tensor:
-    while not isinstance(arguments, Tensor):
-        arguments = arguments[0]
-    return arguments
+    def _plan(self, call: Call, arguments: Sequence[Any]) -> Plan:
+        """The plan for a call, made if there is none."""
+        key, tensors, _ = call
+        if (plan := self._plans.get(key)) is not None:
+            return plan
+        run: Callable[..., Any] = self
+        if self.choose(tensors[0]) == self.launch:
+            run = self.triton.plan(*arguments) if isinstance(self.triton, Planned) else self.triton
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[key] = Plan(run, tensors)
+        return plan
 
 
 @functools.cache

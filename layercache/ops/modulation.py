@@ -30,7 +30,9 @@ from layercache.ops.checks import (
 from layercache.ops.combinations import check_device_coefficients
 from layercache.ops.dispatch import Kernels, register, through_registry
 
-MODULATE_KERNELS = Kernels(kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate))
+MODULATE_KERNELS = Kernels(
+    kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate), plans_on_cpu=True
+)
 GUIDANCE_KERNELS = Kernels(
     guidance_kernels.guidance_triton, guidance_kernels.guidance_reference, native.if_available(native.guidance)
 )
@@ -89,12 +91,11 @@ def modulate(
     ``stream`` one more.
     """
     op = "modulate"
-    if isinstance(eps, float) and eps > 0:  # of numbers a repeated call only knows that they are finite
-        found = MODULATE_KERNELS.again(
-            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-        )
-        if found is not NotImplemented:
-            return found  # type: ignore[no-any-return]
+    found = MODULATE_KERNELS.again(
+        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+    )
+    if found is not NotImplemented:
+        return found  # type: ignore[no-any-return]
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)

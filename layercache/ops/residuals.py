@@ -26,11 +26,14 @@ from layercache.ops.checks import (
 )
 from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
 
-CAPTURE_KERNELS = Kernels(kernels.capture_triton, kernels.capture_reference, native.if_available(native.capture))
+CAPTURE_KERNELS = Kernels(
+    kernels.capture_triton, kernels.capture_reference, native.if_available(native.capture), plans_on_cpu=True
+)
 COMPACT_KERNELS = Kernels(
     compact_kernels.capture_compact_triton,
     compact_kernels.capture_compact_reference,
     native.if_available(native.capture_compact),
+    plans_on_cpu=True,
 )
 
 
@@ -96,9 +99,13 @@ def store(
     flag: Tensor | None,
     previous: list[Tensor] | None = None,
 ) -> Tensor | None:
-    """`capture` without a look at its arguments, for residuals that were made to fit."""
+    """`capture` without a look at its arguments, for residuals, older ones too, that were allocated to fit."""
     if not through_registry(outputs + inputs):  # either may still be on its way from another process
-        return CAPTURE_KERNELS.choose(outputs[0])(outputs, inputs, residuals, flag, previous)
+        run = CAPTURE_KERNELS.choose(outputs[0])
+        if run != CAPTURE_KERNELS.launch:
+            return run(outputs, inputs, residuals, flag, previous)
+        by = outputs, inputs, residuals[0].dtype, flag is None, previous is None
+        return CAPTURE_KERNELS.launch_fitting(by, outputs, inputs, residuals, flag, previous)
     if previous is None:
         return CAPTURE(outputs, inputs, residuals, flag)
     return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, previous, False)

@@ -36,7 +36,6 @@ ERROR_KERNELS = Kernels(
     kernels.combination_error_triton,
     kernels.combination_error_reference,
     native.if_available(native.combination_error),
-    repeatable=False,  # which terms a launch reads depends on what they are multiplied with
 )
 GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
 ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference, native.if_available(native.align))
@@ -101,7 +100,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     rows = _coefficient_rows(coefficients, len(terms))
     if through_registry([target, *terms]):
         return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
-    return ERROR_KERNELS.run(target, terms, rows)
+    return ERROR_KERNELS(target, terms, rows)
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:

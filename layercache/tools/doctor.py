@@ -88,7 +88,6 @@ def diagnose() -> Diagnosis:
         _attempt("ops", _ops_importable),
         _gpu(),
         _triton(),
-        *_launches(),
         _package("scikit-image", "skimage", lost="no PSNR and SSIM", mend='pip install "layercache[demo]"'),
         _package("matplotlib", lost="no figures", mend='pip install "layercache[demo]"'),
         _lpips(),
@@ -162,22 +161,6 @@ def _gpu() -> Check:
 def _triton() -> Check:
     lost = "caching on a GPU does not work (on the CPU nothing is lost)"
     return _package("triton", lost=lost, mend='pip install "layercache[triton]"')
-
-
-def _launches() -> tuple[Check, ...]:
-    """How calls get on the GPU, where there is one."""
-    try:
-        import torch
-
-        from layercache.ops import repeating
-
-        if not torch.cuda.is_available():
-            return ()
-        if reason := repeating.trouble():
-            return (Check("launches", "optional", f"by Triton, some 30 microseconds of the host each: {reason}"),)
-        return (Check("launches", "ok", "calls made before are repeated without Triton's launcher"),)
-    except Exception as error:
-        return (Check("launches", "optional", f"{type(error).__name__}: {error}"),)
 
 
 def _lpips() -> Check:

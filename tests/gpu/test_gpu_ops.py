@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from layercache import ops
-from layercache.ops.dispatch import Kernels
-from layercache.ops.repeating import trouble
+from layercache.ops.plans import ignored
 from layercache.tools.bench.cases import CASES, Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -243,7 +243,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     residual, flag = torch.empty_like(before), torch.zeros(1, dtype=torch.int32, device="cuda")
     pieces = rows_on_cpu(output, before)
     sums = ops.pair_statistics([output], [before])[0].double()
-    for _ in range(2):  # by Triton's launcher, and repeated
+    for _ in range(2):  # by Triton's JIT function, and as planned
         residual.zero_()
         ops.capture([output], [before], [residual], flag)
     ops.linear_combination([before], [[residual]], [0.5], results=[before])
@@ -383,36 +383,23 @@ def test_two_threads_on_two_streams() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_repeated_calls_give_the_bits_of_triton(case: Case) -> None:
-    """The first call is written down, the second repeated; without the launches of ours Triton makes all."""
-    device = torch.device("cuda")
-    wanted = {kernels: kernels.repeatable for kernels in Kernels.every}
-    found = []
-    try:
-        for repeated in (True, False):
-            for kernels, flag in wanted.items():
-                kernels.use(flag and repeated)
-            with torch.set_grad_enabled(case.gradient):
-                case.ours(case.inputs((2, 77, 320), torch.bfloat16, device, 0))
-                inputs = case.inputs((2, 77, 320), torch.bfloat16, device, 1)
-                launched, result = triton_launches(case.ours, inputs)
-            kept = sum(kernels.kept for kernels in Kernels.every)
-            assert repeated or not kept
-            if repeated and case.op != "combination_error":
-                assert trouble() is None and kept and not launched
-            else:
-                assert launched
-            found.append([t.clone() for t in flat([result, inputs.x, inputs.text, inputs.out])])
-    finally:
-        for kernels, flag in wanted.items():
-            kernels.use(flag)
-    repeated_bits, by_triton = found
-    assert len(repeated_bits) == len(by_triton)
-    assert all(torch.equal(a, b) for a, b in zip(repeated_bits, by_triton, strict=True))
+def test_planned_calls_give_the_bits_of_triton(case: Case) -> None:
+    """The second call launches kept kernels; without plans Triton's JIT function makes all launches."""
+    device, found = torch.device("cuda"), []
+    for context in (contextlib.nullcontext(), ignored()):
+        with context, torch.set_grad_enabled(case.gradient):
+            case.ours(case.inputs((2, 77, 320), torch.bfloat16, device, 0))
+            inputs = case.inputs((2, 77, 320), torch.bfloat16, device, 1)
+            launched, result = triton_launches(case.ours, inputs)
+        found.append((launched, [t.clone() for t in flat([result, inputs.x, inputs.text, inputs.out])]))
+    (planned, bits), (by_triton, others) = found
+    assert by_triton and (not planned or case.op == "combination_error")
+    assert len(bits) == len(others)
+    assert all(torch.equal(a, b) for a, b in zip(bits, others, strict=True))
 
 
 def triton_launches(call: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
-    """How many kernels Triton's launcher puts on the GPU for a call, and what that returns."""
+    """How many kernels Triton's JIT function puts on the GPU for a call, and what that returns."""
     from triton.runtime.jit import JITFunction
 
     run, count = JITFunction.run, []
@@ -430,7 +417,7 @@ def flat(values: Any) -> list[Tensor]:
     return [t for value in values for t in flat(value)] if isinstance(values, (list, tuple)) else []
 
 
-def test_repeated_calls_follow_the_stream() -> None:
+def test_planned_calls_follow_the_stream() -> None:
     """And a CUDA graph takes them up."""
     x, r, y = (torch.randn(2, 64, 256, device="cuda") for _ in range(3))
     for _ in range(2):

@@ -60,7 +60,7 @@ def measured_in(folder: Path) -> Iterator[str]:
         yield from (f"{model}: {name}" for model, facts in data.get("models", {}).items() for name in facts["rows"])
 
 
-PARTS = ("machine", "kernels", "qwen", "triton-launches", "sweep", "sizes", "flux", "end-to-end")
+PARTS = ("machine", "kernels", "qwen", "sweep", "sizes", "flux", "end-to-end")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ EMPTY_EXTENSION = """
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "NAME", nullptr, -1};
 PyMODINIT_FUNC PyInit_NAME() { return PyModule_Create(&definition); }
 """
-EXTENSIONS = {"_core": "csrc", "_cpu": "csrc/cpu", "_launch": "csrc/launch"}
+EXTENSIONS = {"_core": "csrc", "_cpu": "csrc/cpu"}
 WHERE_KERNELS_ARE = "import importlib.util as util; print(util.find_spec('layercache.kernels.{}').origin)"
 
 

@@ -18,11 +18,11 @@ from layercache.tools.bench.measure import Row
 from layercache.tools.report.machine import machine_info, write_json
 
 # What a measurement depends on; the C++ sources are there in a checkout only.
-SOURCES = ("kernels/*.py", "layercache/ops/*.py", "csrc/cpu/*", "csrc/launch/*")
+SOURCES = ("kernels/*.py", "layercache/ops/*.py", "csrc/cpu/*")
 
 
 def kernel_hash() -> str:
-    """Twelve hex digits that change when a kernel, an op, or the C++ that runs or launches them does.
+    """Twelve hex digits that change when a kernel, an op, or the C++ that runs it does.
 
     Raises:
         FileFormatError: this is not a checkout.
