@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "examples" / "deep_model", ROOT / ".github")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which also says what was
-WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in".split()
+WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in alike".split()
 README = (ROOT / "README.md").read_text()
 
 
