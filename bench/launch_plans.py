@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,7 +95,7 @@ def main() -> None:
     Console().print(table)
     if args.json:
         head = {"command": " ".join(["python", "bench/launch_plans.py", *sys.argv[1:]])}
-        date = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "kernel_hash": hash_or_none()}
+        date = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "kernel_hash": hash_or_none()}
         write_json(args.json, {**head, **date, "machine": machine_info(), "shape": SHAPE, "rows": rows})
 
 
