@@ -44,7 +44,7 @@ _HOMES = {
     "infer_model": "planning.infer_model",
     "ModelSpec": "models.spec",
     "plan": "planning.plan",
-    "register_model": "models.known",
+    "register_model": "models.registry",
     "Schedule": "schedule.schedule",
     "search": "planning.search",
     "StabilityProfile": "planning.profile",

@@ -130,8 +130,8 @@ class _Watcher(Router):
 class Rollouts:
     """Calibration samples of a pipeline, their full runs, and a way to run any schedule on them.
 
-    All samples go through a step together (`layercache.planning.stepper`), so that a coefficient can be fitted to all of them
-    before the next step is taken. Each sample is one call of the pipeline and may be a batch.
+    All samples go through a step together (`layercache.planning.stepper`), so that a coefficient can be fitted to all
+    of them before the next step is taken. Each sample is one call of the pipeline and may be a batch.
 
     Args:
         pipeline: a diffusers pipeline with a scheduler.
