@@ -14,17 +14,15 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, first_block_cache, taylorseer_cache
 from typer.testing import CliRunner
 
-from backend.test_peer_agreement import STEPS, FullSize, full_size_counts, peer
-from backend.test_peer_agreement import pipe as pipe
 from layercache import backend
 from layercache.backend import patching, primitives
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
 from layercache.tools.cli.app import app
-from models.test_models import call
+from support.forwards import call
+from support.peers import STEPS, TOLERANCE, full_size_counts, peer
 from support.tiny import generate
 from support.zoo import build
 
-TOLERANCE = 1e-4
 HAS_CACHE_DIT = importlib.util.find_spec("cache_dit") is not None
 needs_cache_dit = pytest.mark.skipif(not HAS_CACHE_DIT, reason="cache-dit is not installed")
 
@@ -413,22 +411,9 @@ def test_cache_dit_decides_and_gives_the_same(pipe, options):
 
 @needs_cache_dit
 def test_full_size_operators_of_cache_dit(pipe):
-    config = pipe.transformer.config
-
     def counts():
-        mode = FullSize(64 * config.num_attention_heads * config.attention_head_dim)
-
-        def begin(*_):
-            mode.calls.append(0)
-            mode.ours.append(0)
-
-        hook = pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(begin)
-        try:
-            with db_cache(pipe), mode:
-                generate(pipe, prompts=["cat"], steps=STEPS)
-        finally:
-            hook.remove()
-        return mode.calls, mode.ours
+        with db_cache(pipe):
+            return full_size_counts(pipe, pipe.transformer.transformer_blocks[0].attn)
 
     theirs, _ = counts()
     with backend.accelerated("cache-dit"):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 import layercache
-from gpu.plain_reuse import PlainReuse, as_fp8
 from layercache._utils.compat import scheduler_sigmas
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import NonFiniteResidualError
@@ -26,6 +25,7 @@ from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.ops import repeating
 from layercache.ops.dispatch import Kernels
 from layercache.schedule.schedule import Schedule
+from support.plain_reuse import PlainReuse, as_fp8
 from support.tiny import tiny_pipeline
 from support.zoo import build
 from support.zoo_pipelines import PIPELINES, make, noise

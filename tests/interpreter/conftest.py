@@ -13,7 +13,7 @@ import torch
 from layercache.kernels import moments, statistics, tiles
 from torch import Tensor
 
-from interpreter.support import CASES, DTYPES, Case, Memory
+from support.guarded_memory import CASES, DTYPES, Case, Memory
 
 HERE = Path(__file__).parent
 

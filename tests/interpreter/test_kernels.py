@@ -8,7 +8,7 @@ import pytest
 import torch
 from layercache.kernels import capture, combine, statistics, tiles
 
-from interpreter.support import CASES, DTYPES, Case, Memory, assert_sums_close, pair_scale, same_bits
+from support.guarded_memory import CASES, DTYPES, Case, Memory, assert_sums_close, pair_scale, same_bits
 
 pytestmark = pytest.mark.usefixtures("rounding")
 

@@ -7,7 +7,7 @@ import torch
 from layercache.kernels import capture, combine, compact, moments, statistics, tiles
 from torch import Tensor
 
-from interpreter.support import CASES, Case, Memory, assert_sums_close, pair_scale, same_bits
+from support.guarded_memory import CASES, Case, Memory, assert_sums_close, pair_scale, same_bits
 
 pytestmark = pytest.mark.usefixtures("rounding")
 

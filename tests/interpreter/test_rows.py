@@ -7,7 +7,7 @@ import torch
 from layercache.kernels import compact, decisions, guidance, modulate, router
 from torch import Tensor
 
-from interpreter.support import CASES, Case, Memory, assert_sums_close, same_bits
+from support.guarded_memory import CASES, Case, Memory, assert_sums_close, same_bits
 
 pytestmark = pytest.mark.usefixtures("rounding")
 

@@ -23,7 +23,7 @@ from layercache.runtime.modules import ModuleRouter, copy_of, module_units
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.report.tables import model_rows, models_table, plain_text
-from models.test_models import call
+from support.forwards import call
 from support.tiny import fingerprint
 from support.zoo import MODELS, build
 

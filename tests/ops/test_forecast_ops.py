@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from layercache import ops
 from layercache.errors import OpInputError
 from layercache.ops import checks
-from ops.test_ops import DTYPES, assert_close, exact, outlier_tensor, pair_oracle, streams
+from support.tensors import DTYPES, assert_close, exact, outlier_tensor, pair_oracle, streams
 
 SHAPES = [[(2, 9, 40), (2, 5, 40)], [(1, 7, 63)], [(3, 33, 72), (3, 0, 72)], [(1, 300, 260), (1, 77, 260)]]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.ops import native
-from ops.test_ops import DTYPES, outlier_tensor
+from support.tensors import DTYPES, outlier_tensor
 
 pytestmark = pytest.mark.skipif(native._cpu is None, reason="the extension is not built")
 

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from layercache import ops
 from layercache.errors import OpInputError
 from layercache.ops import native
-from ops.test_ops import DTYPES, assert_close, exact, outlier_tensor, pair_oracle
+from support.tensors import DTYPES, assert_close, exact, outlier_tensor, pair_oracle
 
 SHAPES = [(2, 9, 40), (1, 7, 63), (3, 33, 72), (2, 5, 3072), (1, 1, 8)]
 

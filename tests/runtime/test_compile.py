@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import layercache
 from layercache.models import registry
 from layercache.models.registry import spec_for
-from models.test_models import call, schedule
+from support.forwards import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 

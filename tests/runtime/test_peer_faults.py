@@ -13,7 +13,7 @@ import layercache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import TeaCache
 from layercache.models import registry
-from models.test_models import CONTROLS, call, controls
+from support.forwards import CONTROLS, call, controls
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 

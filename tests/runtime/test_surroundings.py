@@ -19,12 +19,11 @@ from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.router import RoutedModuleList
-from models.test_models import call, schedule
-from runtime.test_pipelines import generate as run_pipeline
-from runtime.test_pipelines import schedule_of
+from support.forwards import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
-from support.zoo_pipelines import _qwen, _wan
+from support.zoo_pipelines import _qwen, _wan, schedule_of
+from support.zoo_pipelines import generate as run_pipeline
 
 REUSE_ALL = ((None,) * 3, ({0: 1.0},) * 3)
 

@@ -13,7 +13,6 @@ from diffusers.hooks import tensor_parallel
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
 from layercache import register_model
@@ -22,6 +21,7 @@ from layercache.methods.fbcache import FBCache
 from layercache.models.spec import ModelSpec
 from layercache.schedule.schedule import Schedule
 from support import zoo
+from support.operators import Operator, Operators
 from support.tiny import LAYERS, SlopeTransformer, fingerprint
 
 STEPS, DIM, IMAGE, TEXT = 10, 16, 8, 3
@@ -182,19 +182,6 @@ def thirds(transformer) -> Schedule:
     return Schedule(prints, ((0, 2), (2, 3), (3, 4)), tuple(rows), (1.0,) * 3)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts what processes send each other, whoever asks for it."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if any(cls.__name__ == "DTensor" for cls in types):
-            return NotImplemented  # it comes again with what it is made of
-        sends = op.namespace in ("c10d", "_c10d_functional")
-        self.count += sends and "wait" not in op.name() and "wrap" not in op.name()
-        return op(*args, **(kwargs or {}))
-
-
 def denoise(transformer, inputs) -> torch.Tensor:
     outputs = []
     with torch.no_grad():
@@ -204,11 +191,16 @@ def denoise(transformer, inputs) -> torch.Tensor:
     return torch.stack(outputs)
 
 
+def is_sending(operator: Operator) -> bool:
+    namespace, _, name = operator.name.partition("::")
+    return namespace in ("c10d", "_c10d_functional") and "wait" not in name and "wrap" not in name
+
+
 def counted(transformer, inputs) -> list[int]:
-    """Collectives of each step."""
+    """How often processes send each other something in each step, whoever asks for it."""
     counts = []
-    hook = transformer.register_forward_hook(lambda *_: counts.append(mode.count))
-    with Collectives() as mode:
+    hook = transformer.register_forward_hook(lambda *_: counts.append(sum(map(is_sending, mode.seen))))
+    with Operators() as mode:
         denoise(transformer, inputs)
     hook.remove()
     return [after - before for before, after in zip([0, *counts], counts, strict=False)]

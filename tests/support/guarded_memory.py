@@ -1,4 +1,4 @@
-"""Cases and guarded memory that the files of this folder share."""
+"""Streams for Triton's interpreter, in memory that shows every write out of bounds."""
 
 from __future__ import annotations
 
