@@ -14,7 +14,7 @@ from layercache import ops
 from layercache.methods.fbcache import DBCache
 from layercache.models import registry as models
 from layercache.models.registry import known_models, spec_for
-from support.forwards import CONTROLS, assert_close, call, controls, schedule
+from support.forwards import CONTROLS, GROUPS, assert_close, call, controls, schedule
 from support.zoo import MODELS, build
 
 
@@ -49,41 +49,39 @@ def test_computing_everything_changes_no_bit_and_disabling_leaves_nothing(zoo):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("reused", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
-def test_a_cached_step_with_the_same_input_is_the_full_step(zoo, reused):
-    model, inputs = zoo
+EVERY_SET = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)]
+
+
+def assert_reused_steps_are_the_full_step(model, inputs, sets=EVERY_SET, groups=GROUPS):
+    """A full step, then one for each of ``sets``, in which those groups reuse what the first one stored."""
     expected = call(model, inputs)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row)) as cache:
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
-        assert cache.report().fallback_rows == 0
+    rows = [tuple({0: 1.0} if group in reused else None for group in range(3)) for reused in sets]
+    for at in range(0, len(rows), 2):  # two steps at a time: there are as many sigmas
+        with layercache.enabled(model, schedule(model, (None,) * 3, *rows[at : at + 2], groups=groups)) as cache:
+            call(model, inputs)
+            for _ in rows[at : at + 2]:
+                assert_close(call(model, inputs), expected)
+            assert cache.report().fallback_rows == 0
+
+
+def test_a_cached_step_with_the_same_input_is_the_full_step(zoo):
+    assert_reused_steps_are_the_full_step(*zoo)
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
-@pytest.mark.parametrize("reused", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name, reused):
+def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name):
     model, inputs = build(name)
     plain = call(model, inputs)
     inputs = inputs | controls(name, model, inputs)
-    expected = call(model, inputs)
-    assert not torch.allclose(plain[0], expected[0], atol=1e-3)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row)):
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
+    assert not torch.allclose(plain[0], call(model, inputs)[0], atol=1e-3)
+    assert_reused_steps_are_the_full_step(model, inputs, [(0,), (1,), (2,), (0, 1, 2)])
 
 
 @pytest.mark.parametrize("name", [n for n in CONTROLS if "controlnet_single_block_samples" in CONTROLS[n]])
-@pytest.mark.parametrize("reused", [(1,), (2,), (1, 2)], ids=str)
-def test_controlnet_residuals_within_groups_of_several_single_blocks(name, reused):
+def test_controlnet_residuals_within_groups_of_several_single_blocks(name):
     model, inputs = build(name, num_single_layers=6)
     inputs = inputs | controls(name, model, inputs)
-    expected = call(model, inputs)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row, groups=((0, 2), (2, 5), (5, 8)))):
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
+    assert_reused_steps_are_the_full_step(model, inputs, [(1,), (2,), (1, 2)], groups=((0, 2), (2, 5), (5, 8)))
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
