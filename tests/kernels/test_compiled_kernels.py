@@ -23,13 +23,14 @@ import pytest
 
 from support import launches
 from support.launches import KERNELS, Launch
+from support.marks import slow
 
 CUDA = ["80", "90", "100", "120"]
 HIP = ["gfx942"]
 ALL = launches.launches(launches.load(KERNELS))
 FAST = [name for name in ALL if name != "capture misaligned"]
 
-cuda = pytest.mark.parametrize("arch", [*CUDA[:2], *(pytest.param(arch, marks=pytest.mark.slow) for arch in CUDA[2:])])
+cuda = pytest.mark.parametrize("arch", [*CUDA[:2], *slow(*CUDA[2:])])
 
 Compiled = dict[str, dict[str, Any]]
 
@@ -182,7 +183,7 @@ WORSE = {
 }
 
 
-@pytest.mark.parametrize("name", [next(iter(WORSE)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*WORSE][1:])])
+@pytest.mark.parametrize("name", [[*WORSE][0], *slow(*[*WORSE][1:])])
 def test_a_kernel_made_worse_is_found(name: str, cache: Path, tmp_path: Path) -> None:
     file, launch, good, bad, check = WORSE[name]
     folder = Path(shutil.copytree(KERNELS, tmp_path / "kernels"))
