@@ -69,15 +69,17 @@ def shaped(seed: int):
     return image, text
 
 
-def work(rank: int, folder: str, task: str) -> None:
+def work(rank: int, folder: str, *tasks: str) -> None:
+    """Each task in a process group of its own; what it gives goes to ``folder/task-rank.pt``."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-    try:
-        torch.save(globals()[task](rank), f"{folder}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    for task in tasks:
+        store = dist.FileStore(f"{folder}/{task}-store", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+        try:
+            torch.save(globals()[task](rank), f"{folder}/{task}-{rank}.pt")
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
 
 
 def shard(rank: int, group) -> dict:
@@ -294,4 +296,4 @@ def calibrated_runs(name: str, kind: str) -> dict:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    work(int(sys.argv[1]), *sys.argv[2:])
