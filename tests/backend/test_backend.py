@@ -19,6 +19,7 @@ from layercache.backend import patching, primitives
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
 from layercache.tools.cli.app import app
 from support.forwards import call
+from support.marks import slow
 from support.peers import STEPS, TOLERANCE, full_size_counts, peer
 from support.tiny import generate
 from support.zoo import build
@@ -197,18 +198,20 @@ def snapshot() -> list:
 @pytest.mark.parametrize(
     "config, block",
     [
-        (FirstBlockCacheConfig(threshold=0.1), 1),
         (FirstBlockCacheConfig(threshold=0.35), 1),
-        (TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32), 0),
-        (TaylorSeerCacheConfig(cache_interval=3, max_order=2, taylor_factors_dtype=torch.float32), 0),
         (
             TaylorSeerCacheConfig(
                 cache_interval=4, max_order=1, taylor_factors_dtype=torch.float32, use_lite_mode=True
             ),
             0,
         ),
+        *slow(
+            (FirstBlockCacheConfig(threshold=0.1), 1),
+            (TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32), 0),
+            (TaylorSeerCacheConfig(cache_interval=3, max_order=2, taylor_factors_dtype=torch.float32), 0),
+        ),
     ],
-    ids=["fbc 0.1", "fbc 0.35", "taylor 1", "taylor 2", "taylor lite"],
+    ids=["fbc 0.35", "taylor lite", "fbc 0.1", "taylor 1", "taylor 2"],
 )
 def test_diffusers_caches_decide_and_give_the_same(pipe, config, block):
     before = snapshot()
@@ -268,6 +271,7 @@ def test_full_size_operators_of_diffusers_caches(pipe):
         assert ours[at] == 2 and theirs[at] - of_the_model[at] == 7
 
 
+@pytest.mark.slow
 def test_full_size_operators_of_a_taylor_prediction(pipe):
     config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=3, taylor_factors_dtype=torch.float32)
     _, decisions = peer(pipe, config, 0)
@@ -392,7 +396,7 @@ def through_cache_dit(pipe, **options):
 @needs_cache_dit
 @pytest.mark.parametrize(
     "options",
-    [{}, {"front": 2, "back": 1}, {"taylor": True, "warmup": 4}, {"threshold": 0.15, "taylor": True}],
+    [{"front": 2, "back": 1}, {"taylor": True, "warmup": 4}, *slow({}, {"threshold": 0.15, "taylor": True})],
     ids=str,
 )
 def test_cache_dit_decides_and_gives_the_same(pipe, options):
@@ -491,6 +495,7 @@ def test_own_hooks_inference_contexts_and_reset(own):
     torch.testing.assert_close(call(model, other)[0], full, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_peers(tmp_path):
     """On a small shape: the counts, which do not depend on it, and the files."""
     result = CliRunner().invoke(

@@ -14,6 +14,7 @@ from layercache.methods.fixed import taylorseer
 from layercache.methods.full_runs import magnitude_ratios
 from layercache.methods.magcache import build_schedule
 from layercache.models.registry import fingerprint_of
+from support.marks import slow
 from support.peers import STEPS, TOLERANCE, full_size_counts, peer
 from support.tiny import generate, shifted_sigmas
 
@@ -43,7 +44,7 @@ def test_a_cached_step_of_fbcache_takes_two_full_size_operators_instead_of_seven
         assert ours[call] == 2 and theirs[call] - of_the_model == 7
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.35])
+@pytest.mark.parametrize("threshold", [0.35, *slow(0.1, 0.2)])
 def test_fbcache(pipe, threshold):
     theirs, decisions = peer(pipe, FirstBlockCacheConfig(threshold=threshold), 1)
     with layercache.enabled(pipe, FBCache(threshold=threshold)) as cache:
@@ -53,7 +54,7 @@ def test_fbcache(pipe, threshold):
     assert (ours - theirs).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("threshold, longest, retention", [(0.06, 3, 0.2), (0.24, 5, 0.1)])
+@pytest.mark.parametrize("threshold, longest, retention", [(0.24, 5, 0.1), *slow((0.06, 3, 0.2))])
 def test_magcache(pipe, threshold, longest, retention):
     call = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
     ratios = magnitude_ratios(pipe, "cat", **call)["cond"]
@@ -73,7 +74,7 @@ def test_magcache(pipe, threshold, longest, retention):
     assert (ours - theirs).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("interval, order", [(3, 1), (2, 2), (5, 1)])
+@pytest.mark.parametrize("interval, order", [(2, 2), *slow((3, 1), (5, 1))])
 def test_taylorseer(pipe, interval, order):
     config = TaylorSeerCacheConfig(
         cache_interval=interval,

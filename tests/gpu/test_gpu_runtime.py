@@ -72,6 +72,11 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return [moved(one, device, dtype) for one in value] if isinstance(value, list) else value
 
 
+def slow_on_cpu(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks what takes long without a GPU."""
+    return test if ON_GPU else pytest.mark.slow(test)
+
+
 class Runs:
     """A pipeline on a device, and its generations.
 
@@ -263,6 +268,7 @@ def test_reuse_is_that_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     assert set(plain.computed.values()) == {4 * len(report.branches)}
 
 
+@slow_on_cpu
 def test_a_gpu_gives_what_the_cpu_gives(name: str, dtype: torch.dtype) -> None:
     """Cached runs differ by no more than uncached ones, times four, and a floor; reuse itself changes far more."""
     found = {}
@@ -286,6 +292,7 @@ def rounding_error(name: str, dtype: torch.dtype, full: Tensor) -> float:
     return distance(full, Runs(MAKERS[name], torch.device("cpu"))())
 
 
+@slow_on_cpu
 def test_the_bundled_model() -> None:
     """Trained weights instead of random ones."""
     runs = Runs(_demo)
@@ -547,6 +554,7 @@ def fails(runs: Runs, at: int) -> None:
     hook.remove()
 
 
+@slow_on_cpu
 @pytest.mark.parametrize("at", [1, 3], ids=["while storing", "while reusing"])
 def test_an_exception_in_the_middle_of_a_generation(at: int) -> None:
     """The next generation is right, and no memory is lost."""
@@ -685,6 +693,7 @@ def test_every_launch_path_gives_the_same_bits(dtype: torch.dtype, monkeypatch: 
 COMPILED_ROWS = ("cc", "rc", "rr")
 
 
+@slow_on_cpu
 @pytest.mark.parametrize(
     ("how", "backend"),
     [("blocks", "inductor"), ("whole", "cudagraphs" if ON_GPU else "eager")],

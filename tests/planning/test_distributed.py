@@ -41,22 +41,13 @@ from support.distributed_worker import (
 
 
 def both(folder: Path, *tasks: str) -> dict[str, list[dict]]:
-    """What each of two processes gives, by task; they are started once, because they import all of diffusers."""
+    """What each of two processes gives, by task."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.distributed_worker", str(rank), str(folder), *tasks],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for job in jobs:
-        _, errors = job.communicate(timeout=180)
-        assert job.returncode == 0, errors
+    command = [sys.executable, "-m", "support.distributed_worker", str(folder), *tasks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     return {task: [torch.load(folder / f"{task}-{rank}.pt") for rank in range(2)] for task in tasks}
 
 

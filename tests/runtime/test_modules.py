@@ -458,6 +458,7 @@ def test_decisions_follow_the_betas(pipe, router):
         assert torch.isfinite(generate(pipe)).all()
 
 
+@pytest.mark.slow
 def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
     dear = l2c.train(
         pipe, ["cat"], replace(SETTINGS, rounds=4, penalty=10.0, learning_rate=0.3), progress=False, **CALL
