@@ -413,6 +413,7 @@ def test_cache_dit_decides_and_gives_the_same(pipe, options):
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.slow
 @needs_cache_dit
 def test_full_size_operators_of_cache_dit(pipe):
     def counts():

@@ -239,6 +239,7 @@ def followed(runs: Runs) -> list[Tensor]:
     return seen
 
 
+@slow_on_cpu
 def test_storing_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     """Everything is computed and half of it stored up to the last step, which reuses it."""
     runs = Runs(MAKERS[name], dtype=dtype)
@@ -353,6 +354,7 @@ def test_wider_storage() -> None:
 # --- methods that decide as they run -------------------------------------------------------------------------
 
 
+@slow_on_cpu
 def test_fbcache_decides_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same changes, none of them near the threshold; replayed, the decisions give the same bits."""
     threshold, noted = 0.645, []
@@ -507,6 +509,7 @@ def test_two_requests_in_one_batch() -> None:
     assert torch.equal(loop.latents, expected) and not torch.equal(expected, full)
 
 
+@slow_on_cpu
 def test_two_threads() -> None:
     """Each with a pipeline of its own, on a stream of its own, from the first launch on."""
     both = [Runs(MAKERS[name]) for name in ("qwen-image", "wan")]
@@ -621,6 +624,7 @@ def test_a_residual_that_is_no_number(storage: str) -> None:
     assert torch.equal(runs(), full) and not torch.equal(full, expected)
 
 
+@slow_on_cpu
 @pytest.mark.parametrize("storage", ["same", "compact"])
 def test_memory_is_what_was_planned(storage: str) -> None:
     """Slots of the schedule, and the input of the group that is open."""

@@ -346,6 +346,7 @@ class TestLoading:
         )
         assert len(eval(run(code))) == 1
 
+    @pytest.mark.slow
     def test_it_can_be_turned_off(self) -> None:
         code = (
             "import torch; from layercache import ops\n"

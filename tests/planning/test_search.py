@@ -295,7 +295,7 @@ def test_a_journal_changes_nothing(pipe, profile, front, tmp_path):
 
 
 def test_the_search_is_deterministic_and_goes_on_where_it_stopped(pipe, profile, tmp_path):
-    journal, settings = tmp_path / "journal.json", {"budgets": (0.5,), "trials": 1}
+    journal, settings = tmp_path / "journal.json", {"budgets": (0.5,), "trials": 0}
     first = run_search(pipe, profile, resume=journal, **settings)
     again = run_search(pipe, profile, resume=journal, **settings)
     assert [p.schedule for p in again.points] == [p.schedule for p in first.points]

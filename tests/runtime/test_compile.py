@@ -46,7 +46,7 @@ def compile_as(pipe, how, backend):
     ],
 )
 def test_graphs_breaks_and_bits(how, order):
-    pipe, cells = tiny_pipeline(layers=3), mixed_cells(6)
+    pipe, cells = tiny_pipeline(layers=3), mixed_cells(5)
     schedule = schedule_for(pipe, cells, ((0, 1), (1, 2), (2, 3)))
     generate = partial(make_pictures, steps=len(cells))
     with layercache.enabled(pipe, schedule):

@@ -125,6 +125,7 @@ def test_a_forecast_has_its_slope_as_soon_as_there_are_two_anchors():
     assert set(terms) == {2, 1} and terms[2] == pytest.approx(2.0) and terms[1] == pytest.approx(-1.0)
 
 
+@pytest.mark.slow
 def test_blocks_stay_compiled_under_a_dynamic_method(unclocked):
     """Blocks that are called from a function kept out of compilation are no longer compiled themselves."""
     model, inputs = build("FluxTransformer2DModel")

@@ -8,6 +8,7 @@ import torch
 import layercache
 from layercache.errors import CacheStateError, ScheduleMismatchError
 from layercache.methods.fbcache import FBCache
+from support.marks import slow
 from support.tiny import randomise
 from support.zoo import _qwen as tiny_qwen
 from support.zoo_pipelines import (
@@ -27,7 +28,11 @@ from support.zoo_pipelines import (
 SKIPS_A_BRANCH = ("lumina 2", "z-image", "sd3, skipping layers")
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+# Daily: every way in which the steps of a generation are counted, and every shape of a velocity.
+NIGHTLY = ("aura flow", "chroma", "cogvideox, DDIM", "cogview 4", "hunyuan video", "sana", "sana, DPM", "wan")
+
+
+@pytest.fixture(scope="module", params=[*sorted(PIPELINES.keys() - set(NIGHTLY)), *slow(*NIGHTLY)])
 def case(request):
     pipe, call = PIPELINES[request.param]()
     return request.param, pipe, call, generate(pipe, call)

@@ -202,10 +202,13 @@ def twin(pipe, transformer):
     return other
 
 
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
 @pytest.mark.parametrize(
-    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+    ("make", "dynamic"), [(copy.deepcopy, False), (pickled, True), *slow((copy.deepcopy, True), (pickled, False))]
 )
-@pytest.mark.parametrize("dynamic", [False, True], ids=["schedule", "dynamic"])
 def test_copies_are_uncached_models_of_their_own(pipe, plan, make, dynamic):
     method = FBCache(threshold=1.0, warmup=2) if dynamic else plan
     full = generate(pipe)

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from support.marks import slow
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, printed",
     [
+        ("teacache_in_40_lines", r"(\d+) of 60 forwards skipped, PSNR 3\d\.\d dB"),
+        ("method_as_policy", r"computed: ##[#.]{27}#"),
         ("plain_pytorch", r"relative error: \d\.\d\de-0[3-9]"),
-        *slow(
-            ("teacache_in_40_lines", r"(\d+) of 60 forwards skipped, PSNR 3\d\.\d dB"),
-            ("method_as_policy", r"computed: ##[#.]{27}#"),
-        ),
     ],
 )
 def test_example(name, printed, tmp_path):
