@@ -13,15 +13,19 @@ OLDEST_TESTS := models/test_models runtime/test_pipelines runtime/test_enable ru
 # The files of tests are shared out to processes, each of which has one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test oldest lint bench clean
+.PHONY: help demo test test-all oldest lint bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed ## Compare full and cached runs of the bundled model
 	$(BIN)/layercache demo
 
-test: lint ## Lint, then run every test
+test: lint ## Lint, then run the daily tests
+	$(PYTEST) tests -m "not slow" --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not slow"
+
+test-all: lint ## Lint, then run every test, also with the oldest diffusers
 	$(PYTEST) tests --ignore=tests/interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 	$(MAKE) oldest

@@ -14,17 +14,16 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, first_block_cache, taylorseer_cache
 from typer.testing import CliRunner
 
-from backend.test_peer_agreement import STEPS, FullSize, full_size_counts, peer
-from backend.test_peer_agreement import pipe as pipe
 from layercache import backend
 from layercache.backend import patching, primitives
 from layercache.errors import CacheStateError, MissingExtraError, OpInputError, UnsupportedModelError
 from layercache.tools.cli.app import app
-from models.test_models import call
+from support.forwards import call
+from support.marks import slow
+from support.peers import STEPS, TOLERANCE, full_size_counts, peer
 from support.tiny import generate
 from support.zoo import build
 
-TOLERANCE = 1e-4
 HAS_CACHE_DIT = importlib.util.find_spec("cache_dit") is not None
 needs_cache_dit = pytest.mark.skipif(not HAS_CACHE_DIT, reason="cache-dit is not installed")
 
@@ -199,18 +198,20 @@ def snapshot() -> list:
 @pytest.mark.parametrize(
     "config, block",
     [
-        (FirstBlockCacheConfig(threshold=0.1), 1),
         (FirstBlockCacheConfig(threshold=0.35), 1),
-        (TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32), 0),
-        (TaylorSeerCacheConfig(cache_interval=3, max_order=2, taylor_factors_dtype=torch.float32), 0),
         (
             TaylorSeerCacheConfig(
                 cache_interval=4, max_order=1, taylor_factors_dtype=torch.float32, use_lite_mode=True
             ),
             0,
         ),
+        *slow(
+            (FirstBlockCacheConfig(threshold=0.1), 1),
+            (TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32), 0),
+            (TaylorSeerCacheConfig(cache_interval=3, max_order=2, taylor_factors_dtype=torch.float32), 0),
+        ),
     ],
-    ids=["fbc 0.1", "fbc 0.35", "taylor 1", "taylor 2", "taylor lite"],
+    ids=["fbc 0.35", "taylor lite", "fbc 0.1", "taylor 1", "taylor 2"],
 )
 def test_diffusers_caches_decide_and_give_the_same(pipe, config, block):
     before = snapshot()
@@ -270,6 +271,7 @@ def test_full_size_operators_of_diffusers_caches(pipe):
         assert ours[at] == 2 and theirs[at] - of_the_model[at] == 7
 
 
+@pytest.mark.slow
 def test_full_size_operators_of_a_taylor_prediction(pipe):
     config = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=3, taylor_factors_dtype=torch.float32)
     _, decisions = peer(pipe, config, 0)
@@ -394,7 +396,7 @@ def through_cache_dit(pipe, **options):
 @needs_cache_dit
 @pytest.mark.parametrize(
     "options",
-    [{}, {"front": 2, "back": 1}, {"taylor": True, "warmup": 4}, {"threshold": 0.15, "taylor": True}],
+    [{"front": 2, "back": 1}, {"taylor": True, "warmup": 4}, *slow({}, {"threshold": 0.15, "taylor": True})],
     ids=str,
 )
 def test_cache_dit_decides_and_gives_the_same(pipe, options):
@@ -411,24 +413,12 @@ def test_cache_dit_decides_and_gives_the_same(pipe, options):
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.slow
 @needs_cache_dit
 def test_full_size_operators_of_cache_dit(pipe):
-    config = pipe.transformer.config
-
     def counts():
-        mode = FullSize(64 * config.num_attention_heads * config.attention_head_dim)
-
-        def begin(*_):
-            mode.calls.append(0)
-            mode.ours.append(0)
-
-        hook = pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(begin)
-        try:
-            with db_cache(pipe), mode:
-                generate(pipe, prompts=["cat"], steps=STEPS)
-        finally:
-            hook.remove()
-        return mode.calls, mode.ours
+        with db_cache(pipe):
+            return full_size_counts(pipe, pipe.transformer.transformer_blocks[0].attn)
 
     theirs, _ = counts()
     with backend.accelerated("cache-dit"):
@@ -506,6 +496,7 @@ def test_own_hooks_inference_contexts_and_reset(own):
     torch.testing.assert_close(call(model, other)[0], full, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_peers(tmp_path):
     """On a small shape: the counts, which do not depend on it, and the files."""
     result = CliRunner().invoke(

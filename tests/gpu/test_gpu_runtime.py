@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 import layercache
-from gpu.plain_reuse import PlainReuse, as_fp8
 from layercache._utils.compat import scheduler_sigmas
 from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import NonFiniteResidualError
@@ -26,6 +25,7 @@ from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.ops.dispatch import Kernels
 from layercache.ops.plans import ignored
 from layercache.schedule.schedule import Schedule
+from support.plain_reuse import PlainReuse, as_fp8
 from support.tiny import tiny_pipeline
 from support.zoo import build
 from support.zoo_pipelines import PIPELINES, make, noise
@@ -70,6 +70,11 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     return [moved(one, device, dtype) for one in value] if isinstance(value, list) else value
+
+
+def slow_on_cpu(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks what takes long without a GPU."""
+    return test if ON_GPU else pytest.mark.slow(test)
 
 
 class Runs:
@@ -234,6 +239,7 @@ def followed(runs: Runs) -> list[Tensor]:
     return seen
 
 
+@slow_on_cpu
 def test_storing_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     """Everything is computed and half of it stored up to the last step, which reuses it."""
     runs = Runs(MAKERS[name], dtype=dtype)
@@ -263,6 +269,7 @@ def test_reuse_is_that_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     assert set(plain.computed.values()) == {4 * len(report.branches)}
 
 
+@slow_on_cpu
 def test_a_gpu_gives_what_the_cpu_gives(name: str, dtype: torch.dtype) -> None:
     """Cached runs differ by no more than uncached ones, times four, and a floor; reuse itself changes far more."""
     found = {}
@@ -286,6 +293,7 @@ def rounding_error(name: str, dtype: torch.dtype, full: Tensor) -> float:
     return distance(full, Runs(MAKERS[name], torch.device("cpu"))())
 
 
+@slow_on_cpu
 def test_the_bundled_model() -> None:
     """Trained weights instead of random ones."""
     runs = Runs(_demo)
@@ -346,6 +354,7 @@ def test_wider_storage() -> None:
 # --- methods that decide as they run -------------------------------------------------------------------------
 
 
+@slow_on_cpu
 def test_fbcache_decides_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same changes, none of them near the threshold; replayed, the decisions give the same bits."""
     threshold, noted = 0.645, []
@@ -500,6 +509,7 @@ def test_two_requests_in_one_batch() -> None:
     assert torch.equal(loop.latents, expected) and not torch.equal(expected, full)
 
 
+@slow_on_cpu
 def test_two_threads() -> None:
     """Each with a pipeline of its own, on a stream of its own, from the first launch on."""
     both = [Runs(MAKERS[name]) for name in ("qwen-image", "wan")]
@@ -547,6 +557,7 @@ def fails(runs: Runs, at: int) -> None:
     hook.remove()
 
 
+@slow_on_cpu
 @pytest.mark.parametrize("at", [1, 3], ids=["while storing", "while reusing"])
 def test_an_exception_in_the_middle_of_a_generation(at: int) -> None:
     """The next generation is right, and no memory is lost."""
@@ -613,6 +624,7 @@ def test_a_residual_that_is_no_number(storage: str) -> None:
     assert torch.equal(runs(), full) and not torch.equal(full, expected)
 
 
+@slow_on_cpu
 @pytest.mark.parametrize("storage", ["same", "compact"])
 def test_memory_is_what_was_planned(storage: str) -> None:
     """Slots of the schedule, and the input of the group that is open."""
@@ -672,6 +684,7 @@ def test_every_launch_path_gives_the_same_bits(dtype: torch.dtype) -> None:
 COMPILED_ROWS = ("cc", "rc", "rr")
 
 
+@slow_on_cpu
 @pytest.mark.parametrize(
     ("how", "backend"),
     [("blocks", "inductor"), ("whole", "cudagraphs" if ON_GPU else "eager")],

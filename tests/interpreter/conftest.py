@@ -13,7 +13,7 @@ import torch
 from layercache.kernels import moments, statistics, tiles
 from torch import Tensor
 
-from interpreter.support import CASES, DTYPES, Case, Memory
+from support.guarded_memory import Case, Memory
 
 HERE = Path(__file__).parent
 
@@ -55,16 +55,6 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(values, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
 
 
 @pytest.fixture

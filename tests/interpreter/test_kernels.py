@@ -8,11 +8,13 @@ import pytest
 import torch
 from layercache.kernels import capture, combine, statistics, tiles
 
-from interpreter.support import CASES, DTYPES, Case, Memory, assert_sums_close, pair_scale, same_bits
+from support.guarded_memory import CASES, DTYPES, Case, Memory, assert_sums_close, in_cases, pair_scale, same_bits
+from support.marks import slow
 
 pytestmark = pytest.mark.usefixtures("rounding")
 
 
+@in_cases()
 def test_capture(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     outputs, inputs = memory.streams(case, dtype), memory.streams(case, dtype)
     residuals, expected = memory.outputs(case, dtype), memory.outputs(case, dtype)
@@ -21,6 +23,7 @@ def test_capture(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     assert same_bits(residuals, expected)
 
 
+@in_cases()
 def test_capture_statistics(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     outputs, inputs = memory.streams(case, dtype), memory.streams(case, dtype)
     previous = [memory.random(shape, dtype) for shape in case.shapes]
@@ -38,6 +41,7 @@ def test_capture_statistics(case: Case, dtype: torch.dtype, memory: Memory) -> N
     assert same_bits(previous, expected)
 
 
+@in_cases()
 def test_pair_statistics(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     a, b = memory.streams(case, dtype), memory.streams(case, dtype)
     found = statistics.pair_statistics_triton(a, b, groups=case.groups)
@@ -46,6 +50,7 @@ def test_pair_statistics(case: Case, dtype: torch.dtype, memory: Memory) -> None
     assert torch.equal(found[:, 7], known[:, 7])
 
 
+@in_cases()
 @pytest.mark.parametrize("terms", [1, 2, 8])
 def test_linear_combination(case: Case, dtype: torch.dtype, memory: Memory, terms: int) -> None:
     bases = memory.streams(case, dtype)
@@ -68,12 +73,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("sets", SETS.values(), ids=SETS)
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if not case.strided and len(case.shapes[0]) == 3],
-    ids=lambda c: c.name,
-    indirect=True,
-)
+@in_cases([case for case in CASES if not case.strided and len(case.shapes[0]) == 3])
 def test_combination_error(case: Case, dtype: torch.dtype, memory: Memory, sets: list[list[float]]) -> None:
     target, *terms = (memory.random(case.shapes[0], dtype) for _ in range(4))
     found = statistics.combination_error_triton(target, terms, sets, groups=case.groups)
@@ -86,7 +86,7 @@ def test_combination_error(case: Case, dtype: torch.dtype, memory: Memory, sets:
     assert_sums_close(found, known, scale)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [float("nan"), *slow(float("inf"), float("-inf"))])
 @pytest.mark.parametrize("groups", [16, 4096])
 @pytest.mark.parametrize("where", [(0, 0, 0), (0, -1, -1)], ids=["first", "last"])
 @pytest.mark.parametrize("stream", [0, 1])

@@ -7,7 +7,7 @@ import torch
 from layercache.kernels import capture, combine, compact, moments, statistics, tiles
 from torch import Tensor
 
-from interpreter.support import CASES, Case, Memory, assert_sums_close, pair_scale, same_bits
+from support.guarded_memory import CASES, DTYPES, Case, Memory, assert_sums_close, in_cases, pair_scale, same_bits
 
 pytestmark = pytest.mark.usefixtures("rounding")
 
@@ -20,6 +20,7 @@ def inputs_of(case: Case, dtype: torch.dtype, memory: Memory, count: int) -> lis
     return list(map(list, zip(*(memory.streams(case, dtype) for _ in range(count)), strict=True)))
 
 
+@in_cases()
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_linear_map(case: Case, dtype: torch.dtype, memory: Memory, on_device: bool) -> None:
     inputs = inputs_of(case, dtype, memory, 3)
@@ -32,6 +33,7 @@ def test_linear_map(case: Case, dtype: torch.dtype, memory: Memory, on_device: b
     assert all(map(same_bits, found, known))
 
 
+@in_cases()
 def test_outputs_in_place_of_strided_inputs(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     inputs = inputs_of(case, dtype, memory, 2)
     known = [[torch.zeros(shape, dtype=dtype)] for shape in case.shapes]
@@ -40,6 +42,7 @@ def test_outputs_in_place_of_strided_inputs(case: Case, dtype: torch.dtype, memo
     assert same_bits([stream[0] for stream in inputs], [y for (y,) in known])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mixed_dtypes(dtype: torch.dtype, other: torch.dtype) -> None:
     x, v = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 5, 24).to(other)
@@ -49,7 +52,7 @@ def test_mixed_dtypes(dtype: torch.dtype, other: torch.dtype) -> None:
     assert same_bits(found, known)
 
 
-@pytest.mark.parametrize("case", THREE_DIMS, ids=lambda c: c.name, indirect=True)
+@in_cases(THREE_DIMS)
 def test_gate(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     bases = memory.streams(case, dtype)
     terms = [[memory.random(shape, dtype) for _ in range(2)] for shape in case.shapes]
@@ -72,7 +75,7 @@ def test_many_streams() -> None:
     torch.testing.assert_close(pairs, statistics.pair_statistics_reference(bases, [r for (r,) in terms]))
 
 
-@pytest.mark.parametrize("case", THREE_DIMS, ids=lambda c: c.name, indirect=True)
+@in_cases(THREE_DIMS)
 def test_statistics_per_sample(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     outputs, inputs = memory.streams(case, dtype), memory.streams(case, dtype)
     previous = [memory.random(shape, dtype) for shape in case.shapes]
@@ -88,7 +91,7 @@ def test_statistics_per_sample(case: Case, dtype: torch.dtype, memory: Memory) -
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("case", THREE_DIMS, ids=lambda c: c.name, indirect=True)
+@in_cases(THREE_DIMS)
 def test_statistics_of_the_input(
     case: Case,
     dtype: torch.dtype,
@@ -104,7 +107,7 @@ def test_statistics_of_the_input(
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 11])
-@pytest.mark.parametrize("case", DENSE, ids=lambda c: c.name, indirect=True)
+@in_cases(DENSE)
 def test_gram(case: Case, dtype: torch.dtype, memory: Memory, count: int) -> None:
     tensors = [memory.random(case.shapes[0], dtype) for _ in range(count)]
     found, known = moments.gram_triton(tensors, groups=case.groups), moments.gram_reference(tensors)
@@ -113,7 +116,7 @@ def test_gram(case: Case, dtype: torch.dtype, memory: Memory, count: int) -> Non
     assert torch.equal(found, found.T)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=lambda c: c.name, indirect=True)
+@in_cases(DENSE)
 def test_linear_sums(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     tensors = [memory.random(case.shapes[0], dtype) for _ in range(3)]
     found = moments.linear_sums_triton(tensors, MATRIX, groups=case.groups)
@@ -122,6 +125,7 @@ def test_linear_sums(case: Case, dtype: torch.dtype, memory: Memory) -> None:
     assert_sums_close(found, known, torch.tensor([[s.sum(), s.square().sum()] for s in sizes]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.0, 0.5, 1.2, 9.0])
 def test_align(dtype: torch.dtype, size: float) -> None:
     x, p_a, p_b, r_a, r_b = (torch.randn(2, 9, 40).to(dtype) for _ in range(5))
@@ -137,7 +141,7 @@ def test_align_of_equal_probes() -> None:
 
 
 class TestCompactStorage:
-    @pytest.mark.parametrize("case", THREE_DIMS, ids=lambda c: c.name, indirect=True)
+    @in_cases(THREE_DIMS)
     def test_codes_and_their_use(self, case: Case, dtype: torch.dtype, memory: Memory) -> None:
         outputs, inputs = memory.streams(case, dtype), memory.streams(case, dtype)
         codes = [memory.tensor(shape, torch.uint8, torch.zeros(shape)) for shape in case.shapes]

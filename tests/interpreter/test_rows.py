@@ -7,12 +7,12 @@ import torch
 from layercache.kernels import compact, decisions, guidance, modulate, router
 from torch import Tensor
 
-from interpreter.support import CASES, Case, Memory, assert_sums_close, same_bits
+from support.guarded_memory import CASES, Case, Memory, assert_sums_close, in_cases, same_bits
 
 pytestmark = pytest.mark.usefixtures("rounding")
 
 THREE_DIMS = [case for case in CASES if len(case.shapes[0]) == 3]
-cases = pytest.mark.parametrize("case", THREE_DIMS, ids=lambda c: c.name, indirect=True)
+cases = in_cases(THREE_DIMS)
 
 
 def one(case: Case, dtype: torch.dtype, memory: Memory) -> Tensor:

@@ -1,10 +1,12 @@
 """What the launchers compile to for GPUs, looked at without one: widths and bytes of accesses, registers, memory.
 
-`launches` makes the calls in child processes, one per architecture, under a stub driver.
+`launches` makes the calls in child processes, one per architecture, under a stub driver. sm_80 and sm_90 are looked at
+every day, other architectures in `make test-all`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ import pytest
 
 from support import launches
 from support.launches import KERNELS, Launch
+from support.marks import slow
 
 CUDA = ["80", "90", "100", "120"]
 HIP = ["gfx942"]
 ALL = launches.launches(launches.load(KERNELS))
 FAST = [name for name in ALL if name != "capture misaligned"]
+
+cuda = pytest.mark.parametrize("arch", [*CUDA[:2], *slow(*CUDA[2:])])
 
 Compiled = dict[str, dict[str, Any]]
 
@@ -45,13 +49,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(cache: Path) -> Callable[[str], Compiled]:
-    """What every launch compiled for an architecture; all are compiled at the first request, two at a time."""
+    """What every launch compiled for an architecture, which happens at the first request."""
     pytest.importorskip("triton")
-    pool = ThreadPoolExecutor(2)
-    children: dict[str, Future] = {arch: pool.submit(run_child, cache, arch) for arch in (*CUDA, *HIP)}
 
+    @functools.cache
     def find(arch: str) -> Compiled:
-        child = children[arch].result()
+        child = run_child(cache, arch)
         if "ld.lld not found" in child.stderr:
             pytest.skip("triton before 3.5 needs ROCm's linker to compile for AMD GPUs")
         assert child.returncode == 0, child.stderr
@@ -111,60 +114,45 @@ def check_resources(launch: Launch, kernel: dict[str, Any]) -> None:
     assert found["REG"] <= launch.registers * room, f"{found['REG']} registers"
 
 
-@pytest.mark.parametrize("arch", CUDA)
-@pytest.mark.parametrize("name", FAST)
-def test_accesses_are_wide_and_no_more_than_needed(name: str, arch: str, compiled: Callable) -> None:
-    check_accesses(ALL[name], compiled(arch)[name][ALL[name].kernel])
-
-
-@pytest.mark.parametrize("arch", CUDA)
-@pytest.mark.parametrize("name", ALL)
-def test_registers_and_memory(name: str, arch: str, compiled: Callable) -> None:
-    check_resources(ALL[name], compiled(arch)[name][ALL[name].kernel])
-
-
-@pytest.mark.parametrize("arch", CUDA)
-@pytest.mark.parametrize("name", ALL)
-def test_enough_bytes_are_in_flight(name: str, arch: str, compiled: Callable) -> None:
+def check_bytes_in_flight(launch: Launch, kernel: dict[str, Any], arch: str) -> None:
     """32 KB of loads per multiprocessor hide the latency of memory (kernels.md §4.2, §5.1)."""
-    kernel = compiled(arch)[name][ALL[name].kernel]
     warps, registers = kernel["warps"], -(-kernel["resources"]["REG"] // 8) * 8
     most_warps = 48 if arch == "120" else 64
     blocks = min(65536 // (32 * warps * registers), most_warps // warps)
     loads = accesses(kernel["assembly"], "ld")
     flying = 16 * loads.get("v4.b32", 0) + 8 * loads.get("v2.b32", 0)
-    assert name == "capture misaligned" or blocks * flying * 32 * warps >= 32 * 1024
+    assert blocks * flying * 32 * warps >= 32 * 1024
 
 
-@pytest.mark.parametrize("arch", CUDA)
-@pytest.mark.parametrize("name", FAST)
-def test_only_sums_are_fused(name: str, arch: str, compiled: Callable) -> None:
-    check_rounding(ALL[name], compiled(arch)[name][ALL[name].kernel])
+@cuda
+@pytest.mark.parametrize("name", ALL)
+def test_a_launch_moves_what_it_must_in_wide_accesses_and_rounds_like_eager(
+    name: str, arch: str, compiled: Callable
+) -> None:
+    """Accesses, registers and memory, bytes in flight, multiply-adds, and nothing slow in any of its kernels."""
+    launch, kernels = ALL[name], compiled(arch)[name]
+    kernel = kernels[launch.kernel]
+    check_resources(launch, kernel)
+    if name == "capture misaligned":
+        assert set(accesses(kernel["assembly"], "ld")) == {"b16"}
+    else:
+        check_accesses(launch, kernel)
+        check_bytes_in_flight(launch, kernel, arch)
+        check_rounding(launch, kernel)
+    for own, found in kernels.items():
+        ptx = found["assembly"]
+        assert ".f64" not in ptx, f"{own} computes in fp64"
+        assert own == launch.kernel or "fma.rn.f32" not in ptx, f"{own} fuses multiply-adds"
+        assert not re.search(r"\b(atom|red)\.", ptx), f"{own} uses atomics"
 
 
-@pytest.mark.parametrize("arch", CUDA)
-def test_nothing_slow(arch: str, compiled: Callable) -> None:
-    for name, kernels in compiled(arch).items():
-        for kernel, found in kernels.items():
-            ptx = found["assembly"]
-            assert ".f64" not in ptx, f"{name}: {kernel} computes in fp64"
-            if kernel != ALL[name].kernel:
-                assert "fma.rn.f32" not in ptx, f"{name}: {kernel} fuses multiply-adds"
-            assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: {kernel} uses atomics"
-
-
-@pytest.mark.parametrize("arch", CUDA)
+@cuda
 def test_another_size_needs_no_other_binary(arch: str, compiled: Callable) -> None:
     assembly = compiled(arch)
     assert assembly["capture another size"] == assembly["capture"]
 
 
-@pytest.mark.parametrize("arch", CUDA)
-def test_misaligned_tensors_take_the_slow_path(arch: str, compiled: Callable) -> None:
-    (kernel,) = compiled(arch)["capture misaligned"].values()
-    assert set(accesses(kernel["assembly"], "ld")) == {"b16"}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", HIP)
 @pytest.mark.parametrize("name", FAST)
 def test_amd_accesses_are_wide(name: str, arch: str, compiled: Callable) -> None:
@@ -195,7 +183,7 @@ WORSE = {
 }
 
 
-@pytest.mark.parametrize("name", WORSE)
+@pytest.mark.parametrize("name", [[*WORSE][0], *slow(*[*WORSE][1:])])
 def test_a_kernel_made_worse_is_found(name: str, cache: Path, tmp_path: Path) -> None:
     file, launch, good, bad, check = WORSE[name]
     folder = Path(shutil.copytree(KERNELS, tmp_path / "kernels"))

@@ -23,7 +23,8 @@ from layercache.runtime.modules import ModuleRouter, copy_of, module_units
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.report.tables import model_rows, models_table
-from models.test_models import call
+from support.forwards import call
+from support.marks import slow
 from support.text import plain_text
 from support.tiny import fingerprint
 from support.zoo import MODELS, build
@@ -235,7 +236,7 @@ def other_inputs(inputs: dict) -> dict:
     return inputs | {key: moved}
 
 
-@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("seed", [0, *slow(None)])
 def test_reused_modules_give_what_they_gave(divided, seed):
     """Against plain hooks that put the outputs of another forward in the place of the modules' own."""
     model, inputs = divided

@@ -13,23 +13,9 @@ import layercache
 from layercache import ops
 from layercache.methods.fbcache import DBCache
 from layercache.models import registry as models
-from layercache.models.registry import first_tensor, known_models, spec_for
-from layercache.schedule.schedule import Schedule
-from support.tiny import fingerprint
+from layercache.models.registry import known_models, spec_for
+from support.forwards import CONTROLS, GROUPS, assert_close, call, controls, schedule
 from support.zoo import MODELS, build
-
-GROUPS = ((0, 1), (1, 3), (3, 4))
-SIGMAS = (1.0, 0.8, 0.5, 0.0)
-CONTROLS = {
-    "QwenImageTransformer2DModel": {"controlnet_block_samples": 1},
-    "FluxTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
-    "ChromaTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
-    "BriaTransformer2DModel": {"controlnet_block_samples": 2, "controlnet_single_block_samples": 2},
-    "SD3Transformer2DModel": {"block_controlnet_hidden_states": 2},
-    "SanaTransformer2DModel": {"controlnet_block_samples": 2},
-    "CosmosTransformer3DModel": {"block_controlnet_hidden_states": 4},
-    "ZImageTransformer2DModel": {"controlnet_block_samples": 2},
-}
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -37,30 +23,11 @@ def zoo(request):
     return build(request.param)
 
 
-def call(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
-    """Every tensor that the forward gives; LTX-2 gives two."""
-    with torch.no_grad():
-        output = model(**inputs, return_dict=False)
-    parts = output if isinstance(output, tuple) else (output,)
-    return [first_tensor((part,)) for part in parts if part is not None]
-
-
-def schedule(model: nn.Module, *rows: tuple, groups=GROUPS) -> Schedule:
-    prints = fingerprint(model, SIGMAS[: len(rows)] + (0.0,), ("all",))
-    return Schedule(prints, tuple(groups), tuple(rows), (1.0,) * len(groups))
-
-
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch):
     """The steps of these tests share one timestep."""
     for spec in known_models():
         monkeypatch.setitem(models._REGISTRY, spec.model_class, replace(spec, timestep=None))
-
-
-def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-5)
 
 
 def test_every_registered_class_is_in_the_zoo():
@@ -82,41 +49,39 @@ def test_computing_everything_changes_no_bit_and_disabling_leaves_nothing(zoo):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("reused", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
-def test_a_cached_step_with_the_same_input_is_the_full_step(zoo, reused):
-    model, inputs = zoo
+EVERY_SET = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)]
+
+
+def assert_reused_steps_are_the_full_step(model, inputs, sets=EVERY_SET, groups=GROUPS):
+    """A full step, then one for each of ``sets``, in which those groups reuse what the first one stored."""
     expected = call(model, inputs)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row)) as cache:
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
-        assert cache.report().fallback_rows == 0
+    rows = [tuple({0: 1.0} if group in reused else None for group in range(3)) for reused in sets]
+    for at in range(0, len(rows), 2):  # two steps at a time: there are as many sigmas
+        with layercache.enabled(model, schedule(model, (None,) * 3, *rows[at : at + 2], groups=groups)) as cache:
+            call(model, inputs)
+            for _ in rows[at : at + 2]:
+                assert_close(call(model, inputs), expected)
+            assert cache.report().fallback_rows == 0
+
+
+def test_a_cached_step_with_the_same_input_is_the_full_step(zoo):
+    assert_reused_steps_are_the_full_step(*zoo)
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
-@pytest.mark.parametrize("reused", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name, reused):
+def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name):
     model, inputs = build(name)
     plain = call(model, inputs)
     inputs = inputs | controls(name, model, inputs)
-    expected = call(model, inputs)
-    assert not torch.allclose(plain[0], expected[0], atol=1e-3)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row)):
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
+    assert not torch.allclose(plain[0], call(model, inputs)[0], atol=1e-3)
+    assert_reused_steps_are_the_full_step(model, inputs, [(0,), (1,), (2,), (0, 1, 2)])
 
 
 @pytest.mark.parametrize("name", [n for n in CONTROLS if "controlnet_single_block_samples" in CONTROLS[n]])
-@pytest.mark.parametrize("reused", [(1,), (2,), (1, 2)], ids=str)
-def test_controlnet_residuals_within_groups_of_several_single_blocks(name, reused):
+def test_controlnet_residuals_within_groups_of_several_single_blocks(name):
     model, inputs = build(name, num_single_layers=6)
     inputs = inputs | controls(name, model, inputs)
-    expected = call(model, inputs)
-    row = tuple({0: 1.0} if group in reused else None for group in range(3))
-    with layercache.enabled(model, schedule(model, (None,) * 3, row, groups=((0, 2), (2, 5), (5, 8)))):
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
+    assert_reused_steps_are_the_full_step(model, inputs, [(1,), (2,), (1, 2)], groups=((0, 2), (2, 5), (5, 8)))
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
@@ -129,30 +94,6 @@ def test_controlnet_residuals_outside_reused_groups_are_live(name):
         # the same step, with the first group's residual in its place
         again = call(model, inputs | controls(name, model, inputs, seed=2))
     assert not torch.allclose(found[0], again[0], atol=1e-4)
-
-
-def controls(name: str, model: nn.Module, inputs: dict, seed: int = 0) -> dict:
-    """Residuals of the size of the image stream, as a ControlNet gives them."""
-    shape = stream_shape(model, inputs)
-    generator = torch.Generator().manual_seed(seed)
-    given = {}
-    for argument, count in CONTROLS[name].items():
-        samples = [torch.randn(shape, generator=generator) * 0.5 for _ in range(count)]
-        if name.startswith("Bria") and "single" in argument:  # added behind as many image tokens as there is text
-            samples = [sample[:, inputs["encoder_hidden_states"].shape[1] :] for sample in samples]
-        given[argument] = dict(enumerate(samples)) if name.startswith("ZImage") else samples
-    return given
-
-
-def stream_shape(model: nn.Module, inputs: dict) -> torch.Size:
-    spec, shapes = spec_for(model), []
-    block = spec.block_modules(model)[0][0]
-    hook = block.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(spec.calls(0).given(args, kwargs).shape), with_kwargs=True
-    )
-    call(model, inputs)
-    hook.remove()
-    return shapes[0]
 
 
 def test_one_launch_per_stored_group_and_one_per_run(zoo, monkeypatch):

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from layercache import ops
 from layercache.errors import OpInputError
 from layercache.ops import checks
-from ops.test_ops import DTYPES, assert_close, exact, outlier_tensor, pair_oracle, streams
+from support.tensors import DTYPES, assert_close, exact, outlier_tensor, pair_oracle, streams
 
 SHAPES = [[(2, 9, 40), (2, 5, 40)], [(1, 7, 63)], [(3, 33, 72), (3, 0, 72)], [(1, 300, 260), (1, 77, 260)]]
 
@@ -117,10 +117,9 @@ class TestLinearMap:
                 ops.linear_map([[x]], [[output]], [[2.0]])
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_overlap_of_slices(seed: int) -> None:
+def test_overlap_of_slices() -> None:
     """Never missed; never suspected of slices of one tensor along one dim."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     base = torch.arange(4 * 7 * 12).view(4, 7, 12)
 
     def piece() -> Tensor:
@@ -130,13 +129,13 @@ def test_overlap_of_slices(seed: int) -> None:
             slices.append(slice(first, int(random.integers(first + 1, size))))
         return base[tuple(slices)]
 
-    for _ in range(50):
+    for _ in range(1000):
         a, b = piece(), piece()
         if set(a.flatten().tolist()) & set(b.flatten().tolist()):
             assert checks.overlap(a, b)
-    cut = int(random.integers(1, 6))
-    assert not checks.overlap(base[:, :cut], base[:, cut:])
-    assert not checks.overlap(base[..., cut:], base[..., :cut])
+    for cut in range(1, 7):
+        assert not checks.overlap(base[:, :cut], base[:, cut:])
+        assert not checks.overlap(base[..., cut:], base[..., :cut])
     assert not checks.overlap(base[:2], base[2:])
 
 

@@ -40,54 +40,50 @@ from support.distributed_worker import (
 )
 
 
-def both(folder: Path, task: str) -> list[dict]:
+def both(folder: Path, *tasks: str) -> dict[str, list[dict]]:
+    """What each of two processes gives, by task."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.distributed_worker", str(rank), str(folder), task],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for job in jobs:
-        _, errors = job.communicate(timeout=180)
-        assert job.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    command = [sys.executable, "-m", "support.distributed_worker", str(folder), *tasks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {task: [torch.load(folder / f"{task}-{rank}.pt") for rank in range(2)] for task in tasks}
 
 
-def test_shards_of_one_generation_decide_as_the_whole(tmp_path):
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    return both(tmp_path_factory.mktemp("two"), "together", "apart", "replicas", "static")
+
+
+def test_shards_of_one_generation_decide_as_the_whole(in_two):
     outputs, decisions = whole()
     assert 1 < sum(decisions) < STEPS
-    found = both(tmp_path, "together")
+    found = in_two["together"]
     assert all(tuple(part["decisions"]) == decisions for part in found)
     torch.testing.assert_close(torch.cat([part["outputs"] for part in found], dim=2), outputs, rtol=1e-5, atol=1e-5)
     assert all(part["collectives"] <= STEPS for part in found)
 
 
-def test_without_a_group_each_shard_would_decide_for_itself(tmp_path):
+def test_without_a_group_each_shard_would_decide_for_itself(in_two):
     """Else the test above could not fail."""
-    found = both(tmp_path, "apart")
+    found = in_two["apart"]
     assert found[0]["decisions"] != found[1]["decisions"]
     assert [part["collectives"] for part in found] == [0, 0]
 
 
-def test_replicas_never_wait_for_each_other(tmp_path):
-    found = both(tmp_path, "replicas")
-    for rank, part in enumerate(found):
+def test_replicas_never_wait_for_each_other(in_two):
+    for rank, part in enumerate(in_two["replicas"]):
         outputs, decisions = whole(rank)
         assert tuple(part["decisions"]) == decisions
         assert torch.equal(part["outputs"], outputs)
 
 
-def test_schedules_need_no_communication(tmp_path):
+def test_schedules_need_no_communication(in_two):
     transformer = model()
     with layercache.enabled(transformer, static_schedule(transformer)):
         outputs = run(transformer, *shaped(0))
-    found = both(tmp_path, "static")
+    found = in_two["static"]
     torch.testing.assert_close(torch.cat([part["outputs"] for part in found], dim=2), outputs, rtol=1e-5, atol=1e-5)
 
 
@@ -126,9 +122,10 @@ def test_a_stream_may_still_be_on_its_way(group_of_one, late):
 
 @pytest.fixture(scope="module")
 def in_parallel(tmp_path_factory):
-    return both(tmp_path_factory.mktemp("parallel"), "parallel")
+    return both(tmp_path_factory.mktemp("parallel"), "parallel")["parallel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in PARALLEL.items() for name in names])
 def test_under_diffusers_own_parallelism(in_parallel, kind, name):
     """Split, computed and gathered by diffusers: as one process alone, and nothing of ours is sent for a schedule."""
@@ -155,9 +152,10 @@ def test_under_diffusers_own_parallelism(in_parallel, kind, name):
 
 @pytest.fixture(scope="module")
 def profiles_in_parallel(tmp_path_factory):
-    return both(tmp_path_factory.mktemp("calibrated"), "calibrated")
+    return both(tmp_path_factory.mktemp("calibrated"), "calibrated")["calibrated"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in CALIBRATED.items() for name in names])
 def test_calibrated_under_diffusers_own_parallelism(profiles_in_parallel, kind, name):
     """All processes get the profile of one process alone, which sees all tokens."""

@@ -11,6 +11,7 @@ from layercache.errors import UnsupportedModelError
 from layercache.models import registry as models
 from layercache.models.registry import spec_for
 from layercache.runtime.attachment import attachment_of
+from support.forwards import call, schedule
 from support.zoo import MODELS, build
 
 REFUSED = {
@@ -110,8 +111,6 @@ def test_a_run_that_does_not_run_is_told(forgotten):
 
 def test_a_model_of_ones_own_is_cached_after_it(forgotten):
     """From nothing known to a cached step."""
-    from models.test_models import call, schedule
-
     model, inputs = build("FluxTransformer2DModel")
     spec = layercache.infer_model(model, lambda: model(**inputs))
     assert spec == replace(spec, timestep=None)

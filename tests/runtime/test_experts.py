@@ -32,9 +32,8 @@ from layercache.tools.report.tables import (
     schedule_sentences,
     schedule_table,
 )
-from runtime.test_pipelines import block_calls, flux_img2img, generate
 from support.text import plain_text
-from support.zoo_pipelines import _wan_two_experts
+from support.zoo_pipelines import _wan_two_experts, block_calls, flux_img2img, generate
 
 STEPS, EARLY = 12, 5
 RUNS = {"transformer": tuple(range(EARLY)), "transformer_2": tuple(range(EARLY, STEPS))}

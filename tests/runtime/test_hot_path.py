@@ -1,54 +1,26 @@
 """Exact counts: launches, full-size operators and synchronisations of a cached forward."""
 
-import collections
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import layercache
 from layercache.runtime.router import BlockProxy
 from layercache.schedule.memory_plan import CAPTURE, REUSE
+from support.operators import Operators
 from support.tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
 
 STEPS = 8
-SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")
 TOKENS, DIM = 64, 56
 
 
-class Counter(TorchDispatchMode):
-    """Counts layercache ops, other operators that touch a full-size hidden state, and host reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours: list[tuple[str, int]] = []
-        self.full_size: collections.Counter = collections.Counter()
-        self.host_reads: collections.Counter = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        output = func(*args, **(kwargs or {}))
-        if name.startswith("layercache::"):
-            self.ours.append((name.removeprefix("layercache::"), len(args[0])))
-        elif any(word in name for word in SYNCHRONISING):
-            self.host_reads[name] += 1
-        elif name == "aten::_to_copy" and (kwargs or {}).get("device") is not None:
-            self.host_reads[name] += 1
-        elif isinstance(output, torch.Tensor) and output.numel() == len(PROMPTS) * TOKENS * DIM:
-            if func.is_view:
-                return output
-            self.full_size[name] += 1
-        return output
-
-
-def count_forwards(pipe, schedule) -> list[Counter]:
-    """One counter per forward of the second generation (the first allocates)."""
-    counters: list[Counter] = []
+def count_forwards(pipe, schedule) -> list[Operators]:
+    """The operators of each forward of the second generation (the first allocates)."""
+    forwards: list[Operators] = []
     forward = pipe.transformer.forward
 
     def counted(*args, **kwargs):
-        counters.append(Counter())
-        with counters[-1]:
+        forwards.append(Operators())
+        with forwards[-1]:
             return forward(*args, **kwargs)
 
     with layercache.enabled(pipe, schedule):
@@ -58,7 +30,12 @@ def count_forwards(pipe, schedule) -> list[Counter]:
             generate(pipe)
         finally:
             del pipe.transformer.forward
-    return counters
+    return forwards
+
+
+def streams_of_ours(operators: Operators) -> list[tuple[str, int]]:
+    """Our ops in order, each with the number of streams it takes."""
+    return [(o.ours, o.first) for o in operators.seen if o.ours]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +48,9 @@ def test_launches_per_row(pipe):
     schedule = schedule_for(pipe, mixed_cells())
     layout = layercache.enable(pipe, schedule).layout
     layercache.disable(pipe)
-    counters = count_forwards(pipe, schedule)
-    assert len(counters) == 2 * STEPS
-    for index, counter in enumerate(counters):
+    forwards = count_forwards(pipe, schedule)
+    assert len(forwards) == 2 * STEPS
+    for index, operators in enumerate(forwards):
         row = layout.rows[index // 2]
         expected = []
         for action in row.actions:
@@ -81,7 +58,7 @@ def test_launches_per_row(pipe):
                 expected.append(("capture", 2 if action.text else 1))
             elif action.kind == REUSE and action.ends_run:
                 expected.append(("linear_combination", 2 if action.text else 1))
-        assert counter.ours == expected
+        assert streams_of_ours(operators) == expected
 
 
 @pytest.mark.parametrize("groups", [GROUPS, ((0, 1), (1, 2), (2, 6)), tuple((k, k + 1) for k in range(6))])
@@ -119,18 +96,18 @@ def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
 
 
 def test_a_static_schedule_reads_nothing_back(pipe):
-    for counter in count_forwards(pipe, schedule_for(pipe, mixed_cells())):
-        assert not counter.host_reads
+    for operators in count_forwards(pipe, schedule_for(pipe, mixed_cells())):
+        assert not operators.host_reads
 
 
 def test_a_wholly_cached_step_touches_the_hidden_state_once(pipe):
     """Beside the embedder and the head, one launch on the image stream alone."""
-    counters = count_forwards(pipe, schedule_for(pipe, mixed_cells()))
-    cached = counters[2 * 3]
-    assert cached.ours == [("linear_combination", 1)]
+    forwards = count_forwards(pipe, schedule_for(pipe, mixed_cells()))
+    cached = forwards[2 * 3]
+    assert streams_of_ours(cached) == [("linear_combination", 1)]
     empty = tiny_pipeline()
     empty.transformer.transformer_blocks = torch.nn.ModuleList()
-    bare = Counter()
+    bare = Operators()
     with torch.no_grad(), bare:
         empty.transformer(
             hidden_states=torch.randn(2, 64, 48),
@@ -138,7 +115,8 @@ def test_a_wholly_cached_step_touches_the_hidden_state_once(pipe):
             timestep=torch.ones(2),
             img_shapes=[(1, 8, 8)] * 2,
         )
-    assert cached.full_size == bare.full_size
+    size = len(PROMPTS) * TOKENS * DIM
+    assert cached.giving(size) == bare.giving(size) and bare.giving(size)
 
 
 def test_memory_is_known_before_the_run(pipe):

@@ -26,6 +26,7 @@ from layercache.runtime.modules import as_rows, copy_of, module_units
 from layercache.schedule.module_schedule import ModuleSchedule, alternating
 from layercache.tools.cli.app import app
 from layercache.tools.report.tables import module_sentences, module_table
+from support.marks import slow
 from support.text import plain_text
 from support.tiny import LAYERS, generate, generators, shifted_sigmas, tiny_pipeline
 from support.zoo import build
@@ -103,7 +104,7 @@ def patched(pipe, schedule, **call):
             del module.forward
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_a_module_schedule_runs_like_modules_patched_by_hand(pipe, seed):
     schedule = mixed(pipe, seed)
     expected = patched(pipe, schedule)
@@ -351,7 +352,11 @@ def router(pipe):
 
 @pytest.mark.parametrize(
     "penalty, changes",
-    [(0.0, {}), (3e-7, {}), (3e-7, {"shifted": True}), (0.0, {"straight_through": 0.5})],
+    [
+        (3e-7, {"shifted": True}),
+        (0.0, {"straight_through": 0.5}),
+        *slow((0.0, {}), (3e-7, {})),
+    ],
     ids=str,
 )
 def test_the_first_update_follows_the_published_gradient(pipe, penalty, changes):
@@ -459,6 +464,7 @@ def test_decisions_follow_the_betas(pipe, router):
         assert torch.isfinite(generate(pipe)).all()
 
 
+@pytest.mark.slow
 def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
     settings = replace(SETTINGS, rounds=4, learning_rate=0.3)
     dear = replace(settings, penalty=10.0).train(pipe, ["cat"], progress=False, **CALL)

@@ -13,7 +13,7 @@ import layercache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import TeaCache
 from layercache.models import registry
-from models.test_models import CONTROLS, call, controls
+from support.forwards import CONTROLS, call, controls
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 
@@ -125,6 +125,7 @@ def test_a_forecast_has_its_slope_as_soon_as_there_are_two_anchors():
     assert set(terms) == {2, 1} and terms[2] == pytest.approx(2.0) and terms[1] == pytest.approx(-1.0)
 
 
+@pytest.mark.slow
 def test_blocks_stay_compiled_under_a_dynamic_method(unclocked):
     """Blocks that are called from a function kept out of compilation are no longer compiled themselves."""
     model, inputs = build("FluxTransformer2DModel")

@@ -2,77 +2,40 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 import layercache
-from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, ScheduleMismatchError
 from layercache.methods.fbcache import FBCache
-from layercache.models.registry import count_blocks, fingerprint_of, spec_for
-from layercache.schedule.schedule import Schedule
-from support.zoo_pipelines import PIPELINES, STEPS, _flux2, _qwen, _sd3, _wan, _wan_two_experts
+from support.marks import slow
+from support.tiny import randomise
+from support.zoo import _qwen as tiny_qwen
+from support.zoo_pipelines import (
+    PIPELINES,
+    STEPS,
+    _flux2,
+    _qwen,
+    _sd3,
+    _wan,
+    _wan_two_experts,
+    block_calls,
+    flux_img2img,
+    generate,
+    schedule_of,
+)
 
 SKIPS_A_BRANCH = ("lumina 2", "z-image", "sd3, skipping layers")
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+# Daily: every way in which the steps of a generation are counted, and every shape of a velocity.
+NIGHTLY = ("aura flow", "chroma", "cogvideox, DDIM", "cogview 4", "hunyuan video", "sana", "sana, DPM", "wan")
+
+
+@pytest.fixture(scope="module", params=[*sorted(PIPELINES.keys() - set(NIGHTLY)), *slow(*NIGHTLY)])
 def case(request):
     pipe, call = PIPELINES[request.param]()
     return request.param, pipe, call, generate(pipe, call)
-
-
-def generate(pipe, call, seed=0) -> torch.Tensor:
-    output = pipe(**call, generator=torch.Generator().manual_seed(seed))
-    for name in ("images", "frames", "videos"):
-        if hasattr(output, name):
-            return getattr(output, name)
-    return output[0]
-
-
-@contextmanager
-def block_calls(pipe, transformer=None):
-    """Calls of the first and last block per step; steps are told by the sampler's own ``step``."""
-    transformer = transformer or pipe.transformer
-    spec = spec_for(transformer)
-    blocks = [block for blocks in spec.block_modules(transformer) for block in blocks._modules.values()]
-    seen, step = {"first": Counter(), "last": Counter(), "forwards": Counter()}, [0]
-    original = pipe.scheduler.step
-
-    def stepped(*args, **kwargs):
-        step[0] += 1
-        return original(*args, **kwargs)
-
-    ends = {"first": blocks[0], "last": blocks[-1]}
-    hooks = [b.register_forward_hook(lambda *_, n=n: seen[n].update([step[0]])) for n, b in ends.items()]
-    hooks.append(transformer.register_forward_hook(lambda *_: seen["forwards"].update([step[0]])))
-    pipe.scheduler.step = stepped
-    try:
-        yield seen
-    finally:
-        del pipe.scheduler.step
-        for hook in hooks:
-            hook.remove()
-
-
-def schedule_of(pipe, kinds: str, transformer=None, groups=None) -> Schedule:
-    """From letters per step: c computes, r reuses everything, f the first half, l the last half of the blocks."""
-    transformer = transformer or pipe.transformer
-    blocks, sigmas = count_blocks(transformer), scheduler_sigmas(pipe.scheduler)
-    groups = groups or ((0, blocks // 2), (blocks // 2, blocks))
-    rows, newest = [], [0, 0]
-    for step in range(len(sigmas) - 1):
-        kind = kinds[step % len(kinds)]
-        row = []
-        for group, letter in enumerate("fl"):
-            reused = step > 0 and kind in ("r", letter)
-            row.append({newest[group]: 1.0} if reused else None)
-            newest[group] = newest[group] if reused else step
-        rows.append(tuple(row))
-    return Schedule(fingerprint_of(transformer, sigmas, ("all",)), groups, tuple(rows), (1.0, 1.0))
 
 
 def test_nothing_reused_changes_no_bit(case):
@@ -280,21 +243,6 @@ def test_wan_tells_its_steps_itself():
         assert torch.equal(generate(pipe, call), bare)
 
 
-def flux_img2img():
-    """With a VAE, because the picture to start from is encoded."""
-    from diffusers import AutoencoderKL
-
-    from support.zoo_pipelines import make, noise
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8, latent_channels=1)
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    pipe = make("FluxImg2ImgPipeline", "FluxTransformer2DModel", vae=vae)
-    call = {"image": torch.rand(1, 3, 16, 16), "height": 16, "width": 16, "num_inference_steps": STEPS}
-    call |= {"prompt_embeds": noise(1, 6, 32), "pooled_prompt_embeds": noise(1, 32), "output_type": "latent"}
-    return pipe, call
-
-
 @pytest.mark.parametrize("strength, first", [(1.0, 0), (0.75, 2), (0.5, 4)])
 def test_a_picture_to_start_from(strength, first):
     """img2img begins in the middle: steps keep their numbers, and what was never stored is computed."""
@@ -318,9 +266,6 @@ def test_a_picture_to_start_from(strength, first):
 def test_edit_models_of_qwen_image():
     """A second picture behind the first in the sequence, modulated otherwise (zero_cond_t)."""
     import diffusers
-
-    from support.tiny import randomise
-    from support.zoo import _qwen as tiny_qwen
 
     config, inputs = tiny_qwen()
     model = diffusers.QwenImageTransformer2DModel(**config, zero_cond_t=True)

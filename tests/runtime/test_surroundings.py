@@ -19,12 +19,12 @@ from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.router import RoutedModuleList
-from models.test_models import call, schedule
-from runtime.test_pipelines import generate as run_pipeline
-from runtime.test_pipelines import schedule_of
+from support.forwards import call, schedule
+from support.marks import slow
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
-from support.zoo_pipelines import _qwen, _wan
+from support.zoo_pipelines import _qwen, _wan, schedule_of
+from support.zoo_pipelines import generate as run_pipeline
 
 REUSE_ALL = ((None,) * 3, ({0: 1.0},) * 3)
 
@@ -202,10 +202,13 @@ def twin(pipe, transformer):
     return other
 
 
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
 @pytest.mark.parametrize(
-    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+    ("make", "dynamic"), [(copy.deepcopy, False), (pickled, True), *slow((copy.deepcopy, True), (pickled, False))]
 )
-@pytest.mark.parametrize("dynamic", [False, True], ids=["schedule", "dynamic"])
 def test_copies_are_uncached_models_of_their_own(pipe, plan, make, dynamic):
     method = FBCache(threshold=1.0, warmup=2) if dynamic else plan
     full = generate(pipe)
@@ -301,8 +304,14 @@ def cached_and_full(pipe, plan):
     return cached, full
 
 
-@pytest.mark.parametrize("order", ["offload first", "cache first"])
-@pytest.mark.parametrize("kind", ["sequential", "group"])
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [
+        ("offload first", "sequential"),
+        ("cache first", "group"),
+        *slow(("cache first", "sequential"), ("offload first", "group")),
+    ],
+)
 def test_offload(pipe, plan, order, kind):
     """Weights that come and go around every module: the hooks of blocks that do not run do not run either."""
     from accelerate import cpu_offload
@@ -408,13 +417,19 @@ def test_storage_of_residuals(name, storage, monkeypatch):
     assert psnr(results[storage], expected) > (40 if storage == "float32" else 25)
 
 
-def test_compact_storage_over_a_generation_compiled_and_by_request(pipe, plan):
+def test_compact_storage_over_a_generation_and_by_request(pipe, plan):
     expected = cached_and_full(pipe, plan)
     with layercache.enabled(pipe, plan, storage="compact") as cache:
         small = generate(pipe)
         assert psnr(small, expected[0]) > 20 and not torch.equal(small, expected[0])
         with cache.request("a"):
             assert torch.equal(generate(pipe), small)
+
+
+@pytest.mark.slow
+def test_compact_storage_compiled(pipe, plan):
+    with layercache.enabled(pipe, plan, storage="compact"):
+        small = generate(pipe)
     pipe.transformer.compile(backend="eager", fullgraph=True)
     with layercache.enabled(pipe, plan, storage="compact"):
         assert torch.equal(generate(pipe), small)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 
 import numpy as np
@@ -203,3 +203,22 @@ def brute_force(problem: Problem) -> float:
         if total < lowest and spent(problem, computed) <= problem.budget * SLACK:
             lowest = total
     return lowest
+
+
+def smooth_problem(steps: int = 50, groups: int = 3, share: float = 0.6, seed: int = 0, **changes: object) -> Problem:
+    """Errors that grow with distance and shrink with a span, as measured ones do."""
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.5, 2.0, (steps, groups, 1, 1))
+    distance = np.arange(9.0)[:, None]
+    damping = np.array([1.0, 0.8, 0.6, 0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    errors = scale * distance**1.3 * damping * rng.uniform(0.9, 1.1, (steps, groups, 9, 10))
+    compute_cost = [1.0] * groups
+    problem = Problem(
+        errors=errors,
+        compute_cost=compute_cost,
+        cached_cost=[0.01] * groups,
+        budget=share * steps * sum(compute_cost),
+        protected=np.zeros((steps, groups), bool),
+        spans=[1, 2, 3, 4, 5, 6],
+    )
+    return replace(problem, **changes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -17,6 +19,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from layercache._utils.compat import scheduler_sigmas
+from layercache.models.registry import count_blocks, fingerprint_of, spec_for
+from layercache.schedule.schedule import Schedule
 from support.zoo import build
 
 STEPS = 8
@@ -185,3 +190,64 @@ PIPELINES: dict[str, Callable[[], tuple[Any, dict]]] = {
 def _with_scheduler(made: tuple[Any, dict], scheduler: Any) -> tuple[Any, dict]:
     made[0].scheduler = scheduler
     return made
+
+
+def generate(pipe, call, seed=0) -> torch.Tensor:
+    output = pipe(**call, generator=torch.Generator().manual_seed(seed))
+    for name in ("images", "frames", "videos"):
+        if hasattr(output, name):
+            return getattr(output, name)
+    return output[0]
+
+
+@contextmanager
+def block_calls(pipe, transformer=None):
+    """Calls of the first and last block per step; steps are counted by the sampler's own ``step``."""
+    transformer = transformer or pipe.transformer
+    spec = spec_for(transformer)
+    blocks = [block for blocks in spec.block_modules(transformer) for block in blocks._modules.values()]
+    seen, step = {"first": Counter(), "last": Counter(), "forwards": Counter()}, [0]
+    original = pipe.scheduler.step
+
+    def stepped(*args, **kwargs):
+        step[0] += 1
+        return original(*args, **kwargs)
+
+    ends = {"first": blocks[0], "last": blocks[-1]}
+    hooks = [b.register_forward_hook(lambda *_, n=n: seen[n].update([step[0]])) for n, b in ends.items()]
+    hooks.append(transformer.register_forward_hook(lambda *_: seen["forwards"].update([step[0]])))
+    pipe.scheduler.step = stepped
+    try:
+        yield seen
+    finally:
+        del pipe.scheduler.step
+        for hook in hooks:
+            hook.remove()
+
+
+def schedule_of(pipe, kinds: str, transformer=None, groups=None) -> Schedule:
+    """From letters per step: c computes, r reuses everything, f the first half, l the last half of the blocks."""
+    transformer = transformer or pipe.transformer
+    blocks, sigmas = count_blocks(transformer), scheduler_sigmas(pipe.scheduler)
+    groups = groups or ((0, blocks // 2), (blocks // 2, blocks))
+    rows, newest = [], [0, 0]
+    for step in range(len(sigmas) - 1):
+        kind = kinds[step % len(kinds)]
+        row = []
+        for group, letter in enumerate("fl"):
+            reused = step > 0 and kind in ("r", letter)
+            row.append({newest[group]: 1.0} if reused else None)
+            newest[group] = newest[group] if reused else step
+        rows.append(tuple(row))
+    return Schedule(fingerprint_of(transformer, sigmas, ("all",)), groups, tuple(rows), (1.0, 1.0))
+
+
+def flux_img2img():
+    """With a VAE, because the picture to start from is encoded."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8, latent_channels=1)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    pipe = make("FluxImg2ImgPipeline", "FluxTransformer2DModel", vae=vae)
+    call = {"image": torch.rand(1, 3, 16, 16), "height": 16, "width": 16, "num_inference_steps": STEPS}
+    call |= {"prompt_embeds": noise(1, 6, 32), "pooled_prompt_embeds": noise(1, 32), "output_type": "latent"}
+    return pipe, call

@@ -11,20 +11,21 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, told",
+    "name, printed",
     [
         ("teacache_in_40_lines", r"(\d+) of 60 forwards skipped, PSNR 3\d\.\d dB"),
         ("method_as_policy", r"computed: ##[#.]{27}#"),
         ("plain_pytorch", r"relative error: \d\.\d\de-0[3-9]"),
     ],
 )
-def test_example(name, told, tmp_path):
+def test_example(name, printed, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert re.search(told, done.stdout), done.stdout
+    assert re.search(printed, done.stdout), done.stdout
     assert not list(tmp_path.iterdir())
 
 

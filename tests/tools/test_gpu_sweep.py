@@ -89,6 +89,7 @@ def test_variants_are_packages_of_their_own(gpu_sweep: ModuleType, make: Make) -
     assert other("capture").__file__.startswith(str(sweep.work))
 
 
+@pytest.mark.slow
 def test_failures_are_rows_and_stop_nobody(gpu_sweep: ModuleType, make: Make) -> None:
     gone = gpu_sweep.Variant("gone", "hints", replacements=(gpu_sweep.Replacement("capture.py", "no such text", ""),))
     syntax = gpu_sweep.Variant("syntax", "hints", added={"tiles.py": "GROUPS = ="})
@@ -191,6 +192,7 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
 
 
+@pytest.mark.slow
 def test_bursts_that_were_not_held_are_repeated(gpu_sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch, late=1)
     calls: list[int] = []
@@ -210,7 +212,8 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_part_is_rehearsed(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_part_runs_in_the_interpreter(tmp_path: Path) -> None:
     """The whole program with the ticket, in Triton's interpreter where that works."""
     pytest.importorskip("triton")
     file = tmp_path / "sweep.json"
@@ -228,7 +231,8 @@ COMPILE = """
 import sys, time
 from pathlib import Path
 import torch, triton
-import gpu_sweep, launches
+import gpu_sweep
+from support import launches
 
 work = Path(sys.argv[1])
 triton.runtime.driver.set_active(launches.StubDriver("90"))
@@ -251,8 +255,9 @@ for variant in variants:
 """
 
 
+@pytest.mark.slow
 def test_variants_compile(tmp_path: Path) -> None:
-    """One of each kind, for sm_90, with the driver that stands in for a GPU's."""
+    """One of each kind, for sm_90, with a stub driver."""
     pytest.importorskip("triton")
     (tmp_path / "work").mkdir()
     program = f"import sys; sys.path[:0] = {[str(ROOT / 'bench'), str(ROOT / 'tests'), str(ROOT)]!r}\n{COMPILE}"

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from support.marks import slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,6 +31,7 @@ def settings(path: Path, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(tiny=True, device="cpu", json=path, start=time.monotonic(), **wanted | changes)
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_every_entry_that_it_told(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     command = [sys.executable, "bench/real_size.py", "--tiny", "--device", "cpu", "--model", "qwen", "--no-compile"]
@@ -53,7 +56,7 @@ def test_a_killed_run_keeps_every_entry_that_it_told(tmp_path: Path) -> None:
     assert half["predicted_bytes"] == half["cache_bytes"] > 0 and half["finite"] and half["fallback_rows"] == 0
 
 
-@pytest.mark.parametrize("model", ["qwen", "flux"])
+@pytest.mark.parametrize("model", ["qwen", *slow("flux")])
 def test_an_entry_that_fails_stops_nobody(real_size: ModuleType, tmp_path: Path, model: str) -> None:
     def breaks(pipe: Any) -> Any:
         raise RuntimeError("out of memory")

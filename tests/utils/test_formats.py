@@ -18,7 +18,7 @@ from layercache.planning.profile import StabilityProfile
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 from layercache.tools.cli import app
-from planning.test_plan import made_profile
+from support.profiles import made_profile
 
 LOADERS = {
     "layercache schedule": Schedule.load,

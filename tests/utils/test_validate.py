@@ -16,7 +16,7 @@ from layercache.planning.front import Front
 from layercache.planning.refit import refit
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Schedule
-from planning.test_plan import made_profile
+from support.profiles import made_profile
 from support.tiny import tiny_pipeline
 
 PROFILE = made_profile()

@@ -1,10 +1,11 @@
-"""Cases and guarded memory that the files of this folder share."""
+"""Streams for Triton's interpreter, in memory that shows every write out of bounds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from layercache.kernels import tiles
 from torch import Tensor
@@ -52,6 +53,27 @@ CASES = [
     Case("misaligned", ((2, 5, 24), (2, 2, 24)), groups=256, shift=1),
     Case("two-dims", ((6, 40), (3, 40))),
 ]
+
+
+# Every case in bf16, which rounds most; the other two where cases differ in what they do to single elements.
+PAIRS = [(case, torch.bfloat16) for case in CASES]
+PAIRS += [(c, torch.float32) for c in CASES if c.name in ("odd-slow", "loop-and-tail", "strided-slow", "strided-mixed")]
+PAIRS += [(c, torch.float16) for c in CASES if c.name in ("odd-slow", "loop-and-tail", "misaligned", "strided-mixed")]
+DAILY = (("slow-loop-and-tail", torch.bfloat16), ("strided-slow", torch.float32), ("misaligned", torch.float16))
+
+
+def in_cases(cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:
+    """Gives a test its ``case`` and ``dtype``; three of the pairs daily, the others where slow tests run."""
+    pairs = [
+        pytest.param(
+            *(case, dtype),
+            id=f"{case.name}-{str(dtype).removeprefix('torch.')}",
+            marks=() if (case.name, dtype) in DAILY else pytest.mark.slow,
+        )
+        for case, dtype in PAIRS
+        if case in cases
+    ]
+    return pytest.mark.parametrize(("case", "dtype"), pairs)
 
 
 class Memory:
