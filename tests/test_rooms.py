@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import grimp
 import pytest
+
+import layercache
 
 # From top to bottom, as in docs/architecture.md; rooms of one line do not import each other.
 ROOMS = (
@@ -21,8 +26,12 @@ FLOOR = {f"layercache.{room}": floor for floor, rooms in enumerate(ROOMS) for ro
 
 
 @pytest.fixture(scope="module")
-def graph() -> grimp.ImportGraph:
-    return grimp.build_graph("layercache", exclude_type_checking_imports=True)
+def graph() -> Iterator[grimp.ImportGraph]:
+    folder = str(Path(layercache.__file__).parent)
+    with pytest.MonkeyPatch.context() as patched:
+        # in a checkout the folder above is searched too, for the kernels
+        patched.setattr(layercache.__spec__, "submodule_search_locations", [folder])
+        yield grimp.build_graph("layercache", exclude_type_checking_imports=True, cache_dir=None)
 
 
 def room_of(module: str) -> str:

@@ -150,7 +150,7 @@ def test_command(tmp_path):
     ("arguments", "message"),
     [
         (["--shape", "4096x3072"], "is not a shape such as 1x4096x3072"),
-        (["--dtype", "int8"], "is not one of bfloat16"),
+        (["--dtype", "int8"], "is not one of 'bfloat16'"),
         (["--op", "nothing"], "there is no benchmark of 'nothing'; the ops are align"),
     ],
 )
@@ -217,7 +217,7 @@ class TestStaleness:
         assert CliRunner().invoke(app, ["bench", "results", str(tmp_path)]).stdout.splitlines() == [
             "a.json: no result, it is empty",
             "b.json: no result, it is JSON of another kind",
-            "c.json: no result, it is a PNG picture",
+            "c.json: no result, it is neither JSON nor a file of tensors (safetensors)",
             "gpu.json: current",
         ]
 

@@ -89,7 +89,7 @@ def test_a_peer_with_the_same_decisions_gives_the_same_pictures(model, tmp_path)
 def test_one_failure_does_not_lose_the_others(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cache_dit", None)
     outcomes = Comparison(model, PROMPTS, SEEDS, tmp_path).run(["cache-dit:dbcache", "uniform"])
-    assert outcomes[0].error == "cache-dit is not installed: pip install cache-dit" and math.isnan(outcomes[0].used)
+    assert "cache-dit is not installed" in outcomes[0].error and math.isnan(outcomes[0].used)
     assert failures(outcomes) == ["cache-dit:dbcache at 0.5: cache-dit is not installed: pip install cache-dit"]
     assert outcomes[1].used == 0.5 and not outcomes[1].error
 
