@@ -12,7 +12,8 @@ import os
 import pytest
 import torch
 
-from layercache.tools.bench.cases import CASES, Case
+from layercache.tools.bench.case import Case
+from layercache.tools.bench.cases import CASES
 from layercache.tools.bench.measure import TOLERANCE, keep_memory
 
 SHAPE = tuple(int(size) for size in os.environ.get("LAYERCACHE_BENCH_SHAPE", "1x1024x1152").split("x"))

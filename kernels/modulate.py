@@ -23,6 +23,77 @@ MAX_SEGMENTS = 4
 
 
 @jit()
+def _normalised(
+    y,
+    column,
+    row_groups,
+    channels,
+    eps,
+    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Chunks of rows less their mean, and one over their standard deviation."""
+    total = y[0]
+    for c in tl.static_range(1, CHUNKS):
+        total += y[c]
+    mean = tl.sum(total, 1)[:, None] / channels
+    squares = tl.zeros_like(y[0])
+    for c in tl.static_range(CHUNKS):
+        centred = y[c] - mean
+        if c == CHUNKS - 1 and not EXACT:
+            centred = tl.where((c * GROUPS * VEC + column) // VEC < row_groups, centred, 0.0)
+        squares = tl.fma(centred, centred, squares)
+        y = y[:c] + (centred,) + y[c + 1 :]
+    return y, 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / channels + eps)
+
+
+@jit()
+def _affine(z, weight_ptr, bias_ptr, at, inside, LAST: tl.constexpr, EXACT: tl.constexpr):
+    """One chunk with the LayerNorm's own weight and bias, if it has them."""
+    if weight_ptr is not None:
+        z = z * load_chunk(weight_ptr + at, inside, LAST, EXACT).to(tl.float32)
+    if bias_ptr is not None:
+        z = z + load_chunk(bias_ptr + at, inside, LAST, EXACT).to(tl.float32)
+    return z
+
+
+@jit()
+def _with_segments(
+    found,
+    fresh,
+    previous,
+    inside,
+    at,
+    segments,
+    SEGMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COUNT: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Statistics of every channel range with one chunk of z and of the previous z added."""
+    for s in tl.static_range(SEGMENTS):
+        a, b = fresh, previous
+        if BOUNDED:
+            # segments are bounded by channels, rows by groups
+            counted = inside & (at >= (segments[s] >> 2)) & (at < (segments[s + 1] >> 2))
+            a, b = tl.where(counted, a, 0.0), tl.where(counted, b, 0.0)
+        a, b = tl.reshape(a, [COUNT, VEC]), tl.reshape(b, [COUNT, VEC])
+        found = found[: s * 8] + with_pair(found[s * 8 : s * 8 + 8], a, b, VEC) + found[s * 8 + 8 :]
+    return found
+
+
+@jit()
+def _counted(found, sums, own, COUNT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """``found``, but ``sums`` for rows that are the last once more."""
+    counted = tl.reshape(tl.broadcast_to(own, [ROWS, GROUPS]), [ROWS * GROUPS])
+    for k in tl.static_range(COUNT):
+        found = found[:k] + (tl.where(counted, found[k], sums[k]),) + found[k + 1 :]
+    return found
+
+
+@jit()
 def _modulate_kernel(
     x_ptr,
     residual_ptrs,
@@ -42,6 +113,7 @@ def _modulate_kernel(
     segments,
     TERMS: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -77,52 +149,28 @@ def _modulate_kernel(
                     r = r.to(tl.float32)
                 else:
                     r = e4m3_to_float(r) * tl.load(code_scale_ptrs[k] + row)
-                if coefficients_ptr is None:
-                    value += coefficients[k] * r
-                else:
-                    value += tl.load(coefficients_ptr + k) * r
+                value += (coefficients[k] if coefficients_ptr is None else tl.load(coefficients_ptr + k)) * r
             if y_ptr is not None:
                 tl.store(y_ptr + own + at, value.to(y_ptr.dtype.element_ty), mask=inside & (flat < rows))
             y = y + (value,)
-        total = y[0]
-        for c in tl.static_range(1, CHUNKS):
-            total += y[c]
-        mean = tl.sum(total, 1)[:, None] / channels
-        squares = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
-        for c in tl.static_range(CHUNKS):
-            centred = y[c] - mean
-            if c == CHUNKS - 1 and not EXACT:
-                centred = tl.where((c * GROUPS * VEC + column) // VEC < row_groups, centred, 0.0)
-            squares = tl.fma(centred, centred, squares)
-            y = y[:c] + (centred,) + y[c + 1 :]
-        factor = 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / channels + eps)
+        y, factor = _normalised(y, column, row_groups, channels, eps, GROUPS, CHUNKS, EXACT, VEC)
         found = sums
         for c in tl.static_range(CHUNKS):
             at = c * GROUPS * VEC + column
             inside = at // VEC < row_groups
             z = y[c] * factor
-            if weight_ptr is not None:
-                z = z * load_chunk(weight_ptr + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
-            if bias_ptr is not None:
-                z = z + load_chunk(bias_ptr + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            z = _affine(z, weight_ptr, bias_ptr, at, inside, c == CHUNKS - 1, EXACT)
             scale_at, shift_at = batch * scale_batch * VEC + at, batch * shift_batch * VEC + at
             scale = load_chunk(scale_ptr + scale_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
             shift = load_chunk(shift_ptr + shift_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
             stored = (z * (1.0 + scale) + shift).to(z_ptr.dtype.element_ty)
-            for s in tl.static_range(SEGMENTS):
+            if STATISTICS > 0:
                 a, b = stored.to(tl.float32), previous[c].to(tl.float32)
-                if SEGMENTS > 1 or (bias_ptr is not None and not EXACT):
-                    # segments are bounded by channels, rows by groups
-                    counted = inside & (at >= (segments[s] >> 2)) & (at < (segments[s + 1] >> 2))
-                    a, b = tl.where(counted, a, 0.0), tl.where(counted, b, 0.0)
-                a, b = tl.reshape(a, [ROWS * GROUPS, VEC]), tl.reshape(b, [ROWS * GROUPS, VEC])
-                found = found[: s * 8] + with_pair(found[s * 8 : s * 8 + 8], a, b, VEC) + found[s * 8 + 8 :]
+                found = _with_segments(found, a, b, inside, at, segments, SEGMENTS, BOUNDED, ROWS * GROUPS, VEC)
             # behind the load of the previous one, whose place it may take
             tl.store(z_ptr + own + at, stored, mask=inside & (flat < rows))
         if ROWS > 1:
-            counted = tl.reshape(tl.broadcast_to(flat < rows, [ROWS, GROUPS]), [ROWS * GROUPS])
-            for k in tl.static_range(SEGMENTS * STATISTICS):
-                found = found[:k] + (tl.where(counted, found[k], sums[k]),) + found[k + 1 :]
+            found = _counted(found, sums, flat < rows, SEGMENTS * STATISTICS, ROWS, GROUPS)
         sums = found
     for s in tl.static_range(SEGMENTS):
         slot = partials_ptr + s * STATISTICS * MAX_PROGRAMS + tl.program_id(0)
@@ -159,6 +207,7 @@ def modulate_triton(
         (programs,),
         TERMS=len(residuals),
         SEGMENTS=parts if count else 0,
+        BOUNDED=parts > 1 or (bias is not None and not shape.exact),
         STATISTICS=count,
         MAX_PROGRAMS=MAX_PROGRAMS,
         **shape.constants,

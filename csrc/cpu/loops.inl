@@ -1,6 +1,7 @@
 // Inner loops for one instruction set; included by loops_<set>.cpp inside a namespace of its own.
 //
-// Sums keep LANES running totals, so that compilers may use vectors without changing the order of addition.
+// Sums keep LANES running totals, so that compilers may use vectors without changing the order of addition. One file,
+// longer than others, because every instruction set compiles all of it.
 
 constexpr int LANES = 16;
 

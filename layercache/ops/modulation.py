@@ -99,32 +99,16 @@ def modulate(
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)
-    check_list(op, "residuals", residuals, 0, MAX_TERMS)
     dense = {"previous": previous, "result": result, "stream": stream}
     for name, tensor in dense.items():
         if tensor is not None:
             check_tensor(op, name, 0, tensor, "x", x, x.dtype, contiguous=True)
-    for k, residual in enumerate(residuals):
-        dtype = x.dtype if scales is None else torch.uint8
-        check_tensor(op, "residuals", k, residual, "x", x, dtype, contiguous=True)
-    if scales is not None:
-        check_list(op, "scales", scales, len(residuals), len(residuals))
-        for k, own in enumerate(scales):
-            check_scales(op, f"scales[{k}]", own, x)
+    _check_residuals(x, residuals, scales)
     if isinstance(coefficients, Tensor):
         check_device_coefficients(op, coefficients, (len(residuals),), x.device)
     else:
         coefficients = host_coefficients(op, "coefficients", coefficients, len(residuals))
-    for name, affine in (("weight", weight), ("bias", bias)):
-        if affine is not None and (
-            affine.shape != x.shape[-1:] or affine.dtype != x.dtype or affine.device != x.device
-        ):
-            fail(op, name, f"{affine.dtype} {layout(affine)}", f"{x.dtype} of shape ({x.shape[-1]},) on {x.device}")
-    bounds = [0, *segments, x.shape[-1]]
-    if len(bounds) > kernels.MAX_SEGMENTS + 1 or any(lo >= hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
-        fail(op, "segments", list(segments), f"up to {kernels.MAX_SEGMENTS - 1} rising bounds within {x.shape[-1]}")
-    if not (eps > 0 and math.isfinite(eps)):
-        fail(op, "eps", eps, "a positive number")
+    _check_norm(x, segments, eps, {"weight": weight, "bias": bias})
     everything = [t for t in (x, scale, shift, *residuals, *dense.values(), weight, bias) if t is not None]
     check_no_grad(op, everything)
     if through_registry(everything):
@@ -138,6 +122,31 @@ def modulate(
     return MODULATE_KERNELS.run(
         x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     )
+
+
+def _check_residuals(x: Tensor, residuals: Sequence[Tensor], scales: Sequence[Tensor] | None) -> None:
+    """Residuals of `modulate`, or their codes and scales."""
+    check_list("modulate", "residuals", residuals, 0, MAX_TERMS)
+    for k, residual in enumerate(residuals):
+        dtype = x.dtype if scales is None else torch.uint8
+        check_tensor("modulate", "residuals", k, residual, "x", x, dtype, contiguous=True)
+    if scales is not None:
+        check_list("modulate", "scales", scales, len(residuals), len(residuals))
+        for k, own in enumerate(scales):
+            check_scales("modulate", f"scales[{k}]", own, x)
+
+
+def _check_norm(x: Tensor, segments: Sequence[int], eps: float, affine: dict[str, Tensor | None]) -> None:
+    """The LayerNorm of `modulate`, and the channel ranges of its statistics."""
+    width = x.shape[-1]
+    for name, own in affine.items():
+        if own is not None and (own.shape != x.shape[-1:] or own.dtype != x.dtype or own.device != x.device):
+            fail("modulate", name, f"{own.dtype} {layout(own)}", f"{x.dtype} of shape ({width},) on {x.device}")
+    bounds = [0, *segments, width]
+    if len(bounds) > kernels.MAX_SEGMENTS + 1 or any(lo >= hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
+        fail("modulate", "segments", list(segments), f"up to {kernels.MAX_SEGMENTS - 1} rising bounds within {width}")
+    if not (eps > 0 and math.isfinite(eps)):
+        fail("modulate", "eps", eps, "a positive number")
 
 
 def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool = False) -> Tensor:

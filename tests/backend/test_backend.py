@@ -255,6 +255,7 @@ def test_diffusers_caches_on_other_classes(name, kind):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_full_size_operators_of_diffusers_caches(pipe):
     """Two instead of seven for a first-block cache, computing or reusing; one instead of seven per Taylor tensor."""
     config = FirstBlockCacheConfig(threshold=0.35)

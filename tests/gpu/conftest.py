@@ -1,8 +1,9 @@
-"""Stops a run that expects a GPU (LAYERCACHE_EXPECT_GPU=1) where there is none: its tests would only be skipped."""
+"""Where there is no GPU, these tests are skipped or run on the CPU: slow there, and an error where a GPU is expected."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,3 +15,11 @@ def pytest_configure() -> None:
             "LAYERCACHE_EXPECT_GPU=1 is set, but torch.cuda.is_available() is False: the tests of tests/gpu would be "
             "skipped or run on the CPU"
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.slow)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from layercache import ops
 from layercache.ops.plans import ignored
-from layercache.tools.bench.cases import CASES, Case
+from layercache.tools.bench.case import Case
+from layercache.tools.bench.cases import CASES
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

@@ -40,9 +40,13 @@ def compile_as(pipe, how, backend):
 @pytest.mark.parametrize(
     ("how", "order"),
     [
-        ("whole", "enabled first"),
         ("blocks", "enabled first"),
-        *slow(("whole", "compiled first"), ("wrapped", "compiled first"), ("blocks", "compiled first")),
+        *slow(
+            ("whole", "enabled first"),
+            ("whole", "compiled first"),
+            ("wrapped", "compiled first"),
+            ("blocks", "compiled first"),
+        ),
     ],
 )
 def test_graphs_breaks_and_bits(how, order):

@@ -511,6 +511,7 @@ def test_demo_into_a_file(tmp_path, tiny_demo):
     assert "taken" in refused(1, "demo", "--quick", "-o", tmp_path / "taken")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (pipeline.WEIGHTS / "transformer").is_dir(), reason="the bundled weights are not here")
 def test_demo_with_the_bundled_model(tmp_path):
     result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")

@@ -209,6 +209,7 @@ def test_import_without_triton(module: str, tmp_path: Path) -> None:
 # --- used by others -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_project_that_depends_on_the_wheel_alone(
     installed: Path, python: Path, checkout: Path, tmp_path: Path
 ) -> None:

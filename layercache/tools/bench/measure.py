@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layercache.tools.bench.cases import Case, Inputs
+from layercache.tools.bench.case import Case, Inputs
 from layercache.tools.bench.clocks import Calls, Clock, clock_of
 
 # Norm-wise error that counts as right: half a step of the storage dtype; of fp32, what its sums are good to.

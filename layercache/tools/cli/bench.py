@@ -17,7 +17,7 @@ from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer
 from layercache.tools.cli.pipelines import choose_device
 
 if TYPE_CHECKING:
-    from layercache.tools.bench.cases import Case
+    from layercache.tools.bench.case import Case
     from layercache.tools.bench.measure import Row
 
 app = typer.Typer(no_args_is_help=True, help="Measure the ops on this machine, and look after stored results.")

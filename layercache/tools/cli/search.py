@@ -68,12 +68,8 @@ def search(
     """
     import layercache
 
-    limits = {"trials": trials, "time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
-    settings: dict[str, Any] = {
-        "budgets": parse_budgets(budgets),
-        **limits,
-        "resume": output.with_suffix(".journal.json"),
-    }
+    settings: dict[str, Any] = {"trials": trials, "time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
+    settings |= {"budgets": parse_budgets(budgets), "resume": output.with_suffix(".journal.json")}
     measured = layercache.StabilityProfile.load(profile)
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     settings |= {"profiles": measured, "num_inference_steps": measured.fingerprint.num_steps}

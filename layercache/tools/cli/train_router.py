@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,15 +80,19 @@ def train_router(
     _check_plot(plot)
     settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
-    call = quiet_call(pipe, num_inference_steps, guidance_scale, height, width)
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
-        call["output_type"] = "latent"
+    call = _latent_only(pipe, quiet_call(pipe, num_inference_steps, guidance_scale, height, width))
     samples = batches_of(found, 0, -(-len(found) // batch) * batch, batch)
     kept, printer = checkpoint or output.with_suffix(".pt"), Printer(json_to)
     with refused_arguments():
         router = settings.train(pipe, samples, kept, printer.console.is_terminal, **call)
-    schedule = router.schedule(budget=budget) if budget is not None else router.schedule(threshold)
+    schedule = router.schedule(threshold if budget is None else None, budget)
     _report(printer, router, schedule, {"schedule": schedule.save(output), "checkpoint": kept}, plot)
+
+
+def _latent_only(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Nothing is decoded that nobody looks at, where the pipeline can leave it out."""
+    knows = "output_type" in inspect.signature(type(pipe).__call__).parameters
+    return call | ({"output_type": "latent"} if knows else {})
 
 
 def _check_plot(plot: Path | None) -> None:
