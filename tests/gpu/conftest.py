@@ -1,4 +1,4 @@
-"""Where there is no GPU, these tests are skipped or run on the CPU: slow there, and an error where a GPU is expected."""
+"""Without a GPU these tests are skipped or slow; where one is expected (LAYERCACHE_EXPECT_GPU=1) that is an error."""
 
 from __future__ import annotations
 
