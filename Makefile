@@ -11,7 +11,7 @@ OLDEST_TESTS := models/test_models runtime/test_pipelines runtime/test_enable ru
 	planning/test_infer_model runtime/test_dit runtime/test_peer_faults
 
 # The files of tests are shared out to processes, each of which has one thread.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-all oldest lint bench clean
 

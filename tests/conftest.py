@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Files that take longest, which are begun first, so that no process is left alone with one at the end.
+LONG = (
+    "planning/test_search.py",
+    "tools/test_cli.py",
+    "kernels/test_compiled_kernels.py",
+    "runtime/test_surroundings.py",
+    "tools/test_compare.py",
+    "methods/test_dynamic_methods.py",
+    "planning/test_refit.py",
+    "backend/test_peer_agreement.py",
+    "runtime/test_compile.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True)

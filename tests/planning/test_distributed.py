@@ -39,6 +39,8 @@ from support.distributed_worker import (
     whole,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def both(folder: Path, *tasks: str) -> dict[str, list[dict]]:
     """What each of two processes gives, by task."""

@@ -294,6 +294,7 @@ def test_a_journal_changes_nothing(pipe, profile, front, tmp_path):
     assert [p.schedule for p in found.points] == [p.schedule for p in front.points]
 
 
+@pytest.mark.slow
 def test_the_search_is_deterministic_and_goes_on_where_it_stopped(pipe, profile, tmp_path):
     journal, settings = tmp_path / "journal.json", {"budgets": (0.5,), "trials": 0}
     first = run_search(pipe, profile, resume=journal, **settings)
@@ -434,6 +435,7 @@ def test_quality_weighs_the_tail():
     assert quality(psnr, 0.5) == pytest.approx((55.0 + np.quantile(psnr, 0.1)) / 2)
 
 
+@pytest.mark.slow
 def test_step_weights_by_hand(pipe, rollouts):
     """One velocity held in a plain loop, the rest computed: how far the end moves over how far the step moved."""
     weights = step_weights(rollouts, STEPS - 1)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import layercache
 from layercache.demo import pipeline
 from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.planning.front import Point
 from layercache.schedule.schedule import Schedule
 from layercache.tools import demo, doctor
 from layercache.tools.cli import app, common, pipelines
@@ -561,12 +562,13 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file):
-    _, front = plan_front(tmp_path)
+def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
+    front = tmp_path / "front.json"
+    layercache.Front((Point(Schedule.load(schedule_file), "by hand", (40.0,)),), (1.0, 0.1, 0.0)).save(front)
     assert "no schedule of this front" in refused(1, "plan", front, "--min-psnr", 500)
     assert "expected a layercache profile file" in refused(1, "search", front)
     assert "schedule already" in refused(2, "plan", schedule_file, "--budget", 0.5)
-    profile = tmp_path / "profile.safetensors"
+    profile = profile_file
     assert "--budgets takes shares" in refused(2, "search", profile, "--budgets", "0.5,2")
     assert "front of measured schedules" in refused(1, "plan", profile, "--min-psnr", 30)
     assert "not one of astronaut" in refused(2, "search", profile, "-p", "unicorn")

@@ -228,6 +228,7 @@ def test_a_project_that_depends_on_the_wheel_alone(
     assert "Success" in checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["layercache", "layercache.ops", "layercache.backend"])
 def test_importing_costs_little_beyond_torch(module: str, installed: Path, python: Path, tmp_path: Path) -> None:
     """Neither triton nor diffusers is loaded, and nothing is done."""
