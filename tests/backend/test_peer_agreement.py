@@ -29,6 +29,7 @@ def decided(schedule, group):
     }
 
 
+@pytest.mark.slow
 def test_a_cached_step_of_fbcache_takes_two_full_size_operators_instead_of_seven(pipe):
     with layercache.enabled(pipe, FBCache(threshold=0.35)) as cache:
         calls, ours = full_size_counts(pipe)

@@ -124,6 +124,7 @@ def test_timing_of_a_case_is_bounded(call: float, host: float) -> None:
     assert clock.elapsed <= 0.5 + (LEAST_ROUNDS + 6) * slowest
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_costs_itself_alone(gpu_run: ModuleType, tmp_path: Path) -> None:
     def python(text: str):
         return lambda seconds, file: ["-c", text, str(file)]
