@@ -43,7 +43,7 @@ ROUNDS = 5
 COLD_BYTES = 512 * 2**20
 # Calls of a burst, and seconds that one may take: to issue, or the GPU to run, whichever is longer.
 MOST_CALLS, BURST_SECONDS = 50, 6e-3
-# Faster than the clock of any GPU, so that it sleeps at least as long as it is told to.
+# Faster than the clock of any GPU, so that it sleeps at least as long as it is asked to.
 CYCLES_PER_SECOND = 2.1e9
 # Norm-wise, of sums that are added up in another order.
 TOLERANCE = 2e-5

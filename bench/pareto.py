@@ -109,7 +109,7 @@ def held_point(calibration: Rollouts, point: Point) -> Point:
 
 
 def save_block_map(path: Path, pipe: DemoPipeline, prompts: list[str], seed: int, call: dict) -> None:
-    """How alike the blocks change: relative change of every block's residual from the step before."""
+    """How similarly the blocks change: relative change of every block's residual from the step before."""
     blocks = [(k, k + 1) for k in range(len(pipe.transformer.transformer_blocks))]
     profile = layercache.calibrate(pipe, [prompts], seeds=[seed], partition=blocks, max_distance=1, max_span=0, **call)
     change = profile.stability()

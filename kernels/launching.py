@@ -2,7 +2,7 @@
 
 Of a call, Triton's JIT function finds the binary, and the launcher of a kernel here finds grid, sizes and compile-time
 arguments: most of what the host needs. All of it depends on how the tensors are laid out, not on where they are. So a
-launcher is a plan, made of arguments once, and called with them and with any others that are laid out alike.
+launcher is a plan, made of arguments once, and called with them and with any others that are laid out in the same way.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Planned:
 
     Args:
         plan: takes the arguments of an op, the first of which is a tensor or a list of tensors, and maybe ``groups``;
-            what it returns takes the same without ``groups``, or others laid out alike. It may look at all but the
-            values of numbers (float) and the contents of tensors, and keeps neither numbers nor tensors.
+            what it returns takes the same without ``groups``, or others laid out in the same way. It may look at all
+            but the values of numbers (float) and the contents of tensors, and keeps neither numbers nor tensors.
     """
 
     def __init__(self, plan: Callable[..., Callable[..., Any]]):

@@ -31,7 +31,7 @@ SLOW_GROUPS = 1024
 MAX_PROGRAMS = 1024
 # Streams, branches or pairs that share a launch.
 MAX_ENTRIES = 8
-# Fused multiply-adds are off so that GPU, interpreter and eager PyTorch round alike; memory-bound code loses nothing.
+# Fused multiply-adds are off so that GPU, interpreter and eager PyTorch round equally; memory-bound code loses nothing.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 

@@ -150,7 +150,7 @@ void store(const float* from, void* to, Dtype dtype, Size n) {
     std::memcpy(to, from, n * 4);
 }
 
-// Where a number stands in tensors of a dtype that are packed alike.
+// Where a number stands in tensors of a dtype that are packed in the same way.
 template <class T>
 struct InPack {
     Size index;

@@ -56,7 +56,7 @@ std::vector<Set> sets_of(const std::vector<float>& coefficients, int count) {
 }
 
 // How many sets from one on are a pair of terms with the same first one; at least 1.
-std::size_t alike(const std::vector<Set>& sets, std::size_t first) {
+std::size_t pairs_from(const std::vector<Set>& sets, std::size_t first) {
     std::size_t count = 1;
     while (first + count < sets.size() && count < MOST_PAIRINGS && sets[first].terms.size() == 3 &&
            sets[first + count].terms.size() == 3 && sets[first + count].terms[0] == sets[first].terms[0])
@@ -95,7 +95,7 @@ Sums combination_error(const View& target, const Views& terms, const std::vector
         const void* own[MAX_TERMS];
         for (std::size_t k = 0; k < views.size(); ++k) x[k] = read_as(loops, views[k], dtype, chunk, buffers[k]);
         for (std::size_t s = 0, next = 0; s < sets.size(); s = next) {
-            next = s + alike(sets, s);
+            next = s + pairs_from(sets, s);
             if (sets[s].terms.size() == 3) {
                 Pairing pairings[MOST_PAIRINGS];
                 for (std::size_t k = s; k < next; ++k)

@@ -31,8 +31,8 @@ def replacements(sync: str) -> list[Replacement]:
     set_buffer, apply_cache = manager.set_Fn_buffer, manager.apply_cache
 
     def residual_of(self: Any, original_hidden_states: Tensor, hidden_states: Tensor) -> Tensor:
-        alike = original_hidden_states.shape == hidden_states.shape
-        if not alike or original_hidden_states.device != hidden_states.device:
+        same_shape = original_hidden_states.shape == hidden_states.shape
+        if not same_shape or original_hidden_states.device != hidden_states.device:
             return get_residual(self, original_hidden_states, hidden_states)
         residual = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         setattr(residual, _WAITING, (hidden_states, original_hidden_states))

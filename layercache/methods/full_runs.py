@@ -74,58 +74,56 @@ class _Magnitudes(RecordingRouter):
         self._before[self.branch] = residual
 
 
-def _run(
-    pipeline: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict
-) -> None:
+def _run(pipe: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict) -> None:
     if not prompts:
         raise MethodError("give at least one prompt to run in full")
     given = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(given) != len(prompts):
         raise MethodError(f"give one seed per prompt: {len(prompts)} prompts, {len(given)} seeds")
-    attachment = attach(pipeline, router)
+    attachment = attach(pipe, router)
     try:
         for prompt, seed in zip(prompts, given, strict=True):
-            generate_once(pipeline, prompt, seed, call)
+            generate_once(pipe, prompt, seed, call)
     finally:
         attachment.detach()
 
 
-def transformer_of(pipeline: Any) -> nn.Module:
+def transformer_of(pipe: Any) -> nn.Module:
     """The transformer of a pipeline that is about to be called for whole generations.
 
     Raises:
         UnsupportedModelError: there is none, or the bare transformer was given.
     """
-    transformer = find_transformer(pipeline)
-    if isinstance(pipeline, nn.Module):
+    transformer = find_transformer(pipe)
+    if isinstance(pipe, nn.Module):
         raise UnsupportedModelError(
             f"whole generations are run here: give the pipeline, not its bare {type(transformer).__name__}"
         )
     return transformer
 
 
-def generate_once(pipeline: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
+def generate_once(pipe: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
     """One call of the pipeline; a list of prompts is a batch that shares one generator."""
-    return pipeline(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
+    return pipe(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def input_output_changes(
-    pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
+    pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
 ) -> np.ndarray:
     """Relative L1 changes from step to step, ``[n, 2]``: of the modulated input, and of the last block's output."""
-    transformer = transformer_of(pipeline)
+    transformer = transformer_of(pipe)
     spec = spec_for(transformer)
     if spec.modulation is None:
         raise MethodError(f"the description of {spec.model_class} does not say how to get its modulated input")
-    router = _Changes(transformer, spec, getattr(pipeline, "scheduler", None))
-    _run(pipeline, router, prompts, seeds, call)
+    router = _Changes(transformer, spec, getattr(pipe, "scheduler", None))
+    _run(pipe, router, prompts, seeds, call)
     flat = [[float(t[0, 0] / t[0, 2]) for t in pair] for pair in router.pairs]
     return np.array(flat).reshape(-1, 2)
 
 
-def magnitude_ratios(pipeline: Any, prompt: Any, seed: int = 0, **call: Any) -> dict[str, tuple[float, ...]]:
+def magnitude_ratios(pipe: Any, prompt: Any, seed: int = 0, **call: Any) -> dict[str, tuple[float, ...]]:
     """MagCache's ratios of one full run, per branch and step; 1 at step 0. Source: methods.md §8."""
-    transformer = transformer_of(pipeline)
-    router = _Magnitudes(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None))
-    _run(pipeline, router, [prompt], [seed], call)
+    transformer = transformer_of(pipe)
+    router = _Magnitudes(transformer, spec_for(transformer), getattr(pipe, "scheduler", None))
+    _run(pipe, router, [prompt], [seed], call)
     return {branch: tuple(1.0 if t is None else float(t[0, 0]) for t in row) for branch, row in router.ratios.items()}

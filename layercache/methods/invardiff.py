@@ -169,7 +169,7 @@ class _RateRouter(ModuleRouter):
 
 
 def measure(
-    pipeline: Any,
+    pipe: Any,
     prompts: Sequence[Any],
     seeds: Sequence[int] | None = None,
     cached: tuple[np.ndarray, np.ndarray] | None = None,
@@ -178,7 +178,7 @@ def measure(
     """Rates of change of every module and of the final hidden state, on full runs.
 
     Args:
-        pipeline: a diffusers pipeline.
+        pipe: a diffusers pipeline.
         prompts, seeds, call: the runs (the paper takes 5 prompts); see `layercache.calibrate`.
         cached: of a first phase, which steps ``[N]`` and modules ``[N, U]`` would be reused: distances are then taken
             from what would be there (the resampling correction).
@@ -189,7 +189,7 @@ def measure(
         MethodError: no prompts, or seeds that do not match.
         UnsupportedModelError: no pipeline.
     """
-    transformer = transformer_of(pipeline)
+    transformer = transformer_of(pipe)
     if not prompts:
         raise MethodError("InvarDiff measures at least one full run; give a prompt")
     given = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -201,11 +201,11 @@ def measure(
         return bool(cached[0][step] if unit < 0 else cached[1][step, unit])
 
     is_cached = None if cached is None else reuses
-    router = _RateRouter(transformer, spec_for(transformer), getattr(pipeline, "scheduler", None), is_cached)
-    attachment = attach(pipeline, router)
+    router = _RateRouter(transformer, spec_for(transformer), getattr(pipe, "scheduler", None), is_cached)
+    attachment = attach(pipe, router)
     try:
         for prompt, seed in zip(prompts, given, strict=True):
-            generate_once(pipeline, prompt, seed, call)
+            generate_once(pipe, prompt, seed, call)
     finally:
         attachment.detach()
     steps = len(router.sigmas) - 1

@@ -216,14 +216,14 @@ class SpectralCache(TeaCache):
         return _SpectralDecider(self, run)
 
 
-def fit(pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, degree: int = 4, **call: Any):
+def fit(pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, degree: int = 4, **call: Any):
     """TeaCache's coefficients for a model, from full runs: ``(coefficients, pairs [n, 2])``.
 
     A least-squares polynomial from the relative L1 change of the modulated input to that of the image stream behind
     the last block, over steps, branches and prompts. Source: methods.md §6.
 
     Args:
-        pipeline: a diffusers pipeline.
+        pipe: a diffusers pipeline.
         prompts, seeds, call: full runs, see `layercache.calibrate`.
         degree: of the polynomial.
 
@@ -233,7 +233,7 @@ def fit(pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = Non
     """
     from layercache.methods.full_runs import input_output_changes
 
-    pairs = input_output_changes(pipeline, prompts, seeds, **call)
+    pairs = input_output_changes(pipe, prompts, seeds, **call)
     if len(pairs) <= degree:
         raise MethodError(f"{len(pairs)} changes are too few for a polynomial of degree {degree}; take more prompts")
     coefficients = np.polynomial.Polynomial.fit(pairs[:, 0], pairs[:, 1], degree).convert(domain=(-1, 1)).coef

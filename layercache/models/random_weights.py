@@ -41,8 +41,8 @@ def load_random_pipeline(path: str | os.PathLike[str], dtype: torch.dtype = torc
     try:
         return make_random_pipeline(data, dtype)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        told = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise FileFormatError(f"cannot make a pipeline of {path}: {told}") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise FileFormatError(f"cannot make a pipeline of {path}: {reason}") from error
 
 
 def _description(path: str | os.PathLike[str]) -> Mapping[str, Any]:

@@ -64,30 +64,30 @@ EXPERTS = ("transformer", "transformer_2")
 """Components of a pipeline that share its steps; most have the first alone."""
 
 
-def find_transformer(target: Any, name: str = "transformer") -> nn.Module:
-    """The transformer of a pipeline, or ``target`` itself when it is one; compiled wrappers are opened.
+def find_transformer(pipe: Any, name: str = "transformer") -> nn.Module:
+    """The transformer of a pipeline, or ``pipe`` itself when it is one; compiled wrappers are opened.
 
     Args:
-        target: a pipeline, or a transformer.
+        pipe: a pipeline, or a transformer.
         name: the component to take, where a pipeline has several transformers.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    module = target if isinstance(target, nn.Module) else getattr(target, name, None)
+    module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, name, None)
     if isinstance(module, nn.Module):
         return unwrap_compiled(module)
-    known = experts_of(target)
+    known = experts_of(pipe)
     if known:
         raise UnsupportedModelError(f"the pipeline has no {name!r}; its transformers are {', '.join(known)}")
     raise UnsupportedModelError(
-        f"expected a diffusers pipeline with a transformer, or a transformer, got {type(target).__name__}"
+        f"expected a diffusers pipeline with a transformer, or a transformer, got {type(pipe).__name__}"
     )
 
 
-def experts_of(pipeline: Any) -> dict[str, nn.Module]:
+def experts_of(pipe: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline by the names of their components, as the pipeline calls them."""
-    found = {name: getattr(pipeline, name, None) for name in EXPERTS}
+    found = {name: getattr(pipe, name, None) for name in EXPERTS}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 

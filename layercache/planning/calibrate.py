@@ -22,7 +22,7 @@ SENSITIVITIES = ("substitution", "random")
 
 
 def calibrate(
-    target: Any,
+    pipe: Any,
     prompts: Sequence[Any] | None = None,
     *,
     run: Callable[[int], object] | None = None,
@@ -47,7 +47,7 @@ def calibrate(
     and group, no more; the statistics stay on the device until a sample ends. Source: methods.md §1.4.
 
     Args:
-        target: a diffusers pipeline, or a transformer.
+        pipe: a diffusers pipeline, or a transformer.
         prompts: for a pipeline, one call per entry. An entry may be a list (one call with that batch), or a mapping of
             arguments of the call, such as ``{"prompt": ..., "image": ...}``.
         run: for a transformer, ``run(k)`` does the k-th full generation with it (give ``samples`` and ``sigmas``).
@@ -82,41 +82,41 @@ def calibrate(
         raise CalibrationError(
             f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}", argument="sensitivity"
         )
-    model = find_transformer(target, transformer)
+    model = find_transformer(pipe, transformer)
     spec = spec_for(model)
-    _check_uncached(target, transformer)
+    _check_uncached(pipe, transformer)
     if process_group is None and splits_tokens(model):
         raise CacheStateError(
             "the tokens are split over several processes (context parallelism), of which each sees its own alone; give "
             "calibrate(..., process_group=torch.distributed.group.WORLD)"
         )
-    todo = samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
+    todo = samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
     lengths = [len(blocks) for blocks in spec.block_modules(model)]
-    scheduler = getattr(target, "scheduler", None)
+    scheduler = getattr(pipe, "scheduler", None)
     if partition == "measured":
         blocks = [(k, k + 1) for k in range(sum(lengths))]
         observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta, group=process_group)
-        curves = _observe(target, observer, todo, progress, "measuring blocks").stability()
+        curves = _observe(pipe, observer, todo, progress, "measuring blocks").stability()
         partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
     groups = cut(partition, lengths)
     observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
-    return _observe(target, observer, todo, progress, "calibrating")
+    return _observe(pipe, observer, todo, progress, "calibrating")
 
 
-def _check_uncached(target: Any, name: str) -> None:
+def _check_uncached(pipe: Any, name: str) -> None:
     """What the other transformers of a pipeline give must be that of full runs too."""
-    for other, module in experts_of(target).items():
+    for other, module in experts_of(pipe).items():
         inner = unwrap_compiled(module)
         if other != name and (attachment_of(inner) is not None or has_foreign_cache(inner)):
             raise CacheStateError(f"a cache is enabled on {other}; disable it first, calibration needs full runs")
 
 
-def _observe(target: Any, observer: Observer, todo: list[Sample], progress: bool, title: str) -> StabilityProfile:
+def _observe(pipe: Any, observer: Observer, todo: list[Sample], progress: bool, title: str) -> StabilityProfile:
     """Runs the samples with the observer attached and collects what it saw."""
-    attachment = attach(target, observer)
-    pipeline_bar = progress_bar_settings(target)
-    if hasattr(target, "set_progress_bar_config"):
-        target.set_progress_bar_config(**{**pipeline_bar, "disable": True})
+    attachment = attach(pipe, observer)
+    pipeline_bar = progress_bar_settings(pipe)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(**{**pipeline_bar, "disable": True})
     results = []
     try:
         with tqdm(total=len(todo), desc=title, unit="sample", disable=not progress) as bar, torch.no_grad():
@@ -128,6 +128,6 @@ def _observe(target: Any, observer: Observer, todo: list[Sample], progress: bool
                 bar.update()
     finally:
         attachment.detach()
-        if hasattr(target, "set_progress_bar_config"):
-            target.set_progress_bar_config(**{"disable": False, **pipeline_bar})
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(**{"disable": False, **pipeline_bar})
     return observer.profile(results, [name for name, _ in todo])

@@ -222,7 +222,7 @@ class _Proof(Router):
 
 def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple, kwargs: dict[str, Any]) -> ModelSpec:
     """The description, with the streams that the head reads; raises `UnsupportedModelError` unless it holds."""
-    told = f"what was found of {spec.model_class} ({', '.join(spec.block_lists)}; {', '.join(spec.streams)})"
+    description = f"what was found of {spec.model_class} ({', '.join(spec.block_lists)}; {', '.join(spec.streams)})"
 
     def outputs() -> list[torch.Tensor]:
         output = transformer(*args, **kwargs)
@@ -236,22 +236,22 @@ def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple, kwargs: dict[st
         try:
             stored = outputs()
             if len(proof.residuals) != proof.count or _largest_error(stored, expected):
-                raise UnsupportedModelError(f"{told} does not hold: looking at the blocks changes the output")
+                raise UnsupportedModelError(f"{description} does not hold: looking at the blocks changes the output")
             for reused in [*(frozenset({k}) for k in range(proof.count)), frozenset(range(proof.count))]:
                 proof.reused = reused
                 error = _largest_error(outputs(), expected)
                 if not error <= TOLERANCE:
                     places = "all blocks" if len(reused) > 1 else f"block {min(reused)}"
                     raise UnsupportedModelError(
-                        f"{told} does not hold: with {places} replaced by the stored residual the output is off by "
-                        f"{error:.1%}; describe the class with layercache.register_model(layercache.ModelSpec(...))"
+                        f"{description} does not hold: with {places} replaced by the stored residual the output is off "
+                        f"by {error:.1%}; describe the class with layercache.register_model(layercache.ModelSpec(...))"
                     )
             proof.reused, proof.keeps_text = frozenset({proof.count - 1}), False
             reads_both = spec.has_text and _largest_error(outputs(), expected) > TOLERANCE
         except (RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
             if isinstance(error, LayerCacheError):
                 raise
-            raise UnsupportedModelError(f"{told} does not hold: {str(error).splitlines()[0]}") from error
+            raise UnsupportedModelError(f"{description} does not hold: {str(error).splitlines()[0]}") from error
         finally:
             attachment.detach()
     return replace(spec, leaves=("image", "text")) if reads_both else spec

@@ -22,8 +22,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None, rollouts: Rollouts):
         self.path = None if path is None else Path(path)
         call = {name: repr(value) for name, value in sorted(rollouts.call.items())}
-        told = [rollouts.fingerprint.to_json(), repr(rollouts.prompts), rollouts.seeds, call]
-        self.samples = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        identity = [rollouts.fingerprint.to_json(), repr(rollouts.prompts), rollouts.seeds, call]
+        self.samples = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.results: dict[str, list[float]] = {}
         if self.path is not None and self.path.exists():
             self._read(self.path)

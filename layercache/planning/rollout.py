@@ -127,7 +127,7 @@ class Rollouts:
     of them before the next step is taken. Each sample is one call of the pipeline and may be a batch.
 
     Args:
-        pipeline: a diffusers pipeline with a scheduler.
+        pipe: a diffusers pipeline with a scheduler.
         prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
@@ -140,22 +140,22 @@ class Rollouts:
 
     SOURCE: ClassVar[str] = "make one: layercache.planning.rollout.Rollouts(pipe, prompts)"
 
-    def __init__(self, pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any):
-        self.transformer = find_transformer(pipeline)
+    def __init__(self, pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any):
+        self.transformer = find_transformer(pipe)
         self.spec = spec_for(self.transformer)
-        if self.transformer is pipeline or not hasattr(pipeline, "scheduler"):
+        if self.transformer is pipe or not hasattr(pipe, "scheduler"):
             raise UnsupportedModelError("rollouts need the pipeline, with its scheduler, not a bare transformer")
         if not prompts:
             raise CalibrationError(
                 "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"
             )
-        self.pipeline = pipeline
+        self.pipeline = pipe
         self.prompts = list(prompts)
         self.seeds = _seeds_of(self.prompts, seeds)
         self.call = dict(call)
-        if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
+        if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
-        self._clones = clones(pipeline, len(self.prompts))
+        self._clones = clones(pipe, len(self.prompts))
         self.branches: tuple[str, ...] = ()
         self.runs = 0
         self.full: tuple[Trace, ...] = ()

@@ -15,9 +15,9 @@ from layercache.errors import CalibrationError
 Sample = tuple[str, Callable[[], object]]
 
 
-def samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
+def samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
     """The calls to make, each with a line that describes it."""
-    if isinstance(target, nn.Module):
+    if isinstance(pipe, nn.Module):
         if run is None or sigmas is None or not samples:
             raise CalibrationError(
                 "to calibrate a bare transformer give run=, a function that does one full generation, samples=, how "
@@ -36,7 +36,7 @@ def samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps
             f"give one seed per prompt: {len(prompts)} prompts, {len(seeds)} seeds", argument="seeds"
         )
     arguments = dict(call)
-    accepted = inspect.signature(type(target).__call__).parameters
+    accepted = inspect.signature(type(pipe).__call__).parameters
     if "output_type" in accepted:
         arguments.setdefault("output_type", "latent")
     if num_inference_steps is not None:
@@ -45,10 +45,10 @@ def samples_of(target, prompts, run, samples, sigmas, seeds, num_inference_steps
     def sample(prompt: Any, seed: int) -> Sample:
         def generate() -> None:
             generator = torch.Generator("cpu").manual_seed(seed)
-            target(**{**arguments, **arguments_of(prompt), "generator": generator})
+            pipe(**{**arguments, **arguments_of(prompt), "generator": generator})
 
-        told = ", ".join(prompt) if isinstance(prompt, Mapping) and "prompt" not in prompt else prompt
-        return f"seed {seed}: {told['prompt'] if isinstance(told, Mapping) else told}", generate
+        text = ", ".join(prompt) if isinstance(prompt, Mapping) and "prompt" not in prompt else prompt
+        return f"seed {seed}: {text['prompt'] if isinstance(text, Mapping) else text}", generate
 
     return [sample(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 

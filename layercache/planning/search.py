@@ -36,7 +36,7 @@ WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
 
 
 def search(
-    pipeline: Any,
+    pipe: Any,
     prompts: Sequence[Any],
     *,
     profiles: StabilityProfile | Sequence[StabilityProfile],
@@ -64,7 +64,7 @@ def search(
     chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
-        pipeline: a diffusers pipeline.
+        pipe: a diffusers pipeline.
         prompts, seeds, call: the calibration samples, see `layercache.planning.rollout.Rollouts`.
         profiles: from `layercache.calibrate`, on the same settings: costs, and the groups to try.
         validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
@@ -89,7 +89,7 @@ def search(
     """
     measured = _profiles(profiles)
     _check_shares(budgets, tail)
-    rollouts = Rollouts(pipeline, prompts, seeds, **call)
+    rollouts = Rollouts(pipe, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rollouts)
     state = _Search(rollouts, measured, forecasts, max_cache_bytes, Journal(resume, rollouts), seed, tail)
@@ -103,7 +103,7 @@ def search(
     front = Front.of(state.points, _seconds(measured[0]), rollouts.runs, state.notes, tail)
     if validation is None:
         return front
-    return replace(front, points=tuple(validated(front.points, pipeline, *validation, **call)))
+    return replace(front, points=tuple(validated(front.points, pipe, *validation, **call)))
 
 
 def _check_shares(budgets: Sequence[float], tail: float) -> None:
@@ -127,9 +127,9 @@ def _profiles(given: Any) -> list[StabilityProfile]:
     return found
 
 
-def validated(points: Sequence[Point], pipeline: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
+def validated(points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
     """The points with their PSNR on other samples: nothing is fitted here."""
-    rollouts = Rollouts(pipeline, prompts, seeds, **call)
+    rollouts = Rollouts(pipe, prompts, seeds, **call)
     for point in points:
         yield replace(point, held_out=rollouts.run(point.schedule).psnr)
 
@@ -219,7 +219,9 @@ class _Search:
             return
         steps, groups = (max(t.quality for t in kind) for kind in (whole, grouped))
         verdict = (
-            "the groups change alike, whole steps are the better unit" if steps >= groups else "deciding per group pays"
+            "the groups change in the same way, whole steps are the better unit"
+            if steps >= groups
+            else "deciding per group pays"
         )
         self.notes.append(f"budget {budget:g}: whole steps {steps:.1f} dB, groups {groups:.1f} dB: {verdict}")
         if not self.per_branch:
@@ -430,5 +432,5 @@ def _first_difference(a: Schedule, b: Schedule) -> int:
 
 
 def _key(skeleton: Schedule, forecast: Forecast) -> str:
-    told = [skeleton.groups, skeleton.cells, forecast.__dict__, dict(skeleton.branch_cells)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    identity = [skeleton.groups, skeleton.cells, forecast.__dict__, dict(skeleton.branch_cells)]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]

@@ -105,15 +105,15 @@ def _as_here(function: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def clones(pipeline: Any, count: int) -> list[Any]:
+def clones(pipe: Any, count: int) -> list[Any]:
     """Copies of a pipeline that share its models and have a scheduler each.
 
     A call writes to the pipeline (its guidance scale, its progress) and to the scheduler; models are only read.
     """
     copies = []
     for _ in range(count):
-        clone = copy.copy(pipeline)
-        clone.__dict__["scheduler"] = copy.deepcopy(pipeline.scheduler)
+        clone = copy.copy(pipe)
+        clone.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
         clone.set_progress_bar_config(disable=True)
         copies.append(clone)
     return copies

@@ -127,7 +127,7 @@ class StepCounter:
     pipeline's scheduler, or from counting the calls of the branch modulo the number of steps; then a
     timestep that rises (when it can be read without asking a device) starts a generation anew.
 
-    Branches are told apart by the name of the cache context; without one, by the order of the calls
+    Branches are distinguished by the name of the cache context; without one, by the order of the calls
     within a step.
 
     Attributes:

@@ -63,7 +63,7 @@ class VelocityTrack:
         if run is not self.run or step < self.step:
             self.reset()
         self.step, self.run = step, run
-        # decided once a step, for all its branches alike
+        # decided once a step, for all its branches
         self.is_complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
 
     def reset(self) -> None:

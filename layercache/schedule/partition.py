@@ -60,7 +60,7 @@ def _ranges(inner: Sequence[int], total: int) -> tuple[tuple[int, int], ...]:
 
 
 def cut_by_curves(curves: np.ndarray, num_groups: int) -> tuple[tuple[int, int], ...]:
-    """Groups of alike blocks: least sum of within-group variance of the blocks' error curves.
+    """Groups of similar blocks: least sum of within-group variance of the blocks' error curves.
 
     Args:
         curves: error of each block at each step, ``[N, L]``, finite.

@@ -131,7 +131,7 @@ def run_demo(
 
     The schedules are planned or searched on calibration pictures and judged on other seeds. Every batch is
     generated in full and by each method in turn, in an order that changes from batch to batch, so that
-    a machine that slows down or speeds up treats them alike; one untimed batch of each comes first.
+    a machine that slows down or speeds up treats them equally; one untimed batch of each comes first.
 
     Args:
         output: folder for the pictures, the report, the profile and the schedule.

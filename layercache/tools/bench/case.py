@@ -21,7 +21,7 @@ class Inputs:
     """Memory of one call: random tensors of the case's shape, and what its ops write to.
 
     Attributes:
-        x: tensors [batch, rows, channels], alike to a good part, as those of following steps are.
+        x: tensors [batch, rows, channels], similar to a good part, as those of following steps are.
         text: as many of a second, shorter stream.
         gate: [batch, 1, channels].
         out: tensors to write to.

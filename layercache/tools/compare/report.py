@@ -59,7 +59,7 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = 
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for everything that could not be compared; budgets that failed alike share one."""
+    """A sentence for everything that could not be compared; budgets that failed for the same reason share one."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
         if outcome.error:

@@ -196,9 +196,9 @@ class Comparison:
         before = self._generate(nullcontext(), first)[1][0]
         with entry.attach() as cache, block_calls(self.model.pipeline.transformer) as calls:
             pictures, seconds = self._generate(nullcontext(), range(len(self._batches)))
-            told = cache.report() if cache else None
-        used = told.used if told else calls[0] / (len(self._batches) * self._blocks_per_batch)
-        stored = told.cache_bytes if told else None
+            report = cache.report() if cache else None
+        used = report.used if report else calls[0] / (len(self._batches) * self._blocks_per_batch)
+        stored = report.cache_bytes if report else None
         after = self._generate(nullcontext(), first)[1][0]
         outcome = Outcome(
             entry.method,

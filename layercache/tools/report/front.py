@@ -119,8 +119,8 @@ def order_sentence(rows: Sequence[FrontRow]) -> str:
     if not behind:
         return "Every schedule has a higher mean PSNR than all that use less."
     verb = "has" if len(behind) == 1 else "have"
-    told = f"{len(behind)} of {len(rows)} schedules {verb} no higher mean PSNR than one that uses less"
-    return f"{told}: {_why_behind(behind)}."
+    count = f"{len(behind)} of {len(rows)} schedules {verb} no higher mean PSNR than one that uses less"
+    return f"{count}: {_why_behind(behind)}."
 
 
 def _why_behind(rows: Sequence[FrontRow]) -> str:

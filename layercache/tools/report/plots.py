@@ -148,7 +148,7 @@ def save_maps(path: str | os.PathLike[str], panels: Sequence[MapPanel]) -> Path:
 
 
 def _colour_limit(panels: Sequence[MapPanel]) -> float:
-    """Top of the colour scale; one outlier, usual at the last step, must not make the rest look alike."""
+    """Top of the colour scale; one outlier, usual at the last step, must not make the rest look the same."""
     values = [panel.stability[np.isfinite(panel.stability)] for panel in panels if panel.stability is not None]
     joined = np.concatenate(values) if values else np.empty(0)
     return float(np.quantile(joined, 0.97)) if joined.size else 1.0

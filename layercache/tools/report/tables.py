@@ -147,8 +147,8 @@ def _steps_text(fingerprint: Fingerprint) -> str:
     if not own:
         return text
     gapless = len(own) == own[-1] - own[0] + 1
-    told = f"{own[0]}-{own[-1]}" if gapless else ", ".join(map(str, own))
-    return f"{text}, of which the transformer runs {len(own)} ({told})"
+    steps_run = f"{own[0]}-{own[-1]}" if gapless else ", ".join(map(str, own))
+    return f"{text}, of which the transformer runs {len(own)} ({steps_run})"
 
 
 def _longest_cached_run(column: Sequence[Cell]) -> int:
