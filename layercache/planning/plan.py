@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -21,6 +22,62 @@ from layercache.schedule.schedule import Cell, Schedule
 SPANS = (1, 2, 3, 4, 5, 6)
 SOLVERS = ("best", "exact", "lagrangian", "removal", "addition")
 MAX_ORDER = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Settings of `plan` that a solver is run with; `plan` says what they mean.
+
+    Raises:
+        ScheduleError: on construction, for what is no budget and out of range; the message begins with its name.
+    """
+
+    budget: float | None
+    speedup: float | None
+    max_run: int
+    protect_first: int | None
+    protect_last: int | None
+    tau: float
+    gamma: float
+    kappa: float
+    text_weight: float
+    sensitivity: bool
+    per_branch: bool
+    solver: str
+    forecast: str
+    order: int
+    spans: tuple[int, ...]
+    history: int
+
+    def __post_init__(self) -> None:
+        for name, least in {"history": 1, "max_run": 1, "protect_first": 0, "protect_last": 0, "order": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Integral) and int(value) >= least):
+                raise ScheduleError(f"{name} must be a whole number of at least {least}, got {value}", argument=name)
+        if self.order > MAX_ORDER:
+            raise ScheduleError(f"order must be at most {MAX_ORDER}, got {self.order}", argument="order")
+        if not all(isinstance(span, Integral) and int(span) >= 1 for span in self.spans):
+            raise ScheduleError(f"spans must be whole numbers of at least 1, got {self.spans}", argument="spans")
+        for name in ("kappa", "text_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ScheduleError(f"{name} must be a number of at least 0, got {getattr(self, name)}", argument=name)
+        if not 0 < self.gamma < math.inf:
+            raise ScheduleError(f"gamma must be a number above 0, got {self.gamma}", argument="gamma")
+        if not 0 <= self.tau < 1:
+            raise ScheduleError(f"tau must be a number from 0 to below 1, got {self.tau}", argument="tau")
+        if self.solver not in SOLVERS:
+            raise ScheduleError(f"method must be one of {', '.join(SOLVERS)}, got {self.solver!r}", argument="method")
+        if self.forecast not in ("fitted", *FORECASTS):
+            raise ScheduleError(
+                f"unknown forecast {self.forecast!r}; choose fitted, {', '.join(FORECASTS)}", argument="forecast"
+            )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a schedule's ``made_by`` keeps of them."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: value for name, value in found.items() if not name.startswith("protect")}
+        return kept | {"spans": list(self.spans)}
 
 
 def plan(
@@ -93,23 +150,34 @@ def plan(
     budget = _share_of(profile, full_steps) if full_steps is not None else budget
     if isinstance(profile, Front):
         return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
-    settings: dict[str, Any] = {"budget": budget, "speedup": speedup, "max_run": max_run}
-    settings |= {"protect_first": protect_first, "protect_last": protect_last}
-    settings |= {"tau": tau, "gamma": gamma, "kappa": kappa, "text_weight": text_weight}
-    settings["sensitivity"] = profile.has_sensitivity if sensitivity is None else sensitivity
-    settings["per_branch"] = per_branch and len(profile.fingerprint.branches) > 1
-    settings |= {"solver": method, "forecast": forecast, "order": order}
-    settings |= {"spans": list(spans), "history": history}
-    _check_settings(settings)
-    return _solved(profile, settings) if max_cache_bytes is None else _within(profile, settings, max_cache_bytes)
+    config = PlanConfig(
+        budget=budget,
+        speedup=speedup,
+        max_run=max_run,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        tau=tau,
+        gamma=gamma,
+        kappa=kappa,
+        text_weight=text_weight,
+        sensitivity=profile.has_sensitivity if sensitivity is None else sensitivity,
+        per_branch=per_branch and len(profile.fingerprint.branches) > 1,
+        solver=method,
+        forecast=forecast,
+        order=order,
+        spans=tuple(spans),
+        history=history,
+    )
+    return _solved(profile, config) if max_cache_bytes is None else _within(profile, config, max_cache_bytes)
 
 
-def _within(profile: StabilityProfile, settings: dict[str, Any], max_cache_bytes: int) -> Schedule:
+def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int) -> Schedule:
     """The solver's schedule with as many anchors as the memory holds."""
     needed = []
     # a second anchor costs memory, and the choice between older ones more of it
-    for fewer in ({}, {"history": min(2, settings["history"])}, {"spans": [], "history": 1}):
-        schedule = _solved(profile, {**settings, **fewer})
+    fewer = replace(config, history=min(2, config.history)), replace(config, spans=(), history=1)
+    for one in (config, *fewer):
+        schedule = _solved(profile, one)
         needed.append(profile.cache_bytes(schedule))
         if needed[-1] <= max_cache_bytes:
             return schedule
@@ -133,33 +201,6 @@ def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | 
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Raises `ScheduleError` for what is no budget and out of range; the message begins with its name."""
-    for name, least in {"history": 1, "max_run": 1, "protect_first": 0, "protect_last": 0, "order": 0}.items():
-        value = settings[name]
-        if value is not None and not (isinstance(value, Integral) and int(value) >= least):
-            raise ScheduleError(f"{name} must be a whole number of at least {least}, got {value}", argument=name)
-    if settings["order"] > MAX_ORDER:
-        raise ScheduleError(f"order must be at most {MAX_ORDER}, got {settings['order']}", argument="order")
-    if not all(isinstance(span, Integral) and int(span) >= 1 for span in settings["spans"]):
-        raise ScheduleError(f"spans must be whole numbers of at least 1, got {settings['spans']}", argument="spans")
-    for name in ("kappa", "text_weight"):
-        if not 0 <= settings[name] < math.inf:
-            raise ScheduleError(f"{name} must be a number of at least 0, got {settings[name]}", argument=name)
-    if not 0 < settings["gamma"] < math.inf:
-        raise ScheduleError(f"gamma must be a number above 0, got {settings['gamma']}", argument="gamma")
-    if not 0 <= settings["tau"] < 1:
-        raise ScheduleError(f"tau must be a number from 0 to below 1, got {settings['tau']}", argument="tau")
-    if settings["solver"] not in SOLVERS:
-        raise ScheduleError(
-            f"method must be one of {', '.join(SOLVERS)}, got {settings['solver']!r}", argument="method"
-        )
-    if settings["forecast"] not in ("fitted", *FORECASTS):
-        raise ScheduleError(
-            f"unknown forecast {settings['forecast']!r}; choose fitted, {', '.join(FORECASTS)}", argument="forecast"
-        )
-
-
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     if isinstance(profile, Front) and not profile.points:
         raise BudgetError("the front is empty; search for schedules first (layercache.search)")
@@ -170,21 +211,21 @@ def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
     return full_steps / most
 
 
-def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
+def _solved(profile: StabilityProfile, config: PlanConfig) -> Schedule:
     """The solver's schedule; `plan` says what the settings mean."""
     steps = profile.fingerprint.steps
     num_steps = len(steps)
-    protect_first, protect_last = settings["protect_first"], settings["protect_last"]
+    protect_first, protect_last = config.protect_first, config.protect_last
     first = max(3, math.ceil(0.1 * num_steps)) if protect_first is None else protect_first
     last = (2 if num_steps > 28 else 1) if protect_last is None else protect_last
-    branches: list[int | None] = [*range(len(profile.fingerprint.branches))] if settings["per_branch"] else [None]
+    branches: list[int | None] = [*range(len(profile.fingerprint.branches))] if config.per_branch else [None]
     count = len(branches)
     protected = np.zeros((num_steps, count * len(profile.groups)), dtype=bool)
     protected[:first] = True
     protected[max(0, num_steps - last) :] = True
 
-    weighing = {name: settings[name] for name in ("gamma", "kappa", "text_weight", "sensitivity")}
-    cached_cost, target = _target(profile, settings["budget"], settings["speedup"])
+    weighing = {name: getattr(config, name) for name in ("gamma", "kappa", "text_weight", "sensitivity")}
+    cached_cost, seconds = _seconds(profile, config.budget, config.speedup)
     import layercache._core as core
 
     errors = np.concatenate([weighted_errors(profile, **weighing, branch=branch) for branch in branches], axis=1)
@@ -192,28 +233,27 @@ def _solved(profile: StabilityProfile, settings: dict[str, Any]) -> Schedule:
         errors_among(errors, steps),
         np.tile(np.asarray(profile.group_seconds) / count, count),
         np.tile(cached_cost / count, count),
-        target,
+        seconds,
         protected,
-        [span for span in settings["spans"] if span <= num_steps],
-        history=min(settings["history"], num_steps),
-        max_run=min(settings["max_run"], profile.max_distance),
-        tau=settings["tau"],
-        method=settings["solver"],
+        [span for span in config.spans if span <= num_steps],
+        history=min(config.history, num_steps),
+        max_run=min(config.max_run, profile.max_distance),
+        tau=config.tau,
+        method=config.solver,
     )
     if not result.feasible:
-        _refuse(profile, result.spent, settings["budget"], cached_cost)
+        _refuse(profile, result.spent, config.budget, cached_cost)
     metadata = {"protect": [first, last], "error": result.total_error, "samples": len(profile.samples)}
-    kept = {name: value for name, value in settings.items() if not name.startswith("protect")}
     cells = [_cells(profile, result, number * len(profile.groups)) for number in range(count)]
     schedule = Schedule(
         fingerprint=profile.fingerprint,
         groups=profile.groups,
         cells=cells[0],
         group_seconds=tuple(profile.group_seconds),
-        made_by={"method": "layercache", **kept, "solver": result.method, **metadata},
+        made_by={"method": "layercache", **config.metadata, "solver": result.method, **metadata},
         branch_cells=dict(zip(profile.fingerprint.branches[1:], cells[1:], strict=False)),
     )
-    kind, order = settings["forecast"], settings["order"] if settings["history"] > 1 else 0
+    kind, order = config.forecast, config.order if config.history > 1 else 0
     if kind == "secant":
         return schedule
     if kind == "fitted":
@@ -264,7 +304,7 @@ def _step_sizes(sigmas: Sequence[float]) -> np.ndarray:
     return sizes
 
 
-def _target(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:
+def _seconds(profile: StabilityProfile, budget: float | None, speedup: float | None) -> tuple[np.ndarray, float]:
     """Cost of a cached cell per group, and the seconds all cells together may take."""
     num_steps, blocks = len(profile.fingerprint.steps), sum(profile.group_seconds)
     if budget is not None:
