@@ -158,8 +158,7 @@ def _modulate_kernel(
         for c in tl.static_range(CHUNKS):
             at = c * GROUPS * VEC + column
             inside = at // VEC < row_groups
-            z = y[c] * factor
-            z = _affine(z, weight_ptr, bias_ptr, at, inside, c == CHUNKS - 1, EXACT)
+            z = _affine(y[c] * factor, weight_ptr, bias_ptr, at, inside, c == CHUNKS - 1, EXACT)
             scale_at, shift_at = batch * scale_batch * VEC + at, batch * shift_batch * VEC + at
             scale = load_chunk(scale_ptr + scale_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
             shift = load_chunk(shift_ptr + shift_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
