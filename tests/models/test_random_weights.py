@@ -66,6 +66,7 @@ def test_what_cannot_be_made_is_said(tmp_path, change, told):
         load_random_pipeline(tmp_path / "missing.json")
 
 
+@pytest.mark.slow
 def test_comparison_of_a_described_model(tmp_path):
     arguments = ["compare", "--model", str(FLUX), "-p", "a fox", "--methods", "uniform,fbcache", "--budgets", "0.6"]
     arguments += ["--steps", "5", "--seeds", "1", "--batch", "1", "--calibration", "1", "--height", "32"]

@@ -96,6 +96,7 @@ def test_rehearsed_schedules_give_the_same_in_the_pipeline(pipe, samples):
         assert psnr_of(full, a) == pytest.approx([psnr], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_search_from_calibration_to_picture(pipe, samples):
     profile = layercache.calibrate(pipe, samples, progress=False, max_distance=4, max_span=4, **CALL)
     assert profile.samples[0] == "seed 0: prompt_embeds, pooled_prompt_embeds"

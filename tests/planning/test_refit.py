@@ -146,7 +146,8 @@ def test_one_group_one_branch_agrees_with_the_open_fit(pipe):
         assert found == pytest.approx(opened, rel=1e-2, abs=1e-3)
 
 
-def test_takes_are_repeatable_and_the_best_is_kept(pipe, rollouts):
+@pytest.mark.slow
+def test_refits_are_repeatable_and_the_best_is_kept(pipe, rollouts):
     schedule = made_for(pipe, rollouts, [(s, g) for s in (3, 5, 6) for g in range(3) if (s, g) != (6, 0)])
     schedule = with_terms(schedule, 2)
     first, again = (refit(rollouts, schedule, forecast=Forecast(terms=2)) for _ in range(2))

@@ -90,6 +90,7 @@ def test_refusals(pipe, apart):
     assert replace(whole, velocities=(None, Velocity({0: 1.0}), *[None] * 6)).used < 1
 
 
+@pytest.mark.slow
 def test_planned_and_searched_per_branch(pipe):
     measured = layercache.calibrate(pipe, ["cat"], progress=False, max_distance=5, max_span=5, **CALL)
     # times that were measured beside other work may leave no choice

@@ -86,6 +86,7 @@ def test_a_peer_with_the_same_decisions_gives_the_same_pictures(model, tmp_path)
     assert theirs.setting == ours.setting
 
 
+@pytest.mark.slow
 def test_one_failure_does_not_lose_the_others(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cache_dit", None)
     outcomes = Comparison(model, PROMPTS, SEEDS, tmp_path).run(["cache-dit:dbcache", "uniform"])

@@ -56,7 +56,7 @@ def test_a_killed_run_keeps_every_entry_that_it_told(tmp_path: Path) -> None:
     assert half["predicted_bytes"] == half["cache_bytes"] > 0 and half["finite"] and half["fallback_rows"] == 0
 
 
-@pytest.mark.parametrize("model", ["qwen", *slow("flux")])
+@pytest.mark.parametrize("model", slow("qwen", "flux"))
 def test_an_entry_that_fails_stops_nobody(real_size: ModuleType, tmp_path: Path, model: str) -> None:
     def breaks(pipe: Any) -> Any:
         raise RuntimeError("out of memory")
