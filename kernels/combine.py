@@ -85,10 +85,10 @@ def _linear_map_kernel(
                 x = e4m3_to_float(code) * tl.load(scale_ptr + row, mask=live, other=0.0)
             else:
                 x = tl.load(x_ptr + off, mask=live, other=0.0).to(tl.float32)
-            inputs = inputs + (x,)  # type: ignore[assignment]
+            inputs = inputs + (x,)
         for m in tl.static_range(OUTPUTS):
             if BASE and gate_ptrs is None:
-                y = inputs[0]  # type: ignore[misc]
+                y = inputs[0]
             else:
                 y = tl.zeros([R, VEC], tl.float32)
             for k in tl.static_range(1 if BASE else 0, INPUTS):
@@ -103,7 +103,7 @@ def _linear_map_kernel(
                 gate_ptr = of_entry(gate_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
                 off = groups_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)
                 gate = tl.load(gate_ptr + off[:, None] * VEC + lane, mask=live, other=0.0).to(tl.float32)
-                y = inputs[0] + gate * y  # type: ignore[misc]
+                y = inputs[0] + gate * y
             y_ptr = of_entry(out_ptrs, m, OUTPUTS, sizes, pid, ENTRIES, FIELDS)
             off = groups_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
             tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)

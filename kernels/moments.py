@@ -56,12 +56,12 @@ def _gram_kernel(
         off = group[:, None] * VEC + lane
         values = ()
         for i in tl.static_range(TENSORS):
-            values = values + (tl.load(pointers[i] + off, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+            values = values + (tl.load(pointers[i] + off, mask=live, other=0.0).to(tl.float32),)
         updated = ()
         for i in tl.static_range(TENSORS):
             for j in tl.static_range(i, TENSORS):
                 total = sums[i * TENSORS - i * (i - 1) // 2 + j - i] + tl.sum(values[i] * values[j], 1)
-                updated = updated + (total,)  # type: ignore[assignment]
+                updated = updated + (total,)
         sums = updated
     for i in tl.static_range(TENSORS):
         for j in tl.static_range(i, TENSORS):
@@ -95,7 +95,7 @@ def _linear_sums_kernel(
         off = group[:, None] * VEC + lane
         values = ()
         for k in tl.static_range(INPUTS):
-            values = values + (tl.load(pointers[k] + off, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+            values = values + (tl.load(pointers[k] + off, mask=live, other=0.0).to(tl.float32),)
         for m in tl.static_range(OUTPUTS):
             y = tl.zeros([R, VEC], tl.float32)
             for k in tl.static_range(INPUTS):

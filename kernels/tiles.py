@@ -64,7 +64,7 @@ def lanes(values, VEC: tl.constexpr):
             parts = halves
     flat = ()
     for k in tl.static_range(VEC):
-        flat = flat + (tl.reshape(parts[k], [values.shape[0]]),)  # type: ignore[assignment]
+        flat = flat + (tl.reshape(parts[k], [values.shape[0]]),)
     return flat
 
 
@@ -76,7 +76,7 @@ def summed(values, COUNT: tl.constexpr):
         if (COUNT >> level) > 1:
             joined = ()
             for k in tl.static_range(COUNT >> (level + 1)):
-                joined = joined + (tl.join(parts[k], parts[k + (COUNT >> (level + 1))]),)  # type: ignore[assignment]
+                joined = joined + (tl.join(parts[k], parts[k + (COUNT >> (level + 1))]),)
             parts = joined
     return tl.sum(tl.reshape(parts[0], [values[0].shape[0], COUNT]), 0)
 

@@ -31,7 +31,7 @@ def replacements(sync: str) -> list[Replacement]:
     ]
 
 
-def _argument(hook: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _argument(hook: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return hook._metadata._get_parameter_from_args_kwargs(name, args, kwargs)
 
 
@@ -56,7 +56,7 @@ def _like(hook: Any, output: Any, streams: list[Tensor]) -> Any:
     return tuple(parts)
 
 
-def _run_head(hook: Any, sync: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _run_head(hook: Any, sync: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     before = _argument(hook, "hidden_states", args, kwargs)
     output = hook.fn_ref.original_forward(*args, **kwargs)
     state = hook.state_manager.get_state()

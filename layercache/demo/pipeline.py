@@ -84,7 +84,7 @@ class DemoPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> DemoPipelineOutput | tuple:
+    ) -> DemoPipelineOutput | tuple[Any, ...]:
         """Draws one picture per class name (or number) in ``prompt``.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -175,7 +175,7 @@ def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
     return cells
 
 
-def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, metadata: dict) -> Schedule:
+def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, metadata: dict[str, Any]) -> Schedule:
     cells = list(_forecasts(fingerprint, computed, order))
     rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if cell is None else ({},) for cell in cells)
     velocities = tuple(Velocity(cell) if cell else None for cell in cells)

@@ -41,7 +41,7 @@ class _Changes(RecordingRouter):
     def item(self, block_pass: BlockPass, block: Any, place: Place) -> Any:
         return _FirstBlock(block_pass, block, place) if place.opens else super().item(block_pass, block, place)
 
-    def look(self, group, before, after) -> None:
+    def look(self, group: int, before: Any, after: Any) -> None:
         start, end = before[0], after[0]
         assert self.spec.modulation is not None
         scale, shift, eps = self.spec.modulation(*self.block_call)
@@ -61,7 +61,7 @@ class _Magnitudes(RecordingRouter):
         self.ratios: dict[str, list[torch.Tensor | None]] = {}
         self._before: dict[str, torch.Tensor] = {}
 
-    def look(self, group, before, after) -> None:
+    def look(self, group: int, before: Any, after: Any) -> None:
         start, end = before[0], after[0]
         residual = torch.empty_like(end, memory_format=torch.contiguous_format)
         ops.capture([end], [start], [residual])
@@ -74,7 +74,9 @@ class _Magnitudes(RecordingRouter):
         self._before[self.branch] = residual
 
 
-def _run(pipe: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict) -> None:
+def _run(
+    pipe: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict[str, Any]
+) -> None:
     if not prompts:
         raise MethodError("give at least one prompt to run in full")
     given = list(range(len(prompts))) if seeds is None else list(seeds)

@@ -130,7 +130,7 @@ class _RateRouter(ModuleRouter):
         self._follow(number, output)
         return output
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         self._follow(-1, self.leaving(image_out, text_out))
 
     def _follow(self, number: int, output: Output) -> None:

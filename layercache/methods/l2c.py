@@ -347,7 +347,9 @@ def _frozen(transformer: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _save(training: _Training, path: str | os.PathLike[str] | None, digest: str, losses: list) -> None:
+def _save(
+    training: _Training, path: str | os.PathLike[str] | None, digest: str, losses: list[tuple[float, float]]
+) -> None:
     if path is None:
         return
     assert training.optimizer is not None

@@ -216,7 +216,7 @@ class SpectralCache(TeaCache):
         return _SpectralDecider(self, run)
 
 
-def fit(pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, degree: int = 4, **call: Any):
+def fit(pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, degree: int = 4, **call: Any) -> Any:
     """TeaCache's coefficients for a model, from full runs: ``(coefficients, pairs [n, 2])``.
 
     A least-squares polynomial from the relative L1 change of the modulated input to that of the image stream behind

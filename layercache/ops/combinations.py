@@ -76,7 +76,7 @@ def linear_combination(
     op = "linear_combination"
     found = COMBINATION_KERNELS.again(bases, residuals, coefficients, results, gates, scales)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     check_streams(op, "bases", bases, MAX_STREAMS)
     terms = _check_residual_lists(residuals, bases, scales)
     everything = [*bases, *(r for stream in residuals for r in stream)]

@@ -95,7 +95,7 @@ def modulate(
         x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     )
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)
@@ -171,7 +171,7 @@ def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool =
     op = "combine_guidance"
     found = GUIDANCE_KERNELS.again(cond, uncond, scale, rescale)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     _check_rows(op, "cond", cond, dims=(2, 3))
     check_tensor(op, "uncond", 0, uncond, "cond", cond, cond.dtype)
     scale = host_coefficients(op, "scale", [scale], 1)[0]
@@ -200,7 +200,7 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     op = "row_statistics"
     found = ROW_KERNELS.again(a, b, per_sample)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     _check_rows(op, "a", a, dims=(3,) if per_sample else (2, 3))
     check_tensor(op, "b", 0, b, "a", a, a.dtype)
     if not a.numel():

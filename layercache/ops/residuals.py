@@ -72,7 +72,7 @@ def capture(
     """
     found = CAPTURE_KERNELS.again(outputs, inputs, residuals, flag, previous, statistics, per_sample)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     check_streams("capture", "outputs", outputs, MAX_STREAMS)
     check_like("capture", "inputs", inputs, "outputs", outputs, outputs[0].dtype)
     check_like("capture", "residuals", residuals, "outputs", outputs, contiguous=True)

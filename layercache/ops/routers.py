@@ -48,13 +48,13 @@ def router_lerp(
     """
     found = FORWARD_KERNELS.again(fresh, cached, beta, gate, residual)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     _check(fresh, cached, beta, gate, residual)
     everything = [t for t in (fresh, cached, beta, gate, residual) if t is not None]
     if through_registry(everything):
         return ROUTER_LERP(fresh, cached, beta, gate, residual)
     if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
-        return _RouterLerp.apply(fresh, cached, beta, gate, residual)  # type: ignore[no-any-return]
+        return _RouterLerp.apply(fresh, cached, beta, gate, residual)
     return FORWARD_KERNELS.run(fresh, cached, beta, gate, residual)
 
 
@@ -91,7 +91,7 @@ def _contiguous_rows(grad: Tensor) -> Tensor:
     return grad if grad.is_contiguous() or (grad.dim() == 3 and grad.stride(-1) == 1) else grad.contiguous()
 
 
-def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     fresh, cached, beta, gate, residual = inputs
     ctx.save_for_backward(fresh, cached, beta, gate)
     ctx.has_residual = residual is not None
@@ -111,7 +111,7 @@ class _RouterLerp(torch.autograd.Function):
     """For plain execution: the registry's autograd costs three times as much."""
 
     @staticmethod
-    def forward(fresh, cached, beta, gate, residual):  # type: ignore[no-untyped-def,override]
+    def forward(fresh, cached, beta, gate, residual):  # type: ignore[no-untyped-def]
         return FORWARD_KERNELS(fresh, cached, beta, gate, residual)
 
     setup_context = staticmethod(_save)

@@ -60,7 +60,7 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
     """
     found = PAIR_KERNELS.again(a, b, per_sample)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     check_streams("pair_statistics", "a", a)
     check_like("pair_statistics", "b", b, "a", a, a[0].dtype)
     everything = [*a, *b]
@@ -120,7 +120,7 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     op = "gram"
     found = GRAM_KERNELS.again(tensors)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     check_list(op, "tensors", tensors, 1)
     check_kind(op, "tensors[0]", tensors[0])
     for k, tensor in enumerate(tensors):
@@ -151,7 +151,7 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
     op = "align"
     found = ALIGN_KERNELS.again(x, y, probes, residuals)
     if found is not NotImplemented:
-        return found  # type: ignore[no-any-return]
+        return found
     check_kind(op, "x", x)
     check_layout(op, "x", x, contiguous=True)
     for name, tensors, count in (("y", [y], 1), ("probes", probes, 2), ("residuals", residuals, 2)):

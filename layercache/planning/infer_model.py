@@ -13,7 +13,7 @@ from torch import nn
 
 from layercache.errors import LayerCacheError, UnsupportedModelError
 from layercache.models.registry import find_transformer, first_tensor, register_model, temporarily_known
-from layercache.models.spec import ModelSpec
+from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.attachment import attach
 from layercache.runtime.forward import Forward
 from layercache.runtime.router import Router
@@ -64,7 +64,7 @@ class _Step:
 @dataclass
 class _Seen:
     steps: list[_Step] = field(default_factory=list)
-    call: tuple[tuple, dict[str, Any]] | None = None
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _watched(transformer: nn.Module) -> Any:
     done: list[bool] = []
 
     def note_block(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             if done:
                 return
             names = list(inspect.signature(module.forward).parameters)
@@ -86,7 +86,7 @@ def _watched(transformer: nn.Module) -> Any:
 
         return note
 
-    def note_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if seen.call is None:
             seen.call = args, kwargs
 
@@ -209,18 +209,18 @@ class _Proof(Router):
         reuse, compute = GroupAction(REUSE, text=True, ends_run=True), GroupAction(COMPUTE)
         self.open(tuple(reuse if k in self.reused else compute for k in range(self.count)))
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         text = None if text_in is None or text_out is None else text_out - text_in
         self.residuals[group] = image_out - image_in, text
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         image_residual, text_residual = self.residuals[group]
         if text is None or text_residual is None or not self.keeps_text:
             return image + image_residual, text
         return image + image_residual, text + text_residual
 
 
-def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple, kwargs: dict[str, Any]) -> ModelSpec:
+def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelSpec:
     """The description, with the streams that the head reads; raises `UnsupportedModelError` unless it holds."""
     description = f"what was found of {spec.model_class} ({', '.join(spec.block_lists)}; {', '.join(spec.streams)})"
 

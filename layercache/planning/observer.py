@@ -17,7 +17,7 @@ from layercache import ops
 from layercache._utils.timer import Timer
 from layercache.errors import CalibrationError
 from layercache.models.registry import fingerprint_of, first_tensor
-from layercache.models.spec import ModelSpec
+from layercache.models.spec import ModelSpec, Streams
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.runtime.forward import Forward
 from layercache.runtime.router import BlockPass, Router
@@ -57,7 +57,7 @@ class _Branch:
     """
 
     def __init__(self, num_groups: int, window: int):
-        self.windows: list[deque] = [deque(maxlen=window) for _ in range(num_groups)]
+        self.windows: list[deque[Any]] = [deque(maxlen=window) for _ in range(num_groups)]
         self.sets: dict[int, list[tuple[int, int, dict[int, float]]]] = {}
         self.statistics: dict[tuple[int, int, str], torch.Tensor] = {}
         self.responses: dict[tuple[int, int], torch.Tensor] = {}
@@ -142,7 +142,7 @@ class Observer(Router):
         self.on_step(self.place.step, len(self.sigmas) - 1)
         self.open(self._actions)
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         step, seen = self.place.step, self._branches[self.place.branch]
         inputs, outputs = [image_in], [image_out]
         if text_in is not None and text_out is not None:  # the last block may give no text
@@ -193,7 +193,7 @@ class Observer(Router):
             self._substitutes = None
         self.clock.mark(("rest", step))
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         for residuals in self._substitutes or ():
             streams = [image] if text is None else [image, text]
             changed = ops.linear_combination(streams[: len(residuals)], [[r] for r in residuals], (1.0,))

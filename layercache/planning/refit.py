@@ -11,7 +11,7 @@ import torch
 
 from layercache._utils.validate import expect
 from layercache.errors import CalibrationError, ScheduleError
-from layercache.models.spec import ModelSpec
+from layercache.models.spec import ModelSpec, Streams
 from layercache.planning.fit import Forecast, solve_ridge
 from layercache.planning.rollout import Rollout, RolloutRouter, Rollouts
 from layercache.runtime.forward import Forward
@@ -75,7 +75,7 @@ class _FullRouter(RecordingRouter):
         super().begin(forward)
         self.streams[self.branch] = []
 
-    def look(self, group, before, after) -> None:
+    def look(self, group: int, before: Any, after: Any) -> None:
         self.streams[self.branch].append((before[0], after[0]))
 
 
@@ -92,12 +92,12 @@ class CachedRouter(RolloutRouter):
         self._place = step, next(name for name, own in self.states.items() if own is state)
         return actions
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         step, branch = self._place
         products = self._lesson.at(step, group, branch)
         streams = self._model.streams[branch]
         start = image if self._lesson.target == "steer" else streams[products.terms[0][1]][0]
-        residuals = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.buffers[0]]
+        residuals: list[Any] = [buffer.tensor for terms in self.row.runs[group] for buffer in terms.buffers[0]]
         products.add(streams[group][1].double() - start.double(), residuals)
         return super().reuse(group, image, text, results)
 

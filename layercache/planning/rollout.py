@@ -115,7 +115,7 @@ class _FullRun(RecordingRouter):
         super().__init__(transformer, spec, scheduler)
         self.branches: dict[str, tuple[int, int]] = {}
 
-    def look(self, group, before, after) -> None:
+    def look(self, group: int, before: Any, after: Any) -> None:
         image, text = after
         self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
 
@@ -271,7 +271,7 @@ class Rollouts:
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
     def _perform(
-        self, routers: Sequence[Router], answer: Callable[[int, list], list[Any]], pipelines: Sequence[Any]
+        self, routers: Sequence[Router], answer: Callable[[int, list[Any]], list[Any]], pipelines: Sequence[Any]
     ) -> list[np.ndarray]:
         """One generation of every sample, each by its own router; ``answer`` says which velocities are taken.
 

@@ -15,7 +15,16 @@ from layercache.errors import CalibrationError
 Sample = tuple[str, Callable[[], object]]
 
 
-def samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call) -> list[Sample]:
+def samples_of(
+    pipe: Any,
+    prompts: Any,
+    run: Callable[..., object] | None,
+    samples: int | None,
+    sigmas: Any,
+    seeds: Any,
+    num_inference_steps: int | None,
+    call: dict[str, Any],
+) -> list[Sample]:
     """The calls to make, each with a line that describes it."""
     if isinstance(pipe, nn.Module):
         if run is None or sigmas is None or not samples:

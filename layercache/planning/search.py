@@ -127,7 +127,9 @@ def _profiles(given: Any) -> list[StabilityProfile]:
     return found
 
 
-def validated(points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any):
+def validated(
+    points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any
+) -> Iterator[Point]:
     """The points with their PSNR on other samples: nothing is fitted here."""
     rollouts = Rollouts(pipe, prompts, seeds, **call)
     for point in points:

@@ -39,7 +39,7 @@ def _class_method(owner: Any, name: str) -> Any:
     return MethodType(getattr(type(owner), name), owner)
 
 
-class MethodPatch(functools.partial):
+class MethodPatch(functools.partial[Any]):
     """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
 
     of: tuple[Any, str]
@@ -268,7 +268,7 @@ class Attachment:
 
         return step
 
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
         # one forward at a time; a holder that comes again was interrupted
@@ -282,7 +282,7 @@ class Attachment:
             self._lock.release()
             raise
 
-    def _announce(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
@@ -299,7 +299,7 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         router.begin(Forward(*self.thread.now, arguments, dry_run))
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
             router = self.router
             if router.has_post_hook and output is not None and router.is_announced:  # the forward did not fail

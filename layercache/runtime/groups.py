@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layercache.errors import CacheStateError, NonFiniteResidualError
-from layercache.models.spec import ModelSpec
+from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport
 from layercache.runtime.router import BlockPass, Router
@@ -162,7 +162,7 @@ class ScheduleRouter(Router):
         """Forwards that reused each group."""
         return self._count_of(True)
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         state = self.state
         image_slot, text_slot = self.row.captures[group]
         if (group, text_slot is None) not in state.validated_groups:
@@ -178,10 +178,10 @@ class ScheduleRouter(Router):
         else:
             self.storage.store([image_out, text_out], [image_in, text_in], [image_slot, text_slot], flag)
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         for terms in self.row.runs[group]:
             streams = [image] if len(terms.buffers) == 1 else [image, text]
-            into = list(results[: len(streams)]) if results else None
+            into: Any = list(results[: len(streams)]) if results else None
             streams = self.storage.restore(streams, terms.buffers, terms.on(image.device), into)
             image, text = streams if len(streams) == 2 else (streams[0], text)
         return image, text

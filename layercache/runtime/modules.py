@@ -20,7 +20,7 @@ from layercache.errors import (
     UnsupportedModelError,
 )
 from layercache.models.registry import count_blocks
-from layercache.models.spec import ModelSpec
+from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
@@ -262,11 +262,11 @@ class ModuleScheduleRouter(ModuleRouter):
             self._valid[self.branch].add(number)
         return output
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         self.finals[self.branch] = copy_of(self.leaving(image_out, text_out), self.finals.get(self.branch))
         self._final_valid.add(self.branch)
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         final = self.finals[self.branch]
         return final[0], final[1] if len(final) == 2 else text
 

@@ -42,7 +42,7 @@ class RecordingRouter(Router):
         self.forwards += 1
         self.open(self._recorded)
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         self.look(group, (image_in, text_in), (image_out, text_out))
 
     def look(

@@ -12,6 +12,7 @@ import torch
 
 from layercache import ops
 from layercache.errors import CacheStateError
+from layercache.models.spec import Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
@@ -269,16 +270,16 @@ class BatchRouter(Router):
                 actions.append(GroupAction(kind, any(action.text for action in captures)))
         return tuple(actions)
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         streams = (image_in, text_in, image_out, text_out)
         for router, rows in self.members:
             if router.row.captures[group] is not None:
                 router.capture(group, *(None if stream is None else stream[rows] for stream in streams))
 
-    def reuse(self, group, image, text, results=None):
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         advances = text is not None and self.actions[group].text
         base = [image, text] if advances else [image]
-        into = list(results[: len(base)]) if results else [torch.empty_like(stream) for stream in base]
+        into: list[Any] = list(results[: len(base)]) if results else [torch.empty_like(stream) for stream in base]
         for router, rows in self.members:
             parts = [stream[rows] for stream in base]
             targets = [stream[rows] for stream in into]

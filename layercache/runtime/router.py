@@ -336,10 +336,10 @@ class Router:
     def finish(self) -> None:
         """The pipeline has ended a generation."""
 
-    def capture(self, group, image_in, text_in, image_out, text_out) -> None:
+    def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         raise NotImplementedError
 
-    def reuse(self, group, image, text, results=None) -> Streams:
+    def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         """The streams behind a run of reused groups; may be written into ``results``, parts of a joined tensor."""
         raise NotImplementedError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,12 +41,12 @@ class Row:
 
     def __init__(self, layout: RowLayout, cells: Sequence[Cell], images: list[Buffer], texts: list[Buffer]):
         self.layout, self.cells = layout, cells
-        self.captures = [
+        self.captures: list[Any] = [
             None if slots is None else (images[slots[0]], None if slots[1] is None else texts[slots[1]])
             for slots in layout.captures
         ]
         self.stores = [(slots[0], group) for group, slots in enumerate(layout.captures) if slots is not None]
-        self.runs: list[list[Terms] | None] = []
+        self.runs: list[Any] = []  # of `Terms`, or None where no run of reused groups ends
         for run in layout.runs:
             if run is None:
                 self.runs.append(None)

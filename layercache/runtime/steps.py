@@ -43,7 +43,7 @@ class Place:
         self.limit = 0
 
 
-def signature_of(arguments: Mapping[str, Any]) -> tuple:
+def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
     found: list[Any] = []
     for name, value in sorted(arguments.items()):
@@ -59,7 +59,7 @@ class Signature:
 
     def __init__(self) -> None:
         self._shapes: list[Any] = []
-        self._whole: tuple | None = None
+        self._whole: tuple[Any, ...] | None = None
 
     def changes(self, arguments: Mapping[str, Any], starts: bool) -> bool:
         """Whether they are others now. Within a generation dtypes and devices stay, as long as the shapes do."""

@@ -13,7 +13,9 @@ from layercache.schedule.memory_plan import Layout, VelocityLayout
 MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
 
 
-def combine(tensors: Sequence[torch.Tensor], coefficients: Sequence[float], store: tuple[int, torch.Tensor] | None):
+def combine(
+    tensors: Sequence[torch.Tensor], coefficients: Sequence[float], store: tuple[int, torch.Tensor] | None
+) -> Any:
     """``sum_k c_k t_k`` as a new tensor, in the first tensor's shape and dtype.
 
     Args:

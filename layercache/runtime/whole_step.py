@@ -42,7 +42,7 @@ class StepRouter(Router):
         self._sigmas: tuple[float, ...] = ()
         self._step = -1
         self._velocity: torch.Tensor | None = None
-        self._signature: tuple = ()
+        self._signature: tuple[Any, ...] = ()
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -59,7 +59,7 @@ class StepRouter(Router):
         self._counts.note(reused=rule is not None)
         self.open((GroupAction(COMPUTE if rule is None else REUSE),))
 
-    def _start(self, step: int, signature: tuple) -> None:
+    def _start(self, step: int, signature: tuple[Any, ...]) -> None:
         self._sigmas = scheduler_sigmas(self.steps.scheduler) or ()
         self._decider = self.method.decider(Run(len(self._sigmas) - 1, self._sigmas))
         self._signature = signature

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from layercache.schedule.schedule import Schedule
 
@@ -109,7 +109,7 @@ class _Pool:
         return slot
 
 
-def _runs(row: tuple, joined: bool = True) -> Iterator[range]:
+def _runs(row: Sequence[Any], joined: bool = True) -> Iterator[range]:
     """Ranges of consecutive reused groups of a row of cells; each for itself unless ``joined``."""
     if not joined and any(row):
         yield from (range(group, group + 1) for group, cell in enumerate(row) if cell is not None)

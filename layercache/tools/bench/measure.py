@@ -237,7 +237,7 @@ def _calls(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> Calls:
 
     if inputs[0].gate.is_cuda:
         return iter(_Cycle([functools.partial(call, index) for index in range(len(inputs))]))
-    return iter(_Cycle([lambda own=own: run(own) for own in inputs]))  # type: ignore[misc]
+    return iter(_Cycle([lambda own=own: run(own) for own in inputs]))
 
 
 def _copies(size: int, sets: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -55,7 +55,7 @@ class PreparedBlock(nn.Module):
         super().__init__()
         self.attn = Prepared(tensors)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple:
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple[Any, ...]:
         return encoder_hidden_states, self.attn(hidden_states)
 
 
@@ -141,7 +141,7 @@ class Traffic(TorchDispatchMode):
     def _is_large(self, tensor: Any) -> bool:
         return isinstance(tensor, torch.Tensor) and tensor.numel() >= self.size
 
-    def _split(self, function: Any, args: Any, kwargs: dict) -> tuple[list, list]:
+    def _split(self, function: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         written: list[Any] = []
         read: list[Any] = []
         names = function._schema.arguments

@@ -203,6 +203,7 @@ def peers(
     from layercache.tools.bench import peers as measuring
     from layercache.tools.bench import results
     from layercache.tools.report import plots
+    from layercache.tools.report.machine import machine_info
 
     if plot is not None:
         plots.check_installed()
@@ -212,7 +213,7 @@ def peers(
     if plot is not None:
         printer.say(f"plot: {measuring.save_plot(plot, rows, f'{shape}, {dtype.value}, {place}')}")
     settings = {"rounds": rounds, "dtype": dtype.value, "device": str(place), "shape": list(size)}
-    head = {"kernel_hash": results.hash_or_none(), "machine": results.machine_info()}
+    head = {"kernel_hash": results.hash_or_none(), "machine": machine_info()}
     figures = {"kind": "peers", **head, "settings": settings}
     printer.figures({**figures, "rows": [dataclasses.asdict(row) for row in rows]})
 

@@ -147,7 +147,7 @@ class CalibratedModel:
         """Share of the blocks that a plan computes on the first calibration sample."""
         from layercache.methods.full_runs import generate_once
 
-        with layercache.enabled(self.pipeline, plan) as cache:  # type: ignore[call-overload]
+        with layercache.enabled(self.pipeline, plan) as cache:
             generate_once(self.pipeline, self.prompts[0], self.seeds[0], self._latent_call)
             return float(cache.report().used)
 
@@ -311,7 +311,7 @@ def _made(model: CalibratedModel, name: str, budget: float) -> Entry:
     if name in PEERS:
         return PEERS[name](model, budget)
     plan, setting = model.made(name, budget)
-    return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan))  # type: ignore[call-overload]
+    return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan))
 
 
 # --- caches of other packages, through their public interfaces ----------------------------------------------

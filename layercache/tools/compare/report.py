@@ -69,7 +69,9 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
     return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in reasons.items()]
 
 
-def save_comparison(comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str) -> dict:
+def save_comparison(
+    comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str
+) -> dict[str, Any]:
     """Writes ``compare.png``, ``pictures.png`` and ``compare.html`` beside ``compare.json``; their paths, by name."""
     folder = comparison.folder
     plot = save_figure(draw_curves(outcomes, title), folder / "compare.png")
