@@ -29,10 +29,38 @@ from layercache.schedule.schedule import Cell, Schedule
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 STEERED = (Forecast(terms=4), Forecast(terms=3), Forecast(terms=2))
-TAUGHT = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
+TEACHER_FORCED = (Forecast("teacher", terms=3, everywhere=False), Forecast("teacher", terms=2, everywhere=False))
 RESIDUAL_FORECASTS = ("secant", "fitted")
 REFIT_TERMS = 3
 WORTH_REFINING = 3.0  # dB that a schedule of groups may lie behind the best
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Settings of `search`, which says what they mean.
+
+    Raises:
+        BudgetError: on construction, for a budget or tail out of range.
+    """
+
+    budgets: tuple[float, ...]
+    forecasts: tuple[Forecast, ...] | None
+    trials: int
+    time_limit: float | None
+    max_cache_bytes: int | None
+    per_branch: bool
+    tail: float
+    step_probes: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise BudgetError(
+                    f"budgets must be shares of the block time above 0 and at most 1, got {budget}", argument="budgets"
+                )
+        if not 0 <= self.tail <= 1:
+            raise BudgetError(f"tail is a weight from 0 to 1, got {self.tail}", argument="tail")
 
 
 def search(
@@ -87,33 +115,29 @@ def search(
         ScheduleMismatchError: a profile was measured on something else.
         CalibrationError: as for `Rollouts`.
     """
+    config = SearchConfig(
+        budgets=tuple(budgets),
+        forecasts=None if forecasts is None else tuple(forecasts),
+        trials=trials,
+        time_limit=time_limit,
+        max_cache_bytes=max_cache_bytes,
+        per_branch=per_branch,
+        tail=tail,
+        step_probes=step_probes,
+        seed=seed,
+    )
     measured = _profiles(profiles)
-    _check_shares(budgets, tail)
     rollouts = Rollouts(pipe, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rollouts)
-    state = _Search(rollouts, measured, forecasts, max_cache_bytes, Journal(resume, rollouts), seed, tail)
-    state.per_branch = per_branch
-    if step_probes and rollouts.is_euler:
-        state.weights = step_weights(rollouts, step_probes)
-    state.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    state = _Search(rollouts, measured, Journal(resume, rollouts), config)
     with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
-        for budget in sorted(budgets, reverse=True):
-            state.explore(budget, trials, bar)
+        for budget in sorted(config.budgets, reverse=True):
+            state.explore(budget, bar)
     front = Front.of(state.points, _seconds(measured[0]), rollouts.runs, state.notes, tail)
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipe, *validation, **call)))
-
-
-def _check_shares(budgets: Sequence[float], tail: float) -> None:
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise BudgetError(
-                f"budgets must be shares of the block time above 0 and at most 1, got {budget}", argument="budgets"
-            )
-    if not 0 <= tail <= 1:
-        raise BudgetError(f"tail is a weight from 0 to 1, got {tail}", argument="tail")
 
 
 def _profiles(given: Any) -> list[StabilityProfile]:
@@ -169,31 +193,24 @@ class _Tried:
 
 
 class _Search:
+    """A search on one set of rollouts: what was run so far, and the points that came of it."""
+
     def __init__(
-        self,
-        rollouts: Rollouts,
-        profiles: Sequence[StabilityProfile],
-        forecasts: Sequence[Forecast] | None,
-        max_cache_bytes: int | None,
-        journal: Journal,
-        seed: int,
-        tail: float,
+        self, rollouts: Rollouts, profiles: Sequence[StabilityProfile], journal: Journal, config: SearchConfig
     ):
-        self.rollouts, self.profiles, self.journal = rollouts, profiles, journal
-        self.forecasts = forecasts or (STEERED if rollouts.is_euler else TAUGHT)
-        self.max_cache_bytes = max_cache_bytes
-        self.tail = tail
-        self.random = np.random.default_rng(seed)
-        self.deadline = math.inf
-        self.per_branch = False
-        self.weights: np.ndarray | None = None
+        self.rollouts, self.profiles, self.journal, self.config = rollouts, profiles, journal, config
+        self.forecasts = config.forecasts or (STEERED if rollouts.is_euler else TEACHER_FORCED)
+        self.random = np.random.default_rng(config.seed)
+        self.errors = velocity_errors(rollouts)
+        probes = config.step_probes if rollouts.is_euler else 0
+        self.weights = step_weights(rollouts, probes) if probes else None
+        self.deadline = math.inf if config.time_limit is None else time.monotonic() + config.time_limit
         self.seconds = sum(profiles[0].group_seconds)
         self.points: list[Point] = []
         self.notes: list[str] = []
-        self.errors = velocity_errors(rollouts)
         self.best: _Tried | None = None
 
-    def explore(self, budget: float, trials: int, bar: Any) -> None:
+    def explore(self, budget: float, bar: Any) -> None:
         """Runs the portfolio of a budget, then refines the best of whole steps and, if they are close, of groups."""
         count = math.floor(budget * self.rollouts.num_steps + 1e-9)
         portfolio = list(self._portfolio(budget, count))
@@ -206,11 +223,11 @@ class _Search:
         grouped = [t for t in tried if len(t.skeleton.groups) > 1]
         self._note(budget, whole, grouped)
         if whole:
-            self.best = self._refine(max(whole, key=lambda t: t.quality), trials, bar)
+            self.best = self._refine(max(whole, key=lambda t: t.quality), self.config.trials, bar)
             tried.append(self.best)
         if grouped and max(t.quality for t in grouped) > max(t.quality for t in tried) - WORTH_REFINING:
-            refined = self._refine(max(grouped, key=lambda t: t.quality), trials, bar)
-            tried += [refined, *self._coach(refined)]
+            refined = self._refine(max(grouped, key=lambda t: t.quality), self.config.trials, bar)
+            tried += [refined, *self._refit(refined)]
         for one in sorted(tried, key=lambda t: t.quality)[-3:]:
             rollout = self._rollout_of(one)
             self.points.append(Point(rollout.schedule, f"{one.origin}, {one.forecast.name}", rollout.psnr))
@@ -226,7 +243,7 @@ class _Search:
             else "deciding per group pays"
         )
         self.notes.append(f"budget {budget:g}: whole steps {steps:.1f} dB, groups {groups:.1f} dB: {verdict}")
-        if not self.per_branch:
+        if not self.config.per_branch:
             return
         together, apart = (
             max((t.quality for t in grouped if bool(t.skeleton.branch_cells) == own), default=math.nan)
@@ -238,7 +255,7 @@ class _Search:
             f"deciding per branch {paid}"
         )
 
-    def _coach(self, tried: _Tried) -> Iterator[_Tried]:
+    def _refit(self, tried: _Tried) -> Iterator[_Tried]:
         """The same cells with residuals fitted as they run; not where time or memory forbid it."""
         if time.monotonic() > self.deadline or not self._fits(with_terms(tried.skeleton, REFIT_TERMS), tried.forecast):
             return
@@ -247,7 +264,7 @@ class _Search:
         if key not in self.journal.results:
             self.journal.add(key, self._rollout_of(refitted).psnr)
         refitted.psnr = tuple(self.journal.results[key])
-        refitted.quality = quality(refitted.psnr, self.tail)
+        refitted.quality = quality(refitted.psnr, self.config.tail)
         yield refitted
 
     def _run_all(self, candidates: Sequence[tuple[Schedule, Forecast, str]]) -> list[_Tried]:
@@ -274,7 +291,7 @@ class _Search:
         for profile in self.profiles:
             if len(profile.groups) < 2:
                 continue
-            for apart in (False, True)[: 1 + self.per_branch]:
+            for apart in (False, True)[: 1 + self.config.per_branch]:
                 for forecast in RESIDUAL_FORECASTS[: 1 + profile.has_gram]:
                     try:
                         schedule = plan(profile, budget, per_branch=apart, forecast=forecast)
@@ -380,14 +397,14 @@ class _Search:
         key = _key(skeleton, forecast)
         if key in self.journal.results:
             psnr = tuple(self.journal.results[key])
-            return _Tried(skeleton, forecast, origin, psnr, quality(psnr, self.tail))
+            return _Tried(skeleton, forecast, origin, psnr, quality(psnr, self.config.tail))
         start, first = None, 0
         if near is not None and forecast == near.forecast:
             start = self._rollout_of(near)
             first = _first_difference(skeleton, near.skeleton)
         rollout = self.rollouts.run(skeleton, forecast, start=start, first=first)
         self.journal.add(key, rollout.psnr)
-        return _Tried(skeleton, forecast, origin, rollout.psnr, quality(rollout.psnr, self.tail), rollout)
+        return _Tried(skeleton, forecast, origin, rollout.psnr, quality(rollout.psnr, self.config.tail), rollout)
 
     def _rollout_of(self, tried: _Tried) -> Rollout:
         if tried.rollout is None and tried.is_refitted:
@@ -399,9 +416,9 @@ class _Search:
         return replace(tried.rollout, schedule=schedule)
 
     def _fits(self, skeleton: Schedule, forecast: Forecast) -> bool:
-        if self.max_cache_bytes is None:
+        if self.config.max_cache_bytes is None:
             return True
-        return self.rollouts.cache_bytes(with_terms_of(skeleton, forecast)) <= self.max_cache_bytes
+        return self.rollouts.cache_bytes(with_terms_of(skeleton, forecast)) <= self.config.max_cache_bytes
 
 
 def _computed(schedule: Schedule) -> list[int]:
