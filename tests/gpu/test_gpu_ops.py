@@ -370,7 +370,7 @@ def test_two_threads_on_two_streams() -> None:
                 together.wait()
                 for _ in range(100):
                     step()
-        except BaseException as error:  # told to the main thread
+        except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(step,)) for step, _ in both]

@@ -525,7 +525,7 @@ def test_two_threads() -> None:
                 together.wait()
                 found[k] = [both[k](seed) for seed in range(3)]
                 synchronise()
-        except BaseException as error:  # noqa: B036, told to the main thread
+        except BaseException as error:  # noqa: B036, raised again in the main thread
             found[k] = error
 
     threads = [threading.Thread(target=work, args=pair) for pair in enumerate(streams(2))]
@@ -603,7 +603,7 @@ def note_streams(seen: list[Any], call: Call) -> None:
 
 @pytest.mark.parametrize("storage", ["same", "float32", "compact"])
 def test_a_residual_that_is_no_number(storage: str) -> None:
-    """Is told when the generation ends, and nothing of it is left in the next one."""
+    """Is reported when the generation ends, and nothing of it is left in the next one."""
     runs = Runs(MAKERS["wan"], dtype=torch.bfloat16)
     full = runs()
     first = next(iter(runs.pipe.transformer.blocks))

@@ -160,9 +160,12 @@ def test_what_one_scale_cannot_say_is_refused(name, changed, change, message):
     model, inputs = build(name, **changed)
     inputs = change(inputs)
     call(model, inputs)
-    with layercache.enabled(model, TEACACHE, num_steps=3), pytest.raises(UnsupportedModelError, match=message) as told:
+    with (
+        layercache.enabled(model, TEACACHE, num_steps=3),
+        pytest.raises(UnsupportedModelError, match=message) as printed,
+    ):
         call(model, inputs)
-    assert "take FBCache instead" in str(told.value)
+    assert "take FBCache instead" in str(seen.value)
 
 
 @pytest.mark.parametrize("name", sorted(UNMODULATED))

@@ -49,7 +49,7 @@ def test_weights_depend_on_the_seed_alone(flux, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, text",
     [
         ({"pipeline": "NoPipeline"}, "no NoPipeline"),
         ({"components": {"transformer": {"layers": 2}}}, "_class_name"),
@@ -57,10 +57,10 @@ def test_weights_depend_on_the_seed_alone(flux, tmp_path):
         ({"weights": "random"}, "unknown entries weights"),
     ],
 )
-def test_what_cannot_be_made_is_said(tmp_path, change, told):
+def test_what_cannot_be_made_is_said(tmp_path, change, text):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(json.loads(FLUX.read_text()) | change))
-    with pytest.raises(FileFormatError, match=told):
+    with pytest.raises(FileFormatError, match=text):
         load_random_pipeline(path)
     with pytest.raises(FileFormatError):
         load_random_pipeline(tmp_path / "missing.json")

@@ -410,8 +410,8 @@ def test_what_is_said_of_the_order_holds_in_the_figures():
 
 def test_nothing_is_said_of_an_order_where_there_is_none():
     assert order_sentence([]) == order_sentence([row(0.5, (40.0,))]) == ""
-    alike = [row(0.75, (40.004,)), row(0.5, (40.001,))]  # the same figure in the table
-    assert order_sentence(alike).startswith("1 of 2 schedules has no higher")
+    same = [row(0.75, (40.004,)), row(0.5, (40.001,))]  # the same figure in the table
+    assert order_sentence(same).startswith("1 of 2 schedules has no higher")
 
 
 def test_psnr_by_hand():

@@ -92,7 +92,7 @@ def test_an_error_or_another_size_leaves_nothing_stale(method):
 
 
 def test_a_branch_that_is_left_out_at_some_steps_shifts_nothing(unclocked):
-    """Branches told apart by counting calls change places when one call is missing."""
+    """Branches distinguished by counting calls change places when one call is missing."""
     model, inputs = build("QwenImageTransformer2DModel")
     times = torch.linspace(1.0, 0.1, 8)
 

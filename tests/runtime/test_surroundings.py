@@ -121,7 +121,7 @@ def test_contexts_are_apart(adapter):
 
 @pytest.mark.parametrize("when", ["before", "after", "between two contexts"])
 def test_hooks_of_others_hear_of_contexts(pipe, plan, when):
-    """Whoever put them there, and also on a block; where there are none, nobody is told (which takes its time)."""
+    """Whoever put them there, and also on a block; where there are none, no context is entered (it costs time)."""
     heard = []
 
     class State(BaseState):
@@ -390,7 +390,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "Flux2Transformer2DModel", "WanTransformer3DModel"])
 @pytest.mark.parametrize("storage", ["float32", "compact"])
 def test_storage_of_residuals(name, storage, monkeypatch):
-    """Half-precision models with residuals unrounded, or in one byte a number: bytes and errors as told."""
+    """Half-precision models with residuals unrounded, or in one byte a number: bytes and errors as documented."""
     from dataclasses import replace
 
     from layercache.models import registry

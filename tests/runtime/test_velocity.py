@@ -144,7 +144,7 @@ def test_the_scheduler_is_restored(pipe):
 
 
 def test_a_run_that_begins_in_the_middle_computes_what_is_missing(pipe):
-    """As img2img does: where a velocity was never stored, the model runs, for all branches alike."""
+    """As img2img does: where a velocity was never stored, the model runs, for all branches."""
     schedule = skipping(pipe)
     begin = pipe.scheduler.set_begin_index
     timesteps = pipe.scheduler.set_timesteps

@@ -102,8 +102,8 @@ def test_refusals():
 def test_noise_levels_that_are_no_number_are_refused(sigma, at):
     sigmas = [1.0, 0.8, 0.5, 0.2, 0.0]
     sigmas[at] = sigma
-    told = f"noise levels must be finite numbers, that of step {at} is {sigma}"
-    with pytest.raises(ScheduleError, match=told):
+    text = f"noise levels must be finite numbers, that of step {at} is {sigma}"
+    with pytest.raises(ScheduleError, match=text):
         newton_forecast(sigmas, 3, [2, 1])
-    with pytest.raises(ScheduleError, match=told):
+    with pytest.raises(ScheduleError, match=text):
         secant_coefficients(sigmas, 3, 2, 1)

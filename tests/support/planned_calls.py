@@ -84,7 +84,7 @@ def seen(driver: Driver, pool: Pool, call: Callable[[], Any]) -> tuple[list[Any]
 
 
 def forms() -> dict[str, Callable[[int], Callable[[], Any]]]:
-    """Per name a maker of calls, all laid out alike."""
+    """Per name a maker of calls, all laid out in the same way."""
 
     def of_case(case: Any) -> Callable[[int], Callable[[], Any]]:
         def make(seed: int) -> Callable[[], Any]:

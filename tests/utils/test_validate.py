@@ -73,8 +73,8 @@ def refused(call, value) -> str:
 @pytest.mark.parametrize("name", OF_FINGERPRINTS)
 @pytest.mark.parametrize("value", [PROFILE, SCHEDULE], ids=["profile", "schedule"])
 def test_what_has_a_fingerprint_is_not_one(name, value):
-    told = f"{name} expects Fingerprint, got {type(value).__name__}; give its .fingerprint"
-    assert refused(OF_FINGERPRINTS[name], value) == told
+    message = f"{name} expects Fingerprint, got {type(value).__name__}; give its .fingerprint"
+    assert refused(OF_FINGERPRINTS[name], value) == message
 
 
 @pytest.mark.parametrize("name", OF_FINGERPRINTS)
@@ -84,8 +84,10 @@ def test_what_has_a_fingerprint_is_not_one(name, value):
     ids=str,
 )
 def test_what_has_no_fingerprint_either(name, value, described):
-    told = f"{name} expects Fingerprint, got {described}; profiles and schedules have one, such as profile.fingerprint"
-    assert refused(OF_FINGERPRINTS[name], value) == told
+    message = (
+        f"{name} expects Fingerprint, got {described}; profiles and schedules have one, such as profile.fingerprint"
+    )
+    assert refused(OF_FINGERPRINTS[name], value) == message
 
 
 @pytest.mark.parametrize("name", OF_PROFILES)
@@ -103,11 +105,11 @@ def test_a_search_without_profiles_does_not_start():
     )
 
 
-@pytest.mark.parametrize("told", OTHERS)
+@pytest.mark.parametrize("message", OTHERS)
 @pytest.mark.parametrize("value", [PRINTS, FRONT.seconds, Path("a"), None], ids=["prints", "tuple", "path", "none"])
-def test_other_kinds(told, value):
-    text = refused(OTHERS[told], value)
-    assert text.startswith(told)
+def test_other_kinds(message, value):
+    text = refused(OTHERS[message], value)
+    assert text.startswith(message)
     assert "; " in text and "has no attribute" not in text
 
 
@@ -124,7 +126,7 @@ def test_tables_of_another_shape_and_numbers_of_any_kind():
 
 
 def other(name):
-    return next(call for told, call in OTHERS.items() if name in told)
+    return next(call for message, call in OTHERS.items() if name in message)
 
 
 @pytest.mark.parametrize("velocities", [[], [[torch.zeros(2)] * 19], [[1.0] * 20], [torch.zeros(20, 2)]], ids=str)
