@@ -450,7 +450,7 @@ def test_bad_settings_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "kind, given, printed",
+    "kind, given, text",
     [
         (FBCache, (0.3,), "FBCache(threshold=0.3); there are threshold, warmup, order, sync, per_branch"),
         (DBCache, (1, 4), "DBCache(threshold=1); there are threshold, warmup, front, back, max_cached"),
@@ -460,10 +460,10 @@ def test_bad_settings_are_refused(make, message):
         (EasyCache, (object(),), "EasyCache(threshold=0.05); there are threshold, warmup"),
     ],
 )
-def test_settings_without_their_name_are_refused(kind, given, printed):
+def test_settings_without_their_name_are_refused(kind, given, text):
     with pytest.raises(MethodError) as caught:
         kind(*given)
-    assert str(caught.value).startswith(f"give the settings of {kind.__name__} by name, such as {printed}")
+    assert str(caught.value).startswith(f"give the settings of {kind.__name__} by name, such as {text}")
 
 
 @pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, DiCache, EasyCache])

@@ -162,10 +162,10 @@ def test_what_one_scale_cannot_say_is_refused(name, changed, change, message):
     call(model, inputs)
     with (
         layercache.enabled(model, TEACACHE, num_steps=3),
-        pytest.raises(UnsupportedModelError, match=message) as printed,
+        pytest.raises(UnsupportedModelError, match=message) as caught,
     ):
         call(model, inputs)
-    assert "take FBCache instead" in str(seen.value)
+    assert "take FBCache instead" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(UNMODULATED))

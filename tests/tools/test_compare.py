@@ -212,8 +212,8 @@ def test_a_browser_shows_the_page(compared, tmp_path):
     script = f"<script>window.onload = () => {{ document.title = {sizes} + ' ' + {shown} }}</script>"
     probe.write_text(page.read_text(encoding="utf-8").replace("</head>", script + "</head>"), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
-    message = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    title = re.search(r"<title>(.*?)</title>", message).group(1)
+    dumped = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    title = re.search(r"<title>(.*?)</title>", dumped).group(1)
     widths = [int(size.split("x")[0]) for size in title.split() if "x" in size]
     assert len(widths) == 2 and min(widths) > 300
     lines, height = re.search(r"(\d+) lines (\d+) high", title).groups()

@@ -73,9 +73,9 @@ def test_every_part_is_rehearsed(tmp_path: Path) -> None:
         end_session(run.pid)
     found = {path.name.removeprefix("rehearsal-")[11:-5]: path for path in (tmp_path / "out").glob("*.json")}
     assert set(found) == {"run", *PARTS[1:]}
-    message = json.loads(found["run"].read_text())
-    assert [part["state"] for part in message["parts"]] == ["passed"] * len(PARTS)
-    assert message["machine"]["copy_bytes_per_second"] > 0 and json.loads(found["sizes"].read_text())["rows"]
+    summary = json.loads(found["run"].read_text())
+    assert [part["state"] for part in summary["parts"]] == ["passed"] * len(PARTS)
+    assert summary["machine"]["copy_bytes_per_second"] > 0 and json.loads(found["sizes"].read_text())["rows"]
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def test_a_run_killed_at_any_moment_keeps_what_was_measured(tmp_path: Path) -> N
         folder, log = tmp_path / str(attempt), tmp_path / f"{attempt}.log"
         environment = os.environ | {"PYTHON": sys.executable}
         command = ["bash", "bench/gpu.sh", "--rehearse", "--results", str(folder), "--only", "sizes", "--only", "qwen"]
-        with log.open("w") as message:
+        with log.open("w") as output:
             run = subprocess.Popen(
-                command, cwd=ROOT, env=environment, start_new_session=True, stdout=message, stderr=subprocess.STDOUT
+                command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
             )
             until = time.monotonic() + 120
             while "measured:" not in log.read_text() and time.monotonic() < until:

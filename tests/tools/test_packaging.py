@@ -219,8 +219,8 @@ def test_a_project_that_depends_on_the_wheel_alone(
     target = tmp_path / "site"
     pip(python, "install", project, "--no-deps", "--no-build-isolation", "--no-index", "--target", target, cwd=tmp_path)
     paths = f"{target}{os.pathsep}{installed}"
-    message = run(python, "-m", "blockskip.cache", cwd=tmp_path, PYTHONPATH=paths)
-    assert message.strip().startswith("8 of 10 calls skipped, backend 1.")
+    printed = run(python, "-m", "blockskip.cache", cwd=tmp_path, PYTHONPATH=paths)
+    assert printed.strip().startswith("8 of 10 calls skipped, backend 1.")
     # found by MYPYPATH the package would be checked as if it were the project's own; installed ones are not
     (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-layercache.*]\nignore_errors = True\n")
     command = ("-m", "mypy", "--config-file", tmp_path / "mypy.ini", target / "blockskip")
@@ -237,6 +237,6 @@ def test_importing_costs_little_beyond_torch(module: str, installed: Path, pytho
         "heavy = sorted(m for m in after if m.split('.')[0] in ('triton', 'diffusers', 'transformers', 'matplotlib')); "
         "print(heavy, len(after))"
     )
-    message = run(python, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
-    heavy, count = message.strip().rsplit(" ", 1)
+    printed = run(python, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    heavy, count = printed.strip().rsplit(" ", 1)
     assert heavy == "[]" and int(count) < 40

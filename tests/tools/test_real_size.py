@@ -39,18 +39,18 @@ def test_a_killed_run_keeps_every_entry_that_it_told(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [*command, "--json", str(path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
-    message: list[str] = []
+    entries: list[str] = []
     assert run.stdout is not None
     for line in run.stdout:
         if line.startswith("measured: "):
-            message.append(line.split(": ")[2])
-        if len(message) == 4:
+            entries.append(line.split(": ")[2])
+        if len(entries) == 4:
             break
     run.kill()
     run.wait()
     run.stdout.close()
     found = json.loads(path.read_text())["models"]["qwen"]
-    assert len(message) == 4 and set(message) <= set(found["rows"]) and not found["failures"]
+    assert len(entries) == 4 and set(entries) <= set(found["rows"]) and not found["failures"]
     half, half_steps = found["rows"]["layercache, one group, half"], ["computed", "reused"]
     assert half["steps"] == ["computed"] * 2 + half_steps * 3 and half["blocks_run"] == [3, 3, 3, 0, 3, 0, 3, 0]
     assert half["predicted_bytes"] == half["cache_bytes"] > 0 and half["finite"] and half["fallback_rows"] == 0
