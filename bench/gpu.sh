@@ -2,7 +2,7 @@
 # Tests and measures everything on one NVIDIA GPU in one command; bench/results/<card>-<date>-*.json is what it found.
 #
 #   bash bench/gpu.sh               the run itself, 560 seconds at the most (--limit); --help tells the rest
-#   bash bench/gpu.sh --rehearse    every part on a CPU at tiny sizes, in a few minutes
+#   bash bench/gpu.sh --tiny        every part on a CPU at tiny sizes, in a few minutes
 #   bash bench/gpu.sh --simulate    when each part would begin and end, without running any
 #
 # Needs python with torch for CUDA, triton, numpy, pytest, pybind11, typer, rich, tqdm and safetensors; pytest-xdist makes

@@ -1,7 +1,7 @@
 """One run that tests and measures everything on a GPU, in parts that fail alone.
 
     bash bench/gpu.sh                 # on an NVIDIA GPU: ten minutes at the most
-    bash bench/gpu.sh --rehearse      # the same parts on a CPU, at tiny sizes
+    bash bench/gpu.sh --tiny      # the same parts on a CPU, at tiny sizes
     bash bench/gpu.sh --simulate      # no part at all: when each would begin and end
 
 Parts run in the order of what their figures are worth, each in processes of its own and at most for as long as is left.
@@ -83,9 +83,9 @@ class Outcome:
     note: str = ""
 
 
-def parts(rehearse: bool) -> list[Part]:
+def parts(tiny: bool) -> list[Part]:
     """All parts, the most valuable first."""
-    device, rounds = ("cpu", "1") if rehearse else ("cuda", "5")
+    device, rounds = ("cpu", "1") if tiny else ("cuda", "5")
     script = str(Path(__file__).resolve())
 
     def kernels(*more: str) -> Callable[[float, Path], list[str]]:
@@ -97,43 +97,47 @@ def parts(rehearse: bool) -> list[Part]:
 
     def real_size(model: str) -> Callable[[float, Path], list[str]]:
         def command(seconds: float, file: Path) -> list[str]:
-            tiny = ["--tiny", "--rounds", "1", *(["--no-compile"] if model == "flux" else [])] if rehearse else []
+            small = (
+                ["--tiny", "--rounds", "1", *(["--no-compile"] if model == "flux" else [])]
+                if tiny
+                else ["--rounds", "2"]
+            )
             head = [
                 str(ROOT / "bench" / "real_size.py"),
                 "--model",
                 model,
                 "--device",
                 device,
-                *(tiny or ["--rounds", "2"]),
+                *small,
             ]
             return [*head, "--seconds", f"{max(1.0, seconds - GRACE):.0f}", "--json", str(file)]
 
         return command
 
     def sweep(seconds: float, file: Path) -> list[str]:
-        head = [str(ROOT / "bench" / "gpu_sweep.py"), *(["--rehearse"] if rehearse else [])]
-        if PARENT.is_dir() and not rehearse:
+        head = [str(ROOT / "bench" / "gpu_sweep.py"), *(["--tiny"] if tiny else [])]
+        if PARENT.is_dir() and not tiny:
             head += ["--kernels", str(PARENT)]
         return [*head, "--seconds", f"{max(1.0, seconds - GRACE):.0f}", "--json", str(file)]
 
     def end_to_end(seconds: float, file: Path) -> list[str]:
         size = ["--batch", "64", "--rounds", "2"]
-        if rehearse:
+        if tiny:
             size = ["--batch", "1", "--rounds", "1", "--steps", "8", "--budgets", "0.8"]
         return [str(ROOT / "bench" / "end_to_end.py"), *size, "--json", str(file)]
 
     def tests(seconds: float, file: Path) -> list[str]:
-        jobs = ["--numprocesses", "2" if rehearse else "6", "--dist", "worksteal"] if has("xdist") else []
+        jobs = ["--numprocesses", "2" if tiny else "6", "--dist", "worksteal"] if has("xdist") else []
         return ["-m", "pytest", "-q", "--tb=short", "--maxfail=25", "-p", "no:cacheprovider", *jobs, "tests/gpu"]
 
     def ahead(seconds: float) -> list[str]:
-        return [script, "--compile-ahead", f"{seconds:.0f}", *(["--rehearse"] if rehearse else [])]
+        return [script, "--compile-ahead", f"{seconds:.0f}", *(["--tiny"] if tiny else [])]
 
     def machine(seconds: float, file: Path) -> list[str]:
-        return [script, "--machine", str(file), *(["--rehearse"] if rehearse else [])]
+        return [script, "--machine", str(file), *(["--tiny"] if tiny else [])]
 
-    first = kernels("--shape", TINY, "--op", "gram") if rehearse else kernels("--shape", MAIN)
-    others = [argument for shape in (TINY_OTHERS if rehearse else OTHERS) for argument in ("--shape", shape)]
+    first = kernels("--shape", TINY, "--op", "gram") if tiny else kernels("--shape", MAIN)
+    others = [argument for shape in (TINY_OTHERS if tiny else OTHERS) for argument in ("--shape", shape)]
     return [
         Part("machine", 60, machine, "machine", expected=5),
         Part("tests", 150, tests, expected=100, must_end_by=400, beside=ahead),
@@ -166,7 +170,7 @@ class Run:
 
     prefix: Path
     limit: float
-    rehearse: bool
+    tiny: bool
     out: Path | None = None
     machine: dict[str, Any] | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -182,8 +186,8 @@ class Run:
     def run(self, part: Part) -> Outcome:
         """Runs a part for as long as it may, and writes how it went."""
         begun = self.passed
-        # a rehearsal is for finding faults, however slow the machine
-        given = self.limit - begun if self.rehearse else min(part.seconds, self.limit - begun)
+        # a run at tiny sizes is for finding faults, however slow the machine
+        given = self.limit - begun if self.tiny else min(part.seconds, self.limit - begun)
         missing = [package for package in part.needs if not has(package)]
         if missing:
             state, note = "left out", f"{', '.join(missing)} is not installed"
@@ -212,7 +216,7 @@ class Run:
         found = {
             "kind": "gpu run",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rehearsal": self.rehearse,
+            "tiny": self.tiny,
             "limit_seconds": self.limit,
             "machine": self.machine,
             "parts": [asdict(outcome) for outcome in self.outcomes],
@@ -282,15 +286,15 @@ def write_whole(path: Path, text: str) -> None:
 # --- parts that are here ------------------------------------------------------------------------------------
 
 
-def measure_machine(path: Path, rehearse: bool) -> int:
+def measure_machine(path: Path, tiny: bool) -> int:
     """Writes card, versions and the rate of a copy of 1 GB; 1 where that is not what the card can do."""
     import torch
 
     from layercache.tools.bench.clocks import clock_of
     from layercache.tools.report.machine import machine_info, write_json
 
-    device = torch.device("cpu" if rehearse else "cuda")
-    elements = (2**20 if rehearse else 2**29) // 4
+    device = torch.device("cpu" if tiny else "cuda")
+    elements = (2**20 if tiny else 2**29) // 4
     pairs = [[torch.randn(elements, device=device) for _ in range(2)] for _ in range(2)]
     calls = iter(lambda: lambda: [a.copy_(b) for a, b in pairs], None)
     clock = clock_of(device)
@@ -312,11 +316,11 @@ def measure_machine(path: Path, rehearse: bool) -> int:
     return 1 if trusted is False else 0
 
 
-def compile_ahead(seconds: float, rehearse: bool) -> int:
+def compile_ahead(seconds: float, tiny: bool) -> int:
     """Every case once, in several processes, so that what Triton and torch.compile make of it is on the disk."""
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    jobs = 2 if rehearse else AHEAD_JOBS
-    command = [PYTHON, __file__, *(["--rehearse"] if rehearse else []), "--compile-share"]
+    jobs = 2 if tiny else AHEAD_JOBS
+    command = [PYTHON, __file__, *(["--tiny"] if tiny else []), "--compile-share"]
     children = [subprocess.Popen([*command, f"{job}/{jobs}"], env=environment, cwd=ROOT) for job in range(jobs)]
     end = time.monotonic() + seconds
     for child in children:
@@ -326,17 +330,17 @@ def compile_ahead(seconds: float, rehearse: bool) -> int:
     return 0
 
 
-def compile_share(share: str, rehearse: bool) -> int:
+def compile_share(share: str, tiny: bool) -> int:
     """Every so many-th case, for the device and in the shape that is measured."""
     import torch
 
     from layercache.tools.bench.cases import CASES, find_cases
 
     job, jobs = map(int, share.split("/"))
-    cases = find_cases(["gram"]) if rehearse else list(CASES)
-    shape = tuple(map(int, (TINY if rehearse else MAIN).split("x")))
+    cases = find_cases(["gram"]) if tiny else list(CASES)
+    shape = tuple(map(int, (TINY if tiny else MAIN).split("x")))
     for case in cases[job::jobs]:
-        inputs = case.inputs(shape, torch.bfloat16, torch.device("cpu" if rehearse else "cuda"))
+        inputs = case.inputs(shape, torch.bfloat16, torch.device("cpu" if tiny else "cuda"))
         torch._dynamo.reset()
         try:
             with torch.set_grad_enabled(case.gradient):
@@ -384,7 +388,7 @@ def simulate(limit: float) -> int:
     """Prints when every part would begin and end on a GPU as fast as an H100; 1 where one would end too late."""
     now, late = 0.0, []
     print(f"{'part':28s} {'begins':>7s} {'ends':>7s} {'by':>5s}")
-    for part in parts(rehearse=False):
+    for part in parts(tiny=False):
         expected = part.expected
         if part.file == "kernels":
             expected = simulated_kernels([MAIN], True)
@@ -432,23 +436,23 @@ def build() -> str | None:
 
 def run_all(args: argparse.Namespace) -> int:
     """All parts; 1 where one failed."""
-    name = "rehearsal" if args.rehearse else card()
+    name = "tiny" if args.tiny else card()
     if name is None:
-        print("no GPU: torch.cuda.is_available() is False, or torch is missing; see bench/gpu.sh --rehearse")
+        print("no GPU: torch.cuda.is_available() is False, or torch is missing; see bench/gpu.sh --tiny")
         return 2
     if problem := build():
         print(problem)
         return 2
-    folder = Path(args.results or (tempfile.mkdtemp(prefix="rehearsal-") if args.rehearse else ROOT / "bench/results"))
+    folder = Path(args.results or (tempfile.mkdtemp(prefix="tiny-") if args.tiny else ROOT / "bench/results"))
     prefix = folder.resolve() / f"{name}-{datetime.now(UTC):%Y-%m-%d}"
     out = Path(args.out) if args.out else None
-    run = Run(prefix, args.limit, args.rehearse, out)
+    run = Run(prefix, args.limit, args.tiny, out)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    if not args.rehearse:
+    if not args.tiny:
         os.environ["LAYERCACHE_EXPECT_GPU"] = "1"
     with run.copying():
-        for part in parts(args.rehearse):
+        for part in parts(args.tiny):
             if not args.only or part.name in args.only or part.file in args.only:
                 run.run(part)
     failed = [outcome.name for outcome in run.outcomes if outcome.state in ("failed", "stopped")]
@@ -458,7 +462,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="every part on a CPU, at tiny sizes")
+    parser.add_argument("--tiny", "--rehearse", action="store_true", help="every part on a CPU, at tiny sizes")
     parser.add_argument("--simulate", action="store_true", help="only print when each part would begin and end")
     parser.add_argument("--limit", type=float, default=float(os.environ.get("LIMIT", LIMIT)), help="seconds in all")
     parser.add_argument("--only", action="append", metavar="PART", help="only this part; may be repeated")
@@ -469,11 +473,11 @@ def main() -> int:
     parser.add_argument("--compile-share", metavar="JOB/JOBS", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.machine:
-        return measure_machine(Path(args.machine), args.rehearse)
+        return measure_machine(Path(args.machine), args.tiny)
     if args.compile_ahead is not None:
-        return compile_ahead(args.compile_ahead, args.rehearse)
+        return compile_ahead(args.compile_ahead, args.tiny)
     if args.compile_share:
-        return compile_share(args.compile_share, args.rehearse)
+        return compile_share(args.compile_share, args.tiny)
     if args.simulate:
         return simulate(args.limit)
     return run_all(args)

@@ -2,7 +2,7 @@
 
     python bench/gpu_sweep.py --seconds 150 --json bench/results/sweep.json
     python bench/gpu_sweep.py --kernels build/parent/kernels      another commit's kernels, from `git archive`
-    python bench/gpu_sweep.py --rehearse                          without a GPU, in half a minute
+    python bench/gpu_sweep.py --tiny                              without a GPU, in half a minute
 
 A variant is a copy of kernels/ with some text replaced, imported as a package of its own, so that none of them has to
 stay in the package. Rows of the JSON hold milliseconds, the share of a plain copy of as many bytes, the speedup over
@@ -47,12 +47,12 @@ MOST_CALLS, BURST_SECONDS = 50, 6e-3
 CYCLES_PER_SECOND = 2.1e9
 # Norm-wise, of sums that are added up in another order.
 TOLERANCE = 2e-5
-# Of a rehearsal: a shape of three programs, one of them not full; the variants that are run, one of each kind, and
+# At tiny sizes: a shape of three programs, one of them not full; the variants that are run, one of each kind, and
 # their cases; and how many jobs are given to other processes.
 TINY = (1, 6, 896)
-REHEARSED = (PARENT, "GROUPS 256, MAX_PROGRAMS 512", "last program finalises", "loads evict first, stores .cs")
-REHEARSED_CASES = ("capture and change", "reuse", "pair statistics")
-REHEARSED_JOBS = 3
+TINY_VARIANTS = (PARENT, "GROUPS 256, MAX_PROGRAMS 512", "last program finalises", "loads evict first, stores .cs")
+TINY_CASES = ("capture and change", "reuse", "pair statistics")
+TINY_JOBS = 3
 
 Kernels = Callable[[str], ModuleType]
 Result = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -534,8 +534,8 @@ class GpuClock:
         return start.elapsed_time(end) / count / 1e3, held
 
 
-class StandInClock:
-    """A clock for rehearsals: the host's, of a single call."""
+class HostClock:
+    """A clock for runs without a GPU: the host's, of a single call."""
 
     def calls(self, call: Callable[[int], Any]) -> tuple[int, float]:
         return 1, 0.0
@@ -566,7 +566,7 @@ class Times:
         }
 
 
-def measure(calls: dict[str, Callable[[int], Any]], clock: GpuClock | StandInClock, rounds: int) -> dict[str, Times]:
+def measure(calls: dict[str, Callable[[int], Any]], clock: GpuClock | HostClock, rounds: int) -> dict[str, Times]:
     """Times of variants in turn; whoever was not issued in time is measured once more with a longer sleep."""
     times = {name: Times(*clock.calls(call)) for name, call in calls.items()}
     gc.collect()
@@ -629,7 +629,7 @@ class Sweep:
     device: torch.device
     deadline: float
     variants: list[Variant]
-    clock: GpuClock | StandInClock
+    clock: GpuClock | HostClock
     kernels: dict[str, Kernels] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     case_failures: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -654,8 +654,8 @@ class Sweep:
     def members(self, sweep: str, case: Case) -> list[Variant]:
         """The current kernels, and the variants of a sweep that are measured on the case."""
         others = [v for v in self.variants[1:] if v.sweep == sweep and v.covers(case.name)]
-        if self.options.rehearse:
-            others = [v for v in others if v.name in REHEARSED and case.name in REHEARSED_CASES]
+        if self.options.tiny:
+            others = [v for v in others if v.name in TINY_VARIANTS and case.name in TINY_CASES]
         return [self.variants[0], *others]
 
     def jobs(self) -> list[tuple[Variant, Case]]:
@@ -667,7 +667,7 @@ class Sweep:
                     if variant.name not in self.failures:
                         found.setdefault((variant.name, case.name), (variant, case))
         jobs = list(found.values())
-        return jobs[-REHEARSED_JOBS:] if self.options.rehearse else jobs
+        return jobs[-TINY_JOBS:] if self.options.tiny else jobs
 
     def write_packages(self) -> None:
         for variant in self.variants:
@@ -918,14 +918,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=180.0, help="after these nothing is begun")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile ahead; 0: none")
-    parser.add_argument("--rehearse", action="store_true", help="a tiny size without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="a tiny size without a GPU")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     options.sweeps = [name for name in SWEEPS if name in options.sweeps]
-    options.shape = [TINY] if options.rehearse else options.shape or [(1, 4096, 3072)]
-    if options.rehearse:
+    options.shape = [TINY] if options.tiny else options.shape or [(1, 4096, 3072)]
+    if options.tiny:
         options.jobs, options.rounds = min(options.jobs, 1), 1
     return options
 
@@ -967,7 +967,7 @@ def describe(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     import triton
 
     found: dict[str, Any] = {
-        "rehearsal": options.rehearse,
+        "tiny": options.tiny,
         "dtype": "bfloat16",
         "rounds": options.rounds,
         "torch": torch.__version__,
@@ -990,14 +990,14 @@ def copy_rate(device: torch.device) -> float:
 
 def set_up(options: argparse.Namespace, work: Path) -> Sweep:
     """A sweep with its packages loaded."""
-    if options.rehearse:
+    if options.tiny:
         # read by Triton when it is imported
         os.environ["TRITON_INTERPRET"] = "1"
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     elif not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU; --rehearse does without")
-    device = torch.device("cpu" if options.rehearse else "cuda")
-    clock = StandInClock() if options.rehearse else GpuClock()
+        raise SystemExit("torch sees no GPU; --tiny does without")
+    device = torch.device("cpu" if options.tiny else "cuda")
+    clock = HostClock() if options.tiny else GpuClock()
     sweep = Sweep(options, work, device, time.monotonic() + options.seconds, variants(options.kernels), clock)
     if options.child is None:
         sweep.write_packages()
@@ -1014,7 +1014,7 @@ def run(options: argparse.Namespace, work: Path) -> int:
         print(f"{name}: {failure}", flush=True)
     sweep.facts |= describe(options, sweep.device)
     sweep.write()
-    if options.rehearse and (fault := interpreter_fault(work)):
+    if options.tiny and (fault := interpreter_fault(work)):
         print(f"{len(sweep.kernels)} variants are loaded, none is run: the interpreter fails with {fault}")
         return int(bool(sweep.failures))
     if options.jobs:
@@ -1030,7 +1030,7 @@ def run(options: argparse.Namespace, work: Path) -> int:
     sweep.write()
     bad = [row for row in sweep.rows if row.get("failure") or row.get("right") is False]
     print(f"{len(sweep.rows)} rows, {len(bad)} failed or differ, left out: {sweep.facts.get('left_out', [])}")
-    return int("aborted" in sweep.facts or (options.rehearse and bool(bad or sweep.failures)))
+    return int("aborted" in sweep.facts or (options.tiny and bool(bad or sweep.failures)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

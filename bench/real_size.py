@@ -257,7 +257,7 @@ def dbcache(pipe: Loop, steps: int, threshold: float, longest: int = -1) -> Iter
 
 @contextmanager
 def compiled(pipe: Loop, inner: Callable[[Loop], AbstractContextManager[Any]]) -> Iterator[Any]:
-    """With its blocks compiled, one code for all of a class; on a CPU only traced, which rehearses as much."""
+    """With its blocks compiled, one code for all of a class; on a CPU only traced, which runs the same code."""
     backend = "inductor" if pipe.latents.is_cuda else "aot_eager"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -661,7 +661,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(REAL), help="may be repeated; both if left out")
     parser.add_argument("--entry", action="append", help="only entries whose name has this in it; may be repeated")
-    parser.add_argument("--tiny", action="store_true", help="a few narrow blocks, to rehearse")
+    parser.add_argument("--tiny", action="store_true", help="a few narrow blocks, to try it out")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out compiled blocks")
     parser.add_argument("--steps", type=int, default=8, help=f"of a generation; the first {WARM} do not count")
     parser.add_argument("--rounds", type=int, default=3)

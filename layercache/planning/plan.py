@@ -114,35 +114,28 @@ def plan(
     Args:
         profile: from `layercache.calibrate`, or a front from `layercache.search`.
         budget: largest share of the block time that is computed, in (0, 1].
-        speedup: instead of a budget, the speedup of the whole denoising loop to reach, by the measured seconds.
+        speedup: instead of a budget, the speedup of the denoising loop to reach, by the measured seconds.
         full_steps: instead of a budget, in equivalent full steps: ``budget * N``, of the steps that are run.
         min_psnr: with a front only: the least compute that reaches this mean PSNR on its calibration pictures.
-        max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated;
-            fewer anchors are kept until that holds. A front keeps it by its search.
+        max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated.
         spans: spans K of the secant to choose from; empty means plain reuse only.
         history: computed steps whose residuals are kept, the newest included.
         max_run: longest run of cached steps of a group.
-        protect_first, protect_last: steps at the ends that are always computed; by default
-            ``max(3, N/10)`` and 1 (2 for more than 28 steps).
+        protect_first, protect_last: steps at the ends always computed; default max(3, N/10); 1, or 2 above 28 steps.
         tau: smallest relative gain over plain reuse for which a span is taken.
         gamma: above 1, single large errors weigh more (peak suppression).
         kappa: standard deviations over the samples added to the mean error.
         text_weight: weight of the text stream's error.
-        sensitivity: weigh every error by what it does to the velocity (`StabilityProfile.sensitivity`); by default
-            if it was measured.
-        per_branch: decide for every guidance branch on its own. Guidance amplifies the difference of the branches, so
-            one decision for both is the better default (methods.md §17.2).
-        forecast: what cached cells are given: ``"secant"`` over the spans the solver chose, ``"fitted"``
-            (`layercache.fitting.fit_residuals`), ``"newton"``, ``"taylor"`` or ``"hold"``
-            (`layercache.schedule.forecast.reforecast`).
+        sensitivity: weigh errors by their effect on the velocity; by default if that was measured.
+        per_branch: decide for every guidance branch on its own, which guidance amplifies (methods.md §17.2).
+        forecast: of cached cells: ``"secant"``, ``"fitted"``, ``"newton"``, ``"taylor"`` or ``"hold"``.
         order: of all but the secant: so many residuals more than one are combined.
-        method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them; see
-            ``layercache._core.solve``.
+        method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them.
 
     Raises:
         ArgumentError: neither a profile nor a front.
-        BudgetError: not exactly one of budget, full_steps, speedup and min_psnr is given, it is out of range, or below
-            what the protected steps, the longest run or the memory allow.
+        BudgetError: not exactly one target is given, it is out of range, or below what the protected steps, the
+            longest run or the memory allow.
         ScheduleError: another setting is out of range.
     """
     expect("layercache.plan", profile, StabilityProfile, Front)

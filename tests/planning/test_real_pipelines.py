@@ -86,7 +86,7 @@ def pictures(pipe, samples, schedule=None):
     return found
 
 
-def test_rehearsed_schedules_give_the_same_in_the_pipeline(pipe, samples):
+def test_schedules_of_rollouts_give_the_same_in_the_pipeline(pipe, samples):
     rollouts = Rollouts(pipe, samples, **CALL)
     for a, b in zip(pictures(pipe, samples), rollouts.pictures, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -111,7 +111,7 @@ def test_planned_and_searched_per_branch(pipe):
     assert any("per branch" in note for note in front.notes)
 
 
-def test_rehearsed(pipe, apart):
+def test_of_rollouts(pipe, apart):
     rollouts = Rollouts(pipe, ["cat"], [0], **CALL)
     take = rollouts.run(replace(apart, fingerprint=rollouts.fingerprint), Forecast(terms=2))
     with layercache.enabled(pipe, take.schedule):

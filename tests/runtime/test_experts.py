@@ -444,7 +444,7 @@ def test_an_expert_that_never_runs(made):
         pipe.register_to_config(boundary_ratio=before)
 
 
-def test_rehearsals_follow_one_transformer(made, profiles):
+def test_rollouts_follow_one_transformer(made, profiles):
     pipe, prompts, settings = made
     with pytest.raises(CalibrationError, match="5, 6, 7, 8, 9, 10, 11.*layercache.plan"):
         Rollouts(pipe, prompts[:1], **settings)

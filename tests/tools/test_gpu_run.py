@@ -1,4 +1,4 @@
-"""The run on a GPU, rehearsed without one: parts fail alone, time is kept, and a run that is cut off loses nothing."""
+"""The run on a GPU, tried without one: parts fail alone, time is kept, and a run that is cut off loses nothing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def gpu_run() -> ModuleType:
     return module
 
 
-def rehearsal(folder: Path, *more: str) -> subprocess.Popen:
+def tiny_run(folder: Path, *more: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(folder / "out")}
-    command = ["bash", "bench/gpu.sh", "--rehearse", "--results", str(folder / "results"), *more]
+    command = ["bash", "bench/gpu.sh", "--tiny", "--results", str(folder / "results"), *more]
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True)
 
 
@@ -64,14 +64,14 @@ PARTS = ("machine", "kernels", "qwen", "sweep", "sizes", "flux", "end-to-end")
 
 
 @pytest.mark.slow
-def test_every_part_is_rehearsed(tmp_path: Path) -> None:
+def test_every_part_runs_at_tiny_sizes(tmp_path: Path) -> None:
     """All but tests/gpu, which are tests of this suite."""
-    run = rehearsal(tmp_path, *(word for part in PARTS for word in ("--only", part)))
+    run = tiny_run(tmp_path, *(word for part in PARTS for word in ("--only", part)))
     try:
         assert run.wait(570) == 0
     finally:
         end_session(run.pid)
-    found = {path.name.removeprefix("rehearsal-")[11:-5]: path for path in (tmp_path / "out").glob("*.json")}
+    found = {path.name.removeprefix("tiny-")[11:-5]: path for path in (tmp_path / "out").glob("*.json")}
     assert set(found) == {"run", *PARTS[1:]}
     summary = json.loads(found["run"].read_text())
     assert [part["state"] for part in summary["parts"]] == ["passed"] * len(PARTS)

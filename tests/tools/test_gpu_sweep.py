@@ -55,7 +55,7 @@ def make(gpu_sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         deadline = time.monotonic() + seconds
         everything = [gpu_sweep.Variant(gpu_sweep.CURRENT, "parent"), *variants]
         sweep = gpu_sweep.Sweep(
-            *(options, tmp_path / "work", torch.device("cpu"), deadline, everything, gpu_sweep.StandInClock())
+            *(options, tmp_path / "work", torch.device("cpu"), deadline, everything, gpu_sweep.HostClock())
         )
         sweep.write_packages()
         sweep.load_packages()
@@ -218,7 +218,7 @@ def test_a_part_runs_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "sweep.json"
     cases = ["--sweeps", "ticket", "hints", "--cases", "pair statistics", "reuse"]
-    done = run_script(str(SCRIPT), "--rehearse", "--jobs", "0", "--json", str(file), *cases)
+    done = run_script(str(SCRIPT), "--tiny", "--jobs", "0", "--json", str(file), *cases)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
     assert not any(variant["failure"] for variant in data["variants"].values())
@@ -236,7 +236,7 @@ from support import launches
 
 work = Path(sys.argv[1])
 triton.runtime.driver.set_active(launches.StubDriver("90"))
-clock, options = gpu_sweep.StandInClock(), gpu_sweep.parse([])
+clock, options = gpu_sweep.HostClock(), gpu_sweep.parse([])
 chosen = {
     "last program finalises": "pair statistics",
     "8 warps, GROUPS 256": "reuse",
