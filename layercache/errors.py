@@ -76,3 +76,7 @@ class NonFiniteResidualError(LayerCacheError, ArithmeticError):
 
 class MissingExtraError(LayerCacheError, ImportError):
     """A part of the library needs an optional package that is not installed."""
+
+
+class LayerCacheWarning(UserWarning):
+    """Something was computed in full, or measured under other settings, where the user may expect otherwise."""

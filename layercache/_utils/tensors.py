@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 def dense(stream: torch.Tensor) -> torch.Tensor:
     """The stream with its channels side by side; some models take theirs from a transposed convolution's output."""
     return stream if stream.stride(-1) == 1 else stream.contiguous()
+
+
+def empty_for_any_mode(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor that is kept: one made under `torch.inference_mode` could not be written outside it."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)

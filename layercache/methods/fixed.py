@@ -191,3 +191,30 @@ def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) ->
             yield {}
         else:
             yield None if step in full else taylor_forecast(step, anchors, order)
+
+
+# The functions of version 0.1, which the classes took the place of.
+
+
+def uniform(fingerprint: Fingerprint, interval: int = 2, warmup: int = 1, cooldown: int = 0) -> Schedule:
+    """`Uniform` as a schedule."""
+    return Uniform(interval=interval, warmup=warmup, cooldown=cooldown).schedule(fingerprint)
+
+
+def taylorseer(
+    fingerprint: Fingerprint,
+    interval: int = 5,
+    order: int = 1,
+    warmup: int = 3,
+    stop: int | None = None,
+    groups: Sequence[tuple[int, int]] | None = None,
+) -> Schedule:
+    """`TaylorSeer` as a schedule."""
+    ranges = None if groups is None else tuple(groups)
+    method = TaylorSeer(interval=interval, order=order, warmup=warmup, stop=stop, groups=ranges)
+    return method.schedule(fingerprint)
+
+
+def smoothcache(profile: StabilityProfile, alpha: float = 0.08, max_distance: int = 3) -> Schedule:
+    """`SmoothCache` as a schedule."""
+    return SmoothCache(alpha=alpha, max_distance=max_distance).schedule(profile)

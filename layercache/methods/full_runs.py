@@ -46,11 +46,11 @@ class _Changes(RecordingRouter):
         assert self.spec.modulation is not None
         scale, shift, eps = self.spec.modulation(*self.block_call)
         step, modulated, output = self._before.get(self.branch, (-1, None, None))
-        follows = step == self.step - 1 and output is not None and output.shape == end.shape
+        follows = step == self.step_index - 1 and output is not None and output.shape == end.shape
         fresh, inputs = ops.modulate(start, scale, shift, eps=eps, previous=modulated if follows else None)
         if follows and inputs is not None:
             self.pairs.append((inputs, ops.pair_statistics([end], [output])))  # type: ignore[list-item]
-        self._before[self.branch] = (self.step, fresh, end.clone())
+        self._before[self.branch] = (self.step_index, fresh, end.clone())
 
 
 class _Magnitudes(RecordingRouter):
@@ -66,7 +66,7 @@ class _Magnitudes(RecordingRouter):
         residual = torch.empty_like(end, memory_format=torch.contiguous_format)
         ops.capture([end], [start], [residual])
         row = self.ratios.setdefault(self.branch, [])
-        if self.step == 0:
+        if self.step_index == 0:
             row.clear()
             self._before.pop(self.branch, None)
         older = self._before.get(self.branch)

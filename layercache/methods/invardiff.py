@@ -119,7 +119,7 @@ class _RateRouter(ModuleRouter):
         if self.branch not in self.branches:
             self.branches.append(self.branch)
         if self.starts:
-            self.sigmas = sigmas_of(self.steps.scheduler)
+            self.sigmas = sigmas_of(self.identity.scheduler)
             self.tracks = {key: track for key, track in self.tracks.items() if key[0] != self.branch}
         self.open((GroupAction(CAPTURE),))
 
@@ -134,7 +134,7 @@ class _RateRouter(ModuleRouter):
         self._follow(-1, self.leaving(image_out, text_out))
 
     def _follow(self, number: int, output: Output) -> None:
-        step = self.step
+        step = self.step_index
         track = self.tracks.setdefault((self.branch, number), _Track())
         if step == 0:
             track.reference = copy_of(output, track.reference)
@@ -361,3 +361,19 @@ def plan(rates: Rates, corrected: Rates, settings: InvarDiff) -> ModuleSchedule:
             "nonskip": settings.nonskip,
         },
     )
+
+
+# Names of version 0.1, which the class took the place of.
+Settings = InvarDiff
+
+
+def build_schedule(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None = None,
+    settings: InvarDiff | str | None = None,
+    **call: Any,
+) -> ModuleSchedule:
+    """`InvarDiff.schedule` of these settings, or of a preset's name."""
+    method = InvarDiff.preset(settings) if isinstance(settings, str) else settings or InvarDiff()
+    return method.schedule(pipe, prompts, seeds, **call)

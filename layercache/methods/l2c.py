@@ -247,7 +247,7 @@ class _Training(ModuleRouter):
         if self.branch not in self.branches:
             self.branches.append(self.branch)
         if self.starts:
-            self.sigmas = sigmas_of(self.steps.scheduler)
+            self.sigmas = sigmas_of(self.identity.scheduler)
             self.recorded.pop(self.branch, None)
         if not self.theta:
             cache_steps = (len(self.sigmas) - 1 - self.settings.shifted) // 2
@@ -260,7 +260,7 @@ class _Training(ModuleRouter):
     @property
     def _cache_step(self) -> int | None:
         """The number of the cache step that the present one is."""
-        number, rest = divmod(self.step - self.settings.shifted, 2)
+        number, rest = divmod(self.step_index - self.settings.shifted, 2)
         return number if rest and number >= 0 else None
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
@@ -399,3 +399,19 @@ def random_router(router: LearnedRouter, seed: int = 0) -> LearnedRouter:
     generator = torch.Generator("cpu").manual_seed(seed)
     rows = [row[torch.randperm(len(row), generator=generator)] for row in router.theta]
     return replace(router, theta=torch.stack(rows), losses=[])
+
+
+# Names of version 0.1, which the class took the place of.
+Settings = LearningToCache
+
+
+def train(
+    pipe: Any,
+    prompts: Sequence[Any],
+    settings: LearningToCache | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> LearnedRouter:
+    """`LearningToCache.train` of these settings."""
+    return (settings or LearningToCache()).train(pipe, prompts, checkpoint, progress, **call)

@@ -122,3 +122,15 @@ def _cells(ratios: Sequence[float], threshold: float, max_consecutive: int, rete
         anchor = step
         cells.append(None)
     return cells
+
+
+def build_schedule(
+    fingerprint: Fingerprint,
+    ratios: Ratios = "auto",
+    threshold: float = 0.06,
+    max_consecutive: int = 3,
+    retention: float = 0.2,
+) -> Schedule:
+    """`MagCache` as a schedule: the function of version 0.1, which the class took the place of."""
+    method = MagCache(ratios=ratios, threshold=threshold, max_consecutive=max_consecutive, retention=retention)
+    return method.schedule(fingerprint)

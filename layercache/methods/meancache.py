@@ -279,3 +279,18 @@ def plan_steps(
     if not path.feasible:
         raise BudgetError(f"{budget} evaluations are too few for intervals of at most {deviation.shape[1] - 1} steps")
     return list(path.steps), [spans[k] for k in path.choice]
+
+
+# The functions of version 0.1, which the class took the place of.
+
+
+def build_schedule(
+    fingerprint: Fingerprint, computed: Sequence[int], spans: Sequence[int], form: str = "recursive"
+) -> Schedule:
+    """`MeanCache` as a schedule."""
+    return MeanCache(computed=tuple(computed), spans=tuple(spans), form=form).schedule(fingerprint)
+
+
+def preset(fingerprint: Fingerprint, name: str, evaluations: int) -> Schedule:
+    """`MeanCache.preset` as a schedule."""
+    return MeanCache.preset(name, evaluations).schedule(fingerprint)

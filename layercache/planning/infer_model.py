@@ -16,8 +16,8 @@ from layercache.models.registry import find_transformer, first_tensor, register_
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.attachment import attach
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
 TOLERANCE = 1e-2  # of the output's size; a residual added in bfloat16 is rounded
@@ -196,7 +196,7 @@ class _Proof(Router):
     def __init__(self, transformer: nn.Module, spec: ModelSpec):
         lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
         super().__init__(transformer, spec, [(k, k + 1) for k in range(sum(lengths))])
-        self.steps = StepCounter()
+        self.identity = Identity(spec)
         self.count = sum(lengths)
         self.reused: frozenset[int] | None = None
         self.keeps_text = True

@@ -20,8 +20,8 @@ from layercache.models.registry import fingerprint_of, first_tensor
 from layercache.models.spec import ModelSpec, Streams
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
 from layercache.runtime.router import BlockPass, Router
-from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import as_rows
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
@@ -103,7 +103,7 @@ class Observer(Router):
         self.groups = tuple(groups)
         self.max_distance, self.max_span, self.eta = max_distance, max_span, eta
         self.sigmas = tuple(float(s) for s in sigmas or ())
-        self.steps = StepCounter(self.sigmas or None, scheduler, self._take_sigmas)
+        self.identity = Identity(spec, scheduler, self.sigmas or None, self._take_sigmas)
         self.on_step: Callable[[int, int], None] = lambda step, total: None
         self._actions = (GroupAction(CAPTURE, text=True),) * len(self.groups)
         self._branches: dict[str, _Branch] = {}
@@ -121,11 +121,11 @@ class Observer(Router):
 
     def start_sample(self) -> None:
         self._branches = {}
-        self.steps.reset()
+        self.reset()
         self.clock = Timer(next(self.transformer.parameters()).device)
 
     def begin(self, forward: Forward) -> None:
-        self.place = self.locate(forward)
+        self.place = self.place_of(forward)
         if not self.sigmas:
             raise CalibrationError("the noise levels are not known: the scheduler has no sigmas; give sigmas=")
         self.clock.mark(("rest", self.place.step))
@@ -260,7 +260,7 @@ class Observer(Router):
             raise CalibrationError(f"sample '{name}' is incomplete: the transformer to calibrate was never called")
         num_steps = len(self.sigmas) - 1
         counts = {branch: seen.steps for branch, seen in self._branches.items()}
-        if num_steps not in (*counts.values(), self.steps.taken):
+        if num_steps not in (*counts.values(), self.identity.taken):
             raise CalibrationError(f"sample '{name}' is incomplete: {num_steps} steps were due, branches saw {counts}")
         return num_steps
 

@@ -87,17 +87,19 @@ class Rollout:
 class _AlwaysThere(VelocityTrack):
     """Rollouts keep the velocities themselves, so none is ever missing."""
 
-    def begin(self, step: int, run: object) -> None:
-        self.step, self.run, self.is_complete = step, run, True
+    def begin(self, step: int, shape: Any = None) -> None:
+        self.step, self.is_complete = step, True
 
 
 class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
     def __init__(self, transformer: Any, spec: ModelSpec, schedule: Schedule, scheduler: Any, first: int):
-        super().__init__(transformer, spec, schedule, scheduler, end_is_announced=True)
-        self.track = _AlwaysThere(self.layout)
+        super().__init__(transformer, spec, schedule, scheduler)
         self._first = first
+
+    def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
+        return _AlwaysThere(self.layout, slots)
 
     def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
         actions = super()._choose_row(state, step)

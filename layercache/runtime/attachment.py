@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from threading import Lock, get_ident, local
+from threading import Lock, get_ident
 from types import MethodType
 from typing import Any
 
@@ -27,10 +28,14 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
-from layercache.runtime.forward import Forward
+from layercache.runtime.forward import Forward, Said, Saying, said_of
 from layercache.runtime.groups import require_inference
+from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.router import RoutedModuleList, Router
-from layercache.runtime.steps import StepTally
+from layercache.runtime.timesteps import StepTally
+
+PATIENCE = 0.2
+"""Seconds after which a thread that waits for another's forward looks whether that one is still running."""
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
@@ -54,33 +59,16 @@ class MethodPatch(functools.partial[Any]):
         return _class_method, self.of
 
 
-class ThreadContext(local):
-    """Name and step of each thread's cache context."""
-
-    now: tuple[str | None, int | None] = (None, None)
-
-
-class NamedContext:
-    """One of diffusers' cache contexts, whose name and step this thread remembers within.
+class NamedContext(Saying):
+    """One of diffusers' cache contexts, whose name and step are what the caller says of the forwards within.
 
     Diffusers' own context is entered only where one of its hooks would hear of it.
     """
 
     def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
-        self._thread = attachment.thread
-        self._now = name, fields.get("step_index")
         is_heard = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
-        self._inner = original(name, **fields) if is_heard else None
-
-    def __enter__(self) -> Any:
-        self._before = self._thread.now
-        result = None if self._inner is None else self._inner.__enter__()
-        self._thread.now = self._now
-        return result
-
-    def __exit__(self, *exc: Any) -> Any:
-        self._thread.now = self._before
-        return None if self._inner is None else self._inner.__exit__(*exc)
+        inner = original(name, **fields) if is_heard else None
+        super().__init__(attachment.owner, Said(name, fields.get("step_index")), inner)
 
 
 class CacheConfigMarker:
@@ -114,11 +102,13 @@ class Attachment:
             (name for name, module in experts if unwrap_compiled(module) is self.transformer), "transformer"
         )
         self._tallies: dict[int, StepTally] = {}
+        self._heard: list[Any] = []  # schedulers whose steps are heard of
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
-        self.thread = ThreadContext()
+        self.owner: object = object()
         self.has_own_contexts = has_own_contexts(self.transformer)
         self._lock, self._holder = Lock(), 0
+        self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
@@ -145,7 +135,10 @@ class Attachment:
                 self._patch(self.transformer, name, self._changing(getattr(self.transformer, name)))
         for owner, name, replacement in self.router.patches():
             self._patch(owner, name, replacement)
-        self._follow(self.pipeline, self.router.steps.scheduler)
+        identity = self.router.identity
+        if self.pipeline is not None and identity.scheduler is getattr(self.pipeline, "scheduler", None):
+            identity.follow(self.pipeline)
+        self._follow(self.pipeline, identity.scheduler)
 
     def _mark_as_cached(self) -> None:
         """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""
@@ -173,18 +166,30 @@ class Attachment:
         return changing
 
     def share(self, pipeline: Any, scheduler: Any) -> None:
-        """Another pipeline generates with the same transformer."""
-        self.router.steps.share(scheduler)
+        """Another pipeline, or a loop with this scheduler, generates with the same transformer."""
+        identity = self._root.identity
+        if pipeline is None or pipeline.scheduler is not scheduler:
+            identity.share(scheduler)
+        else:
+            identity.follow(pipeline)
         self._follow(pipeline, scheduler)
 
     def _follow(self, pipeline: Any, scheduler: Any) -> None:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
-        if pipeline is not None and hasattr(pipeline, "maybe_free_model_hooks"):
-            self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
-        if scheduler is not None and not counts_steps(scheduler) and hasattr(scheduler, "step"):
+        if pipeline is not None:
+            if hasattr(pipeline, "progress_bar"):
+                self._patch(pipeline, "progress_bar", self._denoising_loop(pipeline.progress_bar))
+            if hasattr(pipeline, "maybe_free_model_hooks"):
+                self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
+        if scheduler is not None:
+            self._hear_steps(scheduler)
+
+    def _hear_steps(self, scheduler: Any) -> None:
+        self._heard.append(scheduler)
+        if not counts_steps(scheduler) and hasattr(scheduler, "step"):
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
             self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
-        if self.router.replaces_velocity:
+        if self._root.replaces_velocity:
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
@@ -197,6 +202,8 @@ class Attachment:
         for patched in reversed(self._instance_attributes):
             self._restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
+        self._heard.clear()
+        self._root.free()
 
     @staticmethod
     def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
@@ -205,17 +212,26 @@ class Attachment:
 
     def follow(self, router: Router, scheduler: Any) -> None:
         """A request brings a sampler of its own."""
-        router.steps.tallies = self._tallies
-        if all(owner is not scheduler for owner, _, _ in self._instance_attributes):
-            self._follow(None, scheduler)
+        router.identity.tallies = self._tallies
+        if all(known is not scheduler for known in self._heard):
+            self._hear_steps(scheduler)
 
     def unfollow(self, scheduler: Any) -> None:
-        """No request has this sampler any more."""
+        """Nothing uses this sampler any more: its steps are its own again."""
         own = [patched for patched in self._instance_attributes if patched[0] is scheduler]
         for patched in reversed(own):
             self._restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
+        self._heard = [known for known in self._heard if known is not scheduler]
         self._tallies.pop(id(scheduler), None)
+
+    def _follow_replaced(self, scheduler: Any) -> None:
+        """A pipeline has another scheduler than before."""
+        kept = [driver.scheduler for driver in self._root.identity.drivers]
+        for known in list(self._heard):
+            if all(known is not one for one in kept) and not self._root.has_request_of(known):
+                self.unfollow(known)
+        self._hear_steps(scheduler)
 
     def switch(self, router: Router) -> None:
         """Routes by another router of the same transformer from now on."""
@@ -230,7 +246,7 @@ class Attachment:
     def _lead(self, router: Router) -> None:
         self.router = router
         router.attachment = self
-        router.steps.tallies = self._tallies
+        router.identity.tallies = self._tallies
 
     def _patch(self, owner: Any, name: str, replacement: Any) -> None:
         """Hides a method behind an instance attribute; what the instance itself had there comes back at the end."""
@@ -244,10 +260,24 @@ class Attachment:
     def _at_end(self, original: Any) -> Any:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            self.router.finish()
+            router = self._root.for_call()
+            router.end_generation()
+            router.finish()
             return result
 
         return maybe_free_model_hooks
+
+    def _denoising_loop(self, original: Any) -> Any:
+        """A pipeline's loop runs in its progress bar: where that is left, however it is, the generation is over."""
+
+        def progress_bar(*args: Any, **kwargs: Any) -> Any:
+            return DenoisingLoop(original(*args, **kwargs), self._end_loop)
+
+        return progress_bar
+
+    def _end_loop(self, completed: bool) -> None:
+        if self._classes:
+            self._root.for_call().end_generation(completed)
 
     def _counted_step(self, original: Any, tally: StepTally) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -271,18 +301,40 @@ class Attachment:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
-        # one forward at a time; a holder that comes again was interrupted
         if self._holder != get_ident():
-            self._lock.acquire()
+            self._wait()
             self._holder = get_ident()
+        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
+            self._fail()
         try:
+            self.is_under_way = True
             self._announce(module, args, kwargs)
         except BaseException:
-            self._holder = 0
-            self._lock.release()
+            self._fail()
+            self._release()
             raise
 
+    def _wait(self) -> None:
+        """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
+        while not self._lock.acquire(timeout=PATIENCE):
+            holder = self._holder
+            if holder and not runs_forward(holder, self.transformer) and self._holder == holder:
+                self._fail()
+                return
+
+    def _release(self) -> None:
+        self.is_under_way, self._holder = False, 0
+        self._lock.release()
+
+    def _fail(self) -> None:
+        """A forward did not come to its end: what it stored, and what the generation has stored so far, is void."""
+        self.router.shut()
+        self.router.end_generation(completed=False)
+
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scheduler = self._root.identity.current()
+        if scheduler is not None and all(known is not scheduler for known in self._heard):
+            self._follow_replaced(scheduler)
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
@@ -297,18 +349,34 @@ class Attachment:
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        router.begin(Forward(*self.thread.now, arguments, dry_run))
+        branch, step, part = said_of(self.owner)
+        router.begin(Forward(branch, step, arguments, dry_run, part))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._holder != get_ident():  # it was refused before it began
+            return
         try:
             router = self.router
-            if router.has_post_hook and output is not None and router.is_announced:  # the forward did not fail
+            if output is None:
+                self._fail()
+            elif router.has_post_hook and router.is_announced:
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
+        except BaseException:
+            self._fail()
+            raise
         finally:
             self.router.shut()
-            if self._holder == get_ident():
-                self._holder = 0
-                self._lock.release()
+            self._release()
+
+
+def runs_forward(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is inside a call of the module now."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from layercache.runtime.report import CacheReport
@@ -15,7 +17,12 @@ class Cache(Protocol):
         """What the cache did since it was enabled."""
 
     def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
+        """Starts afresh: the next forward begins a new generation."""
+
+    def step(
+        self, index: int | None = None, *, branch: str | None = None, part: Hashable = None
+    ) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block belong to this step, guidance branch and part of the picture."""
 
     def check(self) -> None:
         """Looks for NaN and infinity in what the last generation stored.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,12 @@ from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
-from layercache.runtime.steps import Signature, StepCounter
+from layercache.runtime.signature import Signature
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule
@@ -51,16 +52,19 @@ class Reader:
 
 @dataclass
 class BranchState:
-    """Stored residuals, references and decisions of one branch.
+    """Stored residuals, references and decisions of one branch or part of it.
 
     Attributes:
+        place: where its forwards stand.
         anchors: steps whose residuals are stored, newest first.
         stored: their residuals, image and text, in the same order.
         log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
     """
 
+    place: ForwardPlace
     decider: Decider
     reader: Reader
+    signature: Signature = field(default_factory=Signature)
     anchors: list[int] = field(default_factory=list)
     stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
@@ -79,8 +83,12 @@ class _Visit(BlockPass):
         super().__init__(router)
         self.restart()
 
+    def clear(self) -> None:
+        super().clear()
+        self.restart()
+
     def restart(self) -> None:
-        """Another forward begins."""
+        """Nothing of a forward has been seen."""
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
@@ -139,6 +147,21 @@ class _Gate(BlockProxy):
         return self.packed(args, kwargs, here, new)
 
 
+@dataclass
+class DynamicRun:
+    """What a method has stored and decided in one generation, per branch and part.
+
+    Attributes:
+        sigmas: noise levels of the run, or ``None`` where no scheduler says them.
+        steps: their number, where it is known.
+    """
+
+    sigmas: tuple[float, ...] | None
+    steps: int | None
+    states: dict[str, BranchState] = field(default_factory=dict)
+    flag: torch.Tensor | None = None
+
+
 class DynamicRouter(Router):
     """Routes a transformer by a `DynamicMethod`; this is what ``layercache.enable`` returns for one."""
 
@@ -173,14 +196,16 @@ class DynamicRouter(Router):
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
         self.storage = Storage(storage)
-        self.steps = StepCounter(scheduler=scheduler)
-        self.states: dict[str, BranchState] = {}
+        self.identity = Identity(spec, scheduler, num_steps=num_steps)
+        self._run: DynamicRun | None = None
+        self._state: BranchState
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
         self._num_steps, self._group = num_steps, process_group
+        self._step = 0
+        # of the last generation: its decisions by branch, its noise levels, and whether what it stored was finite
+        self._logs: dict[str, list[Cell]] = {}
         self._sigmas: tuple[float, ...] | None = None
-        self._branch, self._step = "", 0
-        self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
-        self._flag: torch.Tensor | None = None
+        self._is_bad = False
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -190,24 +215,41 @@ class DynamicRouter(Router):
                 "blocks (transformer.compile_repeated_blocks()), or run the schedule of cache.export_schedule()"
             )
         place = self.locate(forward)
-        self._branch, self._step = place.branch, place.step
-        changed = self._signatures[place.branch].changes(forward.arguments, place.starts)
-        if changed or place.starts or place.branch not in self.states:
-            self._start(place.branch, place.step)
-        if self._kept_pass is not None:
-            self._kept_pass.restart()  # type: ignore[attr-defined]
+        if place is None:
+            self._counts.note(reused=False)
+            return
+        run = self._run
+        assert run is not None
+        state = run.states.get(place.key)
+        if state is None or state.signature.changes(forward.arguments):
+            state = self._start_branch(run, place, forward)
+        self._state, self._step = state, place.step
         self.open((GroupAction(COMPUTE),))
 
-    def _start(self, branch: str, step: int) -> None:
-        self._counts.generations += not self.states or branch == next(iter(self.states))
-        if self.steps.scheduler is not None and (step == 0 or self._sigmas is None):
-            self._sigmas = scheduler_sigmas(self.steps.scheduler)
-        steps = self._num_steps if self._sigmas is None else len(self._sigmas) - 1
-        decider = self.method.decider(Run(steps, self._sigmas))
-        # a run that begins in the middle, or changes its shape: what came before was computed, or is gone
-        before = self.states[branch].log[:step] if step and branch in self.states else []
-        log: list[Cell] = [*before, *[None] * (step - len(before))]
-        self.states[branch] = BranchState(decider, Reader(self.method.sync, self._group), log=log)
+    def begin_generation(self, place: ForwardPlace) -> None:
+        sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
+        self._run = DynamicRun(sigmas, self._num_steps if sigmas is None else len(sigmas) - 1)
+
+    def _start_branch(self, run: DynamicRun, place: ForwardPlace, forward: Forward) -> BranchState:
+        """The state of a branch that begins, or changes its shape in the middle, when what was decided stays said."""
+        before = run.states.get(place.key)
+        log = [] if before is None else before.log[: place.step]
+        log += [None] * (place.step - len(log))  # a run that begins in the middle: what came before was computed
+        decider = self.method.decider(Run(run.steps, run.sigmas))
+        state = BranchState(place, decider, Reader(self.method.sync, self._group), log=log)
+        state.signature.changes(forward.arguments)
+        run.states[place.key] = state
+        return state
+
+    def end_generation(self, completed: bool = True) -> None:
+        run = self._run
+        if run is not None:
+            self._is_bad = completed and self._holds_bad(run)
+            self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
+        self._run = None
+        self.__dict__.pop("_state", None)
+        self.modulation = _no_modulation
+        super().end_generation(completed)
 
     def new_pass(self) -> BlockPass:
         return _Visit(self)
@@ -219,7 +261,7 @@ class DynamicRouter(Router):
 
     def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
-        if self._next_list != index:
+        if not self.is_due(index):
             return iter(blocks)
         return self._as_decided(index, list(super().route(index, blocks)))
 
@@ -236,7 +278,7 @@ class DynamicRouter(Router):
 
     def decides_to_reuse(self, observation: Observation) -> bool:
         """Looks, decides, and notes what was decided."""
-        state, step = self.states[self._branch], self._step
+        state, step = self._state, self._step
         leader = self._leader()
         if leader is not None:
             terms = leader.log[step] if set(leader.log[step] or ()) <= set(state.anchors) else None
@@ -262,13 +304,14 @@ class DynamicRouter(Router):
 
     def _leader(self) -> BranchState | None:
         """The branch whose decision at this step the present one follows."""
-        first = next(iter(self.states))
-        if self.method.per_branch or self._branch == first or len(self.states[first].log) <= self._step:
+        assert self._run is not None
+        first = next(iter(self._run.states.values()))
+        if self.method.per_branch or self._state is first or first.place.step != self._step:
             return None
-        return self.states[first]
+        return first if len(first.log) > self._step else None
 
     def keep(self, streams: list[torch.Tensor], base: list[torch.Tensor]) -> None:
-        state = self.states[self._branch]
+        state = self._state
         is_full = len(state.stored) == self.method.depth
         buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
         for stream, before, buffer in zip(streams, base, buffers, strict=True):
@@ -284,49 +327,53 @@ class DynamicRouter(Router):
         """Raised on the way where numbers cannot be looked at in their place when the generation ends."""
         if not (stream.is_cuda or self.storage.is_compact):
             return None
-        if self._flag is None or self._flag.device != stream.device:
-            self._flag = torch.zeros(1, dtype=torch.int32, device=stream.device)
-        return self._flag
+        run = self._run
+        assert run is not None
+        if run.flag is None or run.flag.device != stream.device:
+            run.flag = torch.zeros(1, dtype=torch.int32, device=stream.device)
+        return run.flag
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
-        state = self.states[self._branch]
+        state = self._state
         terms = state.log[self._step] or {}
         stored = dict(zip(state.anchors, state.stored, strict=True))
         residuals = [[stored[anchor][stream] for anchor in terms] for stream in range(len(base))]
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
         return self.storage.restore(base, residuals, list(terms.values()), into)
 
-    def invalidate(self) -> None:
-        for state in self.states.values():
-            state.anchors.clear()
-            state.stored.clear()
-
-    def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
-        self.steps.reset()
-        self.states.clear()
-
     def finish(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Reads the device flag of the finished generation; without a GPU, looks at what is stored.
+        """Looks for NaN and infinity in what the last generation stored.
 
         Raises:
-            NonFiniteResidualError: a stored residual held NaN or infinity. It is forgotten.
+            NonFiniteResidualError: a stored residual held some.
         """
-        bad = self._flag is not None and bool(self._flag.item())
-        buffers = [buffer for state in self.states.values() for one in state.stored for buffer in one]
-        if bad or not all(self.storage.is_finite(buffer) for buffer in buffers):
-            if self._flag is not None:
-                self._flag.zero_()
-            self.invalidate()
+        bad = self._is_bad if self._run is None else self._holds_bad(self._run)
+        self._is_bad = False
+        if bad:
+            self.end_generation(completed=False)
             raise NonFiniteResidualError.of("a stored residual")
+
+    def _holds_bad(self, run: DynamicRun) -> bool:
+        """Whether something stored is not finite: by the device's flag, or without a GPU by looking."""
+        if run.flag is not None and bool(run.flag.item()):
+            return True
+        buffers = (buffer for state in run.states.values() for one in state.stored for buffer in one)
+        return not all(self.storage.is_finite(buffer) for buffer in buffers)
+
+    @property
+    def _last_logs(self) -> dict[str, list[Cell]]:
+        """Decisions of the present generation, or of the last one."""
+        if self._run is None:
+            return self._logs
+        return {name: state.log for name, state in self._run.states.items()}
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
         """Of the last generation, per branch and step: whether the blocks were computed."""
-        return {name: tuple(cell is None for cell in state.log) for name, state in self.states.items()}
+        return {name: tuple(cell is None for cell in log) for name, log in self._last_logs.items()}
 
     def export_schedule(self) -> Schedule:
         """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
@@ -334,12 +381,12 @@ class DynamicRouter(Router):
         Raises:
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
-        logs = {name: state.log for name, state in self.states.items()}
+        logs, sigmas = self._last_logs, self._sigmas if self._run is None else self._run.sigmas
         if not logs:
             raise CacheStateError("run a whole generation first; nothing has run yet")
-        if self._sigmas is None:
+        if sigmas is None:
             raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
-        steps = len(self._sigmas) - 1
+        steps = len(sigmas) - 1
         if any(len(log) != steps for log in logs.values()):
             seen = {name: len(log) for name, log in logs.items()}
             raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
@@ -349,7 +396,7 @@ class DynamicRouter(Router):
             for name, log in logs.items()
         }
         shared = next(iter(cells.values()))
-        prints = fingerprint_of(self.transformer, self._sigmas, tuple(logs))
+        prints = fingerprint_of(self.transformer, sigmas, tuple(logs))
         return Schedule(
             prints,
             groups,
@@ -368,7 +415,9 @@ class DynamicRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
-        return self._counts.report(saved, sum(state.nbytes for state in self.states.values()), self.states)
+        states = {} if self._run is None else self._run.states
+        stored = sum(state.nbytes for state in states.values())
+        return self._counts.report(saved, stored, self._last_logs, self.identity)
 
 
 def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -161,11 +161,11 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     attachment = attachment_of(transformer)
     shared = None if attachment is None else attachment.router
     if attachment is not None and isinstance(shared, ScheduleCache) and shared.schedule == plan:
-        if scheduler is not None and scheduler is not shared.steps.scheduler:
-            attachment.share(None if isinstance(setting.pipe, nn.Module) else setting.pipe, scheduler)
+        pipeline = None if isinstance(setting.pipe, nn.Module) else setting.pipe
+        if scheduler is not None and not shared.identity.follows(pipeline, scheduler):
+            attachment.share(pipeline, scheduler)
             return shared
-    announced = hasattr(setting.pipe, "maybe_free_model_hooks")
-    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, announced, setting.storage)
+    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
     if router.replaces_velocity and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
@@ -268,8 +268,9 @@ def enabled(
         NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
     """
     cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage)
+    attachment = cache.attachment  # the pipeline may not have its transformer any more at the end
     try:
         yield cache
         cache.check()
     finally:
-        disable(pipe)
+        attachment.detach()

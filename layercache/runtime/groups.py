@@ -11,12 +11,13 @@ from torch import nn
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport
 from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.state import CacheState, Row
-from layercache.runtime.steps import StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
-from layercache.runtime.velocity import VelocityTrack
+from layercache.runtime.velocity import VelocityTrack, sample_shape
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, lay_out
 from layercache.schedule.schedule import Schedule, time_share
 
@@ -44,23 +45,25 @@ class ScheduleRouter(Router):
         spec: ModelSpec,
         schedule: Schedule,
         scheduler: Any = None,
-        end_is_announced: bool = False,
         storage: str = "same",
     ):
         super().__init__(transformer, spec, schedule.groups)
         self.schedule = schedule
         self.storage = Storage(storage)
-        self._end_is_announced = end_is_announced
         self.layout = self._lay_out("")
-        self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
+        prints = schedule.fingerprint
+        self.identity = Identity(spec, scheduler, prints.sigmas, prints.check_sigmas)
         self.states: dict[str, CacheState] = {}
+        self._live: dict[str, CacheState] = {}
         self.state: CacheState
         self.row: Row
-        self.track = VelocityTrack(self.layout)
+        self.track = self.new_track()
         self._dry_pass: DryPass | None = None
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._runs: dict[tuple[GroupAction, ...], int] = {}
-        self._generations: dict[str, int] = {}
+        self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
+        self._bad: tuple[str, ...] = ()
+        self.is_placed = True  # of the present forward, as a member of a batch
         self._fallback_rows = 0
 
     @property
@@ -76,24 +79,25 @@ class ScheduleRouter(Router):
 
     def begin(self, forward: Forward) -> None:
         actions = self.prepare(forward)
-        self.count(actions)
-        self.open(actions)
+        self.count(actions or self._everything)
+        if actions is not None:
+            self.open(actions)
 
-    def prepare(self, forward: Forward) -> tuple[GroupAction, ...]:
-        """Finds the forward's place, and what its groups do there."""
+    def prepare(self, forward: Forward) -> tuple[GroupAction, ...] | None:
+        """What the groups do in a forward; ``None`` where nothing tells its place."""
         place = self.locate(forward)
-        state = self.states.get(place.branch)
+        if self.track.layouts and self.generation is not None:
+            # a velocity is of all branches and parts, whichever this forward is
+            self.track.begin(self.generation.step, sample_shape(forward.arguments))
+        if place is None:
+            return None
+        state = self._live.get(place.key)
         if state is None:
-            cells = self.schedule.cells_of(place.branch)
-            state = self.states[place.branch] = CacheState(self._lay_out(place.branch), cells, self.storage)
-        if place.starts:
-            self._start_generation(place.branch, state)
-        if state.signature.changes(forward.arguments, place.starts):
+            state = self._start_branch(place)
+        if state.signature.changes(forward.arguments):
             state.reset()
             if forward.dry_run is not None:
                 self._fit_ahead(state, forward.dry_run)
-        if self.track.layouts:
-            self.track.begin(place.step, self.steps.run)
         return self._choose_row(state, place.step)
 
     def _lay_out(self, branch: str) -> Layout:
@@ -118,14 +122,31 @@ class ScheduleRouter(Router):
     def new_pass(self) -> BlockPass:
         return self._dry_pass or super().new_pass()
 
-    def _start_generation(self, branch: str, state: CacheState) -> None:
-        """Forgets the last generation of a branch; reads its flag where nothing else announced its end."""
-        self._generations[branch] = self._generations.get(branch, 0) + 1
-        if not self._end_is_announced:
-            self.check()
-        elif state.flag.tensor is not None:
-            state.flag.tensor.zero_()
-        state.reset()
+    def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
+        """The velocities of one generation, in memory of the last one."""
+        return VelocityTrack(self.layout, slots)
+
+    def begin_generation(self, place: ForwardPlace) -> None:
+        self.track = self.new_track(self.track.slots)
+
+    def _start_branch(self, place: ForwardPlace) -> CacheState:
+        """The state of a branch or part whose first forward of the generation this is, in memory of the last one."""
+        state = self.states.get(place.key)
+        if state is None:
+            cells = self.schedule.cells_of(place.branch)
+            state = self.states[place.key] = CacheState(self._lay_out(place.branch), cells, self.storage)
+        state.start()
+        self._live[place.key] = state
+        return state
+
+    def end_generation(self, completed: bool = True) -> None:
+        if self.generation is not None:
+            self._bad = self._find_bad() if completed else ()
+            # memory of parts that the generation did not have is not kept for the next one
+            self.states = dict(self._live) or self.states
+            self._live = {}
+            self.track = self.new_track(self.track.slots)
+        super().end_generation(completed)
 
     def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
         """The schedule's row, or computing everything where a residual the row reads is not there."""
@@ -205,24 +226,17 @@ class ScheduleRouter(Router):
                 found.append((coefficient, image, beside))
         return found
 
-    def invalidate(self) -> None:
-        self.track.held = [None] * len(self.track.held)
-        for state in self.states.values():
-            state.reset()
+    def free(self) -> None:
+        """Frees the memory of the stored tensors; until there are new ones everything is computed."""
+        self.drop()
+        self.states = {}
+        super().free()
 
     def drop(self) -> None:
-        """Frees the stored residuals; until there are new ones everything is computed."""
+        """Frees the stored residuals in the middle of a generation; what they were for is computed."""
         for state in self.states.values():
-            state.reset()
-            for buffer in (*state.images, *state.texts, state.flag):
-                buffer.free()
-
-    def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
-        self.steps.reset()
-        self.track.reset()
-        for state in self.states.values():
-            state.reset()
+            state.free()
+        self.track = self.new_track()
 
     @property
     def replaces_velocity(self) -> bool:
@@ -245,20 +259,21 @@ class ScheduleRouter(Router):
         self.check()
 
     def check(self) -> None:
-        """Reads the device flag of the finished generation, and looks at its stored velocities.
+        """Looks for NaN and infinity in what the last generation stored.
 
         Raises:
-            NonFiniteResidualError: a stored residual or velocity held NaN or infinity. The flag is cleared.
+            NonFiniteResidualError: a stored residual or velocity held NaN or infinity.
         """
-        bad = []
-        for name, state in self.states.items():
-            if not state.is_finite():
-                bad.append(name)
-        if not self.track.is_finite():
-            self.track.reset()
-            bad.append("all")
+        bad = self._find_bad() if self.generation is not None else self._bad
+        self._bad = ()
         if bad:
+            self.end_generation(completed=False)
             raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
+
+    def _find_bad(self) -> tuple[str, ...]:
+        """Branches that stored NaN or infinity in this generation; reads the device's flags."""
+        bad = [name for name, state in self._live.items() if not state.is_finite()]
+        return tuple(bad if self.track.is_finite() else [*bad, "all"])
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""
@@ -268,11 +283,13 @@ class ScheduleRouter(Router):
             used=time_share(seconds, computed, forwards) if self._runs else 1.0,
             computed_cells=sum(computed),
             cached_cells=sum(self.cached),
-            generations=max(self._generations.values(), default=0),
+            generations=self.identity.count,
             forwards=sum(self._runs.values()),
             fallback_rows=self._fallback_rows,
             cache_bytes=sum(state.nbytes for state in self.states.values()) + self.track.nbytes,
             branches=tuple(self.states),
+            source=self.identity.source,
+            unidentified=self.identity.unidentified,
         )
 
 

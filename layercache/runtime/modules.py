@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from layercache._utils.compat import scheduler_sigmas
+from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import (
     CacheStateError,
     CalibrationError,
@@ -22,9 +22,11 @@ from layercache.errors import (
 from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import NO_BRANCH, Identity
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
-from layercache.runtime.steps import Signature, StepCounter
+from layercache.runtime.signature import Signature
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 
@@ -86,7 +88,7 @@ def copy_of(output: Output, into: Output | None = None) -> Output:
         fits = isinstance(into, torch.Tensor) and into.shape == output.shape and into.dtype == output.dtype
         if fits and into.device == output.device:  # type: ignore[union-attr]
             return into.copy_(output)  # type: ignore[union-attr]
-        return output.clone(memory_format=torch.contiguous_format)
+        return empty_for_any_mode(output.shape, output.dtype, output.device).copy_(output)
     if isinstance(output, (tuple, list)):
         older = into if isinstance(into, (tuple, list)) and len(into) == len(output) else [None] * len(output)
         return tuple(copy_of(new, old) for new, old in zip(output, older, strict=True))
@@ -109,9 +111,9 @@ class ModuleRouter(Router):
             raise UnsupportedModelError(
                 f"no gradient passes through the blocks of {spec.model_class}; take InvarDiff, which needs none"
             )
-        self.steps = StepCounter(scheduler=scheduler)
-        self.branch, self.step, self.starts = "", 0, False
-        self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
+        self.identity = Identity(spec, scheduler)
+        self.branch, self.step_index, self.starts = "", 0, False
+        self._signatures: dict[str, Signature] = {}
         self._ran: set[int] = set()
 
     def patches(self) -> Iterable[tuple[Any, str, Any]]:
@@ -152,8 +154,25 @@ class ModuleRouter(Router):
                 "method of whole blocks"
             )
         place = self.locate(forward)
-        self.branch, self.step, self.starts = place.branch, place.step, place.starts
+        if place is None:
+            self.unplaced()
+            return
+        self.branch, self.step_index = place.key, place.step
+        self.starts = place.key not in self._signatures
+        if self.starts:
+            self._signatures[place.key] = Signature()
         self.announce(forward.arguments)
+
+    def begin_generation(self, place: ForwardPlace) -> None:
+        self._signatures = {}
+
+    def unplaced(self) -> None:
+        """Nothing tells the step or branch of a forward: what is measured needs them.
+
+        Raises:
+            CacheStateError: always; a router that reuses lets the forward run in full.
+        """
+        raise CacheStateError(f"the steps of this loop cannot be told apart: {NO_BRANCH}")
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)
@@ -173,10 +192,10 @@ class ModuleRouter(Router):
         Raises:
             CalibrationError: the branch has other shapes than at the step before.
         """
-        if self._signatures[self.branch].changes(arguments, self.starts) and not self.starts:
+        if self._signatures[self.branch].changes(arguments) and not self.starts:
             raise CalibrationError(
-                f"branch {self.branch} has other shapes from step {self.step} on; calibrate with settings that keep "
-                "them, such as guidance at every step"
+                f"branch {self.branch} has other shapes from step {self.step_index} on; calibrate with settings that "
+                "keep them, such as guidance at every step"
             )
 
     def passes_by(self, number: int) -> bool:
@@ -197,7 +216,8 @@ class ModuleScheduleRouter(ModuleRouter):
         if names != schedule.units:
             raise ScheduleMismatchError("the schedule names other modules than this transformer has; plan it again")
         self.schedule = schedule
-        self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
+        prints = schedule.fingerprint
+        self.identity = Identity(spec, scheduler, prints.sigmas, prints.check_sigmas)
         steps = schedule.num_steps
         # an output is stored where the next step that is not computed whole reads it
         self._stored_at = [
@@ -210,8 +230,9 @@ class ModuleScheduleRouter(ModuleRouter):
         self.finals: dict[str, tuple[torch.Tensor, ...]] = {}
         self._valid: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
-        self._computes_all = False
+        self._computes_all = self._is_bad = False
         self._counts = Counts()
+        self._branches: tuple[str, ...] = ()
         self._seconds = {"computed": 0.0, "all": 0.0}
 
     def _is_read(self, step: int, unit: int) -> bool:
@@ -222,12 +243,29 @@ class ModuleScheduleRouter(ModuleRouter):
             return not self.schedule.computed[later][unit]
         return False
 
+    def begin_generation(self, place: ForwardPlace) -> None:
+        super().begin_generation(place)
+        self._valid, self._final_valid = {}, set()
+
+    def unplaced(self) -> None:
+        self._count(False, set(), False)
+
+    def end_generation(self, completed: bool = True) -> None:
+        if self.generation is not None:
+            self._is_bad = completed and self._holds_bad()
+            self._branches = tuple(self._signatures)
+        self._valid, self._final_valid, self._signatures = {}, set(), {}
+        super().end_generation(completed)
+
+    def free(self) -> None:
+        super().free()
+        self.outputs, self.finals = {}, {}
+
     def announce(self, arguments: Mapping[str, Any]) -> None:
-        branch, step = self.branch, self.step
-        if self._signatures[branch].changes(arguments, self.starts) or self.starts:
+        branch, step = self.branch, self.step_index
+        if self._signatures[branch].changes(arguments):
             self._valid[branch] = set()
             self._final_valid.discard(branch)
-            self._counts.generations += self.starts and branch == next(iter(self._signatures))
         row = self.schedule.computed[step]
         reuses = step in self.schedule.reused_steps
         needed = set() if reuses else {unit for unit, computed in enumerate(row) if not computed}
@@ -250,14 +288,14 @@ class ModuleScheduleRouter(ModuleRouter):
         self._counts.fallbacks += missing
 
     def passes_by(self, number: int) -> bool:
-        return not self._computes_all and not self.schedule.computed[self.step][number]
+        return not self._computes_all and not self.schedule.computed[self.step_index][number]
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
         stored = self.outputs.setdefault(self.branch, {})
         if self.passes_by(number):
             return stored[number]
         output = compute()
-        if self._stored_at[self.step][number] or self._computes_all:
+        if self._stored_at[self.step_index][number] or self._computes_all:
             stored[number] = copy_of(output, stored.get(number))
             self._valid[self.branch].add(number)
         return output
@@ -270,38 +308,36 @@ class ModuleScheduleRouter(ModuleRouter):
         final = self.finals[self.branch]
         return final[0], final[1] if len(final) == 2 else text
 
-    def invalidate(self) -> None:
-        self._valid = {branch: set() for branch in self._valid}
-        self._final_valid.clear()
-
-    def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
-        self.steps.reset()
-        self._signatures.clear()
-
     def finish(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Looks at the stored final hidden states and outputs of the last block.
+        """Looks at what the last generation stored of final hidden states and outputs of the last block.
 
         Raises:
             NonFiniteResidualError: one holds NaN or infinity.
         """
-        last = [max(stored) for stored in self.outputs.values() if stored]
-        found = [t for stored, at in zip(self.outputs.values(), last, strict=False) for t in tensors_of(stored[at])]
-        finals = [t for final in self.finals.values() for t in final]
-        if not all(bool(torch.isfinite(t).all()) for t in (*found, *finals)):
-            self.outputs.clear()
-            self.finals.clear()
-            self.reset()
+        bad = self._is_bad if self.generation is None else self._holds_bad()
+        self._is_bad = False
+        if bad:
+            self.free()
             raise NonFiniteResidualError.of("a stored output")
+
+    def _holds_bad(self) -> bool:
+        found: list[torch.Tensor] = []
+        for branch, valid in self._valid.items():
+            if valid:
+                found += tensors_of(self.outputs[branch][max(valid)])
+            if branch in self._final_valid:
+                found += self.finals[branch]
+        return not all(bool(torch.isfinite(t).all()) for t in found)
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""
         tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
         tensors += [t for final in self.finals.values() for t in final]
-        report = self._counts.report(0.0, sum(tensor.nbytes for tensor in tensors), self._signatures)
+        branches = tuple(self._signatures) or self._branches
+        report = self._counts.report(0.0, sum(tensor.nbytes for tensor in tensors), branches, self.identity)
         used = self._seconds["computed"] / self._seconds["all"] if self._seconds["all"] else 1.0
         cells = report.forwards * len(self.units)
         computed = round(used * cells)

@@ -11,10 +11,10 @@ from layercache.errors import CacheStateError, MethodError
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
 from layercache.runtime.groups import ScheduleRouter
+from layercache.runtime.identity import Identity
 from layercache.runtime.policy import PlannedMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
 from layercache.schedule.schedule import Schedule
 
 
@@ -31,30 +31,31 @@ class PlannedRouter(Router):
                 "enable its schedule: method.schedule(fingerprint)"
             )
         self.method = method
-        self.steps = StepCounter(scheduler=scheduler)
+        self.identity = Identity(spec, scheduler)
         self._storage = storage
         self._run: object = None
         self._router: ScheduleRouter | None = None
 
     def for_call(self) -> Router:
-        run = self.steps.run
+        scheduler, run = self.identity.current(), self.identity.run
         if run is not self._run or self._router is None:
-            sigmas = scheduler_sigmas(self.steps.scheduler)
+            sigmas = scheduler_sigmas(scheduler)
             if not sigmas:
                 raise MethodError(
                     f"{type(self.method).__name__} needs the noise levels of the run, and "
-                    f"{type(self.steps.scheduler).__name__} has none"
+                    f"{type(scheduler).__name__} has none"
                 )
             if self._router is None or tuple(sigmas) != self._router.schedule.fingerprint.sigmas:
+                self.end_generation()
                 self._router = self._made_for(tuple(sigmas))
             self._run = run
         return self._router
 
     def _made_for(self, sigmas: tuple[float, ...]) -> ScheduleRouter:
         schedule = self.method.schedule(fingerprint_of(self.transformer, sigmas, ()))
-        return ScheduleRouter(
-            self.transformer, self.spec, schedule, self.steps.scheduler, end_is_announced=True, storage=self._storage
-        )
+        router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
+        router.identity.drivers = self.identity.drivers
+        return router
 
     @property
     def schedule(self) -> Schedule:
@@ -71,15 +72,13 @@ class PlannedRouter(Router):
     def replaces_velocity(self) -> bool:
         return True  # whether a run's schedule does is known when it begins
 
-    def invalidate(self) -> None:
+    def end_generation(self, completed: bool = True) -> None:
         if self._router is not None:
-            self._router.invalidate()
+            self._router.end_generation(completed)
 
-    def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
-        super().reset()
+    def free(self) -> None:
         if self._router is not None:
-            self._router.reset()
+            self._router.free()
 
     def finish(self) -> None:
         self.check()
@@ -95,4 +94,6 @@ class PlannedRouter(Router):
 
     def report(self) -> CacheReport:
         """What was done by the present schedule."""
-        return Counts().report(0.0, 0, ()) if self._router is None else self._router.report()
+        if self._router is None:
+            return Counts().report(0.0, 0, (), self.identity)
+        return self._router.report()

@@ -11,8 +11,8 @@ from torch import nn
 from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, GroupAction
 
 
@@ -23,7 +23,7 @@ class RecordingRouter(Router):
         groups: block ranges; all blocks as one group by default.
 
     Attributes:
-        branch, step: of the present forward.
+        branch, step_index: of the present forward.
         forwards: how many there were.
     """
 
@@ -32,13 +32,13 @@ class RecordingRouter(Router):
     ):
         groups = [(0, count_blocks(transformer))] if groups is None else groups
         super().__init__(transformer, spec, groups)
-        self.steps = StepCounter(scheduler=scheduler)
-        self.branch, self.step, self.forwards = "", 0, 0
+        self.identity = Identity(spec, scheduler)
+        self.branch, self.step_index, self.forwards = "", 0, 0
         self._recorded = (GroupAction(CAPTURE, text=True),) * len(groups)
 
     def begin(self, forward: Forward) -> None:
-        place = self.locate(forward)
-        self.branch, self.step = place.branch, place.step
+        place = self.place_of(forward)
+        self.branch, self.step_index = place.key, place.step
         self.forwards += 1
         self.open(self._recorded)
 

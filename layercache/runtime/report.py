@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from layercache.runtime.identity import Identity
+
 
 @dataclass(frozen=True)
 class CacheReport:
@@ -19,6 +21,9 @@ class CacheReport:
             there (a run that began in the middle, or changed its shape).
         cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
         branches: names of the branches seen.
+        source: what told the steps of the newest generation: ``"caller"``, ``"scheduler"``, ``"timestep"``, ``"none"``.
+        unidentified: forwards computed in full because nothing told their step, or which of several at one step they
+            are.
     """
 
     used: float
@@ -29,6 +34,8 @@ class CacheReport:
     fallback_rows: int
     cache_bytes: int
     branches: tuple[str, ...]
+    source: str = "none"
+    unidentified: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -38,6 +45,8 @@ class CacheReport:
         ]
         if self.fallback_rows:
             lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
+        if self.unidentified:
+            lines.append(f"{self.unidentified} forwards computed everything because nothing told their step or branch")
         return "\n".join(lines)
 
 
@@ -47,13 +56,11 @@ class Counts:
 
     Attributes:
         computed, reused: forwards that computed, and that reused.
-        generations: that began.
         fallbacks: forwards that computed everything because something they would have read was not there.
     """
 
     computed: int = 0
     reused: int = 0
-    generations: int = 0
     fallbacks: int = 0
 
     @property
@@ -67,15 +74,17 @@ class Counts:
         else:
             self.computed += 1
 
-    def report(self, saved: float, nbytes: int, branches: Iterable[str]) -> CacheReport:
+    def report(self, saved: float, nbytes: int, branches: Iterable[str], identity: Identity) -> CacheReport:
         """The report of a router whose forwards either compute everything or leave out the share ``saved``."""
         return CacheReport(
             used=1.0 - self.reused * saved / self.forwards if self.forwards else 1.0,
             computed_cells=self.computed,
             cached_cells=self.reused,
-            generations=self.generations,
+            generations=identity.count,
             forwards=self.forwards,
             fallback_rows=self.fallbacks,
             cache_bytes=nbytes,
             branches=tuple(branches),
+            source=identity.source,
+            unidentified=identity.unidentified,
         )

@@ -15,8 +15,8 @@ from layercache.errors import CacheStateError
 from layercache.models.spec import Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
+from layercache.runtime.identity import Identity
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
 Rows = tuple[tuple[str, int | None], ...]
@@ -65,9 +65,10 @@ class Requests:
                 root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
             )
             router.attachment = root.attachment
+            router.identity.says_threads = True
             if scheduler is not None:
                 root.attachment.follow(router, scheduler)
-        elif scheduler is not None and scheduler is not router.steps.scheduler:
+        elif scheduler is not None and scheduler is not router.identity.scheduler:
             raise CacheStateError(f"request {name!r} is under way with another scheduler; forget it first")
         return router
 
@@ -100,17 +101,22 @@ class Requests:
                 total -= held[name]
                 self.evictions += 1
 
-    def invalidate(self) -> None:
+    def end_all(self) -> None:
+        """The generations of all requests are over."""
         for router in list(self.routers.values()):
-            router.invalidate()
+            router.end_generation(completed=False)
+
+    def has_scheduler(self, scheduler: Any) -> bool:
+        """Whether a request is stepped by this scheduler."""
+        return any(router.identity.scheduler is scheduler for router in list(self.routers.values()))
 
     def forget(self, name: str) -> None:
         router = self.routers.pop(name, None)
         if router is None:
             raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
         self._batch = None
-        scheduler = router.steps.scheduler
-        if all(other.steps.scheduler is not scheduler for other in (self._root, *self.routers.values())):
+        scheduler = router.identity.scheduler
+        if all(other.identity.scheduler is not scheduler for other in (self._root, *self.routers.values())):
             self._root.attachment.unfollow(scheduler)
         for key, value in _counts(router).items():
             self._gone[key] += value
@@ -206,7 +212,15 @@ class ScheduleCache(ScheduleRouter):
 
     def invalidate(self) -> None:
         super().invalidate()
-        self.requests.invalidate()
+        self.requests.end_all()
+
+    def free(self) -> None:
+        super().free()
+        for router in list(self.requests.routers.values()):
+            router.free()
+
+    def has_request_of(self, scheduler: Any) -> bool:
+        return self.requests.has_scheduler(scheduler)
 
 
 class BatchRouter(Router):
@@ -214,7 +228,7 @@ class BatchRouter(Router):
 
     def __init__(self, root: ScheduleRouter, members: Sequence[tuple[ScheduleRouter, int]]):
         super().__init__(root.transformer, root.spec, root.schedule.groups)
-        self.steps = StepCounter()
+        self.identity = Identity(root.spec)
         self.attachment = root.attachment
         self.members: list[tuple[ScheduleRouter, slice]] = []
         self.size = 0
@@ -230,16 +244,25 @@ class BatchRouter(Router):
                 "batches of requests are not for a transformer that is compiled whole: compile its blocks instead "
                 "(compile_repeated_blocks)"
             )
-        own = [router.prepare(self._part(forward, rows)) for router, rows in self.members]
-        actions = self._together(own)
+        nothing = (GroupAction(COMPUTE),) * len(self.members[0][0].schedule.groups)
+        own = []
+        for router, rows in self.members:
+            actions = router.prepare(self._part(forward, rows))
+            router.is_placed = actions is not None
+            own.append(nothing if actions is None else actions)
+        together = self._together(own)
         for router, _ in self.members:
-            router.count(actions)
-        self.open(actions)
+            router.count(together)
+        self.open(together)
+
+    def end_generation(self, completed: bool = True) -> None:
+        for router, _ in self.members:
+            router.end_generation(completed)
 
     def _part(self, forward: Forward, rows: slice) -> Forward:
         """The forward of one request."""
         arguments = {name: self._rows(value, rows) for name, value in forward.arguments.items()}
-        return Forward(forward.branch, forward.step, arguments)
+        return Forward(forward.branch, forward.step, arguments, part=forward.part)
 
     def _rows(self, value: Any, rows: slice) -> Any:
         if isinstance(value, torch.Tensor):
@@ -273,7 +296,7 @@ class BatchRouter(Router):
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         streams = (image_in, text_in, image_out, text_out)
         for router, rows in self.members:
-            if router.row.captures[group] is not None:
+            if router.is_placed and router.row.captures[group] is not None:
                 router.capture(group, *(None if stream is None else stream[rows] for stream in streams))
 
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:

@@ -8,21 +8,37 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
+from layercache.errors import CacheStateError
 from layercache.models.spec import ModelSpec, Streams, Tokens
-from layercache.runtime.forward import Forward
-from layercache.runtime.steps import Place as StepPlace
-from layercache.runtime.steps import StepCounter
+from layercache.runtime.forward import Forward, Said, Saying
+from layercache.runtime.identity import NO_BRANCH, Generation, Identity
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
 
 _CLOSED = -1
+_CALL_CODE = nn.Module._call_impl.__code__
+
+
+def _codes_of(transformer: nn.Module) -> frozenset[Any]:
+    """Code of the forwards that a model runs: its own, also where one was put in its place, and those of its bases."""
+    forwards: list[Any] = [transformer.forward, *(cls.__dict__.get("forward") for cls in type(transformer).__mro__)]
+    found = set()
+    for forward in forwards:
+        while isinstance(forward, functools.partial) or hasattr(forward, "__wrapped__"):
+            forward = forward.func if isinstance(forward, functools.partial) else forward.__wrapped__
+        found.add(getattr(getattr(forward, "__func__", forward), "__code__", None))
+    return frozenset(found - {None})
 
 
 class Place(NamedTuple):
@@ -49,6 +65,10 @@ class BlockPass:
         self.tokens = Tokens()
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """The forward is over, or another begins: no stream of it is kept."""
+        self.image = self.text = None
 
     def opened(self, group: int) -> None:
         """The streams are in front of a group's first block."""
@@ -181,6 +201,7 @@ class Attached(Protocol):
     """What a router may ask of the attachment that it routes through."""
 
     router: Router
+    owner: object
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
 
@@ -192,7 +213,8 @@ class Router:
 
     Attributes:
         actions: what each group does in the forward that is about to run, one `GroupAction` per group.
-        steps: says which step a forward belongs to.
+        identity: says where a forward belongs.
+        generation: that the stored state is of; ``None`` where there is none.
         attachment: set while the router is attached.
         is_announced: whether a forward is under way that follows the actions.
         rewritten: block lists behind whose blocks the present forward writes into the stream it was given.
@@ -204,14 +226,16 @@ class Router:
     adds = True
     keeps_items = False
     rewritten: frozenset[int] = frozenset()
-    steps: StepCounter
+    identity: Identity
     attachment: Attached
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
         self.transformer = transformer
         self.spec = spec
+        self._forward_codes = _codes_of(transformer)
         self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
         self.actions: tuple[GroupAction, ...] = ()
+        self.generation: Generation | None = None
         self.is_announced = False
         self.has_post_hook = type(self).after is not Router.after
         self._next_list = _CLOSED
@@ -241,6 +265,8 @@ class Router:
         self.is_announced = False
         self._next_list = _CLOSED
         self._pass = None
+        if self._kept_pass is not None:
+            self._kept_pass.clear()
 
     def new_pass(self) -> BlockPass:
         return BlockPass(self)
@@ -250,7 +276,7 @@ class Router:
 
         Where the actions alone decide on it, that is what was made for an earlier forward with the same actions.
         """
-        if self._next_list != index:
+        if not self.is_due(index):
             return iter(blocks)
         last = index == self._last_list
         self._next_list = _CLOSED if last else index + 1
@@ -259,6 +285,23 @@ class Router:
         block_pass = self.new_pass() if self._pass is None else self._pass
         self._pass = None if last else block_pass
         return iter(self._items(block_pass, index, blocks))
+
+    def is_due(self, index: int) -> bool:
+        """Whether the model's own forward asks for list ``index`` now, and not a hook that looks at it."""
+        if self._next_list != index:
+            return False
+        return torch.compiler.is_dynamo_compiling() or self._is_asked_by_forward()
+
+    def _is_asked_by_forward(self) -> bool:
+        frame: Any = sys._getframe(2)
+        inside = set()
+        while frame is not None and frame.f_code is not _CALL_CODE:  # of a module: what is inside is forward or hook
+            if frame.f_code in self._forward_codes:
+                return True
+            inside.add(frame.f_code)
+            frame = frame.f_back
+        self._forward_codes = _codes_of(self.transformer)  # the model may have been given another forward since
+        return not inside.isdisjoint(self._forward_codes)
 
     def _items(self, block_pass: BlockPass, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
         placed = zip(blocks, self._positions[index], strict=True)
@@ -301,17 +344,73 @@ class Router:
         """``(owner, name, replacement)`` of further methods that are replaced while the router is attached."""
         return ()
 
-    def locate(self, forward: Forward) -> StepPlace:
-        """Where a forward stands: its branch and step, and whether a generation begins with it."""
-        timestep = forward.arguments.get(self.spec.timestep) if self.spec.timestep else None
-        return self.steps.locate(forward.branch, forward.step, timestep)
+    def locate(self, forward: Forward) -> ForwardPlace | None:
+        """Where a forward stands; ``None`` where nothing tells it, and it is computed in full.
+
+        With a place of another generation the state of the one before is dropped.
+        """
+        place = self.identity.locate(forward)
+        if place is not None and place.generation is not self.generation:
+            self.end_generation()
+            self.generation = place.generation
+            self.begin_generation(place)
+        return place
+
+    def place_of(self, forward: Forward) -> ForwardPlace:
+        """Where a forward stands that is looked at, which must be known.
+
+        Raises:
+            CacheStateError: nothing tells it.
+        """
+        place = self.locate(forward)
+        if place is None:
+            raise CacheStateError(f"the steps of this loop cannot be told apart: {NO_BRANCH}")
+        return place
+
+    def begin_generation(self, place: ForwardPlace) -> None:
+        """A generation begins: its state is made."""
+
+    def end_generation(self, completed: bool = True) -> None:
+        """The present generation is over: its state is dropped.
+
+        Args:
+            completed: it ran to its end; what it stored may be looked at once more.
+        """
+        if self.generation is not None and self.identity.generation is self.generation:
+            self.identity.reset()
+        self.generation = None
+
+    def step(
+        self, index: int | None = None, *, branch: str | None = None, part: Hashable = None
+    ) -> AbstractContextManager[None]:
+        """Forwards in this ``with`` block belong to this step, guidance branch and part of the picture.
+
+        For loops of your own, tiles and windows; what is left out is found as without it.
+
+        Args:
+            index: of the step, from 0 on.
+            branch: name of the guidance branch.
+            part: anything that names the window or tile; each part has residuals of its own.
+
+        Raises:
+            CacheStateError: the step is no whole number from 0 on, or the branch's name is none.
+        """
+        if index is not None and (isinstance(index, bool) or not isinstance(index, int) or index < 0):
+            raise CacheStateError(f"a step is a whole number from 0 on, got {index!r}", argument="index")
+        if branch is not None and (not isinstance(branch, str) or not branch):
+            raise CacheStateError(f"a branch has a name, got {branch!r}", argument="branch")
+        return Saying(self.attachment.owner, Said(branch, index, part))
 
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
 
+    def has_request_of(self, scheduler: Any) -> bool:
+        """Whether one of several requests is stepped by this scheduler."""
+        return False
+
     def begin(self, forward: Forward) -> None:
-        """A forward is about to start; implementations call `open`."""
+        """A forward is about to start; implementations call `open`, or leave the blocks as they are."""
         raise NotImplementedError
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
@@ -327,14 +426,18 @@ class Router:
 
     def invalidate(self) -> None:
         """The model has changed in the middle of a generation: what is stored may not be used any more."""
-        self.reset()
+        self.end_generation(completed=False)
 
     def reset(self) -> None:
-        """Starts afresh: the next call of every branch is step 0 of a new generation."""
-        self.steps.reset()
+        """Starts afresh: the next forward begins a new generation."""
+        self.end_generation(completed=False)
 
     def finish(self) -> None:
-        """The pipeline has ended a generation."""
+        """The pipeline has ended a generation, and gives what it made."""
+
+    def free(self) -> None:
+        """Frees all memory of stored tensors."""
+        self.end_generation(completed=False)
 
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         raise NotImplementedError

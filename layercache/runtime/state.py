@@ -9,8 +9,9 @@ import torch
 
 from layercache import ops
 from layercache._utils.compat import keep_address
+from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
-from layercache.runtime.steps import Signature
+from layercache.runtime.signature import Signature
 from layercache.runtime.storage import Buffer, Storage, describe
 from layercache.schedule.memory_plan import Layout, RowLayout
 from layercache.schedule.schedule import Cell
@@ -62,7 +63,7 @@ class Row:
 
 
 class CacheState:
-    """Stored residuals of one branch of one generation.
+    """Stored residuals of one branch of one generation, in memory that the next one takes over.
 
     Slots are allocated together at the first capture, because only then their shapes are known (where a
     graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
@@ -75,15 +76,26 @@ class CacheState:
         self.texts = [Buffer() for _ in range(layout.text_slots)]
         self.flag = Buffer()
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
-        self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
-        self.validated_groups: set[tuple[int, bool]] = set()  # (group, without text)
-        self.signature = Signature()
         self._uploaded_to: torch.device | None = None
+        self.start()
+
+    def start(self) -> None:
+        """A generation begins: nothing is stored. The memory stays, without a meaning."""
+        self.signature = Signature()
+        self.reset()
+        if self.flag.tensor is not None:
+            self.flag.tensor.zero_()
 
     def reset(self) -> None:
-        """No stored residual is valid any more; the memory stays for the next generation."""
-        self.held = [None] * len(self.held)
-        self.validated_groups.clear()
+        """No stored residual is valid any more; the memory stays."""
+        self.held: list[tuple[int, int] | None] = [None] * self.layout.image_slots
+        self.validated_groups: set[tuple[int, bool]] = set()  # (group, without text)
+
+    def free(self) -> None:
+        """Nothing is stored, and the memory is given back."""
+        self.reset()
+        for buffer in (*self.images, *self.texts, self.flag):
+            buffer.free()
 
     def is_valid(self, row: Row) -> bool:
         """Whether every residual the row reads was stored in this generation."""
@@ -112,7 +124,7 @@ class CacheState:
                 continue
             for buffer in buffers:
                 self.storage.allocate(buffer, stream)
-        self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
+        self.flag.tensor = keep_address(empty_for_any_mode((1,), torch.int32, image.device).zero_())
 
     def is_finite(self) -> bool:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""

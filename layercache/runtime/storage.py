@@ -9,6 +9,7 @@ import torch
 
 from layercache import ops
 from layercache._utils.compat import keep_address
+from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
 
 STORAGES = ("same", "float32", "compact")
@@ -64,9 +65,9 @@ class Storage:
 
     def allocate(self, buffer: Buffer, stream: torch.Tensor) -> None:
         dtype = self._dtype or stream.dtype
-        buffer.tensor = keep_address(torch.empty(stream.shape, dtype=dtype, device=stream.device))
+        buffer.tensor = keep_address(empty_for_any_mode(stream.shape, dtype, stream.device))
         if self.is_compact:
-            scales = torch.empty(stream.shape[:-1], dtype=torch.float32, device=stream.device)
+            scales = empty_for_any_mode(stream.shape[:-1], torch.float32, stream.device)
             buffer.scales = keep_address(scales)
 
     def is_finite(self, buffer: Buffer) -> bool:

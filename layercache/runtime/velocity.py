@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from layercache import ops
+from layercache._utils.tensors import empty_for_any_mode
+from layercache.errors import CacheStateError
 from layercache.schedule.memory_plan import Layout, VelocityLayout
 
 MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
@@ -43,35 +45,57 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(1, -1, tensor.shape[-1] if tensor.dim() else 1)
 
 
+def sample_shape(arguments: Mapping[str, Any]) -> Any:
+    """Shape of one sample among the latents that a transformer is given, its first argument."""
+    latents = next(iter(arguments.values()), None)
+    if isinstance(latents, (list, tuple)):
+        latents = latents[0] if latents else None
+        return latents.shape if isinstance(latents, torch.Tensor) else None
+    return latents.shape[1:] if isinstance(latents, torch.Tensor) else None
+
+
+def require_one_shape(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises `CacheStateError` where velocities that are combined are not of one shape and device."""
+    first = tensors[0]
+    for other in tensors[1:]:
+        if other.shape != first.shape or other.device != first.device:
+            raise CacheStateError(
+                f"the sampler is given a velocity of shape {tuple(first.shape)} on {first.device} where the stored one "
+                f"is {tuple(other.shape)} on {other.device}: the latents changed their shape in the middle of a step"
+            )
+
+
 class VelocityTrack:
     """Stored velocities of one generation, and what the sampler is given at each step.
 
-    One per generation, not per branch: it sees the velocity after guidance.
+    One per generation, not per branch: it sees the velocity after guidance. The memory, ``slots``, is taken over from
+    the generation before.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, slots: list[torch.Tensor | None] | None = None):
         self.layouts = layout.velocities
-        self.slots: list[torch.Tensor | None] = [None] * layout.velocity_slots
+        none: list[torch.Tensor | None] = [None] * layout.velocity_slots
+        self.slots = none if slots is None else slots
         self.held: list[int | None] = [None] * layout.velocity_slots
         self.step = -1
-        self.run: object = None
+        self._shape: Any = None
         self.is_complete = False
         self.fallbacks = 0
 
-    def begin(self, step: int, run: object) -> None:
-        """A forward of this step starts; ``run`` is an object that every generation has another of."""
-        if run is self.run and step == self.step:
-            return
-        if run is not self.run or step < self.step:
+    def begin(self, step: int, shape: Any = None) -> None:
+        """A forward of this step starts, on samples of this shape; of another one nothing is stored."""
+        if shape != self._shape:
+            self._shape = shape
             self.reset()
-        self.step, self.run = step, run
-        # decided once a step, for all its branches
-        self.is_complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
+        if step != self.step:
+            self.step = step
+            # decided once a step, for all its branches
+            self.is_complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
 
     def reset(self) -> None:
-        """No stored velocity is valid any more; the memory stays for the next generation."""
+        """No stored velocity is valid any more; the memory stays."""
         self.held = [None] * len(self.held)
-        self.step, self.run = -1, None
+        self.step = -1
 
     def replace_velocity(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """What the sampler gets instead of the model's ``velocity``; stores that where it is read later."""
@@ -85,6 +109,7 @@ class VelocityTrack:
                 slot.copy_(velocity)
             return velocity
         tensors, coefficients = self._terms(layout, velocity, latents)
+        require_one_shape(tensors)
         result = combine(tensors, coefficients, None if slot is None else (0, slot))
         return result if result.dtype == velocity.dtype else result.to(velocity.dtype)
 
@@ -103,7 +128,7 @@ class VelocityTrack:
             return None
         slot = self.slots[index]
         if slot is None or slot.shape != like.shape or slot.dtype != like.dtype or slot.device != like.device:
-            slot = self.slots[index] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            slot = self.slots[index] = empty_for_any_mode(like.shape, like.dtype, like.device)
         return slot
 
     def is_finite(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +14,36 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Identity
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
-from layercache.runtime.velocity import combine
+from layercache.runtime.velocity import combine, require_one_shape
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity
+
+
+@dataclass
+class StepRun:
+    """What a method has seen and decided in one generation, about whole steps of all branches.
+
+    Attributes:
+        step: that was decided last, or -1.
+        velocity: of the newest computed step.
+    """
+
+    sigmas: tuple[float, ...]
+    decider: StepDecider
+    step: int = -1
+    log: list[Velocity | None] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
+    velocity: torch.Tensor | None = None
+    signature: tuple[Any, ...] = ()
+
+    def holds_bad(self) -> bool:
+        """Whether the stored velocity holds NaN or infinity; asks the device."""
+        return self.velocity is not None and not bool(torch.isfinite(self.velocity).all())
 
 
 class StepRouter(Router):
@@ -35,45 +59,63 @@ class StepRouter(Router):
             )
         self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self.method = method
-        self.steps = StepCounter(scheduler=scheduler)
-        self.log: list[Velocity | None] = []
-        self.branches: list[str] = []
-        self._decider: StepDecider
+        self.identity = Identity(spec, scheduler)
+        self._run: StepRun | None = None
+        # of the last generation: its decisions, its branches, its noise levels, and whether its velocity was finite
+        self._log: list[Velocity | None] = []
+        self._branches: tuple[str, ...] = ()
         self._sigmas: tuple[float, ...] = ()
-        self._step = -1
-        self._velocity: torch.Tensor | None = None
-        self._signature: tuple[Any, ...] = ()
+        self._is_bad = False
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
-        place = self.steps.locate(forward.branch, forward.step, None)
-        inputs = forward.arguments[self._stream]
-        if place.branch not in self.branches:
-            self.branches.append(place.branch)
-        signature = (inputs.shape, inputs.dtype, inputs.device)
-        if place.branch == self.branches[0]:
-            if place.starts or signature != self._signature:
-                self._start(place.step, signature)
-            self._decide(place.step, inputs)
-        rule = self.log[place.step]
+        place = self.locate(forward)
+        run = self._run
+        if run is None or (place is None and not self.identity.knows_step):
+            self._counts.note(reused=False)  # nothing tells the step
+            return
+        if place is not None and place.key not in run.branches:
+            run.branches.append(place.key)
+        assert self.generation is not None
+        step = self.generation.step
+        if step != run.step:
+            self._decide(run, step, forward.arguments[self._stream])
+        rule = run.log[step]
         self._counts.note(reused=rule is not None)
         self.open((GroupAction(COMPUTE if rule is None else REUSE),))
 
-    def _start(self, step: int, signature: tuple[Any, ...]) -> None:
-        self._sigmas = scheduler_sigmas(self.steps.scheduler) or ()
-        self._decider = self.method.decider(Run(len(self._sigmas) - 1, self._sigmas))
-        self._signature = signature
-        self._velocity = None
-        self.log = [None] * step
-        self._counts.generations += step == 0
+    def begin_generation(self, place: ForwardPlace) -> None:
+        self._run = self._new_run()
 
-    def _decide(self, step: int, inputs: torch.Tensor) -> None:
-        decider = self._decider
-        decider.observe(inputs)
-        reuses = not decider.must_compute(step) and decider.may_reuse(decider.numbers())
-        del self.log[step:]
-        self.log += [None] * (step - len(self.log)) + [decider.velocity(step) if reuses else None]
-        self._step = step
+    def _new_run(self) -> StepRun:
+        scheduler = self.identity.scheduler
+        if not takes_euler_steps(scheduler):
+            raise MethodError(
+                f"{self.method.name} extends velocities along Euler steps, which {type(scheduler).__name__} does not "
+                "take: the pipeline's scheduler was replaced; enable another method"
+            )
+        sigmas = scheduler_sigmas(scheduler) or ()
+        return StepRun(sigmas, self.method.decider(Run(len(sigmas) - 1, sigmas)))
+
+    def end_generation(self, completed: bool = True) -> None:
+        run = self._run
+        if run is not None:
+            self._is_bad = completed and run.holds_bad()
+            self._log, self._branches, self._sigmas = run.log, tuple(run.branches), run.sigmas
+        self._run = None
+        super().end_generation(completed)
+
+    def _decide(self, run: StepRun, step: int, inputs: torch.Tensor) -> None:
+        """Decides about a step when its first forward comes, for all its forwards."""
+        signature = (inputs.shape, inputs.dtype, inputs.device, torch.is_inference_mode_enabled())
+        if signature != run.signature:  # nothing that is stored is of this shape
+            fresh = self._new_run()
+            run.decider, run.velocity, run.signature = fresh.decider, None, signature
+        run.decider.observe(inputs)
+        reuses = not run.decider.must_compute(step) and run.decider.may_reuse(run.decider.numbers())
+        del run.log[step:]
+        run.log += [None] * (step - len(run.log)) + [run.decider.velocity(step) if reuses else None]
+        run.step = step
 
     @property
     def replaces_velocity(self) -> bool:
@@ -85,38 +127,38 @@ class StepRouter(Router):
         Raises:
             CacheStateError: the sampler steps where the transformer was not called.
         """
-        if step != self._step:
+        run = self._run
+        if run is None or step != run.step:
             raise CacheStateError(
-                f"the scheduler takes step {step}, but the transformer was last called for step {self._step}; "
+                f"the scheduler takes step {step}, but the transformer was last called for step "
+                f"{-1 if run is None else run.step}; "
                 f"{self.method.name} needs one scheduler, stepped once after every call of the transformer"
             )
-        rule = self.log[step]
+        rule = run.log[step]
         if rule is None:
-            self._decider.record(step, velocity)
-            if self._velocity is None or self._velocity.shape != velocity.shape:
-                self._velocity = velocity.clone()
+            run.decider.record(step, velocity)
+            if run.velocity is None or run.velocity.shape != velocity.shape:
+                run.velocity = velocity.clone()
             else:
-                self._velocity.copy_(velocity)
+                run.velocity.copy_(velocity)
             return velocity
-        assert self._velocity is not None
-        return combine([self._velocity], list(rule.terms.values()), None)
-
-    def reset(self) -> None:
-        """Starts afresh: the next call is step 0 of a new generation."""
-        self.steps.reset()
-        self._signature, self.log = (), []
+        assert run.velocity is not None
+        require_one_shape([velocity, run.velocity])
+        return combine([run.velocity], list(rule.terms.values()), None)
 
     def finish(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Looks at the stored velocity.
+        """Looks at the stored velocity of the last generation.
 
         Raises:
             NonFiniteResidualError: it holds NaN or infinity.
         """
-        if self._velocity is not None and not bool(torch.isfinite(self._velocity).all()):
-            self._velocity = None
+        bad = self._is_bad if self._run is None else self._run.holds_bad()
+        self._is_bad = False
+        if bad:
+            self.end_generation(completed=False)
             raise NonFiniteResidualError(
                 "a stored velocity held NaN or infinity, so the result of the last generation is not usable; the model "
                 "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
@@ -125,7 +167,8 @@ class StepRouter(Router):
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
         """Of the last generation, per branch and step: whether the model ran."""
-        return {name: tuple(rule is None for rule in self.log) for name in self.branches}
+        log, branches = (self._log, self._branches) if self._run is None else (self._run.log, self._run.branches)
+        return {name: tuple(rule is None for rule in log) for name in branches}
 
     def export_schedule(self) -> Schedule:
         """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
@@ -133,15 +176,21 @@ class StepRouter(Router):
         Raises:
             CacheStateError: no generation was finished.
         """
-        steps = len(self._sigmas) - 1
-        if steps < 1 or len(self.log) != steps:
-            raise CacheStateError(f"run a whole generation first; steps seen so far: {len(self.log)}")
-        prints = fingerprint_of(self.transformer, self._sigmas, self.branches)
-        cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in self.log)
+        log, branches, sigmas = self._log, self._branches, self._sigmas
+        if self._run is not None:
+            log, branches, sigmas = self._run.log, tuple(self._run.branches), self._run.sigmas
+        steps = len(sigmas) - 1
+        if steps < 1 or len(log) != steps:
+            raise CacheStateError(f"run a whole generation first; steps seen so far: {len(log)}")
+        prints = fingerprint_of(self.transformer, sigmas, branches)
+        cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in log)
         metadata = {"method": self.method.name, "settings": repr(self.method)}
-        return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), metadata, tuple(self.log))
+        return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), metadata, tuple(log))
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
-        stored = 0 if self._velocity is None else self._velocity.nbytes
-        return self._counts.report(1.0, stored + (self._decider.nbytes if self.log else 0), self.branches)
+        run = self._run
+        if run is None:
+            return self._counts.report(1.0, 0, self._branches, self.identity)
+        stored = (0 if run.velocity is None else run.velocity.nbytes) + (run.decider.nbytes if run.log else 0)
+        return self._counts.report(1.0, stored, run.branches, self.identity)

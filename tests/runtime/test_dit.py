@@ -11,7 +11,7 @@ from layercache.methods import invardiff, l2c
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
 from layercache.planning.rollout import skipping
-from layercache.runtime.steps import StepTally
+from layercache.runtime.timesteps import StepTally
 from support.zoo import build
 
 STEPS = 6
