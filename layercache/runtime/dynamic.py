@@ -101,7 +101,11 @@ class _Visit(BlockPass):
             self.base = [image, text] if router.keeps_text and text is not None else [image]
         if at == router.probe:
             assert self.start is not None
-            self.reuses = router.decides_to_reuse(Observation(self.start, image, router.modulation))
+            start = self.start
+            if start.dtype != image.dtype:  # under torch.autocast
+                wider = torch.promote_types(start.dtype, image.dtype)
+                start, image = start.to(wider), image.to(wider)
+            self.reuses = router.decides_to_reuse(Observation(start, image, router.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -273,7 +277,7 @@ class DynamicRouter(Router):
         buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
         for stream, before, buffer in zip(streams, base, buffers, strict=True):
             check_alike(before, stream)
-            if not self.storage.fits(buffer, stream):
+            if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
                 self.storage.allocate(buffer, stream)
         state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]

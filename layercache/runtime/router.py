@@ -104,6 +104,8 @@ class BlockProxy:
         """What the block gives without running; of joined streams, what is new replaces its part in place."""
         if self.calls.order is None:
             return self.calls.pack(*new)
+        if new[0].dtype != here[0].dtype:
+            return self.calls.joined(*new)
         for old, other in zip(here, new, strict=True):
             if other is not None and other is not old:
                 old.copy_(other)  # type: ignore[union-attr]

@@ -96,23 +96,31 @@ class CacheState:
     def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """Makes every slot fit the streams; does nothing when they already do.
 
+        The slots of the text are fitted at the first group that gives one: the last block of some models gives none. A
+        group whose streams are of another dtype fits its own slots when it stores them.
+
         Raises:
             CacheStateError: they fit the streams of another group, which has stored something already.
         """
-        if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
-            if text is None or not self.texts or self.storage.fits(self.texts[0], text):
-                return
-        if self.validated_groups:
+        has_text = any(not without_text for _, without_text in self.validated_groups)
+        self._fit(self.images, image, bool(self.validated_groups))
+        if text is not None:
+            self._fit(self.texts, text, has_text)
+        if self.flag.tensor is None or self.flag.tensor.device != image.device:
+            self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
+
+    def _fit(self, buffers: list[Buffer], stream: torch.Tensor, stored: bool) -> None:
+        """The slots of one stream; ``stored`` where another group has stored its own already."""
+        storage = self.storage
+        if not buffers or (storage.has_shape if stored else storage.fits)(buffers[0], stream):
+            return
+        if stored:
             raise CacheStateError(
-                f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
-                "behind the groups before it; layercache follows streams that keep their size through all groups"
+                f"a stream behind a group of blocks is {describe(stream)}, and {describe(buffers[0].tensor)} behind "
+                "the groups before it; layercache follows streams that keep their size through all groups"
             )
-        for buffers, stream in ((self.images, image), (self.texts, text)):
-            if stream is None:
-                continue
-            for buffer in buffers:
-                self.storage.allocate(buffer, stream)
-        self.flag.tensor = keep_address(torch.zeros(1, dtype=torch.int32, device=image.device))
+        for buffer in buffers:
+            storage.allocate(buffer, stream)
 
     def is_finite(self) -> bool:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""

@@ -12,6 +12,7 @@ from layercache._utils.compat import keep_address
 from layercache.errors import CacheStateError
 
 STORAGES = ("same", "float32", "compact")
+_LARGEST_CODE = 0x7F  # of fp8 e4m3 without its sign: NaN
 
 
 class Buffer:
@@ -20,11 +21,13 @@ class Buffer:
     Attributes:
         tensor: the residual, or its codes.
         scales: of the codes, one per row.
+        leaves_as: dtype of the stream behind the group, where it is another than in front of it (`torch.autocast`).
     """
 
     def __init__(self) -> None:
         self.tensor: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
+        self.leaves_as: torch.dtype | None = None
 
     def free(self) -> None:
         self.tensor = self.scales = None
@@ -33,14 +36,36 @@ class Buffer:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.tensor, self.scales) if t is not None)
 
+    def bad_samples(self) -> set[int]:
+        """Samples of the batch whose stored numbers are not all finite; asks the device."""
+        if self.tensor is None:
+            return set()
+        if self.scales is None:
+            return bad_samples(self.tensor)
+        coded = (self.tensor & _LARGEST_CODE) != _LARGEST_CODE
+        return bad_samples(self.scales) | bad_samples(torch.where(coded, 0.0, float("nan")))
+
+
+def bad_samples(tensor: torch.Tensor) -> set[int]:
+    """Samples of a batch that hold NaN or infinity; asks the device."""
+    rows = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(dim=1) if tensor.numel() else torch.ones(0)
+    return {sample for sample, good in enumerate(rows.tolist()) if not good}
+
 
 class Storage:
     """How residuals are written and read.
+
+    A residual is kept in the dtype of its streams, and in the wider one where a group gives another dtype than it takes.
 
     Args:
         name: ``"same"``: in the dtype of the streams. ``"float32"``: unrounded, for half-precision models.
             ``"compact"``: fp8 codes with a scale per row, half the memory of 16-bit streams; a number's error is at
             most 2^-4 of it, or 2^-10 of its row's scale (`layercache.ops.capture_compact`).
+
+    Attributes:
+        is_mixed: whether some streams or residuals have another dtype than the others; then each stream is a launch.
+        is_widened: residuals of float16 streams are stored in float32, because one was larger than float16 holds.
+        may_overflow: whether float16 residuals were stored without a look at them, on a GPU or in a compiled graph.
 
     Raises:
         CacheStateError: another name.
@@ -51,19 +76,32 @@ class Storage:
             raise CacheStateError(f"unknown storage {name!r}; choose {', '.join(STORAGES)}")
         self.name = name
         self.is_compact = name == "compact"
+        self.is_mixed = self.is_widened = self.may_overflow = False
         self._dtype = {"compact": torch.uint8, "float32": torch.float32}.get(name)
+
+    def dtype_of(self, before: torch.dtype, after: torch.dtype) -> torch.dtype:
+        """The dtype in which a residual between two streams is stored."""
+        if self._dtype is not None:
+            return self._dtype
+        wider = before if before == after else torch.promote_types(before, after)
+        return torch.float32 if self.is_widened and wider == torch.float16 else wider
 
     def fits(self, buffer: Buffer, stream: torch.Tensor) -> bool:
         stored = buffer.tensor
         return (
             stored is not None
             and stored.shape == stream.shape
-            and stored.dtype == (self._dtype or stream.dtype)
+            and stored.dtype == self.dtype_of(stream.dtype, stream.dtype)
             and stored.device == stream.device
         )
 
-    def allocate(self, buffer: Buffer, stream: torch.Tensor) -> None:
-        dtype = self._dtype or stream.dtype
+    def has_shape(self, buffer: Buffer, stream: torch.Tensor) -> bool:
+        """Whether the buffer is of the stream's shape and where the stream is, in whatever dtype."""
+        stored = buffer.tensor
+        return stored is not None and stored.shape == stream.shape and stored.device == stream.device
+
+    def allocate(self, buffer: Buffer, stream: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        dtype = self.dtype_of(stream.dtype, stream.dtype) if dtype is None else dtype
         buffer.tensor = keep_address(torch.empty(stream.shape, dtype=dtype, device=stream.device))
         if self.is_compact:
             scales = torch.empty(stream.shape[:-1], dtype=torch.float32, device=stream.device)
@@ -74,6 +112,11 @@ class Storage:
         stored = buffer.tensor
         return stored is None or stored.is_cuda or self.is_compact or bool(torch.isfinite(stored).all())
 
+    def widen(self) -> None:
+        """A float16 residual may have been larger than float16 holds: from now on they are stored in float32."""
+        self.is_widened = self.is_mixed = True
+        self.may_overflow = False
+
     def store(
         self,
         outputs: list[torch.Tensor],
@@ -82,12 +125,66 @@ class Storage:
         flag: torch.Tensor | None,
     ) -> None:
         """Residuals of all streams in one launch; ``flag`` is raised where one is not finite."""
+        if not self.is_mixed:
+            dtype = outputs[0].dtype
+            for stream in (*outputs, *inputs):  # at every stored group; a generator would cost more than the rest
+                if stream.dtype != dtype:
+                    self.is_mixed = True
+        if self.is_mixed:
+            for stream in zip(outputs, inputs, buffers, strict=True):
+                self._store_apart(*stream, flag)
+            return
+        self._launch_store(outputs, inputs, buffers, flag)
+        if outputs[0].dtype == torch.float16 and self._dtype is None:
+            self._look_for_overflow(outputs, inputs, buffers)
+
+    def _launch_store(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        buffers: Sequence[Buffer],
+        flag: torch.Tensor | None,
+    ) -> None:
         stored: list[Any] = [buffer.tensor for buffer in buffers]
         if self.is_compact:
             scales: list[Any] = [buffer.scales for buffer in buffers]
             ops.capture_compact(outputs, inputs, stored, scales, flag)
         else:
             ops.store(outputs, inputs, stored, flag)
+
+    def _store_apart(
+        self, output: torch.Tensor, before: torch.Tensor, buffer: Buffer, flag: torch.Tensor | None
+    ) -> None:
+        """One stream's residual; its buffer is allocated anew where it is of another dtype."""
+        dtype = self.dtype_of(before.dtype, output.dtype)
+        if not self.has_shape(buffer, output) or buffer.tensor.dtype != dtype:  # type: ignore[union-attr]
+            self.allocate(buffer, output, dtype)
+        buffer.leaves_as = None if output.dtype == before.dtype else output.dtype
+        wider = torch.promote_types(before.dtype, output.dtype)
+        wide, wide_before = output.to(wider), before.to(wider)
+        self._launch_store([wide], [wide_before], [buffer], flag)
+        if dtype == torch.float16:
+            self._look_for_overflow([wide], [wide_before], [buffer])
+
+    def _look_for_overflow(
+        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], buffers: Sequence[Buffer]
+    ) -> None:
+        """Where looking makes nobody wait: stores again, wider, what is larger than float16 holds."""
+        if outputs[0].is_cuda or torch.compiler.is_dynamo_compiling():
+            self.may_overflow = True
+            return
+        for output, before, buffer in zip(outputs, inputs, buffers, strict=True):
+            if self.is_finite(buffer):
+                continue
+            differs = output.float() - before.float()
+            if bool((differs.isfinite() & ~torch.isfinite(buffer.tensor)).any()):  # type: ignore[arg-type]
+                self.widen()
+                self._store_apart(output, before, buffer, None)
+
+    def leaves_as(self, base: torch.Tensor, buffers: Sequence[Buffer]) -> torch.dtype:
+        """The dtype of a stream behind reused groups, whose residuals are given in the groups' order."""
+        changes = [buffer.leaves_as for buffer in buffers if buffer.leaves_as is not None]
+        return changes[-1] if changes else base.dtype
 
     def restore(
         self,
@@ -96,23 +193,50 @@ class Storage:
         coefficients: Sequence[float] | torch.Tensor,
         results: list[torch.Tensor] | None,
     ) -> list[torch.Tensor]:
-        """Every stream with its stored residuals, times their coefficients, added; in one launch."""
+        """Every stream with its stored residuals, times their coefficients, added; in one launch.
+
+        Where dtypes are mixed a result may be of another dtype than ``results``, and is then a tensor of its own.
+        """
+        if self.is_mixed:
+            into: list[Any] = list(results) if results else [None] * len(bases)
+            return [self._restore_apart(*stream, coefficients) for stream in zip(bases, buffers, into, strict=True)]
         stored: list[list[Any]] = [[buffer.tensor for buffer in own] for own in buffers]
         if self.is_compact:
             scales: list[list[Any]] = [[buffer.scales for buffer in own] for own in buffers]
             return ops.linear_combination(bases, stored, coefficients, results, scales=scales)
         for stream, own in enumerate(buffers):
             if not self.fits(own[0], bases[stream]):
-                raise CacheStateError(
-                    f"a stream is {describe(bases[stream])} where the stored residual is {describe(own[0].tensor)}; "
-                    "reset the cache before calling the transformer with other dtypes"
-                )
+                raise _misfit(bases[stream], own[0])
         return ops.restore(bases, stored, coefficients, results)
+
+    def _restore_apart(
+        self, base: torch.Tensor, buffers: Sequence[Buffer], result: torch.Tensor | None, coefficients: Any
+    ) -> torch.Tensor:
+        """One stream: summed in the wider dtype of its two ends, and given in that of the stream behind the groups."""
+        for buffer in buffers:
+            if not self.has_shape(buffer, base):
+                raise _misfit(base, buffer)
+        leaves = self.leaves_as(base, buffers)
+        wide = base.to(torch.promote_types(base.dtype, leaves))
+        stored: list[Any] = [buffer.tensor for buffer in buffers]
+        scales: list[Any] | None = [[buffer.scales for buffer in buffers]] if self.is_compact else None
+        if len({t.dtype for t in stored}) > 1:
+            stored = [t.float() if t.element_size() < 4 else t for t in stored]
+        (found,) = ops.linear_combination([wide], [stored], coefficients, None, scales=scales)
+        found = found.to(leaves)
+        return result.copy_(found) if result is not None and result.dtype == leaves else found
+
+
+def _misfit(stream: torch.Tensor, buffer: Buffer) -> CacheStateError:
+    return CacheStateError(
+        f"a stream is {describe(stream)} where the stored residual is {describe(buffer.tensor)}; "
+        "reset the cache before calling the transformer with other dtypes"
+    )
 
 
 def check_alike(before: torch.Tensor | None, after: torch.Tensor | None) -> None:
-    """Raises `CacheStateError` for blocks that give another shape or dtype than they take: there is no residual."""
-    if before is None or after is None or before.shape != after.shape or before.dtype != after.dtype:
+    """Raises `CacheStateError` for blocks that give another shape than they take: there is no residual."""
+    if before is None or after is None or before.shape != after.shape:
         raise CacheStateError(
             f"a group of blocks takes a stream that is {describe(before)} and gives one that is {describe(after)}; "
             "such a group has no residual, cut the blocks into other groups"
