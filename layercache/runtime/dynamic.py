@@ -310,22 +310,25 @@ class DynamicRouter(Router):
         self.steps.reset()
         self.states.clear()
 
-    def finish(self) -> None:
-        self.check()
-
     def check(self) -> None:
         """Reads the device flag of the finished generation; without a GPU, looks at what is stored.
 
         Raises:
-            NonFiniteResidualError: a stored residual held NaN or infinity. It is forgotten.
+            NonFiniteResidualError: a stored residual held NaN or infinity, also where a warning told so at the end of
+                a pipeline's call. It is forgotten.
         """
+        self.raise_told()
         bad = self._flag is not None and bool(self._flag.item())
         buffers = [buffer for state in self.states.values() for one in state.stored for buffer in one]
         if bad or not all(self.storage.is_finite(buffer) for buffer in buffers):
             if self._flag is not None:
                 self._flag.zero_()
+            samples = set[int]().union(*(buffer.bad_samples() for buffer in buffers))
+            overflow = self.storage.may_overflow
+            if overflow:
+                self.storage.widen()
             self.invalidate()
-            raise NonFiniteResidualError.of("a stored residual")
+            raise NonFiniteResidualError.of("a stored residual", samples, overflow)
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:

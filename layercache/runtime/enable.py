@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from layercache.errors import CacheStateError, MethodError
+from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
 from layercache.models.registry import config_hash, count_blocks, find_transformer, spec_for
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
@@ -264,12 +265,26 @@ def enabled(
 ) -> Iterator[Any]:
     """``enable`` for the length of a ``with`` block; takes the same arguments.
 
+    Where a picture of a pipeline's call is NaN, the call gives all its pictures and a `NonFiniteWarning` says which are
+    not finite; the end of the block raises nothing then, and ``cache.check()`` raises for those who ask.
+
     Raises:
-        NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
+        NonFiniteResidualError: at the end, on a bare transformer, when a stored residual held NaN or infinity.
     """
     cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage)
     try:
         yield cache
-        cache.check()
+        _check_at_end(cache, pipe)
     finally:
         disable(pipe)
+
+
+def _check_at_end(cache: Cache, pipe: Any) -> None:
+    """What the last generation has stored; the finished calls of a pipeline keep their pictures."""
+    try:
+        cache.check()
+    except NonFiniteResidualError as error:
+        if isinstance(pipe, nn.Module):
+            raise
+        if not error.is_told:
+            warnings.warn(str(error), NonFiniteWarning, stacklevel=4)

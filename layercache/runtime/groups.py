@@ -14,7 +14,7 @@ from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport
 from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.state import CacheState, Row
-from layercache.runtime.steps import StepCounter
+from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.runtime.velocity import VelocityTrack
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, lay_out
@@ -51,6 +51,7 @@ class ScheduleRouter(Router):
         self.schedule = schedule
         self.storage = Storage(storage)
         self._end_is_announced = end_is_announced
+        self.has_post_hook = type(self).after is not ScheduleRouter.after
         self.layout = self._lay_out("")
         self.steps = StepCounter(schedule.fingerprint.sigmas, scheduler, schedule.fingerprint.check_sigmas)
         self.states: dict[str, CacheState] = {}
@@ -110,6 +111,7 @@ class ScheduleRouter(Router):
         try:
             dry_run()
             if self._dry_pass.streams is not None:
+                self.storage.prepare_graph(self._dry_pass.streams[0])
                 state.fit(*self._dry_pass.streams)
         finally:
             self._dry_pass, self.keeps_items = None, True
@@ -171,6 +173,8 @@ class ScheduleRouter(Router):
             if text_slot is not None:
                 check_alike(text_in, text_out)
             state.validated_groups.add((group, text_slot is None))
+            if image_out.dtype == torch.float16 and not self._end_is_announced:
+                self.has_post_hook = True
         # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
         flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
         if text_slot is None:
@@ -241,24 +245,46 @@ class ScheduleRouter(Router):
             )
         return self.track.replace_velocity(velocity, latents)
 
-    def finish(self) -> None:
-        self.check()
-
     def check(self) -> None:
         """Reads the device flag of the finished generation, and looks at its stored velocities.
 
         Raises:
-            NonFiniteResidualError: a stored residual or velocity held NaN or infinity. The flag is cleared.
+            NonFiniteResidualError: a stored residual or velocity held NaN or infinity, also where a warning told so at
+                the end of a pipeline's call. The flag is cleared.
         """
-        bad = []
+        self.raise_told()
+        bad, samples = [], set[int]()
         for name, state in self.states.items():
             if not state.is_finite():
                 bad.append(name)
+                samples |= state.bad_samples
         if not self.track.is_finite():
+            samples |= self.track.bad_samples()
             self.track.reset()
             bad.append("all")
         if bad:
-            raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
+            overflow = self._widen_storage()
+            raise NonFiniteResidualError.of(
+                f"a stored residual or velocity of branch {', '.join(bad)}", samples, overflow
+            )
+
+    def _widen_storage(self) -> bool:
+        """Whether float16 may have been too small for what was stored; it is stored in float32 from now on."""
+        if not self.storage.may_overflow:
+            return False
+        self.storage.widen()
+        for state in self.states.values():
+            state.signature = Signature()  # graphs need other slots
+        return True
+
+    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
+        """Behind a bare transformer's last step nobody asks again: looks at residuals that float16 may not hold.
+
+        Raises:
+            NonFiniteResidualError: one held NaN or infinity.
+        """
+        if self.storage.may_overflow and self.row is self.state.rows[-1]:
+            self.check()
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""

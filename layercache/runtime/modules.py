@@ -25,6 +25,7 @@ from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.steps import Signature, StepCounter
+from layercache.runtime.storage import bad_samples
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 
@@ -279,23 +280,23 @@ class ModuleScheduleRouter(ModuleRouter):
         self.steps.reset()
         self._signatures.clear()
 
-    def finish(self) -> None:
-        self.check()
-
     def check(self) -> None:
         """Looks at the stored final hidden states and outputs of the last block.
 
         Raises:
-            NonFiniteResidualError: one holds NaN or infinity.
+            NonFiniteResidualError: one holds NaN or infinity, also where a warning told so at the end of a pipeline's
+                call.
         """
+        self.raise_told()
         last = [max(stored) for stored in self.outputs.values() if stored]
         found = [t for stored, at in zip(self.outputs.values(), last, strict=False) for t in tensors_of(stored[at])]
         finals = [t for final in self.finals.values() for t in final]
         if not all(bool(torch.isfinite(t).all()) for t in (*found, *finals)):
+            samples = set[int]().union(*map(bad_samples, (*found, *finals)))
             self.outputs.clear()
             self.finals.clear()
             self.reset()
-            raise NonFiniteResidualError.of("a stored output")
+            raise NonFiniteResidualError.of("a stored output", samples)
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""

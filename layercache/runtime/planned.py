@@ -81,15 +81,13 @@ class PlannedRouter(Router):
         if self._router is not None:
             self._router.reset()
 
-    def finish(self) -> None:
-        self.check()
-
     def check(self) -> None:
         """Looks for NaN and infinity in what the last generation stored.
 
         Raises:
             NonFiniteResidualError: there were some.
         """
+        self.raise_told()
         if self._router is not None:
             self._router.check()
 

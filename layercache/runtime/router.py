@@ -9,6 +9,7 @@ counted once: inside a group it is part of the residual, behind a group it is ad
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
+from layercache.errors import NonFiniteResidualError, NonFiniteWarning
 from layercache.models.spec import ModelSpec, Streams, Tokens
 from layercache.runtime.forward import Forward
 from layercache.runtime.steps import Place as StepPlace
@@ -201,10 +203,12 @@ class Router:
         adds: whether the present forward may add something behind single blocks.
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
         has_post_hook: whether `after` does anything.
+        told: what the end of the last generation was told to be wrong with it.
     """
 
     adds = True
     keeps_items = False
+    told: NonFiniteResidualError | None = None
     rewritten: frozenset[int] = frozenset()
     steps: StepCounter
     attachment: Attached
@@ -336,7 +340,27 @@ class Router:
         self.steps.reset()
 
     def finish(self) -> None:
-        """The pipeline has ended a generation."""
+        """The pipeline has ended a generation: what `check` finds is told by a warning, and its call gives pictures."""
+        self.told = None
+        try:
+            self.check()
+        except NonFiniteResidualError as error:
+            error.is_told, self.told = True, error
+            warnings.warn(str(error), NonFiniteWarning, stacklevel=4)
+
+    def check(self) -> None:
+        """Looks for NaN and infinity in what the last generation stored; implementations call `raise_told` first.
+
+        Raises:
+            NonFiniteResidualError: there were some, also where a warning has told so. It is raised once.
+        """
+        self.raise_told()
+
+    def raise_told(self) -> None:
+        """Raises what `finish` told by a warning."""
+        error, self.told = self.told, None
+        if error is not None:
+            raise error
 
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
         raise NotImplementedError

@@ -67,6 +67,9 @@ class CacheState:
     Slots are allocated together at the first capture, because only then their shapes are known (where a
     graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
     streams change.
+
+    Attributes:
+        bad_samples: of the batch, those that `is_finite` found not to be.
     """
 
     def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
@@ -78,6 +81,7 @@ class CacheState:
         self.held: list[tuple[int, int] | None] = [None] * layout.image_slots
         self.validated_groups: set[tuple[int, bool]] = set()  # (group, without text)
         self.signature = Signature()
+        self.bad_samples: set[int] = set()
         self._uploaded_to: torch.device | None = None
 
     def reset(self) -> None:
@@ -128,7 +132,9 @@ class CacheState:
             return True
         held = [buffer for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
         bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
+        self.bad_samples = set()
         if bad:
+            self.bad_samples = set[int]().union(*(buffer.bad_samples() for buffer in held))
             self.flag.tensor.zero_()
             self.reset()
         return not bad

@@ -64,7 +64,8 @@ class Storage:
 
     Attributes:
         is_mixed: whether some streams or residuals have another dtype than the others; then each stream is a launch.
-        is_widened: residuals of float16 streams are stored in float32, because one was larger than float16 holds.
+        is_widened: residuals of 16-bit streams are stored in float32, because one was larger than float16 holds, or
+            because a graph, whose slots are allocated ahead, is compiled under `torch.autocast`.
         may_overflow: whether float16 residuals were stored without a look at them, on a GPU or in a compiled graph.
 
     Raises:
@@ -84,7 +85,7 @@ class Storage:
         if self._dtype is not None:
             return self._dtype
         wider = before if before == after else torch.promote_types(before, after)
-        return torch.float32 if self.is_widened and wider == torch.float16 else wider
+        return torch.float32 if self.is_widened and wider.itemsize < 4 else wider
 
     def fits(self, buffer: Buffer, stream: torch.Tensor) -> bool:
         stored = buffer.tensor
@@ -113,9 +114,14 @@ class Storage:
         return stored is None or stored.is_cuda or self.is_compact or bool(torch.isfinite(stored).all())
 
     def widen(self) -> None:
-        """A float16 residual may have been larger than float16 holds: from now on they are stored in float32."""
+        """From now on residuals of 16-bit streams are stored in float32."""
         self.is_widened = self.is_mixed = True
         self.may_overflow = False
+
+    def prepare_graph(self, stream: torch.Tensor) -> None:
+        """Slots are about to be allocated for a graph, which cannot do it itself: no dtype may turn out otherwise."""
+        if self._dtype is None and torch.is_autocast_enabled(stream.device.type):
+            self.widen()
 
     def store(
         self,

@@ -17,6 +17,7 @@ from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
+from layercache.runtime.storage import bad_samples
 from layercache.runtime.velocity import combine
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity
@@ -106,21 +107,18 @@ class StepRouter(Router):
         self.steps.reset()
         self._signature, self.log = (), []
 
-    def finish(self) -> None:
-        self.check()
-
     def check(self) -> None:
         """Looks at the stored velocity.
 
         Raises:
-            NonFiniteResidualError: it holds NaN or infinity.
+            NonFiniteResidualError: it holds NaN or infinity, also where a warning told so at the end of a pipeline's
+                call.
         """
+        self.raise_told()
         if self._velocity is not None and not bool(torch.isfinite(self._velocity).all()):
+            samples = bad_samples(self._velocity)
             self._velocity = None
-            raise NonFiniteResidualError(
-                "a stored velocity held NaN or infinity, so the result of the last generation is not usable; the model "
-                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
-            )
+            raise NonFiniteResidualError.of("a stored velocity", samples)
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
