@@ -19,6 +19,7 @@ from layercache.runtime.forward import Forward
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
+from layercache.runtime.samples import Excluded
 from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
@@ -57,6 +58,7 @@ class BranchState:
         anchors: steps whose residuals are stored, newest first.
         stored: their residuals, image and text, in the same order.
         log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
+        excluded: samples of the batch that are NaN.
     """
 
     decider: Decider
@@ -64,6 +66,7 @@ class BranchState:
     anchors: list[int] = field(default_factory=list)
     stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
+    excluded: Excluded = field(default_factory=Excluded)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +179,7 @@ class DynamicRouter(Router):
         self.probe, self.skip_from = method.probe, method.skip_from
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
-        self.storage = Storage(storage)
+        self.storage = Storage(storage, may_wait=method.sync == "step")
         self.steps = StepCounter(scheduler=scheduler)
         self.states: dict[str, BranchState] = {}
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
@@ -254,7 +257,8 @@ class DynamicRouter(Router):
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
         must = not state.anchors or decider.must_compute(step)
-        numbers = state.reader.read(self._seen(state, step, observation, must))
+        numbers = state.reader.read(self._seen(state, step, state.excluded.observed(observation), must))
+        state.excluded.note(numbers)
         reuses = not must and numbers is not None and decider.may_reuse(step, numbers)
         decider.record(step, not reuses)
         return decider.terms(step, state.anchors) if reuses else None
@@ -283,6 +287,10 @@ class DynamicRouter(Router):
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
         self.storage.store(streams, base, buffers, self._flag_for(streams[0]))
+        if state.excluded.is_due and len(streams[0]) > 1 and self._group is None:
+            if self.storage.may_wait or not streams[0].is_cuda:
+                if state.excluded.look(streams[0]):
+                    state.decider.clear(state.excluded)
 
     def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
         """Raised on the way where numbers cannot be looked at in their place when the generation ends."""

@@ -69,6 +69,10 @@ class Decider(ABC):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._memory.values() if t is not None)
 
+    def clear(self, excluded: Any) -> None:
+        """Forgets samples of the batch that turned out to be NaN (`layercache.runtime.samples.Excluded`)."""
+        excluded.clear([t for t in self._memory.values() if t is not None])
+
     def is_last(self, step: int) -> bool:
         return self.run.num_steps is not None and step == self.run.num_steps - 1
 

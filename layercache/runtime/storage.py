@@ -10,6 +10,7 @@ import torch
 from layercache import ops
 from layercache._utils.compat import keep_address
 from layercache.errors import CacheStateError
+from layercache.runtime.samples import bad_samples
 
 STORAGES = ("same", "float32", "compact")
 _LARGEST_CODE = 0x7F  # of fp8 e4m3 without its sign: NaN
@@ -42,14 +43,8 @@ class Buffer:
             return set()
         if self.scales is None:
             return bad_samples(self.tensor)
-        coded = (self.tensor & _LARGEST_CODE) != _LARGEST_CODE
-        return bad_samples(self.scales) | bad_samples(torch.where(coded, 0.0, float("nan")))
-
-
-def bad_samples(tensor: torch.Tensor) -> set[int]:
-    """Samples of a batch that hold NaN or infinity; asks the device."""
-    rows = torch.isfinite(tensor).reshape(tensor.shape[0], -1).all(dim=1) if tensor.numel() else torch.ones(0)
-    return {sample for sample, good in enumerate(rows.tolist()) if not good}
+        are_numbers = (self.tensor & _LARGEST_CODE) != _LARGEST_CODE
+        return bad_samples(self.scales) | bad_samples(torch.where(are_numbers, 0.0, float("nan")))
 
 
 class Storage:
@@ -61,6 +56,7 @@ class Storage:
         name: ``"same"``: in the dtype of the streams. ``"float32"``: unrounded, for half-precision models.
             ``"compact"``: fp8 codes with a scale per row, half the memory of 16-bit streams; a number's error is at
             most 2^-4 of it, or 2^-10 of its row's scale (`layercache.ops.capture_compact`).
+        may_wait: whether the host may wait for a GPU.
 
     Attributes:
         is_mixed: whether some streams or residuals have another dtype than the others; then each stream is a launch.
@@ -72,10 +68,10 @@ class Storage:
         CacheStateError: another name.
     """
 
-    def __init__(self, name: str = "same"):
+    def __init__(self, name: str = "same", may_wait: bool = False):
         if name not in STORAGES:
             raise CacheStateError(f"unknown storage {name!r}; choose {', '.join(STORAGES)}")
-        self.name = name
+        self.name, self.may_wait = name, may_wait
         self.is_compact = name == "compact"
         self.is_mixed = self.is_widened = self.may_overflow = False
         self._dtype = {"compact": torch.uint8, "float32": torch.float32}.get(name)
@@ -142,7 +138,7 @@ class Storage:
             return
         self._launch_store(outputs, inputs, buffers, flag)
         if outputs[0].dtype == torch.float16 and self._dtype is None:
-            self._look_for_overflow(outputs, inputs, buffers)
+            self._look_for_overflow(outputs, inputs, buffers, flag)
 
     def _launch_store(
         self,
@@ -170,22 +166,28 @@ class Storage:
         wide, wide_before = output.to(wider), before.to(wider)
         self._launch_store([wide], [wide_before], [buffer], flag)
         if dtype == torch.float16:
-            self._look_for_overflow([wide], [wide_before], [buffer])
+            self._look_for_overflow([wide], [wide_before], [buffer], flag)
 
     def _look_for_overflow(
-        self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], buffers: Sequence[Buffer]
+        self,
+        outputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        buffers: Sequence[Buffer],
+        flag: torch.Tensor | None,
     ) -> None:
         """Where looking makes nobody wait: stores again, wider, what is larger than float16 holds."""
-        if outputs[0].is_cuda or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or (outputs[0].is_cuda and not self.may_wait):
             self.may_overflow = True
             return
         for output, before, buffer in zip(outputs, inputs, buffers, strict=True):
-            if self.is_finite(buffer):
+            stored: Any = buffer.tensor
+            if bool(torch.isfinite(stored).all()):
                 continue
-            differs = output.float() - before.float()
-            if bool((differs.isfinite() & ~torch.isfinite(buffer.tensor)).any()):  # type: ignore[arg-type]
+            if bool(((output.float() - before.float()).isfinite() & ~torch.isfinite(stored)).any()):
                 self.widen()
-                self._store_apart(output, before, buffer, None)
+                if flag is not None:
+                    flag.zero_()
+                self._store_apart(output, before, buffer, flag)
 
     def leaves_as(self, base: torch.Tensor, buffers: Sequence[Buffer]) -> torch.dtype:
         """The dtype of a stream behind reused groups, whose residuals are given in the groups' order."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layercache import ops
-from layercache.runtime.storage import bad_samples
+from layercache.runtime.samples import bad_samples
 from layercache.schedule.memory_plan import Layout, VelocityLayout
 
 MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base

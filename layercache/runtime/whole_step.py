@@ -17,7 +17,7 @@ from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.steps import StepCounter
-from layercache.runtime.storage import bad_samples
+from layercache.runtime.samples import Excluded, bad_samples
 from layercache.runtime.velocity import combine
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity
@@ -44,6 +44,8 @@ class StepRouter(Router):
         self._step = -1
         self._velocity: torch.Tensor | None = None
         self._signature: tuple[Any, ...] = ()
+        self._excluded = Excluded()
+        self._inputs: torch.Tensor | None = None
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -65,13 +67,16 @@ class StepRouter(Router):
         self._decider = self.method.decider(Run(len(self._sigmas) - 1, self._sigmas))
         self._signature = signature
         self._velocity = None
+        self._excluded = Excluded()
         self.log = [None] * step
         self._counts.generations += step == 0
 
     def _decide(self, step: int, inputs: torch.Tensor) -> None:
-        decider = self._decider
-        decider.observe(inputs)
-        reuses = not decider.must_compute(step) and decider.may_reuse(decider.numbers())
+        decider, self._inputs = self._decider, inputs
+        decider.observe(self._excluded.without(inputs))
+        numbers = None if decider.must_compute(step) else decider.numbers()
+        self._excluded.note(numbers)
+        reuses = numbers is not None and decider.may_reuse(numbers)
         del self.log[step:]
         self.log += [None] * (step - len(self.log)) + [decider.velocity(step) if reuses else None]
         self._step = step
@@ -93,7 +98,7 @@ class StepRouter(Router):
             )
         rule = self.log[step]
         if rule is None:
-            self._decider.record(step, velocity)
+            self._record(step, velocity)
             if self._velocity is None or self._velocity.shape != velocity.shape:
                 self._velocity = velocity.clone()
             else:
@@ -101,6 +106,16 @@ class StepRouter(Router):
             return velocity
         assert self._velocity is not None
         return combine([self._velocity], list(rule.terms.values()), None)
+
+    def _record(self, step: int, velocity: torch.Tensor) -> None:
+        """Tells the decider what the model gave, without samples that are NaN; what it saw of those is forgotten."""
+        excluded, is_first = self._excluded, self._velocity is None
+        if excluded.is_due and len(velocity) > 1 and excluded.look(velocity) and is_first:
+            assert self._inputs is not None
+            self._decider = self.method.decider(Run(len(self._sigmas) - 1, self._sigmas))
+            self._decider.observe(excluded.without(self._inputs))
+        self._inputs = None
+        self._decider.record(step, excluded.without(velocity))
 
     def reset(self) -> None:
         """Starts afresh: the next call is step 0 of a new generation."""
