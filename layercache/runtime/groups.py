@@ -238,6 +238,8 @@ class ScheduleRouter(Router):
         Raises:
             CacheStateError: the sampler steps where the transformer was not called.
         """
+        if step not in self.schedule.fingerprint.steps:
+            return velocity  # of the pipeline's other transformer
         if step != self.track.step:
             raise CacheStateError(
                 f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "

@@ -149,6 +149,11 @@ class PlannedMethod(ABC):
 
     name: ClassVar[str] = ""
 
+    @property
+    def replaces_velocity(self) -> bool:
+        """Whether its schedules replace velocities, as those do that skip whole steps."""
+        return True
+
     @abstractmethod
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         """The schedule for this model and run.
