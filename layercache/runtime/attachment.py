@@ -143,8 +143,6 @@ class Attachment:
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
                 self._patch(self.transformer, name, self._changing(getattr(self.transformer, name)))
-        for owner, name, replacement in self.router.patches():
-            self._patch(owner, name, replacement)
         self._follow(self.pipeline, self.router.steps.scheduler)
 
     def _mark_as_cached(self) -> None:
@@ -188,6 +186,7 @@ class Attachment:
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
+        self.router.shut()
         for blocks, cls in self._classes:
             blocks.__class__ = cls
             for name in _ROUTED_NAMES:

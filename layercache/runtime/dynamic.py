@@ -331,7 +331,7 @@ class DynamicRouter(Router):
         if bad or not all(self.storage.is_finite(buffer) for buffer in buffers):
             if self._flag is not None:
                 self._flag.zero_()
-            samples = set[int]().union(*(buffer.bad_samples() for buffer in buffers))
+            samples = self.storage.bad_among(buffers)
             overflow = self.storage.may_overflow
             if overflow:
                 self.storage.widen()

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercache._utils.compat import allow_more_graphs
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport
 from layercache.runtime.router import BlockPass, Router
 from layercache.runtime.state import CacheState, Row
-from layercache.runtime.steps import Signature, StepCounter
+from layercache.runtime.steps import Signature, StepCounter, signature_of
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.runtime.velocity import VelocityTrack
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, lay_out
@@ -59,6 +60,7 @@ class ScheduleRouter(Router):
         self.row: Row
         self.track = VelocityTrack(self.layout)
         self._dry_pass: DryPass | None = None
+        self._compiled_shapes: set[Any] = set()
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._generations: dict[str, int] = {}
@@ -92,7 +94,7 @@ class ScheduleRouter(Router):
         if state.signature.changes(forward.arguments, place.starts):
             state.reset()
             if forward.dry_run is not None:
-                self._fit_ahead(state, forward.dry_run)
+                self._fit_ahead(state, forward)
         if self.track.layouts:
             self.track.begin(place.step, self.steps.run)
         return self._choose_row(state, place.step)
@@ -101,15 +103,21 @@ class ScheduleRouter(Router):
         spec = self.spec
         return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
 
-    def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
-        """Allocates the slots outside the graph, which would be compiled again once they are there.
+    def _fit_ahead(self, state: CacheState, forward: Forward) -> None:
+        """Makes room for the graphs of further shapes, and allocates the slots outside of them.
 
+        A graph that allocates would be compiled again once they are there.
         The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
         """
+        shapes = signature_of(forward.arguments)
+        if shapes not in self._compiled_shapes:
+            self._compiled_shapes.add(shapes)
+            allow_more_graphs(self.graphs)
         self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
         self._dry_pass, self.keeps_items = DryPass(self), False
         try:
-            dry_run()
+            assert forward.dry_run is not None
+            forward.dry_run()
             if self._dry_pass.streams is not None:
                 self.storage.prepare_graph(self._dry_pass.streams[0])
                 state.fit(*self._dry_pass.streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -40,12 +40,19 @@ class ModuleUnit:
     Attributes:
         name: block list, block and submodules, such as ``transformer_blocks.3.attn``.
         kind: the submodules' names alone, the same in every block of a list.
-        modules: run one after the other; the last one's output is kept.
+        block: where they are looked up.
+        parts: names of the submodules, which run one after the other; the last one's output is kept.
     """
 
     name: str
     kind: str
-    modules: tuple[nn.Module, ...] = field(repr=False)
+    block: nn.Module = field(repr=False)
+    parts: tuple[str, ...] = field(repr=False)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The submodules that are there now: an adapter (LoRA) or a quantiser puts others in their place."""
+        return tuple(attrgetter(part)(self.block) for part in self.parts)
 
 
 def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
@@ -64,10 +71,9 @@ def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
         for number, block in enumerate(getattr(transformer, name)._modules.values()):
             for parts in spec.modules.get(name, ()):
                 kind = "+".join(parts)
-                modules = tuple(attrgetter(part)(block) for part in parts)
-                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
-                    continue
-                units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
+                unit = ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", block, parts)
+                if None not in unit.modules:  # some blocks lack one, such as the text's feed-forward in the last block
+                    units.append(unit)
     return units
 
 
@@ -97,6 +103,9 @@ def copy_of(output: Output, into: Output | None = None) -> Output:
 class ModuleRouter(Router):
     """Stands in front of every unit of a transformer. Subclasses say what happens there.
 
+    The modules' forwards are replaced for the length of each forward of the model and of no longer: whatever else takes
+    hold of the modules in between (adapters, hooks, offloading, quantisation) finds them as they are.
+
     Raises:
         UnsupportedModelError: the description names no modules, or gradients are needed and do not pass through them.
     """
@@ -114,13 +123,37 @@ class ModuleRouter(Router):
         self.branch, self.step, self.starts = "", 0, False
         self._signatures: defaultdict[str, Signature] = defaultdict(Signature)
         self._ran: set[int] = set()
+        self._made: dict[tuple[int, int], tuple[nn.Module, Any, Any]] = {}
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []
 
-    def patches(self) -> Iterable[tuple[Any, str, Any]]:
+    def _replace(self) -> None:
+        """Puts a callable in front of the forward of every module of the units."""
         for number, unit in enumerate(self.units):
-            *front, last = unit.modules
-            for module in front:
-                yield module, "forward", self._front(number, module.forward)
-            yield last, "forward", self._last(number, unit, last.forward)
+            for place, module in enumerate(unit.modules):
+                own = module.__dict__.get("forward")  # a hook's, where there is one
+                call = module.__dict__["forward"] = self._stand_in(number, place, module, own)
+                self._replaced.append((module, own, call))
+
+    def _stand_in(self, number: int, place: int, module: nn.Module, own: Any) -> Any:
+        """The callable in front of a module's forward: the same as long as both are, which graphs rely on."""
+        made = self._made.get((number, place))
+        if made is None or made[0] is not module or made[1] is not own:
+            unit, original = self.units[number], module.forward
+            is_last = place == len(unit.parts) - 1
+            call = self._last(number, unit, original) if is_last else self._front(number, original)
+            made = self._made[number, place] = module, own, call
+        return made[2]
+
+    def _restore(self) -> None:
+        """Gives the modules their own forwards back; the last one replaced first, should a module be there twice."""
+        while self._replaced:
+            module, own, call = self._replaced.pop()
+            if module.__dict__.get("forward") is not call:  # somebody has put another there since
+                continue
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
 
     def _front(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """A module before a unit's last: passed by where the unit is."""
@@ -159,6 +192,12 @@ class ModuleRouter(Router):
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)
         self._ran.clear()
+        self._restore()  # where the last forward was interrupted
+        self._replace()
+
+    def shut(self) -> None:
+        super().shut()
+        self._restore()
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         """A forward starts; calls `open`."""

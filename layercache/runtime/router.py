@@ -303,10 +303,6 @@ class Router:
         """How many graphs a compiled transformer needs under this router."""
         return 1
 
-    def patches(self) -> Iterable[tuple[Any, str, Any]]:
-        """``(owner, name, replacement)`` of further methods that are replaced while the router is attached."""
-        return ()
-
     def locate(self, forward: Forward) -> StepPlace:
         """Where a forward stands: its branch and step, and whether a generation begins with it."""
         timestep = forward.arguments.get(self.spec.timestep) if self.spec.timestep else None

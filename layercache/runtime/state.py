@@ -134,7 +134,7 @@ class CacheState:
         bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
         self.bad_samples = set()
         if bad:
-            self.bad_samples = set[int]().union(*(buffer.bad_samples() for buffer in held))
+            self.bad_samples = self.storage.bad_among(held)
             self.flag.tensor.zero_()
             self.reset()
         return not bad

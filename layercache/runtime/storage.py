@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from layercache.errors import CacheStateError
 from layercache.runtime.samples import bad_samples
 
 STORAGES = ("same", "float32", "compact")
-_LARGEST_CODE = 0x7F  # of fp8 e4m3 without its sign: NaN
+_LARGEST_SCALE = 2.0**119  # of a row of codes that holds infinity
 
 
 class Buffer:
@@ -38,13 +38,12 @@ class Buffer:
         return sum(t.numel() * t.element_size() for t in (self.tensor, self.scales) if t is not None)
 
     def bad_samples(self) -> set[int]:
-        """Samples of the batch whose stored numbers are not all finite; asks the device."""
+        """Samples of the batch whose stored numbers are not all finite; asks the device. Codes do not show NaN."""
         if self.tensor is None:
             return set()
         if self.scales is None:
             return bad_samples(self.tensor)
-        are_numbers = (self.tensor & _LARGEST_CODE) != _LARGEST_CODE
-        return bad_samples(self.scales) | bad_samples(torch.where(are_numbers, 0.0, float("nan")))
+        return bad_samples(torch.where(self.scales < _LARGEST_SCALE, 0.0, float("nan")))
 
 
 class Storage:
@@ -62,6 +61,7 @@ class Storage:
         is_mixed: whether some streams or residuals have another dtype than the others; then each stream is a launch.
         is_widened: residuals of 16-bit streams are stored in float32, because one was larger than float16 holds, or
             because a graph, whose slots are allocated ahead, is compiled under `torch.autocast`.
+        bad_samples: of the batch, those that were NaN when they were stored as codes.
         may_overflow: whether float16 residuals were stored without a look at them, on a GPU or in a compiled graph.
 
     Raises:
@@ -74,6 +74,7 @@ class Storage:
         self.name, self.may_wait = name, may_wait
         self.is_compact = name == "compact"
         self.is_mixed = self.is_widened = self.may_overflow = False
+        self.bad_samples: set[int] = set()
         self._dtype = {"compact": torch.uint8, "float32": torch.float32}.get(name)
 
     def dtype_of(self, before: torch.dtype, after: torch.dtype) -> torch.dtype:
@@ -151,6 +152,9 @@ class Storage:
         if self.is_compact:
             scales: list[Any] = [buffer.scales for buffer in buffers]
             ops.capture_compact(outputs, inputs, stored, scales, flag)
+            if flag is not None and not (flag.is_cuda or torch.compiler.is_dynamo_compiling()) and flag.item():
+                for output, before in zip(outputs, inputs, strict=True):
+                    self.bad_samples |= bad_samples(output - before)
         else:
             ops.store(outputs, inputs, stored, flag)
 
@@ -188,6 +192,11 @@ class Storage:
                 if flag is not None:
                     flag.zero_()
                 self._store_apart(output, before, buffer, flag)
+
+    def bad_among(self, buffers: Iterable[Buffer]) -> set[int]:
+        """Samples of the batch that are not finite in one of these, or were not when it was stored; asks the device."""
+        found, self.bad_samples = self.bad_samples, set()
+        return found.union(*(buffer.bad_samples() for buffer in buffers))
 
     def leaves_as(self, base: torch.Tensor, buffers: Sequence[Buffer]) -> torch.dtype:
         """The dtype of a stream behind reused groups, whose residuals are given in the groups' order."""

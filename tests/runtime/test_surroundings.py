@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import nn
 
 import layercache
-from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError
+from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResidualError, NonFiniteWarning
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.runtime.attachment import attachment_of
@@ -461,14 +461,17 @@ def test_storage_under_a_method_that_decides(pipe, storage):
 @pytest.mark.parametrize("decides", [False, True])
 def test_a_bad_residual_is_reported_from_any_storage(pipe, plan, storage, value, decides):
     plan = FBCache(threshold=0.1) if decides else plan
-    with layercache.enabled(pipe, plan, storage=storage), pytest.raises(NonFiniteResidualError):
+    with layercache.enabled(pipe, plan, storage=storage) as cache:
         hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
             lambda module, args, output: (output[0], output[1] * value)
         )
         try:
-            generate(pipe)
+            with pytest.warns(NonFiniteWarning, match="samples 0, 1 of the batch"):
+                generate(pipe)
         finally:
             hook.remove()
+        with pytest.raises(NonFiniteResidualError):
+            cache.check()
 
 
 def test_storage_is_checked(pipe, plan):
