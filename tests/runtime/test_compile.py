@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 import layercache
 from layercache.models import registry
 from layercache.models.registry import spec_for
+from layercache.runtime import attachment
 from support.forwards import call, schedule
 from support.marks import slow
 from support.tiny import generate as make_pictures
@@ -156,3 +157,25 @@ def test_where_torch_does_not_tell_whether_it_traces_hooks_are_kept_out_all_the_
     compiled = torch.compile(module, backend="eager")
     assert compiled(torch.ones(2)).tolist() == [2.0, 2.0] and hook(1) == 2 and seen == [False, False]
     torch._dynamo.reset()
+
+
+def test_further_sizes_and_batches_have_room_for_their_graphs(monkeypatch):
+    """Of two schedules, one after the other; only what their shapes make room for is there."""
+    monkeypatch.setattr(attachment, "allow_graphs", lambda graphs: None)
+    pipe, reused = tiny_pipeline(layers=2), ({0: 1.0}, None)
+    plans = [schedule_for(pipe, [(None, None), row, (None, None)], ((0, 1), (1, 2))) for row in (reused, reused[::-1])]
+    shapes = [{}, {"prompts": ["cat"]}, {"height": 48, "width": 48}]
+    generate = partial(make_pictures, pipe, steps=3)
+    expected = []
+    for plan in plans:
+        with layercache.enabled(pipe, plan):
+            expected.append([generate(**shape) for shape in shapes])
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        pipe.transformer.compile(backend="eager", fullgraph=True, dynamic=False)
+        for plan, pictures in zip(plans, expected, strict=True):
+            with layercache.enabled(pipe, plan):
+                for shape, right in zip(shapes, pictures, strict=True):
+                    assert torch.equal(generate(**shape), right)
+                limit = torch._dynamo.config.recompile_limit
+                generate(**shapes[0])
+                assert torch._dynamo.config.recompile_limit == limit, "the same size again needs no further graphs"

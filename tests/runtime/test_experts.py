@@ -14,15 +14,18 @@ from layercache.errors import (
     CacheStateError,
     CalibrationError,
     FileFormatError,
+    MethodError,
     ScheduleError,
     UnsupportedModelError,
 )
+from layercache.methods import EasyCache, MeanCache, TaylorSeer, Uniform
 from layercache.methods.fixed import SmoothCache
-from layercache.models.registry import spec_for
+from layercache.models.registry import fingerprint_of, spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import with_terms
 from layercache.planning.rollout import Rollouts
 from layercache.runtime.attachment import attachment_of
+from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
 from layercache.schedule.schedule import Schedule, Velocity
@@ -419,6 +422,49 @@ def test_refusals(made, profiles):
     with layercache.enabled(pipe, layercache.plan(profiles["transformer"], 1.0)):
         with pytest.raises(CacheStateError, match="enabled on transformer;.*disable"):
             layercache.calibrate(pipe, prompts, transformer="transformer_2", **SIZES, **settings)
+
+
+@pytest.mark.parametrize("method", [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 2), spans=(1, 1, 1))])
+def test_methods_that_replace_velocities_are_refused_before_any_work(made, method):
+    pipe = made[0]
+    with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):
+        layercache.enable(pipe, method)
+    if isinstance(method, PlannedMethod):
+        levels = tuple(np.linspace(1, 0, STEPS + 1).tolist())
+        with pytest.raises(MethodError, match="in turns"):
+            layercache.enable(pipe, method.schedule(fingerprint_of(pipe.transformer, levels, ("cond", "uncond"))))
+    assert attachment_of(pipe.transformer) is None
+
+
+def test_velocities_of_each_experts_own_steps(made, profiles):
+    """Every second step of each is skipped, and its velocity held."""
+    pipe, prompts, settings = made
+    call = settings | prompts[0]
+    plans = {}
+    for name, profile in profiles.items():
+        steps = profile.fingerprint.steps
+        skipped = {step for place, step in enumerate(steps) if place % 2}
+        cells = [None if step in steps and step not in skipped else {} for step in range(STEPS)]
+        velocities = tuple(Velocity({step - 1: 1.0}) if step in skipped else None for step in range(STEPS))
+        plans[name] = Schedule(profile.fingerprint, ((0, 4),), tuple((c,) for c in cells), (1.0,), {}, velocities)
+    held, step = [], pipe.scheduler.step
+
+    def holding(velocity, *args, **kwargs):
+        held.append(velocity)
+        place = len(held) - 1
+        place -= place % 2 if place < EARLY else (place - EARLY) % 2
+        return step(held[place], *args, **kwargs)
+
+    pipe.scheduler.step = holding
+    try:
+        expected = generate(pipe, call)
+    finally:
+        del pipe.scheduler.step
+    first, _ = enable_both(pipe, plans["transformer"], plans["transformer_2"])
+    found = generate(pipe, call)
+    disable_both(pipe)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert first.report().used < 1
 
 
 def test_an_interrupted_run_is_incomplete(made):
