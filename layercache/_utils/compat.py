@@ -57,7 +57,10 @@ def allow_graphs(graphs: int) -> None:
 def allow_more_graphs(graphs: int) -> None:
     """The same on top of the present limits: for other shapes, or another schedule, on a function with graphs."""
     config = torch._dynamo.config
-    for names in (("recompile_limit", "cache_size_limit"), ("accumulated_recompile_limit", "accumulated_cache_size_limit")):
+    for names in (
+        ("recompile_limit", "cache_size_limit"),
+        ("accumulated_recompile_limit", "accumulated_cache_size_limit"),
+    ):
         name = next(name for name in names if hasattr(config, name))
         setattr(config, name, getattr(config, name) + graphs)
 

@@ -136,9 +136,9 @@ class Setting:
         model = type(self.transformer).__name__
         if len(spec_for(self.transformer).leaves) > 1:
             raise MethodError(
-                f"{name} replaces the velocity that the sampler gets, and {model} gives two outputs, each with a sampler "
-                "of its own: the second would be stepped with what was never computed; take a method or schedule that "
-                "reuses groups of blocks (FBCache, MagCache, layercache.plan)"
+                f"{name} replaces the velocity that the sampler gets, and {model} gives two outputs, each with a "
+                "sampler of its own: the second would be stepped with what was never computed; take a method or "
+                "schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
             )
         experts = [] if isinstance(self.pipe, nn.Module) else list(experts_of(self.pipe))
         if steps and len(experts) > 1:

@@ -24,8 +24,8 @@ from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
-from layercache.runtime.steps import Signature, StepCounter
 from layercache.runtime.samples import bad_samples
+from layercache.runtime.steps import Signature, StepCounter
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 

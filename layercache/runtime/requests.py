@@ -297,7 +297,7 @@ class BatchRouter(Router):
         return into[0], into[1] if advances else text
 
     def _reuse_apart(self, group: int, base: list[torch.Tensor], text: Any) -> Streams:
-        """The same where a request stores other dtypes than its streams have: each request's samples are new tensors."""
+        """The same where a request stores other dtypes than its streams have; each gives new tensors."""
         found = []
         for router, rows in self.members:
             parts = [stream[rows] for stream in base]

@@ -49,7 +49,7 @@ class Buffer:
 class Storage:
     """How residuals are written and read.
 
-    A residual is kept in the dtype of its streams, and in the wider one where a group gives another dtype than it takes.
+    A residual is kept in the dtype of its streams, and in the wider one where a group gives another than it takes.
 
     Args:
         name: ``"same"``: in the dtype of the streams. ``"float32"``: unrounded, for half-precision models.
@@ -134,8 +134,8 @@ class Storage:
                 if stream.dtype != dtype:
                     self.is_mixed = True
         if self.is_mixed:
-            for stream in zip(outputs, inputs, buffers, strict=True):
-                self._store_apart(*stream, flag)
+            for output, before, buffer in zip(outputs, inputs, buffers, strict=True):
+                self._store_apart(output, before, buffer, flag)
             return
         self._launch_store(outputs, inputs, buffers, flag)
         if outputs[0].dtype == torch.float16 and self._dtype is None:

@@ -16,8 +16,8 @@ from layercache.runtime.forward import Forward
 from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
-from layercache.runtime.steps import StepCounter
 from layercache.runtime.samples import Excluded, bad_samples
+from layercache.runtime.steps import StepCounter
 from layercache.runtime.velocity import combine
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity

@@ -424,7 +424,9 @@ def test_refusals(made, profiles):
             layercache.calibrate(pipe, prompts, transformer="transformer_2", **SIZES, **settings)
 
 
-@pytest.mark.parametrize("method", [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 2), spans=(1, 1, 1))])
+@pytest.mark.parametrize(
+    "method", [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 2), spans=(1, 1, 1))]
+)
 def test_methods_that_replace_velocities_are_refused_before_any_work(made, method):
     pipe = made[0]
     with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):

@@ -85,7 +85,15 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", ["added", "loaded and weighted", "unloaded", *slow(*sorted(set(CHANGES) - {"added", "loaded and weighted", "unloaded"}))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "added",
+        "loaded and weighted",
+        "unloaded",
+        *slow(*sorted(set(CHANGES) - {"added", "loaded and weighted", "unloaded"})),
+    ],
+)
 def test_adapters_that_come_after_the_cache(pipe, call, change):
     plan, other = plan_of(pipe), copy.deepcopy(pipe)
     CHANGES[change](other)

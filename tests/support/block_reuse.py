@@ -17,7 +17,7 @@ Cells = Sequence[Mapping[int, float] | None]
 class BlockReuse:
     """Runs single forwards by rows of cells, for a ``with`` block; groups may not reach over the end of a block list.
 
-    What a group adds is kept as it is, whatever it is rounded to elsewhere, and leaves in the dtype it had when computed.
+    What a group adds is kept unrounded, and its stream leaves in the dtype that it had when the group was computed.
     Streams that a list joins are one stream here.
 
     Attributes:
