@@ -80,15 +80,15 @@ class NonFiniteResidualError(LayerCacheError, ArithmeticError):
     def of(cls, what: str, samples: Collection[int] = (), may_overflow: bool = False) -> NonFiniteResidualError:
         """Of what was stored; ``may_overflow``: in float16, by a group of blocks that may add more than that holds."""
         found = tuple(sorted(samples))
-        numbers = ", ".join(map(str, found))
-        which = f" in sample {numbers} of the batch (counted from 0)" if found else ""
+        word, numbers = "sample" if len(found) == 1 else "samples", ", ".join(map(str, found))
+        which = f" in {word} {numbers} of the batch (counted from 0)" if found else ""
         cause = (
             "the stored residual may have overflowed float16, which ends at 65504, where the model's own numbers do "
             "not; residuals are stored in float32 from now on: run it again (or enable with storage='float32')"
             if may_overflow
             else "the model itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
         )
-        error = cls(f"{what} held NaN or infinity{which}, so that result of the last generation is not usable; {cause}")
+        error = cls(f"{what} held NaN or infinity{which}, not usable as a result; {cause}")
         error.samples = found
         return error
 
