@@ -94,3 +94,23 @@ def test_methods_that_decide_under_autocast(name, method, storage):
     for output in found:
         for a, b in zip(output, full, strict=True):
             assert a.dtype == b.dtype and (a.float() - b.float()).abs().max() <= allowed * b.float().abs().max()
+
+
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "LTX2VideoTransformer3DModel"])
+def test_batches_of_requests_under_autocast(name):
+    """Two requests in one forward give what each gives alone."""
+    model, inputs = build(name)
+    model_steps = list(steps_of(inputs))
+    one = [{k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in given.items()} for given in model_steps]
+    plan = schedule(model, (None,) * 3, (FIRST,) * 3, (FIRST, FIRST, None), groups=GROUPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with layercache.enabled(model, plan):
+            alone = [call(model, given) for given in one]
+        with layercache.enabled(model, plan) as cache:
+            for given, right in zip(model_steps, alone, strict=True):
+                with cache.batch({"a": 1, "b": 1}):
+                    found = call(model, given)
+                for a, b in zip(found, right, strict=True):
+                    assert a.dtype == b.dtype
+                    assert (a[:1].float() - b.float()).abs().max() <= 0.02 * b.float().abs().max()
+            assert cache.metrics()["hits"] > 0

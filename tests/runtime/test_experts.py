@@ -14,18 +14,15 @@ from layercache.errors import (
     CacheStateError,
     CalibrationError,
     FileFormatError,
-    MethodError,
     ScheduleError,
     UnsupportedModelError,
 )
-from layercache.methods import EasyCache, MeanCache, TaylorSeer, Uniform
 from layercache.methods.fixed import SmoothCache
-from layercache.models.registry import fingerprint_of, spec_for
+from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import with_terms
 from layercache.planning.rollout import Rollouts
 from layercache.runtime.attachment import attachment_of
-from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
 from layercache.schedule.schedule import Schedule, Velocity
@@ -422,20 +419,6 @@ def test_refusals(made, profiles):
     with layercache.enabled(pipe, layercache.plan(profiles["transformer"], 1.0)):
         with pytest.raises(CacheStateError, match="enabled on transformer;.*disable"):
             layercache.calibrate(pipe, prompts, transformer="transformer_2", **SIZES, **settings)
-
-
-@pytest.mark.parametrize(
-    "method", [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 2), spans=(1, 1, 1))]
-)
-def test_methods_that_replace_velocities_are_refused_before_any_work(made, method):
-    pipe = made[0]
-    with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):
-        layercache.enable(pipe, method)
-    if isinstance(method, PlannedMethod):
-        levels = tuple(np.linspace(1, 0, STEPS + 1).tolist())
-        with pytest.raises(MethodError, match="in turns"):
-            layercache.enable(pipe, method.schedule(fingerprint_of(pipe.transformer, levels, ("cond", "uncond"))))
-    assert attachment_of(pipe.transformer) is None
 
 
 def test_velocities_of_each_experts_own_steps(made, profiles):

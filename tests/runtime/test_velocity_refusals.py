@@ -1,4 +1,4 @@
-"""Models with two outputs, each with a sampler of its own: LTX-2, video and sound."""
+"""Plans that replace velocities, on models with two outputs (LTX-2) and pipelines of two transformers (Wan 2.2)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from layercache.models.registry import fingerprint_of
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.policy import PlannedMethod
 from support.zoo import build
+from support.zoo_pipelines import _wan_two_experts
 
 STEPS = 8
 
@@ -28,9 +29,10 @@ def scheduler():
     return scheduler
 
 
-@pytest.mark.parametrize(
-    "method", [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 4), spans=(1, 1, 1))]
-)
+METHODS = [EasyCache(), Uniform(), TaylorSeer(), MeanCache(computed=(0, 1, 4), spans=(1, 1, 1))]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_plans_that_replace_velocities_are_refused_before_any_work(model, scheduler, method):
     plans = [method]
     if isinstance(method, PlannedMethod):
@@ -49,3 +51,16 @@ def test_plans_that_replace_velocities_are_refused_before_any_work(model, schedu
 def test_plans_of_groups_are_not(model, scheduler, plan):
     layercache.enable(model, plan, scheduler)
     layercache.disable(model)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_two_experts(scheduler, method):
+    """One that says itself at which steps its transformer runs is not refused (`test_experts`)."""
+    pipe = _wan_two_experts()[0]
+    plans = [method]
+    if isinstance(method, PlannedMethod):
+        plans.append(method.schedule(fingerprint_of(pipe.transformer, scheduler.sigmas.tolist(), ("cond", "uncond"))))
+    for plan in plans:
+        with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):
+            layercache.enable(pipe, plan)
+        assert attachment_of(pipe.transformer) is None
