@@ -40,15 +40,27 @@ def _class_method(owner: Any, name: str) -> Any:
 
 
 class MethodPatch(functools.partial[Any]):
-    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
+    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself.
+
+    Attributes:
+        before: what the instance had under that name; empty where it was the class's method.
+        behind: the method as it was; called when this patch has ended while another lies in front of it.
+    """
 
     of: tuple[Any, str]
+    before: dict[str, Any]
+    behind: Any
+    has_ended = False
 
     def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
         patch = super().__new__(cls, call)
-        functools.update_wrapper(patch, getattr(owner, name))
+        patch.behind = getattr(owner, name)
+        functools.update_wrapper(patch, patch.behind)
         patch.of = owner, name
         return patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.behind(*args, **kwargs) if self.has_ended else super().__call__(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         return _class_method, self.of
@@ -199,6 +211,15 @@ class Attachment:
 
     @staticmethod
     def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
+        above, patch = None, owner.__dict__.get(name)
+        while isinstance(patch, MethodPatch) and patch.before is not before:
+            above, patch = patch, patch.before.get(name)
+        if isinstance(patch, MethodPatch):
+            patch.has_ended = True
+            if above is not None:  # another cache's, which ends later (two transformers and one scheduler)
+                above.before.clear()
+                above.before.update(before)
+                return
         owner.__dict__.pop(name, None)
         owner.__dict__.update(before)
 
@@ -237,6 +258,8 @@ class Attachment:
 
     def _put(self, owner: Any, name: str, value: Any) -> None:
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+        if isinstance(value, MethodPatch):
+            value.before = before
         owner.__dict__[name] = value
         self._instance_attributes.append((owner, name, before))
 
