@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class LayerCacheError(Exception):
     """Base class of the library's own errors.
@@ -64,14 +66,35 @@ class ForeignCacheError(CacheStateError, ValueError):
 
 
 class NonFiniteResidualError(LayerCacheError, ArithmeticError):
-    """A stored residual held NaN or infinity, so the picture of that generation cannot be trusted."""
+    """A stored residual held NaN or infinity, so the picture of that generation cannot be trusted.
+
+    Attributes:
+        samples: which of the transformer's batch hold it, counted from 0; empty where that is not known.
+        was_warned_of: whether a `NonFiniteWarning` has said so already.
+    """
+
+    samples: tuple[int, ...] = ()
+    was_warned_of: bool = False
 
     @classmethod
-    def of(cls, what: str) -> NonFiniteResidualError:
-        return cls(
-            f"{what} held NaN or infinity, so the result of the last generation is not usable; the model itself "
-            "produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
+    def of(cls, what: str, samples: Collection[int] = (), may_overflow: bool = False) -> NonFiniteResidualError:
+        """Of what was stored; ``may_overflow``: in float16, by a group of blocks that may add more than that holds."""
+        found = tuple(sorted(samples))
+        word, numbers = "sample" if len(found) == 1 else "samples", ", ".join(map(str, found))
+        which = f" in {word} {numbers} of the batch (counted from 0)" if found else ""
+        cause = (
+            "the stored residual may have overflowed float16, which ends at 65504, where the model's own numbers do "
+            "not; residuals are stored in float32 from now on: run it again (or enable with storage='float32')"
+            if may_overflow
+            else "the model itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
         )
+        error = cls(f"{what} held NaN or infinity{which}, not usable as a result; {cause}")
+        error.samples = found
+        return error
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """Of a pipeline's finished call, some pictures are NaN; the call gives all of them (`NonFiniteResidualError`)."""
 
 
 class MissingExtraError(LayerCacheError, ImportError):

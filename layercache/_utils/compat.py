@@ -54,6 +54,17 @@ def allow_graphs(graphs: int) -> None:
     setattr(config, name, max(getattr(config, name), 8 + graphs))
 
 
+def allow_more_graphs(graphs: int) -> None:
+    """The same on top of the present limits: for other shapes, or another schedule, on a function with graphs."""
+    config = torch._dynamo.config
+    for names in (
+        ("recompile_limit", "cache_size_limit"),
+        ("accumulated_recompile_limit", "accumulated_cache_size_limit"),
+    ):
+        name = next(name for name in names if hasattr(config, name))
+        setattr(config, name, getattr(config, name) + graphs)
+
+
 def keep_address(tensor: torch.Tensor) -> torch.Tensor:
     """Tells torch.compile that the tensor stays where it is: CUDA graphs may write into it instead of copying it.
 

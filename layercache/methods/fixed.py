@@ -106,6 +106,10 @@ class TaylorSeer(PlannedMethod):
         check_range("order", self.order, 0, 7)
         check_range("warmup", self.warmup, 1)
 
+    @property
+    def replaces_velocity(self) -> bool:
+        return self.groups is None
+
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("TaylorSeer.schedule", fingerprint, Fingerprint)
         computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)

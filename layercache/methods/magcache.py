@@ -63,6 +63,10 @@ class MagCache(PlannedMethod):
         check_range("max_consecutive", self.max_consecutive, 1)
         check_range("retention", self.retention, 0, 1)
 
+    @property
+    def replaces_velocity(self) -> bool:
+        return False
+
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MagCache.schedule", fingerprint, Fingerprint)
         cells = {

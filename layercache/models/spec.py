@@ -163,6 +163,11 @@ class BlockCalls:
             return image
         return (image, text) if self._image == 0 else (text, image)
 
+    def joined(self, image: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        """The output of a block that joins its streams."""
+        assert self.order is not None and text is not None
+        return torch.cat((text.to(image.dtype), image) if self.order[0] == "text" else (image, text.to(image.dtype)), 1)
+
     def passed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output of a block that changes nothing."""
         first = kwargs[self._first] if self._first in kwargs else args[0]

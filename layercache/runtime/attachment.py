@@ -45,15 +45,27 @@ def _class_method(owner: Any, name: str) -> Any:
 
 
 class MethodPatch(functools.partial[Any]):
-    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself."""
+    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself.
+
+    Attributes:
+        before: what the instance had under that name; empty where it was the class's method.
+        behind: the method as it was; called when this patch has ended while another lies in front of it.
+    """
 
     of: tuple[Any, str]
+    before: dict[str, Any]
+    behind: Any
+    has_ended = False
 
     def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
         patch = super().__new__(cls, call)
-        functools.update_wrapper(patch, getattr(owner, name))
+        patch.behind = getattr(owner, name)
+        functools.update_wrapper(patch, patch.behind)
         patch.of = owner, name
         return patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.behind(*args, **kwargs) if self.has_ended else super().__call__(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         return _class_method, self.of
@@ -133,8 +145,6 @@ class Attachment:
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
                 self._patch(self.transformer, name, self._changing(getattr(self.transformer, name)))
-        for owner, name, replacement in self.router.patches():
-            self._patch(owner, name, replacement)
         identity = self.router.identity
         if self.pipeline is not None and identity.scheduler is getattr(self.pipeline, "scheduler", None):
             identity.follow(self.pipeline)
@@ -193,6 +203,7 @@ class Attachment:
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
+        self.router.shut()
         for blocks, cls in self._classes:
             blocks.__class__ = cls
             for name in _ROUTED_NAMES:
@@ -207,6 +218,15 @@ class Attachment:
 
     @staticmethod
     def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
+        above, patch = None, owner.__dict__.get(name)
+        while isinstance(patch, MethodPatch) and patch.before is not before:
+            above, patch = patch, patch.before.get(name)
+        if isinstance(patch, MethodPatch):
+            patch.has_ended = True
+            if above is not None:  # another cache's, which ends later (two transformers and one scheduler)
+                above.before.clear()
+                above.before.update(before)
+                return
         owner.__dict__.pop(name, None)
         owner.__dict__.update(before)
 
@@ -254,6 +274,8 @@ class Attachment:
 
     def _put(self, owner: Any, name: str, value: Any) -> None:
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+        if isinstance(value, MethodPatch):
+            value.before = before
         owner.__dict__[name] = value
         self._instance_attributes.append((owner, name, before))
 

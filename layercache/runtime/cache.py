@@ -28,5 +28,6 @@ class Cache(Protocol):
         """Looks for NaN and infinity in what the last generation stored.
 
         Raises:
-            NonFiniteResidualError: there were some; the pictures of that generation are not usable.
+            NonFiniteResidualError: there were some; its ``samples`` say which pictures are not usable. The end of a
+                pipeline's call tells of them by a `NonFiniteWarning`, and gives its pictures.
         """

@@ -20,6 +20,7 @@ from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
+from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
@@ -59,6 +60,7 @@ class BranchState:
         anchors: steps whose residuals are stored, newest first.
         stored: their residuals, image and text, in the same order.
         log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
+        excluded: samples of the batch that are NaN.
     """
 
     place: ForwardPlace
@@ -68,6 +70,7 @@ class BranchState:
     anchors: list[int] = field(default_factory=list)
     stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
+    excluded: Excluded = field(default_factory=Excluded)
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +112,11 @@ class _Visit(BlockPass):
             self.base = [image, text] if router.keeps_text and text is not None else [image]
         if at == router.probe:
             assert self.start is not None
-            self.reuses = router.decides_to_reuse(Observation(self.start, image, router.modulation))
+            start = self.start
+            if start.dtype != image.dtype:  # under torch.autocast
+                wider = torch.promote_types(start.dtype, image.dtype)
+                start, image = start.to(wider), image.to(wider)
+            self.reuses = router.decides_to_reuse(Observation(start, image, router.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -195,17 +202,16 @@ class DynamicRouter(Router):
         self.probe, self.skip_from = method.probe, method.skip_from
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
-        self.storage = Storage(storage)
+        self.storage = Storage(storage, may_wait=method.sync == "step")
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._run: DynamicRun | None = None
         self._state: BranchState
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
-        # of the last generation: its decisions by branch, its noise levels, and whether what it stored was finite
+        # of the last generation: its decisions by branch, and its noise levels
         self._logs: dict[str, list[Cell]] = {}
         self._sigmas: tuple[float, ...] | None = None
-        self._is_bad = False
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -241,15 +247,12 @@ class DynamicRouter(Router):
         run.states[place.key] = state
         return state
 
-    def end_generation(self, completed: bool = True) -> None:
-        run = self._run
-        if run is not None:
-            self._is_bad = completed and self._holds_bad(run)
-            self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
-        self._run = None
+    def drop_generation(self) -> None:
+        run, self._run = self._run, None
+        assert run is not None
+        self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
         self.__dict__.pop("_state", None)
         self.modulation = _no_modulation
-        super().end_generation(completed)
 
     def new_pass(self) -> BlockPass:
         return _Visit(self)
@@ -292,7 +295,8 @@ class DynamicRouter(Router):
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
         must = not state.anchors or decider.must_compute(step)
-        numbers = state.reader.read(self._seen(state, step, observation, must))
+        numbers = state.reader.read(self._seen(state, step, state.excluded.observed(observation), must))
+        state.excluded.note(numbers)
         reuses = not must and numbers is not None and decider.may_reuse(step, numbers)
         decider.record(step, not reuses)
         return decider.terms(step, state.anchors) if reuses else None
@@ -316,12 +320,16 @@ class DynamicRouter(Router):
         buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
         for stream, before, buffer in zip(streams, base, buffers, strict=True):
             check_alike(before, stream)
-            if not self.storage.fits(buffer, stream):
+            if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
                 self.storage.allocate(buffer, stream)
         state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
         self.storage.store(streams, base, buffers, self._flag_for(streams[0]))
+        if state.excluded.is_due and len(streams[0]) > 1 and self._group is None:
+            if self.storage.may_wait or not streams[0].is_cuda:
+                if state.excluded.look(streams[0]):
+                    state.decider.clear(state.excluded)
 
     def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
         """Raised on the way where numbers cannot be looked at in their place when the generation ends."""
@@ -341,27 +349,18 @@ class DynamicRouter(Router):
         into = None if results is None else [r for r in results[: len(base)] if r is not None]
         return self.storage.restore(base, residuals, list(terms.values()), into)
 
-    def finish(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Looks for NaN and infinity in what the last generation stored.
-
-        Raises:
-            NonFiniteResidualError: a stored residual held some.
-        """
-        bad = self._is_bad if self._run is None else self._holds_bad(self._run)
-        self._is_bad = False
-        if bad:
-            self.end_generation(completed=False)
-            raise NonFiniteResidualError.of("a stored residual")
-
-    def _holds_bad(self, run: DynamicRun) -> bool:
-        """Whether something stored is not finite: by the device's flag, or without a GPU by looking."""
-        if run.flag is not None and bool(run.flag.item()):
-            return True
-        buffers = (buffer for state in run.states.values() for one in state.stored for buffer in one)
-        return not all(self.storage.is_finite(buffer) for buffer in buffers)
+    def find_fault(self) -> NonFiniteResidualError | None:
+        """Looks at the stored residuals: by the device's flag, or without a GPU at themselves."""
+        run = self._run
+        assert run is not None
+        buffers = [buffer for state in run.states.values() for one in state.stored for buffer in one]
+        bad = run.flag is not None and bool(run.flag.item())
+        if not bad and all(self.storage.is_finite(buffer) for buffer in buffers):
+            return None
+        samples, overflow = self.storage.bad_among(buffers), self.storage.may_overflow
+        if overflow:
+            self.storage.widen()
+        return NonFiniteResidualError.of("a stored residual", samples, overflow)
 
     @property
     def _last_logs(self) -> dict[str, list[Cell]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any, overload
 
 from torch import nn
 
-from layercache.errors import CacheStateError, MethodError
-from layercache.models.registry import config_hash, count_blocks, find_transformer, spec_for
+from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
+from layercache.models.registry import config_hash, count_blocks, experts_of, find_transformer, spec_for
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
@@ -94,7 +95,8 @@ def enable(
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
-        MethodError: the method cannot work on this model, or ``plan`` is something else.
+        MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs, or
+            a pipeline of two transformers), or ``plan`` is something else.
 
     All errors are classes of `layercache.errors`.
     """
@@ -123,6 +125,28 @@ class Setting:
         """Raises `ScheduleMismatchError` unless the schedule was made for this model."""
         model = self.transformer
         fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
+
+    def check_velocities(self, name: str, steps: str = "every step") -> None:
+        """Raises `MethodError` where velocities that the plan replaces are not all there is to replace.
+
+        Args:
+            name: of the plan.
+            steps: at which the plan takes this transformer to run; empty where it says itself that others run too.
+        """
+        model = type(self.transformer).__name__
+        if len(spec_for(self.transformer).leaves) > 1:
+            raise MethodError(
+                f"{name} replaces the velocity that the sampler gets, and {model} gives two outputs, each with a "
+                "sampler of its own: the second would be stepped with what was never computed; take a method or "
+                "schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
+            )
+        experts = [] if isinstance(self.pipe, nn.Module) else list(experts_of(self.pipe))
+        if steps and len(experts) > 1:
+            raise MethodError(
+                f"{name} replaces velocities at {steps} of a run, and this pipeline runs {' and '.join(experts)} in "
+                "turns, of which it sees one; take a method or schedule that reuses groups of blocks (FBCache, "
+                "layercache.plan), or plan each transformer for its own steps (layercache.calibrate(transformer=...))"
+            )
 
     def refuse_storage(self, plan: Any) -> None:
         """Raises `CacheStateError` where a storage was asked for and the plan stores no residuals of groups."""
@@ -166,6 +190,8 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
             attachment.share(pipeline, scheduler)
             return shared
     router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
+    if any(plan.velocities):
+        setting.check_velocities("this schedule", "" if plan.fingerprint.steps_run else "every step")
     if router.replaces_velocity and not hasattr(scheduler, "step_index"):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
@@ -184,12 +210,15 @@ def _(plan: ModuleSchedule, setting: Setting) -> ModuleScheduleRouter:
 @make_router.register
 def _(plan: StepMethod, setting: Setting) -> StepRouter:
     setting.refuse_storage(plan)
+    setting.check_velocities(type(plan).__name__)
     return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
 
 
 @make_router.register
 def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
+    if plan.replaces_velocity:
+        setting.check_velocities(type(plan).__name__)
     return PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
 
 
@@ -264,13 +293,27 @@ def enabled(
 ) -> Iterator[Any]:
     """``enable`` for the length of a ``with`` block; takes the same arguments.
 
+    Where a picture of a pipeline's call is NaN, the call gives all its pictures and a `NonFiniteWarning` says which are
+    not finite; the end of the block raises nothing then, and ``cache.check()`` raises for those who ask.
+
     Raises:
-        NonFiniteResidualError: at the end, when a stored residual held NaN or infinity.
+        NonFiniteResidualError: at the end, on a bare transformer, when a stored residual held NaN or infinity.
     """
     cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage)
     attachment = cache.attachment  # the pipeline may not have its transformer any more at the end
     try:
         yield cache
-        cache.check()
+        _check_at_end(cache, pipe)
     finally:
         attachment.detach()
+
+
+def _check_at_end(cache: Cache, pipe: Any) -> None:
+    """What the last generation has stored; the finished calls of a pipeline keep their pictures."""
+    try:
+        cache.check()
+    except NonFiniteResidualError as error:
+        if isinstance(pipe, nn.Module):
+            raise
+        if not error.was_warned_of:
+            warnings.warn(str(error), NonFiniteWarning, stacklevel=4)

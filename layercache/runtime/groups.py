@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercache._utils.compat import allow_more_graphs
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
@@ -15,6 +16,7 @@ from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport
 from layercache.runtime.router import BlockPass, Router
+from layercache.runtime.signature import Signature, shapes_of
 from layercache.runtime.state import CacheState, Row
 from layercache.runtime.storage import Buffer, Storage, check_alike
 from layercache.runtime.velocity import VelocityTrack, sample_shape
@@ -50,6 +52,7 @@ class ScheduleRouter(Router):
         super().__init__(transformer, spec, schedule.groups)
         self.schedule = schedule
         self.storage = Storage(storage)
+        self.has_post_hook = type(self).after is not ScheduleRouter.after
         self.layout = self._lay_out("")
         prints = schedule.fingerprint
         self.identity = Identity(spec, scheduler, prints.sigmas, prints.check_sigmas)
@@ -59,10 +62,10 @@ class ScheduleRouter(Router):
         self.row: Row
         self.track = self.new_track()
         self._dry_pass: DryPass | None = None
+        self._compiled_shapes: set[Any] = set()
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
-        self._bad: tuple[str, ...] = ()
         self.is_placed = True  # of the present forward, as a member of a batch
         self._fallback_rows = 0
 
@@ -97,23 +100,30 @@ class ScheduleRouter(Router):
         if state.signature.changes(forward.arguments):
             state.reset()
             if forward.dry_run is not None:
-                self._fit_ahead(state, forward.dry_run)
+                self._fit_ahead(state, forward)
         return self._choose_row(state, place.step)
 
     def _lay_out(self, branch: str) -> Layout:
         spec = self.spec
         return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
 
-    def _fit_ahead(self, state: CacheState, dry_run: Callable[[], Any]) -> None:
-        """Allocates the slots outside the graph, which would be compiled again once they are there.
+    def _fit_ahead(self, state: CacheState, forward: Forward) -> None:
+        """Makes room for the graphs of further shapes, and allocates the slots outside of them.
 
+        A graph that allocates would be compiled again once they are there.
         The shapes come from a forward whose blocks are all skipped; offload hooks and the like see a normal forward.
         """
+        shapes = shapes_of(forward.arguments)
+        if shapes not in self._compiled_shapes:
+            self._compiled_shapes.add(shapes)
+            allow_more_graphs(self.graphs)
         self.open((GroupAction(REUSE, text=True),) * len(self.schedule.groups))
         self._dry_pass, self.keeps_items = DryPass(self), False
         try:
-            dry_run()
+            assert forward.dry_run is not None
+            forward.dry_run()
             if self._dry_pass.streams is not None:
+                self.storage.prepare_graph(self._dry_pass.streams[0])
                 state.fit(*self._dry_pass.streams)
         finally:
             self._dry_pass, self.keeps_items = None, True
@@ -139,14 +149,11 @@ class ScheduleRouter(Router):
         self._live[place.key] = state
         return state
 
-    def end_generation(self, completed: bool = True) -> None:
-        if self.generation is not None:
-            self._bad = self._find_bad() if completed else ()
-            # memory of parts that the generation did not have is not kept for the next one
-            self.states = dict(self._live) or self.states
-            self._live = {}
-            self.track = self.new_track(self.track.slots)
-        super().end_generation(completed)
+    def drop_generation(self) -> None:
+        # memory of parts that the generation did not have is not kept for the next one
+        self.states = dict(self._live) or self.states
+        self._live = {}
+        self.track = self.new_track(self.track.slots)
 
     def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
         """The schedule's row, or computing everything where a residual the row reads is not there."""
@@ -192,6 +199,8 @@ class ScheduleRouter(Router):
             if text_slot is not None:
                 check_alike(text_in, text_out)
             state.validated_groups.add((group, text_slot is None))
+            if image_out.dtype == torch.float16 and self.attachment.pipeline is None:
+                self.has_post_hook = True
         # without a GPU numbers are looked at where they are stored when the generation ends, not on their way
         flag = state.flag.tensor if image_out.is_cuda or self.storage.is_compact else None
         if text_slot is None:
@@ -248,6 +257,8 @@ class ScheduleRouter(Router):
         Raises:
             CacheStateError: the sampler steps where the transformer was not called.
         """
+        if step not in self.schedule.fingerprint.steps:
+            return velocity  # of the pipeline's other transformer
         if step != self.track.step:
             raise CacheStateError(
                 f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "
@@ -255,25 +266,38 @@ class ScheduleRouter(Router):
             )
         return self.track.replace_velocity(velocity, latents)
 
-    def finish(self) -> None:
-        self.check()
+    def find_fault(self) -> NonFiniteResidualError | None:
+        """Looks at the stored velocities and residuals; reads the device's flags and clears them."""
+        bad, samples = [], set[int]()
+        for name, state in self._live.items():
+            if not state.is_finite():
+                bad.append(name)
+                samples |= state.bad_samples
+        if not self.track.is_finite():
+            samples |= self.track.bad_samples()
+            bad.append("all")
+        if not bad:
+            return None
+        overflow = self._widen_storage()
+        return NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}", samples, overflow)
 
-    def check(self) -> None:
-        """Looks for NaN and infinity in what the last generation stored.
+    def _widen_storage(self) -> bool:
+        """Whether float16 may have been too small for what was stored; it is stored in float32 from now on."""
+        if not self.storage.may_overflow:
+            return False
+        self.storage.widen()
+        for state in self.states.values():
+            state.signature = Signature()  # graphs need other slots
+        return True
+
+    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
+        """Behind a bare transformer's last step nobody asks again: looks at residuals that float16 may not hold.
 
         Raises:
-            NonFiniteResidualError: a stored residual or velocity held NaN or infinity.
+            NonFiniteResidualError: one held NaN or infinity.
         """
-        bad = self._find_bad() if self.generation is not None else self._bad
-        self._bad = ()
-        if bad:
-            self.end_generation(completed=False)
-            raise NonFiniteResidualError.of(f"a stored residual or velocity of branch {', '.join(bad)}")
-
-    def _find_bad(self) -> tuple[str, ...]:
-        """Branches that stored NaN or infinity in this generation; reads the device's flags."""
-        bad = [name for name, state in self._live.items() if not state.is_finite()]
-        return tuple(bad if self.track.is_finite() else [*bad, "all"])
+        if self.storage.may_overflow and self.row is self.state.rows[-1]:
+            self.check()
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""

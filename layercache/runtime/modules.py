@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -26,6 +26,7 @@ from layercache.runtime.identity import NO_BRANCH, Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
+from layercache.runtime.samples import bad_samples
 from layercache.runtime.signature import Signature
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -41,12 +42,19 @@ class ModuleUnit:
     Attributes:
         name: block list, block and submodules, such as ``transformer_blocks.3.attn``.
         kind: the submodules' names alone, the same in every block of a list.
-        modules: run one after the other; the last one's output is kept.
+        block: where they are looked up.
+        parts: names of the submodules, which run one after the other; the last one's output is kept.
     """
 
     name: str
     kind: str
-    modules: tuple[nn.Module, ...] = field(repr=False)
+    block: nn.Module = field(repr=False)
+    parts: tuple[str, ...] = field(repr=False)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The submodules that are there now: an adapter (LoRA) or a quantiser puts others in their place."""
+        return tuple(attrgetter(part)(self.block) for part in self.parts)
 
 
 def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
@@ -65,10 +73,9 @@ def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
         for number, block in enumerate(getattr(transformer, name)._modules.values()):
             for parts in spec.modules.get(name, ()):
                 kind = "+".join(parts)
-                modules = tuple(attrgetter(part)(block) for part in parts)
-                if None in modules:  # some blocks lack a module, such as the text's feed-forward in the last one
-                    continue
-                units.append(ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", modules))
+                unit = ModuleUnit(f"{name}.{number}.{kind}", f"{name}.{kind}", block, parts)
+                if None not in unit.modules:  # some blocks lack one, such as the text's feed-forward in the last block
+                    units.append(unit)
     return units
 
 
@@ -98,6 +105,9 @@ def copy_of(output: Output, into: Output | None = None) -> Output:
 class ModuleRouter(Router):
     """Stands in front of every unit of a transformer. Subclasses say what happens there.
 
+    The modules' forwards are replaced for the length of each forward of the model and of no longer: whatever else takes
+    hold of the modules in between (adapters, hooks, offloading, quantisation) finds them as they are.
+
     Raises:
         UnsupportedModelError: the description names no modules, or gradients are needed and do not pass through them.
     """
@@ -115,13 +125,37 @@ class ModuleRouter(Router):
         self.branch, self.step_index, self.starts = "", 0, False
         self._signatures: dict[str, Signature] = {}
         self._ran: set[int] = set()
+        self._made: dict[tuple[int, int], tuple[nn.Module, Any, Any]] = {}
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []
 
-    def patches(self) -> Iterable[tuple[Any, str, Any]]:
+    def _replace(self) -> None:
+        """Puts a callable in front of the forward of every module of the units."""
         for number, unit in enumerate(self.units):
-            *front, last = unit.modules
-            for module in front:
-                yield module, "forward", self._front(number, module.forward)
-            yield last, "forward", self._last(number, unit, last.forward)
+            for place, module in enumerate(unit.modules):
+                own = module.__dict__.get("forward")  # a hook's, where there is one
+                call = module.__dict__["forward"] = self._stand_in(number, place, module, own)
+                self._replaced.append((module, own, call))
+
+    def _stand_in(self, number: int, place: int, module: nn.Module, own: Any) -> Any:
+        """The callable in front of a module's forward: the same as long as both are, which graphs rely on."""
+        made = self._made.get((number, place))
+        if made is None or made[0] is not module or made[1] is not own:
+            unit, original = self.units[number], module.forward
+            is_last = place == len(unit.parts) - 1
+            call = self._last(number, unit, original) if is_last else self._front(number, original)
+            made = self._made[number, place] = module, own, call
+        return made[2]
+
+    def _restore(self) -> None:
+        """Gives the modules their own forwards back; the last one replaced first, should a module be there twice."""
+        while self._replaced:
+            module, own, call = self._replaced.pop()
+            if module.__dict__.get("forward") is not call:  # somebody has put another there since
+                continue
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
 
     def _front(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """A module before a unit's last: passed by where the unit is."""
@@ -177,6 +211,12 @@ class ModuleRouter(Router):
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)
         self._ran.clear()
+        self._restore()  # where the last forward was interrupted
+        self._replace()
+
+    def shut(self) -> None:
+        super().shut()
+        self._restore()
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         """A forward starts; calls `open`."""
@@ -230,7 +270,7 @@ class ModuleScheduleRouter(ModuleRouter):
         self.finals: dict[str, tuple[torch.Tensor, ...]] = {}
         self._valid: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
-        self._computes_all = self._is_bad = False
+        self._computes_all = False
         self._counts = Counts()
         self._branches: tuple[str, ...] = ()
         self._seconds = {"computed": 0.0, "all": 0.0}
@@ -250,12 +290,9 @@ class ModuleScheduleRouter(ModuleRouter):
     def unplaced(self) -> None:
         self._count(False, set(), False)
 
-    def end_generation(self, completed: bool = True) -> None:
-        if self.generation is not None:
-            self._is_bad = completed and self._holds_bad()
-            self._branches = tuple(self._signatures)
+    def drop_generation(self) -> None:
+        self._branches = tuple(self._signatures)
         self._valid, self._final_valid, self._signatures = {}, set(), {}
-        super().end_generation(completed)
 
     def free(self) -> None:
         super().free()
@@ -308,29 +345,16 @@ class ModuleScheduleRouter(ModuleRouter):
         final = self.finals[self.branch]
         return final[0], final[1] if len(final) == 2 else text
 
-    def finish(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Looks at what the last generation stored of final hidden states and outputs of the last block.
-
-        Raises:
-            NonFiniteResidualError: one holds NaN or infinity.
-        """
-        bad = self._is_bad if self.generation is None else self._holds_bad()
-        self._is_bad = False
-        if bad:
-            self.free()
-            raise NonFiniteResidualError.of("a stored output")
-
-    def _holds_bad(self) -> bool:
+    def find_fault(self) -> NonFiniteResidualError | None:
+        """Looks at what is stored of final hidden states and outputs of the last block."""
         found: list[torch.Tensor] = []
         for branch, valid in self._valid.items():
             if valid:
                 found += tensors_of(self.outputs[branch][max(valid)])
             if branch in self._final_valid:
                 found += self.finals[branch]
-        return not all(bool(torch.isfinite(t).all()) for t in found)
+        samples = set[int]().union(*map(bad_samples, found))
+        return NonFiniteResidualError.of("a stored output", samples) if samples else None
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""

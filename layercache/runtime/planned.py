@@ -81,14 +81,10 @@ class PlannedRouter(Router):
             self._router.free()
 
     def finish(self) -> None:
-        self.check()
+        if self._router is not None:
+            self._router.finish()
 
     def check(self) -> None:
-        """Looks for NaN and infinity in what the last generation stored.
-
-        Raises:
-            NonFiniteResidualError: there were some.
-        """
         if self._router is not None:
             self._router.check()
 

@@ -69,6 +69,10 @@ class Decider(ABC):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._memory.values() if t is not None)
 
+    def clear(self, excluded: Any) -> None:
+        """Forgets samples of the batch that turned out to be NaN (`layercache.runtime.samples.Excluded`)."""
+        excluded.clear([t for t in self._memory.values() if t is not None])
+
     def is_last(self, step: int) -> bool:
         return self.run.num_steps is not None and step == self.run.num_steps - 1
 
@@ -144,6 +148,11 @@ class PlannedMethod(ABC):
     """
 
     name: ClassVar[str] = ""
+
+    @property
+    def replaces_velocity(self) -> bool:
+        """Whether its schedules replace velocities, as those do that skip whole steps."""
+        return True
 
     @abstractmethod
     def schedule(self, fingerprint: Fingerprint) -> Schedule:

@@ -302,6 +302,8 @@ class BatchRouter(Router):
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         advances = text is not None and self.actions[group].text
         base = [image, text] if advances else [image]
+        if any(router.storage.is_mixed for router, _ in self.members):
+            return self._reuse_apart(group, base, text)
         into: list[Any] = list(results[: len(base)]) if results else [torch.empty_like(stream) for stream in base]
         for router, rows in self.members:
             parts = [stream[rows] for stream in base]
@@ -316,6 +318,20 @@ class BatchRouter(Router):
                 router.storage.restore(parts, stored, [term[0] for term in chunk], targets)
                 parts = targets
         return into[0], into[1] if advances else text
+
+    def _reuse_apart(self, group: int, base: list[torch.Tensor], text: Any) -> Streams:
+        """The same where a request stores other dtypes than its streams have; each gives new tensors."""
+        found = []
+        for router, rows in self.members:
+            parts = [stream[rows] for stream in base]
+            terms = router.terms(self._runs[group], len(base) == 2) or ()
+            for lo in range(0, len(terms), ops.MAX_TERMS):
+                chunk = terms[lo : lo + ops.MAX_TERMS]
+                stored: list[list[Any]] = [[term[1 + stream] for term in chunk] for stream in range(len(parts))]
+                parts = router.storage.restore(parts, stored, [term[0] for term in chunk], None)
+            found.append(parts)
+        streams = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return streams[0], streams[1] if len(base) == 2 else text
 
 
 def _ranges(flags: Sequence[bool]) -> list[range]:

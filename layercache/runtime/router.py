@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
-from layercache.errors import CacheStateError
+from layercache.errors import CacheStateError, NonFiniteResidualError, NonFiniteWarning
 from layercache.models.spec import ModelSpec, Streams, Tokens
 from layercache.runtime.forward import Forward, Said, Saying
 from layercache.runtime.identity import NO_BRANCH, Generation, Identity
@@ -124,6 +125,8 @@ class BlockProxy:
         """What the block gives without running; of joined streams, what is new replaces its part in place."""
         if self.calls.order is None:
             return self.calls.pack(*new)
+        if new[0].dtype != here[0].dtype:
+            return self.calls.joined(*new)
         for old, other in zip(here, new, strict=True):
             if other is not None and other is not old:
                 old.copy_(other)  # type: ignore[union-attr]
@@ -202,6 +205,7 @@ class Attached(Protocol):
 
     router: Router
     owner: object
+    pipeline: Any
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
 
@@ -221,10 +225,12 @@ class Router:
         adds: whether the present forward may add something behind single blocks.
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
         has_post_hook: whether `after` does anything.
+        fault: NaN or infinity in what the last generation stored.
     """
 
     adds = True
     keeps_items = False
+    fault: NonFiniteResidualError | None = None
     rewritten: frozenset[int] = frozenset()
     identity: Identity
     attachment: Attached
@@ -352,6 +358,7 @@ class Router:
         place = self.identity.locate(forward)
         if place is not None and place.generation is not self.generation:
             self.end_generation()
+            self.finish()
             self.generation = place.generation
             self.begin_generation(place)
         return place
@@ -376,7 +383,11 @@ class Router:
         Args:
             completed: it ran to its end; what it stored may be looked at once more.
         """
-        if self.generation is not None and self.identity.generation is self.generation:
+        if self.generation is None:
+            return
+        self.fault = self.find_fault() if completed else None
+        self.drop_generation()
+        if self.identity.generation is self.generation:
             self.identity.reset()
         self.generation = None
 
@@ -433,7 +444,32 @@ class Router:
         self.end_generation(completed=False)
 
     def finish(self) -> None:
-        """The pipeline has ended a generation, and gives what it made."""
+        """The pipeline has given its pictures: a warning tells which of them are not usable."""
+        if self.fault is not None and not self.fault.was_warned_of:
+            self.fault.was_warned_of = True
+            warnings.warn(str(self.fault), NonFiniteWarning, stacklevel=4)
+
+    def check(self) -> None:
+        """Looks for NaN and infinity in what the last generation stored.
+
+        Raises:
+            NonFiniteResidualError: there were some, also where a warning has said so. It is raised once.
+        """
+        if self.generation is not None:
+            fault = self.find_fault()
+            if fault is not None:
+                self.end_generation(completed=False)
+            self.fault = fault
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
+
+    def find_fault(self) -> NonFiniteResidualError | None:
+        """Looks for NaN and infinity in what the present generation has stored; may ask the device."""
+        return None
+
+    def drop_generation(self) -> None:
+        """The state of the present generation is dropped."""
 
     def free(self) -> None:
         """Frees all memory of stored tensors."""

@@ -8,6 +8,17 @@ from typing import Any
 import torch
 
 
+def shapes_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
+    found: list[Any] = []
+    for name, value in sorted(arguments.items()):
+        if isinstance(value, torch.Tensor):
+            found.append((name, value.shape, value.dtype, value.device))
+        elif isinstance(value, (list, tuple)):
+            found += [(name, t.shape, t.dtype, t.device) for t in value if isinstance(t, torch.Tensor)]
+    return tuple(found)
+
+
 class Signature:
     """Shapes, dtypes and devices of a branch's arguments, and the modes that its forwards run in."""
 

@@ -68,6 +68,9 @@ class CacheState:
     Slots are allocated together at the first capture, because only then their shapes are known (where a
     graph is compiled: before the forward, by a dry run), and again when shape, dtype or device of the
     streams change.
+
+    Attributes:
+        bad_samples: of the batch, those that `is_finite` found not to be.
     """
 
     def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
@@ -76,6 +79,7 @@ class CacheState:
         self.texts = [Buffer() for _ in range(layout.text_slots)]
         self.flag = Buffer()
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
+        self.bad_samples: set[int] = set()
         self._uploaded_to: torch.device | None = None
         self.start()
 
@@ -108,23 +112,31 @@ class CacheState:
     def fit(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """Makes every slot fit the streams; does nothing when they already do.
 
+        The slots of the text are fitted at the first group that gives one: the last block of some models gives none. A
+        group whose streams are of another dtype fits its own slots when it stores them.
+
         Raises:
             CacheStateError: they fit the streams of another group, which has stored something already.
         """
-        if self.flag.tensor is not None and self.storage.fits(self.images[0], image):
-            if text is None or not self.texts or self.storage.fits(self.texts[0], text):
-                return
-        if self.validated_groups:
+        has_text = any(not without_text for _, without_text in self.validated_groups)
+        self._fit(self.images, image, bool(self.validated_groups))
+        if text is not None:
+            self._fit(self.texts, text, has_text)
+        if self.flag.tensor is None or self.flag.tensor.device != image.device:
+            self.flag.tensor = keep_address(empty_for_any_mode((1,), torch.int32, image.device).zero_())
+
+    def _fit(self, buffers: list[Buffer], stream: torch.Tensor, stored: bool) -> None:
+        """The slots of one stream; ``stored`` where another group has stored its own already."""
+        storage = self.storage
+        if not buffers or (storage.has_shape if stored else storage.fits)(buffers[0], stream):
+            return
+        if stored:
             raise CacheStateError(
-                f"the streams behind a group of blocks are {describe(image)} and {describe(text)}, others than those "
-                "behind the groups before it; layercache follows streams that keep their size through all groups"
+                f"a stream behind a group of blocks is {describe(stream)}, and {describe(buffers[0].tensor)} behind "
+                "the groups before it; layercache follows streams that keep their size through all groups"
             )
-        for buffers, stream in ((self.images, image), (self.texts, text)):
-            if stream is None:
-                continue
-            for buffer in buffers:
-                self.storage.allocate(buffer, stream)
-        self.flag.tensor = keep_address(empty_for_any_mode((1,), torch.int32, image.device).zero_())
+        for buffer in buffers:
+            storage.allocate(buffer, stream)
 
     def is_finite(self) -> bool:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
@@ -132,7 +144,9 @@ class CacheState:
             return True
         held = [buffer for buffer, key in zip(self.images, self.held, strict=True) if key is not None]
         bad = bool(self.flag.tensor.item()) or not all(map(self.storage.is_finite, held))
+        self.bad_samples = set()
         if bad:
+            self.bad_samples = self.storage.bad_among(held)
             self.flag.tensor.zero_()
             self.reset()
         return not bad

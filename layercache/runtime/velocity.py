@@ -10,6 +10,7 @@ import torch
 from layercache import ops
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
+from layercache.runtime.samples import bad_samples
 from layercache.schedule.memory_plan import Layout, VelocityLayout
 
 MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
@@ -133,8 +134,15 @@ class VelocityTrack:
 
     def is_finite(self) -> bool:
         """Whether the stored velocities are; asks the device. What is not finite once stays so by the latents."""
-        held = [slot for slot, step in zip(self.slots, self.held, strict=True) if slot is not None and step is not None]
-        return all(bool(torch.isfinite(slot).all()) for slot in held)
+        return all(bool(torch.isfinite(slot).all()) for slot in self._stored())
+
+    def bad_samples(self) -> set[int]:
+        """Samples of the batch whose stored velocities are not finite; asks the device."""
+        return set[int]().union(*map(bad_samples, self._stored()))
+
+    def _stored(self) -> list[torch.Tensor]:
+        pairs = zip(self.slots, self.held, strict=True)
+        return [slot for slot, step in pairs if slot is not None and step is not None]
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
+from layercache.runtime.samples import Excluded, bad_samples
 from layercache.runtime.velocity import combine, require_one_shape
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity
@@ -31,6 +32,8 @@ class StepRun:
     Attributes:
         step: that was decided last, or -1.
         velocity: of the newest computed step.
+        inputs: of the newest step, until the sampler takes it.
+        excluded: samples of the batch that are NaN.
     """
 
     sigmas: tuple[float, ...]
@@ -39,11 +42,9 @@ class StepRun:
     log: list[Velocity | None] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
     velocity: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
     signature: tuple[Any, ...] = ()
-
-    def holds_bad(self) -> bool:
-        """Whether the stored velocity holds NaN or infinity; asks the device."""
-        return self.velocity is not None and not bool(torch.isfinite(self.velocity).all())
+    excluded: Excluded = field(default_factory=Excluded)
 
 
 class StepRouter(Router):
@@ -61,11 +62,10 @@ class StepRouter(Router):
         self.method = method
         self.identity = Identity(spec, scheduler)
         self._run: StepRun | None = None
-        # of the last generation: its decisions, its branches, its noise levels, and whether its velocity was finite
+        # of the last generation: its decisions, its branches, and its noise levels
         self._log: list[Velocity | None] = []
         self._branches: tuple[str, ...] = ()
         self._sigmas: tuple[float, ...] = ()
-        self._is_bad = False
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -95,24 +95,27 @@ class StepRouter(Router):
                 "take: the pipeline's scheduler was replaced; enable another method"
             )
         sigmas = scheduler_sigmas(scheduler) or ()
-        return StepRun(sigmas, self.method.decider(Run(len(sigmas) - 1, sigmas)))
+        return StepRun(sigmas, self._new_decider(sigmas))
 
-    def end_generation(self, completed: bool = True) -> None:
-        run = self._run
-        if run is not None:
-            self._is_bad = completed and run.holds_bad()
-            self._log, self._branches, self._sigmas = run.log, tuple(run.branches), run.sigmas
-        self._run = None
-        super().end_generation(completed)
+    def _new_decider(self, sigmas: tuple[float, ...]) -> StepDecider:
+        return self.method.decider(Run(len(sigmas) - 1, sigmas))
+
+    def drop_generation(self) -> None:
+        run, self._run = self._run, None
+        assert run is not None
+        self._log, self._branches, self._sigmas = run.log, tuple(run.branches), run.sigmas
 
     def _decide(self, run: StepRun, step: int, inputs: torch.Tensor) -> None:
         """Decides about a step when its first forward comes, for all its forwards."""
         signature = (inputs.shape, inputs.dtype, inputs.device, torch.is_inference_mode_enabled())
         if signature != run.signature:  # nothing that is stored is of this shape
-            fresh = self._new_run()
-            run.decider, run.velocity, run.signature = fresh.decider, None, signature
-        run.decider.observe(inputs)
-        reuses = not run.decider.must_compute(step) and run.decider.may_reuse(run.decider.numbers())
+            run.decider, run.velocity, run.signature = self._new_decider(run.sigmas), None, signature
+            run.excluded = Excluded()
+        run.inputs = inputs
+        run.decider.observe(run.excluded.without(inputs))
+        numbers = None if run.decider.must_compute(step) else run.decider.numbers()
+        run.excluded.note(numbers)
+        reuses = numbers is not None and run.decider.may_reuse(numbers)
         del run.log[step:]
         run.log += [None] * (step - len(run.log)) + [run.decider.velocity(step) if reuses else None]
         run.step = step
@@ -136,7 +139,7 @@ class StepRouter(Router):
             )
         rule = run.log[step]
         if rule is None:
-            run.decider.record(step, velocity)
+            self._record(run, step, velocity)
             if run.velocity is None or run.velocity.shape != velocity.shape:
                 run.velocity = velocity.clone()
             else:
@@ -146,23 +149,21 @@ class StepRouter(Router):
         require_one_shape([velocity, run.velocity])
         return combine([run.velocity], list(rule.terms.values()), None)
 
-    def finish(self) -> None:
-        self.check()
+    def _record(self, run: StepRun, step: int, velocity: torch.Tensor) -> None:
+        """Tells the decider what the model gave, without samples that are NaN; what it saw of those is forgotten."""
+        excluded, is_first = run.excluded, run.velocity is None
+        if excluded.is_due and len(velocity) > 1 and excluded.look(velocity) and is_first:
+            assert run.inputs is not None
+            run.decider = self._new_decider(run.sigmas)
+            run.decider.observe(excluded.without(run.inputs))
+        run.inputs = None
+        run.decider.record(step, excluded.without(velocity))
 
-    def check(self) -> None:
-        """Looks at the stored velocity of the last generation.
-
-        Raises:
-            NonFiniteResidualError: it holds NaN or infinity.
-        """
-        bad = self._is_bad if self._run is None else self._run.holds_bad()
-        self._is_bad = False
-        if bad:
-            self.end_generation(completed=False)
-            raise NonFiniteResidualError(
-                "a stored velocity held NaN or infinity, so the result of the last generation is not usable; the model "
-                "itself produced it (try bfloat16 or float32 instead of float16), caching was not the cause"
-            )
+    def find_fault(self) -> NonFiniteResidualError | None:
+        """Looks at the stored velocity."""
+        velocity = None if self._run is None else self._run.velocity
+        samples = set[int]() if velocity is None else bad_samples(velocity)
+        return NonFiniteResidualError.of("a stored velocity", samples) if samples else None
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:

@@ -10,11 +10,14 @@ from torch._dynamo.utils import counters
 
 import layercache
 from layercache.models import registry
-from layercache.models.registry import spec_for
+from layercache.models.registry import spec_for, temporarily_known
+from layercache.models.spec import ModelSpec
+from layercache.runtime import attachment
+from layercache.schedule.schedule import Schedule
 from support.forwards import call, schedule
 from support.marks import slow
+from support.tiny import SlopeTransformer, fingerprint, mixed_cells, schedule_for, tiny_pipeline
 from support.tiny import generate as make_pictures
-from support.tiny import mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 
 STEPS = 8
@@ -156,3 +159,34 @@ def test_where_torch_does_not_tell_whether_it_traces_hooks_are_kept_out_all_the_
     compiled = torch.compile(module, backend="eager")
     assert compiled(torch.ones(2)).tolist() == [2.0, 2.0] and hook(1) == 2 and seen == [False, False]
     torch._dynamo.reset()
+
+
+def test_further_sizes_and_batches_have_room_for_their_graphs(monkeypatch):
+    """Of two schedules, one after the other; only what their shapes make room for is there."""
+    monkeypatch.setattr(attachment, "allow_graphs", lambda graphs: None)
+    model, sigmas = SlopeTransformer(layers=2).eval(), (1.0, 0.8, 0.5, 0.0)
+    shapes = [(1, 4), (2, 4), (1, 6), (2, 6)]
+
+    def generate(batch, tokens):
+        torch.manual_seed(tokens)
+        streams = {"hidden_states": torch.randn(batch, tokens, 16), "encoder_hidden_states": torch.randn(batch, 3, 16)}
+        with torch.no_grad():
+            return torch.stack([model(**streams, timestep=torch.tensor(sigma)) for sigma in sigmas[:-1]])
+
+    with temporarily_known(ModelSpec("SlopeTransformer")):
+        prints, groups = fingerprint(model, sigmas, ("all",)), ((0, 1), (1, 2))
+        rows = [((None, None), row, (None, None)) for row in (({0: 1.0}, None), (None, {0: 1.0}))]
+        plans = [Schedule(prints, groups, row, (1.0, 1.0)) for row in rows]
+        expected = []
+        for plan in plans:
+            with layercache.enabled(model, plan):
+                expected.append([generate(*shape) for shape in shapes])
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+            model.compile(backend="eager", fullgraph=True, dynamic=False)
+            for plan, right in zip(plans, expected, strict=True):
+                with layercache.enabled(model, plan):
+                    for shape, outputs in zip(shapes, right, strict=True):
+                        assert torch.equal(generate(*shape), outputs)
+                    limit = torch._dynamo.config.recompile_limit
+                    generate(*shapes[0])
+                    assert torch._dynamo.config.recompile_limit == limit, "the same size again needs no further graphs"

@@ -421,6 +421,39 @@ def test_refusals(made, profiles):
             layercache.calibrate(pipe, prompts, transformer="transformer_2", **SIZES, **settings)
 
 
+def test_velocities_of_each_experts_own_steps(made, profiles):
+    """Every second step of each is skipped, and its velocity held."""
+    pipe, prompts, settings = made
+    call = settings | prompts[0]
+    plans = {}
+    for name, profile in profiles.items():
+        steps = profile.fingerprint.steps
+        skipped = {step for place, step in enumerate(steps) if place % 2}
+        cells = [None if step in steps and step not in skipped else {} for step in range(STEPS)]
+        velocities = tuple(Velocity({step - 1: 1.0}) if step in skipped else None for step in range(STEPS))
+        plans[name] = Schedule(profile.fingerprint, ((0, 4),), tuple((c,) for c in cells), (1.0,), {}, velocities)
+    held, step = [], pipe.scheduler.step
+
+    def holding(velocity, *args, **kwargs):
+        held.append(velocity)
+        place = len(held) - 1
+        place -= place % 2 if place < EARLY else (place - EARLY) % 2
+        return step(held[place], *args, **kwargs)
+
+    pipe.scheduler.step = holding
+    try:
+        expected = generate(pipe, call)
+    finally:
+        del pipe.scheduler.step
+    full = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+    first, _ = enable_both(pipe, plans["transformer"], plans["transformer_2"])
+    found = generate(pipe, call)
+    disable_both(pipe)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert first.report().used < 1
+    assert "step" not in vars(pipe.scheduler) and torch.equal(generate(pipe, call), full)
+
+
 def test_an_interrupted_run_is_incomplete(made):
     pipe, prompts, settings = made
 

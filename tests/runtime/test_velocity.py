@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import layercache
-from layercache.errors import CacheStateError, NonFiniteResidualError, ScheduleError
+from layercache.errors import CacheStateError, NonFiniteResidualError, NonFiniteWarning, ScheduleError
 from layercache.runtime.velocity import combine
 from layercache.schedule.memory_plan import lay_out
 from layercache.schedule.schedule import Schedule, Velocity
@@ -276,10 +276,12 @@ def test_a_bad_velocity_is_reported_when_the_generation_ends(pipe, value):
     def spoil(module, args, output):
         return output[0], output[1] * value
 
-    with layercache.enabled(pipe, schedule):
+    with layercache.enabled(pipe, schedule) as cache:
         clean = generate(pipe)
         handle = pipe.transformer.transformer_blocks[2].register_forward_hook(spoil)
-        with pytest.raises(NonFiniteResidualError, match="velocity"):
+        with pytest.warns(NonFiniteWarning, match="velocity"):
             generate(pipe)
+        with pytest.raises(NonFiniteResidualError, match="velocity"):
+            cache.check()
         handle.remove()
         assert torch.equal(generate(pipe), clean)
