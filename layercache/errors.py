@@ -31,6 +31,10 @@ class FileFormatError(LayerCacheError, ValueError):
     """A schedule or profile file is damaged, truncated, of another kind, or written by a newer version."""
 
 
+class OutputError(LayerCacheError, OSError):
+    """A file cannot be written where it was asked for: no folder, no permission, a pipe, a full disk."""
+
+
 class ScheduleError(LayerCacheError, ValueError):
     """A schedule contradicts itself, for example a cell that reads a step which was never computed."""
 
@@ -76,3 +80,7 @@ class NonFiniteResidualError(LayerCacheError, ArithmeticError):
 
 class MissingExtraError(LayerCacheError, ImportError):
     """A part of the library needs an optional package that is not installed."""
+
+
+class LayerCacheWarning(UserWarning):
+    """Something to know about a file or a setting with which the run goes on."""
