@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layercache._utils.checksum import KEY, check_sum
+from layercache._utils.checksum import check_json
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatchError
 
@@ -34,7 +34,7 @@ CUT_OFF = "is not whole (was it cut off or edited?)"
 
 
 def read_json(path: str | os.PathLike[str], expected: str, version: int) -> Any:
-    """The content of a JSON file, of which every byte is as it was written.
+    """The content of a JSON file, whose entries are as they were written.
 
     Args:
         path: of the file.
@@ -59,7 +59,10 @@ def parse_json(content: str | bytes, expected: str, version: int, name: str) -> 
     except (ValueError, RecursionError) as error:
         raise unexpected(name, _described(content), expected) from error
     check_header(data, expected, version, name)
-    check_sum(content, KEY in data, data["version"] >= CHECKED_SINCE[expected], shown(name))
+    try:
+        check_json(data, data["version"] >= CHECKED_SINCE[expected], shown(name))
+    except RecursionError as error:
+        raise unexpected(name, CUT_OFF, expected) from error
     return data
 
 
@@ -100,15 +103,17 @@ def _again(expected: str) -> str:
 @contextmanager
 def going_on(path: str | os.PathLike[str], expected: str = "") -> Iterator[None]:
     """Context that reads the file of a run that was stopped, of the ``expected`` kind or a checkpoint of torch."""
+    more = "name another file, or remove it to start again"
     try:
         yield
-    except (FileFormatError, ScheduleMismatchError):
+    except ScheduleMismatchError:
         raise
+    except FileFormatError as error:
+        raise FileFormatError(f"cannot go on: {error}; {more}") from error
     except Exception as error:  # unpickling raises whatever the file makes it
         found = what_is(path)
         if found == (f"is a {expected} file" if expected else NEITHER):
             found = "is damaged, or of another kind"
-        more = "name another file, or remove it to start again"
         raise FileFormatError(f"cannot go on from {shown(path)}: it {found}; {more}") from error
 
 

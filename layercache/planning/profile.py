@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from layercache._utils.checksum import KEY, UNSET, check_sum, sealed
+from layercache._utils.checksum import KEY, UNSET, check_bytes, sealed
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import CHECKED_SINCE, PROFILE, check_header, entries, unexpected, what_is
 from layercache._utils.text import shown
@@ -315,7 +315,7 @@ class StabilityProfile:
             with safe_open(name, framework="numpy") as file:
                 header = _header(file)
                 check_header(header, FORMAT, VERSION, name)
-                check_sum(content, KEY in header, header["version"] >= CHECKED_SINCE[FORMAT], shown(name))
+                check_bytes(content, KEY in header, header["version"] >= CHECKED_SINCE[FORMAT], shown(name))
                 names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name in _OPTIONAL)]
                 with entries(header, FORMAT, VERSION, name):
                     return cls._from_header(header, {name: _table(file, name) for name in names})

@@ -20,7 +20,7 @@ from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
 from layercache.models.registry import config_hash
 from layercache.planning.fit import Forecast, fit_residuals
 from layercache.planning.front import Front, Point, quality
-from layercache.planning.journal import Journal
+from layercache.planning.journal import Journal, read_journal
 from layercache.planning.plan import SPANS, plan
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import refit, with_terms
@@ -134,10 +134,11 @@ def search(
     measured = _profiles(profiles)
     if resume is not None:
         check_output(resume, "resume")
+    remembered = read_journal(resume)
     rollouts = Rollouts(pipe, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rollouts)
-    state = _Search(rollouts, measured, Journal(resume, rollouts), config)
+    state = _Search(rollouts, measured, Journal(resume, rollouts, remembered), config)
     with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(config.budgets, reverse=True):
             state.explore(budget, bar)
