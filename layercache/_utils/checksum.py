@@ -1,8 +1,8 @@
 """Checksums of files: what changed after a file was written is noticed when it is read.
 
 A JSON file holds ``"checksum": "sha256:..."``, the SHA-256 of its other entries: of their values, not of the spaces and
-the order that another editor gives them. A file of tensors holds the same in its header, of all its bytes, with zeros in
-the place of the 64 digits.
+the order that another editor gives them. A file of tensors holds the same in its header, of all its bytes, with zeros
+in the place of the 64 digits.
 """
 
 from __future__ import annotations
@@ -92,6 +92,6 @@ def _warn_without(is_expected: bool, name: str) -> None:
 
 def _changed(name: str) -> FileFormatError:
     return FileFormatError(
-        f"{name} was changed after it was written, its checksum is another: use another copy; edit schedules with {EDIT}, "
-        "or remove the line of the checksum to load the file as it is"
+        f"{name} was changed after it was written, its checksum is another: use another copy; edit schedules with "
+        f"{EDIT}, or remove the line of the checksum to load the file as it is"
     )

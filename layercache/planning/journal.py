@@ -62,9 +62,7 @@ class Journal:
         ScheduleMismatchError: the file is of other samples.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str] | None, rollouts: Rollouts, remembered: Remembered | None = None
-    ):
+    def __init__(self, path: str | os.PathLike[str] | None, rollouts: Rollouts, remembered: Remembered | None = None):
         self.path = None if path is None else Path(path)
         digests = [_samples_of(rollouts, prints) for prints in _fingerprints(rollouts)]
         self.samples = digests[0]

@@ -20,7 +20,7 @@ SETTINGS = {
     "guidance": "guidance",
     "size": "size",
 }
-"""What a run is measured with besides the model, by what messages call it; it changes results, but voids no schedule."""
+"""What a run is measured with besides the model, by what messages call it; it voids no schedule."""
 
 
 class ConfigHash(str):

@@ -90,9 +90,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_steps(self.fingerprint)
         check_groups(self.groups, self.fingerprint.num_blocks)
-        if len(self.group_seconds) != len(self.groups) or not all(
-            0 < s <= LONGEST_SECONDS for s in self.group_seconds
-        ):
+        if len(self.group_seconds) != len(self.groups) or not all(0 < s <= LONGEST_SECONDS for s in self.group_seconds):
             raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
         if self.velocities and len(self.velocities) != self.num_steps:
             raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")

@@ -166,7 +166,7 @@ class Comparison:
         return [self.outcomes[key] for key in wanted]
 
     def pictures(self, outcome: Outcome) -> np.ndarray | None:
-        """The first pictures of an entry, ``[n, H, W, C]`` in 0..1; ``None`` where there is no file, or a damaged one."""
+        """The first pictures of an entry, ``[n, H, W, C]`` in 0..1; ``None`` where their file is missing or damaged."""
         return self._stored(self._picture_file(outcome))
 
     def full_pictures(self) -> np.ndarray:
