@@ -24,6 +24,7 @@ KEYS = ("pipeline", "components", "prompt", "seed")
 MOST_BYTES = 64 * 10**9
 MOST_TEXT = 10**6
 MOST_NOISE = 2**26
+MOST_SIZE = 2**24
 
 
 def load_random_pipeline(
@@ -126,14 +127,24 @@ def _diffusers_class(name: Any) -> type:
 
 def _check_memory(components: Mapping[str, Mapping[str, Any]], limit: int) -> None:
     """Makes every model without its weights first, and refuses those that would not fit."""
-    with (
-        limited_weights(limit),
-        torch.device("meta"),
-        contextlib.suppress(NotImplementedError, RuntimeError, TypeError),
-    ):
-        # a class that looks at its weights while it is made cannot be measured so; it is counted as it is made
+    _check_sizes(components)
+    # a class that looks at its weights while it is made cannot be measured so; it is counted as it is made
+    unmeasured = contextlib.suppress(NotImplementedError, RuntimeError, TypeError)
+    with limited_weights(limit), torch.device("meta"), unmeasured:
         for config in components.values():
             _component(config, torch.float32)
+
+
+def _check_sizes(entry: Any, name: str = "components") -> None:
+    """Refuses numbers that only a table without end would be made of."""
+    if isinstance(entry, Mapping):
+        for key, value in entry.items():
+            _check_sizes(value, str(key))
+    elif isinstance(entry, list):
+        for value in entry:
+            _check_sizes(value, name)
+    elif isinstance(entry, (int, float)) and abs(entry) > MOST_SIZE:
+        raise ValueError(f"{name} is {entry}; no entry is larger than {MOST_SIZE}")
 
 
 def _component(config: Mapping[str, Any], dtype: torch.dtype) -> Any:

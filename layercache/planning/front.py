@@ -185,13 +185,24 @@ class Front:
     def load(cls, path: str | os.PathLike[str]) -> Front:
         """Reads a front file.
 
+        Warns:
+            LayerCacheWarning: its checksum was removed.
+
         Raises:
             FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
-        data = read_json(path, FORMAT, VERSION)
-        with entries(data, FORMAT, VERSION, str(path)):
+        return cls.from_data(read_json(path, FORMAT, VERSION), os.fspath(path))
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Front:
+        """Of what the JSON holds; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
+        with entries(data, FORMAT, VERSION, name):
             blocks, fixed, reuse = (float(value) for value in data["seconds"])
-            points = tuple(_point(entry, f"schedule {k} of {path}") for k, entry in enumerate(data["points"]))
+            points = tuple(_point(entry, f"schedule {k} of {name}") for k, entry in enumerate(data["points"]))
             notes = tuple(str(note) for note in data.get("notes", ()))
             return cls(points, (blocks, fixed, reuse), int(data["tried"]), notes)
 

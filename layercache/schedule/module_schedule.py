@@ -97,10 +97,15 @@ class ModuleSchedule:
         Raises:
             FileFormatError: damaged, changed, of another kind, or written by a newer version.
         """
-        return cls._from_data(parse_json(text, FORMAT, VERSION, name), name)
+        return cls.from_data(parse_json(text, FORMAT, VERSION, name), name)
 
     @classmethod
-    def _from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+    def from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+        """Of what the JSON holds; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
         with entries(data, FORMAT, VERSION, name):
             rows = [str(row) for row in data["steps"]]
             count = len(data["units"])
@@ -127,7 +132,7 @@ class ModuleSchedule:
         Raises:
             FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
-        return cls._from_data(read_json(path, FORMAT, VERSION), str(path))
+        return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
 
 def alternating(

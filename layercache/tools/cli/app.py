@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from layercache import __version__
 from layercache._utils.text import cleaned, shown
 from layercache.errors import LayerCacheError, LayerCacheWarning
-from layercache.tools.cli import bench
+from layercache.tools.cli import bench, schedule
 from layercache.tools.cli.calibrate import calibrate
 from layercache.tools.cli.compare import compare
 from layercache.tools.cli.demo import demo
@@ -112,8 +112,8 @@ app = typer.Typer(
 
     For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
     the speed you want, `search` finds better ones by running them, `generate` draws with a schedule,
-    `compare` runs every method beside it. `show` explains a file, `doctor` your installation, `bench`
-    measures the ops.
+    `compare` runs every method beside it. `show` explains a file, `schedule edit` changes one, `doctor`
+    checks your installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
@@ -121,6 +121,7 @@ app = typer.Typer(
 for function in COMMANDS:
     app.command(function.__name__.replace("_", "-"))(function)
 app.add_typer(bench.app, name="bench", cls=Commands)
+app.add_typer(schedule.app, name="schedule", cls=Commands)
 
 
 def _print_version(wanted: bool) -> None:
