@@ -123,7 +123,7 @@ def config_hash(transformer: nn.Module) -> ConfigHash:
     the class does not take, are none of them.
     """
     config, defaults = _as_json(model_config(transformer)), model_defaults(transformer)
-    names = set(config) if defaults is None else model_arguments(transformer) & set(config)
+    names = set(config) if defaults is None else set(config) & model_arguments(transformer)
     entries = {name: config[name] for name in sorted(names)}
     return ConfigHash(
         _digest(entries), entries, _as_json(defaults or {}), _older_hashes(transformer, names), settings_of(transformer)

@@ -83,7 +83,7 @@ def _parsed(text: str, kind: str, file: Path) -> Edited:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"what was edited is no JSON any more: {error}") from error
-    return classes[kind].from_data(data, shown(file))  # type: ignore[no-any-return]
+    return classes[kind].from_data(data, shown(file))
 
 
 def _assign(data: Any, assignment: str) -> None:

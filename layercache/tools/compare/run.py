@@ -218,11 +218,7 @@ class Comparison:
     def _read(self) -> None:
         if not self.file.exists():
             return
-        with going_on(self.file, COMPARISON):
-            data = parse_json(self.file.read_bytes(), COMPARISON, VERSION, str(self.file))
-            found = [Outcome.from_json(entry) for entry in data["outcomes"]]
-            digest = data["digest"]
-            digests = {str(name): str(value) for name, value in data.get("pictures", {}).items()}
+        digest, found, digests = read_comparison(self.file)
         if digest != self._digest:
             raise ScheduleMismatchError(
                 f"{self.file} compares another model, other seeds or other settings; name another folder"
@@ -292,6 +288,18 @@ class Comparison:
     def _picture_file(self, outcome: Outcome) -> Path:
         name = outcome.key.replace(":", "-").replace(" ", "-")
         return self.folder / "pictures" / f"{name}.npy"
+
+
+def read_comparison(path: Path) -> tuple[str, list[Outcome], dict[str, str]]:
+    """What the file of a comparison holds: the digest of its settings, its outcomes, and the digests of its pictures.
+
+    Raises:
+        FileFormatError: it is damaged, changed, or something else.
+    """
+    with going_on(path, COMPARISON):
+        data = parse_json(path.read_bytes(), COMPARISON, VERSION, str(path))
+        digests = {str(name): str(value) for name, value in data.get("pictures", {}).items()}
+        return str(data["digest"]), [Outcome.from_json(entry) for entry in data["outcomes"]], digests
 
 
 def _synchronise(device: torch.device) -> None:
