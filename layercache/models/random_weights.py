@@ -85,6 +85,8 @@ def make_random_pipeline(
     unknown = sorted(set(data) - set(KEYS))
     if unknown:
         raise ValueError(f"unknown entries {', '.join(unknown)}; there are {', '.join(KEYS)}")
+    for config in data["components"].values():
+        _check_component_name(config["_class_name"])  # before pipelines are imported, which takes seconds
     base = _pipeline_class(data["pipeline"])
     shapes = {name: tuple(int(n) for n in shape) for name, shape in data.get("prompt", {}).items()}
     if sum(math.prod(shape) for shape in shapes.values()) > MOST_NOISE or min(map(min, shapes.values()), default=1) < 1:
@@ -105,6 +107,11 @@ def _pipeline_class(name: Any) -> Any:
     if not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
         raise ValueError(f"{name} is no pipeline of diffusers")
     return found
+
+
+def _check_component_name(name: Any) -> None:
+    if "Pipeline" in str(name):
+        raise ValueError(f"{name} is no transformer, VAE or scheduler of diffusers, and others are not made")
 
 
 def _component_class(name: Any) -> Any:

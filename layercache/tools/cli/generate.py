@@ -95,6 +95,10 @@ def generate(
     pipe = load_pipeline(model, device, dtype)
     check_demo_prompts(pipe, [prompt])
     call = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, guidance_scale, height, width)}
+    if plan is not None:
+        from layercache.planning.samples import call_settings
+
+        plan.fingerprint.warn_of(call_settings(call))
     drawn, full = _draw_all(pipe, call, seed, plan, compare)
     figures = {"kind": "generation", "model": model, "seed": seed, **call}
     _report(Printer(json_to), figures, drawn, full, output)
