@@ -33,6 +33,10 @@ class FileFormatError(LayerCacheError, ValueError):
     """A schedule or profile file is damaged, truncated, of another kind, or written by a newer version."""
 
 
+class OutputError(LayerCacheError, OSError):
+    """A file cannot be written where it was asked for: no folder, no permission, a pipe, a full disk."""
+
+
 class ScheduleError(LayerCacheError, ValueError):
     """A schedule contradicts itself, for example a cell that reads a step which was never computed."""
 
@@ -102,4 +106,4 @@ class MissingExtraError(LayerCacheError, ImportError):
 
 
 class LayerCacheWarning(UserWarning):
-    """Something was computed in full, or measured under other settings, where the user may expect otherwise."""
+    """Something to know: a forward computed in full, or a file or a setting with which the run goes on."""

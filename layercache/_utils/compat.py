@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,19 @@ except ImportError:
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """The module inside a ``torch.compile(module)`` wrapper, or the module itself."""
-    return module._orig_mod if isinstance(module, OptimizedModule) else module
+    """The module inside wrappers of ``torch.compile(module)`` and of PEFT (`peft.PeftModel`), or the module itself."""
+    while True:
+        if isinstance(module, OptimizedModule):
+            module = module._orig_mod
+        elif _is_peft_model(module):
+            module = module.get_base_model()  # type: ignore[operator]
+        else:
+            return module
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    """Whether PEFT wrapped it; PEFT is not imported for that."""
+    return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -145,6 +157,38 @@ def model_config(transformer: nn.Module) -> dict[str, Any]:
     config = getattr(transformer, "config", None)
     entries = dict(config) if config is not None else {}
     return {key: value for key, value in entries.items() if not key.startswith("_")}
+
+
+def model_defaults(transformer: nn.Module) -> dict[str, Any] | None:
+    """What a diffusers model's class takes where an entry of its configuration is left out; required ones are missing.
+
+    ``None`` where the class is not configured by the arguments it is made with.
+    """
+    if getattr(transformer, "config", None) is None or not hasattr(type(transformer), "config_name"):
+        return None
+    found = list(inspect.signature(type(transformer).__init__).parameters.values())[1:]
+    return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+
+
+def model_arguments(transformer: nn.Module) -> frozenset[str]:
+    """Names of the arguments that a transformer's class is made with."""
+    return frozenset(list(inspect.signature(type(transformer).__init__).parameters)[1:])
+
+
+def quantisation_of(transformer: nn.Module) -> str | None:
+    """The method that a model's weights are quantised by, as its configuration names it."""
+    config = getattr(transformer, "config", None)
+    found = config.get("quantization_config") if isinstance(config, Mapping) else None
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method or "quantised"))
+
+
+def adapters_of(transformer: nn.Module) -> list[str]:
+    """Names of the LoRA adapters that were loaded into a model; what is fused into its weights is not seen."""
+    found = getattr(transformer, "peft_config", None)
+    return sorted(map(str, found)) if isinstance(found, Mapping) else []
 
 
 _NO_COUNTER = object()

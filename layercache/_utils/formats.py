@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layercache._utils.checksum import check_json
+from layercache._utils.text import shown
 from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatchError
 
 SCHEDULE, MODULES = "layercache schedule", "layercache module schedule"
@@ -23,28 +25,45 @@ KINDS = {
     JOURNAL: ("layercache.search(resume=...)", ""),
     COMPARISON: ("'layercache compare'", ""),
 }
+# The first version of each format whose files have a checksum.
+CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 2, COMPARISON: 2}
 # What the code that reads entries raises where a whole file was edited.
 DAMAGE = (LayerCacheError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 NEITHER = "is neither JSON nor a file of tensors (safetensors)"
 CUT_OFF = "is not whole (was it cut off or edited?)"
 
 
-def read_json(path: str | os.PathLike[str], expected: str) -> Any:
-    """The content of a JSON file; `FileFormatError`, naming the ``expected`` kind, where it is missing or damaged."""
+def read_json(path: str | os.PathLike[str], expected: str, version: int) -> Any:
+    """The content of a JSON file, whose entries are as they were written.
+
+    Args:
+        path: of the file.
+        expected: its kind.
+        version: the newest version of the format that is known.
+
+    Raises:
+        FileFormatError: it is missing, damaged, changed, of another kind or of a newer version.
+    """
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise unexpected(path, what_is(path), expected) from error
-    return parse_json(content, expected, str(path))
+    return parse_json(content, expected, version, os.fspath(path))
 
 
-def parse_json(content: str | bytes, expected: str, name: str) -> Any:
+def parse_json(content: str | bytes, expected: str, version: int, name: str) -> Any:
     """As `read_json`, of what a file holds; ``name`` is used in messages."""
     content = content.removeprefix("\ufeff").encode(errors="replace") if isinstance(content, str) else content
     try:
-        return json.loads(content)
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise unexpected(name, _described(content), expected) from error
+    check_header(data, expected, version, name)
+    try:
+        check_json(data, data["version"] >= CHECKED_SINCE[expected], shown(name))
+    except RecursionError as error:
+        raise unexpected(name, CUT_OFF, expected) from error
+    return data
 
 
 @contextmanager
@@ -62,7 +81,7 @@ def entries(data: Any, expected: str, version: int, name: str) -> Iterator[None]
         reason = str(error) if isinstance(error, LayerCacheError) else "an entry is not as layercache writes it"
         if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
             reason = f"it has no entry {error.args[0]!r}"
-        raise FileFormatError(f"{name} is damaged: {reason}; {_again(expected)}") from error
+        raise FileFormatError(f"{shown(name)} is damaged: {reason}; {_again(expected)}") from error
 
 
 def check_header(data: Any, expected: str, version: int, name: str) -> None:
@@ -70,7 +89,8 @@ def check_header(data: Any, expected: str, version: int, name: str) -> None:
     if not isinstance(data, Mapping) or data.get("format") != expected:
         raise unexpected(name, _described_json(data), expected)
     found = data.get("version")
-    if not isinstance(found, int) or found < 1:
+    name = shown(name)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise FileFormatError(f"{name} has no usable format version ({found!r}); {_again(expected)}")
     if found > version:
         raise FileFormatError(f"{name} has format version {found}, this layercache reads up to {version}; upgrade it")
@@ -83,16 +103,18 @@ def _again(expected: str) -> str:
 @contextmanager
 def going_on(path: str | os.PathLike[str], expected: str = "") -> Iterator[None]:
     """Context that reads the file of a run that was stopped, of the ``expected`` kind or a checkpoint of torch."""
+    more = "name another file, or remove it to start again"
     try:
         yield
-    except (FileFormatError, ScheduleMismatchError):
+    except ScheduleMismatchError:
         raise
+    except FileFormatError as error:
+        raise FileFormatError(f"cannot go on: {error}; {more}") from error
     except Exception as error:  # unpickling raises whatever the file makes it
         found = what_is(path)
         if found == (f"is a {expected} file" if expected else NEITHER):
             found = "is damaged, or of another kind"
-        more = "name another file, or remove it to start again"
-        raise FileFormatError(f"cannot go on from {path}: it {found}; {more}") from error
+        raise FileFormatError(f"cannot go on from {shown(path)}: it {found}; {more}") from error
 
 
 def unexpected(name: str | os.PathLike[str], found: str, *expected: str) -> FileFormatError:
@@ -103,7 +125,7 @@ def unexpected(name: str | os.PathLike[str], found: str, *expected: str) -> File
     elif kind and KINDS[kind][1]:
         found += f", which {KINDS[kind][1]} reads"
     wanted = " or ".join(f"a {one} file, as {KINDS[one][0]} writes it" for one in expected)
-    return FileFormatError(f"{os.fspath(name)} {found}; expected {wanted}")
+    return FileFormatError(f"{shown(os.fspath(name))} {found}; expected {wanted}")
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:

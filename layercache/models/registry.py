@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercache._utils.compat import model_config, unwrap_compiled
+from layercache._utils.compat import (
+    adapters_of,
+    model_arguments,
+    model_config,
+    model_defaults,
+    quantisation_of,
+    unwrap_compiled,
+)
 from layercache._version import __version__
 from layercache.errors import UnsupportedModelError
 from layercache.models.known import SPECS
 from layercache.models.spec import ModelSpec
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.fingerprint import ConfigHash, Fingerprint
 
 _REGISTRY: dict[str, ModelSpec] = {spec.model_class: spec for spec in SPECS}
 
@@ -65,7 +72,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 
 def find_transformer(pipe: Any, name: str = "transformer") -> nn.Module:
-    """The transformer of a pipeline, or ``pipe`` itself when it is one; compiled wrappers are opened.
+    """The transformer of a pipeline, or ``pipe`` itself when it is one; wrappers of torch.compile and PEFT are opened.
 
     Args:
         pipe: a pipeline, or a transformer.
@@ -109,10 +116,45 @@ def velocities(output: Any, spec: ModelSpec) -> list[torch.Tensor]:
     return [first_tensor((output[k],)) for k in range(len(spec.leaves))]
 
 
-def config_hash(transformer: nn.Module) -> str:
-    """Twelve hex digits that change when the transformer's configuration does."""
-    text = json.dumps(model_config(transformer), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def config_hash(transformer: nn.Module) -> ConfigHash:
+    """Twelve hex digits that change when the transformer's architecture does.
+
+    They are of the configuration entries that its class is made with: how the weights are quantised, and entries that
+    the class does not take, are none of them.
+    """
+    config, defaults = _as_json(model_config(transformer)), model_defaults(transformer)
+    names = set(config) if defaults is None else set(config) & model_arguments(transformer)
+    entries = {name: config[name] for name in sorted(names)}
+    return ConfigHash(
+        _digest(entries), entries, _as_json(defaults or {}), _older_hashes(transformer, names), settings_of(transformer)
+    )
+
+
+def _older_hashes(transformer: nn.Module, names: set[str]) -> frozenset[str]:
+    """What 0.1, which hashed all entries, wrote for this transformer, with or without one that has its default."""
+    config, defaults = model_config(transformer), model_defaults(transformer) or {}
+    own = {name: value for name, value in config.items() if name in names}
+    found = {_digest(config), _digest(own)}
+    for name, value in own.items():
+        if name in defaults and _as_json(defaults[name]) == _as_json(value):
+            found.add(_digest({key: entry for key, entry in own.items() if key != name}))
+    return frozenset(found)
+
+
+def _digest(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it is after it was written and read."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def settings_of(transformer: nn.Module) -> dict[str, Any]:
+    """What a transformer runs with that changes results and voids no schedule, as `Fingerprint.settings` holds it."""
+    dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), None)
+    found = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return found | {"quantisation": quantisation_of(transformer), "adapters": adapters_of(transformer)}
 
 
 def count_blocks(transformer: nn.Module) -> int:
@@ -126,13 +168,15 @@ def fingerprint_of(
 
     ``steps`` are those at which the transformer runs; none given stands for all.
     """
-    whole = len(steps) == len(sigmas) - 1
+    whole, configured = len(steps) == len(sigmas) - 1, config_hash(transformer)
     return Fingerprint(
         model_class=type(transformer).__name__,
-        config_hash=config_hash(transformer),
+        config_hash=str(configured),
         num_blocks=count_blocks(transformer),
         sigmas=tuple(sigmas),
         branches=tuple(branches),
         package_version=__version__,
         steps_run=() if whole else tuple(steps),
+        architecture=configured.entries,
+        settings=configured.settings,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from layercache.errors import CacheStateError, CalibrationError
 from layercache.models.registry import experts_of, find_transformer, spec_for
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.samples import Sample, samples_of
+from layercache.planning.samples import Sample, call_settings, samples_of
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.schedule.partition import Partition, cut, cut_by_curves
 
@@ -100,7 +101,9 @@ def calibrate(
         partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
     groups = cut(partition, lengths)
     observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
-    return _observe(pipe, observer, todo, progress, "calibrating")
+    profile = _observe(pipe, observer, todo, progress, "calibrating")
+    settings = {**profile.fingerprint.settings, **call_settings(call)}
+    return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
 
 
 def _check_uncached(pipe: Any, name: str) -> None:

@@ -175,12 +175,19 @@ def _fit_from_gram(gram: np.ndarray, step: int, older: Sequence[int], free_sum: 
 
 
 def solve_ridge(gram: np.ndarray, right: np.ndarray, ridge: float) -> list[float]:
-    """``argmin ||A d - t||^2 + ridge * sum_k g_kk d_k^2`` from ``G = A^T A`` and ``A^T t``; terms of zero get 0."""
+    """``argmin ||A d - t||^2 + ridge * sum_k g_kk d_k^2`` from ``G = A^T A`` and ``A^T t``; terms of zero get 0.
+
+    Raises:
+        CalibrationError: ``G`` is no matrix of inner products.
+    """
     scale = np.sqrt(np.diag(gram))
     used = scale > 1e-12 * max(scale.max(initial=0.0), 1e-30)
     solution = np.zeros(len(right))
     if used.any():
         scaled = gram[np.ix_(used, used)] / np.outer(scale[used], scale[used])
         system = scaled + ridge * np.eye(used.sum())
-        solution[used] = np.linalg.solve(system, right[used] / scale[used]) / scale[used]
+        try:
+            solution[used] = np.linalg.solve(system, right[used] / scale[used]) / scale[used]
+        except np.linalg.LinAlgError as error:
+            raise CalibrationError(f"the inner products are none of residuals ({error}); calibrate again") from error
     return [float(value) for value in solution]

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from layercache._utils.checksum import sealed_json
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import FRONT, entries, read_json
 from layercache._utils.metrics import Summary, summarise
-from layercache.errors import BudgetError, FileFormatError
-from layercache.schedule.schedule import Schedule
+from layercache.errors import BudgetError, CalibrationError, FileFormatError
+from layercache.schedule.schedule import LONGEST_SECONDS, Schedule
 
 FORMAT = FRONT
-VERSION = 1
+VERSION = 2
 SLACK = 1e-9
 TARGETS = {
     "budget": "budget=0.6 (share of the block time)",
@@ -81,6 +82,9 @@ class Front:
         seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
         tried: how many runs the search took.
         notes: what the search found out on the way, a sentence each.
+
+    Raises:
+        CalibrationError: on construction, when seconds are negative or not finite, or a PSNR is not a number.
     """
 
     SOURCE: ClassVar[str] = "layercache.search gives one, layercache.Front.load(path) reads one"
@@ -89,6 +93,14 @@ class Front:
     seconds: tuple[float, float, float]
     tried: int = 0
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        blocks, fixed, reuse = self.seconds
+        if not (0 < blocks <= LONGEST_SECONDS and 0 <= fixed <= LONGEST_SECONDS and 0 <= reuse <= LONGEST_SECONDS):
+            raise CalibrationError(f"the measured seconds are not usable: {self.seconds}")
+        for point in self.points:
+            if any(math.isnan(value) for value in (*point.psnr, *point.held_out)):
+                raise CalibrationError("a PSNR is not a number; search again")
 
     @classmethod
     def of(
@@ -161,25 +173,36 @@ class Front:
                     "origin": point.origin,
                     "psnr": list(point.psnr),
                     "held_out": list(point.held_out),
-                    "schedule": json.loads(point.schedule.to_json()),
+                    "schedule": json.loads(point.schedule.unsealed_json()),
                 }
                 for point in self.points
             ],
         }
-        text = json.dumps(data, allow_nan=False) + "\n"
+        text = sealed_json(json.dumps(data, allow_nan=False) + "\n")
         return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Front:
         """Reads a front file.
 
+        Warns:
+            LayerCacheWarning: its checksum was removed.
+
         Raises:
-            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+            FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
-        data = read_json(path, FORMAT)
-        with entries(data, FORMAT, VERSION, str(path)):
+        return cls.from_data(read_json(path, FORMAT, VERSION), os.fspath(path))
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Front:
+        """Of what the JSON holds; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
+        with entries(data, FORMAT, VERSION, name):
             blocks, fixed, reuse = (float(value) for value in data["seconds"])
-            points = tuple(_point(entry, f"schedule {k} of {path}") for k, entry in enumerate(data["points"]))
+            points = tuple(_point(entry, f"schedule {k} of {name}") for k, entry in enumerate(data["points"]))
             notes = tuple(str(note) for note in data.get("notes", ()))
             return cls(points, (blocks, fixed, reuse), int(data["tried"]), notes)
 

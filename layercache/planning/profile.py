@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +12,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from layercache._utils.checksum import KEY, UNSET, check_bytes, sealed
 from layercache._utils.files import write_atomically
-from layercache._utils.formats import PROFILE, entries, unexpected, what_is
+from layercache._utils.formats import CHECKED_SINCE, PROFILE, check_header, entries, unexpected, what_is
+from layercache._utils.text import shown
 from layercache.errors import CalibrationError, FileFormatError
 from layercache.models.registry import text_leaves_of
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import stored_bytes
-from layercache.schedule.schedule import Schedule, check_groups
+from layercache.schedule.schedule import LONGEST_SECONDS, Schedule, check_groups
 
 FORMAT = PROFILE
-VERSION = 1
+VERSION = 2
 
 _TINY = 1e-12
+_LARGEST = 1e38  # of what is summed up in float32
 _RESPONSE = "velocity_response"
 _SUBSTITUTE = "substitute_error"
 _GRAM = "image_gram"
@@ -85,7 +89,8 @@ class StabilityProfile:
         samples: what was run, one line per sample.
 
     Raises:
-        CalibrationError: on construction, when a readable entry is not finite or negative; names the cell.
+        CalibrationError: on construction, when an entry is not finite or negative, or a table has another shape; names
+            the cell.
     """
 
     SOURCE: ClassVar[str] = (
@@ -117,17 +122,39 @@ class StabilityProfile:
         if self.has_sensitivity:
             self._check_table(_RESPONSE, shape)
             self._check_table(_SUBSTITUTE, shape)
-        if _GRAM in self.tables and not np.isfinite(self.tables[_GRAM]).all():
-            raise CalibrationError(
-                f"{_GRAM} is not finite; the model gave NaN or infinity, or its squares overflow fp32"
-            )
         for name in _ERRORS:
             self._check_table(name, (*shape, self.max_distance + 1, self.max_span + 1))
         if _SEEN in self.tables:
             self._check_table(_SEEN, (*shape[:3], self.max_distance + 1, self.max_span + 1))
+        self._check_gram(shape)
+        self._check_numbers()
+
+    def _check_gram(self, shape: tuple[int, ...]) -> None:
+        if _GRAM not in self.tables:
+            return
+        table, width = self.tables[_GRAM], self.max_distance + self.max_span + 1
+        if table.shape != (*shape, width, width):
+            raise CalibrationError(f"table {_GRAM} has shape {table.shape}, expected {(*shape, width, width)}")
+        if not _is_bounded(table):
+            raise CalibrationError(
+                f"{_GRAM} is not finite; the model gave NaN or infinity, or its squares overflow fp32"
+            )
+        if (np.diagonal(table, axis1=-2, axis2=-1) < 0).any():
+            raise CalibrationError(f"{_GRAM} holds a negative square")
+
+    def _check_numbers(self) -> None:
         seconds = (*self.group_seconds, *self.reuse_seconds, self.fixed_seconds)
-        if len(seconds) != 2 * len(self.groups) + 1 or not all(np.isfinite(seconds)) or min(self.group_seconds) <= 0:
+        usable = all(math.isfinite(s) and 0 <= s <= LONGEST_SECONDS for s in seconds)
+        counts = len(self.group_seconds) == len(self.reuse_seconds) == len(self.groups)
+        if not (usable and counts) or min(self.group_seconds) <= 0:
             raise CalibrationError(f"the measured seconds are not usable: {seconds}")
+        if not all(map(math.isfinite, self.fingerprint.sigmas)):
+            raise CalibrationError(f"a noise level is not finite: {self.fingerprint.sigmas}")
+        if not math.isfinite(self.eta):
+            raise CalibrationError(f"eta, the damping of the secant, is {self.eta}")
+        sizes = self.stream_bytes
+        if sizes and (len(sizes) != len(self.fingerprint.branches) or min(map(min, sizes)) < 0):
+            raise CalibrationError(f"stream_bytes must hold two sizes for every branch, got {sizes}")
 
     @property
     def has_sensitivity(self) -> bool:
@@ -162,7 +189,9 @@ class StabilityProfile:
         table = self.tables[name]
         if table.shape != shape:
             raise CalibrationError(f"table {name} has shape {table.shape}, expected {shape}")
-        bad = ~np.isfinite(table) | (table < 0)
+        if table.dtype.kind != "f":
+            raise CalibrationError(f"table {name} holds {table.dtype}, expected float64")
+        bad = ~np.isfinite(table) | (table < 0) | (table > _LARGEST)
         if not bad.any():
             return
         where = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -253,6 +282,7 @@ class StabilityProfile:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes tables and header as one safetensors file; it appears whole or not at all."""
         header = {
+            KEY: UNSET,
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.fingerprint.to_json(),
@@ -266,26 +296,32 @@ class StabilityProfile:
         }
         names = [*_ERRORS, *_NORMS, *(name for name in _OPTIONAL if name in self.tables)]
         tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
-        metadata = {"header": json.dumps(header)}
-        return write_atomically(path, lambda temporary: save_file(tables, temporary, metadata=metadata))
+        content = sealed(save(tables, {"header": json.dumps(header, allow_nan=False)}))
+        return write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:
         """Reads a profile file.
 
+        Warns:
+            LayerCacheWarning: its checksum was removed.
+
         Raises:
-            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+            FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
+        name = os.fspath(path)
         try:
-            with safe_open(str(path), framework="numpy") as file:
+            content = Path(path).read_bytes()
+            with safe_open(name, framework="numpy") as file:
                 header = _header(file)
+                check_header(header, FORMAT, VERSION, name)
+                check_bytes(content, KEY in header, header["version"] >= CHECKED_SINCE[FORMAT], shown(name))
                 names = [*_ERRORS, *_NORMS, *(name for name in file.keys() if name in _OPTIONAL)]
-                with entries(header, FORMAT, VERSION, str(path)):
-                    tables = {name: _table(file, name) for name in names}
-                    return cls._from_header(header, tables)
+                with entries(header, FORMAT, VERSION, name):
+                    return cls._from_header(header, {name: _table(file, name) for name in names})
         except FileFormatError:
             raise
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise unexpected(path, what_is(path), FORMAT) from error
 
     @classmethod
@@ -293,10 +329,10 @@ class StabilityProfile:
         return cls(
             fingerprint=Fingerprint.from_json(header["fingerprint"]),
             groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),
-            group_seconds=tuple(header["group_seconds"]),
-            reuse_seconds=tuple(header["reuse_seconds"]),
+            group_seconds=tuple(float(value) for value in header["group_seconds"]),
+            reuse_seconds=tuple(float(value) for value in header["reuse_seconds"]),
             fixed_seconds=float(header["fixed_seconds"]),
-            samples=tuple(header["samples"]),
+            samples=tuple(str(sample) for sample in header["samples"]),
             tables=tables,
             eta=float(header["eta"]),
             stream_bytes=tuple((int(image), int(text)) for image, text in header.get("stream_bytes", ())),
@@ -315,3 +351,7 @@ def _table(file: Any, name: str) -> np.ndarray:
     if name not in file.keys():
         raise CalibrationError(f"the table {name} is missing")
     return file.get_tensor(name)
+
+
+def _is_bounded(table: np.ndarray) -> bool:
+    return table.dtype.kind == "f" and bool((np.abs(table) <= _LARGEST).all())

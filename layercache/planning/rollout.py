@@ -137,7 +137,7 @@ class Rollouts:
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
-        UnsupportedModelError: the pipeline is of no known kind.
+        UnsupportedModelError: the pipeline is of no known kind, or its model gives two outputs (LTX-2).
     """
 
     SOURCE: ClassVar[str] = "make one: layercache.planning.rollout.Rollouts(pipe, prompts)"
@@ -147,6 +147,11 @@ class Rollouts:
         self.spec = spec_for(self.transformer)
         if self.transformer is pipe or not hasattr(pipe, "scheduler"):
             raise UnsupportedModelError("rollouts need the pipeline, with its scheduler, not a bare transformer")
+        if len(self.spec.leaves) > 1:
+            raise UnsupportedModelError(
+                f"{type(self.transformer).__name__} gives two outputs, picture and sound, and the search follows one: "
+                "models with two outputs are not searched; calibrate, and plan from the profile (layercache.plan)"
+            )
         if not prompts:
             raise CalibrationError(
                 "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"

@@ -12,6 +12,8 @@ from torch import nn
 
 from layercache.errors import CalibrationError
 
+GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
+
 Sample = tuple[str, Callable[[], object]]
 
 
@@ -65,3 +67,12 @@ def samples_of(
 def arguments_of(prompt: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call for one sample: those it names, or its prompt."""
     return dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+
+
+def call_settings(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance and size among the arguments of a pipeline's call, as `Fingerprint.settings` holds them."""
+    guidance = {name: float(call[name]) for name in GUIDANCE if isinstance(call.get(name), (int, float))}
+    size = [f"{name} {call[name]}" for name in SIZES if isinstance(call.get(name), int)]
+    return ({"guidance": [f"{name} {value:g}" for name, value in guidance.items()]} if guidance else {}) | (
+        {"size": size} if size else {}
+    )

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from layercache._utils.files import check_output
 from layercache._utils.validate import expect
 from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
+from layercache.models.registry import config_hash
 from layercache.planning.fit import Forecast, fit_residuals
 from layercache.planning.front import Front, Point, quality
-from layercache.planning.journal import Journal
+from layercache.planning.journal import Journal, read_journal
 from layercache.planning.plan import SPANS, plan
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.refit import refit, with_terms
 from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
+from layercache.planning.samples import call_settings
 from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Cell, Schedule
@@ -114,6 +117,8 @@ def search(
         BudgetError: a budget is out of range.
         ScheduleMismatchError: a profile was measured on something else.
         CalibrationError: as for `Rollouts`.
+        UnsupportedModelError: the model gives two outputs (LTX-2), or is of an unknown class.
+        OutputError: the file of ``resume`` cannot be written.
     """
     config = SearchConfig(
         budgets=tuple(budgets),
@@ -127,10 +132,13 @@ def search(
         seed=seed,
     )
     measured = _profiles(profiles)
+    if resume is not None:
+        check_output(resume, "resume")
+    remembered = read_journal(resume)
     rollouts = Rollouts(pipe, prompts, seeds, **call)
     for profile in measured:
         _check_profile(profile, rollouts)
-    state = _Search(rollouts, measured, Journal(resume, rollouts), config)
+    state = _Search(rollouts, measured, Journal(resume, rollouts, remembered), config)
     with tqdm(desc="searching", disable=not progress, unit="trial") as bar:
         for budget in sorted(config.budgets, reverse=True):
             state.explore(budget, bar)
@@ -162,7 +170,8 @@ def validated(
 
 def _check_profile(profile: StabilityProfile, rollouts: Rollouts) -> None:
     here, there = rollouts.fingerprint, profile.fingerprint
-    there.check_model(here.model_class, here.config_hash, here.num_blocks)
+    there.check_model(here.model_class, config_hash(rollouts.transformer), here.num_blocks)
+    there.warn_of(call_settings(rollouts.call))
     there.check_sigmas(here.sigmas)
     if set(here.branches) != set(there.branches):
         raise ScheduleMismatchError(

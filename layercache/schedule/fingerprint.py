@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from layercache.errors import ScheduleError, ScheduleMismatchError
+from layercache.errors import LayerCacheWarning, ScheduleError, ScheduleMismatchError
 
 SIGMA_TOLERANCE = 1e-3
+MOST_NAMED = 4  # entries that a message lists
+SETTINGS = {
+    "dtype": "number format",
+    "quantisation": "quantisation",
+    "adapters": "LoRA adapters",
+    "guidance": "guidance",
+    "size": "size",
+}
+"""What a run is measured with besides the model, by what messages call it; it voids no schedule."""
+
+
+class ConfigHash(str):
+    """Twelve hex digits of a transformer's architecture, with what they stand for.
+
+    Attributes:
+        entries: configuration entries that the class takes, as JSON holds them.
+        defaults: what the class takes where an entry is not given.
+        older: hashes that version 0.1 may have written for the same transformer.
+        settings: what it is run with, by the names of `SETTINGS`.
+    """
+
+    entries: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    older: frozenset[str]
+    settings: Mapping[str, Any]
+
+    def __new__(
+        cls,
+        digits: str,
+        entries: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        older: frozenset[str],
+        settings: Mapping[str, Any],
+    ) -> ConfigHash:
+        made = super().__new__(cls, digits)
+        made.entries, made.defaults, made.older, made.settings = entries, defaults, older, settings
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.entries, self.defaults, self.older, self.settings
 
 
 @dataclass(frozen=True)
@@ -17,13 +60,15 @@ class Fingerprint:
 
     Attributes:
         model_class: class name of the transformer.
-        config_hash: hash of its configuration (`layercache.models.config_hash`).
+        config_hash: hash of its architecture (`layercache.models.registry.config_hash`).
         num_blocks: transformer blocks over all block lists.
         sigmas: noise levels of the steps plus the final one, ``num_steps + 1`` values.
         branches: names of the guidance branches seen, for example ``("cond", "uncond")``.
         package_version: version of layercache that wrote it.
         steps_run: the steps at which the pipeline runs this transformer, where it is not all of them (one of two
             experts, img2img); empty: all.
+        architecture: the configuration entries that the hash is of; empty in files of version 0.1.
+        settings: what was measured with besides, by the names of `SETTINGS`; a run with others is warned of.
 
     Raises:
         ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
@@ -38,6 +83,8 @@ class Fingerprint:
     branches: tuple[str, ...]
     package_version: str
     steps_run: tuple[int, ...] = ()
+    architecture: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         last = -1
@@ -57,33 +104,96 @@ class Fingerprint:
         return self.steps_run or tuple(range(self.num_steps))
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self) | {"num_steps": self.num_steps}
-        return data if self.steps_run else {name: value for name, value in data.items() if name != "steps_run"}
+        data: dict[str, Any] = {
+            "model_class": self.model_class,
+            "config_hash": str(self.config_hash),
+            "num_blocks": self.num_blocks,
+            "sigmas": self.sigmas,
+            "branches": self.branches,
+            "package_version": self.package_version,
+            "num_steps": self.num_steps,
+        }
+        more = {"steps_run": self.steps_run, "architecture": self.architecture, "settings": self.settings}
+        return data | {name: value for name, value in more.items() if value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Fingerprint:
+        sigmas = tuple(float(s) for s in data["sigmas"])
+        if not all(math.isfinite(sigma) and sigma >= 0 for sigma in sigmas):
+            raise ScheduleError(f"noise levels are finite and not negative, got {list(sigmas)}")
         return cls(
             model_class=str(data["model_class"]),
             config_hash=str(data["config_hash"]),
             num_blocks=int(data["num_blocks"]),
-            sigmas=tuple(float(s) for s in data["sigmas"]),
+            sigmas=sigmas,
             branches=tuple(str(b) for b in data["branches"]),
             package_version=str(data["package_version"]),
             steps_run=tuple(int(step) for step in data.get("steps_run", ())),
+            architecture=dict(data.get("architecture", {})),
+            settings=dict(data.get("settings", {})),
         )
 
     def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
-        """Raises `ScheduleMismatchError` when the transformer is not the one this was made for."""
+        """Refuses a transformer that is not the one this was made for.
+
+        Args:
+            model_class: its class name.
+            config_hash: from `layercache.models.registry.config_hash`.
+            num_blocks: its blocks, over all block lists.
+
+        Warns:
+            LayerCacheWarning: it runs with another number format, quantisation or LoRA adapter.
+
+        Raises:
+            ScheduleMismatchError: its class, its architecture or its number of blocks differs.
+        """
         if model_class != self.model_class:
             raise ScheduleMismatchError(
                 f"this was made for {self.model_class}, the transformer is a {model_class}; "
                 "calibrate and plan on the model you want to speed up"
             )
-        if num_blocks != self.num_blocks or config_hash != self.config_hash:
+        differences = self._differences(config_hash)
+        if num_blocks != self.num_blocks or differences:
             raise ScheduleMismatchError(
                 f"this was made for a {self.model_class} with {self.num_blocks} blocks and configuration "
-                f"{self.config_hash}, the transformer has {num_blocks} blocks and configuration {config_hash}; "
-                "calibrate and plan on this transformer"
+                f"{self.config_hash}, the transformer has {num_blocks} blocks and configuration {config_hash}"
+                f"{_listed(differences)}; calibrate and plan on this transformer"
+            )
+        if isinstance(config_hash, ConfigHash):
+            self.warn_of(config_hash.settings)
+
+    def _differences(self, config_hash: str) -> list[str]:
+        """What differs in the architecture; an entry that is new is as it was where it has its default."""
+        if config_hash == self.config_hash:
+            return []
+        if not isinstance(config_hash, ConfigHash):
+            return [""]
+        if not self.architecture:
+            return [] if self.config_hash in config_hash.older else [""]
+        found = []
+        for name, here in config_hash.entries.items():
+            before = self.architecture.get(name, config_hash.defaults.get(name, here))
+            if here != before:
+                found.append(f"{name} was {before!r} and is {here!r}")
+        return found
+
+    def warn_of(self, settings: Mapping[str, Any]) -> None:
+        """Warns of settings that differ from those that were measured; what either side does not know is left out.
+
+        Warns:
+            LayerCacheWarning: one sentence for all of them.
+        """
+        told = [
+            f"{name} {_said(self.settings[key])}, not {_said(settings[key])}"
+            for key, name in SETTINGS.items()
+            if key in self.settings and key in settings and _json(self.settings[key]) != _json(settings[key])
+        ]
+        if told:
+            warnings.warn(
+                f"the figures of this schedule were measured with {'; '.join(told)} as here: it runs, but its PSNR and "
+                "its times hold for what was measured; calibrate again to know those of this run",
+                LayerCacheWarning,
+                stacklevel=3,
             )
 
     def check_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -107,3 +217,19 @@ def check_steps(fingerprint: Fingerprint) -> None:
     """Raises `ScheduleError` where there is no step to schedule."""
     if fingerprint.num_steps < 1:
         raise ScheduleError(f"a schedule needs a step at least, and its noise levels are {list(fingerprint.sigmas)}")
+
+
+def _listed(differences: Sequence[str]) -> str:
+    named = [difference for difference in differences if difference]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return f" ({', '.join(named[:MOST_NAMED])}{more})" if named else ""
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " and ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layercache._utils.checksum import sealed_json
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import MODULES, entries, parse_json, read_json
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps
 
-FORMAT, VERSION = MODULES, 1
+FORMAT, VERSION = MODULES, 2
 REUSED_STEP = "reuse"
 
 
@@ -72,6 +73,7 @@ class ModuleSchedule:
         return spent / (self.num_steps * sum(weights))
 
     def to_json(self) -> str:
+        """The text of its file, with a checksum."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -86,19 +88,24 @@ class ModuleSchedule:
             for step, row in enumerate(self.computed)
         ]
         body = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-        return "{\n" + "\n".join(lines) + '\n  "steps": [\n' + body + "\n  ]\n}\n"
+        return sealed_json("{\n" + "\n".join(lines) + '\n  "steps": [\n' + body + "\n  ]\n}\n")
 
     @classmethod
     def from_json(cls, text: str, name: str = "module schedule") -> ModuleSchedule:
         """Parses what `to_json` wrote; ``name`` is used in messages.
 
         Raises:
-            FileFormatError: damaged, of another kind, or written by a newer version.
+            FileFormatError: damaged, changed, of another kind, or written by a newer version.
         """
-        return cls._from_data(parse_json(text, FORMAT, name), name)
+        return cls.from_data(parse_json(text, FORMAT, VERSION, name), name)
 
     @classmethod
-    def _from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+    def from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+        """Of what the JSON holds; ``name`` is used in messages.
+
+        Raises:
+            FileFormatError: damaged, of another kind, or written by a newer version.
+        """
         with entries(data, FORMAT, VERSION, name):
             rows = [str(row) for row in data["steps"]]
             count = len(data["units"])
@@ -123,9 +130,9 @@ class ModuleSchedule:
         """Reads a file.
 
         Raises:
-            FileFormatError: missing, damaged, of another kind, or written by a newer version.
+            FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
-        return cls._from_data(read_json(path, FORMAT), str(path))
+        return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
 
 def alternating(

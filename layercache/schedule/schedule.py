@@ -11,13 +11,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
+from layercache._utils.checksum import sealed_json
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps
 
 FORMAT = SCHEDULE
-VERSION = 2
+VERSION = 3
+
+LARGEST_COEFFICIENT = 1e4
+"""Far above what a fit gives (below 10), and far below where a residual times it leaves the range of float32."""
+
+LONGEST_SECONDS = 1e9
+"""What a group may take at most, so that sums stay numbers."""
 
 Cell = Mapping[int, float] | None
 """``None`` computes the group; a mapping ``{anchor step: coefficient}`` adds that combination instead.
@@ -83,9 +90,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_steps(self.fingerprint)
         check_groups(self.groups, self.fingerprint.num_blocks)
-        if len(self.group_seconds) != len(self.groups) or not all(
-            math.isfinite(s) and s > 0 for s in self.group_seconds
-        ):
+        if len(self.group_seconds) != len(self.groups) or not all(0 < s <= LONGEST_SECONDS for s in self.group_seconds):
             raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
         if self.velocities and len(self.velocities) != self.num_steps:
             raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")
@@ -134,8 +139,10 @@ class Schedule:
             return
         if step not in self.fingerprint.steps:
             raise ScheduleError(f"step {step} has a velocity, but the transformer does not run there; leave it out")
-        if not velocity.terms or not all(map(math.isfinite, (*velocity.terms.values(), velocity.latents))):
-            raise ScheduleError(f"the velocity of step {step} needs a term and finite coefficients: {velocity}")
+        if not velocity.terms:
+            raise ScheduleError(f"the velocity of step {step} needs a term: {velocity}")
+        for coefficient in (*velocity.terms.values(), velocity.latents):
+            _check_coefficient(coefficient, f"the velocity of step {step}")
         for source in velocity.terms:
             if not 0 <= source <= step or self.is_skipped(source):
                 raise ScheduleError(
@@ -153,8 +160,7 @@ class Schedule:
                 raise ScheduleError(
                     f"{place} reads step {anchor}, which is not an earlier step that computes the group"
                 )
-            if not math.isfinite(coefficient):
-                raise ScheduleError(f"{place} has the coefficient {coefficient}")
+            _check_coefficient(coefficient, place)
 
     @classmethod
     def compute_all(cls, fingerprint: Fingerprint, groups: Sequence[tuple[int, int]] | None = None) -> Schedule:
@@ -191,12 +197,20 @@ class Schedule:
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
         """Reads a schedule file.
 
+        Warns:
+            LayerCacheWarning: its checksum was removed.
+
         Raises:
-            FileFormatError: missing, damaged, truncated, of another kind, or written by a newer version.
+            FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
-        return cls.from_data(read_json(path, FORMAT), str(path))
+        return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
     def to_json(self) -> str:
+        """The text of its file, with a checksum."""
+        return sealed_json(self.unsealed_json())
+
+    def unsealed_json(self) -> str:
+        """The same without a checksum, as it stands in the file of a front."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -222,7 +236,7 @@ class Schedule:
         Raises:
             FileFormatError: as for `load`.
         """
-        return cls.from_data(parse_json(text, FORMAT, name), name)
+        return cls.from_data(parse_json(text, FORMAT, VERSION, name), name)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any], name: str) -> Schedule:
@@ -250,6 +264,17 @@ def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence
     """
     spent, due = (sum(Fraction(float(s)) * n for s, n in zip(seconds, own, strict=True)) for own in (counts, totals))
     return float(Fraction(spent) / Fraction(due))
+
+
+def _check_coefficient(value: float, place: str) -> None:
+    """Raises `ScheduleError` where a residual times the coefficient could not be trusted."""
+    if not math.isfinite(value):
+        raise ScheduleError(f"{place} has the coefficient {value}, which is not finite")
+    if abs(value) > LARGEST_COEFFICIENT:
+        raise ScheduleError(
+            f"{place} has the coefficient {value:g}; none is larger than {LARGEST_COEFFICIENT:g} in a schedule that "
+            "gives pictures, plan again"
+        )
 
 
 def _is_skip(row: Sequence[Cell]) -> bool:

@@ -18,6 +18,8 @@ from rich.text import Text
 import layercache
 from layercache._utils import metrics
 from layercache._utils.compat import progress_bar_settings
+from layercache._utils.files import check_output_folder
+from layercache._utils.text import shown
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 from layercache.errors import BudgetError, CalibrationError
@@ -101,7 +103,7 @@ class DemoResult:
     def __rich__(self) -> RenderableType:
         notes = (tables.identical_note(self.measured), self.figures["timing_note"], self._lpips_line())
         lines = [*(note for note in notes if note), machine.machine_line(self.figures["machine"]), ""]
-        lines += [f"{name}: {path}" for name, path in self.files.items()]
+        lines += [f"{name}: {shown(path)}" for name, path in self.files.items()]
         # Text, not str: a path may hold what rich takes for markup
         return Group(tables.comparison_table(self.measured), *(Text(line) for line in lines))
 
@@ -149,6 +151,7 @@ def run_demo(
     Raises:
         BudgetError: the budget is out of range or cannot be reached.
         MissingExtraError: scikit-image or matplotlib is not installed.
+        OutputError: no file can be made in the folder.
     """
     settings = Settings(steps, budget, seeds, batch, calibration_samples, guidance_scale)
     settings = settings.quick() if quick else settings
@@ -157,6 +160,7 @@ def run_demo(
     metrics.check_installed()
     plots.check_installed()
     output = Path(output)
+    check_output_folder(output, "output")
     output.mkdir(parents=True, exist_ok=True)
     pipe = pipe or load_demo_pipeline(device)
     with _progress(console) as progress, _silenced(pipe):

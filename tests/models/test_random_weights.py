@@ -66,6 +66,51 @@ def test_what_cannot_be_made_is_said(tmp_path, change, text):
         load_random_pipeline(tmp_path / "missing.json")
 
 
+FLUX_SIZES = {"_class_name": "FluxTransformer2DModel", "joint_attention_dim": 32, "pooled_projection_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"vae": {"_class_name": "ModularPipeline", "pretrained_model_name_or_path": "a/b"}}, "is no transformer, VAE"),
+        ({"vae": {"_class_name": "AutoPipelineForText2Image"}}, "is no transformer, VAE"),
+        ({"vae": {"_class_name": "utils"}}, "has no utils"),
+        ({"vae": {"_class_name": ["AutoencoderKL"]}}, "has no"),
+        ({"transformer": FLUX_SIZES | {"num_layers": 4000}}, "takes more than .* GB"),
+        ({"transformer": FLUX_SIZES | {"num_layers": 10**6, "attention_head_dim": 2}}, "takes more|more than 100000"),
+        ({"scheduler": {"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}}, "no entry is larger"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot make"),
+    ],
+)
+def test_only_models_of_diffusers_that_fit_are_made(tmp_path, monkeypatch, change, text):
+    """No network, and no memory before it is known how much."""
+    import socket
+
+    def connect(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    data, path = json.loads(FLUX.read_text()), tmp_path / "model.json"
+    path.write_text(json.dumps(data | {"components": data["components"] | change}))
+    with pytest.raises(FileFormatError, match=text):
+        load_random_pipeline(path)
+
+
+def test_the_limit_of_memory_is_an_argument():
+    with pytest.raises(FileFormatError, match=r"takes more than 0.001 GB.*max_bytes"):
+        load_random_pipeline(FLUX, max_bytes=10**6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"pipeline": "FluxTransformer2DModel"}, {"prompt": {"prompt_embeds": [10**6, 10**6]}}]
+)
+def test_other_entries_are_bounded_too(tmp_path, change):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(FLUX.read_text()) | change))
+    with pytest.raises(FileFormatError, match="is no pipeline|numbers"):
+        load_random_pipeline(path)
+
+
 @pytest.mark.slow
 def test_comparison_of_a_described_model(tmp_path):
     arguments = ["compare", "--model", str(FLUX), "-p", "a fox", "--methods", "uniform,fbcache", "--budgets", "0.6"]

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import layercache
-from layercache.errors import BudgetError, CacheStateError, CalibrationError, FileFormatError, ScheduleMismatchError
+from layercache.errors import (
+    BudgetError,
+    CacheStateError,
+    CalibrationError,
+    FileFormatError,
+    LayerCacheWarning,
+    ScheduleMismatchError,
+)
 from layercache.planning.fit import HOLD, Forecast
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.plan import weighted_errors
@@ -301,10 +308,11 @@ def test_the_search_is_deterministic_and_goes_on_where_it_stopped(pipe, profile,
     again = run_search(pipe, profile, resume=journal, **settings)
     assert [p.schedule for p in again.points] == [p.schedule for p in first.points]
     assert again.tried < first.tried
-    results = json.loads(journal.read_text())["results"]
-    del results[list(results)[-1]]
-    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"results": results}))
-    resumed = run_search(pipe, profile, resume=journal, **settings)
+    edited = json.loads(journal.read_text())
+    del edited["checksum"], edited["results"][list(edited["results"])[-1]]
+    journal.write_text(json.dumps(edited))
+    with pytest.warns(LayerCacheWarning, match="no checksum"):
+        resumed = run_search(pipe, profile, resume=journal, **settings)
     assert [p.schedule for p in resumed.points] == [p.schedule for p in first.points]
     # of another search, and broken
     with pytest.raises(ScheduleMismatchError, match="other samples"):

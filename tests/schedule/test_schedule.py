@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercache.errors import FileFormatError, LayerCacheError, ScheduleError, ScheduleMismatchError
+from layercache.errors import FileFormatError, LayerCacheError, LayerCacheWarning, ScheduleError, ScheduleMismatchError
 from layercache.methods.fixed import TaylorSeer
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import secant_coefficients
-from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import Schedule, Velocity
 
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
 
@@ -79,6 +79,30 @@ def test_file_round_trip(tmp_path):
 def test_contradictions_are_refused(cells):
     with pytest.raises(ScheduleError):
         schedule(cells)
+
+
+@pytest.mark.parametrize("value", [1e300, -1.1e4, float("inf"), float("nan")])
+def test_coefficients_that_give_no_picture_are_refused(tmp_path, value):
+    whole = schedule()
+    with pytest.raises(ScheduleError, match=r"cell \(step 3, group 1\) has the coefficient"):
+        dataclasses.replace(whole, cells=(*whole.cells[:3], (None, {2: value})))
+    with pytest.raises(ScheduleError, match="velocity of step 1 has the coefficient"):
+        dataclasses.replace(whole, velocities=(None, Velocity({1: value}), None, None))
+    with pytest.raises(ScheduleError, match="velocity of step 1 has the coefficient"):
+        dataclasses.replace(whole, velocities=(None, Velocity({1: 1.0}, latents=value), None, None))
+    with pytest.raises(ScheduleError, match="one positive number per group"):
+        dataclasses.replace(whole, group_seconds=(value, -value))
+    data = json.loads(whole.to_json())
+    del data["checksum"]
+    data["cells"][3][1] = {"2": value}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(FileFormatError, match="coefficient"), pytest.warns(LayerCacheWarning):
+        Schedule.load(tmp_path / "plan.json")
+
+
+def test_large_coefficients_of_fits_are_kept():
+    whole = dataclasses.replace(schedule(), velocities=(None, Velocity({1: 9.5, 0: -8.5}), None, None))
+    assert Schedule.from_json(whole.to_json()) == whole
 
 
 @pytest.mark.parametrize("groups", [((0, 2),), ((0, 2), (3, 4)), ((0, 2), (2, 2), (2, 4)), ((1, 4),)])

@@ -7,10 +7,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import nn
 
-from layercache._version import __version__
 from layercache.demo.model import NULL_CLASS, TRANSFORMER_CONFIG, ClassEncoder
 from layercache.demo.pipeline import DemoPipeline
-from layercache.models.registry import config_hash, count_blocks
+from layercache.models.registry import fingerprint_of
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule
 
@@ -57,14 +56,7 @@ def shifted_sigmas(steps: int, shift: float = 3.0) -> tuple[float, ...]:
 
 
 def fingerprint(transformer: nn.Module, sigmas, branches=("cond", "uncond")) -> Fingerprint:
-    return Fingerprint(
-        model_class=type(transformer).__name__,
-        config_hash=config_hash(transformer),
-        num_blocks=count_blocks(transformer),
-        sigmas=tuple(sigmas),
-        branches=tuple(branches),
-        package_version=__version__,
-    )
+    return fingerprint_of(transformer, tuple(sigmas), tuple(branches))
 
 
 def schedule_for(pipe, cells, groups=GROUPS) -> Schedule:

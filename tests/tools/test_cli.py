@@ -339,7 +339,9 @@ def test_errors_of_bench_name_their_option(monkeypatch):
 
 
 def test_a_folder_in_the_place_of_a_file(schedule_file, tmp_path):
-    assert refused(1, "show", schedule_file, "--json", tmp_path) == f"Error: Is a directory: {tmp_path}."
+    assert refused(1, "show", schedule_file, "--json", tmp_path) == (
+        f"Error: Invalid value for --json: {tmp_path} cannot be written: it is a folder; name a file."
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.json"]
     assert "--output" in refused(2, "compare", "-o", schedule_file)
 

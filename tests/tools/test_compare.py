@@ -102,6 +102,23 @@ def test_cache_dit_is_tuned_too(model, tmp_path):
     assert not outcome.error and 0.3 < outcome.used < 0.7
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "missing", "other"])
+def test_damaged_pictures_are_made_again(model, compared, tmp_path, damage):
+    comparison, outcomes = compared
+    shutil.copytree(comparison.folder, tmp_path / "copy")
+    for name in ("full.npy", "pictures/uniform-0.5.npy"):
+        path = tmp_path / "copy" / name
+        whole = path.read_bytes()
+        path.unlink()
+        contents = {"cut": whole[:-100], "empty": b"", "changed": whole[:-1] + bytes([whole[-1] ^ 1]), "other": b"PK"}
+        if damage != "missing":
+            path.write_bytes(contents[damage])
+        again = Comparison(model, PROMPTS, SEEDS, tmp_path / "copy")
+        assert [o.psnr for o in again.run(["uniform"])] == [outcomes[0].psnr]
+        assert np.array_equal(np.load(path), np.load(comparison.folder / name))
+        assert save_comparison(again, outcomes[:1], ["a", "b", "c"], "again")["page"].exists()
+
+
 def test_goes_on_where_it_was_stopped(model, compared, monkeypatch):
     comparison, outcomes = compared
     again = Comparison(model, PROMPTS, SEEDS, comparison.folder)

@@ -72,6 +72,11 @@ def folder(tmp_path_factory):
     return path
 
 
+def unsealed(path) -> dict:
+    """The entries of a JSON file without its checksum."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+
+
 def refused(load, path) -> str:
     with pytest.raises(FileFormatError) as caught:
         load(path)
@@ -121,10 +126,11 @@ def test_files_that_were_cut_off(folder, tmp_path, wanted):
         assert "not whole" in refused(LOADERS[wanted], path)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no checksum")
 @pytest.mark.parametrize("wanted", ["layercache schedule", "layercache module schedule", "layercache front"])
 def test_every_entry_may_be_missing_or_of_another_form(folder, tmp_path, wanted):
     """No traceback of the parser's own, whatever is wrong in the file."""
-    data, path = json.loads((folder / wanted).read_text()), tmp_path / "edited.json"
+    data, path = unsealed(folder / wanted), tmp_path / "edited.json"
     required = {"fingerprint", "groups", "cells", "group_seconds", "steps", "units", "seconds", "points", "tried"}
     for key in set(data) - {"format", "version"}:
         path.write_text(json.dumps({k: v for k, v in data.items() if k != key}))
@@ -139,8 +145,9 @@ def test_every_entry_may_be_missing_or_of_another_form(folder, tmp_path, wanted)
                 assert not [word for word in JARGON if word in text], (key, value, text)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no checksum")
 def test_what_contradicts_itself_is_said_in_the_schedules_own_words(folder, tmp_path):
-    data, path = json.loads((folder / "layercache schedule").read_text()), tmp_path / "edited.json"
+    data, path = unsealed(folder / "layercache schedule"), tmp_path / "edited.json"
     path.write_text(json.dumps({**data, "groups": [[0, 5]]}))
     assert refused(Schedule.load, path) == (
         "is damaged: groups end at block 5, the model has 6 blocks; use another copy, or write it again with "
@@ -150,7 +157,7 @@ def test_what_contradicts_itself_is_said_in_the_schedules_own_words(folder, tmp_
     assert "is damaged: a schedule needs a step at least" in refused(Schedule.load, path)
     path.write_text(json.dumps({**data, "version": 99}))
     assert refused(Schedule.load, path).endswith("upgrade it")
-    front = json.loads((folder / "layercache front").read_text())
+    front = unsealed(folder / "layercache front")
     del front["points"][0]["schedule"]["cells"]
     path.write_text(json.dumps(front))
     with pytest.raises(FileFormatError, match=f"^schedule 0 of {path} is damaged: it has no entry 'cells'"):
@@ -161,12 +168,14 @@ def test_what_contradicts_itself_is_said_in_the_schedules_own_words(folder, tmp_
         Front.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no checksum")
 def test_profiles_without_a_table_or_an_entry(folder, tmp_path):
     from safetensors import safe_open
 
     path = tmp_path / "p.safetensors"
     with safe_open(str(folder / "layercache profile"), framework="numpy") as file:
         header, tables = json.loads(file.metadata()["header"]), {name: file.get_tensor(name) for name in file.keys()}
+    del header["checksum"]
     save_file({k: v for k, v in tables.items() if k != "text_norm_l1"}, path, {"header": json.dumps(header)})
     assert "is damaged: the table text_norm_l1 is missing; use another copy" in refused(StabilityProfile.load, path)
     save_file(tables, path, {"header": json.dumps({k: v for k, v in header.items() if k != "eta"})})

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from layercache import backend
 from layercache.tools.bench.measure import keep_memory
 from layercache.tools.compare.run import Counter
-from layercache.tools.report.plots import new_figure, save_figure
+from layercache.tools.report.plots import math_free, new_figure, save_figure
 
 WARM, STEPS = 5, 6
 ALWAYS, NEVER = 0.99, 1e-9  # thresholds; cache-dit takes 1 for "without looking"
@@ -281,7 +281,7 @@ def save_plot(path: str | os.PathLike[str], rows: Sequence[Row], title: str) -> 
         axis.barh(places, [row.seconds * 1e3 for row in own], height=0.38, label=label)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
-    axis.set(xlabel="milliseconds of the cache in a step", title=title)
+    axis.set(xlabel="milliseconds of the cache in a step", title=math_free(title))
     axis.legend()
     return save_figure(figure, path)
 

@@ -6,15 +6,16 @@ Nothing heavy is imported here, so that help and mistakes in the arguments are a
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from layercache import __version__
-from layercache.errors import LayerCacheError
-from layercache.tools.cli import bench
+from layercache._utils.text import cleaned, shown
+from layercache.errors import LayerCacheError, LayerCacheWarning
+from layercache.tools.cli import bench, schedule
 from layercache.tools.cli.calibrate import calibrate
 from layercache.tools.cli.compare import compare
 from layercache.tools.cli.demo import demo
@@ -27,6 +28,7 @@ from layercache.tools.cli.train_router import train_router
 
 COMMANDS = (demo, calibrate, plan, search, generate, compare, train_router, show, models, doctor)
 PARETO = "--pareto"
+_UsageError: Any = typer.BadParameter.__base__  # typer may bring a click of its own
 _COMMAND = "layercache.command"  # in the context: the command that was given
 
 # Options that set an argument of several names: the guidance of a pipeline with two forwards.
@@ -47,7 +49,12 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except _UsageError as error:
+            error.message = cleaned(error.message)
+            raise
         except BrokenPipeError:
             raise  # `| head` has seen enough; the framework ends quietly
         except KeyboardInterrupt:
@@ -55,16 +62,28 @@ class Commands(TyperGroup):
         except (LayerCacheError, OSError) as error:
             if os.environ.get("LAYERCACHE_DEBUG") == "1":
                 raise
-            console = Console(stderr=True, markup=False, highlight=False)
+            from layercache.tools.report.console import PlainConsole
+
+            console = PlainConsole(stderr=True)
             console.print(_sentence(error, ctx.meta.get(_COMMAND)), style="red", soft_wrap=True)
             raise typer.Exit(1) from None
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of the library as a sentence; others as Python shows them."""
+    if issubclass(category, LayerCacheWarning):
+        typer.echo(f"Warning: {cleaned(str(message))}.", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def _sentence(error: Exception, command: Any = None) -> str:
     """The message of an error, behind the option that set the argument it refuses."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        text = f"{error.strerror}: {shown(error.filename)}" if error.filename else error.strerror
     text = text.strip() or type(error).__name__
     option = option_of(command, getattr(error, "argument", None))
     text = f"Invalid value for {option}: {text}" if option else text
@@ -93,8 +112,8 @@ app = typer.Typer(
 
     For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
     the speed you want, `search` finds better ones by running them, `generate` draws with a schedule,
-    `compare` runs every method beside it. `show` explains a file, `doctor` your installation, `bench`
-    measures the ops.
+    `compare` runs every method beside it. `show` explains a file, `schedule edit` changes one, `doctor`
+    checks your installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
@@ -102,6 +121,7 @@ app = typer.Typer(
 for function in COMMANDS:
     app.command(function.__name__.replace("_", "-"))(function)
 app.add_typer(bench.app, name="bench", cls=Commands)
+app.add_typer(schedule.app, name="schedule", cls=Commands)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.errors import FileFormatError
-from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer
+from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer, check_outputs
 from layercache.tools.cli.pipelines import choose_device
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def kernels(
 
     Example: `layercache bench kernels --op linear_combination --shape 1x4096x3072`
     """
+    check_outputs({"json_to": json_to})
     shapes = [_shape(text) for text in shape or ["1x4096x3072"]]
     import torch
 
@@ -198,6 +200,7 @@ def peers(
 
     Example: `layercache bench peers --shape 1x4096x3072 --json peers.json`
     """
+    check_outputs({"json_to": json_to, "plot": plot})
     import torch
 
     from layercache.tools.bench import peers as measuring
@@ -251,12 +254,12 @@ def list_results(
     place = _results_folder(folder)
     if mark_stale:
         for path in results.mark_stale(place):
-            typer.echo(f"marked as stale: {path}")
+            typer.echo(f"marked as stale: {shown(path)}")
     unmarked, files = set(results.stale_files(place)), sorted(place.glob("*.json"))
     for path in files:
-        typer.echo(f"{path.name}: {_state(path, path in unmarked)}")
+        typer.echo(f"{shown(path.name)}: {_state(path, path in unmarked)}")
     if not files:
-        typer.echo(f"no results in {place}")
+        typer.echo(f"no results in {shown(place)}")
 
 
 def _results_folder(folder: Path | None) -> Path:

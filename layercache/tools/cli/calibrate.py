@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Device,
     Dtype,
@@ -21,6 +22,7 @@ from layercache.tools.cli.common import (
     PromptsFile,
     Steps,
     Width,
+    check_outputs,
 )
 from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, refused_arguments
 
@@ -81,6 +83,7 @@ def calibrate(
     Example: `layercache calibrate --model Qwen/Qwen-Image --steps 50 --guidance 4 -p "a red fox" -p "an old map"
     -p "a city at night" -o qwen.safetensors`
     """
+    check_outputs({"output": output, "json_to": json_to}, [prompts_file])
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     # without prompts, one sample of the demo model is a picture of every class
     entries: list[Any] = found if prompts or prompts_file else [found]
@@ -104,6 +107,6 @@ def _measure(
     with refused_arguments():
         profile = layercache.calibrate(pipe, prompts, seeds=range(seed, seed + len(prompts)), **settings)
     profile.save(output)
-    printer.say(tables.profile_sentences(profile), f"profile: {output}")
-    printer.say(f"next: layercache plan {output} --budget 0.6", style="dim")
+    printer.say(tables.profile_sentences(profile), f"profile: {shown(output)}")
+    printer.say(f"next: layercache plan {shown(output)} --budget 0.6", style="dim")
     printer.figures(tables.profile_figures(profile))

@@ -6,13 +6,18 @@ an error about an argument can be printed with the option.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from layercache._utils.files import check_output
+from layercache._utils.text import shown
+from layercache.errors import OutputError
+from layercache.tools.report.console import PlainConsole
 
 PIPE_WIDTH = 120
 
@@ -73,10 +78,10 @@ class Printer:
 
     def __init__(self, json_to: str | None):
         self.json_to = json_to
-        self.console = Console(stderr=json_to == "-", markup=False, highlight=False)
+        self.console = PlainConsole(stderr=json_to == "-")
         if not self.console.is_terminal:
             # into a file or a pipe, tables keep their columns
-            self.console = Console(stderr=json_to == "-", markup=False, highlight=False, width=PIPE_WIDTH)
+            self.console = PlainConsole(stderr=json_to == "-", width=PIPE_WIDTH)
 
     def say(self, *parts: Any, style: str | None = None) -> None:
         for part in parts:
@@ -120,13 +125,14 @@ def read_prompts(prompts: Sequence[str] | None, path: Path | None) -> list[str]:
     if path is None:
         return list(prompts or ())
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # editors on Windows begin a file with a byte order mark
+        lines = [line.strip().strip("\ufeff").strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         lines = []
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise typer.BadParameter(
-            f"{path} holds no prompts; a text file (UTF-8) with one prompt per line is expected.",
+            f"{shown(path)} holds no prompts; a text file (UTF-8) with one prompt per line is expected.",
             param_hint="--prompts-file",
         )
     return [*(prompts or ()), *found]
@@ -138,9 +144,34 @@ def batches_of(prompts: Sequence[str], first: int, count: int, batch: int) -> li
     return [chosen[lo : lo + batch] for lo in range(0, count, batch)]
 
 
+def check_outputs(outputs: Mapping[str, Path | str | None], reads: Sequence[Path | None] = ()) -> None:
+    """Refuses what a command could not write, before it does anything.
+
+    Args:
+        outputs: the files it writes, by the argument that names each; more than one of an argument are numbered
+            behind a dot.
+        reads: the files it reads, none of which it may replace.
+
+    Raises:
+        OutputError: a file cannot be written, or is named twice.
+    """
+    taken = {os.path.realpath(path) for path in reads if path is not None}
+    for name, path in outputs.items():
+        argument = name.partition(".")[0]
+        if path is None or (argument == "json_to" and path == "-"):
+            continue
+        check_output(path, argument)
+        if os.path.realpath(path) in taken:
+            raise OutputError(
+                f"{shown(path)} would be written over a file that this command reads or writes; name another",
+                argument=argument,
+            )
+        taken.add(os.path.realpath(path))
+
+
 def check_picture_name(path: Path, option: str) -> None:
     """Refuses a file name whose format no picture can be saved in."""
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
-        raise typer.BadParameter(f"{path} does not end like a picture; use .png.", param_hint=option)
+        raise typer.BadParameter(f"{shown(path)} does not end like a picture; use .png.", param_hint=option)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
+from layercache._utils.files import check_output_folder
+from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Budgets,
     Device,
@@ -23,6 +26,7 @@ from layercache.tools.cli.common import (
     PromptsFile,
     Width,
     batches_of,
+    check_outputs,
     parse_budgets,
 )
 from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
@@ -69,6 +73,8 @@ def compare(
 
     Example: `layercache compare --methods layercache,meancache,fbcache,diffusers:fbcache --budgets 0.6,0.4`
     """
+    check_output_folder(output, "output")
+    check_outputs({"json_to": json_to}, [prompts_file])
     names, shares = _method_names(methods), parse_budgets(budgets)
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     call = quiet_call(pipe, num_inference_steps, guidance_scale, height, width)
@@ -98,10 +104,10 @@ def _method_names(text: str) -> list[str]:
 def _run(printer: Printer, comparison: Comparison, names: list[str], title: str) -> None:
     from layercache.tools.compare.report import comparison_table, failures, save_comparison
 
-    with refused_arguments(), printer.console.status("comparing") as status:
-        outcomes = comparison.run(names, lambda text: status.update(text))
+    with refused_arguments(), printer.console.status(Text("comparing")) as status:
+        outcomes = comparison.run(names, lambda text: status.update(Text(shown(text))))
     prompts = [prompt for batch in comparison.prompts for prompt in batch][:SHOWN]
     files = save_comparison(comparison, outcomes, [textwrap.shorten(prompt, 16) for prompt in prompts], title)
     printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
-    printer.say(*(f"{name}: {path}" for name, path in files.items()))
+    printer.say(*(f"{name}: {shown(path)}" for name, path in files.items()))
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})

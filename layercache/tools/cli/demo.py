@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from layercache.tools.cli.common import Budget, Device, Dtype, Json, Printer
+from layercache._utils.files import check_output_folder
+from layercache.tools.cli.common import Budget, Device, Dtype, Json, Printer, check_outputs
 from layercache.tools.cli.pipelines import load_pipeline
 
 
@@ -31,6 +32,8 @@ def demo(
     """
     from layercache.tools.demo import run_demo
 
+    check_output_folder(output, "output")
+    check_outputs({"json_to": json_to})
     assert budget is not None  # it has a default
     printer = Printer(json_to)
     pipe = load_pipeline("demo", device, Dtype.float32)

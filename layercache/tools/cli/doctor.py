@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from layercache.tools.cli.common import Json, Printer
+from layercache.tools.cli.common import Json, Printer, check_outputs
 
 
 def doctor(json_to: Json = None) -> None:
@@ -17,6 +17,7 @@ def doctor(json_to: Json = None) -> None:
     from layercache.tools.doctor import diagnose
     from layercache.tools.report.machine import machine_line
 
+    check_outputs({"json_to": json_to})
     printer = Printer(json_to)
     diagnosis = diagnose()
     printer.say(diagnosis, machine_line(diagnosis.machine))

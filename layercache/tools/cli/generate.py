@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Device,
     Dtype,
@@ -20,6 +21,7 @@ from layercache.tools.cli.common import (
     Model,
     Printer,
     Width,
+    check_outputs,
     check_picture_name,
 )
 from layercache.tools.cli.files import load_schedule
@@ -84,6 +86,8 @@ def generate(
     if compare and schedule is None:
         raise typer.BadParameter("--compare needs a --schedule to compare with the full run.")
     check_picture_name(output, "--output")
+    beside = {"output.comparison": _comparison_file(output)} if compare else {}
+    check_outputs({"output": output, **beside, "json_to": json_to}, [schedule])
     if compare:
         _check_extras()
     plan = load_schedule(schedule) if schedule is not None else None
@@ -91,6 +95,10 @@ def generate(
     pipe = load_pipeline(model, device, dtype)
     check_demo_prompts(pipe, [prompt])
     call = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, guidance_scale, height, width)}
+    if plan is not None:
+        from layercache.planning.samples import call_settings
+
+        plan.fingerprint.warn_of(call_settings(call))
     drawn, full = _draw_all(pipe, call, seed, plan, compare)
     figures = {"kind": "generation", "model": model, "seed": seed, **call}
     _report(Printer(json_to), figures, drawn, full, output)
@@ -138,7 +146,7 @@ def _report(printer: Printer, figures: dict[str, Any], drawn: Drawn, full: Drawn
     _save_picture(drawn.picture, output)
     cache = drawn.cache
     figures |= {"seconds": drawn.seconds, "picture": output, "cache": asdict(cache) if cache is not None else None}
-    printer.say(f"picture: {output} ({drawn.seconds:.2f} s)")
+    printer.say(f"picture: {shown(output)} ({drawn.seconds:.2f} s)")
     if cache is not None:
         printer.say(str(cache))
         if full is not None:
@@ -155,6 +163,11 @@ def _save_picture(picture: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda temporary: image.save(temporary))
 
 
+def _comparison_file(output: Path) -> Path:
+    """Beside the picture."""
+    return output.with_name(f"{output.stem}-comparison.png")
+
+
 def _compare(printer: Printer, drawn: Drawn, full: Drawn, used: float, output: Path) -> dict[str, Any]:
     """Prints the figures of both runs and saves both pictures beside their difference."""
     from layercache._utils import metrics
@@ -165,9 +178,9 @@ def _compare(printer: Printer, drawn: Drawn, full: Drawn, used: float, output: P
         tables.Measured("full", 1.0, full.seconds),
         tables.Measured("cached", used, drawn.seconds, tuple(psnr), tuple(ssim)),
     ]
-    beside = output.with_name(f"{output.stem}-comparison.png")
+    beside = _comparison_file(output)
     panels = [full.picture, drawn.picture, plots.difference(full.picture, drawn.picture)[0]]
     titles = ["full", f"cached, {psnr[0]:.1f} dB", f"|difference| x{plots.DIFFERENCE_GAIN:g}"]
     plots.save_pictures(beside, [plots.PictureRow("", panels)], titles, smallest=256)
-    printer.say(tables.comparison_table(measured), f"comparison: {beside}")
+    printer.say(tables.comparison_table(measured), f"comparison: {shown(beside)}")
     return {"file": beside, "runs": [row.to_json(full.seconds) for row in measured]}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercache.tools.cli.common import Budget, Json, MaxCacheBytes, Printer, parse_spans
+from layercache._utils.text import shown
+from layercache.tools.cli.common import Budget, Json, MaxCacheBytes, Printer, check_outputs, parse_spans
 from layercache.tools.cli.files import load_source
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def plan(
 
     Example: `layercache plan qwen.safetensors --budget 0.6 -o qwen-60.json`
     """
+    check_outputs({"output": output, "json_to": json_to}, [profile])
     targets = {"budget": budget, "speedup": speedup, "full_steps": full_steps, "min_psnr": min_psnr}
     if sum(value is not None for value in targets.values()) != 1:
         raise typer.BadParameter("give either --budget, --speedup, --full-steps or, from a front, --min-psnr.")
@@ -107,8 +109,8 @@ def _write_schedule(printer: Printer, path: Path, settings: dict[str, Any], outp
     source = load_source(path)
     schedule = layercache.plan(source, **settings)
     schedule.save(output)
-    printer.say(tables.schedule_sentences(schedule), *_memory_line(source, schedule), f"schedule: {output}")
-    printer.say(f"next: layercache generate --schedule {output} --prompt ... --compare", style="dim")
+    printer.say(tables.schedule_sentences(schedule), *_memory_line(source, schedule), f"schedule: {shown(output)}")
+    printer.say(f"next: layercache generate --schedule {shown(output)} --prompt ... --compare", style="dim")
     printer.figures(tables.schedule_figures(schedule))
 
 

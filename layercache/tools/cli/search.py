@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.errors import BudgetError
 from layercache.tools.cli.common import (
     Budgets,
@@ -22,6 +23,7 @@ from layercache.tools.cli.common import (
     Prompts,
     PromptsFile,
     Width,
+    check_outputs,
     parse_budgets,
 )
 from layercache.tools.cli.pipelines import call_arguments, is_demo, load_with_prompts, refused_arguments
@@ -68,8 +70,11 @@ def search(
     """
     import layercache
 
+    journal = output.with_suffix(".journal.json")
+    outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
+    check_outputs({**outputs, "output.journal": journal, "json_to": json_to}, [profile, prompts_file])
     settings: dict[str, Any] = {"trials": trials, "time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
-    settings |= {"budgets": parse_budgets(budgets), "resume": output.with_suffix(".journal.json")}
+    settings |= {"budgets": parse_budgets(budgets), "resume": journal}
     measured = layercache.StabilityProfile.load(profile)
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     settings |= {"profiles": measured, "num_inference_steps": measured.fingerprint.num_steps}
@@ -113,6 +118,8 @@ def _save(printer: Printer, front: Front, title: str, output: Path) -> None:
     save_front_plot(output.with_suffix(".png"), rows, title)
     page = save_front_page(output.with_suffix(".html"), rows, title)
     order = [order_sentence(rows)] if len(rows) > 1 else []
-    printer.say(front_table(rows, title), *order, *front.notes, f"front: {output}", f"page: {page}")
-    printer.say(f"next: layercache plan {output} --budget {front.points[0].used:.2f}", style="dim")
+    printer.say(
+        front_table(rows, title), *order, *map(shown, front.notes), f"front: {shown(output)}", f"page: {shown(page)}"
+    )
+    printer.say(f"next: layercache plan {shown(output)} --budget {front.points[0].used:.2f}", style="dim")
     printer.figures({"kind": "front", "runs": front.tried, "points": [row.to_json() for row in rows]})

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercache.tools.cli.common import Json, Plot, Printer
+from layercache._utils.text import shown
+from layercache.tools.cli.common import Json, Plot, Printer, check_outputs
 from layercache.tools.cli.files import load
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def show(
 
     Example: `layercache show schedule.json --plot schedule.png`
     """
+    check_outputs({"plot": plot, "json_to": json_to}, [file])
     printer = Printer(json_to)
     content = load(file)
     parts, legend, figures = _explain(content)
@@ -36,7 +38,7 @@ def show(
     printer.say(*parts)
     printer.say(legend, style="dim")
     if plot is not None:
-        printer.say(f"plot: {plot}")
+        printer.say(f"plot: {shown(plot)}")
     printer.figures(figures)
 
 
@@ -76,7 +78,7 @@ def _explain_front(front: Front) -> Explained:
     rows = rows_of(front)
     figures = {"kind": "front", "notes": list(front.notes), "points": [row.to_json() for row in rows]}
     legend = f"{order_sentence(rows)} 'layercache plan' takes one out by --budget and the like.".lstrip()
-    return (front_table(rows), *front.notes), legend, figures
+    return (front_table(rows), *map(shown, front.notes)), legend, figures
 
 
 def _plot(path: Path, title: str, content: Content) -> Path:
@@ -110,6 +112,7 @@ def models(json_to: Json = None) -> None:
     """
     from layercache.tools.report.tables import model_rows, models_table
 
+    check_outputs({"json_to": json_to})
     printer = Printer(json_to)
     rows = model_rows()
     printer.say(models_table(rows))

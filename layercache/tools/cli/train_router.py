@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Budget,
     Device,
@@ -24,6 +25,7 @@ from layercache.tools.cli.common import (
     Steps,
     Width,
     batches_of,
+    check_outputs,
     check_picture_name,
 )
 from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
@@ -75,14 +77,16 @@ def train_router(
 
     Example: `layercache train-router --rounds 40 --budget 0.7 -o router.json`
     """
+    kept = checkpoint or output.with_suffix(".pt")
+    check_outputs({"output": output, "checkpoint": kept, "plot": plot, "json_to": json_to}, [prompts_file])
+    _check_plot(plot)
     from layercache.methods import l2c
 
-    _check_plot(plot)
     settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     call = _latent_only(pipe, quiet_call(pipe, num_inference_steps, guidance_scale, height, width))
     samples = batches_of(found, 0, -(-len(found) // batch) * batch, batch)
-    kept, printer = checkpoint or output.with_suffix(".pt"), Printer(json_to)
+    printer = Printer(json_to)
     with refused_arguments():
         router = settings.train(pipe, samples, kept, printer.console.is_terminal, **call)
     schedule = router.schedule(threshold if budget is None else None, budget)
@@ -116,6 +120,6 @@ def _report(
         f"squared error {first[0]:.3g} in the first round, {last[0]:.3g} in the last; "
         f"{last[1]:.1f} of {len(router.units)} modules in use at a cache step",
         f"the schedule computes {schedule.used:.1%} of the modules' time",
-        *(f"{name}: {path}" for name, path in files.items()),
+        *(f"{name}: {shown(path)}" for name, path in files.items()),
     )
     printer.figures({"losses": router.losses, "used": schedule.used, "beta": router.beta.tolist()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from layercache._utils.files import write_atomically
 from layercache._utils.metrics import summarise
+from layercache._utils.text import shown
 from layercache.tools.compare.run import Comparison, Outcome
-from layercache.tools.report.plots import PictureRow, new_figure, save_figure, save_pictures
+from layercache.tools.report.console import table_html
+from layercache.tools.report.plots import PictureRow, curve_label, math_free, new_figure, save_figure, save_pictures
 
 WIDTH = 170
 
@@ -26,7 +26,7 @@ WIDTH = 170
 def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = WIDTH) -> Table:
     """A row per method and budget; what failed is in `failures`. Below 150 columns the settings are left out."""
     with_lpips = any(outcome.lpips for outcome in outcomes)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(title=shown(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     table.caption = (
         "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup against full runs before and "
         "after; operators of PyTorch and values read by the host, per step; a dash: not known."
@@ -43,7 +43,7 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = 
             continue
         psnr = summarise(outcome.psnr)
         table.add_row(
-            outcome.method,
+            shown(outcome.method),
             f"{outcome.budget:g}",
             f"{outcome.used:.3f}",
             f"{outcome.speedup:.2f}x",
@@ -53,7 +53,7 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = 
             "-" if outcome.cache_bytes is None else f"{outcome.cache_bytes / 2**20:.1f}",
             f"{outcome.operators:.0f}",
             f"{outcome.reads:.2f}",
-            *([outcome.setting] * with_settings),
+            *([shown(outcome.setting)] * with_settings),
         )
     return table
 
@@ -66,7 +66,7 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
             # a budget named in the reason is named in front already
             reason = outcome.error.split(": ", 1)[-1]
             reasons.setdefault((outcome.method, reason), []).append(f"{outcome.budget:g}")
-    return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in reasons.items()]
+    return [shown(f"{method} at {', '.join(budgets)}: {reason}") for (method, reason), budgets in reasons.items()]
 
 
 def save_comparison(
@@ -92,8 +92,15 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
         # ours first and strong; another package's cache is drawn broken
         look = {"color": f"C{number % 10}", "marker": "osv^D<>"[number // 10 % 7]}
         look["linestyle"] = "--" if ":" in name else "-"
-        axis.plot([o.used for o in own], means, markersize=4, linewidth=2.5 if number == 0 else 1.2, label=name, **look)
-    axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=title)
+        axis.plot(
+            [o.used for o in own],
+            means,
+            markersize=4,
+            linewidth=2.5 if number == 0 else 1.2,
+            label=curve_label(name),
+            **look,
+        )
+    axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.grid(alpha=0.3)
     if good:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -102,9 +109,7 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
 
 def save_page(path: Path, outcomes: Sequence[Outcome], title: str, pictures: Sequence[Path]) -> Path:
     """Table and pictures as one HTML file that refers to nothing outside itself."""
-    console = Console(record=True, width=WIDTH, file=io.StringIO())
-    console.print(comparison_table(outcomes))
-    table = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    table, title = table_html(comparison_table(outcomes), WIDTH), shown(title)
     images = "\n".join(
         f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,'
         f'{base64.b64encode(picture.read_bytes()).decode()}">'

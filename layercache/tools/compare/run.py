@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache._utils import metrics
-from layercache._utils.files import write_atomically
-from layercache._utils.formats import COMPARISON, going_on
-from layercache.errors import LayerCacheError, ScheduleMismatchError
+from layercache._utils.checksum import sealed_json
+from layercache._utils.files import check_output_folder, write_atomically
+from layercache._utils.formats import COMPARISON, going_on, parse_json
+from layercache._utils.text import shown
+from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatchError
 from layercache.tools.compare.entries import CalibratedModel, Entry, block_calls, entries
 from layercache.tools.report import machine
 
-FORMAT, VERSION = COMPARISON, 1
+FORMAT, VERSION = COMPARISON, 2
 SHOWN = 8  # pictures of every entry that are kept for the page
 _NUMBERS = ("used", "seconds", "speedup", "operators", "reads")
 _READS = ("item", "tolist", "__bool__", "__float__", "__int__")
@@ -67,7 +70,12 @@ class Outcome:
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
         read: dict[str, Any] = {k: float("nan") if data[k] is None else float(data[k]) for k in _NUMBERS}
         read |= {k: tuple(float(v) for v in data[k]) for k in ("psnr", "ssim", "lpips")}
-        return cls(**read, **{k: data[k] for k in ("method", "setting", "budget", "cache_bytes", "error")})
+        read |= {k: str(data[k]) for k in ("method", "setting", "error")}
+        stored = data["cache_bytes"]
+        made = cls(**read, budget=float(data["budget"]), cache_bytes=None if stored is None else int(stored))
+        if not made.error and not (made.psnr and made.ssim):
+            raise ValueError("no figures and no error")
+        return made
 
 
 class Counter(TorchDispatchMode):
@@ -119,8 +127,10 @@ class Comparison:
         if edges[-1] != len(self.seeds):
             raise LayerCacheError(f"give one seed per picture: {edges[-1]} pictures, {len(self.seeds)} seeds")
         self._batches = list(pairwise(edges))
+        check_output_folder(self.folder, "output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.outcomes: dict[str, Outcome] = {}
+        self._digests: dict[str, str] = {}
         self._settings = {
             "call": {name: repr(value) for name, value in sorted(model.call.items())},
             "model": f"{type(model.pipeline).__name__} {type(model.pipeline.transformer).__name__}",
@@ -139,10 +149,11 @@ class Comparison:
     def run(self, methods: Sequence[str], say: Callable[[str], None] = lambda text: None) -> list[Outcome]:
         """All methods at all budgets; one that fails leaves its reason and does not stop the others."""
         pending = [entry for entry in entries(self.model, methods) if not self._has(entry[0], entry[1])]
-        if pending:
+        if pending or self._stored(self._full_file) is None:
             say("generating the full pictures")
             self.full, self.full_seconds = self._generate(nullcontext(), range(len(self._batches)))
-            np.save(self.folder / "full.npy", self.full[:SHOWN])
+            self._keep(self.full, self._full_file)
+            self.save()
         for number, (name, budget, make) in enumerate(pending, 1):
             say(f"{name} at {budget:g} ({number} of {len(pending)})")
             try:
@@ -155,12 +166,41 @@ class Comparison:
         return [self.outcomes[key] for key in wanted]
 
     def pictures(self, outcome: Outcome) -> np.ndarray | None:
-        """The first pictures of an entry, ``[n, H, W, C]`` in 0..1."""
-        path = self._picture_file(outcome)
-        return np.load(path) if path.exists() else None
+        """The first pictures of an entry, ``[n, H, W, C]`` in 0..1; ``None`` where their file is missing or damaged."""
+        return self._stored(self._picture_file(outcome))
 
     def full_pictures(self) -> np.ndarray:
-        return np.load(self.folder / "full.npy")
+        """Those of the full run.
+
+        Raises:
+            FileFormatError: their file is missing or damaged; `run` makes it again.
+        """
+        pictures = self._stored(self._full_file)
+        if pictures is None:
+            raise FileFormatError(f"{shown(self._full_file)} is missing or damaged; compare again, which makes it")
+        return pictures
+
+    @property
+    def _full_file(self) -> Path:
+        return self.folder / "full.npy"
+
+    def _stored(self, path: Path) -> np.ndarray | None:
+        """Pictures from a file; ``None`` where it does not hold those that were kept there."""
+        try:
+            content = path.read_bytes()
+            pictures = metrics.as_pictures(np.load(io.BytesIO(content)))
+        except (OSError, ValueError, EOFError, MemoryError):
+            return None
+        digest = self._digests.get(path.name)  # files of 0.1 have none
+        same = digest is None or digest == hashlib.sha256(content).hexdigest()
+        return pictures if same and len(pictures) == min(SHOWN, len(self.seeds)) else None
+
+    def _keep(self, pictures: np.ndarray, path: Path) -> None:
+        """Writes the first pictures as a NumPy file, and notes its digest."""
+        content = io.BytesIO()
+        np.save(content, pictures[:SHOWN])
+        self._digests[path.name] = hashlib.sha256(content.getvalue()).hexdigest()
+        write_atomically(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
     def save(self) -> Path:
         data = {
@@ -169,26 +209,26 @@ class Comparison:
             "digest": self._digest,
             "settings": self._settings,
             "machine": machine.machine_info(),
+            "pictures": self._digests,
             "outcomes": [asdict(outcome) for outcome in self.outcomes.values()],
         }
-        return machine.write_json(self.file, data)
+        text = sealed_json(machine.json_text(data))
+        return write_atomically(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _read(self) -> None:
         if not self.file.exists():
             return
-        with going_on(self.file, COMPARISON):
-            data = json.loads(self.file.read_bytes())
-            found = [Outcome.from_json(entry) for entry in data["outcomes"]]
-            digest = data["digest"]
+        digest, found, digests = read_comparison(self.file)
         if digest != self._digest:
             raise ScheduleMismatchError(
                 f"{self.file} compares another model, other seeds or other settings; name another folder"
             )
         self.outcomes = {outcome.key: outcome for outcome in found}
+        self._digests = digests
 
     def _has(self, name: str, budget: float) -> bool:
         before = self.outcomes.get(f"{name} {budget:g}")
-        return before is not None and not before.error
+        return before is not None and not before.error and self.pictures(before) is not None
 
     def _judge(self, entry: Entry) -> Outcome:
         counted = self._count(entry)
@@ -214,8 +254,7 @@ class Comparison:
             operators=counted["operators"],
             reads=counted["reads"],
         )
-        path = self._picture_file(outcome)
-        write_atomically(path, lambda temporary: _save_array(temporary, pictures[:SHOWN]))
+        self._keep(pictures, self._picture_file(outcome))
         return outcome
 
     def _count(self, entry: Entry) -> dict[str, float]:
@@ -251,9 +290,16 @@ class Comparison:
         return self.folder / "pictures" / f"{name}.npy"
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
+def read_comparison(path: Path) -> tuple[str, list[Outcome], dict[str, str]]:
+    """What the file of a comparison holds: the digest of its settings, its outcomes, and the digests of its pictures.
+
+    Raises:
+        FileFormatError: it is damaged, changed, or something else.
+    """
+    with going_on(path, COMPARISON):
+        data = parse_json(path.read_bytes(), COMPARISON, VERSION, str(path))
+        digests = {str(name): str(value) for name, value in data.get("pictures", {}).items()}
+        return str(data["digest"]), [Outcome.from_json(entry) for entry in data["outcomes"]], digests
 
 
 def _synchronise(device: torch.device) -> None:

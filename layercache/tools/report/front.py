@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from layercache._utils.files import write_atomically
 from layercache._utils.metrics import Summary, summarise
+from layercache._utils.text import shown
 from layercache.planning.front import Front
-from layercache.tools.report.plots import new_figure, save_figure
+from layercache.tools.report.console import table_html
+from layercache.tools.report.plots import curve_label, math_free, new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def front_table(rows: Sequence[FrontRow], title: str = "") -> Table:
     judged = "held-out" if any(row.held_out for row in rows) else "calibration"
     count = max((row.judged.count for row in rows), default=0)
     table = Table(
-        title=title,
+        title=shown(title),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -86,18 +87,18 @@ def front_table(rows: Sequence[FrontRow], title: str = "") -> Table:
     table.add_column("method", no_wrap=True)
     for heading in ("used", "speedup", "PSNR", "median", "10 %", "fitted"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("found by")
+    table.add_column("found by", overflow="fold")
     for row in rows:
         summary = row.judged
         table.add_row(
-            row.name,
+            shown(row.name),
             f"{row.used:.3f}",
             f"{row.speedup:.2f}x" if row.speedup else "-",
             f"{summary.mean:.2f}",
             f"{summary.median:.2f}",
             f"{summary.quantile10:.2f}",
             f"{summarise(row.psnr).mean:.2f}",
-            row.origin,
+            shown(row.origin),
         )
     return table
 
@@ -141,10 +142,8 @@ def save_front_page(path: str | os.PathLike[str], rows: Sequence[FrontRow], titl
     """Plot and table as one HTML file that refers to nothing outside itself."""
     picture = io.BytesIO()
     _draw(rows, title).savefig(picture, format="png", dpi=120)
-    console = Console(record=True, width=150, file=io.StringIO())
-    console.print(front_table(rows))
-    table = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    heading = html.escape(title or "Quality per compute")
+    table = table_html(front_table(rows), 150)
+    heading = html.escape(shown(title) or "Quality per compute")
     encoded = base64.b64encode(picture.getvalue()).decode()
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{heading}</title>
@@ -162,9 +161,9 @@ def _draw(rows: Sequence[FrontRow], title: str) -> Any:
     for name in dict.fromkeys(row.name for row in rows):
         own = sorted((row for row in rows if row.name == name), key=lambda row: row.used)
         used = [row.used for row in own]
-        (line,) = axis.plot(used, [row.judged.mean for row in own], marker="o", label=name)
+        (line,) = axis.plot(used, [row.judged.mean for row in own], marker="o", label=curve_label(name))
         axis.plot(used, [row.judged.quantile10 for row in own], linestyle=":", marker=".", color=line.get_color())
-    axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=title)
+    axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.plot([], [], linestyle=":", color="grey", label="10 % quantile")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

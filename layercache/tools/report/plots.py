@@ -13,6 +13,7 @@ import numpy as np
 
 from layercache._utils.files import write_atomically
 from layercache._utils.metrics import as_pictures
+from layercache._utils.text import cleaned, shown
 from layercache.errors import MissingExtraError
 from layercache.schedule.schedule import Cell, Schedule
 from layercache.tools.report.tables import group_name
@@ -101,10 +102,12 @@ def save_pictures(
     page = (margin + len(columns) * (cell_width + GAP), top)
     figure = figure_class(figsize=(page[0] / DPI, page[1] / DPI), dpi=DPI)
     if title:
-        figure.text(GAP / page[0], 1 - TITLE_HEIGHT / 2 / page[1], title, fontsize=10, va="center", ha="left")
+        figure.text(
+            GAP / page[0], 1 - TITLE_HEIGHT / 2 / page[1], math_free(title), fontsize=10, va="center", ha="left"
+        )
     for row, row_top in zip(rows, tops, strict=True):
         middle = 1 - (row_top + cell_height / 2) / page[1]
-        figure.text(GAP / page[0], middle, row.label, fontsize=9, va="center", ha="left")
+        figure.text(GAP / page[0], middle, math_free(row.label), fontsize=9, va="center", ha="left")
         for column, picture in enumerate(as_pictures(row.pictures)):
             left, bottom = margin + column * (cell_width + GAP), page[1] - row_top - cell_height
             box = (left / page[0], bottom / page[1], cell_width / page[0], cell_height / page[1])
@@ -112,9 +115,17 @@ def save_pictures(
             axes.imshow(picture, interpolation="nearest" if scale >= 1 else "antialiased", vmin=0, vmax=1, cmap="gray")
             axes.set_axis_off()
             if row_top == tops[0]:
-                axes.set_title(columns[column], fontsize=8, pad=4)
+                axes.set_title(math_free(columns[column]), fontsize=8, pad=4)
             if row.captions:
-                axes.text(0.5, -0.03, row.captions[column], transform=axes.transAxes, fontsize=7, va="top", ha="center")
+                axes.text(
+                    0.5,
+                    -0.03,
+                    math_free(row.captions[column]),
+                    transform=axes.transAxes,
+                    fontsize=7,
+                    va="top",
+                    ha="center",
+                )
     return save_figure(figure, path)
 
 
@@ -165,7 +176,7 @@ def _draw_map(axis: Any, panel: MapPanel, limit: float) -> Any:
         kinds[:, [step for step in range(panel.num_steps) if step not in _steps(panel)]] = np.nan
         image = axis.imshow(kinds, cmap=ListedColormap([COMPUTED, REUSED, FORECAST, SKIPPED]), vmin=0, vmax=3, **grid)
     axis.set_facecolor("#d0d0d0")
-    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.set_title(math_free(panel.title), fontsize=9, loc="left")
     axis.set_yticks(range(len(panel.groups)), [group_name(group) for group in panel.groups], fontsize=8)
     stride = max(1, math.ceil(panel.num_steps / 30))
     axis.set_xticks(range(0, panel.num_steps, stride), range(0, panel.num_steps, stride), fontsize=7)
@@ -261,10 +272,23 @@ def save_modules(path: str | os.PathLike[str], schedule: ModuleSchedule, title: 
     figure = new_figure(max(5.0, 0.16 * schedule.num_steps + 2.5), max(3.0, 0.07 * len(schedule.units) + 1.2))
     axis = figure.subplots()
     axis.imshow(cells, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
-    axis.set(xlabel="step (half dark: the step before is reused whole)", ylabel="module", title=title)
+    axis.set(xlabel="step (half dark: the step before is reused whole)", ylabel="module", title=math_free(title))
     every = max(1, len(schedule.units) // 16)
-    axis.set_yticks(range(0, len(schedule.units), every), schedule.units[::every], fontsize=6)
+    axis.set_yticks(
+        range(0, len(schedule.units), every), [math_free(unit) for unit in schedule.units[::every]], fontsize=6
+    )
     return save_figure(figure, path)
+
+
+def math_free(text: str) -> str:
+    """Text for a figure: a ``$`` begins no formula, and control characters are written as escapes."""
+    return cleaned(text).replace("$", r"\$")
+
+
+def curve_label(name: str) -> str:
+    """A name for a legend, which leaves out names that begin with an underscore."""
+    label = math_free(shown(name))
+    return f" {label}" if label.startswith("_") else label
 
 
 def new_figure(width: float, height: float) -> Any:

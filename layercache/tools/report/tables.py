@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layercache._utils.metrics import Summary, summarise
+from layercache._utils.text import shown
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
@@ -68,7 +69,7 @@ def comparison_table(measured: Sequence[Measured]) -> Table:
     for row in measured:
         psnr, ssim = _summary(row.psnr), _summary(row.ssim)
         table.add_row(
-            row.name,
+            shown(row.name),
             f"{row.used:.3f}",
             f"{row.seconds:.2f}",
             f"{measured[0].seconds / row.seconds:.2f}x",
@@ -163,7 +164,7 @@ def schedule_sentences(schedule: Schedule) -> str:
     """A schedule in words."""
     figures = schedule_figures(schedule)
     lines = [
-        f"A schedule for {figures['model_class']} ({figures['num_blocks']} blocks in {len(schedule.groups)} "
+        f"A schedule for {shown(figures['model_class'])} ({figures['num_blocks']} blocks in {len(schedule.groups)} "
         f"{_plural('group', len(schedule.groups))}) and {_steps_text(schedule.fingerprint)}.",
         f"It computes {schedule.used:.1%} of the block time; the rest is put together from what is stored.",
     ]
@@ -171,9 +172,11 @@ def schedule_sentences(schedule: Schedule) -> str:
         lines.append(_group_sentence(group, len(schedule.fingerprint.steps)))
     lines += _velocity_sentences(schedule)
     if schedule.branch_cells:
-        lines.append(f"- Branch {', '.join(schedule.branch_cells)} has steps of its own; the others are shown.")
-    made_by = ", ".join(f"{key} {_setting(value)}" for key, value in schedule.made_by.items() if value is not None)
-    lines.append(f"Made by layercache {figures['package_version']}: {made_by or 'unknown'}.")
+        lines.append(f"- Branch {shown(', '.join(schedule.branch_cells))} has steps of its own; the others are shown.")
+    made_by = ", ".join(
+        f"{shown(key)} {shown(_setting(value))}" for key, value in schedule.made_by.items() if value is not None
+    )
+    lines.append(f"Made by layercache {shown(figures['package_version'])}: {made_by or 'unknown'}.")
     return "\n".join(lines)
 
 
@@ -262,10 +265,10 @@ def schedule_table(schedule: Schedule) -> Table:
 def module_sentences(schedule: ModuleSchedule) -> str:
     """What a schedule of single modules does, in words."""
     prints, reused = schedule.fingerprint, sorted(schedule.reused_steps)
-    made_by = schedule.made_by.get("method", "unknown")
+    made_by = shown(schedule.made_by.get("method", "unknown"))
     lines = [
-        f"A schedule of {len(schedule.units)} modules of {prints.model_class} over {prints.num_steps} steps, made by "
-        f"{made_by}: {schedule.used:.1%} of the modules' time is computed."
+        f"A schedule of {len(schedule.units)} modules of {shown(prints.model_class)} over {prints.num_steps} steps, "
+        f"made by {made_by}: {schedule.used:.1%} of the modules' time is computed."
     ]
     if reused:
         lines.append(f"Steps {', '.join(map(str, reused))} take the last hidden state of the step before as it is.")
@@ -274,7 +277,7 @@ def module_sentences(schedule: ModuleSchedule) -> str:
 
 def module_table(schedule: ModuleSchedule) -> Table:
     """Steps by kinds of modules: how many are computed."""
-    kinds = [name.split(".", 2)[0] + "." + name.split(".", 2)[2] for name in schedule.units]
+    kinds = [_kind_of(name) for name in schedule.units]
     columns = list(dict.fromkeys(kinds))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("step", "sigma", *columns):
@@ -287,6 +290,12 @@ def module_table(schedule: ModuleSchedule) -> Table:
         shown = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *shown)
     return table
+
+
+def _kind_of(unit: str) -> str:
+    """``blocks.3.attn`` is a ``blocks.attn``."""
+    parts = shown(unit).split(".", 2)
+    return f"{parts[0]}.{parts[2]}" if len(parts) == 3 else shown(unit)
 
 
 def schedule_legend(schedule: Schedule) -> str:
@@ -338,7 +347,7 @@ def profile_sentences(profile: StabilityProfile) -> str:
     fingerprint, samples = profile.fingerprint, len(profile.samples)
     blocks = sum(profile.group_seconds)
     lines = [
-        f"A profile of {fingerprint.model_class} ({fingerprint.num_blocks} blocks in {len(profile.groups)} "
+        f"A profile of {shown(fingerprint.model_class)} ({fingerprint.num_blocks} blocks in {len(profile.groups)} "
         f"{_plural('group', len(profile.groups))}) over {_steps_text(fingerprint)}, "
         f"measured on {samples} {_plural('sample', samples)}.",
         f"A step takes {_milliseconds(blocks + profile.fixed_seconds)}: {_milliseconds(blocks)} in the blocks, "
