@@ -11,6 +11,12 @@ int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base
 
 } // namespace
 
+double Chains::size(const Problem& problem, int history) {
+    const double gaps = problem.run_limit() + 1.0;
+    const int kept = std::min({history, problem.history, most_history});
+    return problem.steps * std::pow(gaps + 1.0, kept - 1) + 1.0;
+}
+
 Chains::Chains(const Problem& problem, const RunCosts& costs, int group, int history)
     : steps_(problem.steps), history_(std::min({history, problem.history, most_history})),
       longest_gap_(problem.run_limit() + 1), width_(power(longest_gap_ + 1, history_ - 1)),
@@ -19,6 +25,7 @@ Chains::Chains(const Problem& problem, const RunCosts& costs, int group, int his
     reached[start()] = 1;
     for (int state = 0; state < end(); ++state) {
         if (!reached[state]) continue;
+        if (state % 16 == 0) problem.poll();
         cost_moves(problem, costs, group, state);
         for (int gap = 1; gap <= longest_gap_; ++gap) {
             if (std::isfinite(cost(state, gap))) reached[next(state, gap)] = 1;

@@ -14,10 +14,13 @@ namespace layercache {
 // to the end mark.
 class Chains {
 public:
-    // `history` kept steps are looked at, 3 at most.
+    // `history` kept steps are looked at, 3 at most. Expects a `size` that an int holds.
     Chains(const Problem& problem, const RunCosts& costs, int group, int history);
 
     static constexpr int most_history = 3;
+
+    // Number of states.
+    static double size(const Problem& problem, int history);
 
     int states() const { return steps_ * width_ + 1; }
     int start() const { return 0; }
