@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "problem.hpp"
@@ -28,7 +29,10 @@ public:
     int longest_gap() const { return longest_gap_; }
     int step(int state) const { return state / width_; }
 
-    // Infinite where the move is not allowed, or the state is never reached.
+    // Whether moves from the start lead here.
+    bool reached(int state) const { return reached_[state] != 0; }
+
+    // Infinite where the move is not allowed; only of a state that is reached.
     double cost(int state, int gap) const { return costs_[static_cast<std::size_t>(state) * longest_gap_ + gap - 1]; }
     int next(int state, int gap) const;
 
@@ -40,7 +44,8 @@ private:
     int history_;
     int longest_gap_;
     int width_;
-    std::vector<double> costs_; // [states, gaps]
+    std::vector<char> reached_;       // [states]
+    std::unique_ptr<double[]> costs_; // [states, gaps], written where a state is reached
 };
 
 } // namespace layercache

@@ -74,14 +74,20 @@ class CountedGroup {
 public:
     CountedGroup(const Problem& problem, const RunCosts& costs, int group, int history)
         : chains_(problem, costs, group, history), counts_(most_computed(problem, group) + 1),
-          best_(static_cast<std::size_t>(counts_) * chains_.states(), infinity), previous_(best_.size(), -1) {
+          best_(new double[index(0, chains_.states())]), previous_(new int[index(0, chains_.states())]) {
+        for (int state = 0; state <= chains_.end(); ++state) {
+            problem.poll();
+            std::fill_n(&best_[index(0, state)], counts_, infinity);
+        }
         best_[index(0, chains_.start())] = 0.0;
         for (int state = 0; state < chains_.end(); ++state) {
             problem.poll();
+            if (!chains_.reached(state)) continue;
             for (int gap = 1; gap <= chains_.longest_gap(); ++gap) relax(state, gap);
         }
-        errors_.assign(best_.end() - counts_, best_.end());
-        best_ = {}; // the way back needs the states alone
+        const double* ends = &best_[index(0, chains_.end())];
+        errors_.assign(ends, ends + counts_);
+        best_.reset(); // the way back needs the states alone
     }
 
     // Infinite also for more computed steps than the budget allows.
@@ -120,9 +126,9 @@ private:
 
     Chains chains_;
     int counts_;
-    std::vector<double> best_;
-    std::vector<double> errors_; // [counts], at the end mark
-    std::vector<int> previous_;
+    std::vector<double> errors_;      // [counts], at the end mark
+    std::unique_ptr<double[]> best_;  // [states, counts]
+    std::unique_ptr<int[]> previous_; // [states, counts], written where there is a path
 };
 
 // Some groups together: what they cost, and how that came about.
