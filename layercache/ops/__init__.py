@@ -1,7 +1,7 @@
 """The ops of a cached step, on any device: validated, registered with torch.library, sent to the right kernel.
 
 Results have the same bits directly, under a dispatch mode and in a compiled graph. Nothing here waits for the device.
-The registered ops ``torch.ops.layercache.*`` check nothing; call the functions.
+The registered ops ``torch.ops.layercache.*`` check their arguments as the functions do.
 """
 
 from __future__ import annotations

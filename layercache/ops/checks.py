@@ -12,6 +12,7 @@ from torch import Tensor
 from layercache.errors import OpInputError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_STREAMS = 8
 MAX_STRIDED = 2**31
 
@@ -38,6 +39,8 @@ def check_kind(op: str, name: str, tensor: Any) -> None:
     """Type, dtype and device of a tensor that sets them for others."""
     if not isinstance(tensor, Tensor):
         fail(op, name, describe(tensor), "a tensor")
+    if tensor.layout != torch.strided:
+        fail(op, name, tensor.layout, "a dense tensor")
     if tensor.dtype not in FLOATS:
         fail(op, name, tensor.dtype, "bfloat16, float16 or float32 (on the CPU also float64)")
     if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
@@ -123,15 +126,16 @@ def check_like(
 
 
 def host_coefficients(op: str, name: str, coefficients: Iterable[float], terms: int) -> list[float]:
-    """Finite host numbers as floats."""
+    """Finite host numbers as floats, none of them beyond what fp32 holds, in which kernels compute."""
     try:
         values = [float(c) for c in coefficients]
     except (TypeError, ValueError):
         raise OpInputError(f"{op}: {name} is {coefficients!r}; expected {terms} numbers") from None
     if len(values) != terms:
         fail(op, name, f"{len(values)} numbers", f"{terms}, one per term")
-    if not all(map(math.isfinite, values)):
-        fail(op, name, values, "finite numbers")
+    for value in values:
+        if not abs(value) <= FLOAT32_MAX:  # nor is NaN
+            fail(op, name, values, "finite numbers, at most 3.4e38 in size")
     return values
 
 
@@ -157,9 +161,11 @@ def span(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def check_gate(op: str, name: str, gate: Any, dtype: torch.dtype, model: Tensor, model_name: str) -> None:
+def check_gate(op: str, name: str, gate: Any, dtype: Any, model: Tensor, model_name: str) -> None:
     """A gate [batch, 1, channels] or [batch, channels] that is broadcast over the rows of ``model``."""
     check_kind(op, name, gate)
+    if gate.dtype != model.dtype and torch.float64 in (gate.dtype, model.dtype):
+        fail(op, name, gate.dtype, f"float64 only with float64 {model_name}, here {model.dtype}")
     if model.dim() != 3:
         fail(op, model_name, f"of shape {tuple(model.shape)}", f"[batch, rows, channels] beside {name}")
     batch, _, channels = model.shape
@@ -185,12 +191,25 @@ def check_written(
     read = [(own_name, t) for t in {id(t): t for stream in own for t in stream}.values()]
     read += [(other, t) for other, tensors in others for t in tensors]
     for s, target in enumerate(written):
+        if not target.is_contiguous() and _repeats(target):
+            fail(op, f"{name}[{s}]", layout(target), "a tensor that has every element in memory of its own")
         for k, other_target in enumerate(written):
             if k != s and overlap(target, other_target):
                 fail(op, f"{name}[{s}]", f"in the same memory as {name}[{k}]", "memory of its own")
         for other, tensor in read:
             if overlap(target, tensor) and not _same_place(target, tensor, own[s]):
                 fail(op, f"{name}[{s}]", f"in the same memory as one of {other}", "memory of its own")
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether several elements may be in one place, as in an expanded tensor."""
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach = 0  # of the last element of the dims so far
+    for stride, size in dims:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _same_place(written: Tensor, tensor: Tensor, own: Sequence[Tensor]) -> bool:
