@@ -15,6 +15,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_STREAMS = 8
 MAX_STRIDED = 2**31
+_DENSE = torch.strided
 
 
 def fail(op: str, argument: str, found: object, expected: str) -> NoReturn:
@@ -35,12 +36,17 @@ def check_list(op: str, name: str, tensors: Any, least: int, most: int | None = 
         fail(op, name, describe(tensors), f"a list of {expected} tensors")
 
 
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not _DENSE:
+        fail(op, name, tensor.layout, "a dense tensor")
+
+
 def check_kind(op: str, name: str, tensor: Any) -> None:
     """Type, dtype and device of a tensor that sets them for others."""
     if not isinstance(tensor, Tensor):
         fail(op, name, describe(tensor), "a tensor")
-    if tensor.layout != torch.strided:
-        fail(op, name, tensor.layout, "a dense tensor")
+    if tensor.layout is not _DENSE:
+        check_dense(op, name, tensor)
     if tensor.dtype not in FLOATS:
         fail(op, name, tensor.dtype, "bfloat16, float16 or float32 (on the CPU also float64)")
     if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
@@ -83,6 +89,7 @@ def check_tensor(
     name = f"{name}[{index}]"
     if not isinstance(tensor, Tensor) or dtype != torch.uint8:
         check_kind(op, name, tensor)
+    check_dense(op, name, tensor)
     if tensor.shape != model.shape:
         fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(model.shape)} as {model_name}")
     if tensor.device != model.device:
@@ -250,6 +257,8 @@ def check_batches(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 def check_scales(op: str, name: str, scale: Any, model: Tensor) -> None:
     """Scales of codes of the shape of ``model``: one number per row."""
+    if isinstance(scale, Tensor):
+        check_dense(op, name, scale)
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or not scale.is_contiguous():
         found = f"{scale.dtype} {layout(scale)}" if isinstance(scale, Tensor) else describe(scale)
         fail(op, name, found, "a contiguous float32 tensor")

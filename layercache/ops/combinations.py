@@ -12,6 +12,7 @@ from layercache.kernels import combine as kernels
 from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
+    check_dense,
     check_gate,
     check_kind,
     check_list,
@@ -315,6 +316,7 @@ def _check_scales(scales: Any, residuals: Sequence[Sequence[Tensor]]) -> None:
 def check_device_coefficients(
     op: str, coefficients: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "coefficients"
 ) -> None:
+    check_dense(op, name, coefficients)
     if coefficients.dtype != torch.float32 or coefficients.dim() != len(shape) or not coefficients.is_contiguous():
         expected = "float32, of one dim and contiguous" if len(shape) == 1 else "float32, of two dims and contiguous"
         fail(op, name, f"{coefficients.dtype} {layout(coefficients)}", expected)

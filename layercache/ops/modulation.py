@@ -16,6 +16,7 @@ from layercache.kernels.combine import MAX_TERMS
 from layercache.kernels.rows import MAX_CHANNELS
 from layercache.ops import native
 from layercache.ops.checks import (
+    check_dense,
     check_kind,
     check_layout,
     check_list,
@@ -26,7 +27,6 @@ from layercache.ops.checks import (
     fail,
     host_coefficients,
     layout,
-    overlap,
 )
 from layercache.ops.combinations import check_device_coefficients, host_or_device
 from layercache.ops.dispatch import Checked, Kernels, register, through_registry
@@ -311,10 +311,9 @@ def _check_decide(
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != 1:
             found = f"{tensor.dtype} {layout(tensor)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             fail(op, name, found, f"{dtype} with one element")
+        check_dense(op, name, tensor)
         if tensor.device != numerator.device:
             fail(op, name, f"on {tensor.device}", f"on {numerator.device} as numerator")
-        if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
-            fail(op, name, f"on {tensor.device}", "a tensor on the CPU or a CUDA or ROCm GPU")
     polynomial = host_coefficients(op, "polynomial", polynomial, len(polynomial))
     if not 1 <= len(polynomial) <= 8:
         fail(op, "polynomial", f"{len(polynomial)} numbers", "1 to 8")
@@ -323,7 +322,7 @@ def _check_decide(
 
 
 def _run_decide(numerator: Tensor, denominator: Tensor, accumulated: Tensor, flag: Tensor, *how: Any) -> None:
-    if overlap(accumulated, flag):
+    if accumulated.data_ptr() == flag.data_ptr():
         fail("decide", "flag", "in the same memory as accumulated", "memory of its own")
     DECIDE_KERNELS.run(numerator, denominator, accumulated, flag, *how)
 

@@ -14,6 +14,7 @@ from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
     check_batches,
+    check_dense,
     check_like,
     check_list,
     check_no_grad,
@@ -211,6 +212,7 @@ def _run_compact(
 def _check_flag(flag: Any, device: torch.device, op: str = "capture") -> None:
     if not isinstance(flag, Tensor):
         fail(op, "flag", f"a {type(flag).__name__}", "an int32 tensor of one element, or None")
+    check_dense(op, "flag", flag)
     if flag.dtype != torch.int32 or flag.numel() != 1:
         fail(op, "flag", f"{flag.dtype} of shape {tuple(flag.shape)}", "an int32 tensor of one element")
     if flag.device != device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from layercache.errors import OpInputError
 from layercache.kernels import router as kernels
 from layercache.ops import native
-from layercache.ops.checks import check_gate, check_kind, check_layout, check_tensor, fail
+from layercache.ops.checks import check_dense, check_gate, check_kind, check_layout, check_tensor, fail
 from layercache.ops.dispatch import Checked, Kernels, register, through_registry
 
 FORWARD_KERNELS = Kernels(
@@ -70,6 +70,8 @@ def _check(
         check_tensor(op, "residual", 0, residual, "fresh", fresh, fresh.dtype)
     if gate is not None:
         check_gate(op, "gate", gate, fresh.dtype, fresh, "fresh")
+    if isinstance(beta, Tensor):
+        check_dense(op, "beta", beta)
     if not isinstance(beta, Tensor) or beta.dtype != _beta_dtype(fresh) or beta.device != fresh.device:
         found = f"{beta.dtype} on {beta.device}" if isinstance(beta, Tensor) else f"a {type(beta).__name__}"
         fail(op, "beta", found, f"a {_beta_dtype(fresh)} tensor on {fresh.device}")
