@@ -22,7 +22,7 @@ from layercache.kernels import modulate as _modulate_kernels
 from layercache.kernels import moments as _moments_kernels
 from layercache.kernels import router as _router_kernels
 from layercache.kernels import statistics as _statistics_kernels
-from layercache.ops import dispatch, native
+from layercache.ops import dispatch, forks, native
 from layercache.ops.checks import MAX_STREAMS
 from layercache.ops.combinations import linear_combination, linear_map
 from layercache.ops.combinations import restore as restore
@@ -77,6 +77,8 @@ __all__ = [
 ]
 
 MAX_TERMS = _combine_kernels.MAX_TERMS
+
+forks.register()
 
 _BYTES: dict[str, Callable[..., int]] = {
     "capture": _capture_kernels.minimum_bytes,

@@ -147,11 +147,14 @@ def host_coefficients(op: str, name: str, coefficients: Iterable[float], terms: 
 
 
 def check_no_grad(op: str, tensors: Iterable[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise OpInputError(
-            f"{op}: a tensor requires grad and grad mode is on; expected inference, no op here has a gradient: "
-            "call it under torch.no_grad()"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:  # a generator would cost more than all the rest
+        if tensor.requires_grad:
+            raise OpInputError(
+                f"{op}: a tensor requires grad and grad mode is on; expected inference, no op here has a gradient: "
+                "call it under torch.no_grad()"
+            )
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -311,7 +311,8 @@ def _check_decide(
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != 1:
             found = f"{tensor.dtype} {layout(tensor)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             fail(op, name, found, f"{dtype} with one element")
-        check_dense(op, name, tensor)
+        if tensor.layout is not torch.strided:
+            check_dense(op, name, tensor)
         if tensor.device != numerator.device:
             fail(op, name, f"on {tensor.device}", f"on {numerator.device} as numerator")
     polynomial = host_coefficients(op, "polynomial", polynomial, len(polynomial))
