@@ -28,10 +28,12 @@ inline float fused(float a, float b, float c) {
 
 // A dtype that loops work on in place. `Packed` is what a vector of 32 bits holds: one number, or two neighbours, which
 // are taken apart and joined again with less work than vectors of 16 bits take to be widened and narrowed. A pair begins
-// where a number may; its type says so, which a pointer of type auto* would drop.
+// where a number may; its type says so, which a pointer of type auto* would drop. What is written is `Written`: were it
+// allowed to alias everything, no loop could keep its pointers in registers.
 struct Float32 {
     using Stored = float;
     using Packed = float;
+    using Written = float;
     static constexpr int PACK = 1;
     static float load(float x) { return x; }
     static void store(float x, float& to) { to = x; }
@@ -43,6 +45,7 @@ struct Float32 {
 struct Bfloat16 {
     using Stored = std::uint16_t;
     typedef std::uint32_t Packed __attribute__((aligned(2), may_alias));
+    typedef std::uint32_t Written __attribute__((aligned(2)));
     static constexpr int PACK = 2;
     static float load(std::uint16_t x) { return float_of(std::uint32_t(x) << 16); }
     static void store(float x, std::uint16_t& to) { to = std::uint16_t(bits_of(rounded(x)) >> 16); }
@@ -223,7 +226,7 @@ inline __attribute__((always_inline)) void write_each(void* output, Size n, Valu
     const auto work = [&](Size i) __attribute__((always_inline)) {
         float y[T::PACK];
         for (int w = 0; w < T::PACK; ++w) y[w] = T::rounded(value(InPack<T>{i, w}));
-        static_cast<typename T::Packed*>(output)[i] = T::join(y);
+        static_cast<typename T::Written*>(output)[i] = T::join(y);
     };
     for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i)
@@ -240,8 +243,8 @@ inline __attribute__((always_inline)) void write_two(void* output, void* other, 
             y[w] = T::rounded(y[w]);
             z[w] = T::rounded(z[w]);
         }
-        static_cast<typename T::Packed*>(output)[i] = T::join(y);
-        static_cast<typename T::Packed*>(other)[i] = T::join(z);
+        static_cast<typename T::Written*>(output)[i] = T::join(y);
+        static_cast<typename T::Written*>(other)[i] = T::join(z);
     };
     for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i) {
@@ -278,7 +281,7 @@ inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, 
         for (int j = 0; j < LANES; ++j) {
             float y[T::PACK];
             for (int w = 0; w < T::PACK; ++w) y[w] = step(InPack<T>{i + j, w}, j);
-            static_cast<typename T::Packed*>(output)[i + j] = T::join(y);
+            static_cast<typename T::Written*>(output)[i + j] = T::join(y);
         }
     }
     for (Size k = i * T::PACK; k < n; ++k)
