@@ -32,7 +32,8 @@ class BuildExt(build_ext):
                 # Contracted multiply-adds would let the same table give another schedule on another machine.
                 extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
                 if SANITIZERS:
-                    flags = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+                    flags = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
+                    flags += ["-fno-omit-frame-pointer", "-g1", "-O1"]
                     extension.extra_compile_args += flags
                     extension.extra_link_args += flags
             if sys.platform == "linux":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def test_without_spans_long_runs_are_solved_exactly() -> None:
     assert (found.total_error, found.method) == (512.0, "exact")
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
 def test_a_long_path_takes_little_memory() -> None:
     code = (
         "import resource, numpy as np; from layercache import _core; errors = np.random.rand(400, 401, 1);"
