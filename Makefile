@@ -19,7 +19,7 @@ SANITIZED_TESTS := tests/ops/test_fuzz.py tests/core
 THREAD_TESTS := tests/runtime/test_requests.py tests/ops/test_native.py
 ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
 UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
-TSAN_OPTIONS := suppressions=$(CURDIR)/tests/support/tsan.supp:halt_on_error=0:exitcode=66:report_signal_unsafe=0
+TSAN_OPTIONS := ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/support/tsan.supp:halt_on_error=0:exitcode=66:report_signal_unsafe=0
 preload = $(foreach library,$(1),$(shell $(CXX) -print-file-name=$(library)))
 sanitized = OMP_NUM_THREADS=$(3) LD_PRELOAD="$(call preload,$(2))" PYTHONPATH=build/$(1) $(BIN)/pytest -p no:cacheprovider
 
