@@ -13,10 +13,20 @@ OLDEST_TESTS := models/test_models runtime/test_pipelines runtime/test_enable ru
 # The files of tests are shared out to processes, each of which has one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all oldest lint bench clean
+# Of the sanitizers: a copy of the package whose extensions they watch, and Python with their runtime. The tests that run
+# are those of the C++ code alone, and of requests from several threads.
+SANITIZED_TESTS := tests/ops/test_fuzz.py tests/core
+THREAD_TESTS := tests/runtime/test_requests.py tests/ops/test_native.py
+ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
+UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
+TSAN_OPTIONS := ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/support/tsan.supp:halt_on_error=0:exitcode=66:report_signal_unsafe=0
+preload = $(foreach library,$(1),$(shell $(CXX) -print-file-name=$(library)))
+sanitized = OMP_NUM_THREADS=$(3) LD_PRELOAD="$(call preload,$(2))" PYTHONPATH=build/$(1) $(BIN)/pytest -p no:cacheprovider
+
+.PHONY: help demo test test-all oldest lint bench sanitize sanitize-threads clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed ## Compare full and cached runs of the bundled model
 	$(BIN)/layercache demo
@@ -41,6 +51,20 @@ lint: .venv/installed ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy layercache kernels
+
+sanitize: build/address/built ## Fuzz the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
+	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=$(UBSAN_OPTIONS) \
+		$(call sanitized,address,libasan.so libubsan.so libstdc++.so.6,1) $(SANITIZED_TESTS)
+
+sanitize-threads: build/thread/built ## Run requests from several threads under ThreadSanitizer
+	TSAN_OPTIONS=$(TSAN_OPTIONS) $(call sanitized,thread,libtsan.so libstdc++.so.6,2) $(THREAD_TESTS) -m "not slow"
+
+build/%/built: .venv/installed
+	LAYERCACHE_SANITIZE=$(if $(filter address,$*),address$(comma)undefined,$*) \
+		$(BIN)/python setup.py --quiet build --build-base build/$*-temp --build-lib build/$*
+	touch $@
+
+comma := ,
 
 bench: .venv/installed ## Run the benchmarks
 	$(BIN)/pytest bench --benchmark-only

@@ -1,5 +1,6 @@
 """The parts of the build that must be code; all metadata is in pyproject.toml."""
 
+import os
 import sys
 from glob import glob
 from pathlib import Path
@@ -18,6 +19,10 @@ def kernel_packages() -> list[str]:
     return sorted("layercache." + ".".join(folder.parts) for folder in folders | {Path("kernels")})
 
 
+# Such as "address,undefined" or "thread": builds the extensions with these sanitizers of gcc and clang.
+SANITIZERS = os.environ.get("LAYERCACHE_SANITIZE", "")
+
+
 class BuildExt(build_ext):
     """Adds the flags that only gcc and clang understand."""
 
@@ -26,6 +31,11 @@ class BuildExt(build_ext):
             for extension in self.extensions:
                 # Contracted multiply-adds would let the same table give another schedule on another machine.
                 extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
+                if SANITIZERS:
+                    flags = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
+                    flags += ["-fno-omit-frame-pointer", "-g1", "-O1"]
+                    extension.extra_compile_args += flags
+                    extension.extra_link_args += flags
             if sys.platform == "linux":
                 self.add_openmp()
         super().build_extensions()

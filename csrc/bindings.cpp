@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -17,7 +18,38 @@
 namespace py = pybind11;
 
 namespace layercache {
+
+// A Python integer of any size, or the nearest int.
+struct Whole {
+    int value;
+};
+
+} // namespace layercache
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<layercache::Whole> {
+    PYBIND11_TYPE_CASTER(layercache::Whole, const_name("int"));
+
+    bool load(handle source, bool) {
+        const object number = reinterpret_steal<object>(PyNumber_Index(source.ptr()));
+        int beyond = 0;
+        const long long found = number ? PyLong_AsLongLongAndOverflow(number.ptr(), &beyond) : 0;
+        PyErr_Clear();
+        using Limits = std::numeric_limits<int>;
+        const long long nearest = beyond > 0 ? Limits::max() : beyond < 0 ? Limits::min() : found;
+        value.value = static_cast<int>(std::clamp<long long>(nearest, Limits::min(), Limits::max()));
+        return static_cast<bool>(number);
+    }
+};
+
+} // namespace pybind11::detail
+
+namespace layercache {
 namespace {
+
+constexpr py::ssize_t most_entries = 1 << 30; // along one axis, so that sums of two places are ints
 
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
@@ -31,14 +63,10 @@ using Solver = Result (*)(const Problem&);
     throw std::invalid_argument(message.str());
 }
 
-template <typename Array>
-auto flat(const Array& array) {
-    return std::vector<typename Array::value_type>(array.data(), array.data() + array.size());
-}
-
 int extent(const Doubles& errors, int axis) {
-    if (errors.shape(axis) > std::numeric_limits<int>::max()) throw std::invalid_argument("errors is too large");
-    return static_cast<int>(errors.shape(axis));
+    if (errors.shape(axis) <= most_entries) return static_cast<int>(errors.shape(axis));
+    throw std::invalid_argument("errors must have at most " + std::to_string(most_entries) + " entries along an axis, got " +
+                                std::to_string(errors.shape(axis)));
 }
 
 void read_errors(const Doubles& errors, Problem& problem) {
@@ -55,7 +83,7 @@ std::vector<double> read_costs(const char* name, const Doubles& costs, const Pro
     if (costs.ndim() != 1 || costs.shape(0) != problem.groups) {
         refuse_shape(name, "[" + std::to_string(problem.groups) + "]", costs);
     }
-    return flat(costs);
+    return std::vector<double>(costs.data(), costs.data() + costs.size());
 }
 
 std::vector<char> read_protected(const Bools& cells, const Problem& problem) {
@@ -83,7 +111,7 @@ void look_for_signals() {
 }
 
 Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& cached_cost, double budget,
-             const Bools& protected_cells, const std::vector<int>& spans, int history, int max_run, double tau,
+             const Bools& protected_cells, const std::vector<Whole>& spans, Whole history, Whole max_run, double tau,
              const std::string& method) {
     const Solver solver = solver_of(method);
     Problem problem;
@@ -92,11 +120,11 @@ Result solve(const Doubles& errors, const Doubles& compute_cost, const Doubles& 
     problem.cached_cost = read_costs("cached_cost", cached_cost, problem);
     problem.protected_cells = read_protected(protected_cells, problem);
     problem.budget = budget;
-    problem.spans = spans;
-    problem.history = history;
-    problem.max_run = max_run;
+    for (const Whole span : spans) problem.spans.push_back(span.value);
+    problem.history = history.value;
+    problem.max_run = max_run.value;
     problem.tau = tau;
-    problem.interrupt = look_for_signals;
+    problem.interrupt = Interrupt(look_for_signals);
 
     py::gil_scoped_release released; // `errors` is held by the caller's frame, everything else is a copy
     normalise(problem);
@@ -110,14 +138,14 @@ bool is_lexicographic(const std::string& mode) {
     return mode == "lexicographic";
 }
 
-Path path_of(const Doubles& errors, int budget, double gamma, const std::string& mode, const py::object& required) {
+Path path_of(const Doubles& errors, Whole budget, double gamma, const std::string& mode, const py::object& required) {
     const char* expected = "[steps, lengths + 1, choices] with at least 1, 2 and 1 entries";
     if (errors.ndim() != 3 || errors.size() == 0 || errors.shape(1) < 2) refuse_shape("errors", expected, errors);
     PathProblem problem;
     problem.steps = extent(errors, 0);
     problem.max_length = extent(errors, 1) - 1;
     problem.choices = extent(errors, 2);
-    problem.errors = flat(errors);
+    problem.errors = errors.data();
     problem.required.assign(problem.steps, 0);
     if (!required.is_none()) {
         const auto steps = required.cast<Bools>();
@@ -126,10 +154,11 @@ Path path_of(const Doubles& errors, int budget, double gamma, const std::string&
         }
         std::copy(steps.data(), steps.data() + steps.size(), problem.required.begin());
     }
-    problem.budget = budget;
+    problem.budget = budget.value;
+    problem.interrupt = Interrupt(look_for_signals);
     problem.gamma = gamma;
     problem.lexicographic = is_lexicographic(mode);
-    py::gil_scoped_release released;
+    py::gil_scoped_release released; // `errors` is held by the caller's frame
     return shortest_path(problem);
 }
 
@@ -171,7 +200,7 @@ void bind_path(py::module_& module) {
         .def_readonly("steps", &Path::steps, "The computed steps, ascending.")
         .def_readonly("choice", &Path::choice, "Which of the parallel edges starts at each of them.")
         .def_readonly("cost", &Path::cost, "Sum of the edges' errors to the power gamma.")
-        .def_readonly("curve", &Path::curve, "The cost with k computed steps, for every k up to the budget.");
+        .def_readonly("curve", &Path::curve, "The cost with k computed steps, for every k up to the budget or the number of steps.");
 }
 
 const char* const path_doc =

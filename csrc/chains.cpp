@@ -11,17 +11,23 @@ int power(int base, int exponent) { return exponent == 0 ? 1 : base * power(base
 
 } // namespace
 
+double Chains::size(const Problem& problem, int history) {
+    const double gaps = problem.run_limit() + 1.0;
+    const int kept = std::min({history, problem.history, most_history});
+    return problem.steps * std::pow(gaps + 1.0, kept - 1) + 1.0;
+}
+
 Chains::Chains(const Problem& problem, const RunCosts& costs, int group, int history)
     : steps_(problem.steps), history_(std::min({history, problem.history, most_history})),
       longest_gap_(problem.run_limit() + 1), width_(power(longest_gap_ + 1, history_ - 1)),
-      costs_(static_cast<std::size_t>(states()) * longest_gap_, std::numeric_limits<double>::infinity()) {
-    std::vector<char> reached(states(), 0);
-    reached[start()] = 1;
+      reached_(states(), 0), costs_(new double[static_cast<std::size_t>(states()) * longest_gap_]) {
+    reached_[start()] = 1;
     for (int state = 0; state < end(); ++state) {
-        if (!reached[state]) continue;
+        if (!reached(state)) continue;
+        if (state % 16 == 0) problem.poll();
         cost_moves(problem, costs, group, state);
         for (int gap = 1; gap <= longest_gap_; ++gap) {
-            if (std::isfinite(cost(state, gap))) reached[next(state, gap)] = 1;
+            if (std::isfinite(cost(state, gap))) reached_[next(state, gap)] = 1;
         }
     }
 }
@@ -57,13 +63,15 @@ void Chains::cost_moves(const Problem& problem, const RunCosts& costs, int group
     write_steps(state, steps);
     const std::size_t at = steps.size() - 1;
     const int from = steps[at];
+    double* row = &costs_[static_cast<std::size_t>(state) * longest_gap_];
+    std::fill_n(row, longest_gap_, std::numeric_limits<double>::infinity());
     steps.push_back(0);
     for (int gap = 1; gap <= std::min(longest_gap_, problem.steps - from); ++gap) {
         if (gap > 1 && problem.is_protected(from + gap - 1, group)) return;
         steps[at + 1] = from + gap;
         const double value = costs.best(group, steps, at).cost;
         if (!std::isfinite(value)) return; // a longer run contains this one
-        costs_[static_cast<std::size_t>(state) * longest_gap_ + gap - 1] = value;
+        row[gap - 1] = value;
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "problem.hpp"
@@ -14,10 +15,13 @@ namespace layercache {
 // to the end mark.
 class Chains {
 public:
-    // `history` kept steps are looked at, 3 at most.
+    // `history` kept steps are looked at, 3 at most. Expects a `size` that an int holds.
     Chains(const Problem& problem, const RunCosts& costs, int group, int history);
 
     static constexpr int most_history = 3;
+
+    // Number of states.
+    static double size(const Problem& problem, int history);
 
     int states() const { return steps_ * width_ + 1; }
     int start() const { return 0; }
@@ -25,7 +29,10 @@ public:
     int longest_gap() const { return longest_gap_; }
     int step(int state) const { return state / width_; }
 
-    // Infinite where the move is not allowed, or the state is never reached.
+    // Whether moves from the start lead here.
+    bool reached(int state) const { return reached_[state] != 0; }
+
+    // Infinite where the move is not allowed; only of a state that is reached.
     double cost(int state, int gap) const { return costs_[static_cast<std::size_t>(state) * longest_gap_ + gap - 1]; }
     int next(int state, int gap) const;
 
@@ -37,7 +44,8 @@ private:
     int history_;
     int longest_gap_;
     int width_;
-    std::vector<double> costs_; // [states, gaps]
+    std::vector<char> reached_;       // [states]
+    std::unique_ptr<double[]> costs_; // [states, gaps], written where a state is reached
 };
 
 } // namespace layercache

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <sstream>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -22,21 +24,74 @@ constexpr int bisections = 60;
 // Moves of all groups up to which states of three kept steps are affordable. Above, two have to do: a forecast
 // reads two residuals, and which older one it could read instead is left to the final evaluation.
 constexpr double most_moves = 3e6;
+constexpr double most_bytes = 4294967296.0; // that one solver's graphs may take
+constexpr double most_states = std::numeric_limits<int>::max() - 1;
+
+double seconds_of(const Problem& problem, int group, int count) {
+    return count * problem.compute_cost[group] + (problem.steps - count) * problem.cached_cost[group];
+}
+
+// The largest number of computed steps of one group that the budget allows, at least 1.
+int most_computed(const Problem& problem, int group) {
+    int count = problem.steps;
+    while (count > 1 && !problem.affords(seconds_of(problem, group, count))) --count;
+    return count;
+}
+
+// What the graphs of all groups take where every state also has `per_state` bytes in each group, and `shared` bytes in
+// one group at a time.
+double bytes_of(const Problem& problem, int history, double per_state, double shared) {
+    const double moves = 8.0 * (problem.run_limit() + 1.0);
+    return Chains::size(problem, history) * (problem.groups * (moves + per_state) + shared);
+}
+
+bool fits(const Problem& problem, int history, double bytes) {
+    return Chains::size(problem, history) <= most_states && bytes <= most_bytes;
+}
+
+// How many kept steps the exact solver looks at. Without spans nothing older than the anchor is read.
+int exact_history(const Problem& problem) {
+    const double counts = problem.steps + 1.0;
+    for (const int history : {Chains::most_history, 1}) {
+        if (history == 1 && !problem.spans.empty()) break;
+        if (fits(problem, history, bytes_of(problem, history, 4.0 * counts, 8.0 * counts))) return history;
+    }
+    std::ostringstream message;
+    message << "max_run of " << problem.max_run << " with " << problem.steps
+            << " steps needs more memory than the exact solver may take; use a smaller max_run or history, or method "
+               "'lagrangian' or 'best'";
+    throw std::invalid_argument(message.str());
+}
+
+int lagrangian_history(const Problem& problem) {
+    int history = exact_effort(problem) <= most_moves * problem.steps ? Chains::most_history : 2;
+    while (history > 1 && !fits(problem, history, bytes_of(problem, history, 12.0, 0.0))) --history;
+    return history;
+}
 
 // The least error of one group for every number of computed steps.
 class CountedGroup {
 public:
-    CountedGroup(const Problem& problem, const RunCosts& costs, int group)
-        : chains_(problem, costs, group, Chains::most_history), counts_(problem.steps + 1),
-          best_(static_cast<std::size_t>(counts_) * chains_.states(), infinity), previous_(best_.size(), -1) {
+    CountedGroup(const Problem& problem, const RunCosts& costs, int group, int history)
+        : chains_(problem, costs, group, history), counts_(most_computed(problem, group) + 1),
+          best_(new double[index(0, chains_.states())]), previous_(new int[index(0, chains_.states())]) {
+        for (int state = 0; state <= chains_.end(); ++state) {
+            problem.poll();
+            std::fill_n(&best_[index(0, state)], counts_, infinity);
+        }
         best_[index(0, chains_.start())] = 0.0;
         for (int state = 0; state < chains_.end(); ++state) {
-            if (state % 256 == 0) problem.poll();
+            problem.poll();
+            if (!chains_.reached(state)) continue;
             for (int gap = 1; gap <= chains_.longest_gap(); ++gap) relax(state, gap);
         }
+        const double* ends = &best_[index(0, chains_.end())];
+        errors_.assign(ends, ends + counts_);
+        best_.reset(); // the way back needs the states alone
     }
 
-    double error(int count) const { return best_[index(count, chains_.end())]; }
+    // Infinite also for more computed steps than the budget allows.
+    double error(int count) const { return count < counts_ ? errors_[count] : infinity; }
 
     Steps steps(int count) const {
         Steps steps{chains_.step(chains_.end())};
@@ -58,7 +113,8 @@ private:
         const double cost = chains_.cost(state, gap);
         if (!std::isfinite(cost)) return;
         const int next = chains_.next(state, gap);
-        for (int count = 0; count + 1 < counts_; ++count) {
+        const int reached = std::min(counts_ - 1, chains_.step(state) + 1); // every move computes one step
+        for (int count = 0; count < reached; ++count) {
             const double value = best_[index(count, state)] + cost;
             double& best = best_[index(count + 1, next)];
             if (value < best) {
@@ -70,8 +126,9 @@ private:
 
     Chains chains_;
     int counts_;
-    std::vector<double> best_;
-    std::vector<int> previous_;
+    std::vector<double> errors_;      // [counts], at the end mark
+    std::unique_ptr<double[]> best_;  // [states, counts]
+    std::unique_ptr<int[]> previous_; // [states, counts], written where there is a path
 };
 
 // Some groups together: what they cost, and how that came about.
@@ -81,10 +138,6 @@ struct Combination {
     int count;    // computed steps of the last of the groups
     int previous; // among the combinations of the groups before it
 };
-
-double seconds_of(const Problem& problem, int group, int count) {
-    return count * problem.compute_cost[group] + (problem.steps - count) * problem.cached_cost[group];
-}
 
 // Keeps those that are better than everything cheaper.
 void prune(std::vector<Combination>& combinations) {
@@ -102,6 +155,7 @@ std::vector<Combination> combine(const Problem& problem, const std::vector<Combi
                                  const CountedGroup& counted, double reserved) {
     std::vector<Combination> combinations;
     for (int at = 0; at < static_cast<int>(before.size()); ++at) {
+        problem.poll();
         for (int count = 1; count <= problem.steps; ++count) {
             const double error = before[at].error + counted.error(count);
             const double seconds = before[at].seconds + seconds_of(problem, group, count);
@@ -132,14 +186,15 @@ bool is_finite(const Selection& selection) { return std::isfinite(selection.resu
 class PricedGroup {
 public:
     PricedGroup(const Problem& problem, const RunCosts& costs, int group, int history)
-        : chains_(problem, costs, group, history), price_(problem.saving(group)), best_(chains_.states()),
-          previous_(chains_.states()) {}
+        : problem_(problem), chains_(problem, costs, group, history), price_(problem.saving(group)),
+          best_(chains_.states()), previous_(chains_.states()) {}
 
     // The computed steps of least error + multiplier * seconds, with the end mark.
     Steps steps(double multiplier) {
         std::fill(best_.begin(), best_.end(), infinity);
         best_[chains_.start()] = 0.0;
         for (int state = 0; state < chains_.end(); ++state) {
+            if (state % 64 == 0) problem_.poll();
             if (!std::isfinite(best_[state])) continue;
             const double here = best_[state] + multiplier * price_;
             for (int gap = 1; gap <= chains_.longest_gap(); ++gap) {
@@ -160,6 +215,7 @@ public:
     }
 
 private:
+    const Problem& problem_;
     Chains chains_;
     double price_;
     std::vector<double> best_;
@@ -168,26 +224,23 @@ private:
 
 std::vector<Steps> priced_steps(const Problem& problem, std::vector<PricedGroup>& groups, double multiplier) {
     std::vector<Steps> steps;
-    for (PricedGroup& group : groups) {
-        problem.poll();
-        steps.push_back(group.steps(multiplier));
-    }
+    for (PricedGroup& group : groups) steps.push_back(group.steps(multiplier));
     return steps;
 }
 
 } // namespace
 
 Result solve_exact(const Problem& problem) {
+    const int history = exact_history(problem);
     const RunCosts costs(problem);
     std::vector<std::unique_ptr<CountedGroup>> counted;
     double reserved = 0.0;
     for (int group = 0; group < problem.groups; ++group) {
-        counted.push_back(std::make_unique<CountedGroup>(problem, costs, group));
+        counted.push_back(std::make_unique<CountedGroup>(problem, costs, group, history));
         reserved += least_seconds(problem, group, *counted.back());
     }
     std::vector<std::vector<Combination>> layers{{{0.0, 0.0, 0, -1}}};
     for (int group = 0; group < problem.groups; ++group) {
-        problem.poll();
         reserved -= least_seconds(problem, group, *counted[group]);
         if (layers.back().size() * static_cast<std::size_t>(problem.steps) > most_combinations) {
             return solve_lagrangian(problem);
@@ -209,12 +262,9 @@ Result solve_exact(const Problem& problem) {
 
 Result solve_lagrangian(const Problem& problem) {
     const RunCosts costs(problem);
-    const int history = exact_effort(problem) <= most_moves * problem.steps ? Chains::most_history : 2;
+    const int history = lagrangian_history(problem);
     std::vector<PricedGroup> groups;
-    for (int group = 0; group < problem.groups; ++group) {
-        problem.poll();
-        groups.emplace_back(problem, costs, group, history);
-    }
+    for (int group = 0; group < problem.groups; ++group) groups.emplace_back(problem, costs, group, history);
     const auto selected = [&](double multiplier) {
         return Selection(problem, costs, priced_steps(problem, groups, multiplier));
     };

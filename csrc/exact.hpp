@@ -8,7 +8,8 @@ namespace layercache {
 // Both expect a normalised problem and answer as the greedy solvers do where the budget cannot be met.
 
 // The least error there is within the budget. Where groups with unequal costs make too many combinations
-// for that, the answer is the Lagrangian one, and says so by its method.
+// for that, the answer is the Lagrangian one, and says so by its method. Throws std::invalid_argument where the
+// graph takes more than a few gigabytes.
 Result solve_exact(const Problem& problem);
 
 // Minimises error + multiplier * seconds group by group, finds the multiplier that meets the budget, and

@@ -48,6 +48,7 @@ public:
 
     bool pop(Candidate& out) {
         while (!heap_.empty()) {
+            problem_.poll();
             out = heap_.top();
             heap_.pop();
             const std::size_t cell = problem_.cell(out.step, out.group);
@@ -68,7 +69,10 @@ private:
     static constexpr double none = std::numeric_limits<double>::quiet_NaN();
 
     void refresh(int group, int first, int last) {
-        for (int step = first; step <= last; ++step) refresh_cell(step, group);
+        for (int step = first; step <= last; ++step) {
+            if (step % 16 == 0) problem_.poll();
+            refresh_cell(step, group);
+        }
     }
 
     void refresh_cell(int step, int group) {

@@ -19,6 +19,7 @@ void check(const PathProblem& problem) {
         refuse("gamma must be finite and above 0, got " + std::to_string(problem.gamma));
     }
     for (int start = 0; start < problem.steps; ++start) {
+        problem.interrupt.poll();
         for (int length = 2; length <= problem.max_length; ++length) {
             for (int choice = 0; choice < problem.choices; ++choice) {
                 const double value = problem.error(start, length, choice);
@@ -47,41 +48,52 @@ Errors with(const Errors& errors, double weight) {
     return more;
 }
 
+// The best path to a step.
 struct Label {
     double cost = infinity;
     Errors errors; // only where they are compared
-    int previous = -1;
 };
 
 class PathSolver {
 public:
-    explicit PathSolver(const PathProblem& problem) : problem_(problem) {
-        edges_.resize(static_cast<std::size_t>(problem.steps) * (problem.max_length + 1));
+    explicit PathSolver(const PathProblem& problem)
+        : problem_(problem), width_(std::min(problem.max_length, problem.steps) + 1),
+          budget_(std::min(problem.budget, problem.steps)), reach_(problem.steps),
+          edges_(static_cast<std::size_t>(problem.steps) * width_),
+          previous_((static_cast<std::size_t>(budget_) + 1) * (problem.steps + 1), -1) {
         for (int start = 0; start < problem.steps; ++start) {
-            for (int length = 1; length <= reach(start); ++length) edge(start, length) = best_edge(start, length);
+            problem.interrupt.poll();
+            reach_[start] = longest_from(start);
+            for (int length = 1; length <= reach_[start]; ++length) edge(start, length) = best_edge(start, length);
         }
     }
 
     Path solve() {
-        const int budget = std::min(problem_.budget, problem_.steps);
-        // labels[k][s]: the best path that stands at s after k computed steps
-        std::vector<std::vector<Label>> labels(budget + 1, std::vector<Label>(problem_.steps + 1));
-        labels[0][0].cost = 0.0;
-        for (int count = 0; count < budget; ++count) {
+        // by step: the best paths with `count` computed steps that stand there, and those with one more
+        std::vector<Label> here(problem_.steps + 1), next;
+        std::vector<Label> ends(budget_ + 1);
+        here[0].cost = 0.0;
+        for (int count = 0; count < budget_; ++count) {
+            next.assign(problem_.steps + 1, {});
             for (int start = count; start < problem_.steps; ++start) {
-                if (std::isfinite(labels[count][start].cost)) extend(labels[count][start], start, labels[count + 1]);
+                if (std::isfinite(here[start].cost)) extend(here[start], start, count + 1, next);
             }
+            ends[count + 1] = next[problem_.steps];
+            std::swap(here, next);
         }
-        return read(labels, budget);
+        return read(ends);
     }
 
 private:
-    Edge& edge(int start, int length) {
-        return edges_[static_cast<std::size_t>(start) * (problem_.max_length + 1) + length];
+    Edge& edge(int start, int length) { return edges_[static_cast<std::size_t>(start) * width_ + length]; }
+
+    // The step before this one on the best path with so many computed steps.
+    int& previous(int count, int step) {
+        return previous_[static_cast<std::size_t>(count) * (problem_.steps + 1) + step];
     }
 
     // The longest edge from here that passes by no required step.
-    int reach(int start) const {
+    int longest_from(int start) const {
         const int longest = std::min(problem_.max_length, problem_.steps - start);
         for (int length = 1; length < longest; ++length) {
             if (problem_.required[start + length]) return length;
@@ -104,30 +116,37 @@ private:
         return std::lexicographical_compare(a.errors.begin(), a.errors.end(), b.errors.begin(), b.errors.end());
     }
 
-    void extend(const Label& from, int start, std::vector<Label>& next) {
-        for (int length = 1; length <= reach(start); ++length) {
+    void extend(const Label& from, int start, int count, std::vector<Label>& next) {
+        problem_.interrupt.poll();
+        for (int length = 1; length <= reach_[start]; ++length) {
             const double weight = edge(start, length).weight;
             if (!std::isfinite(weight)) continue;
-            Label label{from.cost + weight, problem_.lexicographic ? with(from.errors, weight) : Errors{}, start};
             Label& best = next[start + length];
-            if (precedes(label, best)) best = std::move(label);
+            const double cost = from.cost + weight;
+            if (!problem_.lexicographic) {
+                if (cost >= best.cost) continue;
+                best.cost = cost;
+            } else {
+                Label label{cost, with(from.errors, weight)};
+                if (!precedes(label, best)) continue;
+                best = std::move(label);
+            }
+            previous(count, start + length) = start;
         }
     }
 
-    Path read(const std::vector<std::vector<Label>>& labels, int budget) {
+    Path read(const std::vector<Label>& ends) {
         Path path;
-        path.curve.assign(problem_.budget + 1, infinity);
         int best = 0;
-        for (int count = 1; count <= budget; ++count) {
-            const Label& label = labels[count][problem_.steps];
-            path.curve[count] = label.cost;
-            if (std::isfinite(label.cost) && (best == 0 || precedes(label, labels[best][problem_.steps]))) best = count;
+        for (int count = 0; count <= budget_; ++count) {
+            path.curve.push_back(ends[count].cost);
+            if (std::isfinite(ends[count].cost) && (best == 0 || precedes(ends[count], ends[best]))) best = count;
         }
         if (best == 0) return path;
         path.feasible = true;
         path.cost = path.curve[best];
         for (int step = problem_.steps, count = best; count > 0; --count) {
-            const int start = labels[count][step].previous;
+            const int start = previous(count, step);
             path.steps.push_back(start);
             path.choice.push_back(edge(start, step - start).choice);
             step = start;
@@ -138,7 +157,10 @@ private:
     }
 
     const PathProblem& problem_;
+    int width_, budget_;
+    std::vector<int> reach_; // [steps]
     std::vector<Edge> edges_;
+    std::vector<int> previous_; // [budget + 1, steps + 1]
 };
 
 } // namespace

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "interrupt.hpp"
+
 namespace layercache {
 
 // An edge starts at a computed step t, spans `length` steps and ends at the next computed one, or behind the
@@ -12,11 +14,12 @@ struct PathProblem {
     int steps = 0;
     int max_length = 0;
     int choices = 0;
-    std::vector<double> errors; // [steps, max_length + 1, choices]; infinity forbids the edge
-    std::vector<char> required; // [steps], steps that are always computed
-    int budget = 0;             // most computed steps
-    double gamma = 1.0;         // power of every error
-    bool lexicographic = false; // least largest error, then second largest, and so on, instead of the least sum
+    const double* errors = nullptr; // [steps, max_length + 1, choices], the caller's; infinity forbids the edge
+    std::vector<char> required;     // [steps], steps that are always computed
+    int budget = 0;                 // most computed steps; more than there are is no limit
+    double gamma = 1.0;             // power of every error
+    bool lexicographic = false;     // least largest error, then second largest, and so on, instead of the least sum
+    Interrupt interrupt;
 
     double error(int start, int length, int choice) const {
         return errors[(static_cast<std::size_t>(start) * (max_length + 1) + length) * choices + choice];
@@ -28,7 +31,8 @@ struct Path {
     std::vector<int> steps;    // computed, ascending
     std::vector<int> choice;   // of the edge that starts at each of them
     double cost = 0.0;         // sum of errors to the power gamma
-    std::vector<double> curve; // [budget + 1]: the same for every number of computed steps, infinite where there is none
+    std::vector<double> curve; // [min(budget, steps) + 1]: the same for every number of computed steps, infinite where
+                               // there is none
 };
 
 // Throws std::invalid_argument naming the argument at fault.

@@ -54,7 +54,10 @@ void check_errors_of(const Problem& problem, int step, int group) {
 
 void check_errors(const Problem& problem) {
     for (int step = 0; step < problem.steps; ++step) {
-        for (int group = 0; group < problem.groups; ++group) check_errors_of(problem, step, group);
+        for (int group = 0; group < problem.groups; ++group) {
+            problem.poll();
+            check_errors_of(problem, step, group);
+        }
     }
 }
 

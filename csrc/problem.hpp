@@ -1,10 +1,12 @@
 // The scheduling problem and its answer: one pair of types for every solver.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
-#include <functional>
 #include <string>
 #include <vector>
+
+#include "interrupt.hpp"
 
 namespace layercache {
 
@@ -25,11 +27,9 @@ struct Problem {
     int history = 3;                   // computed steps whose residuals are kept, the anchor included
     int max_run = 8;                   // most cached steps in a row
     double tau = 0.05;                 // least relative gain of a span over plain reuse
-    std::function<void()> interrupt;   // called now and then in long loops; may throw
+    Interrupt interrupt;
 
-    void poll() const {
-        if (interrupt) interrupt();
-    }
+    void poll() const { interrupt.poll(); }
 
     std::size_t cell(int step, int group) const { return static_cast<std::size_t>(step) * groups + group; }
 
@@ -41,7 +41,8 @@ struct Problem {
 
     double saving(int group) const { return compute_cost[group] - cached_cost[group]; }
 
-    int run_limit() const { return max_run < max_distance ? max_run : max_distance; }
+    // Step 0 is computed, so that no run is longer than the other steps.
+    int run_limit() const { return std::min({max_run, max_distance, steps - 1}); }
 
     // Rounding in the caller's own product must not cost a cell, hence the last few digits of slack.
     bool affords(double seconds) const { return seconds <= budget * (1.0 + 1e-12); }

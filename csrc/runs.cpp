@@ -11,6 +11,7 @@ RunCosts::RunCosts(const Problem& problem) : problem_(problem), limit_(problem.r
     sums_.reset(new double[problem.cell(problem.steps, 0) * (limit_ + 1) * spans]);
     for (int anchor = 0; anchor < problem.steps; ++anchor) {
         for (int group = 0; group < problem.groups; ++group) {
+            problem.poll();
             double* row = &sums_[problem.cell(anchor, group) * (limit_ + 1) * spans];
             const int longest = std::min(limit_, problem.steps - 1 - anchor);
             const int widest = std::min(anchor, problem.max_span);

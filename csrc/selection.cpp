@@ -40,6 +40,7 @@ void Selection::flip(int step, int group) {
 void Selection::price(int group, std::size_t first, std::size_t last) {
     const Steps& steps = steps_[group];
     for (std::size_t at = first; at < last && at + 1 < steps.size(); ++at) {
+        if (at % 64 == 0) problem_.poll();
         run_costs_[problem_.cell(steps[at], group)] = costs_.best(group, steps, at).cost;
     }
 }
@@ -96,6 +97,7 @@ double Selection::fill_group(int group, Result& result) const {
     const Steps& steps = steps_[group];
     double sum = 0.0;
     for (std::size_t at = 0; at + 1 < steps.size(); ++at) {
+        if (at % 64 == 0) problem_.poll();
         const Run run = costs_.best(group, steps, at);
         sum += run.cost;
         for (int step = steps[at] + 1; step < steps[at + 1]; ++step) {

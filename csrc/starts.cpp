@@ -31,6 +31,7 @@ void extend(const Problem& problem, const RunCosts& costs, int group, int anchor
     Steps steps = trail(labels, anchor, problem.history);
     const std::size_t at = steps.size() - 1;
     for (int next = anchor + 1; next <= problem.steps; ++next) {
+        if (next % 64 == 0) problem.poll();
         steps.resize(at + 1);
         steps.push_back(next);
         const double cost = costs.best(group, steps, at).cost;
@@ -44,7 +45,10 @@ void extend(const Problem& problem, const RunCosts& costs, int group, int anchor
 Steps sparsest(const Problem& problem, const RunCosts& costs, int group) {
     std::vector<Label> labels(problem.steps + 1);
     labels[0].count = 1;
-    for (int anchor = 0; anchor < problem.steps; ++anchor) extend(problem, costs, group, anchor, labels);
+    for (int anchor = 0; anchor < problem.steps; ++anchor) {
+        problem.poll();
+        extend(problem, costs, group, anchor, labels);
+    }
     return trail(labels, problem.steps, labels.size());
 }
 

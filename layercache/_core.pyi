@@ -56,7 +56,7 @@ class Path:
     def cost(self) -> float: ...
     @property
     def curve(self) -> list[float]:
-        """The cost with k computed steps, for every k up to the budget."""
+        """The cost with k computed steps, for every k up to the budget or the number of steps."""
 
 def shortest_path(
     errors: ArrayLike,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-def know_torch(dtypes: list[Any], tensor_class: type[Tensor]) -> None: ...
+def know_torch(dtypes: list[Any], tensor_class: type[Tensor], error_class: type[Exception]) -> None: ...
 def capture(
     outputs: list[Tensor],
     inputs: list[Tensor],

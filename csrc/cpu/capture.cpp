@@ -22,8 +22,11 @@ struct Stream {
 // One chunk of other dtypes than the loops take: by way of fp32. Whether it holds NaN or infinity.
 bool convert(const Loops& loops, const Stream& stream, int statistics, const Chunk& chunk, double* sums) {
     Buffer output, input, older, residual;
-    // the previous residual may be where this one goes
-    const float* p = statistics == 7 ? read(loops, stream.previous, chunk, older) : nullptr;
+    const float* p = nullptr;
+    if (statistics == 7) {  // kept apart, for this residual may go where the previous one is
+        loops.load(chunk.at(stream.previous), stream.previous.dtype, older.values, chunk.size);
+        p = older.values;
+    }
     const float* i = read(loops, stream.before, chunk, input);
     loops.subtract(read(loops, stream.output, chunk, output), i, residual.values, chunk.size);
     char* to = chunk.at(stream.residual);

@@ -27,10 +27,13 @@ inline float fused(float a, float b, float c) {
 }
 
 // A dtype that loops work on in place. `Packed` is what a vector of 32 bits holds: one number, or two neighbours, which
-// are taken apart and joined again with less work than vectors of 16 bits take to be widened and narrowed.
+// are taken apart and joined again with less work than vectors of 16 bits take to be widened and narrowed. A pair begins
+// where a number may; its type says so, which a pointer of type auto* would drop. What is written is `Written`: were it
+// allowed to alias everything, no loop could keep its pointers in registers.
 struct Float32 {
     using Stored = float;
     using Packed = float;
+    using Written = float;
     static constexpr int PACK = 1;
     static float load(float x) { return x; }
     static void store(float x, float& to) { to = x; }
@@ -42,6 +45,7 @@ struct Float32 {
 struct Bfloat16 {
     using Stored = std::uint16_t;
     typedef std::uint32_t Packed __attribute__((aligned(2), may_alias));
+    typedef std::uint32_t Written __attribute__((aligned(2)));
     static constexpr int PACK = 2;
     static float load(std::uint16_t x) { return float_of(std::uint32_t(x) << 16); }
     static void store(float x, std::uint16_t& to) { to = std::uint16_t(bits_of(rounded(x)) >> 16); }
@@ -219,11 +223,10 @@ inline __attribute__((always_inline)) void for_packs(Size packs, Work&& work, co
 // Writes value(at), rounded, for every place; what is written at one is read at no other.
 template <class T, class Value, class Come = NothingAhead>
 inline __attribute__((always_inline)) void write_each(void* output, Size n, Value&& value, const Come& come = {}) {
-    auto* packs = static_cast<typename T::Packed*>(output);
     const auto work = [&](Size i) __attribute__((always_inline)) {
         float y[T::PACK];
         for (int w = 0; w < T::PACK; ++w) y[w] = T::rounded(value(InPack<T>{i, w}));
-        packs[i] = T::join(y);
+        static_cast<typename T::Written*>(output)[i] = T::join(y);
     };
     for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i)
@@ -233,7 +236,6 @@ inline __attribute__((always_inline)) void write_each(void* output, Size n, Valu
 // The same for two outputs: value(at, y, z) sets both.
 template <class T, class Value, class Come>
 inline __attribute__((always_inline)) void write_two(void* output, void* other, Size n, Value&& value, const Come& come) {
-    auto *packs = static_cast<typename T::Packed*>(output), *others = static_cast<typename T::Packed*>(other);
     const auto work = [&](Size i) __attribute__((always_inline)) {
         float y[T::PACK], z[T::PACK];
         for (int w = 0; w < T::PACK; ++w) {
@@ -241,8 +243,8 @@ inline __attribute__((always_inline)) void write_two(void* output, void* other, 
             y[w] = T::rounded(y[w]);
             z[w] = T::rounded(z[w]);
         }
-        packs[i] = T::join(y);
-        others[i] = T::join(z);
+        static_cast<typename T::Written*>(output)[i] = T::join(y);
+        static_cast<typename T::Written*>(other)[i] = T::join(z);
     };
     for_packs<typename T::Packed>(n / T::PACK, work, come);
     for (Size i = n / T::PACK * T::PACK; i < n; ++i) {
@@ -271,7 +273,6 @@ inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step, const C
 // The same, and writes what step returns, which is rounded already.
 template <class T, class Step, class Come>
 inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, Step&& step, const Come& come) {
-    auto* packs = static_cast<typename T::Packed*>(output);
     Size i = 0;
     for (; i + LANES <= n / T::PACK; i += LANES) {
         come(i * Size(sizeof(typename T::Packed)));
@@ -280,7 +281,7 @@ inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, 
         for (int j = 0; j < LANES; ++j) {
             float y[T::PACK];
             for (int w = 0; w < T::PACK; ++w) y[w] = step(InPack<T>{i + j, w}, j);
-            packs[i + j] = T::join(y);
+            static_cast<typename T::Written*>(output)[i + j] = T::join(y);
         }
     }
     for (Size k = i * T::PACK; k < n; ++k)

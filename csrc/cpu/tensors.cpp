@@ -14,6 +14,7 @@ struct Torch {
     std::unordered_map<PyObject*, Dtype> dtypes;
     PyTypeObject* tensor_class = nullptr;
     int (*borrow)(void*, dlpack::Tensor*) = nullptr;
+    PyObject* error_class = nullptr;
     PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* dtype = PyUnicode_InternFromString("dtype");
     PyObject* shape = PyUnicode_InternFromString("shape");
@@ -85,7 +86,8 @@ bool ask(PyObject* tensor, View& view) {
 
 }  // namespace
 
-void know_torch(const py::list& dtypes, const py::object& tensor_class) {
+void know_torch(const py::list& dtypes, const py::object& tensor_class, const py::object& error_class) {
+    torch().error_class = py::object(error_class).release().ptr();
     for (std::size_t code = 0; code < dtypes.size() && code < 4; ++code)
         torch().dtypes[py::object(dtypes[code]).release().ptr()] = static_cast<Dtype>(code);
     torch().borrow = nullptr;
@@ -95,6 +97,12 @@ void know_torch(const py::list& dtypes, const py::object& tensor_class) {
     torch().borrow = api->borrow;
 }
 
-bool look_at(PyObject* tensor, View& view) { return torch().borrow ? borrow(tensor, view) : ask(tensor, view); }
+bool look_at(PyObject* tensor, View& view) {
+    if (!(torch().borrow ? borrow(tensor, view) : ask(tensor, view))) return false;
+    if (reinterpret_cast<std::uintptr_t>(view.data) % size_of(view.dtype) == 0) return true;
+    PyErr_SetString(torch().error_class, "a tensor begins at an address that is no multiple of its element size; expected "
+                                         "one that does, such as its clone()");
+    throw py::error_already_set();
+}
 
 }  // namespace layercache::cpu

@@ -7,10 +7,13 @@
 
 namespace layercache::cpu {
 
-// torch's dtypes in the order of `Dtype`, and its Tensor class, which may bring a quicker way to look at tensors.
-void know_torch(const pybind11::list& dtypes, const pybind11::object& tensor_class);
+// torch's dtypes in the order of `Dtype`, its Tensor class, which may bring a quicker way to look at tensors, and the class
+// of what is raised for a tensor whose memory cannot be used.
+void know_torch(const pybind11::list& dtypes, const pybind11::object& tensor_class,
+                const pybind11::object& error_class);
 
-// What a tensor says of itself. Up to three dims, or contiguous ones of any number, as [batch, rows, cols].
+// What a tensor says of itself. Up to three dims, or contiguous ones of any number, as [batch, rows, cols]. Raises where it
+// begins between two multiples of its element size.
 bool look_at(PyObject* tensor, View& view);
 
 }  // namespace layercache::cpu

@@ -8,8 +8,13 @@ import torch
 
 
 def dense(stream: torch.Tensor) -> torch.Tensor:
-    """The stream with its channels side by side; some models take theirs from a transposed convolution's output."""
-    return stream if stream.stride(-1) == 1 else stream.contiguous()
+    """The stream as the ops read it: contiguous, or of 2 or 3 dims with its channels side by side.
+
+    Some models take theirs from a transposed convolution's output; that is copied.
+    """
+    if stream.is_contiguous() or (stream.dim() in (2, 3) and stream.stride(-1) == 1):
+        return stream
+    return stream.contiguous()
 
 
 def empty_for_any_mode(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

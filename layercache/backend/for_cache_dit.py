@@ -19,16 +19,19 @@ from layercache import ops
 from layercache._utils.tensors import dense
 from layercache.backend.patching import Replacement
 from layercache.backend.primitives import apply_residuals, capture, differences
+from layercache.ops.checks import FLOATS
 from layercache.ops.forecasts import taylor_coefficients
 from layercache.ops.pending import Pending
 
 _WAITING = "_layercache_waiting"
+MOST_DERIVATIVES = 7  # of a series, with the values themselves; one launch writes six
 
 
 def replacements(sync: str) -> list[Replacement]:
     blocks, manager = CachedBlocks_Pattern_Base, CachedContextManager
     get_residual, similarity = blocks._get_Fn_residual, manager.similarity
     set_buffer, apply_cache = manager.set_Fn_buffer, manager.apply_cache
+    derivative, approximate = TaylorSeerState.derivative, TaylorSeerState.approximate
 
     def residual_of(self: Any, original_hidden_states: Tensor, hidden_states: Tensor) -> Tensor:
         same_shape = original_hidden_states.shape == hidden_states.shape
@@ -82,6 +85,16 @@ def replacements(sync: str) -> list[Replacement]:
         found = apply_residuals([dense(t) for t in streams], [dense(r) for r in stored])
         return found[0], found[1] if len(found) == 2 else encoder_hidden_states
 
+    def derivatives(state: Any, value: Any) -> list[Any]:
+        elapsed = state.current_step - state.last_non_approximated_step
+        if elapsed and _takes([value, *(d for d in state.state["dY_prev"] if d is not None)]):
+            return _derivative(state, value)
+        return derivative(state, value)
+
+    def approximation(state: Any) -> Any:
+        known = [d for d in state.state["dY_current"] if d is not None]
+        return _approximate(state, known) if known and _takes(known) else approximate(state)
+
     disable = torch.compiler.disable
     return [
         (blocks, "_get_Fn_residual", disable(residual_of)),
@@ -89,8 +102,8 @@ def replacements(sync: str) -> list[Replacement]:
         (manager, "similarity", disable(compare)),
         (manager, "set_Fn_buffer", disable(keep)),
         (manager, "apply_cache", disable(add)),
-        (TaylorSeerState, "derivative", disable(_derivative)),
-        (TaylorSeerState, "approximate", disable(_approximate)),
+        (TaylorSeerState, "derivative", disable(derivatives)),
+        (TaylorSeerState, "approximate", disable(approximation)),
     ]
 
 
@@ -137,6 +150,25 @@ def _call_middle(
     return image, text, residuals[0], residuals[1] if both else None
 
 
+def _takes(values: list[Any]) -> bool:
+    """Whether the ops take a series: tensors of numbers with dims, alike, and no more of them than one launch reads.
+
+    cache-dit also takes NumPy scalars, tensors without dims and whatever else can be added.
+    """
+    first = values[0]
+    return len(values) <= MOST_DERIVATIVES and all(
+        isinstance(value, Tensor)
+        and value.dtype in FLOATS
+        and (value.dtype, value.device) == (first.dtype, first.device)
+        and (value.is_cpu or (value.is_cuda and value.dtype != torch.float64))
+        and value.layout == torch.strided
+        and value.dim() > 0
+        and value.numel() > 0
+        and not (value.requires_grad and torch.is_grad_enabled())
+        for value in values
+    )
+
+
 def _derivative(state: Any, tensor: Tensor) -> list[Tensor | None]:
     elapsed = state.current_step - state.last_non_approximated_step
     older = state.state["dY_prev"]
@@ -150,9 +182,6 @@ def _derivative(state: Any, tensor: Tensor) -> list[Tensor | None]:
     return [tensor, *derivatives, *[None] * (state.n_derivatives - known)]
 
 
-def _approximate(state: Any) -> Tensor:
+def _approximate(state: Any, known: list[Tensor]) -> Tensor:
     elapsed = state.current_step - state.last_non_approximated_step
-    known = [d for d in state.state["dY_current"] if d is not None]
-    if not known:
-        return 0  # type: ignore[return-value]
     return ops.taylor_forecast([dense(d) for d in known], taylor_coefficients(len(known) - 1, float(elapsed)))

@@ -13,6 +13,7 @@ from diffusers.hooks import first_block_cache, taylorseer_cache
 from torch import Tensor
 
 from layercache import ops
+from layercache._utils.tensors import dense
 from layercache.backend.patching import Replacement
 from layercache.backend.primitives import as_rows, capture, differences, probe
 from layercache.ops.forecasts import taylor_coefficients
@@ -75,7 +76,7 @@ def _run_head(hook: Any, sync: str, args: tuple[Any, ...], kwargs: dict[str, Any
 def _probe(output: Tensor, before: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if previous is not None and previous.shape != output.shape:
         raise ValueError(f"the probe has shape {tuple(output.shape)} after {tuple(previous.shape)}; reset the cache")
-    return probe(output, before, previous)
+    return probe(dense(output), dense(before), previous)
 
 
 @torch.compiler.disable
@@ -90,9 +91,8 @@ def _must_compute(state: Any, change: Tensor | None, threshold: float, sync: str
 
 
 def _added(streams: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    return (
-        ops.linear_combination(streams[: len(residuals)], [[r] for r in residuals], (1.0,)) + streams[len(residuals) :]
-    )
+    advanced = [dense(stream) for stream in streams[: len(residuals)]]
+    return ops.linear_combination(advanced, [[r] for r in residuals], (1.0,)) + streams[len(residuals) :]
 
 
 def _run_block(hook: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,8 @@ def _run_block(hook: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) ->
         output = hook.fn_ref.original_forward(*args, **kwargs)
         if hook.is_tail:
             streams = _streams(hook, output)
-            residuals = capture(streams, state.head_block_output[: len(streams)])
+            before = state.head_block_output[: len(streams)]
+            residuals = capture([dense(t) for t in streams], [dense(t) for t in before])
             state.tail_block_residuals = (residuals[0], residuals[1] if len(residuals) == 2 else None)
         return output
     image = _argument(hook, "hidden_states", args, kwargs)

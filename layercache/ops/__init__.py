@@ -1,7 +1,7 @@
 """The ops of a cached step, on any device: validated, registered with torch.library, sent to the right kernel.
 
 Results have the same bits directly, under a dispatch mode and in a compiled graph. Nothing here waits for the device.
-The registered ops ``torch.ops.layercache.*`` check nothing; call the functions.
+The registered ops ``torch.ops.layercache.*`` check their arguments as the functions do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layercache.kernels import modulate as _modulate_kernels
 from layercache.kernels import moments as _moments_kernels
 from layercache.kernels import router as _router_kernels
 from layercache.kernels import statistics as _statistics_kernels
-from layercache.ops import dispatch, native
+from layercache.ops import dispatch, forks, native
 from layercache.ops.checks import MAX_STREAMS
 from layercache.ops.combinations import linear_combination, linear_map
 from layercache.ops.combinations import restore as restore
@@ -77,6 +77,8 @@ __all__ = [
 ]
 
 MAX_TERMS = _combine_kernels.MAX_TERMS
+
+forks.register()
 
 _BYTES: dict[str, Callable[..., int]] = {
     "capture": _capture_kernels.minimum_bytes,

@@ -12,8 +12,10 @@ from torch import Tensor
 from layercache.errors import OpInputError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 MAX_STREAMS = 8
 MAX_STRIDED = 2**31
+_DENSE = torch.strided
 
 
 def fail(op: str, argument: str, found: object, expected: str) -> NoReturn:
@@ -34,10 +36,17 @@ def check_list(op: str, name: str, tensors: Any, least: int, most: int | None = 
         fail(op, name, describe(tensors), f"a list of {expected} tensors")
 
 
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not _DENSE:
+        fail(op, name, tensor.layout, "a dense tensor")
+
+
 def check_kind(op: str, name: str, tensor: Any) -> None:
     """Type, dtype and device of a tensor that sets them for others."""
     if not isinstance(tensor, Tensor):
         fail(op, name, describe(tensor), "a tensor")
+    if tensor.layout is not _DENSE:
+        check_dense(op, name, tensor)
     if tensor.dtype not in FLOATS:
         fail(op, name, tensor.dtype, "bfloat16, float16 or float32 (on the CPU also float64)")
     if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
@@ -80,6 +89,7 @@ def check_tensor(
     name = f"{name}[{index}]"
     if not isinstance(tensor, Tensor) or dtype != torch.uint8:
         check_kind(op, name, tensor)
+    check_dense(op, name, tensor)
     if tensor.shape != model.shape:
         fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(model.shape)} as {model_name}")
     if tensor.device != model.device:
@@ -123,24 +133,28 @@ def check_like(
 
 
 def host_coefficients(op: str, name: str, coefficients: Iterable[float], terms: int) -> list[float]:
-    """Finite host numbers as floats."""
+    """Finite host numbers as floats, none of them beyond what fp32 holds, in which kernels compute."""
     try:
         values = [float(c) for c in coefficients]
     except (TypeError, ValueError):
         raise OpInputError(f"{op}: {name} is {coefficients!r}; expected {terms} numbers") from None
     if len(values) != terms:
         fail(op, name, f"{len(values)} numbers", f"{terms}, one per term")
-    if not all(map(math.isfinite, values)):
-        fail(op, name, values, "finite numbers")
+    for value in values:
+        if not abs(value) <= FLOAT32_MAX:  # nor is NaN
+            fail(op, name, values, "finite numbers, at most 3.4e38 in size")
     return values
 
 
 def check_no_grad(op: str, tensors: Iterable[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise OpInputError(
-            f"{op}: a tensor requires grad and grad mode is on; expected inference, no op here has a gradient: "
-            "call it under torch.no_grad()"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:  # a generator would cost more than all the rest
+        if tensor.requires_grad:
+            raise OpInputError(
+                f"{op}: a tensor requires grad and grad mode is on; expected inference, no op here has a gradient: "
+                "call it under torch.no_grad()"
+            )
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
@@ -157,9 +171,11 @@ def span(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def check_gate(op: str, name: str, gate: Any, dtype: torch.dtype, model: Tensor, model_name: str) -> None:
+def check_gate(op: str, name: str, gate: Any, dtype: Any, model: Tensor, model_name: str) -> None:
     """A gate [batch, 1, channels] or [batch, channels] that is broadcast over the rows of ``model``."""
     check_kind(op, name, gate)
+    if gate.dtype != model.dtype and torch.float64 in (gate.dtype, model.dtype):
+        fail(op, name, gate.dtype, f"float64 only with float64 {model_name}, here {model.dtype}")
     if model.dim() != 3:
         fail(op, model_name, f"of shape {tuple(model.shape)}", f"[batch, rows, channels] beside {name}")
     batch, _, channels = model.shape
@@ -185,12 +201,25 @@ def check_written(
     read = [(own_name, t) for t in {id(t): t for stream in own for t in stream}.values()]
     read += [(other, t) for other, tensors in others for t in tensors]
     for s, target in enumerate(written):
+        if not target.is_contiguous() and _repeats(target):
+            fail(op, f"{name}[{s}]", layout(target), "a tensor that has every element in memory of its own")
         for k, other_target in enumerate(written):
             if k != s and overlap(target, other_target):
                 fail(op, f"{name}[{s}]", f"in the same memory as {name}[{k}]", "memory of its own")
         for other, tensor in read:
             if overlap(target, tensor) and not _same_place(target, tensor, own[s]):
                 fail(op, f"{name}[{s}]", f"in the same memory as one of {other}", "memory of its own")
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether several elements may be in one place, as in an expanded tensor."""
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach = 0  # of the last element of the dims so far
+    for stride, size in dims:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _same_place(written: Tensor, tensor: Tensor, own: Sequence[Tensor]) -> bool:
@@ -231,6 +260,8 @@ def check_batches(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 def check_scales(op: str, name: str, scale: Any, model: Tensor) -> None:
     """Scales of codes of the shape of ``model``: one number per row."""
+    if isinstance(scale, Tensor):
+        check_dense(op, name, scale)
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or not scale.is_contiguous():
         found = f"{scale.dtype} {layout(scale)}" if isinstance(scale, Tensor) else describe(scale)
         fail(op, name, found, "a contiguous float32 tensor")

@@ -12,6 +12,7 @@ from layercache.kernels import combine as kernels
 from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
+    check_dense,
     check_gate,
     check_kind,
     check_list,
@@ -25,7 +26,7 @@ from layercache.ops.checks import (
     host_coefficients,
     layout,
 )
-from layercache.ops.dispatch import Kernels, register, through_registry
+from layercache.ops.dispatch import Checked, Kernels, register, through_registry
 
 Coefficients = Sequence[float] | Tensor
 
@@ -73,17 +74,31 @@ def linear_combination(
 
     Source: methods.md §15 P2, P3, P7. Bytes: (terms + 2) S; codes count half of 16-bit terms.
     """
-    op = "linear_combination"
     found = COMBINATION_KERNELS.again(bases, residuals, coefficients, results, gates, scales)
     if found is not NotImplemented:
         return found
+    arguments = _check_combination(bases, residuals, coefficients, results, gates, scales)
+    if through_registry([*bases, *(r for stream in residuals for r in stream), *(gates or ())]):
+        return _registered(*arguments)
+    return _run_combination(*arguments)
+
+
+def _check_combination(
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: Coefficients,
+    results: Sequence[Tensor] | None,
+    gates: Sequence[Tensor] | None,
+    scales: Sequence[Sequence[Tensor]] | None,
+) -> tuple[Any, ...]:
+    op = "linear_combination"
     check_streams(op, "bases", bases, MAX_STREAMS)
     terms = _check_residual_lists(residuals, bases, scales)
     everything = [*bases, *(r for stream in residuals for r in stream)]
     if gates is not None:
         check_list(op, "gates", gates, len(bases), len(bases))
         for s, gate in enumerate(gates):
-            check_gate(op, f"gates[{s}]", gate, gates[0].dtype, bases[s], f"bases[{s}]")
+            check_gate(op, f"gates[{s}]", gate, getattr(gates[0], "dtype", None), bases[s], f"bases[{s}]")
         everything += gates
     check_no_grad(op, everything)
     if isinstance(coefficients, Tensor):
@@ -94,12 +109,23 @@ def linear_combination(
         check_list(op, "results", results, len(bases), len(bases))
         for s, result in enumerate(results):
             check_tensor(op, "results", s, result, f"bases[{s}]", bases[s], bases[0].dtype)
-    if through_registry(everything):
-        return _registered(bases, residuals, coefficients, results, gates, scales)
+    return bases, residuals, coefficients, results, gates, scales
+
+
+def _run_combination(
+    bases: Sequence[Tensor],
+    residuals: Sequence[Sequence[Tensor]],
+    coefficients: Coefficients,
+    results: Sequence[Tensor] | None,
+    gates: Sequence[Tensor] | None,
+    scales: Sequence[Sequence[Tensor]] | None,
+) -> list[Tensor]:
     if results is not None:
         others = [("gates", list(gates or ()))]
         others += [("residuals", [r for stream in residuals for r in stream])]
-        check_written(op, "results", results, "bases", [[x] for x in bases], others)
+        others += [("scales", [t for stream in scales or () for t in stream])]
+        others += [("coefficients", [coefficients] if isinstance(coefficients, Tensor) else [])]
+        check_written("linear_combination", "results", results, "bases", [[x] for x in bases], others)
     return COMBINATION_KERNELS.run(bases, residuals, coefficients, results, gates, scales)
 
 
@@ -144,28 +170,62 @@ def linear_map(
 
     Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
     """
-    op = "linear_map"
     if MAP_KERNELS.again(inputs, outputs, matrix, factors, scales) is not NotImplemented:
         return
+    arguments = _check_map(inputs, outputs, matrix, factors, scales)
+    if through_registry([t for stream in (*inputs, *outputs) for t in stream]):
+        _registered_map(*arguments)
+    else:
+        _run_map(*arguments)
+
+
+def _check_map(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Sequence[Sequence[float | None]] | Tensor,
+    factors: Sequence[float] | None,
+    scales: Sequence[Sequence[Tensor | None]] | None,
+) -> tuple[Any, ...]:
+    op = "linear_map"
     count, results = _check_map_tensors(inputs, outputs, scales)
-    flat_inputs = [x for stream in inputs for x in stream]
-    flat_outputs = [y for stream in outputs for y in stream]
-    check_no_grad(op, [*flat_inputs, *flat_outputs])
+    check_no_grad(op, [t for stream in (*inputs, *outputs) for t in stream])
     rows = _check_matrix(matrix, count, results, inputs[0][0].device)
     if factors is not None:
         if isinstance(matrix, Tensor):
             fail(op, "factors", "given with a matrix on the device", "the factors multiplied into that matrix")
         factors = host_coefficients(op, "factors", factors, results)
-    if through_registry([*flat_inputs, *flat_outputs]):
-        flat = [] if isinstance(matrix, Tensor) else [c for row in rows for c in row]
-        values, used = [c or 0.0 for c in flat], [c is not None for c in flat]
-        on_device = matrix if isinstance(matrix, Tensor) else None
-        flat_scales = [t for stream in scales or () for t in stream]
-        LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device, flat_scales)
-        return
-    own = [inputs[k // results] for k in range(len(flat_outputs))]
-    check_written(op, "outputs", flat_outputs, "inputs", own, [])
-    MAP_KERNELS.run(inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales)
+    return inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales
+
+
+def _run_map(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Sequence[Sequence[float | None]] | Tensor,
+    factors: Sequence[float] | None,
+    scales: Sequence[Sequence[Tensor | None]] | None,
+) -> None:
+    written = [y for stream in outputs for y in stream]
+    own = [inputs[k // len(outputs[0])] for k in range(len(written))]
+    others = [("scales", [t for stream in scales or () for t in stream if t is not None])]
+    others += [("matrix", [matrix] if isinstance(matrix, Tensor) else [])]
+    check_written("linear_map", "outputs", written, "inputs", own, others)
+    MAP_KERNELS.run(inputs, outputs, matrix, factors, scales)
+
+
+def _registered_map(
+    inputs: Sequence[Sequence[Tensor]],
+    outputs: Sequence[Sequence[Tensor]],
+    matrix: Sequence[Sequence[float | None]] | Tensor,
+    factors: Sequence[float] | None,
+    scales: Sequence[Sequence[Tensor | None]] | None,
+) -> None:
+    """linear_map through torch.library."""
+    flat_inputs, flat_outputs = ([t for stream in streams for t in stream] for streams in (inputs, outputs))
+    flat = [] if isinstance(matrix, Tensor) else [c for row in matrix for c in row]
+    values, used = [c or 0.0 for c in flat], [c is not None for c in flat]
+    on_device = matrix if isinstance(matrix, Tensor) else None
+    flat_scales = [t for stream in scales or () for t in stream]
+    LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device, flat_scales)
 
 
 def _check_map_tensors(inputs: Any, outputs: Any, scales: Any) -> tuple[int, int]:
@@ -256,6 +316,7 @@ def _check_scales(scales: Any, residuals: Sequence[Sequence[Tensor]]) -> None:
 def check_device_coefficients(
     op: str, coefficients: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "coefficients"
 ) -> None:
+    check_dense(op, name, coefficients)
     if coefficients.dtype != torch.float32 or coefficients.dim() != len(shape) or not coefficients.is_contiguous():
         expected = "float32, of one dim and contiguous" if len(shape) == 1 else "float32, of two dims and contiguous"
         fail(op, name, f"{coefficients.dtype} {layout(coefficients)}", expected)
@@ -284,40 +345,37 @@ def _registered(
     return list(results)
 
 
-def _rows(flat: list[Any], streams: int) -> list[list[Any]]:
+def _rows(op: str, name: str, flat: list[Any], streams: int) -> list[list[Any]]:
     """Per stream its tensors; a schema can hold flat lists only."""
-    each = len(flat) // streams
+    each, rest = divmod(len(flat), max(streams, 1))
+    if rest:
+        fail(op, name, describe(flat), f"as many for each of {streams} streams")
     return [flat[k : k + each] for k in range(0, len(flat), each)] if each else []
 
 
-def _linear_combination(
+def host_or_device(op: str, host: list[float], on_device: Tensor | None) -> Any:
+    """Coefficients as an op takes them: host numbers, or a tensor."""
+    if on_device is not None and host:
+        fail(op, "device_coefficients", "given beside host numbers", "one of the two")
+    return host if on_device is None else on_device
+
+
+def _take_combination(
+    results: list[Tensor] | None,
     bases: list[Tensor],
     residuals: list[Tensor],
     host: list[float],
     on_device: Tensor | None,
     gates: list[Tensor],
     scales: list[Tensor],
-    results: list[Tensor] | None = None,
-) -> list[Tensor]:
-    streams = len(bases)
-    coefficients = host if on_device is None else on_device
-    nested = _rows(scales, streams) or None
-    return COMBINATION_KERNELS(bases, _rows(residuals, streams), coefficients, results, gates or None, nested)
+) -> tuple[Any, ...]:
+    op, streams = "linear_combination", len(bases)
+    coefficients = host_or_device(op, host, on_device)
+    nested = _rows(op, "scales", scales, streams) or None
+    return bases, _rows(op, "residuals", residuals, streams), coefficients, results, gates or None, nested
 
 
-def _linear_combination_out(
-    results: list[Tensor],
-    bases: list[Tensor],
-    residuals: list[Tensor],
-    host: list[float],
-    on_device: Tensor | None,
-    gates: list[Tensor],
-    scales: list[Tensor],
-) -> None:
-    _linear_combination(bases, residuals, host, on_device, gates, scales, results)
-
-
-def _linear_map(
+def _take_map(
     inputs: list[Tensor],
     outputs: list[Tensor],
     streams: int,
@@ -326,29 +384,47 @@ def _linear_map(
     factors: list[float],
     on_device: Tensor | None,
     scales: list[Tensor | None],
-) -> None:
-    nested = _rows(inputs, streams)
-    count = len(nested[0])
+) -> tuple[Any, ...]:
+    op = "linear_map"
+    if len(values) != len(used):
+        fail(op, "used", describe(used), f"{len(values)} entries, one per entry of matrix")
+    if streams < 1:
+        fail(op, "streams", streams, "1 or more")
+    nested, written = _rows(op, "inputs", inputs, streams), _rows(op, "outputs", outputs, streams)
+    count = len(inputs) // streams
     flat = [value if use else None for value, use in zip(values, used, strict=True)]
-    matrix = on_device if on_device is not None else [flat[k : k + count] for k in range(0, len(flat), count)]
-    MAP_KERNELS(nested, _rows(outputs, streams), matrix, factors or None, _rows(scales, streams) or None)
+    matrix = host_or_device(op, flat, on_device)  # type: ignore[arg-type]
+    if on_device is None:
+        matrix = [flat[k : k + count] for k in range(0, len(flat), count)] if count else []
+    return nested, written, matrix, factors or None, _rows(op, "scales", scales, streams) or None
 
 
 LINEAR_COMBINATION = register(
     "linear_combination(Tensor[] bases, Tensor[] residuals, float[] coefficients, Tensor? device_coefficients, "
     "Tensor[] gates, Tensor[] scales) -> Tensor[]",
-    _linear_combination,
+    Checked(
+        COMBINATION_KERNELS,
+        _check_combination,
+        _run_combination,
+        lambda *arguments: _take_combination(None, *arguments),
+    ),
     lambda bases, residuals, coefficients, device_coefficients, gates, scales: [x.new_empty(x.shape) for x in bases],
 )
 LINEAR_COMBINATION_OUT = register(
     "linear_combination_out(Tensor(a!)[] results, Tensor[] bases, Tensor[] residuals, float[] coefficients, "
     "Tensor? device_coefficients, Tensor[] gates, Tensor[] scales) -> ()",
-    _linear_combination_out,
+    Checked(
+        COMBINATION_KERNELS,
+        _check_combination,
+        _run_combination,
+        _take_combination,
+        lambda found, *arguments: None,
+    ),
     lambda *arguments: None,
 )
 LINEAR_MAP = register(
     "linear_map(Tensor[] inputs, Tensor(a!)[] outputs, int streams, float[] matrix, bool[] used, float[] factors, "
     "Tensor? device_matrix, Tensor?[] scales) -> ()",
-    _linear_map,
+    Checked(MAP_KERNELS, _check_map, _run_map, _take_map),
     lambda *arguments: None,
 )

@@ -155,14 +155,69 @@ def through_registry(tensors: Iterable[Tensor]) -> bool:
     return False
 
 
-def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines one op with its implementation for CPU and GPU and its fake; the overload that calls it."""
+def register(schema: str, checked: Checked, fake: Callable[..., Any]) -> Any:
+    """Defines one op with its implementation and its fake; the overload that calls it.
+
+    Args:
+        checked: its implementation, which checks the arguments: anybody may call ``torch.ops.layercache.*``.
+        fake: its result for tensors without memory.
+    """
     name = schema.partition("(")[0]
+
+    def checked_fake(*arguments: Any) -> Any:
+        if not has_tensors_of_a_trace(arguments):  # but meta tensors
+            checked.check(*arguments)
+        return fake(*arguments)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CUDA", "CPU"):
-        _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"layercache::{name}", fake, lib=_LIBRARY)
+    # the last is for calls without a tensor, and for devices that the checks refuse
+    for key in ("CUDA", "CPU", "CompositeExplicitAutograd"):
+        _LIBRARY.impl(name, checked, key)
+    torch.library.register_fake(f"layercache::{name}", checked_fake, lib=_LIBRARY)
     return getattr(torch.ops.layercache, name).default
+
+
+def has_tensors_of_a_trace(arguments: Iterable[Any]) -> bool:
+    """Whether a tensor among them, also in a list, is of a class other than torch's own, such as FakeTensor."""
+    return any(
+        has_tensors_of_a_trace(argument)
+        if isinstance(argument, (list, tuple))
+        else isinstance(argument, Tensor) and type(argument) not in _TENSOR_TYPES
+        for argument in arguments
+    )
+
+
+class Checked:
+    """An op that checks its arguments and runs, whatever modes are on.
+
+    Args:
+        kernels: its implementations.
+        check: raises where an argument is wrong; gives the arguments as `run` takes them.
+        run: the op on arguments that were checked; by default that of the kernels.
+        take: from the arguments of the schema to those of the op; by default they are the same.
+        give: from the result of the op and the arguments of the schema to what the schema returns.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        check: Callable[..., Sequence[Any]],
+        run: Callable[..., Any] | None = None,
+        take: Callable[..., Sequence[Any]] | None = None,
+        give: Callable[..., Any] | None = None,
+    ):
+        self._kernels, self._check, self._run = kernels, check, run or kernels.run
+        self._take, self._give = take, give
+
+    def check(self, *arguments: Any) -> None:
+        self._check(*(arguments if self._take is None else self._take(*arguments)))
+
+    def __call__(self, *arguments: Any) -> Any:
+        taken = arguments if self._take is None else self._take(*arguments)
+        found = self._kernels.again(*taken)
+        if found is NotImplemented:
+            found = self._run(*self._check(*taken))
+        return found if self._give is None else self._give(found, *arguments)
 
 
 def new_statistics(model: Tensor, rows: int, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ from layercache.kernels.combine import MAX_TERMS
 from layercache.kernels.rows import MAX_CHANNELS
 from layercache.ops import native
 from layercache.ops.checks import (
+    check_dense,
     check_kind,
     check_layout,
     check_list,
@@ -27,8 +28,8 @@ from layercache.ops.checks import (
     host_coefficients,
     layout,
 )
-from layercache.ops.combinations import check_device_coefficients
-from layercache.ops.dispatch import Kernels, register, through_registry
+from layercache.ops.combinations import check_device_coefficients, host_or_device
+from layercache.ops.dispatch import Checked, Kernels, register, through_registry
 
 MODULATE_KERNELS = Kernels(
     kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate), plans_on_cpu=True
@@ -90,12 +91,33 @@ def modulate(
     Source: TeaCache, SpectralCache; methods.md §15 P10, P2n. Bytes: 2 S, with ``previous`` 3 S; every residual and
     ``stream`` one more.
     """
-    op = "modulate"
-    found = MODULATE_KERNELS.again(
-        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-    )
+    given = x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+    found = MODULATE_KERNELS.again(*given)
     if found is not NotImplemented:
         return found
+    arguments = _check_modulate(*given)
+    everything = (x, scale, shift, *residuals, previous, result, stream, weight, bias)
+    if through_registry([t for t in everything if t is not None]):
+        return _registered(*arguments)
+    return _run_modulate(*arguments)
+
+
+def _check_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residuals: Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    previous: Tensor | None,
+    segments: Sequence[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    stream: Tensor | None,
+    scales: Sequence[Tensor] | None,
+) -> tuple[Any, ...]:
+    op = "modulate"
     _check_rows(op, "x", x)
     for name, vector in (("scale", scale), ("shift", shift)):
         _check_vector(op, name, vector, x)
@@ -109,16 +131,37 @@ def modulate(
     else:
         coefficients = host_coefficients(op, "coefficients", coefficients, len(residuals))
     _check_norm(x, segments, eps, {"weight": weight, "bias": bias})
-    everything = [t for t in (x, scale, shift, *residuals, *dense.values(), weight, bias) if t is not None]
-    check_no_grad(op, everything)
-    if through_registry(everything):
-        return _registered(
-            x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-        )
-    written = [t for t in (result, stream) if t is not None]
-    read = [("x", [x]), ("residuals", residuals), ("scale", [scale]), ("shift", [shift])]
-    replaced = [[previous] if t is result and previous is not None else [] for t in written]
-    check_written(op, "result", written, "previous", replaced, read)
+    everything = (x, scale, shift, *residuals, *dense.values(), weight, bias)
+    check_no_grad(op, [t for t in everything if t is not None])
+    return x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+
+
+def _run_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residuals: Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    previous: Tensor | None,
+    segments: Sequence[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    stream: Tensor | None,
+    scales: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    read = {"x": [x], "residuals": residuals, "scale": [scale], "shift": [shift], "scales": scales or ()}
+    read |= {"coefficients": [coefficients] if isinstance(coefficients, Tensor) else []}
+    read |= {name: [own] for name, own in (("weight", weight), ("bias", bias)) if own is not None}
+    if stream is not None:
+        # `previous` may be where the result goes, but not the stream
+        apart = [("previous", [previous])] if previous is not None and previous is not result else []
+        beside = [("result", [result])] if result is not None else []
+        check_written("modulate", "stream", [stream], "stream", [[]], [*read.items(), *beside, *apart])
+    if result is not None:
+        own = [[previous]] if previous is not None else [[]]
+        check_written("modulate", "result", [result], "previous", own, list(read.items()))
     return MODULATE_KERNELS.run(
         x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     )
@@ -140,8 +183,12 @@ def _check_norm(x: Tensor, segments: Sequence[int], eps: float, affine: dict[str
     """The LayerNorm of `modulate`, and the channel ranges of its statistics."""
     width = x.shape[-1]
     for name, own in affine.items():
-        if own is not None and (own.shape != x.shape[-1:] or own.dtype != x.dtype or own.device != x.device):
-            fail("modulate", name, f"{own.dtype} {layout(own)}", f"{x.dtype} of shape ({width},) on {x.device}")
+        if own is None:
+            continue
+        check_kind("modulate", name, own)
+        if own.shape != x.shape[-1:] or own.dtype != x.dtype or own.device != x.device or not own.is_contiguous():
+            found = f"{own.dtype} {layout(own)} on {own.device}"
+            fail("modulate", name, found, f"{x.dtype} of shape ({width},) on {x.device}, contiguous")
     bounds = [0, *segments, width]
     if len(bounds) > kernels.MAX_SEGMENTS + 1 or any(lo >= hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
         fail("modulate", "segments", list(segments), f"up to {kernels.MAX_SEGMENTS - 1} rising bounds within {width}")
@@ -168,17 +215,20 @@ def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool =
 
     Source: methods.md §15 P5c. Bytes: 3 S.
     """
-    op = "combine_guidance"
     found = GUIDANCE_KERNELS.again(cond, uncond, scale, rescale)
     if found is not NotImplemented:
         return found
+    arguments = _check_guidance(cond, uncond, scale, rescale)
+    return (GUIDANCE if through_registry([cond, uncond]) else GUIDANCE_KERNELS.run)(*arguments)
+
+
+def _check_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> tuple[Any, ...]:
+    op = "combine_guidance"
     _check_rows(op, "cond", cond, dims=(2, 3))
     check_tensor(op, "uncond", 0, uncond, "cond", cond, cond.dtype)
     scale = host_coefficients(op, "scale", [scale], 1)[0]
     check_no_grad(op, [cond, uncond])
-    if through_registry([cond, uncond]):
-        return GUIDANCE(cond, uncond, scale, rescale)
-    return GUIDANCE_KERNELS.run(cond, uncond, scale, rescale)
+    return cond, uncond, scale, rescale
 
 
 def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
@@ -197,16 +247,21 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
 
     Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
     """
-    op = "row_statistics"
     found = ROW_KERNELS.again(a, b, per_sample)
     if found is not NotImplemented:
         return found
+    _check_row_pair(a, b, per_sample)
+    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS.run(a, b, per_sample)
+
+
+def _check_row_pair(a: Tensor, b: Tensor, per_sample: bool) -> tuple[Any, ...]:
+    op = "row_statistics"
     _check_rows(op, "a", a, dims=(3,) if per_sample else (2, 3))
     check_tensor(op, "b", 0, b, "a", a, a.dtype)
     if not a.numel():
         fail(op, "a", f"of shape {tuple(a.shape)}", "a tensor that is not empty")
     check_no_grad(op, [a, b])
-    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS.run(a, b, per_sample)
+    return a, b, per_sample
 
 
 def decide(
@@ -233,23 +288,44 @@ def decide(
 
     Source: TeaCache; methods.md §15 P6d.
     """
-    op = "decide"
-    if DECIDE_KERNELS.again(numerator, denominator, accumulated, flag, polynomial, threshold) is not NotImplemented:
+    given = numerator, denominator, accumulated, flag, polynomial, threshold
+    if DECIDE_KERNELS.again(*given) is not NotImplemented:
         return
+    arguments = _check_decide(*given)
+    run = DECIDE if through_registry([numerator, denominator, accumulated, flag]) else _run_decide
+    run(*arguments)
+
+
+def _check_decide(
+    numerator: Tensor,
+    denominator: Tensor,
+    accumulated: Tensor,
+    flag: Tensor,
+    polynomial: Sequence[float],
+    threshold: float,
+) -> tuple[Any, ...]:
+    op = "decide"
     numbers = {"numerator": numerator, "denominator": denominator, "accumulated": accumulated, "flag": flag}
     for name, tensor in numbers.items():
         dtype = torch.int32 if name == "flag" else torch.float32
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.numel() != 1:
             found = f"{tensor.dtype} {layout(tensor)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             fail(op, name, found, f"{dtype} with one element")
+        if tensor.layout is not torch.strided:
+            check_dense(op, name, tensor)
         if tensor.device != numerator.device:
             fail(op, name, f"on {tensor.device}", f"on {numerator.device} as numerator")
     polynomial = host_coefficients(op, "polynomial", polynomial, len(polynomial))
     if not 1 <= len(polynomial) <= 8:
         fail(op, "polynomial", f"{len(polynomial)} numbers", "1 to 8")
     threshold = host_coefficients(op, "threshold", [threshold], 1)[0]
-    run = DECIDE if through_registry(numbers.values()) else DECIDE_KERNELS.run
-    run(numerator, denominator, accumulated, flag, polynomial, threshold)
+    return numerator, denominator, accumulated, flag, polynomial, threshold
+
+
+def _run_decide(numerator: Tensor, denominator: Tensor, accumulated: Tensor, flag: Tensor, *how: Any) -> None:
+    if accumulated.data_ptr() == flag.data_ptr():
+        fail("decide", "flag", "in the same memory as accumulated", "memory of its own")
+    DECIDE_KERNELS.run(numerator, denominator, accumulated, flag, *how)
 
 
 def _check_rows(op: str, name: str, tensor: Any, dims: tuple[int, ...] = (3,)) -> None:
@@ -313,7 +389,7 @@ def _registered(
     return z, None if previous is None else statistics
 
 
-def _modulate(
+def _take_modulate(
     z: Tensor,
     stream: Tensor | None,
     x: Tensor,
@@ -328,12 +404,9 @@ def _modulate(
     weight: Tensor | None,
     bias: Tensor | None,
     scales: list[Tensor],
-) -> Tensor:
-    coefficients = host if on_device is None else on_device
-    _, statistics = MODULATE_KERNELS(
-        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream, scales or None
-    )
-    return _no_statistics(x) if statistics is None else statistics
+) -> tuple[Any, ...]:
+    coefficients = host_or_device("modulate", host, on_device)
+    return x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream, scales or None
 
 
 def _no_statistics(x: Tensor) -> Tensor:
@@ -348,7 +421,13 @@ MODULATE = register(
     "modulate(Tensor(a!) z, Tensor(b!)? stream, Tensor x, Tensor scale, Tensor shift, Tensor[] residuals, "
     "float[] coefficients, Tensor? device_coefficients, Tensor? previous, int[] segments, float eps, Tensor? weight, "
     "Tensor? bias, Tensor[] scales) -> Tensor",
-    _modulate,
+    Checked(
+        MODULATE_KERNELS,
+        _check_modulate,
+        _run_modulate,
+        _take_modulate,
+        lambda found, z, stream, x, *others: _no_statistics(x) if found[1] is None else found[1],
+    ),
     lambda z, stream, x, scale, shift, residuals, host, on_device, previous, segments, eps, weight, bias, scales: (
         _no_statistics(x)
         if previous is None
@@ -357,17 +436,17 @@ MODULATE = register(
 )
 GUIDANCE = register(
     "combine_guidance(Tensor cond, Tensor uncond, float scale, bool rescale) -> Tensor",
-    GUIDANCE_KERNELS,
+    Checked(GUIDANCE_KERNELS, _check_guidance),
     lambda cond, uncond, scale, rescale: cond.new_empty(cond.shape),
 )
 ROW_STATISTICS = register(
     "row_statistics(Tensor a, Tensor b, bool per_sample) -> Tensor",
-    ROW_KERNELS,
+    Checked(ROW_KERNELS, _check_row_pair),
     lambda a, b, per_sample: a.new_empty((a.shape[0] if per_sample else 1, 3), dtype=_statistics_dtype(a)),
 )
 DECIDE = register(
     "decide(Tensor numerator, Tensor denominator, Tensor(a!) accumulated, Tensor(b!) flag, float[] polynomial, "
     "float threshold) -> ()",
-    DECIDE_KERNELS,
+    Checked(DECIDE_KERNELS, _check_decide, _run_decide),
     lambda *arguments: None,
 )

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.errors import OpInputError
 from layercache.kernels.capture import statistics_count
 from layercache.kernels.combine import Matrix, Scales, as_rows
 from layercache.kernels.launching import new_like
 from layercache.kernels.moments import ALIGNMENT, MAX_GAMMA
 
 SMALL = 2**18  # bytes
+number_of_threads: Callable[[], int] = torch.get_num_threads  # 1 in some forked processes, see forks.py
 
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
@@ -43,7 +45,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _cpu, UNAVAILABLE = _load()
 if _cpu is not None:
-    _cpu.know_torch(_DTYPES, Tensor)
+    _cpu.know_torch(_DTYPES, Tensor, OpInputError)
 
 
 def describe() -> str:
@@ -84,7 +86,7 @@ def capture(
     if per_sample and count:
         samples, lists = outputs[0].shape[0], [by_samples(tensors) for tensors in lists]
     sums = _sums(len(outputs) * samples, count) if count else None
-    bad = _cpu.capture(*lists, count, samples, flag is not None, torch.get_num_threads(), sums)  # type: ignore
+    bad = _cpu.capture(*lists, count, samples, flag is not None, number_of_threads(), sums)  # type: ignore
     if bad and flag is not None:
         flag.fill_(1)
     return sums
@@ -97,7 +99,7 @@ def capture_compact(
     scales: Sequence[Tensor],
     flag: Tensor | None = None,
 ) -> None:
-    threads = torch.get_num_threads()
+    threads = number_of_threads()
     for streams in zip(outputs, inputs, codes, scales, strict=True):
         bad = _cpu.capture_compact(*list(streams), flag is not None, threads)  # type: ignore[union-attr]
         if bad and flag is not None:
@@ -109,7 +111,7 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
     if per_sample:
         samples, a, b = a[0].shape[0], by_samples(a), by_samples(b)
     sums = _sums(len(a) * samples, 8)
-    _cpu.pair_statistics(a, b, samples, torch.get_num_threads(), sums)  # type: ignore[union-attr]
+    _cpu.pair_statistics(a, b, samples, number_of_threads(), sums)  # type: ignore[union-attr]
     return sums
 
 
@@ -128,7 +130,7 @@ def linear_combination(
                 _sum_of_two(x, residuals[s][0], None if results is None else results[s]) for s, x in enumerate(bases)
             ]
     results = new_like(bases) if results is None else list(results)
-    threads = torch.get_num_threads()
+    threads = number_of_threads()
     for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
         gate = None if gates is None else as_rows(gates[s])
         scale = [] if scales is None else [None, *list(scales[s])]
@@ -159,7 +161,7 @@ def linear_map(
 ) -> None:
     rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
     flat = [c for row in rows for c in row]
-    threads = torch.get_num_threads()
+    threads = number_of_threads()
     for s, (stream, written) in enumerate(zip(inputs, outputs, strict=True)):
         lists = list(stream), list(written)
         scale = [] if scales is None else list(map(_optional, scales[s]))
@@ -169,20 +171,20 @@ def linear_map(
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Sequence[Sequence[float]]) -> Tensor:
     flat = [c for row in coefficients for c in row]
     sums = _sums(len(coefficients), 4)
-    _cpu.combination_error(target, terms, flat, torch.get_num_threads(), sums)  # type: ignore[union-attr]
+    _cpu.combination_error(target, terms, flat, number_of_threads(), sums)  # type: ignore[union-attr]
     return sums
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
     sums = _sums(len(tensors), len(tensors))
-    _cpu.gram(tensors, torch.get_num_threads(), sums)  # type: ignore[union-attr]
+    _cpu.gram(tensors, number_of_threads(), sums)  # type: ignore[union-attr]
     return sums
 
 
 def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
     flat = [c for row in ALIGNMENT for c in row]
     tensors = [y, x, probes[1], probes[0]]
-    sums = _cpu.linear_sums(tensors, flat, torch.get_num_threads())  # type: ignore[union-attr]
+    sums = _cpu.linear_sums(tensors, flat, number_of_threads())  # type: ignore[union-attr]
     gamma = min(sums[0] / sums[2], MAX_GAMMA) if sums[2] > 0 and sums[0] > sums[2] else 1.0
     return linear_combination([x], [[residuals[1], residuals[0]]], [1.0 - gamma, gamma])[0]
 
@@ -197,7 +199,7 @@ def router_lerp(
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
     inputs = fresh, cached, beta.reshape(-1).tolist(), _optional(gate), _optional(residual)
-    _cpu.router_lerp(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
+    _cpu.router_lerp(*inputs, out, number_of_threads())  # type: ignore[union-attr]
     return out
 
 
@@ -207,7 +209,7 @@ def router_lerp_backward(
     (out,) = new_like([fresh])
     gate = None if gate is None else as_rows(gate)
     inputs = grad, fresh, cached, beta.reshape(-1).tolist(), _optional(gate)
-    sums = _cpu.router_lerp_backward(*inputs, out, torch.get_num_threads())  # type: ignore[union-attr]
+    sums = _cpu.router_lerp_backward(*inputs, out, number_of_threads())  # type: ignore[union-attr]
     return out, torch.tensor(sums, dtype=torch.float64, device="cpu").to(beta.dtype).view(beta.shape)
 
 
@@ -238,7 +240,7 @@ def modulate(
         bounds,
         eps,
         list(scales or ()),
-        torch.get_num_threads(),
+        number_of_threads(),
         sums,
     )
     return z, sums
@@ -246,13 +248,13 @@ def modulate(
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:
     (out,) = new_like([cond])
-    _cpu.guidance(cond, uncond, scale, rescale, out, torch.get_num_threads())  # type: ignore[union-attr]
+    _cpu.guidance(cond, uncond, scale, rescale, out, number_of_threads())  # type: ignore[union-attr]
     return out
 
 
 def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     samples = a.shape[0] if per_sample else 1
-    sums = _cpu.row_statistics(a, b, samples, torch.get_num_threads())  # type: ignore[union-attr]
+    sums = _cpu.row_statistics(a, b, samples, number_of_threads())  # type: ignore[union-attr]
     rows = a.numel() // a.shape[-1] // samples
     return _from_row_sums(torch.tensor(sums, dtype=torch.float64, device="cpu").view(samples, 3), rows).float()
 

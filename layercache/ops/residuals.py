@@ -14,6 +14,7 @@ from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
     check_batches,
+    check_dense,
     check_like,
     check_list,
     check_no_grad,
@@ -24,7 +25,7 @@ from layercache.ops.checks import (
     extent,
     fail,
 )
-from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
+from layercache.ops.dispatch import Checked, Kernels, new_statistics, register, through_registry
 
 CAPTURE_KERNELS = Kernels(
     kernels.capture_triton, kernels.capture_reference, native.if_available(native.capture), plans_on_cpu=True
@@ -73,6 +74,23 @@ def capture(
     found = CAPTURE_KERNELS.again(outputs, inputs, residuals, flag, previous, statistics, per_sample)
     if found is not NotImplemented:
         return found
+    arguments = _check_capture(outputs, inputs, residuals, flag, previous, statistics, per_sample)
+    if through_registry([*outputs, *inputs, *residuals, *(previous or ())]):
+        if previous is None and not statistics:
+            return CAPTURE(outputs, inputs, residuals, flag)
+        return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, list(previous or ()), per_sample)
+    return _run_capture(*arguments)
+
+
+def _check_capture(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    flag: Tensor | None,
+    previous: Sequence[Tensor] | None,
+    statistics: bool,
+    per_sample: bool,
+) -> tuple[Any, ...]:
     check_streams("capture", "outputs", outputs, MAX_STREAMS)
     check_like("capture", "inputs", inputs, "outputs", outputs, outputs[0].dtype)
     check_like("capture", "residuals", residuals, "outputs", outputs, contiguous=True)
@@ -80,16 +98,22 @@ def capture(
         check_like("capture", "previous", previous, "residuals", residuals, residuals[0].dtype, contiguous=True)
     if flag is not None:
         _check_flag(flag, outputs[0].device)
-    everything = [*outputs, *inputs, *residuals, *(previous or ())]
-    check_no_grad("capture", everything)
+    check_no_grad("capture", [*outputs, *inputs, *residuals, *(previous or ())])
     if per_sample:
         check_batches("capture", "outputs", outputs)
-    if through_registry(everything):
-        if previous is None and not statistics:
-            return CAPTURE(outputs, inputs, residuals, flag)
-        return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, list(previous or ()), per_sample)
-    _check_aliases(outputs, inputs, residuals, previous)
-    return CAPTURE_KERNELS.run(outputs, inputs, residuals, flag, previous, statistics, per_sample)
+    return outputs, inputs, residuals, flag, previous, statistics, per_sample
+
+
+def _run_capture(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    flag: Tensor | None,
+    previous: Sequence[Tensor] | None,
+    *how: bool,
+) -> Tensor | None:
+    _check_aliases(outputs, inputs, residuals, flag, previous)
+    return CAPTURE_KERNELS.run(outputs, inputs, residuals, flag, previous, *how)
 
 
 def store(
@@ -135,9 +159,23 @@ def capture_compact(
 
     Source: ours. Bytes: 2.5 S for 16-bit streams, against 3 S of `capture`; memory is halved.
     """
-    op = "capture_compact"
     if COMPACT_KERNELS.again(outputs, inputs, codes, scales, flag) is not NotImplemented:
         return
+    arguments = _check_compact(outputs, inputs, codes, scales, flag)
+    if through_registry([*outputs, *inputs]):
+        CAPTURE_COMPACT(*arguments)
+    else:
+        _run_compact(*arguments)
+
+
+def _check_compact(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    flag: Tensor | None,
+) -> tuple[Any, ...]:
+    op = "capture_compact"
     check_streams(op, "outputs", outputs, MAX_STREAMS)
     check_like(op, "inputs", inputs, "outputs", outputs, outputs[0].dtype)
     if outputs[0].dtype == torch.float64:
@@ -145,18 +183,27 @@ def capture_compact(
     check_list(op, "codes", codes, len(outputs), len(outputs))
     check_list(op, "scales", scales, len(outputs), len(outputs))
     for s, output in enumerate(outputs):
+        if not output.dim():
+            fail(op, f"outputs[{s}]", "a single number", "rows of channels")
         if output.shape[-1] > compact_kernels.MAX_CHANNELS:
             fail(op, f"outputs[{s}]", f"{output.shape[-1]} channels wide", f"at most {compact_kernels.MAX_CHANNELS}")
         check_tensor(op, "codes", s, codes[s], "outputs", output, torch.uint8, contiguous=True)
         check_scales(op, f"scales[{s}]", scales[s], output)
     if flag is not None:
         _check_flag(flag, outputs[0].device, op)
-    everything = [*outputs, *inputs]
-    check_no_grad(op, everything)
-    if through_registry(everything):
-        CAPTURE_COMPACT(outputs, inputs, codes, scales, flag)
-        return
-    others = [("inputs", inputs), ("outputs", outputs)]
+    check_no_grad(op, [*outputs, *inputs])
+    return outputs, inputs, codes, scales, flag
+
+
+def _run_compact(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    flag: Tensor | None,
+) -> None:
+    op = "capture_compact"
+    others = [("inputs", inputs), ("outputs", outputs), ("flag", [] if flag is None else [flag])]
     check_written(op, "codes", codes, "codes", [()] * len(codes), [*others, ("scales", scales)])
     check_written(op, "scales", scales, "scales", [()] * len(scales), others)
     COMPACT_KERNELS.run(outputs, inputs, codes, scales, flag)
@@ -165,6 +212,7 @@ def capture_compact(
 def _check_flag(flag: Any, device: torch.device, op: str = "capture") -> None:
     if not isinstance(flag, Tensor):
         fail(op, "flag", f"a {type(flag).__name__}", "an int32 tensor of one element, or None")
+    check_dense(op, "flag", flag)
     if flag.dtype != torch.int32 or flag.numel() != 1:
         fail(op, "flag", f"{flag.dtype} of shape {tuple(flag.shape)}", "an int32 tensor of one element")
     if flag.device != device:
@@ -172,11 +220,17 @@ def _check_flag(flag: Any, device: torch.device, op: str = "capture") -> None:
 
 
 def _check_aliases(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], residuals: Sequence[Tensor], previous: Sequence[Tensor] | None
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    flag: Tensor | None,
+    previous: Sequence[Tensor] | None,
 ) -> None:
     """Residuals are written, so they may share memory with nothing but their own previous."""
     written = [extent(r) for r in residuals]
-    for name, tensors in (("outputs", outputs), ("inputs", inputs), ("residuals", residuals), ("previous", previous)):
+    flags = () if flag is None else (flag,)
+    groups = {"outputs": outputs, "inputs": inputs, "residuals": residuals, "previous": previous, "flag": flags}
+    for name, tensors in groups.items():
         extents = written if name == "residuals" else [extent(t) for t in tensors or ()]
         for s, (first, last) in enumerate(written):
             for k, (other_first, other_last) in enumerate(extents):
@@ -186,15 +240,15 @@ def _check_aliases(
                         fail("capture", f"residuals[{s}]", f"in the same memory as {name}[{k}]", "memory of its own")
 
 
-def _capture_statistics(
+def _take_statistics(
     outputs: list[Tensor],
     inputs: list[Tensor],
     residuals: list[Tensor],
     flag: Tensor | None,
     previous: list[Tensor],
     per_sample: bool,
-) -> Tensor:
-    return CAPTURE_KERNELS(outputs, inputs, residuals, flag, previous or None, True, per_sample)
+) -> tuple[Any, ...]:
+    return outputs, inputs, residuals, flag, previous or None, True, per_sample
 
 
 def _fake_capture_statistics(
@@ -211,18 +265,18 @@ def _fake_capture_statistics(
 
 CAPTURE = register(
     "capture(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] residuals, Tensor(b!)? flag) -> ()",
-    CAPTURE_KERNELS,
+    Checked(CAPTURE_KERNELS, _check_capture, _run_capture, lambda *arguments: (*arguments, None, False, False)),
     lambda *arguments: None,
 )
 CAPTURE_STATISTICS = register(
     "capture_statistics(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] residuals, Tensor(b!)? flag, "
     "Tensor[] previous, bool per_sample) -> Tensor",
-    _capture_statistics,
+    Checked(CAPTURE_KERNELS, _check_capture, _run_capture, _take_statistics),
     _fake_capture_statistics,
 )
 CAPTURE_COMPACT = register(
     "capture_compact(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor(c!)? flag) "
     "-> ()",
-    COMPACT_KERNELS,
+    Checked(COMPACT_KERNELS, _check_compact, _run_compact),
     lambda *arguments: None,
 )

@@ -10,8 +10,8 @@ from torch import Tensor
 from layercache.errors import OpInputError
 from layercache.kernels import router as kernels
 from layercache.ops import native
-from layercache.ops.checks import check_gate, check_kind, check_layout, check_tensor, fail
-from layercache.ops.dispatch import Kernels, register, through_registry
+from layercache.ops.checks import check_dense, check_gate, check_kind, check_layout, check_tensor, fail
+from layercache.ops.dispatch import Checked, Kernels, register, through_registry
 
 FORWARD_KERNELS = Kernels(
     kernels.router_lerp_triton, kernels.router_lerp_reference, native.if_available(native.router_lerp)
@@ -58,8 +58,9 @@ def router_lerp(
     return FORWARD_KERNELS.run(fresh, cached, beta, gate, residual)
 
 
-def _check(fresh: Any, cached: Any, beta: Any, gate: Any, residual: Any) -> None:
-    op = "router_lerp"
+def _check(
+    fresh: Any, cached: Any, beta: Any, gate: Any, residual: Any, op: str = "router_lerp"
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     check_kind(op, "fresh", fresh)
     if fresh.dim() != 3:
         fail(op, "fresh", f"of shape {tuple(fresh.shape)}", "[batch, rows, channels]")
@@ -69,6 +70,8 @@ def _check(fresh: Any, cached: Any, beta: Any, gate: Any, residual: Any) -> None
         check_tensor(op, "residual", 0, residual, "fresh", fresh, fresh.dtype)
     if gate is not None:
         check_gate(op, "gate", gate, fresh.dtype, fresh, "fresh")
+    if isinstance(beta, Tensor):
+        check_dense(op, "beta", beta)
     if not isinstance(beta, Tensor) or beta.dtype != _beta_dtype(fresh) or beta.device != fresh.device:
         found = f"{beta.dtype} on {beta.device}" if isinstance(beta, Tensor) else f"a {type(beta).__name__}"
         fail(op, "beta", found, f"a {_beta_dtype(fresh)} tensor on {fresh.device}")
@@ -80,6 +83,15 @@ def _check(fresh: Any, cached: Any, beta: Any, gate: Any, residual: Any) -> None
         for name, constant in (("cached", cached), ("gate", gate)):
             if constant is not None and constant.requires_grad:
                 raise OpInputError(f"{op}: {name} requires grad, but gets none here; pass {name}.detach()")
+    return fresh, cached, beta, gate, residual
+
+
+def _check_backward(grad: Any, fresh: Any, cached: Any, beta: Any, gate: Any) -> tuple[Any, ...]:
+    op = "router_lerp_backward"
+    with torch.no_grad():
+        _check(fresh, cached, beta, gate, None, op)
+    check_tensor(op, "grad", 0, grad, "fresh", fresh, fresh.dtype)
+    return grad, fresh, cached, beta, gate
 
 
 def _beta_dtype(fresh: Tensor) -> torch.dtype:
@@ -120,12 +132,12 @@ class _RouterLerp(torch.autograd.Function):
 
 ROUTER_LERP = register(
     "router_lerp(Tensor fresh, Tensor cached, Tensor beta, Tensor? gate, Tensor? residual) -> Tensor",
-    FORWARD_KERNELS,
+    Checked(FORWARD_KERNELS, _check),
     lambda fresh, cached, beta, gate, residual: fresh.new_empty(fresh.shape),
 )
 ROUTER_LERP_BACKWARD = register(
     "router_lerp_backward(Tensor grad, Tensor fresh, Tensor cached, Tensor beta, Tensor? gate) -> (Tensor, Tensor)",
-    BACKWARD_KERNELS,
+    Checked(BACKWARD_KERNELS, _check_backward),
     lambda grad, fresh, cached, beta, gate: (fresh.new_empty(fresh.shape), torch.empty_like(beta)),
 )
 torch.library.register_autograd("layercache::router_lerp", _backward, setup_context=_save)

@@ -23,7 +23,7 @@ from layercache.ops.checks import (
     fail,
     host_coefficients,
 )
-from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
+from layercache.ops.dispatch import Checked, Kernels, new_statistics, register, through_registry
 
 MAX_ERROR_TERMS = 24  # non-zero coefficients in one set of combination_error
 
@@ -61,15 +61,19 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
     found = PAIR_KERNELS.again(a, b, per_sample)
     if found is not NotImplemented:
         return found
-    check_streams("pair_statistics", "a", a)
-    check_like("pair_statistics", "b", b, "a", a, a[0].dtype)
-    everything = [*a, *b]
-    check_no_grad("pair_statistics", everything)
-    if per_sample:
-        check_batches("pair_statistics", "a", a)
-    if through_registry(everything):
+    _check_pairs(a, b, per_sample)
+    if through_registry([*a, *b]):
         return PAIR_STATISTICS(a, b, per_sample)
     return PAIR_KERNELS.run(a, b, per_sample)
+
+
+def _check_pairs(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool) -> tuple[Any, ...]:
+    check_streams("pair_statistics", "a", a)
+    check_like("pair_statistics", "b", b, "a", a, a[0].dtype)
+    check_no_grad("pair_statistics", [*a, *b])
+    if per_sample:
+        check_batches("pair_statistics", "a", a)
+    return a, b, per_sample
 
 
 def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: CoefficientSets) -> Tensor:
@@ -90,6 +94,13 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
 
     Source: methods.md §15 P6b. Bytes: (terms + 1) S at least; ten sets on one common term read 12 S.
     """
+    rows = _check_errors(target, terms, coefficients)[2]
+    if through_registry([target, *terms]):
+        return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
+    return ERROR_KERNELS(target, terms, rows)
+
+
+def _check_errors(target: Tensor, terms: Sequence[Tensor], coefficients: CoefficientSets) -> tuple[Any, ...]:
     op = "combination_error"
     check_kind(op, "target", target)
     check_layout(op, "target", target, contiguous=True)
@@ -97,10 +108,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     for k, term in enumerate(terms):
         check_tensor(op, "terms", k, term, "target", target, target.dtype, contiguous=True)
     check_no_grad(op, [target, *terms])
-    rows = _coefficient_rows(coefficients, len(terms))
-    if through_registry([target, *terms]):
-        return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
-    return ERROR_KERNELS(target, terms, rows)
+    return target, terms, _coefficient_rows(coefficients, len(terms))
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
@@ -117,16 +125,21 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
 
     Source: methods.md §15 P6, §17. Bytes: n S; more than eight tensors are read several times on the GPU.
     """
-    op = "gram"
     found = GRAM_KERNELS.again(tensors)
     if found is not NotImplemented:
         return found
+    _check_gram(tensors)
+    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS.run(tensors)
+
+
+def _check_gram(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    op = "gram"
     check_list(op, "tensors", tensors, 1)
     check_kind(op, "tensors[0]", tensors[0])
     for k, tensor in enumerate(tensors):
         check_tensor(op, "tensors", k, tensor, "tensors[0]", tensors[0], tensors[0].dtype, contiguous=True)
     check_no_grad(op, tensors)
-    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS.run(tensors)
+    return (tensors,)
 
 
 def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> Tensor:
@@ -148,19 +161,24 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
 
     Source: DiCache; methods.md §15 P8. Bytes: 8 S.
     """
-    op = "align"
     found = ALIGN_KERNELS.again(x, y, probes, residuals)
     if found is not NotImplemented:
         return found
+    _check_align(x, y, probes, residuals)
+    everything = [x, y, *probes, *residuals]
+    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS.run(x, y, probes, residuals)
+
+
+def _check_align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Any, ...]:
+    op = "align"
     check_kind(op, "x", x)
     check_layout(op, "x", x, contiguous=True)
     for name, tensors, count in (("y", [y], 1), ("probes", probes, 2), ("residuals", residuals, 2)):
         check_list(op, name, tensors, count, count)
         for k, tensor in enumerate(tensors):
             check_tensor(op, name, k, tensor, "x", x, x.dtype, contiguous=True)
-    everything = [x, y, *probes, *residuals]
-    check_no_grad(op, everything)
-    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS.run(x, y, probes, residuals)
+    check_no_grad(op, [x, y, *probes, *residuals])
+    return x, y, probes, residuals
 
 
 def _coefficient_rows(coefficients: CoefficientSets, terms: int) -> list[list[float]]:
@@ -179,33 +197,33 @@ def _coefficient_rows(coefficients: CoefficientSets, terms: int) -> list[list[fl
     return rows
 
 
-def _combination_error(target: Tensor, terms: list[Tensor], coefficients: list[float]) -> Tensor:
-    """With the flat coefficients a schema can hold."""
-    q = len(terms)
-    return ERROR_KERNELS(target, terms, [coefficients[k : k + q] for k in range(0, len(coefficients), q)])
+def _take_errors(target: Tensor, terms: list[Tensor], coefficients: list[float]) -> tuple[Any, ...]:
+    """From the flat coefficients a schema can hold."""
+    q = max(len(terms), 1)
+    return target, terms, [coefficients[k : k + q] for k in range(0, len(coefficients), q)]
 
 
 PAIR_STATISTICS = register(
     "pair_statistics(Tensor[] a, Tensor[] b, bool per_sample) -> Tensor",
-    PAIR_KERNELS,
+    Checked(PAIR_KERNELS, _check_pairs),
     lambda a, b, per_sample: new_statistics(
         a[0], len(a) * (a[0].shape[0] if per_sample else 1), kernels.PAIR_STATISTICS
     ),
 )
 COMBINATION_ERROR = register(
     "combination_error(Tensor target, Tensor[] terms, float[] coefficients) -> Tensor",
-    _combination_error,
+    Checked(ERROR_KERNELS, _check_errors, ERROR_KERNELS, _take_errors),
     lambda target, terms, coefficients: new_statistics(
         target, len(coefficients) // len(terms), kernels.ERROR_STATISTICS
     ),
 )
 GRAM = register(
     "gram(Tensor[] tensors) -> Tensor",
-    GRAM_KERNELS,
+    Checked(GRAM_KERNELS, _check_gram),
     lambda tensors: new_statistics(tensors[0], len(tensors), len(tensors)),
 )
 ALIGN = register(
     "align(Tensor x, Tensor y, Tensor p_a, Tensor p_b, Tensor r_a, Tensor r_b) -> Tensor",
-    lambda x, y, p_a, p_b, r_a, r_b: ALIGN_KERNELS(x, y, [p_a, p_b], [r_a, r_b]),
+    Checked(ALIGN_KERNELS, _check_align, take=lambda x, y, p_a, p_b, r_a, r_b: (x, y, [p_a, p_b], [r_a, r_b])),
     lambda x, *others: x.new_empty(x.shape),
 )

@@ -226,7 +226,10 @@ def test_diffusers_caches_decide_and_give_the_same(pipe, config, block):
     assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"])
+CLASSES = ["FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"]
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "HunyuanVideoTransformer3DModel"])  # the last has a transposed stream
 @pytest.mark.parametrize("kind", ["fbc", "taylor"])
 def test_diffusers_caches_on_other_classes(name, kind):
     model, inputs = build(name)
@@ -428,6 +431,31 @@ def test_full_size_operators_of_cache_dit(pipe):
     assert len(set(of_the_model[:-1])) == 2, "both computing and reusing steps"
     for at in range(2 * 3, len(calls)):  # behind the warm-up
         assert ours[at] == 2 and theirs[at] - of_the_model[at] == 7
+
+
+@needs_cache_dit
+@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["scalar", "float32", "tensor without dims", "one dim", "empty"])
+def test_series_of_any_kind_in_cache_dits_expansion(kind, order):
+    from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
+
+    make = {
+        "scalar": np.float64,
+        "float32": np.float32,
+        "tensor without dims": torch.tensor,
+        "one dim": lambda value: torch.full((5,), float(value)),
+        "empty": lambda value: torch.empty(2, 0),
+    }[kind]
+
+    def run():
+        state = TaylorSeerState(n_derivatives=order, max_warmup_steps=2, skip_interval_steps=2)
+        state.current_step = np.int64(-1)
+        return [torch.as_tensor(state.step(make(np.sin(0.3 * k) + 0.1 * k))).double() for k in range(1, 11)]
+
+    expected = run()
+    with backend.accelerated("cache-dit"):
+        found = run()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_cache_dit

@@ -16,6 +16,7 @@ from layercache.kernels import capture, combine, compact, decisions, guidance, m
 from torch import Tensor
 
 from layercache import ops
+from layercache.errors import OpInputError
 from layercache.ops import native
 from support.tensors import DTYPES, outlier_tensor
 
@@ -72,13 +73,13 @@ class TestTensors:
         tensors = [torch.randn(2, 5, 16).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         tensors += [torch.randn(3, 7, 32)[:, 1:5], torch.randn(6, 24)[::2], torch.randn(9), torch.randn(2, 3, 4, 8)]
         found = [native.pair_statistics([t], [t.clone() + 1]) for t in tensors]
-        native._cpu.know_torch(native._DTYPES, object)
+        native._cpu.know_torch(native._DTYPES, object, ValueError)
         try:
             asked = [native.pair_statistics([t], [t.clone() + 1]) for t in tensors]
             with pytest.raises(TypeError):
                 native._cpu.gram([torch.ones(3, dtype=torch.int32)], 1, torch.empty(1, 1))
         finally:
-            native._cpu.know_torch(native._DTYPES, Tensor)
+            native._cpu.know_torch(native._DTYPES, Tensor, OpInputError)
         assert all(torch.equal(a, b) for a, b in zip(found, asked, strict=True))
 
     def test_what_is_no_tensor_of_numbers_is_refused(self) -> None:

@@ -95,7 +95,7 @@ def without_plans():
 )
 def test_another_call_is_checked(again, call):
     call()
-    assert again == [False]
+    assert not again[0]  # the registered op, which modes and subclasses see, asks a second time
 
 
 @pytest.mark.parametrize(
