@@ -168,6 +168,10 @@ class DynamicRun:
     states: dict[str, BranchState] = field(default_factory=dict)
     flag: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
+
 
 class DynamicRouter(Router):
     """Routes a transformer by a `DynamicMethod`; this is what ``layercache.enable`` returns for one."""
@@ -209,9 +213,10 @@ class DynamicRouter(Router):
         self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
-        # of the last generation: its decisions by branch, and its noise levels
+        # of the last generation: its decisions by branch, its noise levels and its memory
         self._logs: dict[str, list[Cell]] = {}
         self._sigmas: tuple[float, ...] | None = None
+        self._stored_bytes = 0
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -251,6 +256,7 @@ class DynamicRouter(Router):
         run, self._run = self._run, None
         assert run is not None
         self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
+        self._stored_bytes = run.nbytes
         self.__dict__.pop("_state", None)
         self.modulation = _no_modulation
 
@@ -414,8 +420,7 @@ class DynamicRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
-        states = {} if self._run is None else self._run.states
-        stored = sum(state.nbytes for state in states.values())
+        stored = self._stored_bytes if self._run is None else self._run.nbytes
         return self._counts.report(saved, stored, self._last_logs, self.identity)
 
 

@@ -65,6 +65,7 @@ class ScheduleRouter(Router):
         self._compiled_shapes: set[Any] = set()
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._runs: dict[tuple[GroupAction, ...], int] = {}
+        self._freed: tuple[int, tuple[str, ...]] = 0, ()  # memory and branches, when the cache was disabled
         self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
         self.is_placed = True  # of the present forward, as a member of a batch
         self._fallback_rows = 0
@@ -237,9 +238,14 @@ class ScheduleRouter(Router):
 
     def free(self) -> None:
         """Frees the memory of the stored tensors; until there are new ones everything is computed."""
+        self.end_generation(completed=False)
+        if self.states:
+            self._freed = self._memory(), tuple(self.states)
         self.drop()
         self.states = {}
-        super().free()
+
+    def _memory(self) -> int:
+        return sum(state.nbytes for state in self.states.values()) + self.track.nbytes
 
     def drop(self) -> None:
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
@@ -303,6 +309,7 @@ class ScheduleRouter(Router):
         """What the router did since it was enabled."""
         computed, seconds = self.computed, self.schedule.group_seconds
         forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
+        cache_bytes, branches = (self._memory(), tuple(self.states)) if self.states else self._freed
         return CacheReport(
             used=time_share(seconds, computed, forwards) if self._runs else 1.0,
             computed_cells=sum(computed),
@@ -310,8 +317,8 @@ class ScheduleRouter(Router):
             generations=self.identity.count,
             forwards=sum(self._runs.values()),
             fallback_rows=self._fallback_rows,
-            cache_bytes=sum(state.nbytes for state in self.states.values()) + self.track.nbytes,
-            branches=tuple(self.states),
+            cache_bytes=cache_bytes,
+            branches=branches,
             source=self.identity.source,
             unidentified=self.identity.unidentified,
         )

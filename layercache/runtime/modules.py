@@ -232,7 +232,9 @@ class ModuleRouter(Router):
         Raises:
             CalibrationError: the branch has other shapes than at the step before.
         """
-        if self._signatures[self.branch].changes(arguments) and not self.starts:
+        changes = self._signatures[self.branch].changes(arguments)
+        # an unnamed branch that begins in the middle is one that was there, with another prompt or batch
+        if changes and (not self.starts or (self.step_index > 0 and self.branch.startswith("call "))):
             raise CalibrationError(
                 f"branch {self.branch} has other shapes from step {self.step_index} on; calibrate with settings that "
                 "keep them, such as guidance at every step"

@@ -19,7 +19,8 @@ class CacheReport:
         forwards: calls of the transformer.
         fallback_rows: forwards that computed everything because a residual they would have read was not
             there (a run that began in the middle, or changed its shape).
-        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities.
+        cache_bytes: memory of the stored residuals of all branches, and of the stored velocities, in
+            the newest generation.
         branches: names of the branches seen.
         source: what told the steps of the newest generation: ``"caller"``, ``"scheduler"``, ``"timestep"``, ``"none"``.
         unidentified: forwards computed in full because nothing told their step, or which of several at one step they

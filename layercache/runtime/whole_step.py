@@ -46,6 +46,10 @@ class StepRun:
     signature: tuple[Any, ...] = ()
     excluded: Excluded = field(default_factory=Excluded)
 
+    @property
+    def nbytes(self) -> int:
+        return (0 if self.velocity is None else self.velocity.nbytes) + (self.decider.nbytes if self.log else 0)
+
 
 class StepRouter(Router):
     """Skips whole steps by a `StepMethod`; this is what ``layercache.enable`` returns for one."""
@@ -66,6 +70,7 @@ class StepRouter(Router):
         self._log: list[Velocity | None] = []
         self._branches: tuple[str, ...] = ()
         self._sigmas: tuple[float, ...] = ()
+        self._stored_bytes = 0
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -103,6 +108,7 @@ class StepRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
+        self._stored_bytes = run.nbytes
         self._log, self._branches, self._sigmas = run.log, tuple(run.branches), run.sigmas
 
     def _decide(self, run: StepRun, step: int, inputs: torch.Tensor) -> None:
@@ -192,6 +198,5 @@ class StepRouter(Router):
         """What the cache did since it was enabled."""
         run = self._run
         if run is None:
-            return self._counts.report(1.0, 0, self._branches, self.identity)
-        stored = (0 if run.velocity is None else run.velocity.nbytes) + (run.decider.nbytes if run.log else 0)
-        return self._counts.report(1.0, stored, run.branches, self.identity)
+            return self._counts.report(1.0, self._stored_bytes, self._branches, self.identity)
+        return self._counts.report(1.0, run.nbytes, run.branches, self.identity)

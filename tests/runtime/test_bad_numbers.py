@@ -11,7 +11,7 @@ import layercache
 from layercache.errors import NonFiniteResidualError, NonFiniteWarning
 from layercache.methods import DBCache, DiCache, EasyCache, FBCache, MagCache, TeaCache, Uniform
 from layercache.runtime.storage import Buffer, Storage
-from support.forwards import call, schedule
+from support.forwards import call, schedule, stepping
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 
@@ -150,7 +150,8 @@ def test_residuals_that_float16_cannot_hold(kind, storage):
     full = call(model, inputs)[0]
     assert torch.isfinite(full).all()
     cache = layercache.enable(model, plans(model)[kind], num_steps=3, storage=storage)
-    found = [call(model, inputs)[0] for _ in range(6)]
+    step = stepping(cache, 3)
+    found = [step(call, model, inputs)[0] for _ in range(6)]
     cache.check()
     layercache.disable(model)
     allowed = 0.3 if storage == "compact" else 0.02
@@ -163,12 +164,13 @@ def test_a_compiled_graph_says_what_overflowed_and_goes_on_in_float32():
     full = call(model, inputs)[0]
     model.compile(fullgraph=True, backend="eager")
     with layercache.enabled(model, plans(model)["groups"]) as cache:
-        call(model, inputs)
-        call(model, inputs)
+        step = stepping(cache, 3)
+        step(call, model, inputs)
+        step(call, model, inputs)
         with pytest.raises(NonFiniteResidualError, match="may have overflowed float16.*stored in float32 from now on"):
-            call(model, inputs)
+            step(call, model, inputs)
         for _ in range(3):
-            assert (call(model, inputs)[0] - full).abs().max() <= 0.02 * full.abs().max()
+            assert (step(call, model, inputs)[0] - full).abs().max() <= 0.02 * full.abs().max()
     assert cache.storage.is_widened
 
 

@@ -14,7 +14,7 @@ from layercache.models.registry import spec_for, temporarily_known
 from layercache.models.spec import ModelSpec
 from layercache.runtime import attachment
 from layercache.schedule.schedule import Schedule
-from support.forwards import call, schedule
+from support.forwards import call, schedule, stepping
 from support.marks import slow
 from support.tiny import SlopeTransformer, fingerprint, mixed_cells, schedule_for, tiny_pipeline
 from support.tiny import generate as make_pictures
@@ -98,13 +98,15 @@ def test_other_classes(name, monkeypatch):
     model, inputs = build(name)
     monkeypatch.setitem(registry._REGISTRY, name, replace(spec_for(model), timestep=None))
     plan = schedule(model, *ROWS)
-    with layercache.enabled(model, plan):
-        eager = [call(model, inputs) for _ in range(6)]
+    with layercache.enabled(model, plan) as cache:
+        step = stepping(cache, 3)
+        eager = [step(call, model, inputs) for _ in range(6)]
     whole, backend = torch.compile(model, backend=(counter := CompileCounter()), fullgraph=True), CompileCounter()
     frames = []
     with layercache.enabled(whole, plan) as cache:
+        step = stepping(cache, 3)
         for expected in eager:
-            assert all(torch.equal(a, b) for a, b in zip(call(whole, inputs), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(step(call, whole, inputs), expected, strict=True))
             frames.append(counter.frame_count)
         assert cache.report().fallback_rows == 0
     assert frames == [1, 2, 3, 3, 3, 3] and not counters["graph_break"]
@@ -112,9 +114,10 @@ def test_other_classes(name, monkeypatch):
     model.compile_repeated_blocks(backend=backend, fullgraph=True)
     call(model, inputs)
     assert backend.frame_count == CLASSES[name]
-    with layercache.enabled(model, plan):
+    with layercache.enabled(model, plan) as cache:
+        step = stepping(cache, 3)
         for number, expected in enumerate(eager):
-            assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(step(call, model, inputs), expected, strict=True))
             if number == 2:
                 after_one = backend.frame_count
     assert backend.frame_count == after_one <= CLASSES[name] + 1 and not counters["graph_break"]

@@ -79,11 +79,12 @@ def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
     for control in ({}, {"controlnet_block_samples": nothing}):
         with torch.no_grad(), layercache.enabled(pipe.transformer, schedule) as cache:
             outputs = []
-            for _ in range(3):
-                with pipe.transformer.cache_context("cond"):
+            for step in range(3):
+                with cache.step(step, branch="cond"):
                     outputs.append(pipe.transformer(**inputs, **control)[0])
             cache.open(cache.layout.rows[0].actions)
-            calls = list(pipe.transformer.transformer_blocks)
+            cache._is_asked_by_forward = lambda: True
+            calls = list(cache.route(0, pipe.transformer.transformer_blocks._modules.values()))
             cache.shut()
             stored = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts)]
         seen.append((outputs, stored, [isinstance(call, BlockProxy) for call in calls]))

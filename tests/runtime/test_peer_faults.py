@@ -13,7 +13,7 @@ import layercache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.methods.teacache import TeaCache
 from layercache.models import registry
-from support.forwards import CONTROLS, call, controls
+from support.forwards import CONTROLS, call, controls, stepping
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
 
@@ -51,8 +51,8 @@ def test_enabling_after_contexts_were_used(unclocked):
     with model.cache_context("cond"):
         expected = call(model, inputs)
     with layercache.enabled(model, FIRST_BLOCK, num_steps=4) as cache:
-        for _ in range(2):
-            with model.cache_context("cond"):
+        for step in range(2):
+            with cache.step(step), model.cache_context("cond"):
                 found = call(model, inputs)
         assert cache.decisions == {"cond": (True, False)}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -66,8 +66,9 @@ def test_a_skipped_step_with_the_same_input_and_controlnet_is_the_full_step(name
         inputs = inputs | controls(name, model, inputs)
     expected = call(model, inputs)
     with layercache.enabled(model, FIRST_BLOCK, num_steps=4) as cache:
-        call(model, inputs)
-        torch.testing.assert_close(call(model, inputs), expected, rtol=1e-3, atol=5e-5)
+        step = stepping(cache, 2)
+        step(call, model, inputs)
+        torch.testing.assert_close(step(call, model, inputs), expected, rtol=1e-3, atol=5e-5)
         assert list(cache.decisions.values()) == [(True, False)]
 
 
@@ -129,8 +130,9 @@ def test_a_forecast_has_its_slope_as_soon_as_there_are_two_anchors():
 def test_blocks_stay_compiled_under_a_dynamic_method(unclocked):
     """Blocks that are called from a function kept out of compilation are no longer compiled themselves."""
     model, inputs = build("FluxTransformer2DModel")
-    with layercache.enabled(model, FIRST_BLOCK, num_steps=6):
-        eager = [call(model, inputs) for _ in range(4)]
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=6) as cache:
+        step = stepping(cache, 6)
+        eager = [step(call, model, inputs) for _ in range(4)]
     torch._dynamo.reset()
     counters.clear()
     plain, cached = CompileCounter(), CompileCounter()
@@ -138,9 +140,10 @@ def test_blocks_stay_compiled_under_a_dynamic_method(unclocked):
     call(model, inputs)
     torch._dynamo.reset()
     model.compile_repeated_blocks(backend=cached, fullgraph=True)
-    with layercache.enabled(model, FIRST_BLOCK, num_steps=6):
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=6) as cache:
+        step = stepping(cache, 6)
         for expected in eager:
-            assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(step(call, model, inputs), expected, strict=True))
     assert cached.op_count >= plain.op_count > 0 and not counters["graph_break"]
     torch._dynamo.reset()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,6 +29,17 @@ CONTROLS = {
     "CosmosTransformer3DModel": {"block_controlnet_hidden_states": 4},
     "ZImageTransformer2DModel": {"controlnet_block_samples": 2},
 }
+
+
+def stepping(cache: Any, steps: int) -> Callable[..., Any]:
+    """Calls a function as the steps of a loop that says them: 0, 1, ... and again from 0 after the last."""
+    numbers = itertools.cycle(range(steps))
+
+    def step(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with cache.step(next(numbers)):
+            return do(*args, **kwargs)
+
+    return step
 
 
 def call(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
