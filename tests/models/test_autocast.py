@@ -12,7 +12,7 @@ from layercache.methods import DiCache, FBCache
 from layercache.models import registry
 from layercache.models.registry import known_models
 from support.block_reuse import BlockReuse
-from support.forwards import call, schedule
+from support.forwards import next_step, schedule
 from support.zoo import MODELS, build
 
 GROUPS = ((0, 1), (1, 2), (2, 4))
@@ -66,10 +66,10 @@ def test_reuse_under_autocast_is_reuse_by_hand(name):
             expected = []
             for row, given in zip(ROWS, steps_of(inputs), strict=True):
                 by_hand.row(row)
-                expected.append(call(model, given))
+                expected.append(next_step(model, given))
         seen = dtypes_given(model)
         with layercache.enabled(model, schedule(model, *ROWS, groups=GROUPS)) as cache:
-            found = [call(model, given) for given in steps_of(inputs)]
+            found = [next_step(model, given) for given in steps_of(inputs)]
             assert cache.report().fallback_rows == 0 and cache.report().cached_cells == 4
     for output, right in zip(found, expected, strict=True):
         for a, b in zip(output, right, strict=True):
@@ -86,9 +86,9 @@ def test_reuse_under_autocast_is_reuse_by_hand(name):
 def test_methods_that_decide_under_autocast(name, method, storage):
     model, inputs = build(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        full = call(model, inputs)
+        full = next_step(model, inputs)
         with layercache.enabled(model, method, num_steps=5, storage=storage) as cache:
-            found = [call(model, inputs) for _ in range(3)]
+            found = [next_step(model, inputs) for _ in range(3)]
             assert not all(next(iter(cache.decisions.values())))
     allowed = 0.08 if storage == "compact" else 1e-2
     for output in found:
@@ -105,11 +105,11 @@ def test_batches_of_requests_under_autocast(name):
     plan = schedule(model, (None,) * 3, (FIRST,) * 3, (FIRST, FIRST, None), groups=GROUPS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with layercache.enabled(model, plan):
-            alone = [call(model, given) for given in one]
+            alone = [next_step(model, given) for given in one]
         with layercache.enabled(model, plan) as cache:
             for given, right in zip(model_steps, alone, strict=True):
                 with cache.batch({"a": 1, "b": 1}):
-                    found = call(model, given)
+                    found = next_step(model, given)
                 for a, b in zip(found, right, strict=True):
                     assert a.dtype == b.dtype
                     assert (a[:1].float() - b.float()).abs().max() <= 0.02 * b.float().abs().max()

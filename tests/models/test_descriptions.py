@@ -23,7 +23,7 @@ from layercache.runtime.modules import ModuleRouter, copy_of, module_units
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.report.tables import model_rows, models_table
-from support.forwards import call
+from support.forwards import next_step
 from support.marks import slow
 from support.text import plain_text
 from support.tiny import fingerprint
@@ -91,11 +91,11 @@ def test_the_modulated_input_is_what_enters_the_first_attention(name, changed, m
     monkeypatch.setattr(ops, "modulate", modulate)
     query = first_query(spec_for(model).block_modules(model)[0][0])
     hook = query.register_forward_pre_hook(lambda module, args: entered.append(args[0].clone()))
-    expected = call(model, inputs)
+    expected = next_step(model, inputs)
     with layercache.enabled(model, TEACACHE, num_steps=3) as cache:
-        call(model, inputs)
+        next_step(model, inputs)
         hook.remove()
-        again = call(model, inputs)
+        again = next_step(model, inputs)
         assert cache.report().cached_cells == 1
     own = entered[1][:, -looked[0].shape[1] :]  # some join the text in front of it
     torch.testing.assert_close(looked[0], own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
@@ -122,7 +122,7 @@ def test_the_modulation_has_the_streams_dtype(name):
 
     hook = block.register_forward_pre_hook(look, with_kwargs=True)
     with pytest.raises(StopIteration):
-        call(model, {key: in_bf16(value) for key, value in inputs.items()})
+        next_step(model, {key: in_bf16(value) for key, value in inputs.items()})
     hook.remove()
     assert seen == [torch.bfloat16]
 
@@ -159,12 +159,12 @@ def per_frame_of_cosmos(inputs: dict) -> dict:
 def test_what_one_scale_cannot_say_is_refused(name, changed, change, message):
     model, inputs = build(name, **changed)
     inputs = change(inputs)
-    call(model, inputs)
+    next_step(model, inputs)
     with (
         layercache.enabled(model, TEACACHE, num_steps=3),
         pytest.raises(UnsupportedModelError, match=message) as caught,
     ):
-        call(model, inputs)
+        next_step(model, inputs)
     assert "take FBCache instead" in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def test_every_module_runs_once_in_a_forward(divided):
             module.register_forward_hook(lambda *_, name=unit.name: runs.__setitem__(name, runs[name] + 1))
             for module in unit.modules
         ]
-    call(model, inputs)
+    next_step(model, inputs)
     for hook in hooks:
         hook.remove()
     assert runs == {unit.name: len(unit.modules) for unit in units}
@@ -219,16 +219,16 @@ def test_every_module_runs_once_in_a_forward(divided):
 def test_reused_modules_with_the_same_input_give_the_full_step(divided):
     """Computed, reused (all, some), and whole steps reused twice in a row: what is stored is not written into."""
     model, inputs = divided
-    expected = call(model, inputs)
+    expected = next_step(model, inputs)
     count = len(module_units(model, spec_for(model)))
     some = np.random.default_rng(0).random(count) < 0.5
     rows = [True, True, False, some, ~some, False, False, False, True]
     with layercache.enabled(model, module_schedule(model, rows, reused=(5, 6))) as cache:
-        found = [call(model, inputs) for _ in rows]
+        found = [next_step(model, inputs) for _ in rows]
         assert cache.report().fallback_rows == 0 and cache.report().forwards == len(rows)
     for step in found:
         assert all(torch.equal(a, b) for a, b in zip(step, expected, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(next_step(model, inputs), expected, strict=True))
 
 
 def other_inputs(inputs: dict) -> dict:
@@ -248,15 +248,15 @@ def test_reused_modules_give_what_they_gave(divided, seed):
     chosen = [unit.modules[-1] for unit, yes in zip(units, reused, strict=True) if yes]
     kept: dict[nn.Module, object] = {}
     hooks = [m.register_forward_hook(lambda m, a, out: kept.setdefault(m, copy_of(out))) for m in chosen]
-    full = call(model, inputs)
-    expected = call(model, other_inputs(inputs))  # the hooks give what the first forward gave
+    full = next_step(model, inputs)
+    expected = next_step(model, other_inputs(inputs))  # the hooks give what the first forward gave
     for hook in hooks:
         hook.remove()
     with layercache.enabled(model, module_schedule(model, [True, ~reused])):
-        assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), full, strict=True))
-        found = call(model, other_inputs(inputs))
+        assert all(torch.equal(a, b) for a, b in zip(next_step(model, inputs), full, strict=True))
+        found = next_step(model, other_inputs(inputs))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(found, call(model, other_inputs(inputs)), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found, next_step(model, other_inputs(inputs)), strict=True))
 
 
 class Blending(ModuleRouter):
@@ -300,8 +300,8 @@ def test_gradients_pass_through_every_module(divided):
     attachment = attach(model, router)
     model.requires_grad_(False)
     try:
-        call(model, inputs)
-        call(model, other_inputs(inputs))
+        next_step(model, inputs)
+        next_step(model, other_inputs(inputs))
     finally:
         attachment.detach()
         model.requires_grad_(True)
@@ -333,7 +333,7 @@ def forwards(model: nn.Module, inputs: dict, steps: int):
         found = []
         for k, t in enumerate(scheduler.timesteps):
             own = {name: inputs[name] * (1 - 0.2 * k) for name in ("hidden_states", "audio_hidden_states")}
-            found.append([part.clone() for part in call(model, inputs | own)])
+            found.append([part.clone() for part in next_step(model, inputs | own)])
             scheduler.step(latents, t, latents)
         return found
 
@@ -369,6 +369,6 @@ def test_both_streams_that_leave_a_model_are_learned_from_and_kept():
     errors = [float((a - b).pow(2).mean()) for a, b in zip(full[1], student[1], strict=True)]
     assert min(errors) > 0 and training.take_sums()[0] == pytest.approx(sum(errors), rel=1e-4)
     with layercache.enabled(model, module_schedule(model, [True, False], reused=(1,))):
-        first = call(model, inputs)
-        again = call(model, other_inputs(inputs) | {"audio_hidden_states": inputs["audio_hidden_states"] * 0.5})
+        first = next_step(model, inputs)
+        again = next_step(model, other_inputs(inputs) | {"audio_hidden_states": inputs["audio_hidden_states"] * 0.5})
     assert len(first) == 2 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

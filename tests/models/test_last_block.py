@@ -10,7 +10,7 @@ import layercache
 from layercache.models import registry
 from layercache.models.registry import known_models
 from support.block_reuse import BlockReuse
-from support.forwards import call, schedule
+from support.forwards import next_step, schedule
 from support.zoo import build
 
 A, B = {0: 1.0}, {1: 1.0}
@@ -37,13 +37,13 @@ def test_the_last_group_is_stored_first(order, storage):
     with BlockReuse(model, groups) as by_hand:
         for row, given in zip(rows, steps, strict=True):
             by_hand.row(row)
-            expected.append(call(model, given)[0])
+            expected.append(next_step(model, given)[0])
     small = [given | {"hidden_states": given["hidden_states"][:1]} for given in steps]
     small = [given | {k: given[k][:1] for k in ("encoder_hidden_states", "pooled_projections")} for given in small]
     small = [given | {"timestep": given["timestep"][:1]} for given in small]
     with layercache.enabled(model, schedule(model, *rows, groups=groups), storage=storage) as cache:
         for runs, size in ((steps, 2), (small, 1), (steps, 2)):
             for given, right in zip(runs, expected, strict=True):
-                off = (call(model, given)[0] - right[:size]).abs().max() / right.abs().max()
+                off = (next_step(model, given)[0] - right[:size]).abs().max() / right.abs().max()
                 assert off < (0.1 if storage == "compact" else 1e-5)
         assert cache.report().fallback_rows == 0

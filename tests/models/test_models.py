@@ -14,7 +14,7 @@ from layercache import ops
 from layercache.methods.fbcache import DBCache
 from layercache.models import registry as models
 from layercache.models.registry import known_models, spec_for
-from support.forwards import CONTROLS, GROUPS, assert_close, call, controls, schedule
+from support.forwards import CONTROLS, GROUPS, assert_close, controls, next_step, schedule
 from support.zoo import MODELS, build
 
 
@@ -38,14 +38,14 @@ def test_every_registered_class_is_in_the_zoo():
 def test_computing_everything_changes_no_bit_and_disabling_leaves_nothing(zoo):
     model, inputs = zoo
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    expected = call(model, inputs)
+    expected = next_step(model, inputs)
     # the second step reads every group's residual, so that the first one stores them all
     plan = schedule(model, (None,) * 3, ({0: 1.0},) * 3)
     layercache.enable(model, plan)
-    stored = call(model, inputs)
+    stored = next_step(model, inputs)
     layercache.disable(model)
     assert all(torch.equal(a, b) for a, b in zip(stored, expected, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(call(model, inputs), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(next_step(model, inputs), expected, strict=True))
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
@@ -54,13 +54,13 @@ EVERY_SET = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)]
 
 def assert_reused_steps_are_the_full_step(model, inputs, sets=EVERY_SET, groups=GROUPS):
     """A full step, then one for each of ``sets``, in which those groups reuse what the first one stored."""
-    expected = call(model, inputs)
+    expected = next_step(model, inputs)
     rows = [tuple({0: 1.0} if group in reused else None for group in range(3)) for reused in sets]
     for at in range(0, len(rows), 2):  # two steps at a time: there are as many sigmas
         with layercache.enabled(model, schedule(model, (None,) * 3, *rows[at : at + 2], groups=groups)) as cache:
-            call(model, inputs)
+            next_step(model, inputs)
             for _ in rows[at : at + 2]:
-                assert_close(call(model, inputs), expected)
+                assert_close(next_step(model, inputs), expected)
             assert cache.report().fallback_rows == 0
 
 
@@ -71,9 +71,9 @@ def test_a_cached_step_with_the_same_input_is_the_full_step(zoo):
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_a_cached_step_with_the_same_controlnet_residuals_is_the_full_step(name):
     model, inputs = build(name)
-    plain = call(model, inputs)
+    plain = next_step(model, inputs)
     inputs = inputs | controls(name, model, inputs)
-    assert not torch.allclose(plain[0], call(model, inputs)[0], atol=1e-3)
+    assert not torch.allclose(plain[0], next_step(model, inputs)[0], atol=1e-3)
     assert_reused_steps_are_the_full_step(model, inputs, [(0,), (1,), (2,), (0, 1, 2)])
 
 
@@ -89,10 +89,10 @@ def test_controlnet_residuals_outside_reused_groups_are_live(name):
     """Behind the last computed group the residuals of the present step are added, not those of the anchor."""
     model, inputs = build(name)
     with layercache.enabled(model, schedule(model, (None,) * 3, ({0: 1.0}, None, None))):
-        call(model, inputs | controls(name, model, inputs))
-        found = call(model, inputs | controls(name, model, inputs, seed=1))
+        next_step(model, inputs | controls(name, model, inputs))
+        found = next_step(model, inputs | controls(name, model, inputs, seed=1))
         # the same step, with the first group's residual in its place
-        again = call(model, inputs | controls(name, model, inputs, seed=2))
+        again = next_step(model, inputs | controls(name, model, inputs, seed=2))
     assert not torch.allclose(found[0], again[0], atol=1e-4)
 
 
@@ -110,11 +110,11 @@ def test_one_launch_per_stored_group_and_one_per_run(zoo, monkeypatch):
     runs = 3 if spec_for(model).couples else 1
     rows = ((None,) * 3, ({0: 1.0}, None, {0: 1.0}), ({0: 1.0}, {1: 1.0}, {0: 1.0}))
     with layercache.enabled(model, schedule(model, *rows)):
-        call(model, inputs)
+        next_step(model, inputs)
         assert launches == {"store": 2, "restore": 0}
-        call(model, inputs)
+        next_step(model, inputs)
         assert launches == {"store": 3, "restore": 2}
-        call(model, inputs)
+        next_step(model, inputs)
         assert launches == {"store": 3, "restore": 2 + runs}
 
 
@@ -155,18 +155,18 @@ def test_extrapolation_over_two_anchors_is_exact_for_linear_blocks(name):
     for row in [(secant,) * 3, (secant, None, secant), (None, secant, None)]:
         with layercache.enabled(model, schedule(model, (None,) * 3, (None,) * 3, row)):
             for Ramp.time in sigmas[:2]:
-                call(model, inputs)
+                next_step(model, inputs)
             Ramp.time = sigmas[2]
-            found = call(model, inputs)
-        assert_close(found, call(model, inputs))
+            found = next_step(model, inputs)
+        assert_close(found, next_step(model, inputs))
 
 
 def test_a_dynamic_method_that_always_reuses_gives_the_full_step_again(zoo):
     model, inputs = zoo
-    expected = call(model, inputs)
+    expected = next_step(model, inputs)
     with layercache.enabled(model, DBCache(threshold=1.0, front=1, back=1, warmup=0), num_steps=3) as cache:
-        call(model, inputs)
-        assert_close(call(model, inputs), expected)
+        next_step(model, inputs)
+        assert_close(next_step(model, inputs), expected)
         assert cache.report().cached_cells == 1
 
 
@@ -176,10 +176,10 @@ def test_a_changed_shape_is_noticed(zoo):
     if len(next(iter(inputs.values()))) == 1:
         pytest.skip("the model takes one sample at a time here")
     smaller = {name: v if name.startswith("indices") else half(v) for name, v in inputs.items()}
-    expected = call(model, smaller)
+    expected = next_step(model, smaller)
     with layercache.enabled(model, schedule(model, (None,) * 3, ({0: 1.0},) * 3)) as cache:
-        call(model, inputs)
-        assert_close(call(model, smaller), expected)
+        next_step(model, inputs)
+        assert_close(next_step(model, smaller), expected)
         assert cache.report().fallback_rows == 1
 
 

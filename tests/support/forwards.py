@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from layercache.models.registry import first_tensor, spec_for
+from layercache.runtime.attachment import attachment_of
 from layercache.schedule.schedule import Schedule
 from support.tiny import fingerprint
 
@@ -40,6 +42,21 @@ def stepping(cache: Any, steps: int) -> Callable[..., Any]:
             return do(*args, **kwargs)
 
     return step
+
+
+_steps: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def next_step(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
+    """`call` as the next step of a loop that says its steps where a cache is enabled; after the last from 0 again."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        return call(model, inputs)
+    identity = attachment.router.identity
+    step = _steps.get(attachment, 0)
+    _steps[attachment] = (step + 1) % (identity.num_steps or 2**31)
+    with attachment.router.step(step):
+        return call(model, inputs)
 
 
 def call(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
