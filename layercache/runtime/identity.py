@@ -48,6 +48,7 @@ class Generation:
         self.places: dict[str, Place] = {}
         self.unnamed: list[Place] = []
         self.times: dict[float, int] = {}
+        self.thread: object = None
 
 
 class Place:
@@ -61,13 +62,14 @@ class Place:
         is_shared: several forwards came to it at one step, so that none of them can be told apart any more.
     """
 
-    __slots__ = ("branch", "conditions", "generation", "is_shared", "key", "step", "thread")
+    __slots__ = ("branch", "conditions", "generation", "is_shared", "key", "part", "step", "thread")
 
     def __init__(self, generation: Generation, branch: str, key: str):
         self.generation, self.branch, self.key = generation, branch, key
         self.step, self.is_shared = -1, False
         self.conditions: Conditions | None = None
         self.thread: object = None
+        self.part: object = None
 
 
 class Driver:
@@ -238,6 +240,8 @@ class Identity:
         generation = self.generation
         if generation is None or generation.source != source or step is None or step > generation.step + 1:
             return self._begin_in_loop(forward, step, source)
+        if step < generation.step and not self._lags(generation, forward):
+            return self._begin_in_loop(forward, step, source)
         named = forward.branch is not None
         place = generation.places.get(forward.key) if named else self._unnamed(forward, True)
         if place is None:
@@ -248,6 +252,12 @@ class Identity:
             return self._begin_in_loop(forward, step, source)
         self._note(place, forward)
         return self._visit(generation, place, step)
+
+    def _lags(self, generation: Generation, forward: Forward) -> bool:
+        """Whether a forward of an earlier step than the newest is of a branch that another thread or task runs."""
+        place = None if forward.branch is None else generation.places.get(forward.key)
+        here = caller_thread()
+        return place is not None and place.thread == here and generation.thread != here
 
     def _begin_in_loop(self, forward: Forward, step: int | None, source: str) -> Place | None:
         if step is None:
@@ -270,7 +280,7 @@ class Identity:
         return before is not None and same(conditions_of(forward.arguments), before, may_wait=False) is False
 
     def _note(self, place: Place, forward: Forward) -> None:
-        place.thread = caller_thread()
+        place.thread = place.generation.thread = caller_thread()
         if place.conditions is None:
             place.conditions = conditions_of(forward.arguments)
 
@@ -292,13 +302,16 @@ class Identity:
         assert generation is not None
         conditions = conditions_of(forward.arguments)
         found = [same(conditions, place.conditions or (), may_wait) for place in generation.unnamed]
-        if found.count(True) == 1:
-            return generation.unnamed[found.index(True)]
-        if any(answer is not False for answer in found):
+        if None in found:
             return None
-        name = f"call {len(generation.unnamed)}"
+        equal = [place for place, is_same in zip(generation.unnamed, found, strict=True) if is_same]
+        own = [place for place in equal if place.part == forward.part]
+        if own:
+            return own[0]
+        branches = {place.branch for place in generation.unnamed}
+        name = equal[0].branch if equal else f"call {len(branches)}"
         place = self._new_place(generation, name, forward.key_of(name))
-        place.conditions = conditions
+        place.conditions, place.part = conditions, forward.part
         generation.unnamed.append(place)
         return place
 

@@ -1,0 +1,223 @@
+"""Random sequences of forwards: a stored residual is only ever added for the loop, branch and part that stored it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+import layercache
+from layercache.errors import LayerCacheWarning
+from layercache.methods.fbcache import DBCache, FBCache
+from layercache.models.registry import fingerprint_of, temporarily_known
+from layercache.schedule.schedule import Schedule
+
+DIM, BLOCKS, STEPS = 4, 3, 5
+SPEC = layercache.ModelSpec("LoopModel", ("blocks",), ("image",), ("x", "unused"), timestep="timestep")
+_SAMPLER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+_SAMPLER.set_timesteps(STEPS)
+SIGMAS = tuple(_SAMPLER.sigmas.tolist())
+METHODS = {
+    "fbcache": FBCache(threshold=1e9, warmup=1),
+    "dbcache": DBCache(threshold=1e9, front=1, back=1, warmup=1),
+}
+
+
+class LoopBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(DIM, DIM))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(x @ self.weight + condition)
+
+
+class LoopModel(nn.Module):
+    """Three blocks, whose residuals depend on the stream, the prompt and the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(LoopBlock() for _ in range(BLOCKS))
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        condition = encoder_hidden_states + timestep.reshape(-1, 1, 1)
+        for block in self.blocks:
+            x = block(x, condition)
+        return x
+
+    def states(self, x: torch.Tensor, condition: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
+        """By hand: the stream in front of each block from ``first`` on, and behind the last; nothing reused."""
+        found = [x]
+        for block in self.blocks[first:]:
+            found.append(found[-1] + torch.tanh(found[-1] @ block.weight + condition))
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _known() -> Iterator[None]:
+    with temporarily_known(SPEC), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCacheWarning)
+        yield
+
+
+def schedule(rng: random.Random, model: nn.Module) -> Schedule:
+    """Of one group of all blocks: a step is computed, or takes the residual of an earlier computed one."""
+    computed, rows = [0], [(None,)]
+    for step in range(1, STEPS):
+        if rng.random() < 0.4:
+            computed.append(step)
+            rows.append((None,))
+        else:
+            rows.append(({rng.choice(computed): 1.0},))
+    return Schedule(fingerprint_of(model, SIGMAS, ()), ((0, BLOCKS),), tuple(rows), (1.0,))
+
+
+@dataclass
+class Case:
+    """One cache and what is done with it."""
+
+    seed: int
+    rng: random.Random = field(init=False)
+    wrong: list[str] = field(default_factory=list)
+    stored: dict[Any, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    is_ordinary: bool = True
+    expected: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.model = LoopModel()
+        self.kind = self.rng.choice(["fbcache", "dbcache", "schedule"])
+        self.source = self.rng.choice(["timestep", "caller", "scheduler"])
+        self.plan = schedule(self.rng, self.model) if self.kind == "schedule" else METHODS[self.kind]
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if self.source == "scheduler" else None
+        self.fails: type[BaseException] | None = None
+        self.model.blocks[1].register_forward_pre_hook(self._fail)
+
+    def _fail(self, *_: Any) -> None:
+        if self.fails is not None:
+            error, self.fails = self.fails, None
+            raise error
+
+    def mischief(self, chance: float) -> bool:
+        found = self.rng.random() < chance
+        self.is_ordinary &= not found
+        return found
+
+    def run(self) -> None:
+        plain = self.rng.random() < 0.25
+        self.chance = 0.0 if plain else 1.0
+        self.cache = layercache.enable(self.model, self.plan, self.scheduler)
+        for generation in range(self.rng.randint(1, 4)):
+            if self.mischief(0.2 * self.chance):
+                thread = threading.Thread(target=self._guarded, args=(generation,))
+                thread.start()
+                thread.join()
+            else:
+                self.generation(generation)
+            if self.mischief(0.1 * self.chance):
+                self.cache.reset()
+        report = self.cache.report()
+        if self.is_ordinary and report.cached_cells != self.expected:
+            self.wrong.append(f"{report.cached_cells} reused, {self.expected} expected")
+        layercache.disable(self.model)
+
+    def _guarded(self, generation: int) -> None:
+        with torch.no_grad():
+            self.generation(generation)
+
+    def generation(self, number: int) -> None:
+        rng = self.rng
+        branches = rng.choice([("cond",), ("cond", "uncond"), (None,), (None, None)])
+        texts = [torch.randn(1, 1, DIM, generator=torch.Generator().manual_seed(rng.getrandbits(30))) for _ in branches]
+        tiles = 2 if self.mischief(0.25 * self.chance) else 1
+        names_parts = tiles > 1 and rng.random() < 0.5
+        self.may_fail = tiles == 1 or names_parts
+        if self.scheduler is not None:
+            self.scheduler.set_timesteps(STEPS)
+        stops = rng.randint(1, STEPS) if self.mischief(0.3 * self.chance) else STEPS
+        tokens = rng.randint(2, 4)
+        for step in range(stops):
+            if self.mischief(0.05 * self.chance):
+                tokens += 1
+            forwards = [(k, tile) for k in range(len(branches)) for tile in range(tiles)]
+            if self.mischief(0.2 * self.chance):
+                rng.shuffle(forwards)
+            if tiles == 1 or names_parts:  # of tiles without a name that never come together nothing tells
+                forwards = [f for f in forwards if not self.mischief(0.1 * self.chance)]
+            forwards += [f for f in forwards if self.mischief(0.07 * self.chance)]
+            for k, tile in forwards:
+                owner = number, k, tile
+                self.forward(owner, step, branches[k], texts[k], tokens, tile if names_parts else None)
+            if self.scheduler is not None:
+                self.scheduler.step(torch.zeros(1), self.scheduler.timesteps[step], torch.zeros(1))
+        if self.kind == "schedule":
+            reused = sum(row[0] is not None for row in self.plan.cells)
+        else:
+            reused = STEPS - 1
+        self.expected += reused * len(branches)
+
+    def naming(self, step: int, branch: str | None, part: int | None) -> AbstractContextManager[Any]:
+        contexts = ExitStack()
+        if self.source == "caller":
+            contexts.enter_context(self.cache.step(step))
+        if branch is not None or part is not None:
+            contexts.enter_context(self.cache.step(branch=branch, part=part))
+        return contexts
+
+    def forward(self, owner: Any, step: int, branch: str | None, text: Any, tokens: int, part: int | None) -> None:
+        x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(self.rng.getrandbits(30)))
+        time = torch.full((1,), SIGMAS[step])
+        if self.may_fail and self.mischief(0.04 * self.chance):
+            self.fails = self.rng.choice([RuntimeError, KeyboardInterrupt, SystemExit])
+        try:
+            with self.naming(step, branch, part):
+                found = self.model(x, timestep=time, encoder_hidden_states=text)
+        except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, layercache.LayerCacheError):
+                raise
+            return
+        finally:
+            self.fails = None
+        self.judge(owner, step, found, x, text + time.reshape(-1, 1, 1))
+
+    def judge(self, owner: Any, step: int, found: torch.Tensor, x: torch.Tensor, condition: torch.Tensor) -> None:
+        """The output is the full one, or has in the place of the skipped blocks a residual of the owner's own."""
+        states = self.model.states(x, condition)
+        first = 0 if self.kind == "schedule" else 1
+        last = BLOCKS - 1 if self.kind == "dbcache" else BLOCKS
+        own = [residual for residual in self.stored[owner] if residual.shape == x.shape]
+        candidates = [self.model.states(states[first] + r, condition, last)[-1] for r in own]
+        if not any(torch.allclose(found, candidate, atol=1e-4) for candidate in (states[-1], *candidates)):
+            self.wrong.append(f"step {step} of {owner}")
+        self.stored[owner].append(states[last] - states[first])
+
+
+def check(seed: int) -> Case:
+    case = Case(seed)
+    case.run()
+    assert not case.wrong, f"seed {seed}, {case.kind} by {case.source}: {case.wrong[:3]}"
+    return case
+
+
+@pytest.mark.parametrize("first", range(0, 1000, 250))
+def test_random_sequences(first):
+    ordinary = [check(seed) for seed in range(first, first + 250)]
+    assert sum(case.is_ordinary for case in ordinary) > 40, "their reuse is counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 11000, 1000))
+def test_many_random_sequences(first):
+    for seed in range(first, first + 1000):
+        check(seed)
