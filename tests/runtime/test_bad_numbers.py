@@ -159,6 +159,7 @@ def test_residuals_that_float16_cannot_hold(kind, storage):
     assert cache.report().used < 1 and cache.storage.is_widened is (storage == "same")
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_says_what_overflowed_and_goes_on_in_float32():
     model, inputs = massive()
     full = call(model, inputs)[0]

@@ -102,7 +102,7 @@ def test_cache_dit_is_tuned_too(model, tmp_path):
     assert not outcome.error and 0.3 < outcome.used < 0.7
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "missing", "other"])
+@pytest.mark.parametrize("damage", ["cut", *slow("empty", "changed", "missing", "other")])
 def test_damaged_pictures_are_made_again(model, compared, tmp_path, damage):
     comparison, outcomes = compared
     shutil.copytree(comparison.folder, tmp_path / "copy")
