@@ -86,8 +86,8 @@ def _digits_of(content: bytes, place: tuple[int, int]) -> bytes:
 
 def _warn_without(is_expected: bool, name: str) -> None:
     if is_expected:
-        told = f"{name} has no checksum, so nobody can tell whether it was changed; saving it again writes one"
-        warnings.warn(told, LayerCacheWarning, stacklevel=5)
+        message = f"{name} has no checksum, so whether it was changed is not known; saving it again writes one"
+        warnings.warn(message, LayerCacheWarning, stacklevel=5)
 
 
 def _changed(name: str) -> FileFormatError:

@@ -151,7 +151,7 @@ def _call_middle(
 
 
 def _takes(values: list[Any]) -> bool:
-    """Whether the ops take a series: tensors of numbers with dims, alike, and no more of them than one launch reads.
+    """Whether the ops take a series: tensors with dims, all of one kind, and no more than one launch reads.
 
     cache-dit also takes NumPy scalars, tensors without dims and whatever else can be added.
     """

@@ -33,7 +33,7 @@ RUN_IS_OVER = (
 
 
 class Generation:
-    """One run of the denoising loop, told apart from all others.
+    """One run of the denoising loop, unlike any other.
 
     Attributes:
         source: what tells its steps: ``"caller"``, ``"scheduler"`` or ``"timestep"``.
@@ -59,7 +59,7 @@ class Place:
         branch: name of the guidance branch.
         key: of the branch and the part, unlike every other place's.
         step: of the newest forward, or -1 before the first.
-        is_shared: several forwards came to it at one step, so that none of them can be told apart any more.
+        is_shared: several forwards came to it at one step, so that they cannot be distinguished any more.
     """
 
     __slots__ = ("branch", "conditions", "generation", "is_shared", "key", "part", "step", "thread")

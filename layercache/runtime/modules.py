@@ -206,7 +206,7 @@ class ModuleRouter(Router):
         Raises:
             CacheStateError: always; a router that reuses lets the forward run in full.
         """
-        raise CacheStateError(f"the steps of this loop cannot be told apart: {NO_BRANCH}")
+        raise CacheStateError(f"the steps of this loop cannot be distinguished: {NO_BRANCH}")
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)

@@ -22,8 +22,8 @@ class CacheReport:
         cache_bytes: memory of the stored residuals of all branches, and of the stored velocities, in
             the newest generation.
         branches: names of the branches seen.
-        source: what told the steps of the newest generation: ``"caller"``, ``"scheduler"``, ``"timestep"``, ``"none"``.
-        unidentified: forwards computed in full because nothing told their step, or which of several at one step they
+        source: what gave the steps of the newest generation: ``"caller"``, ``"scheduler"``, ``"timestep"``, ``"none"``.
+        unidentified: forwards computed in full because nothing said their step, or which of several at one step they
             are.
     """
 
@@ -47,7 +47,7 @@ class CacheReport:
         if self.fallback_rows:
             lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
         if self.unidentified:
-            lines.append(f"{self.unidentified} forwards computed everything because nothing told their step or branch")
+            lines.append(f"{self.unidentified} forwards computed everything because nothing said their step or branch")
         return "\n".join(lines)
 
 

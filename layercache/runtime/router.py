@@ -371,7 +371,7 @@ class Router:
         """
         place = self.locate(forward)
         if place is None:
-            raise CacheStateError(f"the steps of this loop cannot be told apart: {NO_BRANCH}")
+            raise CacheStateError(f"the steps of this loop cannot be distinguished: {NO_BRANCH}")
         return place
 
     def begin_generation(self, place: ForwardPlace) -> None:

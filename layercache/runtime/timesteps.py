@@ -47,7 +47,7 @@ def _position(timesteps: Any, timestep: Any) -> int:
 def time_of(timestep: Any, warn: Callable[[str], None]) -> float | None:
     """A timestep's value as one number, the mean where samples or tokens have their own; ``None`` where it has none.
 
-    On an accelerator reading it waits for the device, which ``warn`` is told.
+    On an accelerator reading it waits for the device, of which ``warn`` is called.
     """
     if isinstance(timestep, int | float):
         return float(timestep)

@@ -183,15 +183,15 @@ class Fingerprint:
         Warns:
             LayerCacheWarning: one sentence for all of them.
         """
-        told = [
+        differing = [
             f"{name} {_said(self.settings[key])}, not {_said(settings[key])}"
             for key, name in SETTINGS.items()
             if key in self.settings and key in settings and _json(self.settings[key]) != _json(settings[key])
         ]
-        if told:
+        if differing:
             warnings.warn(
-                f"the figures of this schedule were measured with {'; '.join(told)} as here: it runs, but its PSNR and "
-                "its times hold for what was measured; calibrate again to know those of this run",
+                f"the figures of this schedule were measured with {'; '.join(differing)} as here: it runs, but its PSNR "
+                "and its times hold for what was measured; calibrate again to know those of this run",
                 LayerCacheWarning,
                 stacklevel=3,
             )

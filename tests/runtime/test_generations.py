@@ -1,0 +1,199 @@
+"""Generations that end in any way: the next one is that of a cache enabled afresh."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import layercache
+from layercache.errors import LayerCacheWarning
+from layercache.methods.dicache import DiCache
+from layercache.methods.easycache import EasyCache
+from layercache.methods.fbcache import FBCache
+from support.forwards import call, schedule
+from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
+from support.zoo import build
+
+FIRST_BLOCK = FBCache(threshold=1e9, warmup=1)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at_four(pipe, step, timestep, values):
+    if step == 4:
+        raise Stopped
+    return values
+
+
+def plan_of(pipe, kind):
+    return schedule_for(pipe, mixed_cells()) if kind == "schedule" else kind
+
+
+@pytest.mark.parametrize("kind", ["schedule", FIRST_BLOCK, EasyCache(threshold=1e9, warmup=2)], ids=str)
+def test_a_scheduler_replaced_after_a_stopped_run(pipe, kind):
+    def replaced(pipe):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+    plan = plan_of(pipe, kind)
+    with layercache.enabled(pipe, plan) as cache:
+        expected, reused = generate(pipe), cache.report().cached_cells
+    with layercache.enabled(pipe, plan) as cache:
+        with pytest.raises(Stopped):
+            generate(pipe, callback_on_step_end=stop_at_four)
+        before = cache.report().cached_cells
+        replaced(pipe)
+        assert torch.equal(generate(pipe), expected) and cache.report().cached_cells == before + reused
+        assert cache.report().source == "scheduler"
+
+
+@pytest.mark.parametrize("method", [DiCache(threshold=1e9), FIRST_BLOCK, EasyCache(threshold=1e9, warmup=2)], ids=str)
+def test_a_run_that_begins_in_the_middle_decides_alone(method):
+    """Img2img behind txt2img on one scheduler: noise levels, number of steps and decisions are its own."""
+    model, inputs = build("FluxTransformer2DModel")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def loop(steps, begin=0):
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(begin)
+        latents = inputs["hidden_states"]
+        for time in scheduler.timesteps[begin:]:
+            velocity = call(model, inputs | {"hidden_states": latents, "timestep": torch.full((2,), time / 1000)})[0]
+            latents = scheduler.step(velocity, time, latents).prev_sample
+        return latents
+
+    with layercache.enabled(model, method, scheduler) as cache:
+        expected, decisions = loop(8, 3), cache.decisions
+    with layercache.enabled(model, method, scheduler) as cache:
+        loop(12)
+        assert torch.equal(loop(8, 3), expected) and cache.decisions == decisions
+
+
+@pytest.mark.parametrize("kind", ["schedule", FIRST_BLOCK, EasyCache(threshold=1e9, warmup=2)], ids=str)
+def test_inference_mode_and_then_no_grad(pipe, kind):
+    latents = {"output_type": "latent"}
+    with layercache.enabled(pipe, plan_of(pipe, kind)):
+        with torch.inference_mode():
+            expected = generate(pipe, **latents).clone()
+        assert torch.equal(generate(pipe, **latents), expected)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_an_interruption_inside_a_block_holds_up_no_other_thread(error):
+    model, inputs = build("QwenImageTransformer2DModel")
+    armed = [error]
+    model.transformer_blocks[1].register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(armed.pop()) if armed else None
+    )
+    found = []
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=3):
+        with pytest.raises((error, RuntimeError)):
+            call(model, inputs)
+        thread = threading.Thread(target=lambda: found.append(call(model, inputs)[0]), daemon=True)
+        thread.start()
+        thread.join(30)
+    assert torch.equal(found[0], call(model, inputs)[0])
+
+
+def test_a_transformer_that_is_freed_inside_the_block(pipe):
+    held = weakref.ref(pipe.transformer)
+    with layercache.enabled(pipe, FIRST_BLOCK) as cache:
+        generate(pipe)
+        pipe.transformer = None
+    del cache
+    gc.collect()
+    assert held() is None
+
+
+def test_a_disabled_cache_holds_nothing(pipe):
+    with layercache.enabled(pipe, schedule_for(pipe, mixed_cells())) as cache:
+        generate(pipe)
+        stored = [weakref.ref(b.tensor) for s in cache.states.values() for b in s.images]
+    assert stored and all(tensor() is None for tensor in stored) and cache.report().cache_bytes > 0
+
+
+@pytest.mark.parametrize("kind", ["schedule", FIRST_BLOCK], ids=str)
+def test_a_hook_that_looks_at_the_blocks_changes_nothing(pipe, kind):
+    plan = plan_of(pipe, kind)
+    with layercache.enabled(pipe, plan):
+        expected = generate(pipe)
+    seen = []
+
+    def look(module, *_):
+        seen.append(list(pipe.transformer.transformer_blocks))
+
+    with layercache.enabled(pipe, plan) as cache:
+        handles = [pipe.transformer.register_forward_pre_hook(look)]
+        handles.append(pipe.transformer.transformer_blocks[0].register_forward_hook(look))
+        assert torch.equal(generate(pipe), expected) and cache.report().cached_cells > 0
+        for handle in handles:
+            handle.remove()
+    assert all(blocks == list(pipe.transformer.transformer_blocks) for blocks in seen)
+
+
+def test_tasks_of_one_thread_have_contexts_of_their_own():
+    model, inputs = build("QwenImageTransformer2DModel")
+    plan = schedule(model, (None,) * 3, ({0: 1.0}, None, {0: 1.0}), (None, {1: 1.0}, None))
+    given = {"cond": inputs, "uncond": inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"] * 0.3}}
+
+    def forward(branch, step):
+        return call(model, given[branch] | {"timestep": torch.full_like(inputs["timestep"], (1.0, 0.8, 0.5)[step])})[0]
+
+    def alone(branch):
+        with layercache.enabled(model, plan), model.cache_context(branch):
+            return [forward(branch, step) for step in range(3)]
+
+    async def task(branch):
+        found = []
+        for step in range(3):
+            with model.cache_context(branch):
+                await asyncio.sleep(0)
+                found.append(forward(branch, step))
+                await asyncio.sleep(0)
+        return found
+
+    async def both():
+        return await asyncio.gather(*map(task, given))
+
+    expected = [alone(branch) for branch in given]
+    with layercache.enabled(model, plan) as cache:
+        found = asyncio.run(both())
+        assert cache.report().cached_cells == 2 * 3 and set(cache.report().branches) == set(given)
+    assert all(
+        torch.equal(a, b) for own, right in zip(found, expected, strict=True) for a, b in zip(own, right, strict=True)
+    )
+
+
+def test_windows_are_distinguished_by_their_names_alone():
+    """Two parts in one context: named, each reuses its own; unnamed, they are computed in full, with one warning."""
+    model, inputs = build("FluxTransformer2DModel")
+    other = inputs | {"hidden_states": inputs["hidden_states"] * 2}
+    times = [torch.full_like(inputs["timestep"], t) for t in (1.0, 0.8, 0.5)]
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=3), model.cache_context("cond"):
+        alone = [call(model, other | {"timestep": time})[0] for time in times]
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=3) as cache, model.cache_context("cond"):
+        for step, time in enumerate(times):
+            for part, window in (("left", inputs), ("right", other)):
+                with cache.step(step, part=part):
+                    found = call(model, window | {"timestep": time})[0]
+            assert torch.equal(found, alone[step])
+        assert cache.report().cached_cells == 4 and cache.report().source == "caller"
+    full = [call(model, other | {"timestep": time})[0] for time in times]
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=3) as cache, model.cache_context("cond"):
+        with pytest.warns(LayerCacheWarning, match="several times at one step") as caught:
+            for step, time in enumerate(times):
+                call(model, inputs | {"timestep": time})
+                assert torch.equal(call(model, other | {"timestep": time})[0], full[step])
+        assert len(caught) == 1 and cache.report().unidentified == 5 and cache.report().cached_cells == 0
