@@ -15,8 +15,8 @@ from layercache.models.registry import find_transformer, spec_for
 from layercache.models.spec import named_arguments
 from layercache.planning.samples import arguments_of
 from layercache.runtime.attachment import attach
+from layercache.runtime.blocks import BlockPass, CapturedBlock, Place
 from layercache.runtime.recording import RecordingRouter
-from layercache.runtime.router import BlockPass, CapturedBlock, Place
 
 
 class _FirstBlock(CapturedBlock):

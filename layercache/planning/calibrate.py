@@ -49,8 +49,7 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline, or a transformer.
-        prompts: for a pipeline, one call per entry. An entry may be a list (one call with that batch), or a mapping of
-            arguments of the call, such as ``{"prompt": ..., "image": ...}``.
+        prompts: for a pipeline, one call per entry: a prompt, a list (a batch), or a mapping of the call's arguments.
         run: for a transformer, ``run(k)`` does the k-th full generation with it (give ``samples`` and ``sigmas``).
         samples: number of calls of ``run``.
         sigmas: noise levels of ``run``, one more than steps.
@@ -74,8 +73,7 @@ def calibrate(
     Raises:
         CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
         UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
-        CacheStateError: a cache is enabled on a transformer of the pipeline, or its tokens are split over processes and
-            there is no process group.
+        CacheStateError: a cache is enabled on the pipeline, or tokens are split over processes without a process group.
     """
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")

@@ -19,9 +19,10 @@ from layercache.errors import CalibrationError
 from layercache.models.registry import fingerprint_of, first_tensor
 from layercache.models.spec import ModelSpec, Streams
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
-from layercache.runtime.router import BlockPass, Router
+from layercache.runtime.router import Router
 from layercache.runtime.velocity import as_rows
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction

@@ -108,8 +108,7 @@ def plan(
     From a `layercache.Front` the best of what `layercache.search` found is taken, and only ``budget``, ``speedup``
     and ``min_psnr`` count. From a profile it is planned: the error of caching group g at step i, m steps
     after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; its sum is kept
-    low. Budgets refer to the steps at which the transformer runs (`Fingerprint.steps`); at others nothing is planned.
-    Source: methods.md §1.5 (option D), §1.6, §1.7.
+    low, over the steps at which the transformer runs. Source: methods.md §1.5 (option D), §1.6, §1.7.
 
     Args:
         profile: from `layercache.calibrate`, or a front from `layercache.search`.
@@ -134,8 +133,7 @@ def plan(
 
     Raises:
         ArgumentError: neither a profile nor a front.
-        BudgetError: not exactly one target is given, it is out of range, or below what the protected steps, the
-            longest run or the memory allow.
+        BudgetError: not exactly one target, or one that is out of range or below what the other settings allow.
         ScheduleError: another setting is out of range.
     """
     expect("layercache.plan", profile, StabilityProfile, Front)

@@ -14,12 +14,13 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
+from layercache.runtime.blocks import BlockPass, BlockProxy, Place
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
 from layercache.runtime.report import CacheReport, Counts
-from layercache.runtime.router import BlockPass, BlockProxy, Place, Router
+from layercache.runtime.router import Router
 from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
 from layercache.runtime.storage import Buffer, Storage, check_alike

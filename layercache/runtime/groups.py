@@ -11,11 +11,12 @@ from torch import nn
 from layercache._utils.compat import allow_more_graphs
 from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec, Streams
+from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport
-from layercache.runtime.router import BlockPass, Router
+from layercache.runtime.router import Router
 from layercache.runtime.signature import Signature, shapes_of
 from layercache.runtime.state import CacheState, Row
 from layercache.runtime.storage import Buffer, Storage, check_alike

@@ -190,8 +190,8 @@ class Fingerprint:
         ]
         if differing:
             warnings.warn(
-                f"the figures of this schedule were measured with {'; '.join(differing)} as here: it runs, but its PSNR "
-                "and its times hold for what was measured; calibrate again to know those of this run",
+                f"the figures of this schedule were measured with {'; '.join(differing)} as here: it runs, but its "
+                "PSNR and its times hold for what was measured; calibrate again to know those of this run",
                 LayerCacheWarning,
                 stacklevel=3,
             )

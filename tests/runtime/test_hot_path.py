@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import layercache
-from layercache.runtime.router import BlockProxy
+from layercache.runtime.blocks import BlockProxy
 from layercache.schedule.memory_plan import CAPTURE, REUSE
 from support.operators import Operators
 from support.tiny import GROUPS, PROMPTS, fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
