@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 import layercache
 from layercache.errors import LayerCacheWarning
+from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.models.registry import fingerprint_of, temporarily_known
 from layercache.schedule.schedule import Schedule
@@ -30,6 +31,7 @@ SIGMAS = tuple(_SAMPLER.sigmas.tolist())
 METHODS = {
     "fbcache": FBCache(threshold=1e9, warmup=1),
     "dbcache": DBCache(threshold=1e9, front=1, back=1, warmup=1),
+    "easycache": EasyCache(threshold=1e9, warmup=2),
 }
 
 
@@ -97,8 +99,10 @@ class Case:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.model = LoopModel()
-        self.kind = self.rng.choice(["fbcache", "dbcache", "schedule"])
+        self.kind = self.rng.choice(["fbcache", "dbcache", "schedule", "easycache"])
         self.source = self.rng.choice(["timestep", "caller", "scheduler"])
+        if self.kind == "easycache":
+            self.source = "scheduler"
         self.plan = schedule(self.rng, self.model) if self.kind == "schedule" else METHODS[self.kind]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if self.source == "scheduler" else None
         self.fails: type[BaseException] | None = None
@@ -119,12 +123,14 @@ class Case:
         self.chance = 0.0 if plain else 1.0
         self.cache = layercache.enable(self.model, self.plan, self.scheduler)
         for generation in range(self.rng.randint(1, 4)):
-            if self.mischief(0.2 * self.chance):
+            if self.kind == "schedule" and self.source != "scheduler" and self.mischief(0.3 * self.chance):
+                self.interleaved(generation)
+            elif self.mischief(0.2 * self.chance):
                 thread = threading.Thread(target=self._guarded, args=(generation,))
                 thread.start()
                 thread.join()
             else:
-                self.generation(generation)
+                self.whole(generation)
             if self.mischief(0.1 * self.chance):
                 self.cache.reset()
         report = self.cache.report()
@@ -134,9 +140,25 @@ class Case:
 
     def _guarded(self, generation: int) -> None:
         with torch.no_grad():
-            self.generation(generation)
+            self.whole(generation)
 
-    def generation(self, number: int) -> None:
+    def whole(self, number: int) -> None:
+        for _ in self.generation(number):
+            pass
+
+    def interleaved(self, number: int) -> None:
+        """Two requests whose forwards come in any order."""
+        names = [f"{number} {k}" for k in range(2)]
+        runs = [self.generation((number, k), name) for k, name in enumerate(names)]
+        while runs:
+            run = self.rng.choice(runs)
+            if next(run, "over") == "over":
+                runs.remove(run)
+        for name in names:
+            if name in self.cache.requests.routers:
+                self.cache.forget(name)
+
+    def generation(self, number: Any, request: str | None = None) -> Iterator[None]:
         rng = self.rng
         branches = rng.choice([("cond",), ("cond", "uncond"), (None,), (None, None)])
         texts = [torch.randn(1, 1, DIM, generator=torch.Generator().manual_seed(rng.getrandbits(30))) for _ in branches]
@@ -147,25 +169,51 @@ class Case:
             self.scheduler.set_timesteps(STEPS)
         stops = rng.randint(1, STEPS) if self.mischief(0.3 * self.chance) else STEPS
         tokens = rng.randint(2, 4)
+        self.velocities: list[torch.Tensor] = []
         for step in range(stops):
             if self.mischief(0.05 * self.chance):
                 tokens += 1
             forwards = [(k, tile) for k in range(len(branches)) for tile in range(tiles)]
             if self.mischief(0.2 * self.chance):
                 rng.shuffle(forwards)
-            if tiles == 1 or names_parts:  # of tiles without a name that never come together nothing tells
+            # of tiles without a name that never come together nothing tells
+            if (tiles == 1 or names_parts) and self.kind != "easycache":
                 forwards = [f for f in forwards if not self.mischief(0.1 * self.chance)]
             forwards += [f for f in forwards if self.mischief(0.07 * self.chance)]
+            self.outputs: list[tuple[torch.Tensor, bool]] = []
+            self.failed = False
             for k, tile in forwards:
                 owner = number, k, tile
-                self.forward(owner, step, branches[k], texts[k], tokens, tile if names_parts else None)
-            if self.scheduler is not None:
-                self.scheduler.step(torch.zeros(1), self.scheduler.timesteps[step], torch.zeros(1))
+                with self.cache.request(request) if request is not None else nullcontext():
+                    self.forward(owner, step, branches[k], texts[k], tokens, tile if names_parts else None)
+                yield
+            if self.scheduler is not None and not self.sampled(step, tokens):
+                return
         if self.kind == "schedule":
             reused = sum(row[0] is not None for row in self.plan.cells)
         else:
-            reused = STEPS - 1
+            reused = STEPS - (3 if self.kind == "easycache" else 1)
         self.expected += reused * len(branches)
+
+    def sampled(self, step: int, tokens: int) -> bool:
+        """Takes the sampler's step; a method that replaces velocities gives it multiples of this generation's own."""
+        if self.kind != "easycache":
+            self.scheduler.step(torch.zeros(1), self.scheduler.timesteps[step], torch.zeros(1))
+            return True
+        if self.failed or not self.outputs:  # the loop ends with the forward
+            return False
+        sample = torch.randn(1, tokens, DIM)
+        velocity = torch.stack([output for output, _ in self.outputs]).mean(dim=0)
+        after = self.scheduler.step(velocity, self.scheduler.timesteps[step], sample).prev_sample
+        used = (after - sample) / (SIGMAS[step + 1] - SIGMAS[step])
+        is_full = all(full for _, full in self.outputs)
+        own = [velocity] if is_full else []
+        own += [v for v in self.velocities if v.shape == used.shape]
+        if not any(torch.allclose(used, v * ((used * v).sum() / (v * v).sum()), atol=1e-3) for v in own):
+            self.wrong.append(f"velocity of step {step}")
+        if is_full:
+            self.velocities.append(velocity)
+        return True
 
     def naming(self, step: int, branch: str | None, part: int | None) -> AbstractContextManager[Any]:
         contexts = ExitStack()
@@ -186,6 +234,7 @@ class Case:
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             if isinstance(error, layercache.LayerCacheError):
                 raise
+            self.failed = True
             return
         finally:
             self.fails = None
@@ -194,6 +243,12 @@ class Case:
     def judge(self, owner: Any, step: int, found: torch.Tensor, x: torch.Tensor, condition: torch.Tensor) -> None:
         """The output is the full one, or has in the place of the skipped blocks a residual of the owner's own."""
         states = self.model.states(x, condition)
+        if self.kind == "easycache":
+            is_full = torch.allclose(found, states[-1], atol=1e-5)
+            self.outputs.append((found, is_full))
+            if not is_full and not torch.equal(found, x):
+                self.wrong.append(f"step {step} of {owner}")
+            return
         first = 0 if self.kind == "schedule" else 1
         last = BLOCKS - 1 if self.kind == "dbcache" else BLOCKS
         own = [residual for residual in self.stored[owner] if residual.shape == x.shape]
