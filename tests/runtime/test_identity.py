@@ -24,7 +24,9 @@ from layercache.models.registry import fingerprint_of, temporarily_known
 from layercache.schedule.schedule import Schedule
 
 DIM, BLOCKS, STEPS = 4, 3, 5
-SPEC = layercache.ModelSpec("LoopModel", ("blocks",), ("image",), ("x", "unused"), timestep="timestep")
+SPEC = layercache.ModelSpec(
+    "LoopModel", ("blocks",), ("image",), ("x", "unused"), timestep="timestep", adds=("control",)
+)
 _SAMPLER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 _SAMPLER.set_timesteps(STEPS)
 SIGMAS = tuple(_SAMPLER.sigmas.tolist())
@@ -45,24 +47,28 @@ class LoopBlock(nn.Module):
 
 
 class LoopModel(nn.Module):
-    """Three blocks, whose residuals depend on the stream, the prompt and the time."""
+    """Three blocks, whose residuals depend on the stream, the prompt and the time; ``control`` is added behind each."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(LoopBlock() for _ in range(BLOCKS))
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, control: Any = None
+    ) -> torch.Tensor:
         condition = encoder_hidden_states + timestep.reshape(-1, 1, 1)
         for block in self.blocks:
             x = block(x, condition)
+            if control is not None:
+                x = x + control
         return x
 
-    def states(self, x: torch.Tensor, condition: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
-        """By hand: the stream in front of each block from ``first`` on, and behind the last; nothing reused."""
+    def by_hand(self, x: torch.Tensor, condition: torch.Tensor, control: Any, first: int = 0) -> list[torch.Tensor]:
+        """The stream in front of each block from ``first`` on, and behind the last; nothing reused."""
         found = [x]
         for block in self.blocks[first:]:
-            found.append(found[-1] + torch.tanh(found[-1] @ block.weight + condition))
+            found.append(found[-1] + torch.tanh(found[-1] @ block.weight + condition) + control)
         return found
 
 
@@ -105,6 +111,7 @@ class Case:
             self.source = "scheduler"
         self.plan = schedule(self.rng, self.model) if self.kind == "schedule" else METHODS[self.kind]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if self.source == "scheduler" else None
+        self.controlled = self.kind != "easycache" and self.rng.random() < 0.3
         self.fails: type[BaseException] | None = None
         self.model.blocks[1].register_forward_pre_hook(self._fail)
 
@@ -226,11 +233,12 @@ class Case:
     def forward(self, owner: Any, step: int, branch: str | None, text: Any, tokens: int, part: int | None) -> None:
         x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(self.rng.getrandbits(30)))
         time = torch.full((1,), SIGMAS[step])
+        control = torch.randn(1, 1, DIM) if self.controlled else None
         if self.may_fail and self.mischief(0.04 * self.chance):
             self.fails = self.rng.choice([RuntimeError, KeyboardInterrupt, SystemExit])
         try:
             with self.naming(step, branch, part):
-                found = self.model(x, timestep=time, encoder_hidden_states=text)
+                found = self.model(x, timestep=time, encoder_hidden_states=text, control=control)
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             if isinstance(error, layercache.LayerCacheError):
                 raise
@@ -238,11 +246,11 @@ class Case:
             return
         finally:
             self.fails = None
-        self.judge(owner, step, found, x, text + time.reshape(-1, 1, 1))
+        self.judge(owner, step, found, x, text + time.reshape(-1, 1, 1), 0.0 if control is None else control)
 
-    def judge(self, owner: Any, step: int, found: torch.Tensor, x: torch.Tensor, condition: torch.Tensor) -> None:
+    def judge(self, owner: Any, step: int, found: torch.Tensor, x: torch.Tensor, condition: Any, control: Any) -> None:
         """The output is the full one, or has in the place of the skipped blocks a residual of the owner's own."""
-        states = self.model.states(x, condition)
+        states = self.model.by_hand(x, condition, control)
         if self.kind == "easycache":
             is_full = torch.allclose(found, states[-1], atol=1e-5)
             self.outputs.append((found, is_full))
@@ -252,10 +260,10 @@ class Case:
         first = 0 if self.kind == "schedule" else 1
         last = BLOCKS - 1 if self.kind == "dbcache" else BLOCKS
         own = [residual for residual in self.stored[owner] if residual.shape == x.shape]
-        candidates = [self.model.states(states[first] + r, condition, last)[-1] for r in own]
+        candidates = [self.model.by_hand(states[first] + r + control, condition, control, last)[-1] for r in own]
         if not any(torch.allclose(found, candidate, atol=1e-4) for candidate in (states[-1], *candidates)):
             self.wrong.append(f"step {step} of {owner}")
-        self.stored[owner].append(states[last] - states[first])
+        self.stored[owner].append(states[last] - control - states[first])
 
 
 def check(seed: int) -> Case:
