@@ -119,7 +119,7 @@ class Attachment:
         self._root = router
         self.owner: object = object()
         self.has_own_contexts = has_own_contexts(self.transformer)
-        self._lock, self._holder = Lock(), 0
+        self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
@@ -340,9 +340,13 @@ class Attachment:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
         while not self._lock.acquire(timeout=PATIENCE):
             holder = self._holder
-            if holder and not runs_forward(holder, self.transformer) and self._holder == holder:
-                self._fail()
-                return
+            if not holder or runs_forward(holder, self.transformer):
+                continue
+            with self._taking_over:  # of several that wait only one takes the place of the interrupted one
+                if self._holder == holder:
+                    self._holder = get_ident()
+                    self._fail()
+                    return
 
     def _release(self) -> None:
         self.is_under_way, self._holder = False, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +12,11 @@ import torch
 Conditions = tuple[tuple[str, torch.Tensor], ...]
 
 _IS_CONDITION = re.compile(r"encoder|text|prompt|caption|cap_feats|label|pooled|class|global_hidden|context")
-_kinds: dict[str, bool] = {}
 
 
+@functools.cache
 def _is_condition(name: str) -> bool:
-    found = _kinds.get(name)
-    if found is None:
-        found = _kinds[name] = _IS_CONDITION.search(name) is not None
-    return found
+    return _IS_CONDITION.search(name) is not None
 
 
 def conditions_of(arguments: Mapping[str, Any]) -> Conditions:

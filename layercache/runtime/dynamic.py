@@ -85,14 +85,11 @@ class _Visit(BlockPass):
 
     def __init__(self, router: DynamicRouter):
         super().__init__(router)
-        self.restart()
+        self.clear()
 
     def clear(self) -> None:
         super().clear()
-        self.restart()
-
-    def restart(self) -> None:
-        """Nothing of a forward has been seen."""
+        self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
@@ -108,7 +105,7 @@ class _Visit(BlockPass):
             if method.needs_modulation:
                 modulation = router.spec.modulation
                 assert modulation is not None
-                router.modulation = lambda: modulation(block, named_arguments(block, args, kwargs))
+                self.modulation = lambda: modulation(block, named_arguments(block, args, kwargs))
         if at == router.skip_from:
             self.base = [image, text] if router.keeps_text and text is not None else [image]
         if at == router.probe:
@@ -117,7 +114,7 @@ class _Visit(BlockPass):
             if start.dtype != image.dtype:  # under torch.autocast
                 wider = torch.promote_types(start.dtype, image.dtype)
                 start, image = start.to(wider), image.to(wider)
-            self.reuses = router.decides_to_reuse(Observation(start, image, router.modulation))
+            self.reuses = router.decides_to_reuse(Observation(start, image, self.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -211,7 +208,6 @@ class DynamicRouter(Router):
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._run: DynamicRun | None = None
         self._state: BranchState
-        self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
         # of the last generation: its decisions by branch, its noise levels and its memory
@@ -259,7 +255,6 @@ class DynamicRouter(Router):
         self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
         self._stored_bytes = run.nbytes
         self.__dict__.pop("_state", None)
-        self.modulation = _no_modulation
 
     def new_pass(self) -> BlockPass:
         return _Visit(self)
@@ -269,11 +264,9 @@ class DynamicRouter(Router):
         gated = place.block in self.landmarks or self.probe <= place.block < self.end
         return _Gate(block_pass, block, place) if gated else block
 
-    def route(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
+    def routed(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """Behind the decision: the blocks as they are, or only the one where the stored residual is added."""
-        if not self.is_due(index):
-            return iter(blocks)
-        return self._as_decided(index, list(super().route(index, blocks)))
+        return self._as_decided(index, list(super().routed(index, blocks)))
 
     def _as_decided(self, index: int, items: list[Any]) -> Iterator[Any]:
         first = self._positions[index][0].block if items else 0

@@ -106,9 +106,9 @@ class Identity:
         generation: the present one.
         count: generations begun.
         unidentified: forwards without a place.
-        knows_step: of the newest of them, whether its step is known all the same.
-        says_threads: forwards of one loop may come from several threads, as those of a request do.
-        source: of the newest generation; ``"none"`` where a forward has had no place since.
+        reason: why the newest of them has none: `NO_STEP`, `NO_BRANCH` or `RUN_IS_OVER`.
+        any_thread: forwards of one loop may come from several threads, as those of a request do.
+        source: of the newest generation; ``"none"`` before the first.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class Identity:
         self.generation: Generation | None = None
         self.count = self.unidentified = 0
         self.source = "none"
-        self.knows_step = True
-        self.says_threads = False
+        self.reason = ""
+        self.any_thread = False
         self._warned: set[str] = set()
 
     @property
@@ -227,18 +227,19 @@ class Identity:
             self._unidentified(NO_STEP)
             return None
         step = self._step_of(time)
-        place = self._in_loop(forward, step, "timestep")
+        place = self._in_loop(forward, self._first_step(time) if step is None else step, "timestep", step is None)
         assert self.generation is not None
         self.generation.times[time] = self.generation.step if place is None else place.step
         return place
 
-    def _in_loop(self, forward: Forward, step: int | None, source: str) -> Place | None:
+    def _in_loop(self, forward: Forward, step: int, source: str, begins: bool = False) -> Place | None:
         """Of a loop whose runs no scheduler tells apart: a branch steps on by one at a time, or begins anew.
 
-        ``step`` is ``None`` where the moment belongs to no step of the present generation.
+        Args:
+            begins: the moment belongs to no step of the present generation.
         """
         generation = self.generation
-        if generation is None or generation.source != source or step is None or step > generation.step + 1:
+        if begins or generation is None or generation.source != source or step > generation.step + 1:
             return self._begin_in_loop(forward, step, source)
         if step < generation.step and not self._lags(generation, forward):
             return self._begin_in_loop(forward, step, source)
@@ -259,9 +260,7 @@ class Identity:
         here = caller_thread()
         return place is not None and place.thread == here and generation.thread != here
 
-    def _begin_in_loop(self, forward: Forward, step: int | None, source: str) -> Place | None:
-        if step is None:
-            step = self._first_step(forward)
+    def _begin_in_loop(self, forward: Forward, step: int, source: str) -> Place | None:
         generation = self._begin(source)
         generation.step = step
         if forward.branch is None:
@@ -274,7 +273,7 @@ class Identity:
 
     def _is_another(self, place: Place, forward: Forward) -> bool:
         """Whether a forward is of another loop than the branch's earlier ones: by its thread, or its conditions."""
-        if not self.says_threads and place.thread != caller_thread():
+        if not self.any_thread and place.thread != caller_thread():
             return True
         before = place.conditions
         return before is not None and same(conditions_of(forward.arguments), before, may_wait=False) is False
@@ -328,7 +327,7 @@ class Identity:
 
     def _unidentified(self, reason: str) -> None:
         self.unidentified += 1
-        self.knows_step = reason is NO_BRANCH
+        self.reason = reason
         self._warn(f"a forward was computed in full, because {reason}")
 
     def _warn(self, message: str) -> None:
@@ -368,13 +367,11 @@ class Identity:
         expected = self.sigmas[step]
         return min(abs(time - expected), abs(time / 1000 - expected)) <= TIMESTEP_TOLERANCE
 
-    def _first_step(self, forward: Forward) -> int:
+    def _first_step(self, time: float) -> int:
         """Of a generation that begins in a loop: 0, or where its first noise level stands among the schedule's."""
         if not self._knows_sigmas:
             return 0
         assert self.sigmas is not None and self.num_steps is not None
-        time = time_of(forward.timestep(self.spec), self._warn)
-        assert time is not None
         for step in range(self.num_steps):
             if self._is_near(time, step):
                 return step

@@ -22,7 +22,7 @@ from layercache.errors import (
 from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
-from layercache.runtime.identity import NO_BRANCH, Identity
+from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
@@ -187,9 +187,8 @@ class ModuleRouter(Router):
                 "modules inside the blocks cannot be routed in a compiled transformer; call it uncompiled, or take a "
                 "method of whole blocks"
             )
-        place = self.locate(forward)
+        place = self.placed(forward)
         if place is None:
-            self.unplaced()
             return
         self.branch, self.step_index = place.key, place.step
         self.starts = place.key not in self._signatures
@@ -200,13 +199,9 @@ class ModuleRouter(Router):
     def begin_generation(self, place: ForwardPlace) -> None:
         self._signatures = {}
 
-    def unplaced(self) -> None:
-        """Nothing tells the step or branch of a forward: what is measured needs them.
-
-        Raises:
-            CacheStateError: always; a router that reuses lets the forward run in full.
-        """
-        raise CacheStateError(f"the steps of this loop cannot be distinguished: {NO_BRANCH}")
+    def placed(self, forward: Forward) -> ForwardPlace | None:
+        """Where a forward stands; what is measured needs a place, what is reused runs in full without one."""
+        return self.place_of(forward)
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
         super().open(actions)
@@ -289,8 +284,11 @@ class ModuleScheduleRouter(ModuleRouter):
         super().begin_generation(place)
         self._valid, self._final_valid = {}, set()
 
-    def unplaced(self) -> None:
-        self._count(False, set(), False)
+    def placed(self, forward: Forward) -> ForwardPlace | None:
+        place = self.locate(forward)
+        if place is None:
+            self._count(False, set(), False)
+        return place
 
     def drop_generation(self) -> None:
         self._branches = tuple(self._signatures)

@@ -65,7 +65,7 @@ class Requests:
                 root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
             )
             router.attachment = root.attachment
-            router.identity.says_threads = True
+            router.identity.any_thread = True
             if scheduler is not None:
                 root.attachment.follow(router, scheduler)
         elif scheduler is not None and scheduler is not router.identity.scheduler:

@@ -32,7 +32,7 @@ from layercache.runtime.blocks import (
     shortened,
 )
 from layercache.runtime.forward import Forward, Said, Saying
-from layercache.runtime.identity import NO_BRANCH, Generation, Identity
+from layercache.runtime.identity import Generation, Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
 
@@ -133,8 +133,10 @@ class Router:
 
         Where the actions alone decide on it, that is what was made for an earlier forward with the same actions.
         """
-        if not self.is_due(index):
-            return iter(blocks)
+        return self.routed(index, blocks) if self.is_due(index) else iter(blocks)
+
+    def routed(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
+        """What an announced forward gets of block list ``index`` in its turn."""
         last = index == self._last_list
         self._next_list = _CLOSED if last else index + 1
         if self.keeps_items and not torch.compiler.is_dynamo_compiling():
@@ -222,7 +224,7 @@ class Router:
         """
         place = self.locate(forward)
         if place is None:
-            raise CacheStateError(f"the steps of this loop cannot be distinguished: {NO_BRANCH}")
+            raise CacheStateError(f"every forward that is looked at must have a place: {self.identity.reason}")
         return place
 
     def begin_generation(self, place: ForwardPlace) -> None:

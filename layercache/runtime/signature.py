@@ -11,9 +11,9 @@ import torch
 def shapes_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
     found: list[Any] = []
-    for name, value in sorted(arguments.items()):
+    for name, value in arguments.items():  # at every step
         if isinstance(value, torch.Tensor):
-            found.append((name, value.shape, value.dtype, value.device))
+            found += (name, value.shape, value.dtype, value.device)
         elif isinstance(value, (list, tuple)):
             found += [(name, t.shape, t.dtype, t.device) for t in value if isinstance(t, torch.Tensor)]
     return tuple(found)
@@ -23,15 +23,10 @@ class Signature:
     """Shapes, dtypes and devices of a branch's arguments, and the modes that its forwards run in."""
 
     def __init__(self) -> None:
-        self._now: list[Any] | None = None
+        self._now: tuple[Any, ...] = ()
 
     def changes(self, arguments: Mapping[str, Any]) -> bool:
         """Whether they are others than at the branch's forward before; also at its first one."""
-        now: list[Any] = [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
-        for value in arguments.values():
-            if isinstance(value, torch.Tensor):
-                now += (value.shape, value.dtype, value.device)
-            elif isinstance(value, (list, tuple)):
-                now += [(t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else None for t in value]
-        before, self._now = self._now, now
-        return now != before
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        before, self._now = self._now, (modes, shapes_of(arguments))
+        return self._now != before

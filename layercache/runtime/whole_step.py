@@ -14,7 +14,7 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
-from layercache.runtime.identity import Identity
+from layercache.runtime.identity import NO_BRANCH, Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
@@ -76,7 +76,7 @@ class StepRouter(Router):
     def begin(self, forward: Forward) -> None:
         place = self.locate(forward)
         run = self._run
-        if run is None or (place is None and not self.identity.knows_step):
+        if run is None or (place is None and self.identity.reason is not NO_BRANCH):
             self._counts.note(reused=False)  # nothing tells the step
             return
         if place is not None and place.key not in run.branches:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -16,6 +18,9 @@ from layercache.errors import LayerCacheWarning
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
+from layercache.methods.teacache import TeaCache
+from layercache.runtime import attachment, identity
+from layercache.runtime.signature import Signature
 from support.forwards import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
 from support.zoo import build
@@ -69,9 +74,9 @@ def test_a_run_that_begins_in_the_middle_decides_alone(method):
         scheduler.set_timesteps(steps)
         scheduler.set_begin_index(begin)
         latents = inputs["hidden_states"]
-        for time in scheduler.timesteps[begin:]:
-            velocity = call(model, inputs | {"hidden_states": latents, "timestep": torch.full((2,), time / 1000)})[0]
-            latents = scheduler.step(velocity, time, latents).prev_sample
+        for now in scheduler.timesteps[begin:]:
+            velocity = call(model, inputs | {"hidden_states": latents, "timestep": torch.full((2,), now / 1000)})[0]
+            latents = scheduler.step(velocity, now, latents).prev_sample
         return latents
 
     with layercache.enabled(model, method, scheduler) as cache:
@@ -200,3 +205,91 @@ def test_windows_are_distinguished_by_their_names_alone():
                 call(model, inputs | {"timestep": time})
                 assert torch.equal(call(model, other | {"timestep": time})[0], full[step])
         assert len(caught) == 1 and cache.report().unidentified == 5 and cache.report().cached_cells == 0
+
+
+def test_one_forward_at_a_time_behind_an_interrupted_one(monkeypatch):
+    """Several threads wait for one that was interrupted: one of them takes its place, the others go on waiting."""
+    fail = attachment.Attachment._fail
+
+    def slowly(self):
+        time.sleep(0.3)  # all that wait find it interrupted meanwhile
+        fail(self)
+
+    monkeypatch.setattr(attachment.Attachment, "_fail", slowly)
+    model, inputs = build("QwenImageTransformer2DModel")
+    armed, inside, together = [SystemExit], [], []
+
+    def watch(*_):
+        if armed:
+            raise armed.pop()
+        inside.append(1)
+        together.append(len(inside))
+        time.sleep(0.3)
+        inside.pop()
+
+    done = threading.Event()
+
+    def interrupted():
+        with contextlib.suppress(SystemExit):
+            call(model, inputs)
+        done.wait(60)  # it lives on: a new thread would be given the number of one that has ended
+
+    model.transformer_blocks[1].register_forward_pre_hook(watch)
+    plan = schedule(model, (None,) * 3, (None,) * 3, (None,) * 3)
+    with layercache.enabled(model, plan):
+        threading.Thread(target=interrupted, daemon=True).start()
+        while armed:
+            time.sleep(0.01)
+        waiting = [threading.Thread(target=call, args=(model, inputs), daemon=True) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join(30)
+        done.set()
+    assert together == [1] * 4
+
+
+@pytest.mark.parametrize(
+    "method", [FIRST_BLOCK, TeaCache(threshold=1e9, coefficients=(1.0, 0.0)), DiCache(threshold=1e9)], ids=str
+)
+def test_no_stream_is_held_behind_a_forward(method):
+    model, inputs = build("FluxTransformer2DModel")
+    streams = []
+
+    def watch(module, args, kwargs):
+        streams.extend(map(weakref.ref, (*args, *(v for v in kwargs.values() if isinstance(v, torch.Tensor)))))
+
+    model.transformer_blocks[0].register_forward_pre_hook(watch, with_kwargs=True)
+    with layercache.enabled(model, method, num_steps=4):
+        call(model, inputs)
+        gc.collect()
+        assert streams and all(stream() is None for stream in streams)
+
+
+def test_a_timestep_is_read_once_a_call(monkeypatch):
+    """On a GPU every reading waits for it."""
+    reads = []
+    read = identity.time_of
+    monkeypatch.setattr(identity, "time_of", lambda *given: reads.append(1) or read(*given))
+    model, inputs = build("FluxTransformer2DModel")
+    plan = schedule(model, (None,) * 3, ({0: 1.0}, None, {0: 1.0}), (None,) * 3)
+    with layercache.enabled(model, plan) as cache:
+        for sigma in (1.0, 0.8, 0.5):
+            call(model, inputs | {"timestep": torch.full_like(inputs["timestep"], sigma)})
+        assert len(reads) == 3 and cache.report().source == "timestep" and cache.report().cached_cells == 2
+
+
+def test_the_signature_knows_the_modes():
+    signature, arguments = Signature(), {"hidden_states": torch.zeros(1, 2, 3)}
+    assert signature.changes(arguments) and not signature.changes(arguments)
+    for device in ("cpu", "cuda"):
+        torch.set_autocast_enabled(device, True)
+        try:
+            assert signature.changes(arguments) and not signature.changes(arguments)
+        finally:
+            torch.set_autocast_enabled(device, False)
+        assert signature.changes(arguments)
+    with torch.inference_mode():
+        assert signature.changes(arguments) and not signature.changes(arguments)
+    assert signature.changes({"hidden_states": [torch.zeros(1, 2, 3)]})
+    assert signature.changes({"hidden_states": [torch.zeros(1, 2, 3, dtype=torch.float64)]})
