@@ -972,7 +972,7 @@ def describe(options: argparse.Namespace, device: torch.device) -> dict[str, Any
         "rounds": options.rounds,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "kernels": None if options.kernels is None else str(options.kernels),
+        "kernels": None if options.kernels is None else os.path.relpath(options.kernels, ROOT),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -678,7 +678,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-    settings = {key: str(value) for key, value in vars(args).items() if key != "start"}
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("start", "json")}
     known = {"kind": "real size", "machine": machine_info(), "settings": settings, "warm_steps": WARM, "models": {}}
     if args.json is not None:
         write_json(args.json, known)

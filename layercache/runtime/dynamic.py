@@ -152,6 +152,15 @@ class _Gate(BlockProxy):
         return self.packed(args, kwargs, here, new)
 
 
+@dataclass(frozen=True)
+class EndedRun:
+    """What is left of a generation: noise levels, decisions by branch, and how much memory it took."""
+
+    sigmas: tuple[float, ...] | None = None
+    logs: dict[str, list[Cell]] = field(default_factory=dict)
+    nbytes: int = 0
+
+
 @dataclass
 class DynamicRun:
     """What a method has stored and decided in one generation, per branch and part.
@@ -169,6 +178,9 @@ class DynamicRun:
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
+
+    def ended(self) -> EndedRun:
+        return EndedRun(self.sigmas, {name: state.log for name, state in self.states.items()}, self.nbytes)
 
 
 class DynamicRouter(Router):
@@ -210,10 +222,7 @@ class DynamicRouter(Router):
         self._state: BranchState
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
-        # of the last generation: its decisions by branch, its noise levels and its memory
-        self._logs: dict[str, list[Cell]] = {}
-        self._sigmas: tuple[float, ...] | None = None
-        self._stored_bytes = 0
+        self._ended = EndedRun()
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -252,8 +261,7 @@ class DynamicRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
-        self._logs, self._sigmas = {name: state.log for name, state in run.states.items()}, run.sigmas
-        self._stored_bytes = run.nbytes
+        self._ended = run.ended()
         self.__dict__.pop("_state", None)
 
     def new_pass(self) -> BlockPass:
@@ -363,16 +371,14 @@ class DynamicRouter(Router):
         return NonFiniteResidualError.of("a stored residual", samples, overflow)
 
     @property
-    def _last_logs(self) -> dict[str, list[Cell]]:
-        """Decisions of the present generation, or of the last one."""
-        if self._run is None:
-            return self._logs
-        return {name: state.log for name, state in self._run.states.items()}
+    def _newest(self) -> EndedRun:
+        """Of the present generation, or of the last one."""
+        return self._ended if self._run is None else self._run.ended()
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
         """Of the last generation, per branch and step: whether the blocks were computed."""
-        return {name: tuple(cell is None for cell in log) for name, log in self._last_logs.items()}
+        return {name: tuple(cell is None for cell in log) for name, log in self._newest.logs.items()}
 
     def export_schedule(self) -> Schedule:
         """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
@@ -380,7 +386,7 @@ class DynamicRouter(Router):
         Raises:
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
-        logs, sigmas = self._last_logs, self._sigmas if self._run is None else self._run.sigmas
+        logs, sigmas = self._newest.logs, self._newest.sigmas
         if not logs:
             raise CacheStateError("run a whole generation first; nothing has run yet")
         if sigmas is None:
@@ -414,8 +420,8 @@ class DynamicRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
-        stored = self._stored_bytes if self._run is None else self._run.nbytes
-        return self._counts.report(saved, stored, self._last_logs, self.identity)
+        run = self._newest
+        return self._counts.report(saved, run.nbytes, run.logs, self.identity)
 
 
 def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:

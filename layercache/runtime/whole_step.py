@@ -25,6 +25,16 @@ from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 
+@dataclass(frozen=True)
+class EndedStepRun:
+    """What is left of a generation: noise levels, decisions, branches and how much memory it took."""
+
+    sigmas: tuple[float, ...] = ()
+    log: tuple[Velocity | None, ...] = ()
+    branches: tuple[str, ...] = ()
+    nbytes: int = 0
+
+
 @dataclass
 class StepRun:
     """What a method has seen and decided in one generation, about whole steps of all branches.
@@ -50,6 +60,9 @@ class StepRun:
     def nbytes(self) -> int:
         return (0 if self.velocity is None else self.velocity.nbytes) + (self.decider.nbytes if self.log else 0)
 
+    def ended(self) -> EndedStepRun:
+        return EndedStepRun(self.sigmas, tuple(self.log), tuple(self.branches), self.nbytes)
+
 
 class StepRouter(Router):
     """Skips whole steps by a `StepMethod`; this is what ``layercache.enable`` returns for one."""
@@ -66,11 +79,7 @@ class StepRouter(Router):
         self.method = method
         self.identity = Identity(spec, scheduler)
         self._run: StepRun | None = None
-        # of the last generation: its decisions, its branches, and its noise levels
-        self._log: list[Velocity | None] = []
-        self._branches: tuple[str, ...] = ()
-        self._sigmas: tuple[float, ...] = ()
-        self._stored_bytes = 0
+        self._ended = EndedStepRun()
         self._counts = Counts()
 
     def begin(self, forward: Forward) -> None:
@@ -108,8 +117,7 @@ class StepRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
-        self._stored_bytes = run.nbytes
-        self._log, self._branches, self._sigmas = run.log, tuple(run.branches), run.sigmas
+        self._ended = run.ended()
 
     def _decide(self, run: StepRun, step: int, inputs: torch.Tensor) -> None:
         """Decides about a step when its first forward comes, for all its forwards."""
@@ -172,10 +180,15 @@ class StepRouter(Router):
         return NonFiniteResidualError.of("a stored velocity", samples) if samples else None
 
     @property
+    def _newest(self) -> EndedStepRun:
+        """Of the present generation, or of the last one."""
+        return self._ended if self._run is None else self._run.ended()
+
+    @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
         """Of the last generation, per branch and step: whether the model ran."""
-        log, branches = (self._log, self._branches) if self._run is None else (self._run.log, self._run.branches)
-        return {name: tuple(rule is None for rule in log) for name in branches}
+        run = self._newest
+        return {name: tuple(rule is None for rule in run.log) for name in run.branches}
 
     def export_schedule(self) -> Schedule:
         """The decisions of the last generation as a schedule; running it gives the same bits without deciding.
@@ -183,20 +196,16 @@ class StepRouter(Router):
         Raises:
             CacheStateError: no generation was finished.
         """
-        log, branches, sigmas = self._log, self._branches, self._sigmas
-        if self._run is not None:
-            log, branches, sigmas = self._run.log, tuple(self._run.branches), self._run.sigmas
-        steps = len(sigmas) - 1
+        run = self._newest
+        log, steps = run.log, len(run.sigmas) - 1
         if steps < 1 or len(log) != steps:
             raise CacheStateError(f"run a whole generation first; steps seen so far: {len(log)}")
-        prints = fingerprint_of(self.transformer, sigmas, branches)
+        prints = fingerprint_of(self.transformer, run.sigmas, run.branches)
         cells: tuple[tuple[Cell, ...], ...] = tuple((None,) if rule is None else ({},) for rule in log)
         metadata = {"method": self.method.name, "settings": repr(self.method)}
         return Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), metadata, tuple(log))
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
-        run = self._run
-        if run is None:
-            return self._counts.report(1.0, self._stored_bytes, self._branches, self.identity)
+        run = self._newest
         return self._counts.report(1.0, run.nbytes, run.branches, self.identity)
