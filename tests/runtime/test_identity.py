@@ -100,6 +100,7 @@ class Case:
     wrong: list[str] = field(default_factory=list)
     stored: dict[Any, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     is_ordinary: bool = True
+    mixes: bool = False
     expected: int = 0
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class Case:
         self.chance = 0.0 if plain else 1.0
         self.cache = layercache.enable(self.model, self.plan, self.scheduler)
         for generation in range(self.rng.randint(1, 4)):
-            if self.kind == "schedule" and self.source != "scheduler" and self.mischief(0.3 * self.chance):
+            if self.source != "scheduler" and self.mischief(0.3 * self.chance):
                 self.interleaved(generation)
             elif self.mischief(0.2 * self.chance):
                 thread = threading.Thread(target=self._guarded, args=(generation,))
@@ -154,15 +155,18 @@ class Case:
             pass
 
     def interleaved(self, number: int) -> None:
-        """Two requests whose forwards come in any order."""
-        names = [f"{number} {k}" for k in range(2)]
+        """Two loops whose forwards come in any order, as requests or without a word."""
+        requests = self.kind == "schedule" and self.rng.random() < 0.5
+        names = [f"{number} {k}" if requests else None for k in range(2)]
         runs = [self.generation((number, k), name) for k, name in enumerate(names)]
+        self.mixes = True  # of tiles without a name nothing tells, where another loop comes between them
         while runs:
             run = self.rng.choice(runs)
             if next(run, "over") == "over":
                 runs.remove(run)
+        self.mixes = False
         for name in names:
-            if name in self.cache.requests.routers:
+            if name is not None and name in self.cache.requests.routers:
                 self.cache.forget(name)
 
     def generation(self, number: Any, request: str | None = None) -> Iterator[None]:
@@ -170,7 +174,7 @@ class Case:
         branches = rng.choice([("cond",), ("cond", "uncond"), (None,), (None, None)])
         texts = [torch.randn(1, 1, DIM, generator=torch.Generator().manual_seed(rng.getrandbits(30))) for _ in branches]
         tiles = 2 if self.mischief(0.25 * self.chance) else 1
-        names_parts = tiles > 1 and rng.random() < 0.5
+        names_parts = tiles > 1 and (rng.random() < 0.5 or self.mixes)
         self.may_fail = tiles == 1 or names_parts
         if self.scheduler is not None:
             self.scheduler.set_timesteps(STEPS)
