@@ -293,3 +293,25 @@ def test_the_signature_knows_the_modes():
         assert signature.changes(arguments) and not signature.changes(arguments)
     assert signature.changes({"hidden_states": [torch.zeros(1, 2, 3)]})
     assert signature.changes({"hidden_states": [torch.zeros(1, 2, 3, dtype=torch.float64)]})
+
+
+def test_a_loop_that_leaves_steps_out_begins_anew():
+    """Nothing says that step 2 is of the loop whose step 0 was run: what that stored is not taken."""
+    model, inputs = build("FluxTransformer2DModel")
+    full = call(model, inputs)[0]
+    plan = schedule(model, (None,) * 3, (None,) * 3, ({0: 1.0}, None, {0: 1.0}))
+    with layercache.enabled(model, plan) as cache:
+        for step in (0, 2):
+            with cache.step(step):
+                assert torch.equal(call(model, inputs)[0], full)
+        assert cache.report().generations == 2 and cache.report().fallback_rows == 1
+
+
+def test_a_branch_at_an_earlier_step_begins_a_generation():
+    """Of decisions those of the new loop alone are given, also where another branch comes first in it."""
+    model, inputs = build("FluxTransformer2DModel")
+    with layercache.enabled(model, FIRST_BLOCK, num_steps=4) as cache:
+        for step, branch in ((0, "cond"), (1, "cond"), (0, "uncond")):
+            with cache.step(step, branch=branch):
+                call(model, inputs)
+        assert cache.decisions == {"uncond": (True,)}
