@@ -17,6 +17,10 @@ except ImportError:
     get_eval_frame_callback = None  # type: ignore[assignment]
 
 
+is_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on, for any kind of device."""
+
+
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module inside wrappers of ``torch.compile(module)`` and of PEFT (`peft.PeftModel`), or the module itself."""
     while True:

@@ -28,7 +28,7 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
-from layercache.runtime.forward import Forward, Said, Saying, said_of
+from layercache.runtime.forward import Forward, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.router import RoutedModuleList, Router
@@ -49,13 +49,12 @@ class MethodPatch(functools.partial[Any]):
 
     Attributes:
         before: what the instance had under that name; empty where it was the class's method.
-        behind: the method as it was; called when this patch has ended while another lies in front of it.
+        behind: the method as it was.
     """
 
     of: tuple[Any, str]
     before: dict[str, Any]
     behind: Any
-    has_ended = False
 
     def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
         patch = super().__new__(cls, call)
@@ -64,11 +63,19 @@ class MethodPatch(functools.partial[Any]):
         patch.of = owner, name
         return patch
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.behind(*args, **kwargs) if self.has_ended else super().__call__(*args, **kwargs)
+    def end(self) -> None:
+        """Calls the method as it was, where another patch that lies in front of this one still calls it."""
+        self.__class__ = EndedPatch
 
     def __reduce__(self) -> Any:
         return _class_method, self.of
+
+
+class EndedPatch(MethodPatch):
+    """A `MethodPatch` that was taken away; only it pays for a Python call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.behind(*args, **kwargs)
 
 
 class NamedContext(Saying):
@@ -80,7 +87,7 @@ class NamedContext(Saying):
     def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
         is_heard = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
         inner = original(name, **fields) if is_heard else None
-        super().__init__(attachment.owner, Said(name, fields.get("step_index")), inner)
+        super().__init__(attachment.said, name, fields.get("step_index"), inner=inner)
 
 
 class CacheConfigMarker:
@@ -115,9 +122,10 @@ class Attachment:
         )
         self._tallies: dict[int, StepTally] = {}
         self._heard: list[Any] = []  # schedulers whose steps are heard of
+        self._driving: Any = None  # the one that drove the newest forward
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
-        self.owner: object = object()
+        self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
@@ -222,7 +230,7 @@ class Attachment:
         while isinstance(patch, MethodPatch) and patch.before is not before:
             above, patch = patch, patch.before.get(name)
         if isinstance(patch, MethodPatch):
-            patch.has_ended = True
+            patch.end()
             if above is not None:  # another cache's, which ends later (two transformers and one scheduler)
                 above.before.clear()
                 above.before.update(before)
@@ -246,7 +254,10 @@ class Attachment:
         self._tallies.pop(id(scheduler), None)
 
     def _follow_replaced(self, scheduler: Any) -> None:
-        """A pipeline has another scheduler than before."""
+        """Another scheduler drives the transformer than before, maybe one that a pipeline was given since."""
+        self._driving = scheduler
+        if scheduler is None or any(known is scheduler for known in self._heard):
+            return
         kept = [driver.scheduler for driver in self._root.identity.drivers]
         for known in list(self._heard):
             if all(known is not one for one in kept) and not self._root.has_request_of(known):
@@ -338,6 +349,8 @@ class Attachment:
 
     def _wait(self) -> None:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
+        if self._lock.acquire(blocking=False):  # as nearly always; with a time-out it takes ten times as long
+            return
         while not self._lock.acquire(timeout=PATIENCE):
             holder = self._holder
             if not holder or runs_forward(holder, self.transformer):
@@ -359,7 +372,7 @@ class Attachment:
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         scheduler = self._root.identity.current()
-        if scheduler is not None and all(known is not scheduler for known in self._heard):
+        if scheduler is not self._driving:
             self._follow_replaced(scheduler)
         router = self._root.for_call()
         if router is not self.router:
@@ -375,7 +388,7 @@ class Attachment:
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
-        branch, step, part = said_of(self.owner)
+        branch, step, part = self.said.get()
         router.begin(Forward(branch, step, arguments, dry_run, part))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

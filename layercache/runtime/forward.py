@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from layercache.models.spec import ModelSpec
@@ -14,8 +12,7 @@ from layercache.models.spec import ModelSpec
 _TIMES = ("timestep", "timesteps", "t", "time", "sigma")
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """A forward that is about to start.
 
     Attributes:
@@ -56,36 +53,41 @@ class Said(NamedTuple):
 
 
 NOTHING = Said()
-_now: ContextVar[Mapping[object, Said]] = ContextVar("layercache forwards", default=MappingProxyType({}))
 
 
-def said_of(owner: object) -> Said:
-    """What the present context says of the forwards of ``owner``'s transformer; threads and tasks have their own."""
-    return _now.get().get(owner, NOTHING)
+def new_said() -> ContextVar[Said]:
+    """What the present context says of the forwards of one transformer; threads and tasks have their own."""
+    return ContextVar("layercache forwards", default=NOTHING)
 
 
 class Saying(AbstractContextManager[Any]):
     """Within it, forwards of a transformer have this branch, step and part; ``None`` leaves what was said before."""
 
-    def __init__(self, owner: object, said: Said, inner: AbstractContextManager[Any] | None = None):
-        self._owner, self._said, self._inner = owner, said, inner
-        self._token: Token[Mapping[object, Said]] | None = None
+    def __init__(
+        self,
+        said: ContextVar[Said],
+        branch: str | None = None,
+        step: int | None = None,
+        part: Hashable = None,
+        inner: AbstractContextManager[Any] | None = None,
+    ):
+        self._said, self._inner = said, inner
+        self._now = Said(branch, step, part)
+        self._token: Token[Said] | None = None
 
     def __enter__(self) -> Any:
-        self._before = _now.get()
+        self._before = before = self._said.get()
+        now = self._now
+        if before is not NOTHING:
+            now = before._replace(**{name: own for name, own in now._asdict().items() if own is not None})
         result = None if self._inner is None else self._inner.__enter__()
-        outer, said = self._before.get(self._owner), self._said
-        if outer is not None:
-            branch = outer.branch if said.branch is None else said.branch
-            step = outer.step if said.step is None else said.step
-            said = Said(branch, step, outer.part if said.part is None else said.part)
-        self._token = _now.set({**self._before, self._owner: said})
+        self._token = self._said.set(now)
         return result
 
     def __exit__(self, *exc: Any) -> Any:
         assert self._token is not None
         try:
-            _now.reset(self._token)
+            self._said.reset(self._token)
         except ValueError:  # a generator that is closed from another context
-            _now.set(self._before)
+            self._said.set(self._before)
         return None if self._inner is None else self._inner.__exit__(*exc)

@@ -170,12 +170,12 @@ class Identity:
         self.generation = None
 
     def locate(self, forward: Forward) -> Place | None:
-        """The place of the forward that is about to run; ``None`` where nothing tells it.
+        """The place of the forward that is about to run, behind `current`; ``None`` where nothing tells it.
 
         Raises:
             ScheduleMismatchError: the run has other steps or noise levels than the schedule.
         """
-        scheduler = self.current()
+        scheduler = self.scheduler
         counted = None if scheduler is None else scheduler_step(scheduler)
         if counted is None and self.tallies and id(scheduler) in self.tallies:
             counted = self.tallies[id(scheduler)].step(forward.timestep(self.spec))

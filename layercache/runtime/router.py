@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -55,7 +56,7 @@ class Attached(Protocol):
     """What a router may ask of the attachment that it routes through."""
 
     router: Router
-    owner: object
+    said: ContextVar[Said]
     pipeline: Any
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
@@ -89,7 +90,7 @@ class Router:
     def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
         self.transformer = transformer
         self.spec = spec
-        self._forward_codes = _codes_of(transformer)
+        self._note_forwards()
         self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
         self.actions: tuple[GroupAction, ...] = ()
         self.generation: Generation | None = None
@@ -149,7 +150,14 @@ class Router:
         """Whether the model's own forward asks for list ``index`` now, and not a hook that looks at it."""
         if self._next_list != index:
             return False
-        return torch.compiler.is_dynamo_compiling() or self._is_asked_by_forward()
+        if torch.compiler.is_dynamo_compiling():
+            return True
+        # of this method, `route`, the list's iterator and, nearly always, the forward
+        return id(sys._getframe(3).f_code) in self._forward_ids or self._is_asked_by_forward()
+
+    def _note_forwards(self) -> None:
+        self._forward_codes = _codes_of(self.transformer)
+        self._forward_ids = frozenset(map(id, self._forward_codes))  # hashing code takes longer than the rest
 
     def _is_asked_by_forward(self) -> bool:
         frame: Any = sys._getframe(2)
@@ -159,7 +167,7 @@ class Router:
                 return True
             inside.add(frame.f_code)
             frame = frame.f_back
-        self._forward_codes = _codes_of(self.transformer)  # the model may have been given another forward since
+        self._note_forwards()  # the model may have been given another forward since
         return not inside.isdisjoint(self._forward_codes)
 
     def _items(self, block_pass: BlockPass, index: int, blocks: Iterable[nn.Module]) -> list[Any]:
@@ -173,12 +181,13 @@ class Router:
             self._kept_blocks[index], self._kept[index] = made_of, {}
         key = self.actions, self.adds
         kept = self._kept[index]
-        if key not in kept:
+        items = kept.get(key)
+        if items is None:
             if self._kept_pass is None:
                 self._kept_pass = self.new_pass()
             items = self._items(self._kept_pass, index, blocks)
-            kept[key] = items if self.adds else joined(shortened(items))
-        return kept[key]
+            items = kept[key] = items if self.adds else joined(shortened(items))
+        return items
 
     def _measured(self, block_pass: BlockPass, item: Any, place: Place) -> Any:
         return MeasuredBlock(block_pass, item, place) if self.spec.joint and place.block == 0 else item
@@ -263,7 +272,7 @@ class Router:
             raise CacheStateError(f"a step is a whole number from 0 on, got {index!r}", argument="index")
         if branch is not None and (not isinstance(branch, str) or not branch):
             raise CacheStateError(f"a branch has a name, got {branch!r}", argument="branch")
-        return Saying(self.attachment.owner, Said(branch, index, part))
+        return Saying(self.attachment.said, branch, index, part)
 
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""

@@ -7,16 +7,25 @@ from typing import Any
 
 import torch
 
+from layercache._utils.compat import is_autocast_enabled
+
 
 def shapes_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Shape, dtype and device of every tensor among a forward's arguments, also of those in lists."""
+    """Shape and dtype of every tensor among a forward's arguments, also in lists, and the first one's device."""
     found: list[Any] = []
-    for name, value in arguments.items():  # at every step
+    device = None
+    for value in arguments.values():  # at every step
         if isinstance(value, torch.Tensor):
-            found += (name, value.shape, value.dtype, value.device)
+            found += (value.shape, value.dtype)
+            device = device or value.device
         elif isinstance(value, (list, tuple)):
-            found += [(name, t.shape, t.dtype, t.device) for t in value if isinstance(t, torch.Tensor)]
-    return tuple(found)
+            for item in value:
+                if isinstance(item, torch.Tensor):
+                    found += (item.shape, item.dtype)
+                    device = device or item.device
+        else:
+            found.append(value is None)
+    return device, *found
 
 
 class Signature:
@@ -27,6 +36,6 @@ class Signature:
 
     def changes(self, arguments: Mapping[str, Any]) -> bool:
         """Whether they are others than at the branch's forward before; also at its first one."""
-        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        before, self._now = self._now, (modes, shapes_of(arguments))
+        before = self._now
+        self._now = torch.is_inference_mode_enabled(), is_autocast_enabled(), shapes_of(arguments)
         return self._now != before

@@ -83,7 +83,7 @@ def test_the_end_of_a_stored_group_is_the_beginning_of_the_next(pipe, groups):
                 with cache.step(step, branch="cond"):
                     outputs.append(pipe.transformer(**inputs, **control)[0])
             cache.open(cache.layout.rows[0].actions)
-            cache._is_asked_by_forward = lambda: True
+            cache._is_asked_by_forward = lambda: True  # here the test asks
             calls = list(cache.route(0, pipe.transformer.transformer_blocks._modules.values()))
             cache.shut()
             stored = [b.tensor for state in cache.states.values() for b in (*state.images, *state.texts)]
