@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include "greedy.hpp"
 #include "paths.hpp"
 #include "problem.hpp"
+#include "surrogate.hpp"
 
 namespace py = pybind11;
 
@@ -203,6 +205,110 @@ void bind_path(py::module_& module) {
         .def_readonly("curve", &Path::curve, "The cost with k computed steps, for every k up to the budget or the number of steps.");
 }
 
+std::vector<double> read_table(const char* name, const Doubles& table, py::ssize_t rows, py::ssize_t columns) {
+    if (table.ndim() != 2 || table.shape(0) != rows || table.shape(1) != columns) {
+        refuse_shape(name, "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]", table);
+    }
+    return std::vector<double>(table.data(), table.data() + table.size());
+}
+
+void check_finite(const char* name, const double* values, py::ssize_t count) {
+    for (py::ssize_t k = 0; k < count; ++k) {
+        if (!std::isfinite(values[k])) throw std::invalid_argument(std::string(name) + " must be finite");
+    }
+}
+
+Surrogate surrogate_of(const Doubles& grams, const Doubles& kappa, const Doubles& eta,
+                       const std::vector<double>& sigmas, double elements, Whole terms, double ridge,
+                       double weighting) {
+    const auto span = static_cast<py::ssize_t>(sigmas.size());
+    if (grams.ndim() != 3 || grams.size() == 0 || grams.shape(1) != span || grams.shape(2) != span || span < 2) {
+        refuse_shape("grams", "[pictures, sigmas, sigmas] with at least 1, 2 and 2 entries", grams);
+    }
+    SurrogateProblem problem;
+    problem.steps = static_cast<int>(span) - 1;
+    problem.pictures = static_cast<int>(grams.shape(0));
+    problem.grams = grams.data();
+    problem.kappa = read_table("kappa", kappa, grams.shape(0), span - 1);
+    problem.eta = read_table("eta", eta, grams.shape(0), span - 1);
+    problem.sigmas = sigmas;
+    problem.elements = elements;
+    problem.terms = terms.value;
+    problem.ridge = ridge;
+    problem.weighting = weighting;
+    check_finite("grams", grams.data(), grams.size());
+    check_finite("kappa", kappa.data(), kappa.size());
+    check_finite("eta", eta.data(), eta.size());
+    check_finite("sigmas", sigmas.data(), span);
+    return Surrogate(problem);
+}
+
+std::vector<StepMask> read_paths(const char* name, const Bools& paths, const Surrogate& surrogate) {
+    const py::ssize_t steps = surrogate.steps();
+    if (paths.ndim() != 2 || paths.shape(1) != steps) {
+        refuse_shape(name, "[paths, " + std::to_string(steps) + "]", paths);
+    }
+    std::vector<StepMask> found;
+    for (py::ssize_t path = 0; path < paths.shape(0); ++path) {
+        found.emplace_back(paths.data() + path * steps, paths.data() + (path + 1) * steps);
+        if (!found.back()[0]) throw std::invalid_argument(std::string(name) + " must compute step 0");
+    }
+    return found;
+}
+
+py::array_t<double> simulate(Surrogate surrogate, const Bools& computed) {
+    const std::vector<StepMask> paths = read_paths("computed", computed, surrogate);
+    py::array_t<double> psnr({static_cast<py::ssize_t>(paths.size()), static_cast<py::ssize_t>(surrogate.pictures())});
+    double* next = psnr.mutable_data();
+    const py::gil_scoped_release released;
+    const Interrupt interrupt(look_for_signals);
+    for (const StepMask& path : paths) {
+        interrupt.poll();
+        const std::vector<double> found = surrogate.simulate(path);
+        next = std::copy(found.begin(), found.end(), next);
+    }
+    return psnr;
+}
+
+py::tuple explore_paths(Surrogate surrogate, const Bools& starts, const Bools& fixed, Whole limit,
+                        unsigned long long seed) {
+    Exploration exploration;
+    exploration.starts = read_paths("starts", starts, surrogate);
+    if (fixed.ndim() != 1 || fixed.shape(0) != surrogate.steps()) {
+        refuse_shape("fixed", "[" + std::to_string(surrogate.steps()) + "]", fixed);
+    }
+    exploration.fixed.assign(fixed.data(), fixed.data() + fixed.size());
+    exploration.limit = limit.value;
+    exploration.seed = seed;
+    Explored found;
+    {
+        const py::gil_scoped_release released;
+        found = explore(surrogate, exploration, Interrupt(look_for_signals));
+    }
+    const auto count = static_cast<py::ssize_t>(found.paths.size());
+    py::array_t<bool> paths({count, static_cast<py::ssize_t>(surrogate.steps())});
+    bool* next = paths.mutable_data();
+    for (const StepMask& path : found.paths) next = std::copy(path.begin(), path.end(), next);
+    return py::make_tuple(paths, py::array_t<double>(count, found.scores.data()));
+}
+
+const char* const surrogate_doc =
+    R"(Simulates cached runs of whole-step schedules from inner products of the full runs, without the model.
+
+grams[p] holds those of x*_0, v_0 .. v_{N-1}: first latents and velocities of picture p's full run. At a computed step
+the model answers a drift e with v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being across everything else; forecasts of
+`terms` velocities are fitted at every drifted step, pictures weighted by the power -weighting of what they miss.
+elements is how many numbers a picture's latents have.)";
+
+void bind_surrogate(py::module_& module) {
+    py::class_<Surrogate>(module, "Surrogate", surrogate_doc)
+        .def(py::init(&surrogate_of), py::arg("grams"), py::arg("kappa"), py::arg("eta"), py::arg("sigmas"),
+             py::arg("elements"), py::arg("terms") = 3, py::arg("ridge") = 1e-5, py::arg("weighting") = 1.0)
+        .def("simulate", &simulate, py::arg("computed"), "PSNR in dB of every path and picture, [paths, pictures].")
+        .def("explore", &explore_paths, py::arg("starts"), py::arg("fixed"), py::arg("limit") = 900,
+             py::arg("seed") = 0, "All paths that a local search simulates and their scores, the best first.");
+}
+
 const char* const path_doc =
     R"(Choose at most `budget` computed steps so that the edges between them cost least.
 
@@ -233,6 +339,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.doc() = "Schedulers in C++.";
     bind_result(module);
     bind_path(module);
+    bind_surrogate(module);
     module.def("shortest_path", &path_of, path_doc, py::arg("errors"), py::arg("budget"), py::arg("gamma") = 5.0,
                py::arg("mode") = "sum", py::arg("required") = py::none());
     module.def("solve", &solve, solve_doc, py::arg("errors"), py::arg("compute_cost"), py::arg("cached_cost"),

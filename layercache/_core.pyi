@@ -65,3 +65,24 @@ def shortest_path(
     mode: Literal["sum", "lexicographic"] = "sum",
     required: ArrayLike | None = None,
 ) -> Path: ...
+
+class Surrogate:
+    """Cached runs of whole-step schedules simulated from inner products of the full runs, without the model."""
+
+    def __init__(
+        self,
+        grams: ArrayLike,
+        kappa: ArrayLike,
+        eta: ArrayLike,
+        sigmas: Sequence[float],
+        elements: float,
+        terms: int = 3,
+        ridge: float = 1e-5,
+        weighting: float = 1.0,
+    ) -> None: ...
+    def simulate(self, computed: ArrayLike) -> NDArray[np.float64]:
+        """PSNR in dB of every path and picture, [paths, pictures]."""
+    def explore(
+        self, starts: ArrayLike, fixed: ArrayLike, limit: int = 900, seed: int = 0
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """All paths that a local search simulates and their scores, the best first."""

@@ -15,6 +15,9 @@ from layercache.schedule.forecast import Cells
 from layercache.schedule.schedule import Schedule, Velocity
 
 TARGETS = ("none", "open", "teacher", "steer")
+SOLVES = 3
+WEIGHT_FLOOR = 1e-3
+"""Of the mean square that is missed, added to every picture's: one that is met exactly does not outweigh all others."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Forecast:
         free_sum: whether b is fitted; otherwise the coefficients of the velocities sum to 1.
         everywhere: whether computed steps are corrected too (``"steer"`` only).
         ridge: relative to the mean square of each term.
+        weighting: q of the weights ``w_p = (|missed_p|^2 + floor)^-q`` of the pictures p, found in three solves. 0 fits
+            the mean square, in which pictures that have gone astray count most; 1 fits the mean of its logarithm, that
+            is, the mean PSNR.
     """
 
     target: str = "steer"
@@ -43,6 +49,7 @@ class Forecast:
     free_sum: bool = True
     everywhere: bool = True
     ridge: float = 1e-5
+    weighting: float = 0.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -53,12 +60,15 @@ class Forecast:
             raise ScheduleError(f"a forecast takes 1 to 8 velocities, got {self.terms}", argument="terms")
         if not self.ridge > 0:
             raise ScheduleError(f"the ridge must be above 0, got {self.ridge}", argument="ridge")
+        if not 0 <= self.weighting <= 1:
+            raise ScheduleError(f"the weighting must be from 0 to 1, got {self.weighting}", argument="weighting")
 
     @property
     def name(self) -> str:
         if self.target == "none":
             return "hold"
         extras = ("+x" if self.latents else "") + ("+b" if self.free_sum else "")
+        extras += f" q={self.weighting:g}" if self.weighting else ""
         return f"{self.target}{'-all' if self.everywhere and self.target == 'steer' else ''} n={self.terms}{extras}"
 
 
@@ -79,11 +89,11 @@ def fit_velocity(
         forecast: what may be combined.
         step: for messages.
         sources: the step of each feature, newest first.
-        features: per sample, the velocity of each source.
+        features: per sample, the velocity of each source, ``[B, ...]``.
         latents: per sample, x.
         targets: per sample, what the velocity should have been.
 
-    Only the Gram matrix of the terms and the right-hand side are kept, in float64. A matrix without full rank (one
+    Only the inner products of terms and target are kept, per picture, in float64. A matrix without full rank (one
     sample, equal velocities, velocities of zero) gives the shortest correction.
 
     Raises:
@@ -94,22 +104,47 @@ def fit_velocity(
     names += [("a", 0)] if forecast.latents else []
     if not names:
         return Velocity({sources[0]: 1.0})
-    gram, right = np.zeros((len(names), len(names))), np.zeros(len(names))
+    products = []
     for own, x, target in zip(features, latents, targets, strict=True):
-        base = own[0].double().flatten()
+        base = _pictures(own[0])
         columns = [
-            own[k].double().flatten() - base if kind == "d" else base if kind == "b" else x.double().flatten()
-            for kind, k in names
+            _pictures(own[k]) - base if kind == "d" else base if kind == "b" else _pictures(x) for kind, k in names
         ]
-        matrix = torch.stack(columns)
-        gram += (matrix @ matrix.T).cpu().numpy()
-        right += (matrix @ (target.double().flatten() - base)).cpu().numpy()
-    if not (np.isfinite(gram).all() and np.isfinite(right).all()):
+        matrix = torch.stack([*columns, _pictures(target) - base], dim=1)
+        products.append((matrix @ matrix.mT).cpu().numpy())
+    found = np.concatenate(products)
+    if not np.isfinite(found).all():
         raise CalibrationError(f"a velocity at step {step} is NaN or infinite; no forecast can be fitted to this run")
-    solution = dict(zip(names, solve_ridge(gram, right, forecast.ridge), strict=True))
+    solution = dict(zip(names, solve_weighted(found, forecast.ridge, forecast.weighting), strict=True))
     coefficients = {source: solution.get(("d", k), 0.0) for k, source in enumerate(sources)}
     coefficients[sources[0]] = 1.0 - sum(coefficients.values()) + solution.get(("b", 0), 0.0)
     return Velocity(coefficients, float(solution.get(("a", 0), 0.0)))
+
+
+def _pictures(tensor: torch.Tensor) -> torch.Tensor:
+    """A batch as one row per picture, ``[B, elements]``."""
+    return (tensor.flatten(1) if tensor.dim() > 1 else tensor[None]).double()
+
+
+def solve_weighted(products: np.ndarray, ridge: float, weighting: float) -> list[float]:
+    """`solve_ridge` over pictures, each weighted by ``(|missed|^2 + floor)^-weighting``, which takes `SOLVES` solves.
+
+    Args:
+        products: inner products of the terms and, last, the target, ``[P, terms + 1, terms + 1]``.
+        ridge: relative to the mean square of each term.
+        weighting: 0 for equal weights.
+    """
+    weights = np.ones(len(products))
+    for _ in range(SOLVES if weighting else 1):
+        summed = np.tensordot(weights, products, 1)
+        solution = solve_ridge(summed[:-1, :-1], summed[:-1, -1], ridge)
+        left = np.array([*solution, -1.0])
+        missed = np.maximum(np.einsum("k,pkl,l->p", left, products, left), 0.0)
+        if not missed.mean() > 0:
+            break
+        weights = (missed / missed.mean() + WEIGHT_FLOOR) ** -weighting
+        weights *= len(weights) / weights.sum()
+    return solution
 
 
 def fit_residuals(

@@ -1,0 +1,351 @@
+#include "surrogate.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+namespace layercache {
+namespace {
+
+constexpr double best_psnr = 100.0;
+constexpr int most_terms = 8;
+constexpr int solves = 3;
+constexpr double weight_floor = 1e-3; // of the mean square, added to what every picture misses
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void check(const SurrogateProblem& problem) {
+    if (problem.terms < 1 || problem.terms > most_terms) {
+        refuse("terms must be from 1 to 8, got " + std::to_string(problem.terms));
+    }
+    if (!(problem.ridge > 0.0)) refuse("ridge must be above 0, got " + std::to_string(problem.ridge));
+    if (!(problem.weighting >= 0.0)) refuse("weighting must be at least 0, got " + std::to_string(problem.weighting));
+    if (!(problem.elements >= 1.0)) refuse("elements must be at least 1, got " + std::to_string(problem.elements));
+    for (int step = 0; step < problem.steps; ++step) {
+        if (problem.sigmas[step] == problem.sigmas[step + 1]) {
+            refuse("sigmas must change at every step, and do not at step " + std::to_string(step));
+        }
+    }
+}
+
+// to += factor * from
+void add(double* to, const double* from, double factor, std::size_t width) {
+    for (std::size_t k = 0; k < width; ++k) to[k] += factor * from[k];
+}
+
+using Row = std::array<double, most_terms + 2>;
+
+// argmin |A d - t|^2 + ridge sum_k g_kk d_k^2 from G = A^T A and A^T t, in `right`; terms of zero get 0.
+void solve_ridge(std::vector<Row>& gram, std::vector<double>& right, double ridge) {
+    const int count = static_cast<int>(right.size());
+    std::vector<double> scale(count);
+    double largest = 0.0;
+    for (int k = 0; k < count; ++k) {
+        scale[k] = std::sqrt(std::max(gram[k][k], 0.0));
+        largest = std::max(largest, scale[k]);
+    }
+    for (int k = 0; k < count; ++k) {
+        if (!(scale[k] > 1e-12 * std::max(largest, 1e-30))) scale[k] = 0.0;
+    }
+    for (int k = 0; k < count; ++k) {
+        const double own = scale[k];
+        right[k] = own > 0.0 ? right[k] / own : 0.0;
+        for (int l = 0; l < count; ++l) {
+            const double both = own * scale[l];
+            gram[k][l] = both > 0.0 ? gram[k][l] / both : 0.0;
+        }
+        gram[k][k] += own > 0.0 ? ridge : 1.0;
+    }
+    for (int pivot = 0; pivot < count; ++pivot) { // positive definite: no exchanges
+        for (int k = pivot + 1; k < count; ++k) {
+            const double factor = gram[k][pivot] / gram[pivot][pivot];
+            for (int l = pivot; l < count; ++l) gram[k][l] -= factor * gram[pivot][l];
+            right[k] -= factor * right[pivot];
+        }
+    }
+    for (int k = count - 1; k >= 0; --k) {
+        for (int l = k + 1; l < count; ++l) right[k] -= gram[k][l] * right[l];
+        right[k] /= gram[k][k];
+    }
+    for (int k = 0; k < count; ++k) right[k] = scale[k] > 0.0 ? right[k] / scale[k] : 0.0;
+}
+
+double score_of(std::vector<double> psnr) {
+    const double mean = std::accumulate(psnr.begin(), psnr.end(), 0.0) / static_cast<double>(psnr.size());
+    std::sort(psnr.begin(), psnr.end());
+    const double place = 0.1 * static_cast<double>(psnr.size() - 1); // between two of them, linearly, as NumPy does
+    const auto low = static_cast<std::size_t>(place);
+    const double high = psnr[std::min(low + 1, psnr.size() - 1)];
+    return 0.5 * (mean + psnr[low] + (place - static_cast<double>(low)) * (high - psnr[low]));
+}
+
+} // namespace
+
+Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
+    check(problem);
+    const std::size_t steps = problem.steps, span = steps + 1;
+    width_ = 2 * span + steps;
+    reference_.assign(problem.pictures * steps * width_, 0.0);
+    velocities_.assign(problem.pictures * steps * width_, 0.0);
+    for (std::size_t picture = 0; picture < static_cast<std::size_t>(problem.pictures); ++picture) {
+        const double* gram = problem.grams + picture * span * span;
+        for (std::size_t step = 0; step < steps; ++step) {
+            double* velocity = &velocities_[(picture * steps + step) * width_];
+            velocity[step + 1] = 1.0;
+            std::copy_n(gram + (step + 1) * span, span, velocity + span);
+            double* here = &reference_[(picture * steps + step) * width_];
+            if (step == 0) {
+                here[0] = 1.0;
+                std::copy_n(gram, span, here + span);
+                continue;
+            }
+            std::copy_n(here - width_, width_, here);
+            add(here, velocity - width_, problem.sigmas[step] - problem.sigmas[step - 1], width_);
+        }
+    }
+    runs_.resize(problem.pictures);
+    for (Run& run : runs_) {
+        run.drift.resize(width_);
+        run.latents.resize(width_);
+        run.wanted.resize(width_);
+        run.made.assign(problem.terms, std::vector<double>(width_));
+    }
+    products_.resize(static_cast<std::size_t>(problem.pictures) * (problem.terms + 2) * (problem.terms + 2));
+}
+
+namespace {
+
+double product(const double* a, const double* b, std::size_t span, std::size_t steps) {
+    double sum = 0.0;
+    for (std::size_t k = 0; k < span; ++k) sum += a[k] * b[span + k];
+    for (std::size_t k = 2 * span; k < 2 * span + steps; ++k) sum += a[k] * b[k];
+    return sum;
+}
+
+} // namespace
+
+// What the model gives at a step becomes the newest velocity.
+void Surrogate::answer(Run& run, int step) {
+    const std::size_t steps = problem_.steps, span = steps + 1;
+    const std::size_t picture = &run - runs_.data();
+    std::rotate(run.made.begin(), run.made.end() - 1, run.made.end());
+    std::vector<double>& newest = run.made.front();
+    std::copy_n(&velocities_[(picture * steps + step) * width_], width_, newest.begin());
+    const double drifted = std::sqrt(std::max(product(run.drift.data(), run.drift.data(), span, steps), 0.0));
+    if (drifted == 0.0) return;
+    add(newest.data(), run.drift.data(), problem_.kappa[picture * steps + step], width_);
+    newest[2 * span + step] += problem_.eta[picture * steps + step] * drifted;
+}
+
+// Inner products of the step's terms, F_k - F_0 for k = 1 .. count - 1, F_0 and x, and of the target less F_0.
+void Surrogate::note_products(int step, int count, std::size_t picture) {
+    const std::size_t steps = problem_.steps, span = steps + 1, at = (picture * steps + step) * width_;
+    const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
+    Run& run = runs_[picture];
+    std::copy_n(&reference_[at], width_, run.latents.begin());
+    add(run.latents.data(), run.drift.data(), 1.0, width_);
+    std::copy_n(&velocities_[at], width_, run.wanted.begin());
+    add(run.wanted.data(), run.drift.data(), -1.0 / length, width_);
+
+    std::array<const double*, most_terms + 2> vectors{}; // in the order of the terms, each less F_0 or not
+    for (int k = 1; k < count; ++k) vectors[k - 1] = run.made[k].data();
+    vectors[count - 1] = run.made[0].data();
+    vectors[count] = run.latents.data();
+    vectors[count + 1] = run.wanted.data();
+    const auto is_difference = [count](int k) { return k < count - 1 || k == count + 1; };
+    std::array<Row, most_terms + 2> raw{};
+    for (int k = 0; k < count + 2; ++k) {
+        for (int l = k; l < count + 2; ++l) raw[k][l] = raw[l][k] = product(vectors[k], vectors[l], span, steps);
+    }
+    const int side = problem_.terms + 2, newest = count - 1;
+    double* products = &products_[picture * side * side];
+    for (int k = 0; k < count + 2; ++k) {
+        for (int l = 0; l < count + 2; ++l) {
+            double value = raw[k][l];
+            if (is_difference(k)) value -= raw[newest][l];
+            if (is_difference(l)) value -= raw[k][newest];
+            if (is_difference(k) && is_difference(l)) value += raw[newest][newest];
+            products[k * side + l] = value;
+        }
+    }
+}
+
+// What a picture's forecast with solution_ leaves of its target, squared.
+double Surrogate::missed(int terms, std::size_t picture) const {
+    const int side = problem_.terms + 2;
+    const double* products = &products_[picture * side * side];
+    double left = products[terms * side + terms];
+    for (int k = 0; k < terms; ++k) {
+        left -= 2.0 * solution_[k] * products[k * side + terms];
+        for (int l = 0; l < terms; ++l) left += solution_[k] * solution_[l] * products[k * side + l];
+    }
+    return std::max(left, 0.0);
+}
+
+// Coefficients d, b and a of the step's forecast, from `count` velocities, into solution_.
+void Surrogate::fit(int step, int count) {
+    const int terms = count + 1, side = problem_.terms + 2;
+    const auto pictures = static_cast<double>(runs_.size());
+    for (std::size_t picture = 0; picture < runs_.size(); ++picture) note_products(step, count, picture);
+    std::vector<double> weights(runs_.size(), 1.0 / pictures), left(runs_.size());
+    std::vector<Row> gram(terms);
+    for (int round = 0; round < (problem_.weighting > 0.0 ? solves : 1); ++round) {
+        solution_.assign(terms, 0.0);
+        for (Row& row : gram) row.fill(0.0);
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
+            const double* products = &products_[picture * side * side];
+            for (int k = 0; k < terms; ++k) {
+                for (int l = 0; l < terms; ++l) gram[k][l] += weights[picture] * products[k * side + l];
+                solution_[k] += weights[picture] * products[k * side + terms];
+            }
+        }
+        solve_ridge(gram, solution_, problem_.ridge);
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) left[picture] = missed(terms, picture);
+        const double mean = std::accumulate(left.begin(), left.end(), 0.0) / pictures;
+        if (!(mean > 0.0)) return;
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
+            weights[picture] = std::pow(left[picture] / mean + weight_floor, -problem_.weighting);
+        }
+        const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+        for (double& weight : weights) weight /= sum;
+    }
+}
+
+// Every picture takes the step with the velocity that was fitted.
+void Surrogate::take(int step, int count) {
+    const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
+    for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
+        Run& run = runs_[picture];
+        double newest = 1.0 + solution_[count - 1];
+        for (int k = 1; k < count; ++k) {
+            newest -= solution_[k - 1];
+            add(run.drift.data(), run.made[k].data(), length * solution_[k - 1], width_);
+        }
+        add(run.drift.data(), run.made[0].data(), length * newest, width_);
+        add(run.drift.data(), run.latents.data(), length * solution_[count], width_);
+        add(run.drift.data(), &velocities_[(picture * problem_.steps + step) * width_], -length, width_);
+    }
+}
+
+std::vector<double> Surrogate::simulate(const StepMask& computed) {
+    const std::size_t steps = problem_.steps, span = steps + 1;
+    if (computed.size() != steps || !computed[0]) refuse("a path has an entry for every step, and computes step 0");
+    for (Run& run : runs_) std::fill(run.drift.begin(), run.drift.end(), 0.0);
+    int count = 0;
+    bool drifts = false;
+    for (int step = 0; step < problem_.steps; ++step) {
+        if (computed[step]) {
+            for (Run& run : runs_) answer(run, step);
+            count = std::min(count + 1, problem_.terms);
+            if (!drifts) continue; // as in the full run
+        }
+        drifts = true;
+        fit(step, count);
+        take(step, count);
+    }
+    std::vector<double> psnr;
+    for (const Run& run : runs_) {
+        const double error = product(run.drift.data(), run.drift.data(), span, steps) / (4.0 * problem_.elements);
+        psnr.push_back(-10.0 * std::log10(std::max(error, std::pow(10.0, -best_psnr / 10.0))));
+    }
+    return psnr;
+}
+
+namespace {
+
+class Explorer {
+public:
+    Explorer(Surrogate& surrogate, const Exploration& exploration, const Interrupt& interrupt)
+        : surrogate_(surrogate), exploration_(exploration), interrupt_(interrupt), random_(exploration.seed) {}
+
+    Explored run() {
+        std::vector<std::pair<double, StepMask>> starts;
+        for (const StepMask& start : exploration_.starts) {
+            if (const double* score = try_path(start)) starts.emplace_back(*score, start);
+        }
+        std::stable_sort(starts.begin(), starts.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+        for (auto& [score, path] : starts) {
+            while (climb(path, score)) {}
+        }
+        return sorted();
+    }
+
+private:
+    using Move = std::pair<int, int>; // a computed step, and the skipped one that takes its place
+
+    // The score of a path that was not simulated before; null for one that was, or where the limit is reached.
+    const double* try_path(const StepMask& path) {
+        if (static_cast<int>(found_.paths.size()) >= exploration_.limit || !known_.insert(path).second) return nullptr;
+        interrupt_.poll();
+        found_.paths.push_back(path);
+        found_.scores.push_back(score_of(surrogate_.simulate(path)));
+        return &found_.scores.back();
+    }
+
+    bool climb(StepMask& path, double& score) {
+        for (const Move& move : moves(path)) {
+            std::swap(path[move.first], path[move.second]);
+            const double* found = try_path(path);
+            if (found != nullptr && *found > score) {
+                score = *found;
+                return true;
+            }
+            std::swap(path[move.first], path[move.second]);
+        }
+        return false;
+    }
+
+    std::vector<Move> moves(const StepMask& path) {
+        std::vector<Move> near, far;
+        const int steps = static_cast<int>(path.size());
+        for (int out = 1; out < steps; ++out) {
+            for (int into = 1; into < steps; ++into) {
+                if (!path[out] || path[into] || exploration_.fixed[out] || exploration_.fixed[into]) continue;
+                (std::abs(out - into) <= 2 ? near : far).emplace_back(out, into);
+            }
+        }
+        shuffle(near);
+        shuffle(far);
+        near.insert(near.end(), far.begin(), far.end());
+        return near;
+    }
+
+    // std::shuffle differs between libraries.
+    void shuffle(std::vector<Move>& moves) {
+        for (std::size_t k = moves.size(); k > 1; --k) std::swap(moves[k - 1], moves[random_() % k]);
+    }
+
+    Explored sorted() const {
+        std::vector<std::size_t> order(found_.paths.size());
+        std::iota(order.begin(), order.end(), 0);
+        const auto is_better = [this](std::size_t a, std::size_t b) { return found_.scores[a] > found_.scores[b]; };
+        std::stable_sort(order.begin(), order.end(), is_better);
+        Explored result;
+        for (const std::size_t k : order) {
+            result.paths.push_back(found_.paths[k]);
+            result.scores.push_back(found_.scores[k]);
+        }
+        return result;
+    }
+
+    Surrogate& surrogate_;
+    const Exploration& exploration_;
+    const Interrupt& interrupt_;
+    std::mt19937_64 random_;
+    std::set<StepMask> known_;
+    Explored found_;
+};
+
+} // namespace
+
+Explored explore(Surrogate& surrogate, const Exploration& exploration, const Interrupt& interrupt) {
+    if (exploration.starts.empty()) refuse("explore needs a path to start from");
+    return Explorer(surrogate, exploration, interrupt).run();
+}
+
+} // namespace layercache

@@ -1,0 +1,195 @@
+"""The surrogate of cached runs: what a schedule of whole steps gives, predicted from full runs and earlier cached ones.
+
+Every steered run lives, but for the model's answer to its drift, in the span of the full run's first latents and
+velocities. Their inner products and the measured answers simulate a schedule in a third of a millisecond, forecasts
+and all, without the model (`layercache._core.Surrogate`). Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from layercache.planning.fit import Forecast
+from layercache.planning.rollout import Rollout, Rollouts, Trace
+
+if TYPE_CHECKING:
+    from layercache._core import Surrogate
+
+STRESS = (1.0, 2.0)
+"""Every picture is simulated with so many times the drift's answer across it: few calibration pictures go astray."""
+
+
+def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A sample's latents as one row per picture, ``[B, elements]``, float64."""
+    return tensor.flatten(1).double()
+
+
+def full_grams(rollouts: Rollouts) -> np.ndarray:
+    """Inner products of first latents and velocities of every picture's full run, ``[P, N + 1, N + 1]``."""
+    found = []
+    for trace in rollouts.full:
+        vectors = [trace.latents[0], *trace.raw]
+        for picture in range(len(trace.latents[0])):
+            rows = torch.stack([v[picture].flatten() for v in vectors if v is not None]).double()
+            found.append((rows @ rows.T).cpu().numpy())
+    return np.stack(found)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the model answers a drift e of the latents: ``F_i = v_i + kappa_i e + eta_i |e| xi``.
+
+    xi is a unit vector across e.
+
+    Attributes:
+        kappa: along the drift, ``[P, N]``.
+        eta: across it, ``[P, N]``, at least 0.
+    """
+
+    kappa: np.ndarray
+    eta: np.ndarray
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, runs: Sequence[Rollout]) -> Answers | None:
+        """As measured at the computed steps of runs that have drifted; ``None`` where none has.
+
+        Between steps they are interpolated. Over m runs the mean of kappa and of log eta is taken, and drawn to the
+        median over the pictures by ``1 / (m + 1)``.
+        """
+        measured = [found for run in runs if (found := _answers_of(rollouts, run)) is not None]
+        if not measured:
+            return None
+        kappa, log_eta = (np.mean([one[k] for one in measured], axis=0) for k in (0, 1))
+        share = len(measured) / (len(measured) + 1)
+        kappa, log_eta = (np.median(v, axis=0) + share * (v - np.median(v, axis=0)) for v in (kappa, log_eta))
+        return cls(kappa, np.exp(log_eta))
+
+
+def _answers_of(rollouts: Rollouts, run: Rollout) -> tuple[np.ndarray, np.ndarray] | None:
+    """kappa and log eta of one run, each ``[P, N]``."""
+    pairs = list(zip(run.traces, rollouts.full, strict=True))
+    steps, found = [], []
+    for step in range(rollouts.num_steps):
+        if run.traces[0].raw[step] is None:
+            continue
+        answers = torch.cat([_answer(trace, full, step) for trace, full in pairs], dim=1)
+        if bool(torch.isfinite(answers).all()):  # else some picture has not drifted yet
+            steps.append(step)
+            found.append(answers.cpu().numpy())
+    if not steps:
+        return None
+    every = np.arange(rollouts.num_steps)
+    tables = np.array(found)  # [steps, 2, P]
+    kappa, log_eta = (np.stack([np.interp(every, steps, column) for column in tables[:, k].T]) for k in (0, 1))
+    return kappa, log_eta
+
+
+def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
+    """kappa and log eta of a sample's pictures at a computed step, ``[2, B]``; not finite without a drift."""
+    own, reference = trace.raw[step], full.raw[step]
+    assert own is not None and reference is not None
+    drift = pictures_of(trace.latents[step]) - pictures_of(full.latents[step])
+    answer = pictures_of(own) - pictures_of(reference)
+    squared = drift.square().sum(1)
+    kappa = (answer * drift).sum(1) / squared
+    across = (answer - kappa[:, None] * drift).square().sum(1)
+    return torch.stack([kappa, 0.5 * (across / squared).log()])
+
+
+def surrogate_of(
+    rollouts: Rollouts, grams: np.ndarray, answers: Answers, forecast: Forecast, stress: Sequence[float] = STRESS
+) -> Surrogate:
+    """The simulator of these full runs, every picture once per entry of ``stress``.
+
+    Args:
+        rollouts: the full runs.
+        grams: `full_grams` of them.
+        answers: to drift.
+        forecast: steered everywhere, with latents and a free sum.
+        stress: factors of eta.
+    """
+    from layercache._core import Surrogate
+
+    return Surrogate(
+        np.concatenate([grams] * len(stress)),
+        np.concatenate([answers.kappa] * len(stress)),
+        np.concatenate([factor * answers.eta for factor in stress]),
+        rollouts.sigmas,
+        rollouts.full[0].latents[0][0].numel(),
+        terms=forecast.terms,
+        ridge=forecast.ridge,
+        weighting=forecast.weighting,
+    )
+
+
+def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_span: int = 6) -> np.ndarray:
+    """How far the mean velocity of an interval is from its forecast, ``[N, max_length + 1, max_span + 1]``.
+
+    Entry ``[t, n, K]`` is the root mean square over the pictures of ``|mean_i (v_i - v_t - (sigma_i - sigma_t) D_K)|``,
+    i from t to t + n - 1, D_K the secant over the K steps before t, none for K = 0. As MeanCache's stability deviation
+    (methods.md §2.3), in the norm that inner products give. Infinite where there is no such interval or secant.
+    """
+    steps = len(sigmas) - 1
+    lengths = np.diff(np.asarray(sigmas))
+    table = np.full((steps, max_length + 1, max_span + 1), np.inf)
+    mean_gram = grams[:, 1:, 1:].mean(axis=0)
+    for start in range(steps):
+        for length in range(1, min(max_length, steps - start) + 1):
+            for span in range(min(max_span, start) + 1):
+                share = lengths[start : start + length] / lengths[start : start + length].sum()
+                weights = np.zeros(steps)
+                weights[start : start + length] += share
+                weights[start] -= 1.0
+                if span:
+                    ahead = float(share @ (np.asarray(sigmas[start : start + length]) - sigmas[start]))
+                    slope = ahead / (sigmas[start] - sigmas[start - span])
+                    weights[start] -= slope
+                    weights[start - span] += slope
+                table[start, length, span] = np.sqrt(max(float(weights @ mean_gram @ weights), 0.0))
+    table[:, 1] = 0.0
+    return table
+
+
+def starts(table: np.ndarray, sigmas: Sequence[float], count: int, dense: int) -> list[tuple[str, np.ndarray]]:
+    """Paths of ``count`` computed steps to search from, each with a name; the first is MeanCache's with gamma 5.
+
+    Args:
+        table: of `deviations`.
+        sigmas: N + 1 noise levels.
+        count: computed steps.
+        dense: how many steps from the first on are computed in any case.
+    """
+    from layercache._core import shortest_path
+
+    steps = len(sigmas) - 1
+    ends = np.minimum(np.arange(steps)[:, None] + np.arange(table.shape[1]), steps)
+    lengths = np.abs(np.asarray(sigmas)[ends] - np.asarray(sigmas[:-1])[:, None])
+    lengths[:, 0] = 1.0  # of no interval, whose deviation is infinite
+    drifts = table * lengths[:, :, None]
+    found = [(f"deviations^{gamma:g}", shortest_path(table, count, gamma=gamma)) for gamma in (5.0, 2.0, 1.0)]
+    found += [(f"drifts^{gamma:g}", shortest_path(drifts, count, gamma=gamma)) for gamma in (0.5, 1.0, 2.0)]
+    paths = [(name, list(path.steps)) for name, path in found if path.feasible]
+    paths.append(("evenly", [round(k * (steps - 1) / max(1, count - 1)) for k in range(count)]))
+    paths.append(("dense start", list(range(dense))))
+    return [(name, _with_count(path, steps, count, dense)) for name, path in paths]
+
+
+def _with_count(path: Sequence[int], steps: int, count: int, dense: int) -> np.ndarray:
+    """The path with its first steps dense and with so many computed ones: the most crowded go, the widest gaps fill."""
+    computed = sorted({0, *range(dense), *path})
+    while len(computed) > max(count, dense, 1):
+        free = [k for k in range(1, len(computed)) if computed[k] >= dense]
+        ends = [*computed, steps]
+        computed.pop(min(free, key=lambda k: ends[k + 1] - ends[k - 1]))
+    while len(computed) < count:
+        ends = [*computed, steps]
+        widest = max(range(len(computed)), key=lambda k: ends[k + 1] - ends[k])
+        computed.insert(widest + 1, (ends[widest] + ends[widest + 1]) // 2)
+    found = np.zeros(steps, dtype=bool)
+    found[computed] = True
+    return found

@@ -1,0 +1,116 @@
+"""The search over whole steps: its cost, what it measures on the way, and what it finds on a tiny pipeline."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from layercache.errors import BudgetError
+from layercache.planning.fit import Forecast
+from layercache.planning.rollout import Rollout, Rollouts, Trace, skipping
+from layercache.planning.surrogate import Answers, deviations, full_grams, starts
+from layercache.planning.whole_steps import EFFORTS, WholeStepSearch, runs_per_budget
+from support.tiny import tiny_pipeline
+
+COUNTS = [21, 18, 15, 9, 6]  # of 30 steps, the budgets .7 .6 .5 .33 .2
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    return Rollouts(
+        tiny_pipeline(), [["cat", "coffee"], "rocket"], [3, 4, 5], num_inference_steps=8, guidance_scale=3.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("effort", "pictures", "expected"),
+    [("quick", 8, [1, 1, 1, 2, 3]), ("normal", 8, [3, 3, 3, 5, 5]), ("thorough", 16, [3, 3, 3, 6, 9])],
+)
+def test_what_each_effort_runs(effort, pictures, expected):
+    found = runs_per_budget(COUNTS, 30, pictures, EFFORTS[effort])
+    cost = pictures * (1 + sum(n * count / 30 for n, count in zip(found, COUNTS, strict=True)))
+    assert cost <= EFFORTS[effort] + 1e-9
+    assert found == expected
+
+
+def test_too_little_effort_for_the_pictures_is_refused():
+    with pytest.raises(BudgetError, match=r"24 pictures and 5 budgets cost 79.2 full generations at least"):
+        runs_per_budget(COUNTS, 30, 24, EFFORTS["normal"])
+
+
+def test_grams_are_of_latents_and_velocities_of_each_picture(rollouts):
+    grams = full_grams(rollouts)
+    assert grams.shape == (3, 9, 9)
+    batch, single = rollouts.full
+    second = torch.stack([batch.latents[0][1].flatten(), *(v[1].flatten() for v in batch.raw)]).double()
+    np.testing.assert_allclose(grams[1], second @ second.T, rtol=1e-12)
+    last = single.raw[-1].double()
+    np.testing.assert_allclose(grams[2, -1, -1], float((last * last).sum()), rtol=1e-12)
+
+
+def test_deviations_are_of_mean_velocities(rollouts):
+    velocities = [v.double() for v in rollouts.full[1].raw]
+    sigmas = rollouts.sigmas
+    table = deviations(full_grams(rollouts)[2:], sigmas, 5, 2)
+    h = [sigmas[k + 1] - sigmas[k] for k in range(8)]
+    slope = (velocities[3] - velocities[1]) / (sigmas[3] - sigmas[1])
+    mean = sum(h[k] * velocities[k] for k in (3, 4, 5)) / sum(h[3:6])
+    forecast = sum(h[k] * (velocities[3] + (sigmas[k] - sigmas[3]) * slope) for k in (3, 4, 5)) / sum(h[3:6])
+    assert table[3, 3, 2] == pytest.approx(float((mean - forecast).norm()), rel=1e-9)
+    assert table[2, 1, 0] == 0 and np.isinf(table[0, 3, 1]) and np.isinf(table[6, 3, 0])
+
+
+def test_starts_have_so_many_steps_and_a_dense_beginning(rollouts):
+    table = deviations(full_grams(rollouts), rollouts.sigmas, 8)
+    for count in range(1, 9):
+        for dense in range(1, count + 1):
+            for _, path in starts(table, rollouts.sigmas, count, dense):
+                assert path.sum() == count and path[:dense].all()
+
+
+def test_answers_to_drift_are_found():
+    """Of traces made with a known answer: between measured steps and over two runs as documented."""
+    random = torch.Generator().manual_seed(0)
+    zeros = [torch.zeros(1, 6, dtype=torch.float64) for _ in range(4)]
+    full = Trace(latents=zeros, raw=list(zeros))
+
+    def run(kappa, eta):
+        trace = Trace()
+        for step in range(4):
+            drift = torch.randn(1, 6, generator=random, dtype=torch.float64) if step else zeros[0]
+            across = torch.randn(1, 6, generator=random, dtype=torch.float64)
+            across -= (across * drift).sum() / max(float(drift.square().sum()), 1e-30) * drift
+            across *= eta * drift.norm() / across.norm()
+            trace.add(drift, None if step == 2 else kappa * step * drift + across)
+        return Rollout(None, (), (trace,))
+
+    given = SimpleNamespace(full=(full,), num_steps=4)
+    answers = Answers.of(given, [run(1.0, 2.0), run(3.0, 8.0)])
+    np.testing.assert_allclose(answers.kappa, [[2.0, 2.0, 4.0, 6.0]], rtol=1e-9)
+    np.testing.assert_allclose(answers.eta, [[4.0] * 4], rtol=1e-9)
+    assert Answers.of(given, []) is None
+
+
+def test_a_search_costs_what_it_says_and_is_repeatable(rollouts):
+    def search():
+        before = rollouts.runs
+        search = WholeStepSearch(rollouts, seed=1)
+        tried = list(search.run([4, 2], [3, 2]))
+        return tried, rollouts.runs - before
+
+    (first, cost), (second, _) = search(), search()
+    assert cost == 5
+    assert [int(one.computed.sum()) for one in first] == [2, 2, 4, 4, 4]
+    assert [one.rollout.psnr for one in first] == [one.rollout.psnr for one in second]
+    assert [one.point.schedule for one in first] == [one.point.schedule for one in second]
+    assert len({one.computed.tobytes() for one in first}) == 4  # only the last of a budget runs a path again
+    assert first[0].point.schedule.used == pytest.approx(2 / 8)
+
+
+def test_weighted_fits_count_pictures_by_what_they_miss(rollouts):
+    """The same path: without weights the picture that misses most rules, with them the others gain."""
+    schedule = skipping(rollouts.fingerprint, [0, 2, 4])
+    psnr = [rollouts.run(schedule, Forecast(terms=2, weighting=q)).psnr for q in (0.0, 1.0)]
+    assert np.mean(psnr[1]) >= np.mean(psnr[0]) - 0.1
+    assert psnr[0] != psnr[1]
