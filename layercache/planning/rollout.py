@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,11 +17,11 @@ from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelE
 from layercache.models.registry import find_transformer, fingerprint_of, spec_for
 from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, fit_velocity
+from layercache.planning.full_run import FullRun
 from layercache.planning.samples import arguments_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
-from layercache.runtime.recording import RecordingRouter
 from layercache.runtime.router import Router
 from layercache.runtime.state import CacheState
 from layercache.runtime.velocity import VelocityTrack, combine
@@ -110,18 +111,6 @@ class RolloutRouter(ScheduleRouter):
         return False
 
 
-class _FullRun(RecordingRouter):
-    """Notes the branches of a full run and the bytes of their streams, image and text."""
-
-    def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
-        super().__init__(transformer, spec, scheduler)
-        self.branches: dict[str, tuple[int, int]] = {}
-
-    def look(self, group: int, before: Any, after: Any) -> None:
-        image, text = after
-        self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
-
-
 class Rollouts:
     """Calibration samples of a pipeline, their full runs, and a way to run any schedule on them.
 
@@ -134,6 +123,12 @@ class Rollouts:
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
+
+    Attributes:
+        full: a trace per sample.
+        pictures: of the full runs, per sample.
+        runs: generations of every sample so far.
+        seconds: of a step of a full run: in the blocks, and in the rest of the model.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
@@ -168,6 +163,7 @@ class Rollouts:
         self.full: tuple[Trace, ...] = ()
         self.pictures: list[np.ndarray] = []
         self._streams: list[dict[str, tuple[int, int]]] = []
+        self.seconds = (0.0, 0.0)
         self.sigmas: tuple[float, ...] = ()
         self.is_euler = False
         self._run_in_full()
@@ -255,7 +251,7 @@ class Rollouts:
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces)
 
     def _run_in_full(self) -> None:
-        watchers = [_FullRun(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
+        watchers = [FullRun(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
         traces = tuple(Trace() for _ in self.prompts)
         forwards: list[int] = []
 
@@ -275,6 +271,8 @@ class Rollouts:
         _check_alone(forwards)
         self.full, self.branches = traces, tuple(watchers[0].branches)
         self._streams = [watcher.branches for watcher in watchers]
+        measured = [watcher.seconds(self.num_steps) for watcher in watchers]
+        self.seconds = (median(blocks for blocks, _ in measured), median(rest for _, rest in measured))
         self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
 
     def _perform(

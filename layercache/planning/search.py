@@ -27,6 +27,7 @@ from layercache.planning.refit import refit, with_terms
 from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
 from layercache.planning.samples import call_settings
 from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
+from layercache.planning.whole_steps import PICTURES, check_effort, first_pictures, search_whole_steps
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -70,12 +71,13 @@ def search(
     pipe: Any,
     prompts: Sequence[Any],
     *,
-    profiles: StabilityProfile | Sequence[StabilityProfile],
+    effort: str | None = None,
+    profiles: StabilityProfile | Sequence[StabilityProfile] | None = None,
     seeds: Sequence[int] | None = None,
     validation: tuple[Sequence[Any], Sequence[int]] | None = None,
     budgets: Sequence[float] = BUDGETS,
     forecasts: Sequence[Forecast] | None = None,
-    trials: int = 40,
+    trials: int | None = None,
     time_limit: float | None = None,
     max_cache_bytes: int | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -88,20 +90,27 @@ def search(
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, by running them.
 
-    For every budget it runs a portfolio once: schedules of whole steps and, from every profile, of its groups, the
-    two best with every forecast. The best schedule of whole steps, and of groups where that is close, is then refined:
-    one computed cell is exchanged for a cached one, in the order of what their errors promise. At last the forecasts
-    of the groups' residuals are fitted while the schedule runs (`layercache.planning.refit.refit`). Nothing is drawn by
-    chance but every fourth exchange, from ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
+    **Without profiles**: schedules of whole steps, for a fixed number of full generations in all, whatever the model:
+    ``effort="quick"`` at most 32, ``"normal"`` 72, ``"thorough"`` 160. Paths are found in a surrogate made of the full
+    runs' inner products, a few of each budget are run, and their forecasts fitted as they run, pictures weighted by
+    what they miss (`layercache.planning.whole_steps`, ours). Of the pictures given 8 are used, 16 by ``"thorough"``.
+
+    **With profiles** of groups of layers, for several times the cost: for every budget it runs a portfolio once,
+    schedules of whole steps and, from every profile, of its groups, the two best with every forecast. The best schedule
+    of whole steps, and of groups where that is close, is then refined: one computed cell is exchanged for a cached one,
+    in the order of what their errors promise. At last the forecasts of the groups' residuals are fitted while the
+    schedule runs (`layercache.planning.refit.refit`). Nothing is drawn by chance but every fourth exchange, from
+    ``seed``. Sources: methods.md §17 (ours), §1.7, §1.8.
 
     Args:
         pipe: a diffusers pipeline.
         prompts, seeds, call: the calibration samples, see `layercache.planning.rollout.Rollouts`.
+        effort: of the search without profiles; ``"normal"`` by default.
         profiles: from `layercache.calibrate`, on the same settings: costs, and the groups to try.
         validation: prompts and seeds that nothing is fitted to; each point of the front is run on them once.
         budgets: shares of the block time.
         forecasts: of velocities; by default steered ones, where the sampler takes Euler steps.
-        trials: exchanges tried per budget and kind of schedule, at most.
+        trials: with profiles: exchanges tried per budget and kind of schedule, at most; 40 by default.
         time_limit: seconds after which no further trial begins; the result then depends on the machine's speed.
         max_cache_bytes: schedules that would store more than this, all branches together, are left out.
         per_branch: also try schedules that compute the guidance branches at different steps.
@@ -113,8 +122,8 @@ def search(
         progress: show a progress bar.
 
     Raises:
-        ArgumentError: there are no profiles, or they are something else.
-        BudgetError: a budget is out of range.
+        ArgumentError: profiles are something else, or an argument belongs to the other kind of search.
+        BudgetError: a budget is out of range, or the pictures cost more than the effort allows.
         ScheduleMismatchError: a profile was measured on something else.
         CalibrationError: as for `Rollouts`.
         UnsupportedModelError: the model gives two outputs (LTX-2), or is of an unknown class.
@@ -123,7 +132,7 @@ def search(
     config = SearchConfig(
         budgets=tuple(budgets),
         forecasts=None if forecasts is None else tuple(forecasts),
-        trials=trials,
+        trials=40 if trials is None else trials,
         time_limit=time_limit,
         max_cache_bytes=max_cache_bytes,
         per_branch=per_branch,
@@ -131,6 +140,24 @@ def search(
         step_probes=step_probes,
         seed=seed,
     )
+    if profiles is None:
+        check_effort(
+            effort, forecasts=forecasts, trials=trials, resume=resume, per_branch=per_branch, step_probes=step_probes
+        )
+        effort = effort or "normal"
+        rollouts = Rollouts(pipe, *first_pictures(prompts, seeds, PICTURES[effort]), **call)
+        found = search_whole_steps(
+            rollouts,
+            config.budgets,
+            effort,
+            time_limit=time_limit,
+            max_cache_bytes=max_cache_bytes,
+            seed=seed,
+            progress=progress,
+        )
+        return _with_validation(found, pipe, validation, call)
+    if effort is not None:
+        raise ArgumentError("effort belongs to the search without profiles; with them give trials", argument="effort")
     measured = _profiles(profiles)
     if resume is not None:
         check_output(resume, "resume")
@@ -143,6 +170,12 @@ def search(
         for budget in sorted(config.budgets, reverse=True):
             state.explore(budget, bar)
     front = Front.of(state.points, _seconds(measured[0]), rollouts.runs, state.notes, tail)
+    return _with_validation(front, pipe, validation, call)
+
+
+def _with_validation(
+    front: Front, pipe: Any, validation: tuple[Sequence[Any], Sequence[int]] | None, call: dict[str, Any]
+) -> Front:
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipe, *validation, **call)))

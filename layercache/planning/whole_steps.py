@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from layercache.errors import BudgetError
+from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
-from layercache.planning.front import Point, quality
-from layercache.planning.rollout import Rollout, Rollouts, skipping
+from layercache.planning.front import Front, Point, quality
+from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
 from layercache.planning.surrogate import Answers, deviations, full_grams, starts, surrogate_of
+
+PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
+"""Of the pictures given, so many are fitted to at most."""
 
 EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
 """Full generations that a search may cost in all, its full runs included."""
 
+BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}<{remaining}{postfix}"
 TERMS = 3
 SIMULATIONS = 900
 DIFFERENCE = 2  # exchanges between two paths that are both run
@@ -91,10 +97,16 @@ class WholeStepSearch:
         rollouts: the pictures, and their full runs.
         seconds: of computing all blocks once, for the schedules.
         seed: of the order in which exchanges are tried in the surrogate.
+        terms: velocities that a forecast combines.
     """
 
-    def __init__(self, rollouts: Rollouts, seconds: float = 1.0, seed: int = 0):
+    def __init__(self, rollouts: Rollouts, seconds: float = 1.0, seed: int = 0, terms: int = TERMS):
         self.rollouts, self.seconds, self.seed = rollouts, seconds, seed
+        self.base = (
+            Forecast("steer", terms=terms)
+            if rollouts.is_euler
+            else Forecast("teacher", terms=terms, everywhere=False)  # what steering would take is not known
+        )
         self.grams = full_grams(rollouts)
         self.tried: list[Tried] = []
 
@@ -115,7 +127,7 @@ class WholeStepSearch:
         """The path to run next, its forecast, and how it was found."""
         share = count / self.rollouts.num_steps
         weighting, other = (0.5, 1.0) if share <= LOW else (1.0, 0.5)
-        forecast = Forecast("steer", terms=TERMS, weighting=weighting)
+        forecast = replace(self.base, weighting=weighting)
         if k == number - 1 and number > 2:
             best = max(own, key=lambda one: one.quality)
             if best.forecast.weighting == weighting:
@@ -143,6 +155,102 @@ class WholeStepSearch:
                 if all((path & ~one.computed).sum() >= difference for one in own):
                     return np.asarray(path)
         return np.asarray(paths[0])
+
+
+def fitting_terms(rollouts: Rollouts, counts: Sequence[int], max_cache_bytes: int | None) -> int:
+    """How many velocities a forecast may combine at most, so that what is stored keeps to this memory.
+
+    Raises:
+        BudgetError: not even one.
+    """
+    widest = skipping(rollouts.fingerprint, range(max(counts)))
+    needs = {terms: rollouts.cache_bytes(with_terms_of(widest, Forecast(terms=terms))) for terms in range(TERMS, 0, -1)}
+    fitting = [terms for terms, needed in needs.items() if max_cache_bytes is None or needed <= max_cache_bytes]
+    if not fitting:
+        raise BudgetError(
+            f"schedules of whole steps store {needs[1]} bytes at least, more than the {max_cache_bytes} allowed",
+            argument="max_cache_bytes",
+        )
+    return fitting[0]
+
+
+def check_effort(effort: str | None, **of_profiles: Any) -> None:
+    """Refuses an unknown effort, and arguments of the search from profiles that were given.
+
+    Raises:
+        ArgumentError: as it says.
+    """
+    if effort is not None and effort not in EFFORTS:
+        raise ArgumentError(f"unknown effort {effort!r}; choose {', '.join(EFFORTS)}", argument="effort")
+    for name, value in of_profiles.items():
+        if value:
+            raise ArgumentError(
+                f"{name} belongs to the search from profiles; give profiles=, or leave it out", argument=name
+            )
+
+
+def first_pictures(
+    prompts: Sequence[Any], seeds: Sequence[int] | None, most: int
+) -> tuple[list[Any], list[int] | None]:
+    """Prompts and seeds of at most so many pictures; a list of prompts is cut."""
+    kept: list[Any] = []
+    left = most
+    for prompt in prompts:
+        if left == 0:
+            break
+        one = list(prompt[:left]) if isinstance(prompt, (list, tuple)) else prompt
+        left -= len(one) if isinstance(one, list) else 1
+        kept.append(one)
+    return kept, None if seeds is None else list(seeds)[: most - left]
+
+
+def search_whole_steps(
+    rollouts: Rollouts,
+    budgets: Sequence[float],
+    effort: str,
+    *,
+    time_limit: float | None = None,
+    max_cache_bytes: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Front:
+    """`layercache.search` on pictures that were run in full; it says what the arguments mean.
+
+    Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
+    """
+    start, pictures, steps = time.monotonic(), sum(map(len, rollouts.pictures)), rollouts.num_steps
+    counts = counts_of(budgets, steps)
+    runs = runs_per_budget(counts, steps, pictures, EFFORTS[effort])
+    cost = pictures * (1 + sum(n * count / steps for n, count in zip(runs, counts, strict=True)))
+    blocks, rest = rollouts.seconds
+    search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes))
+    notes = [f"{pictures} pictures, {cost:.1f} full generations in all"]
+    try:
+        with tqdm(total=cost, initial=pictures, disable=not progress, bar_format=BAR) as bar:
+            for tried in search.run(counts, runs):
+                bar.update(pictures * tried.point.used)
+                bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
+                if time_limit is not None and time.monotonic() - start > time_limit:
+                    notes.append(f"the time limit of {time_limit:g} s ended it after {len(search.tried)} schedules")
+                    break
+    except KeyboardInterrupt:
+        if not search.tried:
+            raise
+        notes.append(f"it was interrupted after {len(search.tried)} schedules")
+    points = [tried.point for tried in search.tried]
+    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, TAIL)
+
+
+def counts_of(budgets: Sequence[float], num_steps: int) -> list[int]:
+    """Computed steps of every budget, each number once.
+
+    Raises:
+        BudgetError: a budget is less than a step.
+    """
+    counts = sorted({math.floor(budget * num_steps + 1e-9) for budget in budgets if budget < 1}, reverse=True)
+    if not counts or counts[-1] < 1:
+        raise BudgetError(f"a budget below 1 and of one of {num_steps} steps at least is needed", argument="budgets")
+    return counts
 
 
 def _dense_starts(count: int, share: float) -> list[int]:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from layercache.errors import BudgetError
+import layercache
+from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
 from layercache.planning.rollout import Rollout, Rollouts, Trace, skipping
 from layercache.planning.surrogate import Answers, deviations, full_grams, starts
-from layercache.planning.whole_steps import EFFORTS, WholeStepSearch, runs_per_budget
+from layercache.planning.whole_steps import EFFORTS, WholeStepSearch, fitting_terms, runs_per_budget
 from support.tiny import tiny_pipeline
 
 COUNTS = [21, 18, 15, 9, 6]  # of 30 steps, the budgets .7 .6 .5 .33 .2
@@ -114,3 +115,60 @@ def test_weighted_fits_count_pictures_by_what_they_miss(rollouts):
     psnr = [rollouts.run(schedule, Forecast(terms=2, weighting=q)).psnr for q in (0.0, 1.0)]
     assert np.mean(psnr[1]) >= np.mean(psnr[0]) - 0.1
     assert psnr[0] != psnr[1]
+
+
+PROMPTS, CALL = [["cat", "coffee"], "rocket"], {"num_inference_steps": 8, "guidance_scale": 3.0, "progress": False}
+
+
+def test_the_front_of_a_search():
+    """Without a profile: of at most the effort's pictures and generations, and it holds on the pipeline."""
+    pipe = tiny_pipeline()
+    front = layercache.search(pipe, [["cat"] * 5, ["rocket"] * 9], budgets=(0.6, 0.3), effort="quick", **CALL)
+    assert [len(point.psnr) for point in front.points] == [8] * len(front.points)
+    assert "8 pictures, 32.0 full generations in all" in front.notes
+    assert {point.schedule.used for point in front.points} <= {2 / 8, 4 / 8}
+    assert front.speedup(front.points[0]) > 1
+    schedule = front.choose(0.6).schedule
+    with layercache.enabled(pipe, schedule) as cache:
+        pipe("cat", generator=torch.Generator().manual_seed(0), num_inference_steps=8, guidance_scale=3.0)
+    assert cache.computed == [2 * round(8 * schedule.used)]  # of both branches
+
+
+def test_an_interrupted_search_keeps_what_it_found(monkeypatch):
+    runs = []
+
+    def run(self, *args, **kwargs):
+        runs.append(args)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    original = Rollouts.run
+    monkeypatch.setattr(Rollouts, "run", run)
+    front = layercache.search(tiny_pipeline(), PROMPTS, budgets=(0.6,), effort="quick", **CALL)
+    assert "it was interrupted after 2 schedules" in front.notes and front.points
+
+
+def test_a_time_limit_ends_a_search():
+    front = layercache.search(tiny_pipeline(), PROMPTS, budgets=(0.6,), effort="quick", time_limit=0.0, **CALL)
+    assert "the time limit of 0 s ended it after 1 schedules" in front.notes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"effort": "heroic"}, "unknown effort 'heroic'; choose quick, normal, thorough"),
+        ({"trials": 3}, "trials belongs to the search from profiles"),
+        ({"resume": "journal.json"}, "resume belongs to the search from profiles"),
+        ({"budgets": (0.01,)}, "of one of 8 steps at least"),
+        ({"max_cache_bytes": 10}, "more than the 10 allowed"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(given, message):
+    with pytest.raises((ArgumentError, BudgetError), match=message):
+        layercache.search(tiny_pipeline(), PROMPTS, **given, **CALL)
+
+
+def test_memory_limits_the_terms(rollouts):
+    one, three = (fitting_terms(rollouts, [4], limit) for limit in (rollouts.full[0].latents[0].nbytes, None))
+    assert (one, three) == (1, 3)

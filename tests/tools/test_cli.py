@@ -564,6 +564,17 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_a_search_without_a_profile(tiny_demo, tmp_path, profile_file):
+    front = tmp_path / "front.json"
+    settings = ("--steps", STEPS, "--effort", "quick", "--samples", 2, "--validation", 1, "--budgets", "0.5")
+    result = invoke("search", "-o", front, *settings)
+    assert result.exit_code == 0, result.output
+    assert "2 pictures, " in result.stdout and "full generations in all" in result.stdout
+    assert layercache.Front.load(front).points[-1].schedule.used <= 0.5
+    assert "the profile is of" in refused(1, "search", profile_file, "--steps", STEPS + 1)
+    assert "effort belongs to the search without profiles" in refused(1, "search", profile_file, "--effort", "quick")
+
+
 def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
     front = tmp_path / "front.json"
     layercache.Front((Point(Schedule.load(schedule_file), "by hand", (40.0,)),), (1.0, 0.1, 0.0)).save(front)
