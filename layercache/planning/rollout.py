@@ -122,6 +122,7 @@ class Rollouts:
         prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
+        on_cost: called with every step that is computed, with the full generations that it costs.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
@@ -137,7 +138,14 @@ class Rollouts:
 
     SOURCE: ClassVar[str] = "make one: layercache.planning.rollout.Rollouts(pipe, prompts)"
 
-    def __init__(self, pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any):
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        on_cost: Callable[[float], object] | None = None,
+        **call: Any,
+    ):
         self.transformer = find_transformer(pipe)
         self.spec = spec_for(self.transformer)
         if self.transformer is pipe or not hasattr(pipe, "scheduler"):
@@ -151,7 +159,7 @@ class Rollouts:
             raise CalibrationError(
                 "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"
             )
-        self.pipeline = pipe
+        self.pipeline, self.on_cost = pipe, on_cost
         self.prompts = list(prompts)
         self.seeds = _seeds_of(self.prompts, seeds)
         self.call = dict(call)
@@ -171,6 +179,15 @@ class Rollouts:
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def num_pictures(self) -> int:
+        return sum(map(len, self.seeds))
+
+    def note_cost(self) -> None:
+        """A step of all pictures was computed."""
+        if self.on_cost is not None:
+            self.on_cost(self.num_pictures / self.num_steps)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -258,6 +275,8 @@ class Rollouts:
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
             forwards.append(watchers[0].forwards)
             self.sigmas = self.sigmas or scheduler_sigmas(self._clones[0].scheduler) or ()
+            if self.sigmas:
+                self.note_cost()
             for trace, (velocity, latents) in zip(traces, items, strict=True):
                 trace.add(latents, velocity, velocity)
             return [velocity for velocity, _ in items]
@@ -308,7 +327,7 @@ class RolloutRun:
     def __init__(
         self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, start: Rollout | None, first: int
     ):
-        self.sigmas, self.full = rollouts.sigmas, rollouts.full
+        self.sigmas, self.full, self.note_cost = rollouts.sigmas, rollouts.full, rollouts.note_cost
         self.schedule, self.forecast, self.start, self.first = schedule, forecast, start, first
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
@@ -317,6 +336,8 @@ class RolloutRun:
         if step < self.first and self.start is not None:
             return self._repeat(step, self.start)
         runs = not self.schedule.is_skipped(step)
+        if runs:
+            self.note_cost()
         for trace, (velocity, latents) in zip(self.traces, items, strict=True):
             trace.add(latents, velocity.clone() if runs else None)
         rule = self.schedule.velocity(step) if self.forecast is None else self._fit(step, self.forecast)

@@ -27,7 +27,7 @@ from layercache.planning.refit import refit, with_terms
 from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
 from layercache.planning.samples import call_settings
 from layercache.planning.scores import cell_needs, step_needs, step_weights, velocity_errors
-from layercache.planning.whole_steps import PICTURES, check_effort, first_pictures, search_whole_steps
+from layercache.planning.whole_steps import check_effort, search_whole_steps
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -144,16 +144,17 @@ def search(
         check_effort(
             effort, forecasts=forecasts, trials=trials, resume=resume, per_branch=per_branch, step_probes=step_probes
         )
-        effort = effort or "normal"
-        rollouts = Rollouts(pipe, *first_pictures(prompts, seeds, PICTURES[effort]), **call)
         found = search_whole_steps(
-            rollouts,
+            pipe,
+            prompts,
+            seeds,
             config.budgets,
-            effort,
+            effort or "normal",
             time_limit=time_limit,
             max_cache_bytes=max_cache_bytes,
             seed=seed,
             progress=progress,
+            **call,
         )
         return _with_validation(found, pipe, validation, call)
     if effort is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from layercache.errors import CalibrationError
 from layercache.planning.fit import Forecast
 from layercache.planning.rollout import Rollout, Rollouts, Trace
 
@@ -30,13 +31,24 @@ def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_grams(rollouts: Rollouts) -> np.ndarray:
-    """Inner products of first latents and velocities of every picture's full run, ``[P, N + 1, N + 1]``."""
+    """Inner products of first latents and velocities of every picture's full run, ``[P, N + 1, N + 1]``.
+
+    Raises:
+        CalibrationError: a full run is not finite.
+    """
     found = []
     for trace in rollouts.full:
         vectors = [trace.latents[0], *trace.raw]
         for picture in range(len(trace.latents[0])):
             rows = torch.stack([v[picture].flatten() for v in vectors if v is not None]).double()
             found.append((rows @ rows.T).cpu().numpy())
+    bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
+    if bad:
+        raise CalibrationError(
+            f"the full run of picture {', '.join(bad)} holds NaN or infinity: leave it out, or run the model in a "
+            "wider number format",
+            argument="prompts",
+        )
     return np.stack(found)
 
 

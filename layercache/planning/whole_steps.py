@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
 EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
 """Full generations that a search may cost in all, its full runs included."""
 
-BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}<{remaining}{postfix}"
+BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left{postfix}"
 TERMS = 3
 SIMULATIONS = 900
 DIFFERENCE = 2  # exchanges between two paths that are both run
@@ -44,23 +45,19 @@ def runs_per_budget(counts: Sequence[int], num_steps: int, pictures: int, genera
         BudgetError: one schedule of each budget costs more.
     """
     wanted = [3 if count > LOW * num_steps else 5 if count > 0.25 * num_steps else 6 for count in counts]
-    shares = [count / num_steps for count in counts]
     runs = [1] * len(counts)
-
-    def cost() -> float:
-        return pictures * (1 + sum(n * share for n, share in zip(runs, shares, strict=True)))
-
-    if cost() > generations + 1e-9:
+    least = cost_of(counts, runs, num_steps, pictures)
+    if least > generations + 1e-9:
         raise BudgetError(
-            f"{pictures} pictures and {len(counts)} budgets cost {cost():.1f} full generations at least, more than the "
+            f"{pictures} pictures and {len(counts)} budgets cost {least:.1f} full generations at least, more than the "
             f"{generations:g} of this effort; give fewer pictures or budgets, or a higher effort",
             argument="effort",
         )
     open_ = set(range(len(counts)))
     while open_:
-        k = min(open_, key=lambda k: (runs[k] / wanted[k], shares[k]))
+        k = min(open_, key=lambda k: (runs[k] / wanted[k], counts[k]))
         runs[k] += 1
-        if cost() > generations + 1e-9 or runs[k] > 2 * wanted[k]:
+        if cost_of(counts, runs, num_steps, pictures) > generations + 1e-9 or runs[k] > 2 * wanted[k]:
             runs[k] -= 1
             open_.remove(k)
     return runs
@@ -205,7 +202,9 @@ def first_pictures(
 
 
 def search_whole_steps(
-    rollouts: Rollouts,
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
     budgets: Sequence[float],
     effort: str,
     *,
@@ -213,32 +212,55 @@ def search_whole_steps(
     max_cache_bytes: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    **call: Any,
 ) -> Front:
-    """`layercache.search` on pictures that were run in full; it says what the arguments mean.
+    """`layercache.search` without profiles; it says what the arguments mean.
 
     Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
     """
-    start, pictures, steps = time.monotonic(), sum(map(len, rollouts.pictures)), rollouts.num_steps
-    counts = counts_of(budgets, steps)
-    runs = runs_per_budget(counts, steps, pictures, EFFORTS[effort])
-    cost = pictures * (1 + sum(n * count / steps for n, count in zip(runs, counts, strict=True)))
-    blocks, rest = rollouts.seconds
-    search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes))
-    notes = [f"{pictures} pictures, {cost:.1f} full generations in all"]
-    try:
-        with tqdm(total=cost, initial=pictures, disable=not progress, bar_format=BAR) as bar:
+    start = time.monotonic()
+    prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort])
+    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
+    steps = steps_of(pipe, call)
+    if steps is not None and pictures:  # before anything runs
+        counts = counts_of(budgets, steps)
+        runs_per_budget(counts, steps, pictures, EFFORTS[effort])
+    with tqdm(disable=not progress, bar_format=BAR, total=EFFORTS[effort]) as bar:
+        bar.set_postfix_str("full runs")
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
+        counts = counts_of(budgets, rollouts.num_steps)
+        runs = runs_per_budget(counts, rollouts.num_steps, pictures, EFFORTS[effort])
+        bar.total = cost_of(counts, runs, rollouts.num_steps, pictures)
+        notes = [f"{pictures} pictures, {bar.total:.1f} full generations in all"]
+        blocks, rest = rollouts.seconds
+        search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes))
+        try:
             for tried in search.run(counts, runs):
-                bar.update(pictures * tried.point.used)
                 bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
                 if time_limit is not None and time.monotonic() - start > time_limit:
                     notes.append(f"the time limit of {time_limit:g} s ended it after {len(search.tried)} schedules")
                     break
-    except KeyboardInterrupt:
-        if not search.tried:
-            raise
-        notes.append(f"it was interrupted after {len(search.tried)} schedules")
+        except KeyboardInterrupt:
+            if not search.tried:
+                raise
+            notes.append(f"it was interrupted after {len(search.tried)} schedules")
     points = [tried.point for tried in search.tried]
     return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, TAIL)
+
+
+def steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:
+    """How many steps a call of the pipeline takes, as far as its arguments say."""
+    for name in ("timesteps", "sigmas"):
+        if call.get(name) is not None:
+            return len(call[name])
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    steps = call.get("num_inference_steps", None if parameter is None else parameter.default)
+    return steps if isinstance(steps, int) and call.get("strength") is None else None
+
+
+def cost_of(counts: Sequence[int], runs: Sequence[int], num_steps: int, pictures: int) -> float:
+    """Full generations that the full runs and so many runs of each budget cost."""
+    return pictures * (1 + sum(n * count for n, count in zip(runs, counts, strict=True)) / num_steps)
 
 
 def counts_of(budgets: Sequence[float], num_steps: int) -> list[int]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError
@@ -167,6 +168,29 @@ def test_a_time_limit_ends_a_search():
 def test_what_cannot_be_searched_is_refused(given, message):
     with pytest.raises((ArgumentError, BudgetError), match=message):
         layercache.search(tiny_pipeline(), PROMPTS, **given, **CALL)
+
+
+def test_the_cost_is_refused_before_anything_runs(monkeypatch):
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe.transformer), "forward", None)
+    with pytest.raises(BudgetError, match=r"8 pictures and 7 budgets cost 36.0 full generations at least"):
+        budgets = [k / 8 for k in range(1, 8)]
+        layercache.search(pipe, [["cat"] * 8], budgets=budgets, effort="quick", **CALL)
+
+
+class Halved(FlowMatchEulerDiscreteScheduler):
+    """A sampler that takes other steps than Euler's."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(0.5 * model_output, *args, **kwargs)
+
+
+def test_a_sampler_without_euler_steps_is_searched_too():
+    """What would steer it is not known: forecasts are fitted to the full run's velocity."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = Halved.from_config(pipe.scheduler.config)
+    front = layercache.search(pipe, PROMPTS, budgets=(0.6,), effort="quick", **CALL)
+    assert front.points and "teacher" in front.points[-1].origin
 
 
 def test_memory_limits_the_terms(rollouts):
