@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from layercache.schedule.schedule import Schedule, Velocity
 
 TARGETS = ("none", "open", "teacher", "steer")
 SOLVES = 3
+CHUNK = 1 << 15
 WEIGHT_FLOOR = 1e-3
 """Of the mean square that is missed, added to every picture's: one that is met exactly does not outweigh all others."""
 
@@ -104,26 +106,34 @@ def fit_velocity(
     names += [("a", 0)] if forecast.latents else []
     if not names:
         return Velocity({sources[0]: 1.0})
-    products = []
-    for own, x, target in zip(features, latents, targets, strict=True):
-        base = _pictures(own[0])
-        columns = [
-            _pictures(own[k]) - base if kind == "d" else base if kind == "b" else _pictures(x) for kind, k in names
-        ]
-        matrix = torch.stack([*columns, _pictures(target) - base], dim=1)
-        products.append((matrix @ matrix.mT).cpu().numpy())
-    found = np.concatenate(products)
-    if not np.isfinite(found).all():
+    # rows give the terms, and the target less F_0, of F_0, F_1, .., x and the target
+    count = len(sources)
+    rows = np.zeros((len(names) + 1, count + 2))
+    for row, (kind, k) in zip(rows, names, strict=False):
+        row[{"d": k, "b": 0, "a": count}[kind]] = 1.0
+        row[0] -= kind == "d"
+    rows[-1, [0, -1]] = -1.0, 1.0
+    samples = zip(features, latents, targets, strict=True)
+    grams = np.concatenate([inner_products([*own[:count], x, target]) for own, x, target in samples])
+    if not np.isfinite(grams).all():
         raise CalibrationError(f"a velocity at step {step} is NaN or infinite; no forecast can be fitted to this run")
+    found = rows @ grams @ rows.T
     solution = dict(zip(names, solve_weighted(found, forecast.ridge, forecast.weighting), strict=True))
     coefficients = {source: solution.get(("d", k), 0.0) for k, source in enumerate(sources)}
     coefficients[sources[0]] = 1.0 - sum(coefficients.values()) + solution.get(("b", 0), 0.0)
     return Velocity(coefficients, float(solution.get(("a", 0), 0.0)))
 
 
-def _pictures(tensor: torch.Tensor) -> torch.Tensor:
-    """A batch as one row per picture, ``[B, elements]``."""
-    return (tensor.flatten(1) if tensor.dim() > 1 else tensor[None]).double()
+def inner_products(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Inner products of a sample's tensors ``[B, ...]``, per picture: ``[B, T, T]``, float64."""
+    flat = [t.flatten(1) if t.dim() > 1 else t[None] for t in tensors]
+    # on a CPU as much at a time as stays in its caches
+    size = flat[0].shape[1] if flat[0].is_cuda else CHUNK
+    total: Any = 0.0
+    for parts in zip(*(t.split(size, dim=1) for t in flat), strict=True):
+        matrix = torch.stack([part.double() for part in parts], dim=1)
+        total = total + matrix @ matrix.mT
+    return np.asarray(total.cpu().numpy())
 
 
 def solve_weighted(products: np.ndarray, ridge: float, weighting: float) -> list[float]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from layercache.errors import CalibrationError
-from layercache.planning.fit import Forecast
+from layercache.planning.fit import Forecast, inner_products
 from layercache.planning.rollout import Rollout, Rollouts, Trace
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def full_grams(rollouts: Rollouts) -> np.ndarray:
     found = []
     for trace in rollouts.full:
         vectors = [trace.latents[0], *trace.raw]
-        for picture in range(len(trace.latents[0])):
-            rows = torch.stack([v[picture].flatten() for v in vectors if v is not None]).double()
-            found.append((rows @ rows.T).cpu().numpy())
+        found += list(inner_products([v for v in vectors if v is not None]))
     bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
     if bad:
         raise CalibrationError(

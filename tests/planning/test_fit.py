@@ -111,3 +111,8 @@ def test_ridge_solution_of_its_definition():
 def test_refusals(arguments, message):
     with pytest.raises(ScheduleError, match=message):
         Forecast(**arguments)
+
+
+def test_names():
+    names = {HOLD: "hold", Forecast(): "steer-all n=4+x+b", Forecast("open", latents=False, free_sum=False): "open n=4"}
+    assert {forecast: forecast.name for forecast in names} == names

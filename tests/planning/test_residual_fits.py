@@ -115,3 +115,17 @@ def test_files_keep_the_inner_products_and_old_ones_say_so(profile, tmp_path):
         replace(profile, tables=spoiled)
     with pytest.raises(ScheduleError, match="1 to 8"):
         fit_residuals(profile, layercache.Schedule.compute_all(profile.fingerprint), 9)
+
+
+def test_branches_with_cells_of_their_own_are_fitted_apart(pipe):
+    call = CALL | {"guidance_scale": 4.0}
+    both = layercache.calibrate(pipe, ["cat"], seeds=[0], progress=False, max_distance=5, max_span=4, **call)
+    first, second = both.fingerprint.branches
+    schedule = made_for(pipe, both)
+    fitted = fit_residuals(both, replace(schedule, branch_cells={second: schedule.cells}))
+    assert fitted.cells != fitted.branch_cells[second]
+    for branch, cells in enumerate((fitted.cells, fitted.branch_cells[second])):
+        gram = np.zeros_like(both.tables["image_gram"])
+        gram[:, branch] = both.tables["image_gram"][:, branch]
+        alone = replace(both, tables={**both.tables, "image_gram": gram})
+        assert cells == fit_residuals(alone, schedule).cells

@@ -130,3 +130,7 @@ def test_a_tally_follows_a_run_from_where_it_begins():
     scheduler.timesteps = scheduler.timesteps.clone()
     assert tally.step(torch.tensor(400)) == 2  # another list in the middle of a run
     assert tally.step(None) == 2
+    scheduler.timesteps = torch.tensor([500])
+    assert tally.step(torch.tensor(500)) == 0  # a run of one step
+    scheduler.timesteps = torch.tensor([])
+    assert tally.step(torch.tensor(500)) is None

@@ -8,13 +8,14 @@ import gc
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
-from layercache.errors import LayerCacheWarning
+from layercache.errors import LayerCacheWarning, ScheduleMismatchError
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
@@ -315,3 +316,29 @@ def test_a_branch_at_an_earlier_step_begins_a_generation():
             with cache.step(step, branch=branch):
                 call(model, inputs)
         assert cache.decisions == {"uncond": (True,)}
+
+
+def test_a_step_outside_the_schedule_is_refused():
+    model, inputs = build("FluxTransformer2DModel")
+    plan = schedule(model, (None,) * 3, ({0: 1.0},) * 3, (None,) * 3)
+    with layercache.enabled(model, plan) as cache:
+        with cache.step(3), pytest.raises(ScheduleMismatchError, match="step 3 lies outside the 3 steps"):
+            call(model, inputs)
+    counter = SimpleNamespace(timesteps=torch.arange(4.0), step_index=3)  # has no noise levels to compare
+    with layercache.enabled(model, plan, counter):
+        with pytest.raises(ScheduleMismatchError, match="step 3 lies outside the 3 steps"):
+            call(model, inputs)
+
+
+@pytest.mark.parametrize(("timestep", "is_near"), [(1.0059, True), (994.5, True), (0.9939, False), (1006.5, False)])
+def test_a_timestep_is_a_sigma_or_a_thousand_times_as_large(timestep, is_near):
+    """Within 0.006 of the first sigma, 1.0."""
+    model, inputs = build("FluxTransformer2DModel")
+    inputs["timestep"] = torch.full_like(inputs["timestep"], timestep, dtype=torch.float32)
+    with layercache.enabled(model, schedule(model, (None,) * 3, ({0: 1.0},) * 3, (None,) * 3)) as cache:
+        if is_near:
+            call(model, inputs)
+            assert cache.report().generations == 1
+        else:
+            with pytest.raises(ScheduleMismatchError, match="no step of the schedule"):
+                call(model, inputs)

@@ -18,6 +18,7 @@ from layercache.errors import CacheStateError, ForeignCacheError, NonFiniteResid
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import DBCache, FBCache
 from layercache.runtime.attachment import attachment_of
+from layercache.runtime.storage import Buffer, Storage, check_alike
 from support.forwards import call, schedule, stepping
 from support.marks import slow
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
@@ -391,3 +392,13 @@ def test_storage_is_checked(pipe, plan):
     with pytest.raises(CacheStateError, match="EasyCache stores others"):
         layercache.enable(pipe, EasyCache(), storage="compact")
     assert attachment_of(pipe.transformer) is None
+
+
+def test_streams_are_described():
+    stream = torch.zeros(1, 2, 3)
+    with pytest.raises(CacheStateError, match=r"is of shape \(1, 2, 3\) and torch.float32 and gives .* is not there;"):
+        check_alike(stream, None)
+
+
+def test_a_slot_without_memory_holds_nothing_bad():
+    assert Storage().is_finite(Buffer())
