@@ -118,19 +118,25 @@ def save_block_map(path: Path, pipe: DemoPipeline, prompts: list[str], seed: int
     save_maps(path, [MapPanel(title, profile.groups, profile.fingerprint.sigmas, change)])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Options of what is run: the model, its settings, and where the results go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.33, 0.25])
     parser.add_argument("--calibration", type=int, default=24, help="pictures to fit to, seeds from 1000 on")
     parser.add_argument("--seeds", type=int, default=48, help="held-out pictures, seeds from 0 on")
     parser.add_argument("--trials", type=int, default=40, help="exchanges per budget")
     parser.add_argument("--tail", type=float, default=0.5, help="weight of the 10 %% quantile beside the mean")
     parser.add_argument("--partitions", nargs="*", default=["thirds"], help="groups to try besides whole steps")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pareto import load, meancache_points, samples
+from pareto import load, meancache_points, parser_of, samples
 from rich.console import Console
 from rich.table import Table
 
@@ -65,15 +65,10 @@ def row(name: str, budget: float, used: float, origin: str, psnr: list[float]) -
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
+    parser = parser_of(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.33, 0.2])
     parser.add_argument("--effort", choices=list(EFFORTS), default="normal")
     parser.add_argument("--seeds", type=int, default=24, help="held-out pictures, seeds from 0 on")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
     return parser.parse_args(argv)
 
 

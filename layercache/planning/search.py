@@ -152,6 +152,7 @@ def search(
             effort or "normal",
             time_limit=time_limit,
             max_cache_bytes=max_cache_bytes,
+            tail=tail,
             seed=seed,
             progress=progress,
             **call,

@@ -21,6 +21,8 @@ from layercache.planning.rollout import Rollout, Rollouts, Trace
 if TYPE_CHECKING:
     from layercache._core import Surrogate
 
+Measured = tuple[np.ndarray, np.ndarray]
+
 STRESS = (1.0, 2.0)
 """Every picture is simulated with so many times the drift's answer across it: few calibration pictures go astray."""
 
@@ -65,13 +67,12 @@ class Answers:
     eta: np.ndarray
 
     @classmethod
-    def of(cls, rollouts: Rollouts, runs: Sequence[Rollout]) -> Answers | None:
-        """As measured at the computed steps of runs that have drifted; ``None`` where none has.
+    def of(cls, measured: Sequence[Measured]) -> Answers | None:
+        """From what runs have shown, `answers_of` each; ``None`` where none has.
 
-        Between steps they are interpolated. Over m runs the mean of kappa and of log eta is taken, and drawn to the
-        median over the pictures by ``1 / (m + 1)``.
+        Over m runs the mean of kappa and of log eta is taken, and drawn to the median over the pictures by
+        ``1 / (m + 1)``.
         """
-        measured = [found for run in runs if (found := _answers_of(rollouts, run)) is not None]
         if not measured:
             return None
         kappa, log_eta = (np.mean([one[k] for one in measured], axis=0) for k in (0, 1))
@@ -80,8 +81,11 @@ class Answers:
         return cls(kappa, np.exp(log_eta))
 
 
-def _answers_of(rollouts: Rollouts, run: Rollout) -> tuple[np.ndarray, np.ndarray] | None:
-    """kappa and log eta of one run, each ``[P, N]``."""
+def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:
+    """kappa and log eta of one run, each ``[P, N]``; ``None`` where it has not drifted at a computed step.
+
+    Between computed steps they are interpolated.
+    """
     pairs = list(zip(run.traces, rollouts.full, strict=True))
     steps, found = [], []
     for step in range(rollouts.num_steps):
@@ -166,7 +170,7 @@ def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_
 
 
 def starts(table: np.ndarray, sigmas: Sequence[float], count: int, dense: int) -> list[tuple[str, np.ndarray]]:
-    """Paths of ``count`` computed steps to search from, each with a name; the first is MeanCache's with gamma 5.
+    """Paths of ``count`` computed steps to search from, each with a name; the first suppresses peaks of the deviation.
 
     Args:
         table: of `deviations`.

@@ -16,7 +16,7 @@ from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
-from layercache.planning.surrogate import Answers, deviations, full_grams, starts, surrogate_of
+from layercache.planning.surrogate import Answers, Measured, answers_of, deviations, full_grams, starts, surrogate_of
 
 PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
 """Of the pictures given, so many are fitted to at most."""
@@ -65,16 +65,19 @@ def runs_per_budget(counts: Sequence[int], num_steps: int, pictures: int, genera
 
 @dataclass(frozen=True)
 class Tried:
-    """A path that was run with a forecast."""
+    """A path that was run with a forecast.
+
+    Attributes:
+        rollout: without its traces, which would fill the memory.
+        answers: that it showed to its drift.
+    """
 
     computed: np.ndarray
     forecast: Forecast
     origin: str
     rollout: Rollout
-
-    @property
-    def quality(self) -> float:
-        return quality(self.rollout.psnr, TAIL)
+    quality: float
+    answers: Measured | None
 
     @property
     def point(self) -> Point:
@@ -95,10 +98,11 @@ class WholeStepSearch:
         seconds: of computing all blocks once, for the schedules.
         seed: of the order in which exchanges are tried in the surrogate.
         terms: velocities that a forecast combines.
+        tail: weight of the 10 % quantile beside the mean.
     """
 
-    def __init__(self, rollouts: Rollouts, seconds: float = 1.0, seed: int = 0, terms: int = TERMS):
-        self.rollouts, self.seconds, self.seed = rollouts, seconds, seed
+    def __init__(self, rollouts: Rollouts, seconds: float = 1.0, seed: int = 0, terms: int = TERMS, tail: float = TAIL):
+        self.rollouts, self.seconds, self.seed, self.tail = rollouts, seconds, seed, tail
         self.base = (
             Forecast("steer", terms=terms)
             if rollouts.is_euler
@@ -114,11 +118,15 @@ class WholeStepSearch:
         for count, number in sorted(zip(counts, runs, strict=True)):
             own: list[Tried] = []
             for k in range(number):
-                path, forecast, origin = self._next(count, k, number, own)
-                schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
-                own.append(Tried(path, forecast, origin, self.rollouts.run(schedule, forecast)))
+                own.append(self._run(*self._next(count, k, number, own)))
                 self.tried.append(own[-1])
                 yield own[-1]
+
+    def _run(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
+        schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
+        rollout = self.rollouts.run(schedule, forecast)
+        score, answers = quality(rollout.psnr, self.tail), answers_of(self.rollouts, rollout)
+        return Tried(path, forecast, origin, replace(rollout, traces=()), score, answers)
 
     def _next(self, count: int, k: int, number: int, own: Sequence[Tried]) -> tuple[np.ndarray, Forecast, str]:
         """The path to run next, its forecast, and how it was found."""
@@ -131,7 +139,7 @@ class WholeStepSearch:
                 return best.computed, replace(forecast, weighting=other), best.origin
             return best.computed, forecast, best.origin
         dense = _dense_starts(count, share)
-        answers = Answers.of(self.rollouts, [one.rollout for one in self.tried])
+        answers = Answers.of([one.answers for one in self.tried if one.answers is not None])
         if answers is None or (k == 0 and share <= LOW):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
@@ -210,6 +218,7 @@ def search_whole_steps(
     *,
     time_limit: float | None = None,
     max_cache_bytes: int | None = None,
+    tail: float = TAIL,
     seed: int = 0,
     progress: bool = True,
     **call: Any,
@@ -233,7 +242,7 @@ def search_whole_steps(
         bar.total = cost_of(counts, runs, rollouts.num_steps, pictures)
         notes = [f"{pictures} pictures, {bar.total:.1f} full generations in all"]
         blocks, rest = rollouts.seconds
-        search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes))
+        search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes), tail)
         try:
             for tried in search.run(counts, runs):
                 bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
@@ -245,7 +254,7 @@ def search_whole_steps(
                 raise
             notes.append(f"it was interrupted after {len(search.tried)} schedules")
     points = [tried.point for tried in search.tried]
-    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, TAIL)
+    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, tail)
 
 
 def steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:

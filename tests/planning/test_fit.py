@@ -6,6 +6,7 @@ import torch
 
 from layercache.errors import CalibrationError, ScheduleError
 from layercache.planning.fit import HOLD, Forecast, fit_velocity, solve_ridge
+from support.weighted_fit import weighted
 
 SHAPE = (2, 16, 8)
 
@@ -111,6 +112,24 @@ def test_ridge_solution_of_its_definition():
 def test_refusals(arguments, message):
     with pytest.raises(ScheduleError, match=message):
         Forecast(**arguments)
+
+
+@pytest.mark.parametrize("weighting", [0.0, 0.5, 1.0])
+def test_weights_against_numpy(weighting):
+    """Every picture of every sample counts by what it misses."""
+    samples = [tensors(4, seed) for seed in range(3)]
+    samples[2][3] *= 10  # pictures that have gone astray
+    forecast = Forecast(terms=2, ridge=1e-5, weighting=weighting)
+    found = fit_velocity(
+        forecast, 5, [4, 1], [s[:2] for s in samples], [s[2] for s in samples], [s[3] for s in samples]
+    )
+    matrices, targets = [], []
+    for sample in samples:
+        for newest, older, x, target in zip(*(t.flatten(1).numpy() for t in sample), strict=True):
+            matrices.append(np.stack([older - newest, newest, x]))
+            targets.append(target - newest)
+    d, b, a = weighted(matrices, targets, 1e-5, weighting)
+    assert [found.terms[1], found.terms[4], found.latents] == pytest.approx([d, 1 - d + b, a], abs=1e-9)
 
 
 def test_names():

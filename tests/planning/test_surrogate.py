@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from layercache import _core
+from support.weighted_fit import weighted
 
 
 def full_runs(pictures=3, steps=9, elements=40, seed=0):
@@ -25,19 +26,6 @@ def full_runs(pictures=3, steps=9, elements=40, seed=0):
 def grams_of(start, velocities):
     vectors = np.concatenate([start[:, None], velocities], axis=1)
     return vectors @ np.swapaxes(vectors, 1, 2)
-
-
-def weighted(matrices, targets, ridge, weighting, rounds=3):
-    """Ridge regression over pictures, weighted by what each misses."""
-    weights = np.full(len(matrices), 1 / len(matrices))
-    for _ in range(rounds if weighting else 1):
-        gram = sum(w * m @ m.T for w, m in zip(weights, matrices, strict=True))
-        right = sum(w * m @ t for w, m, t in zip(weights, matrices, targets, strict=True))
-        solution = np.linalg.solve(gram + ridge * np.diag(np.diag(gram)), right)
-        missed = np.array([np.sum((m.T @ solution - t) ** 2) for m, t in zip(matrices, targets, strict=True)])
-        weights = (missed + 1e-3 * missed.mean()) ** -weighting
-        weights /= weights.sum()
-    return solution
 
 
 def simulated(sigmas, start, velocities, kappa, eta, computed, terms, ridge, weighting):
