@@ -256,6 +256,7 @@ std::vector<StepMask> read_paths(const char* name, const Bools& paths, const Sur
     return found;
 }
 
+// A copy, as the next: a run is written into the surrogate, and threads may share one.
 py::array_t<double> simulate(Surrogate surrogate, const Bools& computed) {
     const std::vector<StepMask> paths = read_paths("computed", computed, surrogate);
     py::array_t<double> psnr({static_cast<py::ssize_t>(paths.size()), static_cast<py::ssize_t>(surrogate.pictures())});

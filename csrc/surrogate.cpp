@@ -115,6 +115,7 @@ Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
         run.wanted.resize(width_);
         run.made.assign(problem.terms, std::vector<double>(width_));
     }
+    problem_.grams = nullptr; // the caller's, of which everything was copied
     products_.resize(static_cast<std::size_t>(problem.pictures) * (problem.terms + 2) * (problem.terms + 2));
 }
 

@@ -1,8 +1,8 @@
 """The surrogate of cached runs: what a schedule of whole steps gives, predicted from full runs and earlier cached ones.
 
 Every steered run lives, but for the model's answer to its drift, in the span of the full run's first latents and
-velocities. Their inner products and the measured answers simulate a schedule in under a millisecond, forecasts
-and all, without the model (`layercache._core.Surrogate`). Source: ours.
+velocities. Their inner products and the measured answers simulate a schedule, forecasts and all, without
+running the model (`layercache._core.Surrogate`). Source: ours.
 """
 
 from __future__ import annotations
