@@ -220,7 +220,7 @@ void check_finite(const char* name, const double* values, py::ssize_t count) {
 
 Surrogate surrogate_of(const Doubles& grams, const Doubles& kappa, const Doubles& eta,
                        const std::vector<double>& sigmas, double elements, Whole terms, double ridge,
-                       double weighting) {
+                       double weighting, const std::vector<int>& folds) {
     const auto span = static_cast<py::ssize_t>(sigmas.size());
     if (grams.ndim() != 3 || grams.size() == 0 || grams.shape(1) != span || grams.shape(2) != span || span < 2) {
         refuse_shape("grams", "[pictures, sigmas, sigmas] with at least 1, 2 and 2 entries", grams);
@@ -236,6 +236,7 @@ Surrogate surrogate_of(const Doubles& grams, const Doubles& kappa, const Doubles
     problem.terms = terms.value;
     problem.ridge = ridge;
     problem.weighting = weighting;
+    problem.folds = folds;
     check_finite("grams", grams.data(), grams.size());
     check_finite("kappa", kappa.data(), kappa.size());
     check_finite("eta", eta.data(), eta.size());
@@ -257,7 +258,7 @@ std::vector<StepMask> read_paths(const char* name, const Bools& paths, const Sur
 }
 
 // A copy, as the next: a run is written into the surrogate, and threads may share one.
-py::array_t<double> simulate(Surrogate surrogate, const Bools& computed) {
+py::array_t<double> simulate(Surrogate surrogate, const Bools& computed, bool leave_out) {
     const std::vector<StepMask> paths = read_paths("computed", computed, surrogate);
     py::array_t<double> psnr({static_cast<py::ssize_t>(paths.size()), static_cast<py::ssize_t>(surrogate.pictures())});
     double* next = psnr.mutable_data();
@@ -265,14 +266,14 @@ py::array_t<double> simulate(Surrogate surrogate, const Bools& computed) {
     const Interrupt interrupt(look_for_signals);
     for (const StepMask& path : paths) {
         interrupt.poll();
-        const std::vector<double> found = surrogate.simulate(path);
+        const std::vector<double> found = surrogate.simulate(path, leave_out);
         next = std::copy(found.begin(), found.end(), next);
     }
     return psnr;
 }
 
 py::tuple explore_paths(Surrogate surrogate, const Bools& starts, const Bools& fixed, Whole limit,
-                        unsigned long long seed) {
+                        unsigned long long seed, bool leave_out, double tail) {
     Exploration exploration;
     exploration.starts = read_paths("starts", starts, surrogate);
     if (fixed.ndim() != 1 || fixed.shape(0) != surrogate.steps()) {
@@ -281,6 +282,8 @@ py::tuple explore_paths(Surrogate surrogate, const Bools& starts, const Bools& f
     exploration.fixed.assign(fixed.data(), fixed.data() + fixed.size());
     exploration.limit = limit.value;
     exploration.seed = seed;
+    exploration.leave_out = leave_out;
+    exploration.tail = tail;
     Explored found;
     {
         const py::gil_scoped_release released;
@@ -299,15 +302,19 @@ const char* const surrogate_doc =
 grams[p] holds those of x*_0, v_0 .. v_{N-1}: first latents and velocities of picture p's full run. At a computed step
 the model answers a drift e with v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being across everything else; forecasts of
 `terms` velocities are fitted at every drifted step, pictures weighted by the power -weighting of what they miss.
-elements is how many numbers a picture's latents have.)";
+elements is how many numbers a picture's latents have. With leave_out every picture takes the forecasts fitted to those of
+other folds alone; folds[p] is the one that picture p is in, by default one of its own.)";
 
 void bind_surrogate(py::module_& module) {
     py::class_<Surrogate>(module, "Surrogate", surrogate_doc)
         .def(py::init(&surrogate_of), py::arg("grams"), py::arg("kappa"), py::arg("eta"), py::arg("sigmas"),
-             py::arg("elements"), py::arg("terms") = 3, py::arg("ridge") = 1e-5, py::arg("weighting") = 1.0)
-        .def("simulate", &simulate, py::arg("computed"), "PSNR in dB of every path and picture, [paths, pictures].")
+             py::arg("elements"), py::arg("terms") = 3, py::arg("ridge") = 1e-5, py::arg("weighting") = 1.0,
+             py::arg("folds") = std::vector<int>{})
+        .def("simulate", &simulate, py::arg("computed"), py::arg("leave_out") = false,
+             "PSNR in dB of every path and picture, [paths, pictures].")
         .def("explore", &explore_paths, py::arg("starts"), py::arg("fixed"), py::arg("limit") = 900,
-             py::arg("seed") = 0, "All paths that a local search simulates and their scores, the best first.");
+             py::arg("seed") = 0, py::arg("leave_out") = false, py::arg("tail") = 0.5,
+             "All paths that a local search simulates and their scores, the best first.");
 }
 
 const char* const path_doc =

@@ -25,6 +25,12 @@ void check(const SurrogateProblem& problem) {
     }
     if (!(problem.ridge > 0.0)) refuse("ridge must be above 0, got " + std::to_string(problem.ridge));
     if (!(problem.weighting >= 0.0)) refuse("weighting must be at least 0, got " + std::to_string(problem.weighting));
+    if (!problem.folds.empty() && problem.folds.size() != static_cast<std::size_t>(problem.pictures)) {
+        refuse("folds must have an entry for every picture");
+    }
+    for (const int fold : problem.folds) {
+        if (fold < 0 || fold >= problem.pictures) refuse("folds must be from 0 to one less than the pictures");
+    }
     if (!(problem.elements >= 1.0)) refuse("elements must be at least 1, got " + std::to_string(problem.elements));
     for (int step = 0; step < problem.steps; ++step) {
         if (problem.sigmas[step] == problem.sigmas[step + 1]) {
@@ -75,13 +81,14 @@ void solve_ridge(std::vector<Row>& gram, std::vector<double>& right, double ridg
     for (int k = 0; k < count; ++k) right[k] = scale[k] > 0.0 ? right[k] / scale[k] : 0.0;
 }
 
-double score_of(std::vector<double> psnr) {
+double score_of(std::vector<double> psnr, double tail) {
     const double mean = std::accumulate(psnr.begin(), psnr.end(), 0.0) / static_cast<double>(psnr.size());
     std::sort(psnr.begin(), psnr.end());
     const double place = 0.1 * static_cast<double>(psnr.size() - 1); // between two of them, linearly, as NumPy does
     const auto low = static_cast<std::size_t>(place);
     const double high = psnr[std::min(low + 1, psnr.size() - 1)];
-    return 0.5 * (mean + psnr[low] + (place - static_cast<double>(low)) * (high - psnr[low]));
+    const double quantile = psnr[low] + (place - static_cast<double>(low)) * (high - psnr[low]);
+    return (1.0 - tail) * mean + tail * quantile;
 }
 
 } // namespace
@@ -108,13 +115,14 @@ Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
             add(here, velocity - width_, problem.sigmas[step] - problem.sigmas[step - 1], width_);
         }
     }
-    runs_.resize(problem.pictures);
-    for (Run& run : runs_) {
-        run.drift.resize(width_);
-        run.latents.resize(width_);
-        run.wanted.resize(width_);
-        run.made.assign(problem.terms, std::vector<double>(width_));
+    const std::vector<double> none(width_);
+    runs_.assign(problem.pictures, {none, std::vector<std::vector<double>>(problem.terms, none), none, none});
+    left_out_ = runs_;
+    if (problem_.folds.empty()) {
+        problem_.folds.resize(problem.pictures);
+        std::iota(problem_.folds.begin(), problem_.folds.end(), 0);
     }
+    folds_ = 1 + *std::max_element(problem_.folds.begin(), problem_.folds.end());
     problem_.grams = nullptr; // the caller's, of which everything was copied
     products_.resize(static_cast<std::size_t>(problem.pictures) * (problem.terms + 2) * (problem.terms + 2));
 }
@@ -131,16 +139,27 @@ double product(const double* a, const double* b, std::size_t span, std::size_t s
 } // namespace
 
 // What the model gives at a step becomes the newest velocity.
-void Surrogate::answer(Run& run, int step) {
+void Surrogate::answer(std::vector<Run>& runs, int step) {
     const std::size_t steps = problem_.steps, span = steps + 1;
-    const std::size_t picture = &run - runs_.data();
-    std::rotate(run.made.begin(), run.made.end() - 1, run.made.end());
-    std::vector<double>& newest = run.made.front();
-    std::copy_n(&velocities_[(picture * steps + step) * width_], width_, newest.begin());
-    const double drifted = std::sqrt(std::max(product(run.drift.data(), run.drift.data(), span, steps), 0.0));
-    if (drifted == 0.0) return;
-    add(newest.data(), run.drift.data(), problem_.kappa[picture * steps + step], width_);
-    newest[2 * span + step] += problem_.eta[picture * steps + step] * drifted;
+    for (std::size_t picture = 0; picture < runs.size(); ++picture) {
+        Run& run = runs[picture];
+        const std::size_t at = picture * steps + step;
+        std::rotate(run.made.begin(), run.made.end() - 1, run.made.end());
+        std::vector<double>& newest = run.made.front();
+        std::copy_n(&velocities_[at * width_], width_, newest.begin());
+        const double drifted = std::sqrt(std::max(product(run.drift.data(), run.drift.data(), span, steps), 0.0));
+        if (drifted == 0.0) continue;
+        add(newest.data(), run.drift.data(), problem_.kappa[at], width_);
+        newest[2 * span + step] += problem_.eta[at] * drifted;
+    }
+}
+
+void Surrogate::note_latents(std::vector<Run>& runs, int step) {
+    for (std::size_t picture = 0; picture < runs.size(); ++picture) {
+        Run& run = runs[picture];
+        std::copy_n(&reference_[(picture * problem_.steps + step) * width_], width_, run.latents.begin());
+        add(run.latents.data(), run.drift.data(), 1.0, width_);
+    }
 }
 
 // Inner products of the step's terms, F_k - F_0 for k = 1 .. count - 1, F_0 and x, and of the target less F_0.
@@ -148,8 +167,6 @@ void Surrogate::note_products(int step, int count, std::size_t picture) {
     const std::size_t steps = problem_.steps, span = steps + 1, at = (picture * steps + step) * width_;
     const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
     Run& run = runs_[picture];
-    std::copy_n(&reference_[at], width_, run.latents.begin());
-    add(run.latents.data(), run.drift.data(), 1.0, width_);
     std::copy_n(&velocities_[at], width_, run.wanted.begin());
     add(run.wanted.data(), run.drift.data(), -1.0 / length, width_);
 
@@ -188,69 +205,88 @@ double Surrogate::missed(int terms, std::size_t picture) const {
     return std::max(left, 0.0);
 }
 
-// Coefficients d, b and a of the step's forecast, from `count` velocities, into solution_.
-void Surrogate::fit(int step, int count) {
+// Coefficients d, b and a of the step's forecast, from `count` velocities of all pictures but a fold's, into solution_.
+void Surrogate::fit(int count, int left_out) {
     const int terms = count + 1, side = problem_.terms + 2;
-    const auto pictures = static_cast<double>(runs_.size());
-    for (std::size_t picture = 0; picture < runs_.size(); ++picture) note_products(step, count, picture);
-    std::vector<double> weights(runs_.size(), 1.0 / pictures), left(runs_.size());
+    std::vector<std::size_t> pictures;
+    for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
+        if (problem_.folds[picture] != left_out) pictures.push_back(picture);
+    }
+    std::vector<double> weights(pictures.size(), 1.0 / static_cast<double>(pictures.size())), left(pictures.size());
     std::vector<Row> gram(terms);
     for (int round = 0; round < (problem_.weighting > 0.0 ? solves : 1); ++round) {
         solution_.assign(terms, 0.0);
         for (Row& row : gram) row.fill(0.0);
-        for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
-            const double* products = &products_[picture * side * side];
+        for (std::size_t at = 0; at < pictures.size(); ++at) {
+            const double* products = &products_[pictures[at] * side * side];
             for (int k = 0; k < terms; ++k) {
-                for (int l = 0; l < terms; ++l) gram[k][l] += weights[picture] * products[k * side + l];
-                solution_[k] += weights[picture] * products[k * side + terms];
+                for (int l = 0; l < terms; ++l) gram[k][l] += weights[at] * products[k * side + l];
+                solution_[k] += weights[at] * products[k * side + terms];
             }
         }
         solve_ridge(gram, solution_, problem_.ridge);
-        for (std::size_t picture = 0; picture < runs_.size(); ++picture) left[picture] = missed(terms, picture);
-        const double mean = std::accumulate(left.begin(), left.end(), 0.0) / pictures;
+        for (std::size_t at = 0; at < pictures.size(); ++at) left[at] = missed(terms, pictures[at]);
+        const double mean = std::accumulate(left.begin(), left.end(), 0.0) / static_cast<double>(pictures.size());
         if (!(mean > 0.0)) return;
-        for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
-            weights[picture] = std::pow(left[picture] / mean + weight_floor, -problem_.weighting);
+        for (std::size_t at = 0; at < pictures.size(); ++at) {
+            weights[at] = std::pow(left[at] / mean + weight_floor, -problem_.weighting);
         }
         const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
         for (double& weight : weights) weight /= sum;
     }
 }
 
-// Every picture takes the step with the velocity that was fitted.
-void Surrogate::take(int step, int count) {
+// A picture takes the step with the velocity that was fitted.
+void Surrogate::take(Run& run, int step, int count) {
     const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
-    for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
-        Run& run = runs_[picture];
-        double newest = 1.0 + solution_[count - 1];
-        for (int k = 1; k < count; ++k) {
-            newest -= solution_[k - 1];
-            add(run.drift.data(), run.made[k].data(), length * solution_[k - 1], width_);
-        }
-        add(run.drift.data(), run.made[0].data(), length * newest, width_);
-        add(run.drift.data(), run.latents.data(), length * solution_[count], width_);
-        add(run.drift.data(), &velocities_[(picture * problem_.steps + step) * width_], -length, width_);
+    double newest = 1.0 + solution_[count - 1];
+    for (int k = 1; k < count; ++k) {
+        newest -= solution_[k - 1];
+        add(run.drift.data(), run.made[k].data(), length * solution_[k - 1], width_);
     }
+    add(run.drift.data(), run.made[0].data(), length * newest, width_);
+    add(run.drift.data(), run.latents.data(), length * solution_[count], width_);
 }
 
-std::vector<double> Surrogate::simulate(const StepMask& computed) {
+std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out) {
     const std::size_t steps = problem_.steps, span = steps + 1;
     if (computed.size() != steps || !computed[0]) refuse("a path has an entry for every step, and computes step 0");
-    for (Run& run : runs_) std::fill(run.drift.begin(), run.drift.end(), 0.0);
+    if (leave_out && folds_ < 2) refuse("there is one fold of pictures, and none to fit to once it is left out");
+    for (std::vector<Run>* runs : {&runs_, &left_out_}) {
+        for (Run& run : *runs) std::fill(run.drift.begin(), run.drift.end(), 0.0);
+    }
     int count = 0;
     bool drifts = false;
     for (int step = 0; step < problem_.steps; ++step) {
         if (computed[step]) {
-            for (Run& run : runs_) answer(run, step);
+            answer(runs_, step);
+            if (leave_out) answer(left_out_, step);
             count = std::min(count + 1, problem_.terms);
             if (!drifts) continue; // as in the full run
         }
         drifts = true;
-        fit(step, count);
-        take(step, count);
+        note_latents(runs_, step);
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) note_products(step, count, picture);
+        if (leave_out) {
+            note_latents(left_out_, step);
+            for (int fold = 0; fold < folds_; ++fold) {
+                fit(count, fold);
+                for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
+                    if (problem_.folds[picture] == fold) take(left_out_[picture], step, count);
+                }
+            }
+        }
+        fit(count, -1);
+        for (Run& run : runs_) take(run, step, count);
+        const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) { // the drift, of where the full run went
+            const double* velocity = &velocities_[(picture * steps + step) * width_];
+            add(runs_[picture].drift.data(), velocity, -length, width_);
+            if (leave_out) add(left_out_[picture].drift.data(), velocity, -length, width_);
+        }
     }
     std::vector<double> psnr;
-    for (const Run& run : runs_) {
+    for (const Run& run : leave_out ? left_out_ : runs_) {
         const double error = product(run.drift.data(), run.drift.data(), span, steps) / (4.0 * problem_.elements);
         psnr.push_back(-10.0 * std::log10(std::max(error, std::pow(10.0, -best_psnr / 10.0))));
     }
@@ -284,7 +320,7 @@ private:
         if (static_cast<int>(found_.paths.size()) >= exploration_.limit || !known_.insert(path).second) return nullptr;
         interrupt_.poll();
         found_.paths.push_back(path);
-        found_.scores.push_back(score_of(surrogate_.simulate(path)));
+        found_.scores.push_back(score_of(surrogate_.simulate(path, exploration_.leave_out), exploration_.tail));
         return &found_.scores.back();
     }
 

@@ -26,6 +26,7 @@ struct SurrogateProblem {
     int terms = 3;                 // velocities that a forecast combines
     double ridge = 1e-5;           // relative to the mean square of each term
     double weighting = 1.0;        // pictures count with the power -weighting of what they miss; 0: all the same
+    std::vector<int> folds;        // [pictures], which of them are left out together; each alone if empty
 };
 
 using StepMask = std::vector<char>; // [steps], whether each is computed
@@ -38,8 +39,9 @@ public:
     int steps() const { return problem_.steps; }
     int pictures() const { return problem_.pictures; }
 
-    // PSNR of every picture's latents in dB, of a range of 2, at most 100; step 0 must be computed.
-    std::vector<double> simulate(const StepMask& computed);
+    // PSNR of every picture's latents in dB, of a range of 2, at most 100; step 0 must be computed. Left out, a picture
+    // takes the forecasts that are fitted, step by step, to the pictures of the other folds alone.
+    std::vector<double> simulate(const StepMask& computed, bool leave_out = false);
 
 private:
     struct Run { // of one picture: vectors of `width` numbers
@@ -49,17 +51,20 @@ private:
         std::vector<double> wanted;            // v_i - e_i / h_i
     };
 
-    void answer(Run& run, int step);
+    void answer(std::vector<Run>& runs, int step);
+    void note_latents(std::vector<Run>& runs, int step);
     void note_products(int step, int count, std::size_t picture);
     double missed(int terms, std::size_t picture) const;
-    void fit(int step, int count);
-    void take(int step, int count);
+    void fit(int count, int left_out);
+    void take(Run& run, int step, int count);
 
     SurrogateProblem problem_;
     std::size_t width_;              // of a vector: coefficients, the Gram matrix times them, coefficients of the xi
     std::vector<double> reference_;  // [pictures, steps, width], x*_i
     std::vector<double> velocities_; // [pictures, steps, width], v_i
     std::vector<Run> runs_;          // of the pictures, by the path that is simulated
+    std::vector<Run> left_out_;      // the same, of pictures that are left out
+    int folds_ = 0;
     std::vector<double> products_;   // [pictures, terms + 2, terms + 2], of the forecast's terms and its target
     std::vector<double> solution_;   // [count + 1]
 };
@@ -73,12 +78,14 @@ struct Explored {
 struct Exploration {
     std::vector<StepMask> starts; // all of one number of computed steps
     StepMask fixed;               // [steps], those that stay as they are in the starts
-    int limit = 900;           // simulations
+    int limit = 900; // simulations
     std::uint64_t seed = 0;
+    bool leave_out = false;
+    double tail = 0.5;
 };
 
 // Local search by exchanges of a computed step for a skipped one, shifts of at most 2 steps first, from every start
-// in the order of their scores: (mean + 10 % quantile of the PSNR) / 2. Throws std::invalid_argument.
+// in the order of their scores: (1 - tail) mean + tail 10 % quantile of the PSNR. Throws std::invalid_argument.
 Explored explore(Surrogate& surrogate, const Exploration& exploration, const Interrupt& interrupt);
 
 } // namespace layercache

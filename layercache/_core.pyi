@@ -79,10 +79,17 @@ class Surrogate:
         terms: int = 3,
         ridge: float = 1e-5,
         weighting: float = 1.0,
+        folds: Sequence[int] = (),
     ) -> None: ...
-    def simulate(self, computed: ArrayLike) -> NDArray[np.float64]:
+    def simulate(self, computed: ArrayLike, leave_out: bool = False) -> NDArray[np.float64]:
         """PSNR in dB of every path and picture, [paths, pictures]."""
     def explore(
-        self, starts: ArrayLike, fixed: ArrayLike, limit: int = 900, seed: int = 0
+        self,
+        starts: ArrayLike,
+        fixed: ArrayLike,
+        limit: int = 900,
+        seed: int = 0,
+        leave_out: bool = False,
+        tail: float = 0.5,
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """All paths that a local search simulates and their scores, the best first."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from layercache._utils.checksum import sealed_json
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import FRONT, entries, read_json
@@ -37,12 +39,14 @@ class Point:
         origin: how it was found, for people.
         psnr: per calibration picture, in dB against the full run.
         held_out: the same of pictures that nothing was fitted to; empty if there were none.
+        expected: per calibration picture, what it would give had nothing been fitted to it; empty if that is not known.
     """
 
     schedule: Schedule
     origin: str
     psnr: tuple[float, ...]
     held_out: tuple[float, ...] = ()
+    expected: tuple[float, ...] = ()
 
     @property
     def used(self) -> float:
@@ -55,6 +59,11 @@ class Point:
     @property
     def validation(self) -> Summary | None:
         return summarise(self.held_out) if self.held_out else None
+
+    @property
+    def likely(self) -> tuple[float, ...]:
+        """PSNR in dB of pictures like those of the calibration: ``expected``, or what they had where unknown."""
+        return self.expected or self.psnr
 
 
 def quality(psnr: Sequence[float], tail: float) -> float:
@@ -99,7 +108,7 @@ class Front:
         if not (0 < blocks <= LONGEST_SECONDS and 0 <= fixed <= LONGEST_SECONDS and 0 <= reuse <= LONGEST_SECONDS):
             raise CalibrationError(f"the measured seconds are not usable: {self.seconds}")
         for point in self.points:
-            if any(math.isnan(value) for value in (*point.psnr, *point.held_out)):
+            if any(math.isnan(value) for value in (*point.psnr, *point.held_out, *point.expected)):
                 raise CalibrationError("a PSNR is not a number; search again")
 
     @classmethod
@@ -113,8 +122,8 @@ class Front:
     ) -> Front:
         """Keeps of all points those that no other point beats in `quality` with this tail weight."""
         kept: list[Point] = []
-        for point in sorted(points, key=lambda p: (p.used, -quality(p.psnr, tail))):
-            if not kept or quality(point.psnr, tail) > quality(kept[-1].psnr, tail):
+        for point in sorted(points, key=lambda p: (p.used, -quality(p.likely, tail))):
+            if not kept or quality(point.likely, tail) > quality(kept[-1].likely, tail):
                 kept.append(point)
         blocks, fixed, reuse = seconds
         return cls(tuple(kept), (blocks, fixed, reuse), tried, tuple(notes))
@@ -125,20 +134,39 @@ class Front:
         return (fixed + blocks) / (fixed + point.used * blocks + (1 - point.used) * reuse)
 
     def choose(
-        self, budget: float | None = None, *, speedup: float | None = None, min_psnr: float | None = None
+        self,
+        budget: float | None = None,
+        *,
+        speedup: float | None = None,
+        min_psnr: float | None = None,
+        percentile: float | None = None,
     ) -> Point:
-        """The best point within a budget or at a speedup, or the one of least used with this mean PSNR.
+        """The best point within a budget or at a speedup, or the one of least used with this PSNR.
+
+        Args:
+            budget: share of the block time, above 0 and at most 1.
+            speedup: of the denoising loop, at least 1.
+            min_psnr: in dB, of `Point.likely`: their mean.
+            percentile: of them that ``min_psnr`` is asked of instead, 0 to 100: with 10, nine pictures in ten reach it.
 
         Raises:
             BudgetError: not exactly one condition, or none of the points fulfils it.
         """
         targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
         check_one_target(targets, targets)
+        if percentile is not None and not (min_psnr is not None and 0 <= percentile <= 100):
+            raise BudgetError(
+                f"percentile is what min_psnr is asked of, from 0 to 100, got {percentile}", argument="percentile"
+            )
         if not self.points:
             raise BudgetError("the front is empty; search for schedules first (layercache.search)")
         if min_psnr is not None:
-            fitting = [p for p in self.points if p.calibration.mean >= min_psnr][:1]
-            known = f"the best schedule found reaches {max(p.calibration.mean for p in self.points):.1f} dB"
+            reached = [
+                float(np.mean(p.likely) if percentile is None else np.percentile(p.likely, percentile))
+                for p in self.points
+            ]
+            fitting = [p for p, psnr in zip(self.points, reached, strict=True) if psnr >= min_psnr][:1]
+            known = f"the best schedule found reaches {max(reached):.1f} dB"
         elif budget is not None:
             if not 0 < budget <= 1:
                 raise BudgetError(
@@ -173,6 +201,7 @@ class Front:
                     "origin": point.origin,
                     "psnr": list(point.psnr),
                     "held_out": list(point.held_out),
+                    "expected": list(point.expected),
                     "schedule": json.loads(point.schedule.unsealed_json()),
                 }
                 for point in self.points
@@ -215,4 +244,5 @@ def _point(entry: Any, name: str) -> Point:
         origin=str(entry["origin"]),
         psnr=tuple(float(value) for value in entry["psnr"]),
         held_out=tuple(float(value) for value in entry["held_out"]),
+        expected=tuple(float(value) for value in entry.get("expected", ())),
     )

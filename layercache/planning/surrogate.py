@@ -16,15 +16,12 @@ import torch
 
 from layercache.errors import CalibrationError
 from layercache.planning.fit import Forecast, inner_products
-from layercache.planning.rollout import Rollout, Rollouts, Trace
+from layercache.planning.rollout import PSNR_LIMIT, Rollout, Rollouts, Trace
 
 if TYPE_CHECKING:
     from layercache._core import Surrogate
 
 Measured = tuple[np.ndarray, np.ndarray]
-
-STRESS = (1.0, 2.0)
-"""Every picture is simulated with so many times the drift's answer across it: few calibration pictures go astray."""
 
 
 def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,7 +113,7 @@ def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
 
 
 def surrogate_of(
-    rollouts: Rollouts, grams: np.ndarray, answers: Answers, forecast: Forecast, stress: Sequence[float] = STRESS
+    rollouts: Rollouts, grams: np.ndarray, answers: Answers, forecast: Forecast, stress: Sequence[float] = (1.0,)
 ) -> Surrogate:
     """The simulator of these full runs, every picture once per entry of ``stress``.
 
@@ -125,7 +122,7 @@ def surrogate_of(
         grams: `full_grams` of them.
         answers: to drift.
         forecast: steered everywhere, with latents and a free sum.
-        stress: factors of eta.
+        stress: factors of eta. Few calibration pictures go astray; those above 1 stand for them.
     """
     from layercache._core import Surrogate
 
@@ -138,7 +135,28 @@ def surrogate_of(
         terms=forecast.terms,
         ridge=forecast.ridge,
         weighting=forecast.weighting,
+        folds=[*range(len(grams))] * len(stress),
     )
+
+
+def expected_psnr(surrogate: Surrogate, computed: np.ndarray, psnr: Sequence[float]) -> tuple[float, ...]:
+    """What a schedule that was run is expected to give on other pictures, from leaving each one out, in dB.
+
+    A picture's forecasts were fitted to it too, so that what the run gave is too high for pictures they were not
+    fitted to. By how much, the surrogate tells: it simulates the path with each picture in and out of the fit.
+
+    Args:
+        surrogate: of the same pictures, each once.
+        computed: the path, ``[N]``.
+        psnr: that its run gave, ``[P]``.
+
+    Returns:
+        psnr less the surrogate's difference, per picture, at most `PSNR_LIMIT`; empty of a single picture.
+    """
+    if len(psnr) < 2:
+        return ()
+    fitted, left_out = (surrogate.simulate(computed[None], leave_out=leave_out)[0] for leave_out in (False, True))
+    return tuple(np.minimum(np.asarray(psnr) - (fitted - left_out), PSNR_LIMIT).tolist())
 
 
 def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_span: int = 6) -> np.ndarray:

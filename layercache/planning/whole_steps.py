@@ -16,7 +16,16 @@ from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
-from layercache.planning.surrogate import Answers, Measured, answers_of, deviations, full_grams, starts, surrogate_of
+from layercache.planning.surrogate import (
+    Answers,
+    Measured,
+    answers_of,
+    deviations,
+    expected_psnr,
+    full_grams,
+    starts,
+    surrogate_of,
+)
 
 PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
 """Of the pictures given, so many are fitted to at most."""
@@ -29,6 +38,7 @@ TERMS = 3
 SIMULATIONS = 900
 DIFFERENCE = 2  # exchanges between two paths that are both run
 TAIL = 0.5
+STRESS, STRESS_LOW = (1.0, 2.0, 4.0), (1.0, 2.0)  # factors of the answer to drift, the latter up to a share of LOW
 LOW, MIDDLE = 0.4, 0.55  # shares of computed steps up to which budgets are explored in other ways
 
 
@@ -70,20 +80,23 @@ class Tried:
     Attributes:
         rollout: without its traces, which would fill the memory.
         answers: that it showed to its drift.
+        expected: of other pictures, from leaving each one out (`expected_psnr`); empty of a single picture.
+        quality: of these.
     """
 
     computed: np.ndarray
     forecast: Forecast
     origin: str
     rollout: Rollout
-    quality: float
     answers: Measured | None
+    expected: tuple[float, ...]
+    quality: float
 
     @property
     def point(self) -> Point:
         made_by = {"method": "layercache", "origin": self.origin, "forecast": self.forecast.name}
         schedule = replace(self.rollout.schedule, made_by={**self.rollout.schedule.made_by, **made_by})
-        return Point(schedule, f"{self.origin}, {self.forecast.name}", self.rollout.psnr)
+        return Point(schedule, f"{self.origin}, {self.forecast.name}", self.rollout.psnr, expected=self.expected)
 
 
 class WholeStepSearch:
@@ -125,8 +138,19 @@ class WholeStepSearch:
     def _run(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
         schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
         rollout = self.rollouts.run(schedule, forecast)
-        score, answers = quality(rollout.psnr, self.tail), answers_of(self.rollouts, rollout)
-        return Tried(path, forecast, origin, replace(rollout, traces=()), score, answers)
+        shown = answers_of(self.rollouts, rollout)
+        answers = self._answers(shown)
+        expected: tuple[float, ...] = ()
+        if answers is not None:
+            surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
+            expected = expected_psnr(surrogate, path, rollout.psnr)
+        score = quality(expected or rollout.psnr, self.tail)
+        return Tried(path, forecast, origin, replace(rollout, traces=()), shown, expected, score)
+
+    def _answers(self, *more: Measured | None) -> Answers | None:
+        """To drift, of all runs so far and these."""
+        shown = [*(one.answers for one in self.tried), *more]
+        return Answers.of([one for one in shown if one is not None])
 
     def _next(self, count: int, k: int, number: int, own: Sequence[Tried]) -> tuple[np.ndarray, Forecast, str]:
         """The path to run next, its forecast, and how it was found."""
@@ -139,7 +163,7 @@ class WholeStepSearch:
                 return best.computed, replace(forecast, weighting=other), best.origin
             return best.computed, forecast, best.origin
         dense = _dense_starts(count, share)
-        answers = Answers.of([one.answers for one in self.tried if one.answers is not None])
+        answers = self._answers()
         if answers is None or (k == 0 and share <= LOW):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
@@ -150,11 +174,13 @@ class WholeStepSearch:
         self, answers: Answers, forecast: Forecast, count: int, dense: int, own: Sequence[Tried]
     ) -> np.ndarray:
         """The surrogate's best path that differs from those of this budget that were run."""
-        surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
+        stress = STRESS_LOW if count <= LOW * self.rollouts.num_steps else STRESS
+        surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast, stress)
         begins: Any = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
         begins += [one.computed for one in own if one.computed[:dense].all()]
         fixed = np.arange(self.rollouts.num_steps) < dense
-        paths, _ = surrogate.explore(np.array(begins), fixed, SIMULATIONS, self.seed)
+        leave_out = self.rollouts.num_pictures > 1
+        paths, _ = surrogate.explore(np.array(begins), fixed, SIMULATIONS, self.seed, leave_out, self.tail)
         for difference in (DIFFERENCE, 1):
             for path in paths:
                 if all((path & ~one.computed).sum() >= difference for one in own):
