@@ -117,14 +117,16 @@ def parts(tiny: bool) -> list[Part]:
     def sweep(seconds: float, file: Path) -> list[str]:
         head = [str(ROOT / "bench" / "gpu_sweep.py"), *(["--tiny"] if tiny else [])]
         if PARENT.is_dir() and not tiny:
-            head += ["--kernels", str(PARENT)]
+            head += ["--kernels", str(PARENT), "--sweeps", "parent"]
         return [*head, "--seconds", f"{max(1.0, seconds - GRACE):.0f}", "--json", str(file)]
 
-    def end_to_end(seconds: float, file: Path) -> list[str]:
-        size = ["--batch", "64", "--rounds", "2"]
+    def search_cost(seconds: float, file: Path) -> list[str]:
+        size = ["--steps", "10", "--pictures", "4", "--budgets", "0.5", "0.2"]
         if tiny:
-            size = ["--batch", "1", "--rounds", "1", "--steps", "8", "--budgets", "0.8"]
-        return [str(ROOT / "bench" / "end_to_end.py"), *size, "--json", str(file)]
+            size = ["--tiny", "--device", "cpu", "--steps", "8", "--pictures", "2", "--budgets", "0.5"]
+        # besides the search: the model, and five generations
+        head = [str(ROOT / "bench" / "search_cost.py"), *size, "--seconds", f"{max(1.0, seconds - 3 * GRACE):.0f}"]
+        return [*head, "--json", str(file)]
 
     def tests(seconds: float, file: Path) -> list[str]:
         jobs = ["--numprocesses", "2" if tiny else "6", "--dist", "worksteal"] if has("xdist") else []
@@ -146,7 +148,7 @@ def parts(tiny: bool) -> list[Part]:
         Part("sweep", 70, sweep, "sweep", expected=34),
         Part("kernels, other sizes", 90, kernels("--no-compile", *others), "sizes", expected=0),
         Part("real size, FLUX.1", 110, real_size("flux"), "flux", ("diffusers",), 110),
-        Part("end to end, bundled model", 60, end_to_end, "end-to-end", ("diffusers",), 60),
+        Part("search cost, Qwen-Image", 100, search_cost, "search-cost", ("diffusers",), 85),
     ]
 
 
@@ -444,7 +446,7 @@ def run_all(args: argparse.Namespace) -> int:
         print(problem)
         return 2
     folder = Path(args.results or (tempfile.mkdtemp(prefix="tiny-") if args.tiny else ROOT / "bench/results"))
-    prefix = folder.resolve() / f"{name}-{datetime.now(UTC):%Y-%m-%d}"
+    prefix = folder.resolve() / f"{name}-{datetime.now(UTC):%Y-%m-%d-%H%M}"
     out = Path(args.out) if args.out else None
     run = Run(prefix, args.limit, args.tiny, out)
     if out is not None:

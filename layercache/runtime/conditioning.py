@@ -32,6 +32,11 @@ def conditions_of(arguments: Mapping[str, Any]) -> Conditions:
     return tuple(found)
 
 
+def is_on_accelerator(tensor: torch.Tensor) -> bool:
+    """Whether reading its values waits for a device."""
+    return tensor.device.type != "cpu"
+
+
 def same(one: Conditions, other: Conditions, may_wait: bool) -> bool | None:
     """Whether two forwards are conditioned on the same; ``None`` where only reading a device would tell.
 
@@ -48,7 +53,7 @@ def same(one: Conditions, other: Conditions, may_wait: bool) -> bool | None:
             return False
         if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
             continue
-        if a.device.type != "cpu" and not may_wait:
+        if is_on_accelerator(a) and not may_wait:
             answer = None
         elif not torch.equal(a, b):
             return False

@@ -26,6 +26,10 @@ _NAME_THEM = (
 )
 NO_STEP = "neither the caller, a scheduler nor a timestep tells its step; " + _NAME_THEM
 NO_BRANCH = "the model is called several times at one step and nothing tells which call this is; " + _NAME_THEM
+PROMPTS_ARE_READ = (
+    "every call of the transformer waits for the device to compare its prompt with those of other branches, since its "
+    "tensors are made anew; " + _NAME_THEM
+)
 RUN_IS_OVER = (
     "the scheduler that the cache follows takes no step: another pipeline or loop uses the transformer too; enable the "
     "same plan on that pipeline as well, or name its scheduler: layercache.enable(transformer, plan, scheduler)"
@@ -212,10 +216,7 @@ class Identity:
             return None
         if self.sigmas is not None and not 0 <= step < len(self.sigmas) - 1:
             self._check_step(step)
-        place = generation.places.get(forward.key) if forward.branch is not None else self._unnamed(forward, False)
-        if place is None and forward.branch is not None:
-            place = self._new_place(generation, forward.branch, forward.key)
-        return self._visit(generation, place, step)
+        return self._visit(generation, self._place_in(generation, forward), step)
 
     def _by_caller(self, forward: Forward, step: int) -> Place | None:
         self._check_step(step)
@@ -243,13 +244,8 @@ class Identity:
             return self._begin_in_loop(forward, step, source)
         if step < generation.step and not self._lags(generation, forward):
             return self._begin_in_loop(forward, step, source)
-        named = forward.branch is not None
-        place = generation.places.get(forward.key) if named else self._unnamed(forward, True)
-        if place is None:
-            if not named:
-                return self._visit(generation, None, step)
-            place = self._new_place(generation, forward.branch or "", forward.key)
-        elif place.step > step or (place.step >= 0 and self._is_another(place, forward)):
+        place = self._place_in(generation, forward)
+        if place.step > step or (place.step >= 0 and self._is_another(place, forward)):
             return self._begin_in_loop(forward, step, source)
         self._note(place, forward)
         return self._visit(generation, place, step)
@@ -263,11 +259,7 @@ class Identity:
     def _begin_in_loop(self, forward: Forward, step: int, source: str) -> Place | None:
         generation = self._begin(source)
         generation.step = step
-        if forward.branch is None:
-            place = self._unnamed(forward, True)
-        else:
-            place = self._new_place(generation, forward.branch, forward.key)
-        assert place is not None
+        place = self._place_in(generation, forward)
         self._note(place, forward)
         return self._visit(generation, place, step)
 
@@ -291,19 +283,28 @@ class Identity:
         self.count += 1
         return self.generation
 
+    def _place_in(self, generation: Generation, forward: Forward) -> Place:
+        """The place of a forward's branch, or a new one."""
+        if forward.branch is None:
+            return self._unnamed(generation, forward)
+        place = generation.places.get(forward.key)
+        return self._new_place(generation, forward.branch, forward.key) if place is None else place
+
     def _new_place(self, generation: Generation, branch: str, key: str) -> Place:
         place = generation.places[key] = Place(generation, branch, key)
         return place
 
-    def _unnamed(self, forward: Forward, may_wait: bool) -> Place | None:
+    def _unnamed(self, generation: Generation, forward: Forward) -> Place:
         """The place of a forward without a name: of the one branch that is given the same prompt, or a new one."""
-        generation = self.generation
-        assert generation is not None
         conditions = conditions_of(forward.arguments)
-        found = [same(conditions, place.conditions or (), may_wait) for place in generation.unnamed]
-        if None in found:
-            return None
-        equal = [place for place, is_same in zip(generation.unnamed, found, strict=True) if is_same]
+        places = generation.unnamed
+        found = [same(conditions, place.conditions or (), may_wait=False) for place in places]
+        waits = None in found and True not in found
+        if waits:  # other tensors than any branch had before: only their values tell
+            found = [same(conditions, place.conditions or (), may_wait=True) for place in places]
+        equal = [place for place, is_same in zip(places, found, strict=True) if is_same]
+        if waits and equal:
+            self._warn(PROMPTS_ARE_READ)
         own = [place for place in equal if place.part == forward.part]
         if own:
             return own[0]
@@ -314,14 +315,13 @@ class Identity:
         generation.unnamed.append(place)
         return place
 
-    def _visit(self, generation: Generation, place: Place | None, step: int) -> Place | None:
+    def _visit(self, generation: Generation, place: Place, step: int) -> Place | None:
         """Notes that a forward comes to a place at a step; at the same one once more, nothing tells them apart."""
         generation.step = max(generation.step, step)
-        if place is not None:
-            place.is_shared |= place.step == step
-            place.step = step
-            if not place.is_shared:
-                return place
+        place.is_shared |= place.step == step
+        place.step = step
+        if not place.is_shared:
+            return place
         self._unidentified(NO_BRANCH)
         return None
 

@@ -120,6 +120,7 @@ class Loop:
         self.model.to(DEVICE)
         self.inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
         self.schedule = schedule_of(self.model, SIGMAS)
+        self.cache: Any = None  # that is told the step, which it would wait for the GPU to read
         self.start(seed)
 
     def start(self, seed: int) -> None:
@@ -130,7 +131,8 @@ class Loop:
     def step(self) -> None:
         sigma = SIGMAS[self.at]
         here = {"hidden_states": self.latents, "timestep": torch.full((2,), sigma, device=DEVICE)}
-        velocity = self.model(**self.inputs | here, return_dict=False)[0]
+        with nullcontext() if self.cache is None else self.cache.step(self.at):
+            velocity = self.model(**self.inputs | here, return_dict=False)[0]
         self.at += 1
         self.latents = self.latents + (SIGMAS[self.at] - sigma) * velocity
 
@@ -388,6 +390,7 @@ def test_a_decision_without_waiting() -> None:
     assert ON_GPU or any(False in row for row in decisions.values())
     loop = Loop(seed=0)
     with layercache.enabled(loop.model, FBCache(threshold=100.0, sync="lagged")) as cache:
+        loop.cache = cache
         loop.run()
         cache.reset()
         loop.start(1)
@@ -422,6 +425,7 @@ def test_a_static_schedule_never_waits() -> None:
     with no_waiting():
         loop.finish()
     with layercache.enabled(loop.model, loop.schedule) as cache:
+        loop.cache = cache
         expected = loop.run()
         loop.start(0)
         loop.step()

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import threading
 import time
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
 from layercache.methods.teacache import TeaCache
-from layercache.runtime import attachment, identity
+from layercache.runtime import attachment, conditioning, identity
 from layercache.runtime.signature import Signature
 from support.forwards import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
@@ -342,3 +343,24 @@ def test_a_timestep_is_a_sigma_or_a_thousand_times_as_large(timestep, is_near):
         else:
             with pytest.raises(ScheduleMismatchError, match="no step of the schedule"):
                 call(model, inputs)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_prompts_on_an_accelerator_tell_unnamed_branches_apart(monkeypatch, anew):
+    """Their values are read where no tensor is one that a branch had before: once a generation, or at every call."""
+    reads = []
+    equal = torch.equal
+    monkeypatch.setattr(conditioning, "is_on_accelerator", lambda tensor: True)
+    monkeypatch.setattr(conditioning.torch, "equal", lambda a, b: reads.append(1) or equal(a, b))
+    model, inputs = build("FluxTransformer2DModel")
+    prompts = [inputs["encoder_hidden_states"] * (1 + k) for k in range(2)]
+    plan = schedule(model, (None,) * 3, ({0: 1.0}, None, {0: 1.0}), (None,) * 3)
+    counter = SimpleNamespace(timesteps=torch.arange(3.0), step_index=0)
+    with warnings.catch_warnings(record=True) as caught, layercache.enabled(model, plan, counter) as cache:
+        warnings.simplefilter("always")
+        for counter.step_index in range(3):
+            for prompt in prompts:
+                call(model, inputs | {"encoder_hidden_states": prompt.clone() if anew else prompt})
+        assert cache.report().unidentified == 0 and cache.report().cached_cells == 4
+    assert len(reads) == (1 + 2 * 4 if anew else 1)  # the second prompt of step 0; then each beside both branches
+    assert ["compare its prompt" in str(one.message) for one in caught] == [True] * anew
