@@ -258,8 +258,7 @@ def _lay_out(
 ) -> tuple[Rows, list[int]]:
     """How the rows are shared out, in ``pairs`` where it pays, and the strides of x, scale and shift."""
     scale, shift = as_rows(scale), as_rows(shift)
-    dense = [outline(x), *(t for t in others if t is not None)]
-    shape = share_out([x], [*dense, *(t for t in (scale, shift) if t.is_contiguous())])
+    shape = share_out([x, scale, shift], [outline(x), *(t for t in others if t is not None)])
     if pairs:
         shape = shape.in_pairs()
     return shape, shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]

@@ -91,6 +91,15 @@ def test_modulation_of_codes() -> None:
     assert same_bits(streams[:1], streams[1:])
 
 
+@pytest.mark.parametrize(("spare", "first"), [(1, 1), (8, 3), (64, 1), (8, 8)])
+def test_modulation_by_slices(spare: int, first: int) -> None:
+    """Whose strides or addresses are no multiples of a group, or are."""
+    x, vectors = torch.randn(2, 4, 64).bfloat16(), torch.randn(2, 64 + spare).bfloat16()
+    scale = vectors[:, first : first + 64]
+    found, known = (run(x, scale, scale)[0] for run in (modulate.modulate_triton, modulate.modulate_reference))
+    close(found, known, 20.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16, torch.float32)])
 def test_two_rows_per_thread(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_PROGRAMS", 1)
