@@ -156,8 +156,10 @@ class Rows:
     def in_pairs(self) -> Rows:
         """Two rows per thread, which read once what they share; where this pads them no more, and is enough work."""
         pairs = replace(self, groups=chunk_groups(self.row_groups, PAIRED // self.width), each=2)
-        fits = pairs.chunks * pairs.groups <= self.chunks * self.groups and self.batch_rows % pairs.per_program == 0
-        return pairs if fits and pairs.tiles >= MAX_PROGRAMS else self
+        # where two threads took the same channels, Triton would hand them over in shared memory
+        fits = pairs.groups >= TILE_GROUPS and pairs.chunks * pairs.groups <= self.chunks * self.groups
+        enough = self.batch_rows % pairs.per_program == 0 and pairs.tiles >= MAX_PROGRAMS
+        return pairs if fits and enough else self
 
 
 def share_out(strided: Sequence[Tensor], contiguous: Sequence[Tensor] = (), held: int = HELD) -> Rows:
