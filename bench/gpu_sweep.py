@@ -37,7 +37,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
 CURRENT, PARENT, COPY = "current", "parent", "copy"
-SWEEPS = ("parent", "tiles", "ticket", "warps", "hints")
+SWEEPS = ("parent", "rows", "tiles", "ticket", "warps", "hints")
 ROUNDS = 5
 # Bytes that all sets of tensors have together at least, so that none is still in the L2 when its turn comes.
 COLD_BYTES = 512 * 2**20
@@ -272,6 +272,21 @@ def hint_variants() -> Iterator[Variant]:
     yield Variant("loads evict first, stores .cs", "hints", STREAMED, hinted(loads=FIRST, stores=cs))
 
 
+ROWED = ("modulate", "reuse and modulate", "codes and modulate")
+
+
+def row_variants() -> Iterator[Variant]:
+    """Kernels for rows without one thing each that makes them shorter, and with more or less of a row in a thread."""
+    every = (*ROWED, "modulate and change", "guidance and norm", "row statistics", "compact capture")
+    words = "pointer.dtype.element_ty == tl.bfloat16 and VEC > 1"
+    yield Variant("a row per thread", "rows", ROWED, (Replacement("modulate.py", "pairs=not count", "pairs=False"),))
+    yield Variant("bf16 one by one", "rows", every, (Replacement("rows.py", words, "False"),))
+    root = Replacement("modulate.py", "return y, tl.rsqrt(", "return y, 1.0 / tl.sqrt_rn(")
+    yield Variant("1 / sqrt", "rows", (*ROWED, "modulate and change"), (root,))
+    held = Replacement("guidance.py", "[outline(cond)])", "[outline(cond)], held=48)")
+    yield Variant("48 numbers per thread", "rows", ("guidance", "guidance and norm"), (held,))
+
+
 def variants(parent: Path | None = None) -> list[Variant]:
     """All of them in the order of SWEEPS, the current kernels first."""
     ticket = Variant(
@@ -283,7 +298,7 @@ def variants(parent: Path | None = None) -> list[Variant]:
     )
     older = [] if parent is None else [Variant(PARENT, "parent", folder=parent)]
     first = Variant(CURRENT, "parent")
-    return [first, *older, *tile_variants(), ticket, *warp_variants(), *hint_variants()]
+    return [first, *older, *row_variants(), *tile_variants(), ticket, *warp_variants(), *hint_variants()]
 
 
 def write_package(variant: Variant, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import Launch, Planned
-from .statistics import pair_sums
+from .statistics import pair_sums, with_norms, with_pair
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
@@ -24,6 +24,7 @@ from .tiles import (
     plan_fold,
     size_of_entry,
     spread,
+    store_sums,
     taken,
 )
 
@@ -67,9 +68,8 @@ def _capture_kernel(
     if STATISTICS == 7:
         previous_ptr = of_entry(previous_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     lane = tl.arange(0, VEC)[None, :]
-    zero = tl.zeros([R], tl.float32)
-    bad = zero
-    r_1, r_2, i_1, i_2, d_1, d_2, p_1, p_2, rp = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    bad = tl.zeros([R], tl.float32)
+    sums = (bad,) * 8
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
@@ -81,21 +81,12 @@ def _capture_kernel(
         i = tl.load(in_ptr + i_off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
         stored = (o - i).to(residual_ptr.dtype.element_ty)
         r = stored.to(tl.float32)
-        if STATISTICS > 0:
-            r_1 += tl.sum(tl.abs(r), 1)
-            r_2 += tl.sum(r * r, 1)
         if STATISTICS == 4:
-            i_1 += tl.sum(tl.abs(i), 1)
-            i_2 += tl.sum(i * i, 1)
+            sums = with_norms(sums, r, i, VEC)
         if STATISTICS == 7:
             # before the store, so that the residual may take the place of the previous one
             p = tl.load(previous_ptr + off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            d = r - p
-            d_1 += tl.sum(tl.abs(d), 1)
-            d_2 += tl.sum(d * d, 1)
-            p_1 += tl.sum(tl.abs(p), 1)
-            p_2 += tl.sum(p * p, 1)
-            rp += tl.sum(r * p, 1)
+            sums = with_pair(sums, r, p, VEC)
         tl.store(residual_ptr + off, stored, mask=live)
         if flag_ptr is not None:
             bad += tl.sum(tl.where(tl.abs(r) < float("inf"), 0.0, 1.0), 1)
@@ -105,17 +96,10 @@ def _capture_kernel(
     if STATISTICS > 0:
         row = (entry_of(sizes, pid, ENTRIES, FIELDS) * tl.num_programs(1) + sample) * STATISTICS
         slot = partials_ptr + row * MAX_PROGRAMS + program
-        tl.store(slot, tl.sum(r_1, 0))
-        tl.store(slot + MAX_PROGRAMS, tl.sum(r_2, 0))
-        if STATISTICS == 4:
-            tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(i_1, 0))
-            tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(i_2, 0))
-        else:
-            tl.store(slot + 2 * MAX_PROGRAMS, tl.sum(d_1, 0))
-            tl.store(slot + 3 * MAX_PROGRAMS, tl.sum(d_2, 0))
-            tl.store(slot + 4 * MAX_PROGRAMS, tl.sum(p_1, 0))
-            tl.store(slot + 5 * MAX_PROGRAMS, tl.sum(p_2, 0))
-            tl.store(slot + 6 * MAX_PROGRAMS, tl.sum(rp, 0))
+        if STATISTICS == 7:
+            d_1, r_1, p_1, d_2, r_2, p_2, rp, _ = sums
+            sums = r_1, r_2, d_1, d_2, p_1, p_2, rp
+        store_sums(slot, sums, STATISTICS, MAX_PROGRAMS)
 
 
 @Planned

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import Launch, Planned
-from .rows import load_chunk, row_offsets, share_out
+from .rows import floats, load_chunk, row_offsets, share_out, store_chunk
 from .tiles import nbytes
 
 if TYPE_CHECKING:
@@ -64,19 +64,17 @@ def _capture_compact_kernel(
     VEC: tl.constexpr,
 ):
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
-    column = tl.arange(0, GROUPS * VEC)[None, :]
-    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     # a row beyond the last is the last once more, which is not stored
     row = tl.minimum(flat, rows - 1)
-    o_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2)[:, None] * VEC
-    i_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2)[:, None] * VEC
+    o_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2)
+    i_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2)
+    own = row.to(tl.int64) * row_groups
     largest = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
     bad, residuals = largest, ()
     for c in tl.static_range(CHUNKS):
-        at = c * GROUPS * VEC + column
-        inside = at // VEC < row_groups
-        o = load_chunk(out_ptr + o_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
-        i = load_chunk(in_ptr + i_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+        o = floats(load_chunk(out_ptr, o_own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
+        i = floats(load_chunk(in_ptr, i_own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
         r = o - i
         largest = tl.maximum(largest, tl.abs(r))
         if flag_ptr is not None:
@@ -88,13 +86,11 @@ def _capture_compact_kernel(
         found = tl.sum(tl.reshape(bad, [ROWS, GROUPS, VEC]), 2)
         tl.store(flag_ptr + tl.zeros([ROWS, GROUPS], tl.int32), 1, mask=found != 0.0)
     # exponent of the peak, one more where its mantissa exceeds 1.75, less the 8 of 448
-    field = tl.maximum(((tl.max(largest, 1).to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
-    inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)[:, None]
+    field = tl.maximum(((tl.max(largest, 1)[:, None].to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
+    inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)
     for c in tl.static_range(CHUNKS):
-        at = c * GROUPS * VEC + column
-        own = row.to(tl.int64)[:, None] * row_groups * VEC + at
-        live = (at // VEC < row_groups) & (flat < rows)[:, None]
-        tl.store(code_ptr + own, float_to_e4m3(residuals[c] * inverse, HARDWARE), mask=live)
+        code = float_to_e4m3(residuals[c] * inverse, HARDWARE)
+        store_chunk(code_ptr, own, code, flat < rows, row_groups, c, CHUNKS, GROUPS, VEC, EXACT)
     tl.store(scale_ptr + row, (field << 23).to(tl.float32, bitcast=True))
 
 
@@ -117,7 +113,7 @@ def capture_compact_triton(
     for s, (output, before, code) in enumerate(zip(outputs, inputs, codes, strict=True)):
         if output.numel():
             shape = share_out([output, before], [code])
-            sizes = shape.sizes(output.shape[-1], *shape.steps(output, before))
+            sizes = shape.sizes(*shape.steps(output, before))
             hardware = converts_e4m3(output.device)
             launch = Launch(_capture_compact_kernel, (shape.tiles,), HARDWARE=hardware, **shape.constants)
             parts.append((s, sizes, launch))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import Launch, Planned, new
-from .rows import SUMMED, load_chunk, row_offsets, share_out
+from .rows import SUMMED, floats, load_chunk, row_offsets, share_out
 from .tiles import (
     MAX_PROGRAMS,
     OPTIONS,
@@ -18,7 +18,7 @@ from .tiles import (
     encoded,
     nbytes,
     new_partials,
-    summed,
+    store_sums,
 )
 
 if TYPE_CHECKING:
@@ -41,31 +41,26 @@ def _row_statistics_kernel(
     """Partial sums over rows of ``q - 1``, ``(q - 1)^2`` and ``1 - cos``, where q is the ratio of the norms."""
     pid, sample = tl.program_id(0), tl.program_id(1)
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
-    column = tl.arange(0, GROUPS * VEC)[None, :]
     q_1 = tl.zeros([ROWS], tl.float32)
     q_2, angle = q_1, q_1
     for start in range(pid * ROWS, rows, tl.num_programs(0) * ROWS):
         flat = start + tl.arange(0, ROWS)
         # a row beyond the last is the last once more, which does not count
         row = (tl.minimum(flat, rows - 1) + sample * rows)[:, None]
-        a_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC
-        b_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC
+        a_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2)
+        b_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2)
         a_2 = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
         b_2, ab = a_2, a_2
         for c in tl.static_range(CHUNKS):
-            at = c * GROUPS * VEC + column
-            inside = at // VEC < row_groups
-            a = load_chunk(a_ptr + a_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
-            b = load_chunk(b_ptr + b_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            a = floats(load_chunk(a_ptr, a_own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
+            b = floats(load_chunk(b_ptr, b_own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
             a_2, b_2, ab = tl.fma(a, a, a_2), tl.fma(b, b, b_2), tl.fma(a, b, ab)
         a_norm, b_norm, product = tl.sqrt_rn(tl.sum(a_2, 1)), tl.sqrt_rn(tl.sum(b_2, 1)), tl.sum(ab, 1)
         ratio = tl.where(flat < rows, tl.div_rn(a_norm, b_norm) - 1.0, 0.0)
         q_1 += ratio
         q_2 += ratio * ratio
         angle += tl.where(flat < rows, 1.0 - tl.div_rn(product, a_norm * b_norm), 0.0)
-    index = tl.arange(0, 4)
-    slot = partials_ptr + (sample * 3 + index) * MAX_PROGRAMS + pid
-    tl.store(slot, summed((q_1, q_2, angle, angle), 4), mask=index < 3)
+    store_sums(partials_ptr + sample * 3 * MAX_PROGRAMS + pid, (q_1, q_2, angle), 3, MAX_PROGRAMS)
 
 
 @jit()
@@ -110,7 +105,7 @@ def row_statistics_triton(a: Tensor, b: Tensor, per_sample: bool = False) -> Cal
     samples = a.shape[0] if per_sample else 1
     rows = shape.rows // samples
     programs = min(-(-rows // shape.per_program), MAX_PROGRAMS)
-    sizes = shape.sizes(a.shape[-1], *shape.steps(a, b), rows=rows)
+    sizes = shape.sizes(*shape.steps(a, b), rows=rows)
     launch = Launch(_row_statistics_kernel, (programs, samples), MAX_PROGRAMS=MAX_PROGRAMS, **shape.constants)
     last = Launch(_row_results_kernel, (samples,), MAX_PROGRAMS=MAX_PROGRAMS, **OPTIONS)
     counts = encoded((programs, rows))

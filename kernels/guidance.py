@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .deferred import jit
 from .launching import Launch, Planned, new_like, outline
-from .rows import load_chunk, row_offsets, share_out
+from .rows import floats, load_chunk, row_offsets, share_out, store_chunk
 from .tiles import accumulator_dtype, nbytes
 
 if TYPE_CHECKING:
@@ -32,20 +32,16 @@ def _guidance_kernel(
     VEC: tl.constexpr,
 ):
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
-    column = tl.arange(0, GROUPS * VEC)[None, :]
     flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     # a row beyond the last is the last once more, which is not stored
     row = tl.minimum(flat, rows - 1)
-    c_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2) * VEC
-    u_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2) * VEC
-    own = row.to(tl.int64) * row_groups * VEC
+    c_own = row_offsets(row, batch_rows, sizes[3] >> 2, sizes[4] >> 2)
+    u_own = row_offsets(row, batch_rows, sizes[5] >> 2, sizes[6] >> 2)
     wanted = tl.zeros([ROWS, GROUPS * VEC], tl.float32)
     found, values = wanted, ()
     for k in tl.static_range(CHUNKS):
-        at = k * GROUPS * VEC + column
-        inside = at // VEC < row_groups
-        c = load_chunk(cond_ptr + c_own + at, inside, k == CHUNKS - 1, EXACT).to(tl.float32)
-        u = load_chunk(uncond_ptr + u_own + at, inside, k == CHUNKS - 1, EXACT).to(tl.float32)
+        c = floats(load_chunk(cond_ptr, c_own, row_groups, k, CHUNKS, GROUPS, VEC, EXACT))
+        u = floats(load_chunk(uncond_ptr, u_own, row_groups, k, CHUNKS, GROUPS, VEC, EXACT))
         v = u + scale * (c - u)
         if RESCALE:
             wanted, found = tl.fma(c, c, wanted), tl.fma(v, v, found)
@@ -59,9 +55,7 @@ def _guidance_kernel(
         v = values[k]
         if RESCALE:
             v = v * factor
-        at = k * GROUPS * VEC + column
-        live = (at // VEC < row_groups) & (flat < rows)
-        tl.store(out_ptr + own + at, v.to(out_ptr.dtype.element_ty), mask=live)
+        store_chunk(out_ptr, row.to(tl.int64) * row_groups, v, flat < rows, row_groups, k, CHUNKS, GROUPS, VEC, EXACT)
 
 
 @Planned
@@ -70,7 +64,7 @@ def guidance_triton(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -
     if not cond.numel():
         return lambda cond, *others: new_like([cond])[0]
     shape = share_out([cond, uncond], [outline(cond)])
-    sizes = shape.sizes(cond.shape[-1], *shape.steps(cond, uncond))
+    sizes = shape.sizes(*shape.steps(cond, uncond))
     launch = Launch(_guidance_kernel, (shape.tiles,), RESCALE=rescale, **shape.constants)
 
     def run(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> Tensor:

@@ -12,7 +12,7 @@ from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
 from .launching import Launch, Planned, new_like, outline
-from .rows import Rows, load_chunk, row_offsets, share_out
+from .rows import Rows, batch_of, floats, load_chunk, row_offsets, share_out, store_chunk
 from .statistics import PAIR_STATISTICS, pair_sums, store_pair, with_pair
 from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, nbytes, new_partials, plan_fold
 
@@ -46,16 +46,26 @@ def _normalised(
             centred = tl.where((c * GROUPS * VEC + column) // VEC < row_groups, centred, 0.0)
         squares = tl.fma(centred, centred, squares)
         y = y[:c] + (centred,) + y[c + 1 :]
-    return y, 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / channels + eps)
+    return y, tl.rsqrt(tl.sum(squares, 1)[:, None] / channels + eps)
 
 
 @jit()
-def _affine(z, weight_ptr, bias_ptr, at, inside, LAST: tl.constexpr, EXACT: tl.constexpr):
+def _affine(
+    z,
+    weight_ptr,
+    bias_ptr,
+    row_groups,
+    c: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VEC: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """One chunk with the LayerNorm's own weight and bias, if it has them."""
     if weight_ptr is not None:
-        z = z * load_chunk(weight_ptr + at, inside, LAST, EXACT).to(tl.float32)
+        z = z * floats(load_chunk(weight_ptr, 0, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
     if bias_ptr is not None:
-        z = z + load_chunk(bias_ptr + at, inside, LAST, EXACT).to(tl.float32)
+        z = z + floats(load_chunk(bias_ptr, 0, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
     return z
 
 
@@ -119,55 +129,53 @@ def _modulate_kernel(
     GROUPS: tl.constexpr,
     CHUNKS: tl.constexpr,
     EXACT: tl.constexpr,
+    SHARED: tl.constexpr,
     VEC: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
+    """``SHARED`` says that a program's rows are all of one batch entry, and so have one scale and shift."""
     rows, row_groups, batch_rows = sizes[0] >> 2, sizes[1] >> 2, sizes[2] >> 2
     x_batch, x_row, scale_batch, shift_batch = sizes[3] >> 2, sizes[4] >> 2, sizes[5] >> 2, sizes[6] >> 2
     column = tl.arange(0, GROUPS * VEC)[None, :]
     channels = (row_groups * VEC).to(tl.float32)
     sums = (tl.zeros([ROWS * GROUPS], tl.float32),) * (SEGMENTS * STATISTICS)
-    for start in range(first, rows, tl.num_programs(0) * ROWS):
-        flat = start + tl.arange(0, ROWS)[:, None]
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        flat = first + tl.arange(0, ROWS)[:, None]
         # a row beyond the last is the last once more, which is not stored
         row = tl.minimum(flat, rows - 1) if ROWS > 1 else flat
-        batch = (row // batch_rows).to(tl.int64)
-        own = row.to(tl.int64) * row_groups * VEC
-        x_own = row_offsets(row, batch_rows, x_batch, x_row) * VEC
+        batch = batch_of(tl.full([1, 1], first, tl.int32) if SHARED else row, batch_rows).to(tl.int64)
+        own = row.to(tl.int64) * row_groups
+        x_own = row_offsets(row, batch_rows, x_batch, x_row)
         y, previous = (), ()
         for c in tl.static_range(CHUNKS):
-            at = c * GROUPS * VEC + column
-            inside = at // VEC < row_groups
-            value = load_chunk(x_ptr + x_own + at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            value = floats(load_chunk(x_ptr, x_own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
             if STATISTICS > 0:
                 # asked for before the first sum: behind its barrier the wait would be a second one
-                previous = previous + (load_chunk(previous_ptr + own + at, inside, c == CHUNKS - 1, EXACT),)
+                previous = previous + (load_chunk(previous_ptr, own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT),)
             for k in tl.static_range(TERMS):
-                r = load_chunk(residual_ptrs[k] + own + at, inside, c == CHUNKS - 1, EXACT)
+                r = load_chunk(residual_ptrs[k], own, row_groups, c, CHUNKS, GROUPS, VEC, EXACT)
                 if code_scale_ptrs is None:
-                    r = r.to(tl.float32)
+                    r = floats(r)
                 else:
                     r = e4m3_to_float(r) * tl.load(code_scale_ptrs[k] + row)
                 value += (coefficients[k] if coefficients_ptr is None else tl.load(coefficients_ptr + k)) * r
             if y_ptr is not None:
-                tl.store(y_ptr + own + at, value.to(y_ptr.dtype.element_ty), mask=inside & (flat < rows))
+                store_chunk(y_ptr, own, value, flat < rows, row_groups, c, CHUNKS, GROUPS, VEC, EXACT)
             y = y + (value,)
         y, factor = _normalised(y, column, row_groups, channels, eps, GROUPS, CHUNKS, EXACT, VEC)
         found = sums
         for c in tl.static_range(CHUNKS):
-            at = c * GROUPS * VEC + column
-            inside = at // VEC < row_groups
-            z = _affine(y[c] * factor, weight_ptr, bias_ptr, at, inside, c == CHUNKS - 1, EXACT)
-            scale_at, shift_at = batch * scale_batch * VEC + at, batch * shift_batch * VEC + at
-            scale = load_chunk(scale_ptr + scale_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
-            shift = load_chunk(shift_ptr + shift_at, inside, c == CHUNKS - 1, EXACT).to(tl.float32)
+            z = _affine(y[c] * factor, weight_ptr, bias_ptr, row_groups, c, CHUNKS, GROUPS, VEC, EXACT)
+            scale = floats(load_chunk(scale_ptr, batch * scale_batch, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
+            shift = floats(load_chunk(shift_ptr, batch * shift_batch, row_groups, c, CHUNKS, GROUPS, VEC, EXACT))
             stored = (z * (1.0 + scale) + shift).to(z_ptr.dtype.element_ty)
             if STATISTICS > 0:
-                a, b = stored.to(tl.float32), previous[c].to(tl.float32)
+                at = c * GROUPS * VEC + column
+                inside = at // VEC < row_groups
+                a, b = stored.to(tl.float32), floats(previous[c])
                 found = _with_segments(found, a, b, inside, at, segments, SEGMENTS, BOUNDED, ROWS * GROUPS, VEC)
             # behind the load of the previous one, whose place it may take
-            tl.store(z_ptr + own + at, stored, mask=inside & (flat < rows))
+            store_chunk(z_ptr, own, stored, flat < rows, row_groups, c, CHUNKS, GROUPS, VEC, EXACT)
         if ROWS > 1:
             found = _counted(found, sums, flat < rows, SEGMENTS * STATISTICS, ROWS, GROUPS)
         sums = found
@@ -196,10 +204,10 @@ def modulate_triton(
     bounds = [0, *segments, x.shape[-1]]
     parts = len(bounds) - 1
     count = 0 if previous is None else PAIR_STATISTICS
-    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result))
+    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result), pairs=not count)
     # where nothing is summed up, the GPU shares out the rows better than a loop does
     programs = min(shape.tiles, MAX_PROGRAMS) if count else shape.tiles
-    sizes, ends = shape.sizes(x.shape[-1], *steps), encoded(bounds)
+    sizes, ends = shape.sizes(*steps), encoded(bounds)
     on_device = isinstance(coefficients, Tensor)
     launch = Launch(
         _modulate_kernel,
@@ -208,6 +216,7 @@ def modulate_triton(
         SEGMENTS=parts if count else 0,
         BOUNDED=parts > 1 or (bias is not None and not shape.exact),
         STATISTICS=count,
+        SHARED=shape.each > 1,
         MAX_PROGRAMS=MAX_PROGRAMS,
         **shape.constants,
     )
@@ -244,11 +253,14 @@ def modulate_triton(
     return run
 
 
-def _lay_out(x: Tensor, scale: Tensor, shift: Tensor, others: Iterable[Tensor | None]) -> tuple[Rows, list[int]]:
-    """How the rows are shared out, and the strides of x, scale and shift."""
+def _lay_out(
+    x: Tensor, scale: Tensor, shift: Tensor, others: Iterable[Tensor | None], pairs: bool
+) -> tuple[Rows, list[int]]:
+    """How the rows are shared out, in ``pairs`` where it pays, and the strides of x, scale and shift."""
     scale, shift = as_rows(scale), as_rows(shift)
-    dense = [outline(x), *(t for t in others if t is not None)]
-    shape = share_out([x], [*dense, *(t for t in (scale, shift) if t.is_contiguous())])
+    shape = share_out([x, scale, shift], [outline(x), *(t for t in others if t is not None)])
+    if pairs:
+        shape = shape.in_pairs()
     return shape, shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]
 
 

@@ -18,10 +18,12 @@ from .tiles import (
     SLOW_GROUPS,
     accumulator_dtype,
     encoded,
+    lanes,
     nbytes,
     new_partials,
     plan_fold,
     program_count,
+    store_sums,
     vector_width,
 )
 
@@ -56,19 +58,23 @@ def _gram_kernel(
         off = group[:, None] * VEC + lane
         values = ()
         for i in tl.static_range(TENSORS):
-            values = values + (tl.load(pointers[i] + off, mask=live, other=0.0).to(tl.float32),)
+            values = values + lanes(tl.load(pointers[i] + off, mask=live, other=0.0).to(tl.float32), VEC)
         updated = ()
         for i in tl.static_range(TENSORS):
             for j in tl.static_range(i, TENSORS):
-                total = sums[i * TENSORS - i * (i - 1) // 2 + j - i] + tl.sum(values[i] * values[j], 1)
+                total = sums[i * TENSORS - i * (i - 1) // 2 + j - i]
+                for k in tl.static_range(VEC):
+                    total = tl.fma(values[i * VEC + k], values[j * VEC + k], total)
                 updated = updated + (total,)
         sums = updated
+    whole = ()
     for i in tl.static_range(TENSORS):
-        for j in tl.static_range(i, TENSORS):
-            total = tl.sum(sums[i * TENSORS - i * (i - 1) // 2 + j - i], 0)
-            tl.store(partials_ptr + (i * TENSORS + j) * MAX_PROGRAMS + pid, total)
-            if j > i:
-                tl.store(partials_ptr + (j * TENSORS + i) * MAX_PROGRAMS + pid, total)
+        for j in tl.static_range(TENSORS):
+            if i <= j:
+                whole = whole + (sums[i * TENSORS - i * (i - 1) // 2 + j - i],)
+            else:
+                whole = whole + (sums[j * TENSORS - j * (j - 1) // 2 + i - j],)
+    store_sums(partials_ptr + pid, whole, TENSORS * TENSORS, MAX_PROGRAMS)
 
 
 @jit()
@@ -95,16 +101,18 @@ def _linear_sums_kernel(
         off = group[:, None] * VEC + lane
         values = ()
         for k in tl.static_range(INPUTS):
-            values = values + (tl.load(pointers[k] + off, mask=live, other=0.0).to(tl.float32),)
+            values = values + lanes(tl.load(pointers[k] + off, mask=live, other=0.0).to(tl.float32), VEC)
         for m in tl.static_range(OUTPUTS):
-            y = tl.zeros([R, VEC], tl.float32)
-            for k in tl.static_range(INPUTS):
-                if (USED >> (m * INPUTS + k)) & 1:
-                    y += coefficients[m * INPUTS + k] * values[k]
-            norm, square = sums[2 * m] + tl.sum(tl.abs(y), 1), sums[2 * m + 1] + tl.sum(y * y, 1)
+            norm, square = sums[2 * m], sums[2 * m + 1]
+            for at in tl.static_range(VEC):
+                y = tl.zeros([R], tl.float32)
+                for k in tl.static_range(INPUTS):
+                    if (USED >> (m * INPUTS + k)) & 1:
+                        y = tl.fma(values[k * VEC + at], coefficients[m * INPUTS + k], y)
+                norm += tl.abs(y)
+                square = tl.fma(y, y, square)
             sums = sums[: 2 * m] + (norm, square) + sums[2 * m + 2 :]
-    for at in tl.static_range(2 * OUTPUTS):
-        tl.store(partials_ptr + at * MAX_PROGRAMS + pid, tl.sum(sums[at], 0))
+    store_sums(partials_ptr + pid, sums, 2 * OUTPUTS, MAX_PROGRAMS)
 
 
 @jit()

@@ -68,6 +68,19 @@ def with_pair(sums, a, b, VEC: tl.constexpr):
 
 
 @jit()
+def with_norms(sums, a, b, VEC: tl.constexpr):
+    """Sums of |a|, a^2, |b|, b^2 of numbers [R, VEC] added to the first four of what a thread has found so far."""
+    a_1, a_2, b_1, b_2 = sums[:4]
+    a_lanes, b_lanes = lanes(a, VEC), lanes(b, VEC)
+    for k in tl.static_range(VEC):
+        a_1 += tl.abs(a_lanes[k])
+        a_2 = tl.fma(a_lanes[k], a_lanes[k], a_2)
+        b_1 += tl.abs(b_lanes[k])
+        b_2 = tl.fma(b_lanes[k], b_lanes[k], b_2)
+    return (a_1, a_2, b_1, b_2) + sums[4:]
+
+
+@jit()
 def store_pair(slot, sums, MAX_PROGRAMS: tl.constexpr):
     """Stores the eight statistics of a program, each in a row of its own."""
     # a maximum may drop NaN, which must never look like a small difference; the sum of |d| keeps it
@@ -141,20 +154,28 @@ def _combination_error_kernel(
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
         off = group[:, None] * VEC + lane
-        t = tl.load(target_ptr + off, mask=live, other=0.0).to(tl.float32)
-        c = tl.load(common_ptr + off, mask=live, other=0.0).to(tl.float32)
-        t_1 += tl.sum(tl.abs(t), 1)
-        t_2 += tl.sum(t * t, 1)
+        t = lanes(tl.load(target_ptr + off, mask=live, other=0.0).to(tl.float32), VEC)
+        c = lanes(tl.load(common_ptr + off, mask=live, other=0.0).to(tl.float32), VEC)
+        for k in tl.static_range(VEC):
+            t_1 += tl.abs(t[k])
+            t_2 = tl.fma(t[k], t[k], t_2)
         for s in tl.static_range(SETS):
-            predicted = common_coefficients[s] * c
+            others = ()
             for k in tl.static_range(TERMS):
                 p = tl.load(other_ptrs[s * TERMS + k] + off, mask=live, other=0.0).to(tl.float32)
-                predicted += other_coefficients[s * TERMS + k] * p
-            e = predicted - t
-            e_1 = e_1[:s] + (e_1[s] + tl.sum(tl.abs(e), 1),) + e_1[s + 1 :]
-            e_2 = e_2[:s] + (e_2[s] + tl.sum(e * e, 1),) + e_2[s + 1 :]
+                others = others + lanes(p, VEC)
+            norm, square = e_1[s], e_2[s]
+            for at in tl.static_range(VEC):
+                e = tl.fma(c[at], common_coefficients[s], -t[at])
+                for k in tl.static_range(TERMS):
+                    e = tl.fma(others[k * VEC + at], other_coefficients[s * TERMS + k], e)
+                norm += tl.abs(e)
+                square = tl.fma(e, e, square)
+            e_1 = e_1[:s] + (norm,) + e_1[s + 1 :]
+            e_2 = e_2[:s] + (square,) + e_2[s + 1 :]
     slot = partials_ptr + pid
     for s in tl.static_range(SETS):
+        # one by one: `store_sums` would need three registers more, and one program less would fit a multiprocessor
         row = first_row + 4 * s
         tl.store(slot + row * MAX_PROGRAMS, tl.sum(e_1[s], 0))
         tl.store(slot + (row + 1) * MAX_PROGRAMS, tl.sum(e_2[s], 0))

@@ -82,6 +82,18 @@ def summed(values, COUNT: tl.constexpr):
 
 
 @jit()
+def store_sums(slot, values, COUNT: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
+    """Stores the sums of ``COUNT`` tensors [R] of a program, each in a row of its own."""
+    WIDTH: tl.constexpr = 4 if COUNT <= 4 else 8
+    for start in tl.static_range(0, COUNT, WIDTH):
+        some = ()
+        for k in tl.static_range(WIDTH):
+            some = some + (values[start + k if start + k < COUNT else start],)
+        row = start + tl.arange(0, WIDTH)
+        tl.store(slot + row * MAX_PROGRAMS, summed(some, WIDTH), mask=row < COUNT)
+
+
+@jit()
 def of_entry(values, at: tl.constexpr, step: tl.constexpr, sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
     """``values[entry * step + at]`` of the entry that program ``pid`` serves: a choice among arguments, not a load."""
     found = values[at]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layercache.kernels import compact, decisions, guidance, modulate, router
+from layercache.kernels import compact, decisions, guidance, modulate, router, rows
 from torch import Tensor
 
 from support.guarded_memory import CASES, Case, Memory, assert_sums_close, in_cases, same_bits
+from support.marks import slow
 
 pytestmark = pytest.mark.usefixtures("rounding")
 
@@ -88,6 +89,38 @@ def test_modulation_of_codes() -> None:
     for run, stream in zip((modulate.modulate_triton, modulate.modulate_reference), streams, strict=True):
         run(x, scale, scale, [codes], [0.5], stream=stream, scales=[scales])
     assert same_bits(streams[:1], streams[1:])
+
+
+@pytest.mark.parametrize(("spare", "first"), [(1, 1), (8, 3), (64, 1), (8, 8)])
+def test_modulation_by_slices(spare: int, first: int) -> None:
+    """Whose strides or addresses are no multiples of a group, or are."""
+    x, vectors = torch.randn(2, 4, 64).bfloat16(), torch.randn(2, 64 + spare).bfloat16()
+    scale = vectors[:, first : first + 64]
+    found, known = (run(x, scale, scale)[0] for run in (modulate.modulate_triton, modulate.modulate_reference))
+    close(found, known, 20.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16, torch.float32)])
+def test_two_rows_per_thread(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_PROGRAMS", 1)
+    x, r = (torch.randn(2, 4, 3072).to(dtype) for _ in range(2))
+    scale, shift = torch.randn(2, 3072).to(dtype), torch.randn(1, 1, 3072).to(dtype)
+    shape = rows.share_out([x]).in_pairs()
+    assert (shape.each, shape.rows % shape.per_program) == (2, 0)
+    found, _ = modulate.modulate_triton(x, scale, shift, [r], [0.5])
+    close(found, modulate.modulate_reference(x, scale, shift, [r], [0.5])[0], 20.0)
+    # rows of two batch entries have no scale in common
+    assert rows.share_out([x[:, :3]]).in_pairs().each == 1
+
+
+@pytest.mark.parametrize("channels", [8, 3072, 16384, *slow(1152, 1536, 2048, 2304, 3840, 4096, 5120, 6144)])
+@pytest.mark.parametrize("held", [rows.HELD, rows.PAIRED, rows.SUMMED])
+def test_chunks_hold_a_row(channels: int, held: int) -> None:
+    shape = rows.share_out([torch.empty(1, 4, channels, dtype=torch.bfloat16)], held=held)
+    assert shape.chunks * shape.groups >= shape.row_groups > (shape.chunks - 1) * shape.groups
+    assert shape.chunks * shape.width <= held and shape.chunks <= rows.MAX_CHUNKS
+    # every thread has work in every chunk
+    assert shape.per_program * shape.groups >= 32 * shape.constants["num_warps"]
 
 
 def test_affine_modulation() -> None:

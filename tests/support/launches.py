@@ -97,7 +97,7 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         combine.linear_map_triton([many(inputs)], [many(len(matrix))], matrix, **others)
 
     beta, gate = new(1, dtype=torch.float32), new(1, 128)
-    wide, row, thin = new(1, 64, 2048), new(1, 2048), new(1, 512, 64)
+    wide, row, thin, long = new(1, 64, 2048), new(1, 2048), new(1, 512, 64), new(1, 2048, 2048)
     keep, stats = "_capture_kernel", "_pair_statistics_kernel"
     linear, error = "_linear_map_kernel", "_combination_error_kernel"
     return {
@@ -105,10 +105,12 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         "capture another size": Launch(keep, lambda: capture.capture_triton([odd], [odd], [odd]), 6, 40),
         "capture misaligned": Launch(keep, lambda: capture.capture_triton([one], [misaligned], [one]), None, 255),
         "capture flag": Launch(keep, lambda: capture.capture_triton(pair(), pair(), pair(), flag), 6, 40),
-        "capture input": Launch(keep, lambda: capture.capture_triton(pair(), pair(), pair(), flag, None, True), 6, 72),
-        "capture all": Launch(keep, lambda: capture.capture_triton(pair(), pair(), pair(), flag, pair()), 8, 92),
+        "capture input": Launch(
+            keep, lambda: capture.capture_triton(pair(), pair(), pair(), flag, None, True), 6, 72, (), 2
+        ),
+        "capture all": Launch(keep, lambda: capture.capture_triton(pair(), pair(), pair(), flag, pair()), 8, 92, (), 4),
         "capture samples": Launch(
-            keep, lambda: capture.capture_triton(dense(), dense(), dense(), flag, dense(), False, True), 8, 92
+            keep, lambda: capture.capture_triton(dense(), dense(), dense(), flag, dense(), False, True), 8, 92, (), 4
         ),
         "capture strided": Launch(keep, lambda: capture.capture_triton(slices(), slices(), dense(), flag), 6, 72),
         "pair": Launch(stats, lambda: statistics.pair_statistics_triton(pair(), pair()), 4, 78, (), 4),
@@ -142,9 +144,16 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         ),
         "taylor update": Launch(linear, lambda: map_of(3, taylor, factors=[1.0, 1.0, 1.0]), 12, 96),
         "taylor": Launch(linear, lambda: map_of(2, [[1.0, 0.5]]), 6, 48),
-        "error": Launch(error, lambda: statistics.combination_error_triton(one, many(SETS), sets), 2 * (SETS + 2), 96),
-        "gram": Launch("_gram_kernel", lambda: moments.gram_triton(many(8)), 16, 144),
-        "sums": Launch("_linear_sums_kernel", lambda: moments.align_triton(one, one, many(2), many(2)), 8, 64),
+        "error": Launch(
+            error,
+            lambda: statistics.combination_error_triton(one, many(SETS), sets),
+            2 * (SETS + 2),
+            96,
+            (),
+            1 + 3 * SETS,
+        ),
+        "gram": Launch("_gram_kernel", lambda: moments.gram_triton(many(8)), 16, 144, (), 36),
+        "sums": Launch("_linear_sums_kernel", lambda: moments.align_triton(one, one, many(2), many(2)), 8, 64, (), 7),
         "capture codes": Launch(
             "_capture_compact_kernel",
             lambda: compact.capture_compact_triton(
@@ -163,6 +172,7 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
             "_router_lerp_bwd_kernel", lambda: router.router_lerp_backward_triton(one, one, one, beta), 8, 64, ("b32",)
         ),
         "modulate": Launch("_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row), 8, 76, (), 1),
+        "modulate pairs": Launch("_modulate_kernel", lambda: modulate.modulate_triton(long, row, row), 6, 86, (), 1),
         "modulate metric": Launch(
             "_modulate_kernel", lambda: modulate.modulate_triton(wide, row, row, (), (), wide), 10, 154, (), 5
         ),
