@@ -204,7 +204,9 @@ def modulate_triton(
     bounds = [0, *segments, x.shape[-1]]
     parts = len(bounds) - 1
     count = 0 if previous is None else PAIR_STATISTICS
-    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result), pairs=not count)
+    # of sums and of codes, which take more registers, rows in pairs are no faster
+    pairs = not count and all(residual.element_size() > 1 for residual in residuals)
+    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result), pairs)
     # where nothing is summed up, the GPU shares out the rows better than a loop does
     programs = min(shape.tiles, MAX_PROGRAMS) if count else shape.tiles
     sizes, ends = shape.sizes(*steps), encoded(bounds)

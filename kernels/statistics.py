@@ -154,28 +154,20 @@ def _combination_error_kernel(
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
         off = group[:, None] * VEC + lane
-        t = lanes(tl.load(target_ptr + off, mask=live, other=0.0).to(tl.float32), VEC)
-        c = lanes(tl.load(common_ptr + off, mask=live, other=0.0).to(tl.float32), VEC)
-        for k in tl.static_range(VEC):
-            t_1 += tl.abs(t[k])
-            t_2 = tl.fma(t[k], t[k], t_2)
+        t = tl.load(target_ptr + off, mask=live, other=0.0).to(tl.float32)
+        c = tl.load(common_ptr + off, mask=live, other=0.0).to(tl.float32)
+        t_1 += tl.sum(tl.abs(t), 1)
+        t_2 += tl.sum(t * t, 1)
         for s in tl.static_range(SETS):
-            others = ()
+            predicted = common_coefficients[s] * c
             for k in tl.static_range(TERMS):
                 p = tl.load(other_ptrs[s * TERMS + k] + off, mask=live, other=0.0).to(tl.float32)
-                others = others + lanes(p, VEC)
-            norm, square = e_1[s], e_2[s]
-            for at in tl.static_range(VEC):
-                e = tl.fma(c[at], common_coefficients[s], -t[at])
-                for k in tl.static_range(TERMS):
-                    e = tl.fma(others[k * VEC + at], other_coefficients[s * TERMS + k], e)
-                norm += tl.abs(e)
-                square = tl.fma(e, e, square)
-            e_1 = e_1[:s] + (norm,) + e_1[s + 1 :]
-            e_2 = e_2[:s] + (square,) + e_2[s + 1 :]
+                predicted += other_coefficients[s * TERMS + k] * p
+            e = predicted - t
+            e_1 = e_1[:s] + (e_1[s] + tl.sum(tl.abs(e), 1),) + e_1[s + 1 :]
+            e_2 = e_2[:s] + (e_2[s] + tl.sum(e * e, 1),) + e_2[s + 1 :]
     slot = partials_ptr + pid
     for s in tl.static_range(SETS):
-        # one by one: `store_sums` would need three registers more, and one program less would fit a multiprocessor
         row = first_row + 4 * s
         tl.store(slot + row * MAX_PROGRAMS, tl.sum(e_1[s], 0))
         tl.store(slot + (row + 1) * MAX_PROGRAMS, tl.sum(e_2[s], 0))

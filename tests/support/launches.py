@@ -144,14 +144,7 @@ def launches(module: Callable[[str], ModuleType]) -> dict[str, Launch]:
         ),
         "taylor update": Launch(linear, lambda: map_of(3, taylor, factors=[1.0, 1.0, 1.0]), 12, 96),
         "taylor": Launch(linear, lambda: map_of(2, [[1.0, 0.5]]), 6, 48),
-        "error": Launch(
-            error,
-            lambda: statistics.combination_error_triton(one, many(SETS), sets),
-            2 * (SETS + 2),
-            96,
-            (),
-            1 + 3 * SETS,
-        ),
+        "error": Launch(error, lambda: statistics.combination_error_triton(one, many(SETS), sets), 2 * (SETS + 2), 96),
         "gram": Launch("_gram_kernel", lambda: moments.gram_triton(many(8)), 16, 144, (), 36),
         "sums": Launch("_linear_sums_kernel", lambda: moments.align_triton(one, one, many(2), many(2)), 8, 64, (), 7),
         "capture codes": Launch(
