@@ -279,7 +279,9 @@ def row_variants() -> Iterator[Variant]:
     """Kernels for rows without one thing each that makes them shorter, and with more or less of a row in a thread."""
     every = (*ROWED, "modulate and change", "guidance and norm", "row statistics", "compact capture")
     words = "pointer.dtype.element_ty == tl.bfloat16 and VEC > 1"
-    yield Variant("a row per thread", "rows", ROWED, (Replacement("modulate.py", "pairs=not count", "pairs=False"),))
+    yield Variant(
+        "a row per thread", "rows", ROWED, (Replacement("modulate.py", "pairs = not count", "pairs = False"),)
+    )
     yield Variant("bf16 one by one", "rows", every, (Replacement("rows.py", words, "False"),))
     root = Replacement("modulate.py", "return y, tl.rsqrt(", "return y, 1.0 / tl.sqrt_rn(")
     yield Variant("1 / sqrt", "rows", (*ROWED, "modulate and change"), (root,))

@@ -21,7 +21,7 @@ from real_size import REAL, TINY, Loop, build
 from torch import Tensor
 
 import layercache
-from layercache.planning.whole_steps import EFFORTS
+from layercache.planning.search import EFFORTS
 from layercache.tools.report.machine import machine_info, write_json
 
 

@@ -26,7 +26,7 @@ KINDS = {
     COMPARISON: ("'layercache compare'", ""),
 }
 # The first version of each format whose files have a checksum.
-CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 2, COMPARISON: 2}
+CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 3, COMPARISON: 2}
 # What the code that reads entries raises where a whole file was edited.
 DAMAGE = (LayerCacheError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 NEITHER = "is neither JSON nor a file of tensors (safetensors)"

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from layercache._utils.timer import Timer
 from layercache.models.spec import ModelSpec
+from layercache.planning.trace import Trace
 from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.recording import RecordingRouter
+
+
+@dataclass(frozen=True)
+class FullSample:
+    """A sample's full run.
+
+    Attributes:
+        trace: in the host's memory.
+        pictures: ``[B, ...]`` in 0..1.
+        branches: bytes of the streams, image and text, by guidance branch.
+        seconds: of a step: in the blocks, and in the rest of the model.
+        sigmas: N + 1 noise levels.
+    """
+
+    trace: Trace
+    pictures: np.ndarray
+    branches: Mapping[str, tuple[int, int]]
+    seconds: tuple[float, float]
+    sigmas: tuple[float, ...]
 
 
 class _TimedPass(BlockPass):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,55 +15,23 @@ import torch
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.models.registry import find_transformer, fingerprint_of, spec_for
-from layercache.models.spec import ModelSpec
 from layercache.planning.fit import Forecast, fit_velocity
-from layercache.planning.full_run import FullRun
-from layercache.planning.samples import arguments_of
+from layercache.planning.full_run import FullRun, FullSample
+from layercache.planning.samples import arguments_of, call_settings
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
+from layercache.planning.trace import Trace, near, on_host
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
-from layercache.runtime.state import CacheState
-from layercache.runtime.velocity import VelocityTrack, combine
+from layercache.runtime.velocity import VelocityTrack
 from layercache.schedule.fingerprint import Fingerprint
-from layercache.schedule.memory_plan import REUSE, GroupAction, stored_bytes
+from layercache.schedule.memory_plan import stored_bytes
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
+if TYPE_CHECKING:
+    from layercache.planning.search_files import SearchFiles
+
 PSNR_LIMIT = 100.0
-
-
-@dataclass
-class Trace:
-    """Of one generation of one sample, per step: latents before it, velocity of the model, velocity taken.
-
-    ``raw[i]`` is ``None`` where the model did not run.
-    """
-
-    latents: list[torch.Tensor] = field(default_factory=list)
-    raw: list[torch.Tensor | None] = field(default_factory=list)
-    taken: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, latents: torch.Tensor, raw: torch.Tensor | None, taken: torch.Tensor | None = None) -> None:
-        self.latents.append(latents)
-        self.raw.append(raw)
-        if taken is not None:
-            self.taken.append(taken)
-
-    def after(self, step: int, sigmas: Sequence[float]) -> torch.Tensor:
-        """Latents behind a step (Euler)."""
-        if step + 1 < len(self.latents):
-            return self.latents[step + 1]
-        return self.latents[step] + (sigmas[step + 1] - sigmas[step]) * self.taken[step]
-
-    def combined(self, rule: Velocity | None, step: int) -> torch.Tensor:
-        """The velocity by a rule, made as it is made when the schedule runs."""
-        own = self.raw[step]
-        if rule is None:
-            assert own is not None
-            return own
-        terms = [(self.raw[source], c) for source, c in sorted(rule.terms.items(), reverse=True)]
-        terms += [(self.latents[step], rule.latents)] if rule.latents else []
-        return combine([t for t, _ in terms], [c for _, c in terms], None)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -95,16 +63,8 @@ class _AlwaysThere(VelocityTrack):
 class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
-    def __init__(self, transformer: Any, spec: ModelSpec, schedule: Schedule, scheduler: Any, first: int):
-        super().__init__(transformer, spec, schedule, scheduler)
-        self._first = first
-
     def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
         return _AlwaysThere(self.layout, slots)
-
-    def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
-        actions = super()._choose_row(state, step)
-        return (GroupAction(REUSE),) * len(actions) if step < self._first else actions
 
     @property
     def replaces_velocity(self) -> bool:
@@ -123,6 +83,7 @@ class Rollouts:
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
+        files: where full runs are kept, so that a search that was stopped can go on.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
@@ -144,6 +105,7 @@ class Rollouts:
         prompts: Sequence[Any],
         seeds: Sequence[int] | None = None,
         on_cost: Callable[[float], object] | None = None,
+        files: SearchFiles | None = None,
         **call: Any,
     ):
         self.transformer = find_transformer(pipe)
@@ -159,18 +121,20 @@ class Rollouts:
             raise CalibrationError(
                 "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"
             )
-        self.pipeline, self.on_cost = pipe, on_cost
+        self.pipeline, self.on_cost, self.files = pipe, on_cost, files
         self.prompts = list(prompts)
         self.seeds = _seeds_of(self.prompts, seeds)
         self.call = dict(call)
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
         self._clones = clones(pipe, len(self.prompts))
+        if files is not None:
+            files.check(self)
         self.branches: tuple[str, ...] = ()
         self.runs = 0
         self.full: tuple[Trace, ...] = ()
         self.pictures: list[np.ndarray] = []
-        self._streams: list[dict[str, tuple[int, int]]] = []
+        self._streams: list[Mapping[str, tuple[int, int]]] = []
         self.seconds = (0.0, 0.0)
         self.sigmas: tuple[float, ...] = ()
         self.is_euler = False
@@ -186,12 +150,16 @@ class Rollouts:
 
     def note_cost(self) -> None:
         """A step of all pictures was computed."""
+        self._note(self.num_pictures / self.num_steps)
+
+    def _note(self, generations: float) -> None:
         if self.on_cost is not None:
-            self.on_cost(self.num_pictures / self.num_steps)
+            self.on_cost(generations)
 
     @property
     def fingerprint(self) -> Fingerprint:
-        return fingerprint_of(self.transformer, self.sigmas, self.branches)
+        found = fingerprint_of(self.transformer, self.sigmas, self.branches)
+        return replace(found, settings={**found.settings, **call_settings(self.call)})
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
@@ -200,21 +168,12 @@ class Rollouts:
             stored_bytes(schedule, streams, trace.latents[0].nbytes, self.spec.text_leaves) for streams, trace in pairs
         )
 
-    def run(
-        self,
-        schedule: Schedule,
-        forecast: Forecast | None = None,
-        *,
-        start: Rollout | None = None,
-        first: int = 0,
-    ) -> Rollout:
+    def run(self, schedule: Schedule, forecast: Forecast | None = None) -> Rollout:
         """Runs a schedule on all samples.
 
         Args:
             schedule: its velocities are taken as they are, unless they are to be fitted.
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
-            start: an earlier take whose steps before ``first`` are the same: they are not run again.
-            first: the first step that runs. No residual from before it may be read.
 
         Raises:
             CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler that takes no Euler steps.
@@ -223,42 +182,11 @@ class Rollouts:
             raise CalibrationError(
                 "velocities can only be steered where the sampler takes Euler steps; fit to 'teacher' instead"
             )
-        if first and any(
-            anchor < first
-            for cells in (schedule.cells, *schedule.branch_cells.values())
-            for row in cells[first:]
-            for cell in row
-            for anchor in cell or ()
-        ):
-            raise ScheduleError(f"a step from {first} on reads a residual of a step that is not run again")
-        run = RolloutRun(self, schedule, forecast, start, first)
-        routers = [
-            RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler, first) for clone in self._clones
-        ]
-        return self._rollout_of(run, self._perform(routers, run.answer, self._clones))
-
-    def run_beside_full(
-        self,
-        schedule: Schedule,
-        forecast: Forecast | None,
-        routers: Callable[[Any, Any], tuple[Router, RolloutRouter]],
-    ) -> Rollout:
-        """As `run`, but before every step of a sample the same step of its full run is taken.
-
-        Args:
-            routers: of the schedulers of a full and a cached generation, the routers of the two.
-        """
-        run = RolloutRun(self, schedule, forecast, None, 0)
-        beside = clones(self.pipeline, len(self._clones))
-        pairs = [(full, own) for full, own in zip(beside, self._clones, strict=True)]
-        routed = [router for full, own in pairs for router in routers(full.scheduler, own.scheduler)]
-
-        def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-            taken = run.answer(step, items[1::2])
-            return [v for (full, _), own in zip(items[::2], taken, strict=True) for v in (full, own)]
-
-        pictures = self._perform(routed, answer, [clone for pair in pairs for clone in pair])
-        return self._rollout_of(run, pictures[1::2])
+        run = RolloutRun(self, schedule, forecast)
+        routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
+        pictures = self._perform(routers, run.answer, self._clones, self._calls())
+        self.runs += 1
+        return self._rollout_of(run, pictures)
 
     def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
@@ -268,43 +196,58 @@ class Rollouts:
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces)
 
     def _run_in_full(self) -> None:
-        watchers = [FullRun(self.transformer, self.spec, clone.scheduler) for clone in self._clones]
-        traces = tuple(Trace() for _ in self.prompts)
+        found = [self._full_run(sample) for sample in range(len(self.prompts))]
+        self.runs += 1
+        self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
+        self.branches = tuple(found[0].branches)
+        self._streams = [one.branches for one in found]
+        self.seconds = (median(one.seconds[0] for one in found), median(one.seconds[1] for one in found))
+        self.is_euler = all(_is_euler(trace, self.sigmas) for trace in self.full)
+
+    def _full_run(self, sample: int) -> FullSample:
+        """The full run of a sample: from the files of a search that was stopped, or made now."""
+        kept = self.files.sample(sample) if self.files is not None else None
+        if kept is not None:
+            self.sigmas = kept.sigmas
+            for _ in self.seeds[sample]:
+                self._note(1.0)
+            return kept
+        watcher, trace = FullRun(self.transformer, self.spec, self._clones[sample].scheduler), Trace()
         forwards: list[int] = []
 
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-            forwards.append(watchers[0].forwards)
-            self.sigmas = self.sigmas or scheduler_sigmas(self._clones[0].scheduler) or ()
+            forwards.append(watcher.forwards)
+            self.sigmas = self.sigmas or scheduler_sigmas(self._clones[sample].scheduler) or ()
             if self.sigmas:
-                self.note_cost()
-            for trace, (velocity, latents) in zip(traces, items, strict=True):
-                trace.add(latents, velocity, velocity)
-            return [velocity for velocity, _ in items]
+                self._note(len(self.seeds[sample]) / self.num_steps)
+            ((velocity, latents),) = items
+            trace.add(on_host(latents), on_host(velocity))
+            return [velocity]
 
-        self.pictures = self._perform(watchers, answer, self._clones)
-        if len(traces[0].raw) != self.num_steps:
+        (pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # `on_host`
+        trace.taken = [velocity for velocity in trace.raw if velocity is not None]
+        if len(trace.raw) != self.num_steps:
             raise CalibrationError(
-                f"the sampler was stepped {len(traces[0].raw)} times for {self.num_steps} steps; rollouts need a "
+                f"the sampler was stepped {len(trace.raw)} times for {self.num_steps} steps; rollouts need a "
                 "scheduler with sigmas that is stepped once per step"
             )
         _check_alone(forwards)
-        self.full, self.branches = traces, tuple(watchers[0].branches)
-        self._streams = [watcher.branches for watcher in watchers]
-        measured = [watcher.seconds(self.num_steps) for watcher in watchers]
-        self.seconds = (median(blocks for blocks, _ in measured), median(rest for _, rest in measured))
-        self.is_euler = all(_is_euler(trace, self.sigmas) for trace in traces)
+        found = FullSample(trace, pictures, watcher.branches, watcher.seconds(self.num_steps), self.sigmas)
+        if self.files is not None:
+            self.files.keep_sample(sample, found)
+        return found
 
     def _perform(
-        self, routers: Sequence[Router], answer: Callable[[int, list[Any]], list[Any]], pipelines: Sequence[Any]
+        self,
+        routers: Sequence[Router],
+        answer: Callable[[int, list[Any]], list[Any]],
+        pipelines: Sequence[Any],
+        calls: Sequence[dict[str, Any]],
     ) -> list[np.ndarray]:
-        """One generation of every sample, each by its own router; ``answer`` says which velocities are taken.
-
-        ``pipelines`` are the pipelines, as many for every sample, those of a sample side by side.
-        """
-        self.runs += len(pipelines) // len(self.prompts)
+        """Generations side by side, each by its own router; ``answer`` says which velocities are taken."""
         attachment = attach(self.pipeline, routers[0])
-        each = len(pipelines) // len(self.prompts)
-        calls = [call for one in zip(*(self._calls() for _ in range(each)), strict=True) for call in one]
         runs = [_pausable(clone, call) for clone, call in zip(pipelines, calls, strict=True)]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
@@ -324,17 +267,13 @@ class Rollouts:
 class RolloutRun:
     """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
 
-    def __init__(
-        self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, start: Rollout | None, first: int
-    ):
+    def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None):
         self.sigmas, self.full, self.note_cost = rollouts.sigmas, rollouts.full, rollouts.note_cost
-        self.schedule, self.forecast, self.start, self.first = schedule, forecast, start, first
+        self.schedule, self.forecast = schedule, forecast
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
 
     def answer(self, step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-        if step < self.first and self.start is not None:
-            return self._repeat(step, self.start)
         runs = not self.schedule.is_skipped(step)
         if runs:
             self.note_cost()
@@ -344,12 +283,6 @@ class RolloutRun:
         self.velocities.append(rule)
         for trace in self.traces:
             trace.taken.append(trace.combined(rule, step))
-        return [trace.taken[step] for trace in self.traces]
-
-    def _repeat(self, step: int, start: Rollout) -> list[Any]:
-        self.velocities.append(start.schedule.velocity(step))
-        for trace, before in zip(self.traces, start.traces, strict=True):
-            trace.add(before.latents[step], before.raw[step], before.taken[step])
         return [trace.taken[step] for trace in self.traces]
 
     def _fit(self, step: int, forecast: Forecast) -> Velocity | None:
@@ -365,16 +298,16 @@ class RolloutRun:
         latents = [trace.latents[step] for trace in (self.full if forecast.target == "open" else self.traces)]
         if forecast.target == "steer":
             targets = [
-                (full.after(step, self.sigmas) - x) / (self.sigmas[step + 1] - self.sigmas[step])
+                (near(full.after(step, self.sigmas), x) - x) / (self.sigmas[step + 1] - self.sigmas[step])
                 for full, x in zip(self.full, latents, strict=True)
             ]
         else:
-            targets = [full.raw[step] for full in self.full]  # type: ignore[misc]
+            targets = [near(full.taken[step], x) for full, x in zip(self.full, latents, strict=True)]
         return fit_velocity(forecast, step, sources, features, latents, targets)  # type: ignore[arg-type]
 
     def _has_drifted(self, step: int) -> bool:
         return any(
-            not torch.equal(trace.latents[step], full.latents[step])
+            not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step]))
             for trace, full in zip(self.traces, self.full, strict=True)
         )
 

@@ -16,7 +16,8 @@ import torch
 
 from layercache.errors import CalibrationError
 from layercache.planning.fit import Forecast, inner_products
-from layercache.planning.rollout import PSNR_LIMIT, Rollout, Rollouts, Trace
+from layercache.planning.rollout import PSNR_LIMIT, Rollout, Rollouts
+from layercache.planning.trace import Trace, near
 
 if TYPE_CHECKING:
     from layercache._core import Surrogate
@@ -102,10 +103,10 @@ def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:
 
 def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
     """kappa and log eta of a sample's pictures at a computed step, ``[2, B]``; not finite without a drift."""
-    own, reference = trace.raw[step], full.raw[step]
-    assert own is not None and reference is not None
-    drift = pictures_of(trace.latents[step]) - pictures_of(full.latents[step])
-    answer = pictures_of(own) - pictures_of(reference)
+    own = trace.raw[step]
+    assert own is not None
+    drift = pictures_of(trace.latents[step]) - pictures_of(near(full.latents[step], own))
+    answer = pictures_of(own) - pictures_of(near(full.taken[step], own))
     squared = drift.square().sum(1)
     kappa = (answer * drift).sum(1) / squared
     across = (answer - kappa[:, None] * drift).square().sum(1)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from layercache.errors import ArgumentError, BudgetError
+from layercache.errors import BudgetError
 from layercache.planning.fit import Forecast
-from layercache.planning.front import Front, Point, quality
-from layercache.planning.rollout import Rollout, Rollouts, skipping, with_terms_of
+from layercache.planning.front import Point, quality
+from layercache.planning.rollout import Rollout, Rollouts, skipping
+from layercache.planning.search_files import KeptRun
 from layercache.planning.surrogate import (
     Answers,
     Measured,
@@ -26,14 +24,8 @@ from layercache.planning.surrogate import (
     starts,
     surrogate_of,
 )
+from layercache.schedule.schedule import Schedule
 
-PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
-"""Of the pictures given, so many are fitted to at most."""
-
-EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
-"""Full generations that a search may cost in all, its full runs included."""
-
-BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left{postfix}"
 TERMS = 3
 SIMULATIONS = 900
 DIFFERENCE = 2  # exchanges between two paths that are both run
@@ -131,21 +123,46 @@ class WholeStepSearch:
         for count, number in sorted(zip(counts, runs, strict=True)):
             own: list[Tried] = []
             for k in range(number):
-                own.append(self._run(*self._next(count, k, number, own)))
+                path, forecast, origin = self._next(count, k, number, own)
+                if any(one.forecast == forecast and (one.computed == path).all() for one in own):
+                    self._note_cost(count)  # there is no other path
+                    continue
+                own.append(self._run(path, forecast, origin))
                 self.tried.append(own[-1])
                 yield own[-1]
 
+    def _note_cost(self, count: int) -> None:
+        for _ in range(count):
+            self.rollouts.note_cost()
+
     def _run(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
         schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
-        rollout = self.rollouts.run(schedule, forecast)
-        shown = answers_of(self.rollouts, rollout)
+        rollout, shown = self._kept(schedule, forecast) or self._made(schedule, forecast)
         answers = self._answers(shown)
         expected: tuple[float, ...] = ()
         if answers is not None:
             surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
             expected = expected_psnr(surrogate, path, rollout.psnr)
         score = quality(expected or rollout.psnr, self.tail)
-        return Tried(path, forecast, origin, replace(rollout, traces=()), shown, expected, score)
+        return Tried(path, forecast, origin, rollout, shown, expected, score)
+
+    def _made(self, schedule: Schedule, forecast: Forecast) -> tuple[Rollout, Measured | None]:
+        """A run of the schedule, without its traces, and the answers to drift that it showed."""
+        rollout = self.rollouts.run(schedule, forecast)
+        shown = answers_of(self.rollouts, rollout)
+        if self.rollouts.files is not None:
+            velocities = tuple(map(rollout.schedule.velocity, range(schedule.num_steps)))
+            self.rollouts.files.add(KeptRun(_steps_of(schedule), forecast.name, rollout.psnr, velocities, shown))
+        return replace(rollout, traces=()), shown
+
+    def _kept(self, schedule: Schedule, forecast: Forecast) -> tuple[Rollout, Measured | None] | None:
+        """What the same run gave in a search that was stopped."""
+        steps = _steps_of(schedule)
+        kept = self.rollouts.files and self.rollouts.files.run(steps, forecast.name)
+        if not kept:
+            return None
+        self._note_cost(len(steps))
+        return Rollout(replace(schedule, velocities=kept.velocities), kept.psnr), kept.answers
 
     def _answers(self, *more: Measured | None) -> Answers | None:
         """To drift, of all runs so far and these."""
@@ -188,111 +205,6 @@ class WholeStepSearch:
         return np.asarray(paths[0])
 
 
-def fitting_terms(rollouts: Rollouts, counts: Sequence[int], max_cache_bytes: int | None) -> int:
-    """How many velocities a forecast may combine at most, so that what is stored keeps to this memory.
-
-    Raises:
-        BudgetError: not even one.
-    """
-    widest = skipping(rollouts.fingerprint, range(max(counts)))
-    needs = {terms: rollouts.cache_bytes(with_terms_of(widest, Forecast(terms=terms))) for terms in range(TERMS, 0, -1)}
-    fitting = [terms for terms, needed in needs.items() if max_cache_bytes is None or needed <= max_cache_bytes]
-    if not fitting:
-        raise BudgetError(
-            f"schedules of whole steps store {needs[1]} bytes at least, more than the {max_cache_bytes} allowed",
-            argument="max_cache_bytes",
-        )
-    return fitting[0]
-
-
-def check_effort(effort: str | None, **of_profiles: Any) -> None:
-    """Refuses an unknown effort, and arguments of the search from profiles that were given.
-
-    Raises:
-        ArgumentError: as it says.
-    """
-    if effort is not None and effort not in EFFORTS:
-        raise ArgumentError(f"unknown effort {effort!r}; choose {', '.join(EFFORTS)}", argument="effort")
-    for name, value in of_profiles.items():
-        if value:
-            raise ArgumentError(
-                f"{name} belongs to the search from profiles; give profiles=, or leave it out", argument=name
-            )
-
-
-def first_pictures(
-    prompts: Sequence[Any], seeds: Sequence[int] | None, most: int
-) -> tuple[list[Any], list[int] | None]:
-    """Prompts and seeds of at most so many pictures; a list of prompts is cut."""
-    kept: list[Any] = []
-    left = most
-    for prompt in prompts:
-        if left == 0:
-            break
-        one = list(prompt[:left]) if isinstance(prompt, (list, tuple)) else prompt
-        left -= len(one) if isinstance(one, list) else 1
-        kept.append(one)
-    return kept, None if seeds is None else list(seeds)[: most - left]
-
-
-def search_whole_steps(
-    pipe: Any,
-    prompts: Sequence[Any],
-    seeds: Sequence[int] | None,
-    budgets: Sequence[float],
-    effort: str,
-    *,
-    time_limit: float | None = None,
-    max_cache_bytes: int | None = None,
-    tail: float = TAIL,
-    seed: int = 0,
-    progress: bool = True,
-    **call: Any,
-) -> Front:
-    """`layercache.search` without profiles; it says what the arguments mean.
-
-    Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
-    """
-    start = time.monotonic()
-    prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort])
-    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
-    steps = steps_of(pipe, call)
-    if steps is not None and pictures:  # before anything runs
-        counts = counts_of(budgets, steps)
-        runs_per_budget(counts, steps, pictures, EFFORTS[effort])
-    with tqdm(disable=not progress, bar_format=BAR, total=EFFORTS[effort]) as bar:
-        bar.set_postfix_str("full runs")
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
-        counts = counts_of(budgets, rollouts.num_steps)
-        runs = runs_per_budget(counts, rollouts.num_steps, pictures, EFFORTS[effort])
-        bar.total = cost_of(counts, runs, rollouts.num_steps, pictures)
-        notes = [f"{pictures} pictures, {bar.total:.1f} full generations in all"]
-        blocks, rest = rollouts.seconds
-        search = WholeStepSearch(rollouts, blocks, seed, fitting_terms(rollouts, counts, max_cache_bytes), tail)
-        try:
-            for tried in search.run(counts, runs):
-                bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
-                if time_limit is not None and time.monotonic() - start > time_limit:
-                    notes.append(f"the time limit of {time_limit:g} s ended it after {len(search.tried)} schedules")
-                    break
-        except KeyboardInterrupt:
-            if not search.tried:
-                raise
-            notes.append(f"it was interrupted after {len(search.tried)} schedules")
-    points = [tried.point for tried in search.tried]
-    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, tail)
-
-
-def steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:
-    """How many steps a call of the pipeline takes, as far as its arguments say."""
-    for name in ("timesteps", "sigmas"):
-        if call.get(name) is not None:
-            return len(call[name])
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    steps = call.get("num_inference_steps", None if parameter is None else parameter.default)
-    return steps if isinstance(steps, int) and call.get("strength") is None else None
-
-
 def cost_of(counts: Sequence[int], runs: Sequence[int], num_steps: int, pictures: int) -> float:
     """Full generations that the full runs and so many runs of each budget cost."""
     return pictures * (1 + sum(n * count for n, count in zip(runs, counts, strict=True)) / num_steps)
@@ -308,6 +220,11 @@ def counts_of(budgets: Sequence[float], num_steps: int) -> list[int]:
     if not counts or counts[-1] < 1:
         raise BudgetError(f"a budget below 1 and of one of {num_steps} steps at least is needed", argument="budgets")
     return counts
+
+
+def _steps_of(schedule: Schedule) -> tuple[int, ...]:
+    """Those that are computed."""
+    return tuple(step for step in range(schedule.num_steps) if not schedule.is_skipped(step))
 
 
 def _dense_starts(count: int, share: float) -> list[int]:

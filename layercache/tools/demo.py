@@ -25,7 +25,7 @@ from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 from layercache.errors import BudgetError, CalibrationError
 from layercache.planning.plan import SPANS
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.search import STEERED
+from layercache.planning.search import PICTURES
 from layercache.runtime.report import CacheReport
 from layercache.schedule.schedule import Schedule
 from layercache.tools.report import machine, plots, tables
@@ -168,7 +168,7 @@ def run_demo(
         measured_on = {name: _calibrate(pipe, settings, name, progress) for name in partitions}
         profiles = {method.name: measured_on[method.partition] for method in METHODS}
         planned = {m.name: layercache.plan(profiles[m.name], budget, spans=m.spans) for m in METHODS}
-        searched = _search(pipe, settings, profiles[LAYERCACHE], progress)
+        searched = _search(pipe, settings, progress)
         schedules = {LAYERCACHE: planned.pop(LAYERCACHE), SEARCHED: searched, **planned}
         profiles[SEARCHED] = next(
             (p for p in measured_on.values() if p.groups == searched.groups), profiles[LAYERCACHE]
@@ -220,19 +220,17 @@ def _calibrate(pipe: DemoPipeline, settings: Settings, partition: str, progress:
     )
 
 
-def _search(pipe: DemoPipeline, settings: Settings, profile: StabilityProfile, progress: Progress) -> Schedule:
+def _search(pipe: DemoPipeline, settings: Settings, progress: Progress) -> Schedule:
     """The best schedule found by running candidates, whose forecasts are fitted on the way."""
     task = progress.add_task("searching", total=None)
-    pictures = settings.calibration_samples * settings.batch
+    pictures = min(PICTURES["quick"], settings.calibration_samples * settings.batch)
     first = settings.seeds  # the seeds after those that are compared
     front = layercache.search(
         pipe,
-        [_classes(range(lo, lo + settings.batch)) for lo in range(0, pictures, settings.batch)],
+        [_classes(range(lo, min(lo + settings.batch, pictures))) for lo in range(0, pictures, settings.batch)],
         seeds=range(first, first + pictures),
-        profiles=profile,
         budgets=(settings.budget,),
-        forecasts=STEERED[:1],
-        trials=0,
+        effort="quick",
         progress=False,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,

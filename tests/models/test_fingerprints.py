@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 import layercache
 from layercache.errors import LayerCacheWarning, ScheduleMismatchError
 from layercache.models.registry import config_hash, count_blocks, fingerprint_of
+from layercache.planning.samples import call_settings
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule
 from support import tiny
@@ -130,9 +131,10 @@ def test_guidance_and_size_are_recorded_and_warned_of(tmp_path):
     profile = layercache.calibrate(pipe, ["cat"], progress=False, max_distance=2, max_span=1, **call)
     profile = layercache.StabilityProfile.load(profile.save(tmp_path / "p.safetensors"))
     assert profile.fingerprint.settings["guidance"] == ["guidance_scale 3"]
-    settings = {"profiles": profile, "budgets": (0.8,), "trials": 0, "progress": False}
-    with pytest.warns(LayerCacheWarning, match="measured with guidance guidance_scale 3, not guidance_scale 5 as here"):
-        layercache.search(pipe, ["cat"], **settings, **call | {"guidance_scale": 5.0})
+    front = layercache.search(pipe, ["cat"], budgets=(0.8,), effort="quick", progress=False, **call)
+    for prints in (profile.fingerprint, front.points[0].schedule.fingerprint):
+        with pytest.warns(LayerCacheWarning, match="with guidance guidance_scale 3, not guidance_scale 5 as here"):
+            prints.warn_of(call_settings({"guidance_scale": 5.0}))
 
 
 def test_a_schedule_of_0_1_runs_on_its_model(tmp_path):

@@ -132,4 +132,4 @@ def test_models_with_two_outputs_are_not_searched(profile):
 
     pipe = Pipeline(LTX2VideoTransformer3DModel(**sizes), FlowMatchEulerDiscreteScheduler())
     with pytest.raises(UnsupportedModelError, match="two outputs, picture and sound.*not searched.*layercache.plan"):
-        layercache.search(pipe, ["a wave"], profiles=profile, progress=False, num_inference_steps=4)
+        layercache.search(pipe, ["a wave"], progress=False, num_inference_steps=4)

@@ -1,5 +1,9 @@
 """The search over whole steps: its cost, what it measures on the way, and what it finds on a tiny pipeline."""
 
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +12,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
-from layercache.errors import ArgumentError, BudgetError
-from layercache.planning.rollout import Rollout, Rollouts, Trace
+from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
+from layercache.planning.rollout import Rollout, Rollouts
+from layercache.planning.search import EFFORTS, fitting_terms
 from layercache.planning.surrogate import Answers, answers_of, deviations, full_grams, starts
-from layercache.planning.whole_steps import EFFORTS, WholeStepSearch, fitting_terms, runs_per_budget
+from layercache.planning.trace import Trace
+from layercache.planning.whole_steps import WholeStepSearch, runs_per_budget
 from support.tiny import tiny_pipeline
 
 COUNTS = [21, 18, 15, 9, 6]  # of 30 steps, the budgets .7 .6 .5 .33 .2
@@ -74,7 +80,7 @@ def test_answers_to_drift_are_found():
     """Of traces made with a known answer: between measured steps and over two runs as documented."""
     random = torch.Generator().manual_seed(0)
     zeros = [torch.zeros(1, 6, dtype=torch.float64) for _ in range(4)]
-    full = Trace(latents=zeros, raw=list(zeros))
+    full = Trace(zeros, list(zeros), zeros)
 
     def run(kappa, eta):
         trace = Trace()
@@ -151,8 +157,6 @@ def test_a_time_limit_ends_a_search():
     ("given", "message"),
     [
         ({"effort": "heroic"}, "unknown effort 'heroic'; choose quick, normal, thorough"),
-        ({"trials": 3}, "trials belongs to the search from profiles"),
-        ({"resume": "journal.json"}, "resume belongs to the search from profiles"),
         ({"budgets": (0.01,)}, "of one of 8 steps at least"),
         ({"max_cache_bytes": 10}, "more than the 10 allowed"),
     ],
@@ -188,3 +192,49 @@ def test_a_sampler_without_euler_steps_is_searched_too():
 def test_memory_limits_the_terms(rollouts):
     one, three = (fitting_terms(rollouts, [4], limit) for limit in (rollouts.full[0].latents[0].nbytes, None))
     assert (one, three) == (1, 3)
+
+
+KILLED = """
+import os, signal, sys
+import layercache
+from layercache.planning import search_files
+from layercache.planning.search_files import SearchFiles
+from support.tiny import tiny_pipeline
+
+writes, count = int(sys.argv[2]), 0
+def counted(path, write, original=search_files.write_atomically):
+    global count
+    count += 1
+    if count > writes:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, write)
+
+search_files.write_atomically = counted
+settings = {"num_inference_steps": 8, "guidance_scale": 3.0, "progress": False, "effort": "quick"}
+prompts = [["cat", "coffee"], "rocket"]
+layercache.search(tiny_pipeline(), prompts, budgets=(0.6, 0.3), resume=sys.argv[1], **settings)
+"""
+
+
+def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
+    """Killed behind the first full run, and behind some schedules; nothing that was kept is run again."""
+    settings = {"budgets": (0.6, 0.3), "effort": "quick", **CALL}
+    expected = layercache.search(tiny_pipeline(), PROMPTS, **settings)
+    runs, kept = [], [(2, 0), (5, 2)]  # files written, the first of which says what the search is of; runs among them
+    original = Rollouts.run
+    monkeypatch.setattr(Rollouts, "run", lambda self, *given: runs.append(given) or original(self, *given))
+    for writes, schedules in kept:
+        folder = tmp_path / str(writes)
+        command = [sys.executable, "-c", KILLED, str(folder), str(writes)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+        runs.clear()
+        found = layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
+        assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [
+            (p.psnr, p.expected, p.schedule.velocities) for p in expected.points
+        ]
+        assert len(runs) == expected.tried - 1 - schedules
+    layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
+    assert len(runs) == expected.tried - 1 - schedules
+    with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):
+        layercache.search(tiny_pipeline(), ["cat"], resume=folder, **settings)

@@ -17,9 +17,10 @@ from safetensors.numpy import save
 from layercache._utils.checksum import sealed_json
 from layercache._utils.formats import COMPARISON, FRONT, JOURNAL, MODULES, PROFILE, SCHEDULE
 from layercache.planning.front import Front, Point
-from layercache.planning.journal import JOURNAL_VERSION, read_journal
 from layercache.planning.plan import plan
 from layercache.planning.profile import StabilityProfile
+from layercache.planning.search_files import VERSION as JOURNAL_VERSION
+from layercache.planning.search_files import read_runs
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 from layercache.tools.compare.run import VERSION, read_comparison
@@ -69,13 +70,20 @@ def formats(folder: Path) -> list[Format]:
         (FRONT, Front.load, front),
     ]
     found = [Format(name, load, content.save(folder / name).read_bytes()) for name, load, content in made]
-    journal = {"format": JOURNAL, "version": JOURNAL_VERSION, "samples": "0123", "results": {"a": [40.0], "b": [3.5]}}
+    run = {
+        "computed": [0, 1, 3],
+        "forecast": "hold",
+        "psnr": [40.0, 3.5],
+        "velocities": [None, [[[0, 1.0]], 0.5], None],
+    }
+    run["answers"] = [[[0.5, 1.0]], [[0.0, 2.0]]]
+    journal = {"format": JOURNAL, "version": JOURNAL_VERSION, "search": "0123", "runs": [run]}
     outcome = {"method": "uniform", "setting": "interval 2", "budget": 0.5, "error": "", "cache_bytes": 7}
     numbers = dict.fromkeys(("used", "seconds", "speedup", "operators", "reads"), 0.5)
     outcome |= numbers | {"psnr": [40.0], "ssim": [0.9], "lpips": []}
     comparison = {"format": COMPARISON, "version": VERSION, "digest": "01", "pictures": {"a": "b"}}
     comparison |= {"outcomes": [outcome]}
-    for name, load, data in ((JOURNAL, read_journal, journal), (COMPARISON, read_comparison, comparison)):
+    for name, load, data in ((JOURNAL, read_runs, journal), (COMPARISON, read_comparison, comparison)):
         found.append(Format(name, load, sealed_json(json.dumps(data) + "\n").encode()))
     return found
 

@@ -300,10 +300,9 @@ def test_no_memory_limit_and_large_numbers(profile_file, tmp_path):
     assert invoke("plan", profile_file, "--budget", 0.7, *more, "-o", tmp_path / "s.json").exit_code == 0
 
 
-def test_a_search_that_finds_nothing_says_so(tiny_demo, profile_file, tmp_path):
-    more = ("--samples", 1, "--validation", 0, "--trials", 0, "--guidance", 3, "-o", tmp_path / "f.json")
-    text = refused(1, "search", profile_file, "--budgets", 0.01, *more)
-    assert "Invalid value for --budgets: no schedule keeps to these budgets" in text
+def test_a_search_that_can_find_nothing_says_so(tiny_demo, tmp_path):
+    text = refused(1, "search", "--steps", STEPS, "--budgets", 0.01, "-o", tmp_path / "f.json")
+    assert "Invalid value for --budgets: a budget below 1" in text
     assert not (tmp_path / "f.json").exists()
 
 
@@ -531,10 +530,9 @@ def test_demo_with_the_bundled_model(tmp_path):
 
 
 def plan_front(tmp_path, *more):
-    profile, front = tmp_path / "profile.safetensors", tmp_path / "front.json"
-    settings = ("--samples", 2, "--validation", 2, "--budgets", "0.75,0.5", "--trials", 1)
-    assert invoke("calibrate", "--steps", STEPS, "--samples", 1, "-o", profile).exit_code == 0
-    return invoke("search", profile, "-o", front, *settings, *more), front
+    front = tmp_path / "front.json"
+    settings = ("--samples", 2, "--validation", 2, "--budgets", "0.75,0.5", "--steps", STEPS, "--effort", "quick")
+    return invoke("search", "-o", front, *settings, *more), front
 
 
 def test_front_from_search_to_picture(tiny_demo, tmp_path):
@@ -564,34 +562,32 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_a_search_without_a_profile(tiny_demo, tmp_path, profile_file):
+def test_what_a_search_says_and_leaves(tiny_demo, tmp_path):
     front = tmp_path / "front.json"
     settings = ("--steps", STEPS, "--effort", "quick", "--samples", 2, "--validation", 1, "--budgets", "0.5")
     result = invoke("search", "-o", front, *settings)
     assert result.exit_code == 0, result.output
     assert "2 pictures, " in result.stdout and "full generations in all" in result.stdout
     assert layercache.Front.load(front).points[-1].schedule.used <= 0.5
-    assert "the profile is of" in refused(1, "search", profile_file, "--steps", STEPS + 1)
-    assert "effort belongs to the search without profiles" in refused(1, "search", profile_file, "--effort", "quick")
+    assert not front.with_suffix(".search").exists()  # what it could have gone on from
 
 
 def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
     front = tmp_path / "front.json"
     layercache.Front((Point(Schedule.load(schedule_file), "by hand", (40.0,)),), (1.0, 0.1, 0.0)).save(front)
     assert "no schedule of this front" in refused(1, "plan", front, "--min-psnr", 500)
-    assert "expected a layercache profile file" in refused(1, "search", front)
     assert "schedule already" in refused(2, "plan", schedule_file, "--budget", 0.5)
     profile = profile_file
-    assert "--budgets takes shares" in refused(2, "search", profile, "--budgets", "0.5,2")
+    assert "--budgets takes shares" in refused(2, "search", "--budgets", "0.5,2")
     assert "front of measured schedules" in refused(1, "plan", profile, "--min-psnr", 30)
-    assert "not one of astronaut" in refused(2, "search", profile, "-p", "unicorn")
+    assert "not one of astronaut" in refused(2, "search", "-p", "unicorn")
     text = front.read_text()
     front.write_text(text[:-200])
     assert "not whole" in refused(1, "plan", front, "--budget", 0.5)
 
 
 def test_the_search_by_its_old_name_still_runs(tiny_demo, profile_file, tmp_path):
-    more = ("--samples", 1, "--validation", 0, "--trials", 0, "--guidance", 3, "-o", tmp_path / "f.json")
+    more = ("--samples", 1, "--validation", 0, "--steps", STEPS, "--effort", "quick", "-o", tmp_path / "f.json")
     result = invoke("plan", profile_file, "--pareto", "--budgets", "0.75", *more)
     assert result.exit_code == 0 and "is 'layercache search' now" in result.output
     assert layercache.Front.load(tmp_path / "f.json").points

@@ -44,7 +44,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def model(pipe):
-    return CalibratedModel(pipe, ["retina"], [10], CALL, [0.5], trials=0, rounds=2)
+    return CalibratedModel(pipe, ["retina"], [10], CALL, [0.5], effort="quick", rounds=2)
 
 
 def pictures(pipe, plan=None):

@@ -92,7 +92,7 @@ def test_no_output_is_written_over_another_or_over_what_is_read(folder):
     for words in (
         ("plan", "profile.safetensors", "--budget", 0.7, "-o", "profile.safetensors"),
         ("plan", "profile.safetensors", "--budget", 0.7, "-o", "x.json", "--json", "./x.json"),
-        ("search", "profile.safetensors", "-o", "front.png"),
+        ("search", "-o", "front.png"),
         ("train-router", "-o", "router.pt"),
         ("show", "schedule.json", "--plot", "schedule.json"),
     ):
@@ -101,14 +101,14 @@ def test_no_output_is_written_over_another_or_over_what_is_read(folder):
     assert (folder / "profile.safetensors").read_bytes() == before and not (folder / "x.json").exists()
 
 
-def test_api_checks_the_journal_before_it_runs(folder):
-    profile = made_profile()
-    with pytest.raises(layercache.errors.OutputError, match="cannot be written: Not a directory") as caught:
-        layercache.search(object(), ["cat"], profiles=profile, resume=folder / "file" / "journal.json")
+def test_api_checks_the_files_of_a_search_before_it_runs(folder):
+    with pytest.raises(layercache.errors.OutputError, match="is no folder") as caught:
+        layercache.search(object(), ["cat"], resume=folder / "file" / "search")
     assert caught.value.argument == "resume"
-    (folder / "journal.json").write_text("{")
+    (folder / "search").mkdir()
+    (folder / "search" / "runs.json").write_text("{")
     with pytest.raises(layercache.errors.FileFormatError, match="remove it to start again"):
-        layercache.search(object(), ["cat"], profiles=profile, resume=folder / "journal.json")
+        layercache.search(object(), ["cat"], resume=folder / "search")
 
 
 def _limit():

@@ -249,4 +249,3 @@ def test_commands_say_what_a_file_is_and_which_they_expect(folder):
         for wanted, text in asked.items():
             assert f"{folder / name} {STRANGE[name]}; expected a layercache" in text and f"a {wanted} file" in text
     assert "is a schedule already" in said("plan", folder / "layercache schedule", "--budget", 0.5)
-    assert "expected a layercache profile file" in said("search", folder / "layercache schedule")

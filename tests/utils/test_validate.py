@@ -13,7 +13,6 @@ from layercache.errors import ArgumentError, LayerCacheError, UnsupportedModelEr
 from layercache.methods import fixed, full_runs, invardiff, l2c, magcache, meancache, teacache
 from layercache.planning.fit import fit_residuals
 from layercache.planning.front import Front
-from layercache.planning.refit import refit
 from layercache.schedule.forecast import reforecast
 from layercache.schedule.schedule import Schedule
 from support.profiles import made_profile
@@ -35,13 +34,11 @@ OF_FINGERPRINTS = {
 OF_PROFILES = {
     "SmoothCache.schedule": fixed.SmoothCache().schedule,
     "fit_residuals": lambda value: fit_residuals(value, SCHEDULE),
-    "layercache.search(profiles=...)": lambda value: layercache.search(object(), ["cat"], profiles=value),
 }
 OTHERS = {
     "layercache.plan expects StabilityProfile or Front": lambda value: layercache.plan(value, 0.6),
     "reforecast expects Schedule": lambda value: reforecast(value, "hold"),
     "fit_residuals expects Schedule": lambda value: fit_residuals(PROFILE, value),
-    "refit expects Rollouts": lambda value: refit(value, SCHEDULE),
     "fixed.taylorseer_steps expects a number of steps": fixed.taylorseer_steps,
     "invardiff.first_phase expects Rates": lambda value: invardiff.first_phase(value, invardiff.InvarDiff()),
     "invardiff.plan expects Rates": lambda value: invardiff.plan(value, value, invardiff.InvarDiff()),
@@ -103,13 +100,6 @@ def test_a_profile_is_expected(name, value):
     text = refused(OF_PROFILES[name], value)
     assert text.startswith(f"{name} expects StabilityProfile, got ")
     assert "layercache.calibrate(pipe, prompts)" in text and "StabilityProfile.load(path)" in text
-
-
-def test_a_search_from_an_empty_list_of_profiles_does_not_start():
-    assert "needs a profile" in refused(lambda value: layercache.search(object(), ["cat"], profiles=value), [])
-    assert "got Schedule" in refused(
-        lambda value: layercache.search(object(), ["cat"], profiles=value), [PROFILE, SCHEDULE]
-    )
 
 
 @pytest.mark.parametrize("message", OTHERS)

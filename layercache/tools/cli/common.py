@@ -30,6 +30,12 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+class Effort(str, Enum):
+    """How many full generations a search may cost: 32, 72, 160."""
+
+    quick, normal, thorough = "quick", "normal", "thorough"
+
+
 def _check_budget(budget: float | None) -> float | None:
     if budget is not None and not 0 < budget <= 1:
         raise typer.BadParameter(f"{budget:g} is not a share of the block time above 0 and at most 1, such as 0.6.")
@@ -52,6 +58,9 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the model ('d
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
 PromptsFile = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
+]
+EffortOption = Annotated[
+    Effort, typer.Option("--effort", help="Full generations of the search in all: quick 32, normal 72, thorough 160.")
 ]
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps you will generate with.")]
 Guidance = Annotated[

@@ -17,6 +17,8 @@ from layercache.tools.cli.common import (
     Device,
     Dtype,
     DtypeOption,
+    Effort,
+    EffortOption,
     Guidance,
     Height,
     Json,
@@ -43,7 +45,6 @@ Seeds = Annotated[int, typer.Option(min=1, help="Pictures to compare.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures per call.")]
 Calibration = Annotated[int, typer.Option(min=1, help="Pictures to fit and tune on, with other seeds.")]
 FourSteps = Annotated[int, typer.Option("--steps", min=4, help="Denoising steps.")]
-Trials = Annotated[int, typer.Option(min=0, help="Exchanges of LayerCache's search, per budget.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder; a comparison in it goes on.")]
 
 
@@ -60,7 +61,7 @@ def compare(
     guidance_scale: Guidance = None,
     height: Height = None,
     width: Width = None,
-    trials: Trials = 12,
+    effort: EffortOption = Effort.normal,
     output: Folder = Path("comparison"),
     device: Device = None,
     dtype: DtypeOption = Dtype.bfloat16,
@@ -82,9 +83,8 @@ def compare(
     from layercache.tools.compare.run import Comparison
 
     output.mkdir(parents=True, exist_ok=True)
-    tuned_on, journal = batches_of(found, seeds, calibration, batch), output / "search.journal.json"
-    seeds_behind = list(range(seeds, seeds + calibration))
-    calibrated = CalibratedModel(pipe, tuned_on, seeds_behind, call, shares, trials, journal)
+    tuned_on, seeds_behind = batches_of(found, seeds, calibration, batch), list(range(seeds, seeds + calibration))
+    calibrated = CalibratedModel(pipe, tuned_on, seeds_behind, call, shares, effort.value, output / "search")
     comparison = Comparison(calibrated, batches_of(found, 0, seeds, batch), list(range(seeds)), output)
     _run(Printer(json_to), comparison, names, f"{model}, {num_inference_steps} steps, {seeds} pictures")
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import enum
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.files import check_output_folder
 from layercache._utils.text import shown
-from layercache.errors import BudgetError, ScheduleMismatchError
+from layercache.errors import BudgetError
 from layercache.tools.cli.common import (
     Budgets,
     Device,
     Dtype,
     DtypeOption,
+    Effort,
+    EffortOption,
     Guidance,
     Height,
     Json,
@@ -32,47 +35,24 @@ from layercache.tools.cli.pipelines import call_arguments, is_demo, load_with_pr
 if TYPE_CHECKING:
     from layercache.planning.front import Front
 
-Profile = Annotated[
-    Path | None,
-    typer.Argument(exists=True, dir_okay=False, help="A profile from 'calibrate', to search its groups of layers too."),
-]
-
-
-class Effort(enum.StrEnum):
-    """How many full generations a search may cost: 32, 72, 160."""
-
-    quick, normal, thorough = "quick", "normal", "thorough"
-
-
-EffortOption = Annotated[
-    Effort | None,
-    typer.Option("--effort", help="Full generations in all: quick 32, normal 72 (default), thorough 160."),
-]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The front to write.")]
-Steps = Annotated[
-    int | None, typer.Option("--steps", min=2, help="Denoising steps: 30 by default, with a profile those it is of.")
-]
-Samples = Annotated[
-    int | None, typer.Option(min=1, help="Pictures to fit to, prompts in turn; 8, or 16 with a profile or thorough.")
-]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Pictures to fit to, prompts in turn: 8, or 16 if thorough.")]
 Validation = Annotated[int, typer.Option(min=0, help="Further pictures, with other seeds, that nothing is fitted to.")]
-Trials = Annotated[int | None, typer.Option(min=0, help="With a profile: exchanges to try per budget, 40 by default.")]
-TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Seconds after which no further exchange is tried.")]
+TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Seconds after which no further schedule is run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture, the others follow.")]
 
 
 def search(
-    profile: Profile = None,
     output: Output = Path("front.json"),
     model: Model = "demo",
     prompts: Prompts = None,
     prompts_file: PromptsFile = None,
-    num_inference_steps: Steps = None,
-    effort: EffortOption = None,
+    num_inference_steps: Steps = 30,
+    effort: EffortOption = Effort.normal,
     samples: Samples = None,
     validation: Validation = 16,
     budgets: Budgets = "0.75,0.6,0.5,0.4,0.33,0.25",
-    trials: Trials = None,
     time_limit: TimeLimit = None,
     max_cache_bytes: MaxCacheBytes = None,
     seed: Seed = 1000,
@@ -86,29 +66,22 @@ def search(
     """Find the best schedule for every budget by running a few on the model; costs at most --effort full generations.
 
     It writes a front, from which 'plan' picks a schedule at once, and beside it the front as a plot (.png) and a page
-    (.html). With a profile, groups of layers are searched too, for several times the cost.
+    (.html). Stopped or killed, the same command goes on from the folder beside it (.search).
 
     Example: `layercache search --model Qwen/Qwen-Image --steps 50 --guidance 4 --prompts-file prompts.txt
     -o front.json`, then `layercache plan front.json --budget 0.5`
     """
-    import layercache
-
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
-    settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "trials": trials}
-    settings |= {"budgets": parse_budgets(budgets), "effort": effort}
-    if profile is None:
-        settings["num_inference_steps"] = num_inference_steps or 30
-        samples = samples or (16 if effort is Effort.thorough else 8)
-    else:
-        outputs["output.journal"] = settings["resume"] = output.with_suffix(".journal.json")
-        settings["profiles"] = layercache.StabilityProfile.load(profile)
-        steps = settings["num_inference_steps"] = settings["profiles"].fingerprint.num_steps
-        if num_inference_steps not in (None, steps):
-            raise ScheduleMismatchError(f"the profile is of {steps} steps; leave out --steps", argument="steps")
-    check_outputs({**outputs, "json_to": json_to}, [profile, prompts_file])
+    folder = output.with_suffix(".search")
+    check_outputs({**outputs, "json_to": json_to}, [prompts_file])
+    check_output_folder(folder, "output")
+    settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "effort": effort.value}
+    settings |= {"budgets": parse_budgets(budgets), "num_inference_steps": num_inference_steps, "resume": folder}
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     settings |= call_arguments(pipe, guidance_scale, height, width)
-    _write_front(Printer(json_to), pipe, _pictures(pipe, found, samples or 16, validation, seed) | settings, output)
+    samples = samples or (16 if effort is Effort.thorough else 8)
+    _write_front(Printer(json_to), pipe, _pictures(pipe, found, samples, validation, seed) | settings, output)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed: int) -> dict[str, Any]:

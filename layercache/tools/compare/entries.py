@@ -52,8 +52,8 @@ class CalibratedModel:
         prompts, seeds: calibration samples, see `layercache.planning.rollout.Rollouts`.
         call: arguments of every call.
         budgets: shares of the block time.
-        trials: exchanges of the search.
-        journal: file of the search, so that it can be gone on with.
+        effort: of the search.
+        search_files: folder of the search, so that it can go on.
         rounds: generations that Learning-to-Cache learns from.
     """
 
@@ -62,8 +62,8 @@ class CalibratedModel:
     seeds: Sequence[int]
     call: Mapping[str, Any]
     budgets: Sequence[float]
-    trials: int = 12
-    journal: Any = None
+    effort: str = "normal"
+    search_files: Any = None
     rounds: int = 12
     _made: dict[tuple[str, float], tuple[Any, str]] = field(default_factory=dict, repr=False)
 
@@ -90,10 +90,9 @@ class CalibratedModel:
             self.pipeline,
             self.prompts,
             seeds=self.seeds,
-            profiles=self.profile,
             budgets=self.budgets,
-            trials=self.trials,
-            resume=self.journal,
+            effort=self.effort,
+            resume=self.search_files,
             progress=False,
             **self.call,
         )

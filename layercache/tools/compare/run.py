@@ -137,7 +137,7 @@ class Comparison:
             "prompts": self.prompts,
             "seeds": self.seeds,
             "calibration_seeds": list(model.seeds),
-            "trials": model.trials,
+            "effort": model.effort,
         }
         self._digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._read()

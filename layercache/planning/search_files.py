@@ -1,0 +1,197 @@
+"""The files of a search that can be stopped: full runs, and what every schedule that was run gave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from layercache._utils.checksum import sealed_json
+from layercache._utils.files import check_output_folder, write_atomically
+from layercache._utils.formats import JOURNAL, going_on, read_json
+from layercache.errors import CalibrationError, ScheduleMismatchError
+from layercache.models.registry import config_hash, settings_of
+from layercache.planning.full_run import FullSample
+from layercache.planning.trace import Trace
+from layercache.schedule.schedule import Velocity
+
+if TYPE_CHECKING:
+    from layercache.planning.rollout import Rollouts
+
+VERSION = 3
+RUNS = "runs.json"
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """What a run of a schedule gave.
+
+    Attributes:
+        computed: steps.
+        forecast: name of what was fitted.
+        psnr: per picture, in dB.
+        velocities: that were fitted, per step.
+        answers: kappa and log eta that it showed, each ``[P, N]``; ``None`` where it did not drift.
+    """
+
+    computed: tuple[int, ...]
+    forecast: str
+    psnr: tuple[float, ...]
+    velocities: tuple[Velocity | None, ...]
+    answers: tuple[np.ndarray, np.ndarray] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "computed": list(self.computed),
+            "forecast": self.forecast,
+            "psnr": list(self.psnr),
+            "velocities": [v and [list(v.terms.items()), v.latents] for v in self.velocities],
+            "answers": self.answers and [table.tolist() for table in self.answers],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KeptRun:
+        velocities = tuple(v and Velocity({int(k): float(c) for k, c in v[0]}, float(v[1])) for v in data["velocities"])
+        answers = data["answers"] and (np.array(data["answers"][0], float), np.array(data["answers"][1], float))
+        found = cls(tuple(map(int, data["computed"])), str(data["forecast"]), tuple(data["psnr"]), velocities, answers)
+        if not all(math.isfinite(value) for value in found.psnr):
+            raise CalibrationError("a PSNR is not finite")
+        return found
+
+
+def read_runs(path: str | os.PathLike[str]) -> tuple[str, list[KeptRun]]:
+    """What identifies a search, and its runs so far, from its file.
+
+    Raises:
+        FileFormatError: it is damaged, changed, or something else.
+    """
+    with going_on(path, JOURNAL):
+        data = read_json(path, JOURNAL, VERSION)
+        return str(data["search"]), [KeptRun.from_json(run) for run in data["runs"]]
+
+
+class SearchFiles:
+    """A folder with the full run of every sample (safetensors), and the runs of schedules (runs.json).
+
+    Everything is written whole as soon as it is there, so that a search that is killed at any moment goes on with the
+    same results and repeats at most the sample or the schedule that was running.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        FileFormatError: a file in it is damaged.
+        OutputError: no files can be made in it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        check_output_folder(folder, "resume")
+        self.folder = Path(folder)
+        self.search, self.runs = "", list[KeptRun]()
+        if (self.folder / RUNS).exists():
+            self.search, self.runs = read_runs(self.folder / RUNS)
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Refuses files of another search, or begins.
+
+        Raises:
+            ScheduleMismatchError: they are of another model, other samples or settings.
+        """
+        found = identity_of(rollouts)
+        if self.search not in ("", found):
+            raise ScheduleMismatchError(
+                f"{self.folder} belongs to a search with another model, other samples or settings; name another "
+                "folder, or remove it",
+                argument="resume",
+            )
+        if not self.search:
+            self.search = found
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def add(self, run: KeptRun) -> None:
+        self.runs.append(run)
+        self._write()
+
+    def run(self, computed: tuple[int, ...], forecast: str) -> KeptRun | None:
+        """What a run of these steps with this forecast gave, if it was made."""
+        return next((run for run in self.runs if (run.computed, run.forecast) == (computed, forecast)), None)
+
+    def _write(self) -> None:
+        data = {"format": JOURNAL, "version": VERSION, "search": self.search, "runs": [r.to_json() for r in self.runs]}
+        text = sealed_json(json.dumps(data, allow_nan=False) + "\n")
+        write_atomically(self.folder / RUNS, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def sample(self, number: int) -> FullSample | None:
+        """The full run of a sample, if it is there.
+
+        Raises:
+            FileFormatError: it is damaged.
+        """
+        path = self._path(number)
+        if not path.exists():
+            return None
+        with going_on(path):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                about = json.loads(file.metadata()["full run"])
+            steps = len(about["sigmas"]) - 1
+            velocities = [tensors[f"velocity {step}"] for step in range(steps)]
+            trace = Trace([tensors[f"latents {step}"] for step in range(steps)], list(velocities), velocities)
+            branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}
+            blocks, rest = map(float, about["seconds"])
+            sigmas = tuple(map(float, about["sigmas"]))
+            return FullSample(trace, tensors["pictures"].numpy(), branches, (blocks, rest), sigmas)
+
+    def keep_sample(self, number: int, found: FullSample) -> None:
+        tensors = {f"latents {step}": t.contiguous() for step, t in enumerate(found.trace.latents)}
+        tensors |= {f"velocity {step}": t.contiguous() for step, t in enumerate(found.trace.taken)}
+        tensors["pictures"] = torch.from_numpy(np.ascontiguousarray(found.pictures))
+        about = {"branches": found.branches, "seconds": found.seconds, "sigmas": found.sigmas}
+        # safetensors refuses tensors that share memory
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        write_atomically(self._path(number), lambda path: save_file(tensors, path, {"full run": json.dumps(about)}))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"full-{number:03d}.safetensors"
+
+
+def identity_of(rollouts: Rollouts) -> str:
+    """Digest of what a search is of: the model, its sampler, the samples, the arguments of every call."""
+    transformer = rollouts.transformer
+    digest = hashlib.sha256()
+    # a number of each: other weights, or an adapter fused into them, change some
+    weights = [p.detach().flatten()[:1].float().cpu() for p in transformer.parameters() if not p.is_meta]
+    model = [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
+    scheduler = rollouts.pipeline.scheduler
+    settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+    sampler = [type(scheduler).__name__, settings]
+    _feed(digest, [model, sampler, rollouts.prompts, rollouts.seeds, dict(sorted(rollouts.call.items()))])
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Everything that a value holds, tensors and pictures by their content."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif hasattr(value, "tobytes"):  # an array, a picture
+        digest.update(f"{getattr(value, 'size', '')}".encode() + value.tobytes())
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        digest.update(f"[{len(value)}".encode())
+        for one in value:
+            _feed(digest, one)
+    else:
+        digest.update(f"{type(value).__name__} {value!r};".encode())

@@ -1,0 +1,183 @@
+"""Rollouts: full runs, and schedules run on the same samples, on a tiny untrained pipeline."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import layercache
+from layercache.errors import CacheStateError, CalibrationError
+from layercache.planning.fit import HOLD, Forecast
+from layercache.planning.rollout import Rollouts, psnr_of, skipping, with_terms_of
+from layercache.runtime.attachment import attachment_of
+from support.tiny import generators, mixed_cells, schedule_for, tiny_pipeline
+
+STEPS = 8
+PROMPTS = [["cat", "coffee"], "rocket"]
+SEEDS = [3, 4, 5]
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def rollouts(pipe):
+    return Rollouts(pipe, PROMPTS, SEEDS, **CALL)
+
+
+def pictures(pipe, schedule=None):
+    """What the pipeline itself draws for the samples."""
+    results = []
+    for prompt, seed, count in (("cat coffee".split(), 3, 2), ("rocket", 5, 1)):
+        seeds = generators(count, seed)
+        call = CALL | {"generator": seeds if count > 1 else seeds[0], "output_type": "np"}
+        if schedule is None:
+            results.append(pipe(prompt, **call).images)
+        else:
+            with layercache.enabled(pipe, schedule):
+                results.append(pipe(prompt, **call).images)
+    return results
+
+
+def test_the_full_run_is_the_pipelines_own(pipe, rollouts):
+    for a, b in zip(pictures(pipe), rollouts.pictures, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rollouts.branches == ("cond", "uncond")
+    assert rollouts.num_steps == STEPS
+    assert rollouts.is_euler
+
+
+@pytest.mark.parametrize("forecast", [Forecast(terms=3), Forecast("open", terms=2), Forecast("teacher", terms=2), HOLD])
+def test_a_fitted_schedule_gives_the_same_when_it_is_used(pipe, rollouts, forecast):
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 4, 7]), forecast)
+    for a, b, full in zip(pictures(pipe, rollout.schedule), _split(rollout.psnr), rollouts.pictures, strict=True):
+        np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
+
+
+def _split(values):
+    return [values[:2], values[2:]]
+
+
+def test_group_schedules_are_steered_too(pipe, rollouts):
+    plain = schedule_for(pipe, mixed_cells())
+    schedule = replace(plain, fingerprint=rollouts.fingerprint)
+    as_it_is, steered = rollouts.run(schedule), rollouts.run(schedule, Forecast(terms=3))
+    assert as_it_is.schedule.velocities == ()
+    assert steered.quality > as_it_is.quality
+    for a, b, full in zip(pictures(pipe, steered.schedule), _split(steered.psnr), rollouts.pictures, strict=True):
+        np.testing.assert_allclose(psnr_of(full, a), b, rtol=1e-9)
+
+
+def test_steering_hits_the_full_run_where_it_can(rollouts):
+    """With as many free terms as needed the latents are back on the full run's; one sample, so it can be exact."""
+    rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), Forecast(terms=4, ridge=1e-12))
+    hold = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), HOLD)
+
+    def drift(rollout, step):
+        pairs = zip(rollout.traces, rollouts.full, strict=True)
+        return sum(float((t.latents[step] - f.latents[step]).pow(2).sum()) for t, f in pairs)
+
+    assert drift(rollout, 6) == 0
+    assert 0 < drift(rollout, 7) < drift(hold, 7)
+
+
+def test_open_fits_use_the_full_runs_velocities(rollouts):
+    """The coefficients of an open fit do not depend on what was skipped before."""
+    forecast = Forecast("open", terms=2)
+    a = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 4, 5, 7]), forecast).schedule
+    b = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 2, 3, 4, 5, 7]), forecast).schedule
+    assert a.velocity(6) == b.velocity(6)
+
+
+def test_nothing_is_left_behind(pipe, rollouts):
+    rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), HOLD)
+    assert attachment_of(pipe.transformer) is None
+    assert "step" not in pipe.scheduler.__dict__
+    assert "maybe_free_model_hooks" not in pipe.__dict__
+
+
+def test_an_enabled_cache_is_in_the_way(pipe, rollouts):
+    with layercache.enabled(pipe, schedule_for(pipe, mixed_cells())), pytest.raises(CacheStateError, match="already"):
+        rollouts.run(skipping(rollouts.fingerprint, [0, 7]), HOLD)
+
+
+def test_a_model_that_breaks_is_refused(rollouts):
+    schedule = skipping(rollouts.fingerprint, [0, 1, 7])
+    block = rollouts.transformer.transformer_blocks[0]
+
+    def spoil(module, args, output):
+        return output[0], output[1] * float("nan")
+
+    handle = block.register_forward_hook(spoil)
+    try:
+        with pytest.raises(CalibrationError, match="NaN"):
+            rollouts.run(schedule, Forecast(terms=2))
+    finally:
+        handle.remove()
+    assert attachment_of(rollouts.transformer) is None
+
+
+def test_steering_needs_euler_steps(pipe):
+    other = tiny_pipeline()
+    other.scheduler = _Halved.from_config(other.scheduler.config)
+    rollouts = Rollouts(other, ["cat"], [1], **CALL)
+    assert not rollouts.is_euler
+    with pytest.raises(CalibrationError, match="teacher"):
+        rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast())
+    assert rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast("teacher")).quality > 0
+
+
+class _Halved(FlowMatchEulerDiscreteScheduler):
+    """Steps otherwise than Euler."""
+
+    def step(self, velocity, timestep, latents, **kwargs):
+        return super().step(velocity * 0.5, timestep, latents, **kwargs)
+
+
+@pytest.mark.parametrize(("prompts", "seeds", "message"), [([], None, "at least one"), (["cat"], [1, 2], "one seed")])
+def test_bad_samples(pipe, prompts, seeds, message):
+    with pytest.raises(CalibrationError, match=message):
+        Rollouts(pipe, prompts, seeds, **CALL)
+
+
+def test_cache_bytes_are_what_is_allocated(pipe, rollouts):
+    for schedule in (
+        replace(schedule_for(pipe, mixed_cells()), fingerprint=rollouts.fingerprint),
+        rollouts.run(skipping(rollouts.fingerprint, [0, 1, 4]), Forecast(terms=3)).schedule,
+    ):
+        with layercache.enabled(pipe, schedule) as cache:
+            pipe(["cat", "coffee"], **CALL)
+            assert cache.report().cache_bytes == rollouts.cache_bytes(schedule)
+
+
+def test_terms_of_a_forecast_are_known_before_it_is_fitted(rollouts):
+    for forecast in (
+        Forecast(terms=3),
+        Forecast(terms=2, everywhere=False),
+        Forecast("teacher", terms=4, everywhere=False),
+    ):
+        schedule = skipping(rollouts.fingerprint, [0, 1, 2, 4, 5, 7])
+        fitted = rollouts.run(schedule, forecast).schedule
+        expected = with_terms_of(schedule, forecast)
+        for step in range(3, STEPS):
+            a, b = fitted.velocity(step), expected.velocity(step)
+            assert (a and set(a.terms)) == (b and set(b.terms))
+
+
+def test_psnr_by_hand():
+    a, b = np.zeros((2, 2, 2, 3)), np.zeros((2, 2, 2, 3))
+    b[1] += 0.1
+    assert psnr_of(a, b) == pytest.approx([100.0, 20.0])
+    with pytest.raises(CalibrationError, match="NaN"):
+        psnr_of(a, b * np.nan)
+
+
+def test_pictures_may_be_tensors(pipe):
+    rollouts = Rollouts(pipe, ["cat"], [1], output_type="pt", **CALL)
+    assert isinstance(rollouts.pictures[0], np.ndarray)
+    assert torch.is_tensor(rollouts.full[0].raw[0])
