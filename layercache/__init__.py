@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layercache.planning.infer_model import infer_model as infer_model
     from layercache.planning.plan import plan as plan
     from layercache.planning.profile import StabilityProfile as StabilityProfile
+    from layercache.planning.refit import refit as refit
     from layercache.planning.search import search as search
     from layercache.runtime.enable import disable as disable
     from layercache.runtime.enable import enable as enable
@@ -45,6 +46,7 @@ _HOMES = {
     "ModelSpec": "models.spec",
     "plan": "planning.plan",
     "register_model": "models.registry",
+    "refit": "planning.refit",
     "Schedule": "schedule.schedule",
     "search": "planning.search",
     "StabilityProfile": "planning.profile",

@@ -87,6 +87,7 @@ def plan(
     speedup: float | None = None,
     full_steps: float | None = None,
     min_psnr: float | None = None,
+    percentile: float | None = None,
     max_cache_bytes: int | None = None,
     spans: Sequence[int] = SPANS,
     history: int = 3,
@@ -115,7 +116,8 @@ def plan(
         budget: largest share of the block time that is computed, in (0, 1].
         speedup: instead of a budget, the speedup of the denoising loop to reach, by the measured seconds.
         full_steps: instead of a budget, in equivalent full steps: ``budget * N``, of the steps that are run.
-        min_psnr: with a front only: the least compute that reaches this mean PSNR on its calibration pictures.
+        min_psnr: with a front only: the least compute that is expected to reach this mean PSNR, in dB.
+        percentile: what ``min_psnr`` is asked of instead of the mean, 0 to 100.
         max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated.
         spans: spans K of the secant to choose from; empty means plain reuse only.
         history: computed steps whose residuals are kept, the newest included.
@@ -139,8 +141,10 @@ def plan(
     expect("layercache.plan", profile, StabilityProfile, Front)
     _check_target(profile, {"budget": budget, "full_steps": full_steps, "speedup": speedup, "min_psnr": min_psnr})
     budget = _share_of(profile, full_steps) if full_steps is not None else budget
+    if percentile is not None and not isinstance(profile, Front):
+        raise BudgetError("percentile belongs to min_psnr, which needs a front", argument="percentile")
     if isinstance(profile, Front):
-        return profile.choose(budget, speedup=speedup, min_psnr=min_psnr).schedule
+        return profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile).schedule
     config = PlanConfig(
         budget=budget,
         speedup=speedup,

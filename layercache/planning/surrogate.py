@@ -209,10 +209,10 @@ def starts(table: np.ndarray, sigmas: Sequence[float], count: int, dense: int) -
     paths = [(name, list(path.steps)) for name, path in found if path.feasible]
     paths.append(("evenly", [round(k * (steps - 1) / max(1, count - 1)) for k in range(count)]))
     paths.append(("dense start", list(range(dense))))
-    return [(name, _with_count(path, steps, count, dense)) for name, path in paths]
+    return [(name, with_count(path, steps, count, dense)) for name, path in paths]
 
 
-def _with_count(path: Sequence[int], steps: int, count: int, dense: int) -> np.ndarray:
+def with_count(path: Sequence[int], steps: int, count: int, dense: int) -> np.ndarray:
     """The path with its first steps dense and with so many computed ones: the most crowded go, the widest gaps fill."""
     computed = sorted({0, *range(dense), *path})
     while len(computed) > max(count, dense, 1):

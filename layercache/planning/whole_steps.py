@@ -127,7 +127,7 @@ class WholeStepSearch:
                 if any(one.forecast == forecast and (one.computed == path).all() for one in own):
                     self._note_cost(count)  # there is no other path
                     continue
-                own.append(self._run(path, forecast, origin))
+                own.append(self.run_path(path, forecast, origin))
                 self.tried.append(own[-1])
                 yield own[-1]
 
@@ -135,7 +135,12 @@ class WholeStepSearch:
         for _ in range(count):
             self.rollouts.note_cost()
 
-    def _run(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
+    def forecast_of(self, count: int) -> Forecast:
+        """What is fitted to a path of so many computed steps."""
+        return replace(self.base, weighting=0.5 if count <= LOW * self.rollouts.num_steps else 1.0)
+
+    def run_path(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
+        """Runs a path, ``[N]``, with its forecasts fitted on the way."""
         schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
         rollout, shown = self._kept(schedule, forecast) or self._made(schedule, forecast)
         answers = self._answers(shown)
@@ -172,12 +177,11 @@ class WholeStepSearch:
     def _next(self, count: int, k: int, number: int, own: Sequence[Tried]) -> tuple[np.ndarray, Forecast, str]:
         """The path to run next, its forecast, and how it was found."""
         share = count / self.rollouts.num_steps
-        weighting, other = (0.5, 1.0) if share <= LOW else (1.0, 0.5)
-        forecast = replace(self.base, weighting=weighting)
+        forecast = self.forecast_of(count)
         if k == number - 1 and number > 2:
             best = max(own, key=lambda one: one.quality)
-            if best.forecast.weighting == weighting:
-                return best.computed, replace(forecast, weighting=other), best.origin
+            if best.forecast.weighting == forecast.weighting:
+                return best.computed, replace(forecast, weighting=1.5 - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
         dense = _dense_starts(count, share)
         answers = self._answers()

@@ -1,9 +1,5 @@
 """The search over whole steps: its cost, what it measures on the way, and what it finds on a tiny pipeline."""
 
-import os
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
+from layercache.planning import search_files
 from layercache.planning.rollout import Rollout, Rollouts
 from layercache.planning.search import EFFORTS, fitting_terms
 from layercache.planning.surrogate import Answers, answers_of, deviations, full_grams, starts
@@ -194,40 +191,32 @@ def test_memory_limits_the_terms(rollouts):
     assert (one, three) == (1, 3)
 
 
-KILLED = """
-import os, signal, sys
-import layercache
-from layercache.planning import search_files
-from layercache.planning.search_files import SearchFiles
-from support.tiny import tiny_pipeline
-
-writes, count = int(sys.argv[2]), 0
-def counted(path, write, original=search_files.write_atomically):
-    global count
-    count += 1
-    if count > writes:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(path, write)
-
-search_files.write_atomically = counted
-settings = {"num_inference_steps": 8, "guidance_scale": 3.0, "progress": False, "effort": "quick"}
-prompts = [["cat", "coffee"], "rocket"]
-layercache.search(tiny_pipeline(), prompts, budgets=(0.6, 0.3), resume=sys.argv[1], **settings)
-"""
+class Killed(BaseException):
+    pass
 
 
 def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
-    """Killed behind the first full run, and behind some schedules; nothing that was kept is run again."""
+    """Killed as a file would be written, behind the first full run and behind two schedules: nothing runs twice."""
     settings = {"budgets": (0.6, 0.3), "effort": "quick", **CALL}
     expected = layercache.search(tiny_pipeline(), PROMPTS, **settings)
-    runs, kept = [], [(2, 0), (5, 2)]  # files written, the first of which says what the search is of; runs among them
-    original = Rollouts.run
-    monkeypatch.setattr(Rollouts, "run", lambda self, *given: runs.append(given) or original(self, *given))
-    for writes, schedules in kept:
-        folder = tmp_path / str(writes)
-        command = [sys.executable, "-c", KILLED, str(folder), str(writes)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    write, run, runs = search_files.write_atomically, Rollouts.run, []
+    monkeypatch.setattr(Rollouts, "run", lambda self, *given: runs.append(given) or run(self, *given))
+
+    def killed_behind(files):
+        left = iter(range(files))
+
+        def written(*given):
+            if next(left, None) is None:
+                raise Killed
+            return write(*given)
+
+        return written
+
+    for files, schedules in ((2, 0), (5, 2)):  # the first file says what the search is of
+        folder = tmp_path / str(files)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(search_files, "write_atomically", killed_behind(files))
+            layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
         runs.clear()
         found = layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
         assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [

@@ -572,6 +572,17 @@ def test_what_a_search_says_and_leaves(tiny_demo, tmp_path):
     assert not front.with_suffix(".search").exists()  # what it could have gone on from
 
 
+def test_refit_of_a_schedule_from_a_front(tiny_demo, tmp_path):
+    _, front = plan_front(tmp_path)
+    schedule, refitted = tmp_path / "schedule.json", tmp_path / "refitted.json"
+    least = f"{min(layercache.Front.load(front).points[-1].likely) - 1:.2f}"
+    assert invoke("plan", front, "--min-psnr", least, "--percentile", 0, "-o", schedule).exit_code == 0
+    result = invoke("refit", schedule, "--samples", 2, "--guidance", 3, "-o", refitted)
+    assert result.exit_code == 0 and "expected of others" in " ".join(result.stdout.split()), result.output
+    before, after = Schedule.load(schedule), Schedule.load(refitted)
+    assert before.used == after.used and before.velocities != after.velocities
+
+
 def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
     front = tmp_path / "front.json"
     layercache.Front((Point(Schedule.load(schedule_file), "by hand", (40.0,)),), (1.0, 0.1, 0.0)).save(front)

@@ -22,11 +22,12 @@ from layercache.tools.cli.demo import demo
 from layercache.tools.cli.doctor import doctor
 from layercache.tools.cli.generate import generate
 from layercache.tools.cli.plan import plan
+from layercache.tools.cli.refit import refit
 from layercache.tools.cli.search import search
 from layercache.tools.cli.show import models, show
 from layercache.tools.cli.train_router import train_router
 
-COMMANDS = (demo, calibrate, plan, search, generate, compare, train_router, show, models, doctor)
+COMMANDS = (demo, search, plan, generate, refit, calibrate, compare, train_router, show, models, doctor)
 PARETO = "--pareto"
 _UsageError: Any = typer.BadParameter.__base__  # typer may bring a click of its own
 _COMMAND = "layercache.command"  # in the context: the command that was given

@@ -150,3 +150,9 @@ def refused_arguments() -> Iterator[None]:
         if os.environ.get("LAYERCACHE_DEBUG") == "1":
             raise
         raise LayerCacheError(f"the pipeline refused its arguments: {error}") from error
+
+
+def pictures_of(pipe: Any, prompts: Sequence[str], count: int) -> list[Any]:
+    """Prompts of so many pictures, in turn: a call each, or one call where the model is small (the demo's)."""
+    names = [prompts[k % len(prompts)] for k in range(count)]
+    return [names] if is_demo(pipe) else names

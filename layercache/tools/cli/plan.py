@@ -50,6 +50,9 @@ FullSteps = Annotated[
 MinPsnr = Annotated[
     float | None, typer.Option(help="Instead of a budget, from a front: the mean PSNR to reach with least compute.")
 ]
+Percentile = Annotated[
+    float | None, typer.Option(min=0.0, max=100.0, help="What --min-psnr is asked of instead of the mean, such as 10.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")]
 Spans = Annotated[str, typer.Option(help="Spans K a forecast may use, such as '1,2,3'; 'none' for plain reuse.")]
 History = Annotated[int, typer.Option(min=1, help="Computed steps whose residuals are kept in memory.")]
@@ -70,6 +73,7 @@ def plan(
     speedup: Speedup = None,
     full_steps: FullSteps = None,
     min_psnr: MinPsnr = None,
+    percentile: Percentile = None,
     output: Output = Path("schedule.json"),
     spans: Spans = "1,2,3,4,5,6",
     history: History = 3,
@@ -99,7 +103,8 @@ def plan(
     cells = {"max_run": max_run, "protect_first": protect_first, "protect_last": protect_last, "method": method.value}
     errors = {"tau": tau, "gamma": gamma, "kappa": kappa, "forecast": forecast.value, "order": order}
     memory = {"spans": parse_spans(spans), "history": history, "max_cache_bytes": max_cache_bytes}
-    _write_schedule(Printer(json_to), profile, {**targets, **cells, **errors, **memory}, output)
+    settings = {**targets, **cells, **errors, **memory, "percentile": percentile}
+    _write_schedule(Printer(json_to), profile, settings, output)
 
 
 def _write_schedule(printer: Printer, path: Path, settings: dict[str, Any], output: Path) -> None:

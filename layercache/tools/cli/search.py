@@ -30,7 +30,7 @@ from layercache.tools.cli.common import (
     check_outputs,
     parse_budgets,
 )
-from layercache.tools.cli.pipelines import call_arguments, is_demo, load_with_prompts, refused_arguments
+from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, pictures_of, refused_arguments
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
@@ -87,14 +87,9 @@ def search(
 def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed: int) -> dict[str, Any]:
     """The calibration pictures, and those with the seeds behind them for validation."""
 
-    def chosen(count: int) -> list[Any]:
-        names = [prompts[k % len(prompts)] for k in range(count)]
-        # the demo model is small enough for all pictures in one batch
-        return [names] if is_demo(pipe) else names
-
     last = seed + samples
-    held_out = (chosen(validation), range(last, last + validation)) if validation else None
-    return {"prompts": chosen(samples), "seeds": range(seed, last), "validation": held_out}
+    held_out = (pictures_of(pipe, prompts, validation), range(last, last + validation)) if validation else None
+    return {"prompts": pictures_of(pipe, prompts, samples), "seeds": range(seed, last), "validation": held_out}
 
 
 def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: Path) -> None:

@@ -1,0 +1,79 @@
+"""`refit`: the coefficients of a schedule fitted anew, to other weights, settings or another number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from layercache._utils.validate import expect
+from layercache.errors import ScheduleError
+from layercache.planning.front import Point
+from layercache.planning.rollout import Rollouts
+from layercache.planning.surrogate import with_count
+from layercache.planning.whole_steps import TERMS, WholeStepSearch
+from layercache.schedule.schedule import Schedule
+
+BAR = "refitting: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left"
+
+
+def refit(
+    pipe: Any,
+    schedule: Schedule,
+    prompts: Sequence[Any],
+    *,
+    seeds: Sequence[int] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Point:
+    """A schedule of whole steps with its forecasts fitted anew, for one full run and one cached run per picture.
+
+    For a model whose weights changed (a LoRA, another checkpoint), for other guidance or another size, and for other
+    steps: where their number differs, each computed step becomes the one of nearest noise level, and as large a share
+    of the steps is computed.
+
+    Args:
+        pipe: a diffusers pipeline, as it will be used.
+        schedule: of whole steps, from `layercache.search`.
+        prompts, seeds, call: the samples, see `layercache.planning.rollout.Rollouts`.
+        progress: show a progress bar, in full generations.
+
+    Returns:
+        the schedule, with what it gave on these pictures, and what it is expected to give on others.
+
+    Raises:
+        ArgumentError: no schedule.
+        ScheduleError: the schedule reuses residuals of groups.
+        CalibrationError, UnsupportedModelError: as for `Rollouts`.
+    """
+    expect("layercache.refit", schedule, Schedule)
+    if schedule.branch_cells or any(cell for row in schedule.cells for cell in row):
+        raise ScheduleError(
+            "only schedules of whole steps are fitted anew (layercache.search gives them); of groups of layers, "
+            "calibrate and plan again",
+            argument="schedule",
+        )
+    terms = max((len(velocity.terms) for velocity in schedule.velocities if velocity is not None), default=TERMS)
+    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
+    with tqdm(disable=not progress, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
+        path = path_of(schedule, rollouts.sigmas)
+        bar.total = pictures * (1 + path.mean())
+        search = WholeStepSearch(rollouts, rollouts.seconds[0], terms=terms)
+        origin = str(schedule.made_by.get("origin", "a schedule")).removesuffix(", refitted")
+        return search.run_path(path, search.forecast_of(int(path.sum())), f"{origin}, refitted").point
+
+
+def path_of(schedule: Schedule, sigmas: Sequence[float]) -> np.ndarray:
+    """Which steps between these N + 1 noise levels are computed, ``[N]``: those of the schedule, or the nearest."""
+    computed = [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+    steps = len(sigmas) - 1
+    if steps != schedule.num_steps:
+        before, now = np.asarray(schedule.fingerprint.sigmas), np.asarray(sigmas[:-1])
+        nearest = [int(np.abs(now - before[step]).argmin()) for step in computed]
+        return with_count(nearest, steps, max(1, round(len(computed) * steps / schedule.num_steps)), 1)
+    found = np.zeros(steps, dtype=bool)
+    found[computed] = True
+    return found
