@@ -111,10 +111,10 @@ app = typer.Typer(
 
     Start with `layercache demo`: it runs on any machine and downloads nothing.
 
-    For your own model: `calibrate` measures it once, `plan` turns the measurement into a schedule for
-    the speed you want, `search` finds better ones by running them, `generate` draws with a schedule,
-    `compare` runs every method beside it. `show` explains a file, `schedule edit` changes one, `doctor`
-    checks your installation, `bench` measures the ops.
+    For your own model: `search` finds the best schedule for every amount of compute by running a few, `plan`
+    takes one out, `generate` draws with it, `refit` fits it to changed weights, `compare` runs every method
+    beside it. `calibrate` measures groups of layers, for schedules that `plan` makes without a search. `show`
+    explains a file, `schedule edit` changes one, `doctor` checks your installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
