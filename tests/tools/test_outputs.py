@@ -18,7 +18,7 @@ from support.profiles import made_profile
 
 OUTPUTS = ("output", "json_to", "plot", "checkpoint")
 WORDS = {"plan": ["--budget", "0.7"], "generate": ["-p", "cat"], "edit": ["--set", "made_by.note=x"]}
-READS = {"profile": "profile.safetensors", "file": "schedule.json"}
+READS = {"profile": "profile.safetensors", "file": "schedule.json", "schedule": "schedule.json"}
 
 
 def commands(group=None, before=()):
@@ -29,7 +29,7 @@ def commands(group=None, before=()):
             yield from commands(command, (*before, name))
             continue
         options = {p.name: max(p.opts, key=len) for p in command.params if p.name in OUTPUTS}
-        needed = [READS[p.name] for p in command.params if p.name in READS]
+        needed = [READS[p.name] for p in command.params if p.name in READS and p.param_type_name == "argument"]
         if options:
             yield (*before, name), needed, options
 
