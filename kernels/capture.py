@@ -16,13 +16,13 @@ from .tiles import (
     accumulator_dtype,
     by_launch,
     entry_of,
-    groups_at,
     lay_out_launch,
     nbytes,
     new_partials,
     of_entry,
+    offsets_at,
     plan_fold,
-    size_of_entry,
+    share_of,
     spread,
     store_sums,
     taken,
@@ -62,20 +62,17 @@ def _capture_kernel(
     out_ptr = of_entry(out_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     in_ptr = of_entry(in_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     residual_ptr = of_entry(residual_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
+    groups, programs, program = share_of(sizes, pid, ENTRIES, FIELDS)
     if STATISTICS == 7:
         previous_ptr = of_entry(previous_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
     bad = tl.zeros([R], tl.float32)
     sums = (bad,) * 8
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        off = (sample * groups + group)[:, None] * VEC + lane
-        o_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        i_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, True, VEC)
+        o_off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        i_off = offsets_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
         o = tl.load(out_ptr + o_off, mask=live, other=0.0).to(tl.float32)
         # the next block reads `out` again, but nobody `in` or `previous`
         i = tl.load(in_ptr + i_off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)

@@ -17,11 +17,12 @@ from .launching import Launch, Planned, new_like, outline, taking
 from .tiles import (
     accumulator_dtype,
     by_launch,
-    groups_at,
     lay_out_launch,
     nbytes,
     of_entry,
+    offsets_at,
     row_of,
+    share_of,
     size_of_entry,
     taken,
 )
@@ -67,17 +68,14 @@ def _linear_map_kernel(
     multiplied by the gate, if there is one.
     """
     pid = tl.program_id(0).to(tl.int64)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
+    groups, programs, program = share_of(sizes, pid, ENTRIES, FIELDS)
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
         inputs = ()
         for k in tl.static_range(INPUTS):
             x_ptr = of_entry(in_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
-            off = groups_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            off = offsets_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             if (CODED >> k) & 1:
                 code = tl.load(x_ptr + off, mask=live, other=0)
                 scale_ptr = of_entry(scale_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
@@ -101,11 +99,11 @@ def _linear_map_kernel(
                 y = y * factors[m]
             if gate_ptrs is not None:
                 gate_ptr = of_entry(gate_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-                off = groups_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)
-                gate = tl.load(gate_ptr + off[:, None] * VEC + lane, mask=live, other=0.0).to(tl.float32)
+                off = offsets_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+                gate = tl.load(gate_ptr + off, mask=live, other=0.0).to(tl.float32)
                 y = inputs[0] + gate * y
             y_ptr = of_entry(out_ptrs, m, OUTPUTS, sizes, pid, ENTRIES, FIELDS)
-            off = groups_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            off = offsets_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
