@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import Launch, Planned
+from .launching import Launch, Planned, taking
 from .statistics import pair_sums, with_norms, with_pair
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
     by_launch,
     entry_of,
-    groups_at,
     lay_out_launch,
     nbytes,
     new_partials,
     of_entry,
+    offsets_at,
     plan_fold,
-    size_of_entry,
+    share_of,
     spread,
     store_sums,
     taken,
@@ -62,20 +62,17 @@ def _capture_kernel(
     out_ptr = of_entry(out_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     in_ptr = of_entry(in_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     residual_ptr = of_entry(residual_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
+    groups, programs, program = share_of(sizes, pid, ENTRIES, FIELDS)
     if STATISTICS == 7:
         previous_ptr = of_entry(previous_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
     bad = tl.zeros([R], tl.float32)
     sums = (bad,) * 8
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        off = (sample * groups + group)[:, None] * VEC + lane
-        o_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        i_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, True, VEC)
+        o_off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        i_off = offsets_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
         o = tl.load(out_ptr + o_off, mask=live, other=0.0).to(tl.float32)
         # the next block reads `out` again, but nobody `in` or `previous`
         i = tl.load(in_ptr + i_off, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -102,26 +99,39 @@ def _capture_kernel(
         store_sums(slot, sums, STATISTICS, MAX_PROGRAMS)
 
 
+class Capture(NamedTuple):
+    """Arguments of a capture.
+
+    Attributes:
+        outputs, inputs: streams [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
+        residuals: contiguous, written; of outputs' shapes and any floating dtype.
+        flag: int32 [1].
+        previous: like residuals.
+        statistics: also without ``previous``.
+        per_sample: one row of statistics per stream and entry of the first dim, stream by stream.
+    """
+
+    outputs: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    residuals: Sequence[Tensor]
+    flag: Tensor | None = None
+    previous: Sequence[Tensor] | None = None
+    statistics: bool = False
+    per_sample: bool = False
+
+
 @Planned
-def capture_triton(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    flag: Tensor | None = None,
-    previous: Sequence[Tensor] | None = None,
-    statistics: bool = False,
-    per_sample: bool = False,
-    groups: int | None = None,
-) -> Callable[..., Tensor | None]:
+@taking(Capture)
+def capture_triton(a: Capture, groups: int | None = None) -> Callable[..., Tensor | None]:
     """`capture_reference` in one launch per eight streams, and a second tiny one for statistics.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    count = statistics_count(previous, statistics)
-    samples = outputs[0].shape[0] if per_sample and count else 1
-    streams = list(zip(outputs, inputs, residuals, previous or residuals, strict=True))
-    filled = [s for s, out in enumerate(outputs) if out.numel()]
+    count = statistics_count(a.previous, a.statistics)
+    samples = a.outputs[0].shape[0] if a.per_sample and count else 1
+    streams = list(zip(a.outputs, a.inputs, a.residuals, a.previous or a.residuals, strict=True))
+    filled = [s for s, out in enumerate(a.outputs) if out.numel()]
     parts = [(some, _plan([streams[s] for s in some], count, samples, groups)) for some in by_launch(filled)]
 
     def run(outputs, inputs, residuals, flag=None, previous=None, *others):
@@ -155,15 +165,8 @@ def _plan(streams: Sequence[tuple[Tensor, ...]], count: int, samples: int, group
     return run
 
 
-def capture_reference(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    flag: Tensor | None = None,
-    previous: Sequence[Tensor] | None = None,
-    statistics: bool = False,
-    per_sample: bool = False,
-) -> Tensor | None:
+@taking(Capture)
+def capture_reference(a: Capture) -> Tensor | None:
     """``residual_s = output_s - input_s``, subtracted in fp32 (fp64 for fp64) and rounded once into ``residuals``.
 
     ``flag`` [1] int32 becomes 1 if a stored residual holds NaN or infinity, and is left alone otherwise. With
@@ -171,34 +174,28 @@ def capture_reference(
     ``{sum|r|, sum r^2, sum|r-p|, sum (r-p)^2, sum|p|, sum p^2, sum r*p}`` of the residual as stored; with
     ``statistics`` alone it is ``{sum|r|, sum r^2, sum|in|, sum in^2}``.
 
-    Args:
-        outputs, inputs: streams [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
-        residuals: contiguous, written; of outputs' shapes and any floating dtype.
-        previous: like residuals.
-        per_sample: one row of statistics per stream and entry of the first dim, stream by stream.
-
     Returns:
         None, or fp32 [streams, 7 or 4], per sample [streams * batch, 7 or 4] (fp64 for fp64 input).
 
     Source: methods.md §15 P1. Bytes: see `minimum_bytes`.
     """
     rows = []
-    count = statistics_count(previous, statistics)
-    samples = outputs[0].shape[0] if per_sample else 1
-    for s, (output, before, residual) in enumerate(zip(outputs, inputs, residuals, strict=True)):
-        older = None if previous is None else previous[s]
+    count = statistics_count(a.previous, a.statistics)
+    samples = a.outputs[0].shape[0] if a.per_sample else 1
+    for s, (output, before, residual) in enumerate(zip(a.outputs, a.inputs, a.residuals, strict=True)):
+        older = None if a.previous is None else a.previous[s]
         if older is not None and older.data_ptr() == residual.data_ptr():
             older = older.clone()
         if output.numel():
             _subtract(output, before, residual)
-            if flag is not None:
+            if a.flag is not None:
                 low, high = torch.aminmax(residual)
-                flag.masked_fill_(~(torch.isfinite(low) & torch.isfinite(high)), 1)
+                a.flag.masked_fill_(~(torch.isfinite(low) & torch.isfinite(high)), 1)
         if count:
             pair = residual, before if older is None else older
             order = _FROM_INPUT if older is None else _FROM_PAIR
             for sample in range(samples):
-                parts = [t[sample] for t in pair] if per_sample else pair
+                parts = [t[sample] for t in pair] if a.per_sample else pair
                 rows.append(pair_sums(*parts)[list(order)].to(accumulator_dtype(residual.dtype)))
     return torch.stack(rows) if count else None
 

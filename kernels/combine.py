@@ -6,22 +6,23 @@ One kernel serves all forms: M outputs, each a linear combination of the same K 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
-from .launching import Launch, Planned, new_like, outline
+from .launching import Launch, Planned, new_like, outline, taking
 from .tiles import (
     accumulator_dtype,
     by_launch,
-    groups_at,
     lay_out_launch,
     nbytes,
     of_entry,
+    offsets_at,
     row_of,
+    share_of,
     size_of_entry,
     taken,
 )
@@ -67,17 +68,14 @@ def _linear_map_kernel(
     multiplied by the gate, if there is one.
     """
     pid = tl.program_id(0).to(tl.int64)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
+    groups, programs, program = share_of(sizes, pid, ENTRIES, FIELDS)
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
         inputs = ()
         for k in tl.static_range(INPUTS):
             x_ptr = of_entry(in_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
-            off = groups_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            off = offsets_at(group, 0, k, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             if (CODED >> k) & 1:
                 code = tl.load(x_ptr + off, mask=live, other=0)
                 scale_ptr = of_entry(scale_ptrs, k, INPUTS, sizes, pid, ENTRIES, FIELDS)
@@ -101,34 +99,65 @@ def _linear_map_kernel(
                 y = y * factors[m]
             if gate_ptrs is not None:
                 gate_ptr = of_entry(gate_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-                off = groups_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)
-                gate = tl.load(gate_ptr + off[:, None] * VEC + lane, mask=live, other=0.0).to(tl.float32)
+                off = offsets_at(group, 0, INPUTS + OUTPUTS, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+                gate = tl.load(gate_ptr + off, mask=live, other=0.0).to(tl.float32)
                 y = inputs[0] + gate * y
             y_ptr = of_entry(out_ptrs, m, OUTPUTS, sizes, pid, ENTRIES, FIELDS)
-            off = groups_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            off = offsets_at(group, 0, INPUTS + m, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             tl.store(y_ptr + off, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
+class Combination(NamedTuple):
+    """Arguments of linear combinations of residuals.
+
+    Attributes:
+        bases: x_s [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
+        residuals: per stream its r_sk, contiguous, of x_s's shape, 1 to 8 of them and as many for every stream.
+        coefficients: c_k, host numbers or fp32 [terms]; used in fp32.
+        results: written instead of new tensors; last dim contiguous; each may be its base.
+        gates: g_s [batch, 1, channels] or [batch, channels], broadcast over the rows.
+        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
+    """
+
+    bases: Sequence[Tensor]
+    residuals: Sequence[Sequence[Tensor]]
+    coefficients: Sequence[float] | Tensor
+    results: Sequence[Tensor] | None = None
+    gates: Sequence[Tensor] | None = None
+    scales: Sequence[Sequence[Tensor]] | None = None
+
+
+class LinearMap(NamedTuple):
+    """Arguments of a linear map of tensors.
+
+    Attributes:
+        inputs: per stream its x_sk of one shape, last dim contiguous; dtypes may differ between k, not between s.
+        outputs: per stream its y_sm, likewise; written.
+        matrix: M [outputs, inputs], host numbers with None where an input is not used, or fp32 on the device.
+        factors: f_m, host numbers; by default 1.
+        scales: per stream and input, where it holds codes of `compact` (uint8), fp32 [rows]; None elsewhere.
+    """
+
+    inputs: Sequence[Sequence[Tensor]]
+    outputs: Sequence[Sequence[Tensor]]
+    matrix: Matrix | Tensor
+    factors: Sequence[float] | None = None
+    scales: Scales | None = None
+
+
 @Planned
-def linear_combination_triton(
-    bases: Sequence[Tensor],
-    residuals: Sequence[Sequence[Tensor]],
-    coefficients: Sequence[float] | Tensor,
-    results: Sequence[Tensor] | None = None,
-    gates: Sequence[Tensor] | None = None,
-    scales: Sequence[Sequence[Tensor]] | None = None,
-    groups: int | None = None,
-) -> Callable[..., list[Tensor]]:
+@taking(Combination)
+def linear_combination_triton(a: Combination, groups: int | None = None) -> Callable[..., list[Tensor]]:
     """`linear_combination_reference` in one launch per eight streams.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    on_device = isinstance(coefficients, Tensor)
-    inputs = [(x, *stream) for x, stream in zip(bases, residuals, strict=True)]
-    outputs = [(y,) for y in results or map(outline, bases)]
-    coded = None if scales is None else [False, *[True] * len(scales[0])]
-    launch = _plan(inputs, outputs, [True] * len(inputs[0]), gates, coded, True, groups)
+    on_device = isinstance(a.coefficients, Tensor)
+    inputs = [(x, *stream) for x, stream in zip(a.bases, a.residuals, strict=True)]
+    outputs = [(y,) for y in a.results or map(outline, a.bases)]
+    coded = None if a.scales is None else [False, *[True] * len(a.scales[0])]
+    launch = _plan(inputs, outputs, [True] * len(inputs[0]), a.gates, coded, True, groups)
 
     def run(bases, residuals, coefficients, results=None, gates=None, scales=None):
         results = new_like(bases) if results is None else list(results)
@@ -147,23 +176,17 @@ def linear_combination_triton(
 
 
 @Planned
-def linear_map_triton(
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
-    matrix: Matrix | Tensor,
-    factors: Sequence[float] | None = None,
-    scales: Scales | None = None,
-    groups: int | None = None,
-) -> Callable[..., None]:
+@taking(LinearMap)
+def linear_map_triton(a: LinearMap, groups: int | None = None) -> Callable[..., None]:
     """`linear_map_reference` in one launch per eight streams.
 
     Args:
         groups: 16-byte groups per tile, a power of two.
     """
-    on_device = isinstance(matrix, Tensor)
-    flat = [1.0] * (len(inputs[0]) * len(outputs[0])) if on_device else [c for row in matrix for c in row]
-    coded = None if scales is None else [t is not None for t in scales[0]]
-    launch = _plan(inputs, outputs, [c is not None for c in flat], None, coded, False, groups)
+    on_device = isinstance(a.matrix, Tensor)
+    flat = [1.0] * (len(a.inputs[0]) * len(a.outputs[0])) if on_device else [c for row in a.matrix for c in row]
+    coded = None if a.scales is None else [t is not None for t in a.scales[0]]
+    launch = _plan(a.inputs, a.outputs, [c is not None for c in flat], None, coded, False, groups)
 
     def run(inputs, outputs, matrix, factors=None, scales=None):
         launch(
@@ -236,39 +259,25 @@ def as_rows(gate: Tensor) -> Tensor:
     return gate.unsqueeze(1) if gate.dim() == 2 else gate
 
 
-def linear_combination_reference(
-    bases: Sequence[Tensor],
-    residuals: Sequence[Sequence[Tensor]],
-    coefficients: Sequence[float] | Tensor,
-    results: Sequence[Tensor] | None = None,
-    gates: Sequence[Tensor] | None = None,
-    scales: Sequence[Sequence[Tensor]] | None = None,
-) -> list[Tensor]:
+@taking(Combination)
+def linear_combination_reference(a: Combination) -> list[Tensor]:
     """``y_s = x_s + sum_k c_k r_sk``, in fp32 (fp64 for fp64) in the order of k, rounded once at the end.
 
     Every product is rounded before it is added. With one term and coefficient 1 the result is ``torch.add(x, r)``
     bit by bit. A further term with coefficient 0 changes nothing, except that -0.0 becomes 0.0 and that NaN or
     infinity in the term gives NaN. With a gate the sum starts at 0 and ``y_s = x_s + g_s * sum``.
 
-    Args:
-        bases: x_s [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
-        residuals: per stream its r_sk, contiguous, of x_s's shape, 1 to 8 of them and as many for every stream.
-        coefficients: c_k, host numbers or fp32 [terms]; used in fp32.
-        results: written instead of new tensors; last dim contiguous; each may be its base.
-        gates: g_s [batch, 1, channels] or [batch, channels], broadcast over the rows.
-        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
-
     Returns:
         New contiguous tensors in the dtype of the bases, or ``results``.
 
     Source: methods.md §15 P2, P3, P7 (gate). Bytes: see `minimum_bytes`.
     """
-    values = coefficients.tolist() if isinstance(coefficients, Tensor) else [float(c) for c in coefficients]
-    results = new_like(bases) if results is None else list(results)
-    for s, (x, terms, y) in enumerate(zip(bases, residuals, results, strict=True)):
-        if scales is not None:
-            terms = [decode_reference(code, scale, x.shape) for code, scale in zip(terms, scales[s], strict=True)]
-        _combine(x, terms, values, y, None if gates is None else as_rows(gates[s]))
+    values = a.coefficients.tolist() if isinstance(a.coefficients, Tensor) else [float(c) for c in a.coefficients]
+    results = new_like(a.bases) if a.results is None else list(a.results)
+    for s, (x, terms, y) in enumerate(zip(a.bases, a.residuals, results, strict=True)):
+        if a.scales is not None:
+            terms = [decode_reference(code, scale, x.shape) for code, scale in zip(terms, a.scales[s], strict=True)]
+        _combine(x, terms, values, y, None if a.gates is None else as_rows(a.gates[s]))
     return results
 
 
@@ -286,30 +295,18 @@ def _combine(x: Tensor, terms: Sequence[Tensor], coefficients: Sequence[float], 
     y.copy_(total if gate is None else base + gate.to(accumulator) * total)
 
 
-def linear_map_reference(
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
-    matrix: Matrix | Tensor,
-    factors: Sequence[float] | None = None,
-    scales: Scales | None = None,
-) -> None:
+@taking(LinearMap)
+def linear_map_reference(a: LinearMap) -> None:
     """``y_sm = f_m * sum_k M_mk x_sk``, in fp32 (fp64 for fp64), in the order of k from 0, rounded once at the end.
 
     All inputs are read before an output is written, so an output may be one of its own stream's inputs.
 
-    Args:
-        inputs: per stream its x_sk of one shape, last dim contiguous; dtypes may differ between k, not between s.
-        outputs: per stream its y_sm, likewise; written.
-        matrix: M [outputs, inputs], host numbers with None where an input is not used, or fp32 on the device.
-        factors: f_m, host numbers; by default 1.
-        scales: per stream and input, where it holds codes of `compact` (uint8), fp32 [rows]; None elsewhere.
-
     Source: methods.md §15 P4, P5, P7, P8, P11, P12. Bytes: see `map_minimum_bytes`.
     """
-    rows = matrix.tolist() if isinstance(matrix, Tensor) else matrix
-    for s, (stream, written) in enumerate(zip(inputs, outputs, strict=True)):
+    rows = a.matrix.tolist() if isinstance(a.matrix, Tensor) else a.matrix
+    for s, (stream, written) in enumerate(zip(a.inputs, a.outputs, strict=True)):
         accumulator = accumulator_dtype(written[0].dtype)
-        own = [None] * len(stream) if scales is None else scales[s]
+        own = [None] * len(stream) if a.scales is None else a.scales[s]
         values = [
             x.to(accumulator) if scale is None else decode_reference(x, scale, x.shape)
             for x, scale in zip(stream, own, strict=True)
@@ -320,7 +317,7 @@ def linear_map_reference(
             for x, c in zip(values, row, strict=True):
                 if c is not None:
                     total += torch.tensor(c, dtype=accumulator) * x
-            sums.append(total if factors is None else total * torch.tensor(factors[m], dtype=accumulator))
+            sums.append(total if a.factors is None else total * torch.tensor(a.factors[m], dtype=accumulator))
         for y, total in zip(written, sums, strict=True):
             y.copy_(total)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .deferred import jit
-from .launching import Launch, Planned
+from .launching import Launch, Planned, taking
 from .rows import floats, load_chunk, row_offsets, share_out, store_chunk
 from .tiles import nbytes
 
@@ -100,17 +100,29 @@ def converts_e4m3(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+class CompactCapture(NamedTuple):
+    """Arguments of a capture into codes.
+
+    Attributes:
+        outputs, inputs: streams [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
+        codes: uint8, contiguous, of outputs' shapes; written.
+        scales: fp32, one number per row, contiguous; written.
+        flag: int32 [1]; becomes 1 if a difference is NaN or infinite.
+    """
+
+    outputs: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    codes: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    flag: Tensor | None = None
+
+
 @Planned
-def capture_compact_triton(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    flag: Tensor | None = None,
-) -> Callable[..., None]:
+@taking(CompactCapture)
+def capture_compact_triton(a: CompactCapture) -> Callable[..., None]:
     """`capture_compact_reference` in one launch per stream."""
     parts = []
-    for s, (output, before, code) in enumerate(zip(outputs, inputs, codes, strict=True)):
+    for s, (output, before, code) in enumerate(zip(a.outputs, a.inputs, a.codes, strict=True)):
         if output.numel():
             shape = share_out([output, before], [code])
             sizes = shape.sizes(*shape.steps(output, before))
@@ -125,31 +137,20 @@ def capture_compact_triton(
     return run
 
 
-def capture_compact_reference(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    flag: Tensor | None = None,
-) -> None:
+@taking(CompactCapture)
+def capture_compact_reference(a: CompactCapture) -> None:
     """Codes and scales of ``output_s - input_s``, subtracted in fp32 and rounded once, to e4m3.
-
-    Args:
-        outputs, inputs: streams [batch, rows, channels] or of fewer dims, last dim contiguous; may be empty.
-        codes: uint8, contiguous, of outputs' shapes; written.
-        scales: fp32, one number per row, contiguous; written.
-        flag: int32 [1]; becomes 1 if a difference is NaN or infinite.
 
     The error of a decoded number is at most 2^-4 of it or 2^-10 of its row's scale, whichever is larger.
 
     Source: ours. Bytes: see `minimum_bytes`.
     """
-    for output, before, code, scale in zip(outputs, inputs, codes, scales, strict=True):
+    for output, before, code, scale in zip(a.outputs, a.inputs, a.codes, a.scales, strict=True):
         if not output.numel():
             continue
         r = output.float() - before.float()
-        if flag is not None:
-            flag.masked_fill_(~torch.isfinite(r).all(), 1)
+        if a.flag is not None:
+            a.flag.masked_fill_(~torch.isfinite(r).all(), 1)
         rows = r.reshape(-1, r.shape[-1])
         # NaN must not become the peak of its row on one device and not on another
         peak = torch.nan_to_num(rows.abs(), nan=0.0, posinf=torch.inf).amax(1)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,31 @@ from torch import Tensor
 # Whose compiled kernels take all parameters by position, also those known to the compiler; look at
 # `JITFunction.run` and `CompiledKernel` before adding one.
 _KNOWN_TRITON = ((3, 6), (3, 9))
+
+P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def taking(arguments: Callable[P, A]) -> Callable[[Callable[Concatenate[A, ...], R]], Callable[P, R]]:
+    """A function of an op's arguments as one that takes them one by one, by the names and defaults that they declare.
+
+    Args:
+        arguments: a NamedTuple. What is not among its fields, such as ``groups``, goes to the function by name.
+    """
+
+    def decorate(function: Callable[Concatenate[A, ...], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def taken(*given: Any, **options: Any) -> R:
+            if not options:
+                return function(arguments(*given))  # type: ignore[call-arg]
+            own = {name: options.pop(name) for name in arguments._fields if name in options}  # type: ignore[attr-defined]
+            return function(arguments(*given, **own), **options)
+
+        taken.__wrapped__ = arguments  # whose signature it has
+        return taken
+
+    return decorate
 
 
 class Launch:

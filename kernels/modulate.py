@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .combine import as_rows
 from .compact import decode_reference, e4m3_to_float
 from .deferred import jit
-from .launching import Launch, Planned, new_like, outline
+from .launching import Launch, Planned, new_like, outline, taking
 from .rows import Rows, batch_of, floats, load_chunk, row_offsets, share_out, store_chunk
 from .statistics import PAIR_STATISTICS, pair_sums, store_pair, with_pair
 from .tiles import MAX_PROGRAMS, accumulator_dtype, encoded, nbytes, new_partials, plan_fold
@@ -184,39 +184,58 @@ def _modulate_kernel(
         store_pair(slot, sums[s * 8 : s * 8 + 8], MAX_PROGRAMS)
 
 
+class Modulation(NamedTuple):
+    """Arguments of a LayerNorm with modulation.
+
+    Attributes:
+        x: [batch, rows, channels], last dim contiguous.
+        scale, shift: [batch, 1, channels] or [batch, channels] (a batch of 1 is broadcast).
+        residuals, coefficients: r_k, contiguous, like x; c_k, host numbers or fp32 on the device.
+        previous: the z of an earlier step, contiguous; then statistics are returned. It may be ``result``.
+        segments: inner bounds of the channel ranges whose statistics are kept apart.
+        eps: of the LayerNorm, whose variance is that of the population.
+        weight, bias: [channels], of the LayerNorm.
+        result: written instead of a new tensor.
+        stream: receives y.
+        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
+    """
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    residuals: Sequence[Tensor] = ()
+    coefficients: Sequence[float] | Tensor = ()
+    previous: Tensor | None = None
+    segments: Sequence[int] = ()
+    eps: float = 1e-6
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    result: Tensor | None = None
+    stream: Tensor | None = None
+    scales: Sequence[Tensor] | None = None
+
+
 @Planned
-def modulate_triton(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: Sequence[Tensor] = (),
-    coefficients: Sequence[float] | Tensor = (),
-    previous: Tensor | None = None,
-    segments: Sequence[int] = (),
-    eps: float = 1e-6,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    result: Tensor | None = None,
-    stream: Tensor | None = None,
-    scales: Sequence[Tensor] | None = None,
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+@taking(Modulation)
+def modulate_triton(a: Modulation) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`modulate_reference` in one launch, and a second tiny one with ``previous``."""
-    bounds = [0, *segments, x.shape[-1]]
+    bounds = [0, *a.segments, a.x.shape[-1]]
     parts = len(bounds) - 1
-    count = 0 if previous is None else PAIR_STATISTICS
+    count = 0 if a.previous is None else PAIR_STATISTICS
     # of sums and of codes, which take more registers, rows in pairs are no faster
-    pairs = not count and all(residual.element_size() > 1 for residual in residuals)
-    shape, steps = _lay_out(x, scale, shift, (*residuals, previous, stream, weight, bias, result), pairs)
+    pairs = not count and all(residual.element_size() > 1 for residual in a.residuals)
+    others = (*a.residuals, a.previous, a.stream, a.weight, a.bias, a.result)
+    shape, steps = _lay_out(a.x, a.scale, a.shift, others, pairs)
     # where nothing is summed up, the GPU shares out the rows better than a loop does
     programs = min(shape.tiles, MAX_PROGRAMS) if count else shape.tiles
     sizes, ends = shape.sizes(*steps), encoded(bounds)
-    on_device = isinstance(coefficients, Tensor)
+    on_device = isinstance(a.coefficients, Tensor)
     launch = Launch(
         _modulate_kernel,
         (programs,),
-        TERMS=len(residuals),
+        TERMS=len(a.residuals),
         SEGMENTS=parts if count else 0,
-        BOUNDED=parts > 1 or (bias is not None and not shape.exact),
+        BOUNDED=parts > 1 or (a.bias is not None and not shape.exact),
         STATISTICS=count,
         SHARED=shape.each > 1,
         MAX_PROGRAMS=MAX_PROGRAMS,
@@ -266,34 +285,9 @@ def _lay_out(
     return shape, shape.steps(x) + [t.stride(0) // shape.width if t.shape[0] > 1 else 0 for t in (scale, shift)]
 
 
-def modulate_reference(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: Sequence[Tensor] = (),
-    coefficients: Sequence[float] | Tensor = (),
-    previous: Tensor | None = None,
-    segments: Sequence[int] = (),
-    eps: float = 1e-6,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    result: Tensor | None = None,
-    stream: Tensor | None = None,
-    scales: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+@taking(Modulation)
+def modulate_reference(a: Modulation) -> tuple[Tensor, Tensor | None]:
     """``z = LayerNorm(y) * (1 + scale) + shift`` of ``y = x + sum_k c_k r_k``, in fp32 (fp64 for fp64), rounded once.
-
-    Args:
-        x: [batch, rows, channels], last dim contiguous.
-        scale, shift: [batch, 1, channels] or [batch, channels] (a batch of 1 is broadcast).
-        residuals, coefficients: r_k, contiguous, like x; c_k, host numbers or fp32 on the device.
-        previous: the z of an earlier step, contiguous; then statistics are returned. It may be ``result``.
-        segments: inner bounds of the channel ranges whose statistics are kept apart.
-        eps: of the LayerNorm, whose variance is that of the population.
-        weight, bias: [channels], of the LayerNorm.
-        result: written instead of a new tensor.
-        stream: receives y.
-        scales: then residuals are codes of `compact` (uint8), and these fp32 [rows] their scales.
 
     Returns:
         z, and the eight statistics of a pair (see `statistics`) of z as stored and ``previous``: fp32
@@ -302,27 +296,27 @@ def modulate_reference(
     Source: TeaCache, SpectralCache; methods.md §15 P10, P2n. Bytes: 2 S, 3 S with ``previous``; each residual and
     ``stream`` one more.
     """
-    accumulator = accumulator_dtype(x.dtype)
-    values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
-    if scales is not None:
-        residuals = [decode_reference(code, own, x.shape) for code, own in zip(residuals, scales, strict=True)]
+    x, residuals, accumulator = a.x, a.residuals, accumulator_dtype(a.x.dtype)
+    values = a.coefficients.tolist() if isinstance(a.coefficients, Tensor) else a.coefficients
+    if a.scales is not None:
+        residuals = [decode_reference(code, own, x.shape) for code, own in zip(residuals, a.scales, strict=True)]
     y = x.to(accumulator)
     for r, c in zip(residuals, values, strict=True):
         y = y + torch.tensor(c, dtype=accumulator) * r.to(accumulator)
-    if stream is not None:
-        stream.copy_(y)
+    if a.stream is not None:
+        a.stream.copy_(y)
     channels = (x.shape[-1],)
-    affine = [None if t is None else t.to(accumulator) for t in (weight, bias)]
-    z = torch.nn.functional.layer_norm(y, channels, affine[0], affine[1], eps)
-    z = z * (1 + as_rows(scale).to(accumulator)) + as_rows(shift).to(accumulator)
-    older = None if previous is None else previous.clone()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if result is None else result
+    affine = [None if t is None else t.to(accumulator) for t in (a.weight, a.bias)]
+    z = torch.nn.functional.layer_norm(y, channels, affine[0], affine[1], a.eps)
+    z = z * (1 + as_rows(a.scale).to(accumulator)) + as_rows(a.shift).to(accumulator)
+    older = None if a.previous is None else a.previous.clone()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if a.result is None else a.result
     out.copy_(z)
     if older is None:
         return out, None
-    bounds = [0, *segments, x.shape[-1]]
+    bounds = [0, *a.segments, x.shape[-1]]
     parts = [(out[..., lo:hi], older[..., lo:hi]) for lo, hi in zip(bounds, bounds[1:], strict=False)]
-    return out, torch.stack([pair_sums(a, b).to(accumulator) for a, b in parts])
+    return out, torch.stack([pair_sums(*part).to(accumulator) for part in parts])
 
 
 def minimum_bytes(

@@ -14,12 +14,12 @@ from .launching import Launch, Planned, new_like, outline
 from .tiles import (
     MAX_PROGRAMS,
     accumulator_dtype,
-    groups_at,
     lay_out_launch,
     nbytes,
     new_partials,
+    offsets_at,
     plan_fold,
-    size_of_entry,
+    share_of,
 )
 
 if TYPE_CHECKING:
@@ -44,25 +44,23 @@ def _router_lerp_fwd_kernel(
     """Tensors in the order of their strides: fresh, cached, out, then gate and residual, if there are any."""
     pid = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
+    groups, programs, _ = share_of(sizes, pid, ENTRIES, FIELDS)
     beta = tl.load(beta_ptr + sample)
     for start in range(pid * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        f_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        c_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        o_off = groups_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        f_off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        c_off = offsets_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        o_off = offsets_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
         f = tl.load(fresh_ptr + f_off, mask=live, other=0.0).to(tl.float32)
         c = tl.load(cached_ptr + c_off, mask=live, other=0.0).to(tl.float32)
         # from the nearer end, so that 0 gives c and 1 gives f bit by bit
         o = tl.where(beta < 0.5, c + beta * (f - c), f - (1.0 - beta) * (f - c))
         if gate_ptr is not None:
-            g_off = groups_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            g_off = offsets_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             o = tl.load(gate_ptr + g_off, mask=live, other=0.0).to(tl.float32) * o
         if residual_ptr is not None:
-            x_off = groups_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            x_off = offsets_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             o = tl.load(residual_ptr + x_off, mask=live, other=0.0).to(tl.float32) + o
         tl.store(out_ptr + o_off, o.to(out_ptr.dtype.element_ty), mask=live)
 
@@ -87,21 +85,19 @@ def _router_lerp_bwd_kernel(
     """Tensors in the order of their strides: grad, fresh, cached, grad_fresh, then the gate, if there is one."""
     pid = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
+    groups, programs, _ = share_of(sizes, pid, ENTRIES, FIELDS)
     beta = tl.load(beta_ptr + sample)
     total = tl.zeros([R], tl.float32)
     for start in range(pid * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        g_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        f_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        c_off = groups_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        d_off = groups_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        g_off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        f_off = offsets_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        c_off = offsets_at(group, sample, 2, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        d_off = offsets_at(group, sample, 3, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
         grad = tl.load(grad_ptr + g_off, mask=live, other=0.0).to(tl.float32)
         if gate_ptr is not None:
-            off = groups_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+            off = offsets_at(group, sample, 4, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
             grad = tl.load(gate_ptr + off, mask=live, other=0.0).to(tl.float32) * grad
         f = tl.load(fresh_ptr + f_off, mask=live, other=0.0).to(tl.float32)
         c = tl.load(cached_ptr + c_off, mask=live, other=0.0).to(tl.float32)

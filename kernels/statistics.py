@@ -19,15 +19,15 @@ from .tiles import (
     accumulator_dtype,
     by_launch,
     entry_of,
-    groups_at,
     lanes,
     lay_out_launch,
     nbytes,
     new_partials,
     of_entry,
+    offsets_at,
     plan_fold,
     program_count,
-    size_of_entry,
+    share_of,
     spread,
     summed,
     taken,
@@ -109,16 +109,13 @@ def _pair_statistics_kernel(
     sample = tl.program_id(1).to(tl.int64)
     a_ptr = of_entry(a_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
     b_ptr = of_entry(b_ptrs, 0, 1, sizes, pid, ENTRIES, FIELDS)
-    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
-    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
-    program = pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
-    lane = tl.arange(0, VEC)[None, :]
+    groups, programs, program = share_of(sizes, pid, ENTRIES, FIELDS)
     sums = (tl.zeros([R], tl.float32),) * STATISTICS
     for start in range(program * R, groups, programs * R):
         group = start + tl.arange(0, R)
         live = (group < groups)[:, None]
-        a_off = groups_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
-        b_off = groups_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS)[:, None] * VEC + lane
+        a_off = offsets_at(group, sample, 0, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
+        b_off = offsets_at(group, sample, 1, sizes, pid, ENTRIES, FIELDS, CONTIGUOUS, VEC)
         a = tl.load(a_ptr + a_off, mask=live, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + b_off, mask=live, other=0.0).to(tl.float32)
         sums = with_pair(sums, a, b, VEC)

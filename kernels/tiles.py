@@ -118,7 +118,15 @@ def entry_of(sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @jit()
-def groups_at(
+def share_of(sizes, pid, ENTRIES: tl.constexpr, FIELDS: tl.constexpr):
+    """What program ``pid`` takes of its entry: groups, programs that share them, and its number among those."""
+    groups = size_of_entry(1, sizes, pid, ENTRIES, FIELDS)
+    programs = size_of_entry(2, sizes, pid, ENTRIES, FIELDS)
+    return groups, programs, pid - size_of_entry(0, sizes, pid, ENTRIES, FIELDS)
+
+
+@jit()
+def offsets_at(
     group,
     sample,
     tensor: tl.constexpr,
@@ -127,8 +135,9 @@ def groups_at(
     ENTRIES: tl.constexpr,
     FIELDS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """Offset, in groups, of groups of a sample of the entry's tensor number ``tensor``."""
+    """Offsets [R, VEC] of the elements of groups of a sample of the entry's tensor number ``tensor``."""
     if CONTIGUOUS:
         found = sample * size_of_entry(1, sizes, pid, ENTRIES, FIELDS) + group
     else:
@@ -138,7 +147,7 @@ def groups_at(
         batch_step = size_of_entry(5 + 3 * tensor + 1, sizes, pid, ENTRIES, FIELDS)
         row_step = size_of_entry(5 + 3 * tensor + 2, sizes, pid, ENTRIES, FIELDS)
         found = sample * sample_step + row_groups_at(group, row_groups, batch_rows, batch_step, row_step)
-    return found
+    return found[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @jit()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from layercache.kernels import combine as kernels
+from layercache.kernels.combine import Combination, LinearMap
+from layercache.kernels.launching import taking
 from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
@@ -26,19 +28,9 @@ from layercache.ops.checks import (
     host_coefficients,
     layout,
 )
-from layercache.ops.dispatch import Checked, Kernels, register, through_registry
+from layercache.ops.dispatch import Kernels, register, through_registry
 
 Coefficients = Sequence[float] | Tensor
-
-COMBINATION_KERNELS = Kernels(
-    kernels.linear_combination_triton,
-    kernels.linear_combination_reference,
-    native.if_available(native.linear_combination),
-    plans_on_cpu=True,
-)
-MAP_KERNELS = Kernels(
-    kernels.linear_map_triton, kernels.linear_map_reference, native.if_available(native.linear_map), plans_on_cpu=True
-)
 
 
 def linear_combination(
@@ -74,59 +66,43 @@ def linear_combination(
 
     Source: methods.md §15 P2, P3, P7. Bytes: (terms + 2) S; codes count half of 16-bit terms.
     """
-    found = COMBINATION_KERNELS.again(bases, residuals, coefficients, results, gates, scales)
-    if found is not NotImplemented:
-        return found
-    arguments = _check_combination(bases, residuals, coefficients, results, gates, scales)
-    if through_registry([*bases, *(r for stream in residuals for r in stream), *(gates or ())]):
-        return _registered(*arguments)
-    return _run_combination(*arguments)
+    given = bases, residuals, coefficients, results, gates, scales
+    found = COMBINATION_KERNELS.again(given)
+    return COMBINATION_KERNELS.first(given) if found is NotImplemented else found
 
 
-def _check_combination(
-    bases: Sequence[Tensor],
-    residuals: Sequence[Sequence[Tensor]],
-    coefficients: Coefficients,
-    results: Sequence[Tensor] | None,
-    gates: Sequence[Tensor] | None,
-    scales: Sequence[Sequence[Tensor]] | None,
-) -> tuple[Any, ...]:
-    op = "linear_combination"
-    check_streams(op, "bases", bases, MAX_STREAMS)
-    terms = _check_residual_lists(residuals, bases, scales)
-    everything = [*bases, *(r for stream in residuals for r in stream)]
-    if gates is not None:
-        check_list(op, "gates", gates, len(bases), len(bases))
-        for s, gate in enumerate(gates):
-            check_gate(op, f"gates[{s}]", gate, getattr(gates[0], "dtype", None), bases[s], f"bases[{s}]")
-        everything += gates
+@taking(Combination)
+def _check_combination(a: Combination) -> tuple[Any, ...]:
+    op, streams = "linear_combination", len(a.bases)
+    check_streams(op, "bases", a.bases, MAX_STREAMS)
+    terms = _check_residual_lists(a.residuals, a.bases, a.scales)
+    everything = [*a.bases, *(r for stream in a.residuals for r in stream)]
+    if a.gates is not None:
+        check_list(op, "gates", a.gates, streams, streams)
+        for s, gate in enumerate(a.gates):
+            check_gate(op, f"gates[{s}]", gate, getattr(a.gates[0], "dtype", None), a.bases[s], f"bases[{s}]")
+        everything += a.gates
     check_no_grad(op, everything)
+    coefficients = a.coefficients
     if isinstance(coefficients, Tensor):
-        check_device_coefficients(op, coefficients, (terms,), bases[0].device)
+        check_device_coefficients(op, coefficients, (terms,), a.bases[0].device)
     else:
         coefficients = host_coefficients(op, "coefficients", coefficients, terms)
-    if results is not None:
-        check_list(op, "results", results, len(bases), len(bases))
-        for s, result in enumerate(results):
-            check_tensor(op, "results", s, result, f"bases[{s}]", bases[s], bases[0].dtype)
-    return bases, residuals, coefficients, results, gates, scales
+    if a.results is not None:
+        check_list(op, "results", a.results, streams, streams)
+        for s, result in enumerate(a.results):
+            check_tensor(op, "results", s, result, f"bases[{s}]", a.bases[s], a.bases[0].dtype)
+    return *a[:2], coefficients, *a[3:]
 
 
-def _run_combination(
-    bases: Sequence[Tensor],
-    residuals: Sequence[Sequence[Tensor]],
-    coefficients: Coefficients,
-    results: Sequence[Tensor] | None,
-    gates: Sequence[Tensor] | None,
-    scales: Sequence[Sequence[Tensor]] | None,
-) -> list[Tensor]:
-    if results is not None:
-        others = [("gates", list(gates or ()))]
-        others += [("residuals", [r for stream in residuals for r in stream])]
-        others += [("scales", [t for stream in scales or () for t in stream])]
-        others += [("coefficients", [coefficients] if isinstance(coefficients, Tensor) else [])]
-        check_written("linear_combination", "results", results, "bases", [[x] for x in bases], others)
-    return COMBINATION_KERNELS.run(bases, residuals, coefficients, results, gates, scales)
+@taking(Combination)
+def _check_combination_memory(a: Combination) -> None:
+    if a.results is not None:
+        others = [("gates", list(a.gates or ()))]
+        others += [("residuals", [r for stream in a.residuals for r in stream])]
+        others += [("scales", [t for stream in a.scales or () for t in stream])]
+        others += [("coefficients", [a.coefficients] if isinstance(a.coefficients, Tensor) else [])]
+        check_written("linear_combination", "results", a.results, "bases", [[x] for x in a.bases], others)
 
 
 def restore(
@@ -134,7 +110,7 @@ def restore(
 ) -> list[Tensor]:
     """`linear_combination` without a look at its arguments, for residuals that were allocated to fit."""
     if through_registry(bases):
-        return _registered(bases, residuals, coefficients, results, None, None)  # type: ignore[arg-type]
+        return _call_combination(bases, residuals, coefficients, results)
     run = COMBINATION_KERNELS.choose(bases[0])
     if run != COMBINATION_KERNELS.launch:
         return run(bases, residuals, coefficients, results)
@@ -170,62 +146,42 @@ def linear_map(
 
     Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
     """
-    if MAP_KERNELS.again(inputs, outputs, matrix, factors, scales) is not NotImplemented:
-        return
-    arguments = _check_map(inputs, outputs, matrix, factors, scales)
-    if through_registry([t for stream in (*inputs, *outputs) for t in stream]):
-        _registered_map(*arguments)
-    else:
-        _run_map(*arguments)
+    given = inputs, outputs, matrix, factors, scales
+    if MAP_KERNELS.again(given) is NotImplemented:
+        MAP_KERNELS.first(given)
 
 
-def _check_map(
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
-    matrix: Sequence[Sequence[float | None]] | Tensor,
-    factors: Sequence[float] | None,
-    scales: Sequence[Sequence[Tensor | None]] | None,
-) -> tuple[Any, ...]:
-    op = "linear_map"
-    count, results = _check_map_tensors(inputs, outputs, scales)
-    check_no_grad(op, [t for stream in (*inputs, *outputs) for t in stream])
-    rows = _check_matrix(matrix, count, results, inputs[0][0].device)
+@taking(LinearMap)
+def _check_map(a: LinearMap) -> tuple[Any, ...]:
+    op, matrix, factors = "linear_map", a.matrix, a.factors
+    count, results = _check_map_tensors(a.inputs, a.outputs, a.scales)
+    check_no_grad(op, [t for stream in (*a.inputs, *a.outputs) for t in stream])
+    rows = _check_matrix(matrix, count, results, a.inputs[0][0].device)
     if factors is not None:
         if isinstance(matrix, Tensor):
             fail(op, "factors", "given with a matrix on the device", "the factors multiplied into that matrix")
         factors = host_coefficients(op, "factors", factors, results)
-    return inputs, outputs, matrix if isinstance(matrix, Tensor) else rows, factors, scales
+    return *a[:2], matrix if isinstance(matrix, Tensor) else rows, factors, a.scales
 
 
-def _run_map(
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
-    matrix: Sequence[Sequence[float | None]] | Tensor,
-    factors: Sequence[float] | None,
-    scales: Sequence[Sequence[Tensor | None]] | None,
-) -> None:
-    written = [y for stream in outputs for y in stream]
-    own = [inputs[k // len(outputs[0])] for k in range(len(written))]
-    others = [("scales", [t for stream in scales or () for t in stream if t is not None])]
-    others += [("matrix", [matrix] if isinstance(matrix, Tensor) else [])]
+@taking(LinearMap)
+def _check_map_memory(a: LinearMap) -> None:
+    written = [y for stream in a.outputs for y in stream]
+    own = [a.inputs[k // len(a.outputs[0])] for k in range(len(written))]
+    others = [("scales", [t for stream in a.scales or () for t in stream if t is not None])]
+    others += [("matrix", [a.matrix] if isinstance(a.matrix, Tensor) else [])]
     check_written("linear_map", "outputs", written, "inputs", own, others)
-    MAP_KERNELS.run(inputs, outputs, matrix, factors, scales)
 
 
-def _registered_map(
-    inputs: Sequence[Sequence[Tensor]],
-    outputs: Sequence[Sequence[Tensor]],
-    matrix: Sequence[Sequence[float | None]] | Tensor,
-    factors: Sequence[float] | None,
-    scales: Sequence[Sequence[Tensor | None]] | None,
-) -> None:
+@taking(LinearMap)
+def _call_map(a: LinearMap) -> None:
     """linear_map through torch.library."""
-    flat_inputs, flat_outputs = ([t for stream in streams for t in stream] for streams in (inputs, outputs))
-    flat = [] if isinstance(matrix, Tensor) else [c for row in matrix for c in row]
+    flat_inputs, flat_outputs = ([t for stream in streams for t in stream] for streams in a[:2])
+    flat = [] if isinstance(a.matrix, Tensor) else [c for row in a.matrix for c in row]
     values, used = [c or 0.0 for c in flat], [c is not None for c in flat]
-    on_device = matrix if isinstance(matrix, Tensor) else None
-    flat_scales = [t for stream in scales or () for t in stream]
-    LINEAR_MAP(flat_inputs, flat_outputs, len(inputs), values, used, list(factors or ()), on_device, flat_scales)
+    on_device = a.matrix if isinstance(a.matrix, Tensor) else None
+    flat_scales = [t for stream in a.scales or () for t in stream]
+    LINEAR_MAP(flat_inputs, flat_outputs, len(a.inputs), values, used, list(a.factors or ()), on_device, flat_scales)
 
 
 def _check_map_tensors(inputs: Any, outputs: Any, scales: Any) -> tuple[int, int]:
@@ -327,22 +283,16 @@ def check_device_coefficients(
         fail(op, name, f"on {coefficients.device}", f"on {device} as the tensors, or host numbers")
 
 
-def _registered(
-    bases: Sequence[Tensor],
-    residuals: Sequence[Sequence[Tensor]],
-    coefficients: list[float] | Tensor,
-    results: Sequence[Tensor] | None,
-    gates: Sequence[Tensor] | None,
-    scales: Sequence[Sequence[Tensor]] | None,
-) -> list[Tensor]:
-    """linear_combination through torch.library."""
-    flat = [r for stream in residuals for r in stream]
-    host, on_device = ([], coefficients) if isinstance(coefficients, Tensor) else (coefficients, None)
-    others = (list(gates or ()), [scale for stream in scales or () for scale in stream])
-    if results is None:
-        return LINEAR_COMBINATION(bases, flat, host, on_device, *others)
-    LINEAR_COMBINATION_OUT(results, bases, flat, host, on_device, *others)
-    return list(results)
+@taking(Combination)
+def _call_combination(a: Combination) -> list[Tensor]:
+    """linear_combination through torch.library, where it is two ops: one may not return what the other writes."""
+    flat = [r for stream in a.residuals for r in stream]
+    host, on_device = ([], a.coefficients) if isinstance(a.coefficients, Tensor) else (a.coefficients, None)
+    others = (list(a.gates or ()), [scale for stream in a.scales or () for scale in stream])
+    if a.results is None:
+        return LINEAR_COMBINATION(a.bases, flat, host, on_device, *others)
+    LINEAR_COMBINATION_OUT(a.results, a.bases, flat, host, on_device, *others)
+    return list(a.results)
 
 
 def _rows(op: str, name: str, flat: list[Any], streams: int) -> list[list[Any]]:
@@ -399,32 +349,43 @@ def _take_map(
     return nested, written, matrix, factors or None, _rows(op, "scales", scales, streams) or None
 
 
+COMBINATION_KERNELS = Kernels(
+    _check_combination,
+    kernels.linear_combination_triton,
+    kernels.linear_combination_reference,
+    native.if_available(native.linear_combination),
+    _check_combination_memory,
+    _call_combination,
+    plans_on_cpu=True,
+)
 LINEAR_COMBINATION = register(
     "linear_combination(Tensor[] bases, Tensor[] residuals, float[] coefficients, Tensor? device_coefficients, "
     "Tensor[] gates, Tensor[] scales) -> Tensor[]",
-    Checked(
-        COMBINATION_KERNELS,
-        _check_combination,
-        _run_combination,
-        lambda *arguments: _take_combination(None, *arguments),
-    ),
-    lambda bases, residuals, coefficients, device_coefficients, gates, scales: [x.new_empty(x.shape) for x in bases],
+    COMBINATION_KERNELS,
+    lambda bases, *others: [x.new_empty(x.shape) for x in bases],
+    lambda *arguments: _take_combination(None, *arguments),
 )
 LINEAR_COMBINATION_OUT = register(
     "linear_combination_out(Tensor(a!)[] results, Tensor[] bases, Tensor[] residuals, float[] coefficients, "
     "Tensor? device_coefficients, Tensor[] gates, Tensor[] scales) -> ()",
-    Checked(
-        COMBINATION_KERNELS,
-        _check_combination,
-        _run_combination,
-        _take_combination,
-        lambda found, *arguments: None,
-    ),
+    COMBINATION_KERNELS,
     lambda *arguments: None,
+    _take_combination,
+    lambda found, *arguments: None,
+)
+MAP_KERNELS = Kernels(
+    _check_map,
+    kernels.linear_map_triton,
+    kernels.linear_map_reference,
+    native.if_available(native.linear_map),
+    _check_map_memory,
+    _call_map,
+    plans_on_cpu=True,
 )
 LINEAR_MAP = register(
     "linear_map(Tensor[] inputs, Tensor(a!)[] outputs, int streams, float[] matrix, bool[] used, float[] factors, "
     "Tensor? device_matrix, Tensor?[] scales) -> ()",
-    Checked(MAP_KERNELS, _check_map, _run_map, _take_map),
+    MAP_KERNELS,
     lambda *arguments: None,
+    _take_map,
 )

@@ -18,9 +18,9 @@ from layercache.errors import MissingExtraError
 from layercache.kernels.deferred import has_triton, use_triton
 from layercache.kernels.launching import Planned, first_tensor, on_device_of
 from layercache.kernels.tiles import accumulator_dtype
-from layercache.ops.plans import Call, Plan, read
+from layercache.ops.plans import Call, Plan, count_modes, is_compiling, read
 
-_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+_Parameter = torch.nn.Parameter
 _LIBRARY = torch.library.Library("layercache", "DEF")
 # Of one op. Only numbers that are never the same twice make more than a few hundred.
 MOST_PLANS = 1024
@@ -32,12 +32,17 @@ NO_TRITON = (
 
 
 class Kernels:
-    """The implementations of one op; a call picks the one for the device of its first argument.
+    """One op: the checks of its arguments and its implementations, of which a call takes that for its first tensor.
+
+    All take the op's arguments one by one: those of the public function, in its order and all of them.
 
     Args:
+        check: raises where an argument is wrong; gives all of them as the implementations take them.
         triton: for CUDA and ROCm GPUs; of a `Planned` launcher the plans are kept.
         reference: eager PyTorch, for the CPU where the compiled path is not there or the dtype is float64.
         native: the compiled CPU path.
+        check_memory: raises where tensors share memory and must not; for tensors that have memory.
+        call: the op through torch.library; by default the overload that `register` defines.
         plans_on_cpu: whether the checks take longer than looking for a plan does, which is then worth it on the CPU
             too; on a GPU a plan also saves the layout.
 
@@ -49,19 +54,24 @@ class Kernels:
 
     def __init__(
         self,
+        check: Callable[..., Sequence[Any]],
         triton: Callable[..., Any],
         reference: Callable[..., Any],
         native: Callable[..., Any] | None = None,
+        check_memory: Callable[..., None] | None = None,
+        call: Callable[..., Any] | None = None,
         plans_on_cpu: bool = False,
     ):
+        self.check, self.check_memory, self.call = check, check_memory, call
         self.triton, self.reference, self.native = triton, reference, native
         self.plans_on_cpu = plans_on_cpu
+        self._is_planned = isinstance(triton, Planned)
         self._plans: dict[Any, Plan] = {}
         self.every.append(self)
 
-    def again(self, *arguments: Any) -> Any:
+    def again(self, arguments: Sequence[Any]) -> Any:
         """Runs the op if a call like this one went through `run` before; else returns NotImplemented, for the caller
-        to check the arguments. Not for an op whose checks look at what a tensor holds."""
+        to go on with `first`. Not for an op whose checks look at what a tensor holds."""
         if not self.plans_on_cpu:
             first = arguments[0]
             while type(first) in (list, tuple) and first:
@@ -75,20 +85,30 @@ class Kernels:
             return NotImplemented
         return plan.run(*arguments)
 
-    def run(self, *arguments: Any) -> Any:
-        """Runs the op on validated arguments, the first of which is a tensor, a list of tensors or of such lists; then
-        `again` runs calls like this one.
+    def first(self, arguments: Sequence[Any]) -> Any:
+        """Checks the arguments and runs the op, through torch.library where something must see it.
 
         Raises:
+            OpInputError: names the argument, what it is, and what it should be.
             MissingExtraError: a GPU tensor, and triton is not installed, or does not import.
         """
-        run = self.choose(first_tensor(arguments))
-        if (self.plans_on_cpu or run == self.launch) and (call := read(arguments)) is not None:
+        checked = self.check(*arguments)
+        if self.call is not None and through_registry(checked):
+            return self.call(*checked)
+        return self.run(*checked)
+
+    def run(self, *arguments: Any) -> Any:
+        """Runs the op on arguments that `check` gave; then `again` runs calls like this one."""
+        if self.check_memory is not None:
+            self.check_memory(*arguments)
+        tensor = first_tensor(arguments)
+        run = self.choose(tensor)
+        if self._is_planned and (self.plans_on_cpu or tensor.is_cuda) and (call := read(arguments)) is not None:
             self._plan(call, arguments).approve(*call[1:])
         return run(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """`run`, for arguments that nobody has looked at."""
+        """The implementation, for arguments that nobody has looked at."""
         return self.choose(first_tensor(arguments))(*arguments)
 
     def choose(self, tensor: Tensor) -> Callable[..., Any]:
@@ -144,37 +164,64 @@ def trouble_with_triton() -> str | None:
     return None
 
 
-def through_registry(tensors: Iterable[Tensor]) -> bool:
+def through_registry(arguments: Iterable[Any]) -> bool:
     """Whether something other than plain execution is under way, which must see one op instead of many."""
-    # a trace without dynamo (non-strict export) brings tensors of its own
-    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    for tensor in tensors:  # a generator would cost more than all the rest
-        if type(tensor) not in _TENSOR_TYPES or tensor.is_meta:
+    return is_compiling() or count_modes() > 0 or _has_unusual(arguments)
+
+
+def _has_unusual(arguments: Iterable[Any]) -> bool:
+    """Whether a tensor among them, also in lists, is on meta or of a class other than torch's own."""
+    for argument in arguments:  # a generator would cost more than all the rest
+        kind = type(argument)
+        if kind is Tensor or kind is _Parameter:
+            if argument.is_meta:
+                return True
+        elif kind is list or kind is tuple:
+            if _has_unusual(argument):
+                return True
+        elif issubclass(kind, Tensor):  # of a trace without dynamo (non-strict export)
             return True
     return False
 
 
-def register(schema: str, checked: Checked, fake: Callable[..., Any]) -> Any:
-    """Defines one op with its implementation and its fake; the overload that calls it.
+def register(
+    schema: str,
+    kernels: Kernels,
+    fake: Callable[..., Any],
+    take: Callable[..., Sequence[Any]] | None = None,
+    give: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines ``torch.ops.layercache.*`` for an op, which checks its arguments, whoever calls it; returns the overload.
 
     Args:
-        checked: its implementation, which checks the arguments: anybody may call ``torch.ops.layercache.*``.
-        fake: its result for tensors without memory.
+        fake: from the op's arguments to its result for tensors without memory.
+        take: from the arguments of the schema to those of the op; by default they are the same.
+        give: from the result of the op and the arguments of the schema to what the schema returns.
     """
     name = schema.partition("(")[0]
 
-    def checked_fake(*arguments: Any) -> Any:
-        if not has_tensors_of_a_trace(arguments):  # but meta tensors
-            checked.check(*arguments)
-        return fake(*arguments)
+    def run(*arguments: Any) -> Any:
+        taken = arguments if take is None else take(*arguments)
+        found = kernels.again(taken)
+        if found is NotImplemented:
+            found = kernels.run(*kernels.check(*taken))
+        return found if give is None else give(found, *arguments)
+
+    def run_fake(*arguments: Any) -> Any:
+        taken = arguments if take is None else take(*arguments)
+        # of a trace they were checked before, and have sizes that are not known; meta tensors come from anywhere
+        if not has_tensors_of_a_trace(taken):
+            kernels.check(*taken)
+        return fake(*taken)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # the last is for calls without a tensor, and for devices that the checks refuse
     for key in ("CUDA", "CPU", "CompositeExplicitAutograd"):
-        _LIBRARY.impl(name, checked, key)
-    torch.library.register_fake(f"layercache::{name}", checked_fake, lib=_LIBRARY)
-    return getattr(torch.ops.layercache, name).default
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"layercache::{name}", run_fake, lib=_LIBRARY)
+    overload = getattr(torch.ops.layercache, name).default
+    kernels.call = kernels.call or overload
+    return overload
 
 
 def has_tensors_of_a_trace(arguments: Iterable[Any]) -> bool:
@@ -182,42 +229,9 @@ def has_tensors_of_a_trace(arguments: Iterable[Any]) -> bool:
     return any(
         has_tensors_of_a_trace(argument)
         if isinstance(argument, (list, tuple))
-        else isinstance(argument, Tensor) and type(argument) not in _TENSOR_TYPES
+        else isinstance(argument, Tensor) and type(argument) not in (Tensor, _Parameter)
         for argument in arguments
     )
-
-
-class Checked:
-    """An op that checks its arguments and runs, whatever modes are on.
-
-    Args:
-        kernels: its implementations.
-        check: raises where an argument is wrong; gives the arguments as `run` takes them.
-        run: the op on arguments that were checked; by default that of the kernels.
-        take: from the arguments of the schema to those of the op; by default they are the same.
-        give: from the result of the op and the arguments of the schema to what the schema returns.
-    """
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        check: Callable[..., Sequence[Any]],
-        run: Callable[..., Any] | None = None,
-        take: Callable[..., Sequence[Any]] | None = None,
-        give: Callable[..., Any] | None = None,
-    ):
-        self._kernels, self._check, self._run = kernels, check, run or kernels.run
-        self._take, self._give = take, give
-
-    def check(self, *arguments: Any) -> None:
-        self._check(*(arguments if self._take is None else self._take(*arguments)))
-
-    def __call__(self, *arguments: Any) -> Any:
-        taken = arguments if self._take is None else self._take(*arguments)
-        found = self._kernels.again(*taken)
-        if found is NotImplemented:
-            found = self._run(*self._check(*taken))
-        return found if self._give is None else self._give(found, *arguments)
 
 
 def new_statistics(model: Tensor, rows: int, columns: int) -> Tensor:

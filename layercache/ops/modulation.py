@@ -13,6 +13,8 @@ from layercache.kernels import decisions as decision_kernels
 from layercache.kernels import guidance as guidance_kernels
 from layercache.kernels import modulate as kernels
 from layercache.kernels.combine import MAX_TERMS
+from layercache.kernels.launching import taking
+from layercache.kernels.modulate import Modulation
 from layercache.kernels.rows import MAX_CHANNELS
 from layercache.ops import native
 from layercache.ops.checks import (
@@ -29,23 +31,7 @@ from layercache.ops.checks import (
     layout,
 )
 from layercache.ops.combinations import check_device_coefficients, host_or_device
-from layercache.ops.dispatch import Checked, Kernels, register, through_registry
-
-MODULATE_KERNELS = Kernels(
-    kernels.modulate_triton, kernels.modulate_reference, native.if_available(native.modulate), plans_on_cpu=True
-)
-GUIDANCE_KERNELS = Kernels(
-    guidance_kernels.guidance_triton, guidance_kernels.guidance_reference, native.if_available(native.guidance)
-)
-ROW_KERNELS = Kernels(
-    decision_kernels.row_statistics_triton,
-    decision_kernels.row_statistics_reference,
-    native.if_available(native.row_statistics),
-)
-# a few numbers: there is nothing to gain on the CPU
-DECIDE_KERNELS = Kernels(
-    decision_kernels.decide_triton, decision_kernels.decide_reference, native.if_available(native.decide)
-)
+from layercache.ops.dispatch import Kernels, new_statistics, register
 
 
 def modulate(
@@ -92,79 +78,44 @@ def modulate(
     ``stream`` one more.
     """
     given = x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-    found = MODULATE_KERNELS.again(*given)
-    if found is not NotImplemented:
-        return found
-    arguments = _check_modulate(*given)
-    everything = (x, scale, shift, *residuals, previous, result, stream, weight, bias)
-    if through_registry([t for t in everything if t is not None]):
-        return _registered(*arguments)
-    return _run_modulate(*arguments)
+    found = MODULATE_KERNELS.again(given)
+    return MODULATE_KERNELS.first(given) if found is NotImplemented else found
 
 
-def _check_modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: Sequence[Tensor],
-    coefficients: Sequence[float] | Tensor,
-    previous: Tensor | None,
-    segments: Sequence[int],
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    stream: Tensor | None,
-    scales: Sequence[Tensor] | None,
-) -> tuple[Any, ...]:
-    op = "modulate"
+@taking(Modulation)
+def _check_modulate(a: Modulation) -> tuple[Any, ...]:
+    op, x, coefficients = "modulate", a.x, a.coefficients
     _check_rows(op, "x", x)
-    for name, vector in (("scale", scale), ("shift", shift)):
+    for name, vector in (("scale", a.scale), ("shift", a.shift)):
         _check_vector(op, name, vector, x)
-    dense = {"previous": previous, "result": result, "stream": stream}
+    dense = {"previous": a.previous, "result": a.result, "stream": a.stream}
     for name, tensor in dense.items():
         if tensor is not None:
             check_tensor(op, name, 0, tensor, "x", x, x.dtype, contiguous=True)
-    _check_residuals(x, residuals, scales)
+    _check_residuals(x, a.residuals, a.scales)
     if isinstance(coefficients, Tensor):
-        check_device_coefficients(op, coefficients, (len(residuals),), x.device)
+        check_device_coefficients(op, coefficients, (len(a.residuals),), x.device)
     else:
-        coefficients = host_coefficients(op, "coefficients", coefficients, len(residuals))
-    _check_norm(x, segments, eps, {"weight": weight, "bias": bias})
-    everything = (x, scale, shift, *residuals, *dense.values(), weight, bias)
+        coefficients = host_coefficients(op, "coefficients", coefficients, len(a.residuals))
+    _check_norm(x, a.segments, a.eps, {"weight": a.weight, "bias": a.bias})
+    everything = (x, a.scale, a.shift, *a.residuals, *dense.values(), a.weight, a.bias)
     check_no_grad(op, [t for t in everything if t is not None])
-    return x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
+    return *a[:4], coefficients, *a[5:]
 
 
-def _run_modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: Sequence[Tensor],
-    coefficients: Sequence[float] | Tensor,
-    previous: Tensor | None,
-    segments: Sequence[int],
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    stream: Tensor | None,
-    scales: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor | None]:
-    read = {"x": [x], "residuals": residuals, "scale": [scale], "shift": [shift], "scales": scales or ()}
-    read |= {"coefficients": [coefficients] if isinstance(coefficients, Tensor) else []}
-    read |= {name: [own] for name, own in (("weight", weight), ("bias", bias)) if own is not None}
-    if stream is not None:
+@taking(Modulation)
+def _check_modulate_memory(a: Modulation) -> None:
+    read = {"x": [a.x], "residuals": a.residuals, "scale": [a.scale], "shift": [a.shift], "scales": a.scales or ()}
+    read |= {"coefficients": [a.coefficients] if isinstance(a.coefficients, Tensor) else []}
+    read |= {name: [own] for name, own in (("weight", a.weight), ("bias", a.bias)) if own is not None}
+    if a.stream is not None:
         # `previous` may be where the result goes, but not the stream
-        apart = [("previous", [previous])] if previous is not None and previous is not result else []
-        beside = [("result", [result])] if result is not None else []
-        check_written("modulate", "stream", [stream], "stream", [[]], [*read.items(), *beside, *apart])
-    if result is not None:
-        own = [[previous]] if previous is not None else [[]]
-        check_written("modulate", "result", [result], "previous", own, list(read.items()))
-    return MODULATE_KERNELS.run(
-        x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
-    )
+        apart = [("previous", [a.previous])] if a.previous is not None and a.previous is not a.result else []
+        beside = [("result", [a.result])] if a.result is not None else []
+        check_written("modulate", "stream", [a.stream], "stream", [[]], [*read.items(), *beside, *apart])
+    if a.result is not None:
+        own = [[a.previous]] if a.previous is not None else [[]]
+        check_written("modulate", "result", [a.result], "previous", own, list(read.items()))
 
 
 def _check_residuals(x: Tensor, residuals: Sequence[Tensor], scales: Sequence[Tensor] | None) -> None:
@@ -215,11 +166,9 @@ def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool =
 
     Source: methods.md §15 P5c. Bytes: 3 S.
     """
-    found = GUIDANCE_KERNELS.again(cond, uncond, scale, rescale)
-    if found is not NotImplemented:
-        return found
-    arguments = _check_guidance(cond, uncond, scale, rescale)
-    return (GUIDANCE if through_registry([cond, uncond]) else GUIDANCE_KERNELS.run)(*arguments)
+    given = cond, uncond, scale, rescale
+    found = GUIDANCE_KERNELS.again(given)
+    return GUIDANCE_KERNELS.first(given) if found is NotImplemented else found
 
 
 def _check_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool) -> tuple[Any, ...]:
@@ -247,11 +196,9 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
 
     Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
     """
-    found = ROW_KERNELS.again(a, b, per_sample)
-    if found is not NotImplemented:
-        return found
-    _check_row_pair(a, b, per_sample)
-    return ROW_STATISTICS(a, b, per_sample) if through_registry([a, b]) else ROW_KERNELS.run(a, b, per_sample)
+    given = a, b, per_sample
+    found = ROW_KERNELS.again(given)
+    return ROW_KERNELS.first(given) if found is NotImplemented else found
 
 
 def _check_row_pair(a: Tensor, b: Tensor, per_sample: bool) -> tuple[Any, ...]:
@@ -289,11 +236,8 @@ def decide(
     Source: TeaCache; methods.md §15 P6d.
     """
     given = numerator, denominator, accumulated, flag, polynomial, threshold
-    if DECIDE_KERNELS.again(*given) is not NotImplemented:
-        return
-    arguments = _check_decide(*given)
-    run = DECIDE if through_registry([numerator, denominator, accumulated, flag]) else _run_decide
-    run(*arguments)
+    if DECIDE_KERNELS.again(given) is NotImplemented:
+        DECIDE_KERNELS.first(given)
 
 
 def _check_decide(
@@ -322,10 +266,9 @@ def _check_decide(
     return numerator, denominator, accumulated, flag, polynomial, threshold
 
 
-def _run_decide(numerator: Tensor, denominator: Tensor, accumulated: Tensor, flag: Tensor, *how: Any) -> None:
+def _check_decide_memory(numerator: Tensor, denominator: Tensor, accumulated: Tensor, flag: Tensor, *how: Any) -> None:
     if accumulated.data_ptr() == flag.data_ptr():
         fail("decide", "flag", "in the same memory as accumulated", "memory of its own")
-    DECIDE_KERNELS.run(numerator, denominator, accumulated, flag, *how)
 
 
 def _check_rows(op: str, name: str, tensor: Any, dims: tuple[int, ...] = (3,)) -> None:
@@ -352,101 +295,79 @@ def _check_vector(op: str, name: str, vector: Any, x: Tensor) -> None:
         fail(op, name, layout(vector), "a tensor whose last dim is contiguous")
 
 
-def _registered(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: Sequence[Tensor],
-    coefficients: list[float] | Tensor,
-    previous: Tensor | None,
-    segments: Sequence[int],
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor | None,
-    stream: Tensor | None,
-    scales: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor | None]:
+@taking(Modulation)
+def _call_modulate(a: Modulation) -> tuple[Tensor, Tensor | None]:
     """modulate through torch.library, which may not return what it writes."""
-    z = x.new_empty(x.shape) if result is None else result
-    host, on_device = ([], coefficients) if isinstance(coefficients, Tensor) else (coefficients, None)
-    statistics = MODULATE(
-        z,
-        stream,
-        x,
-        scale,
-        shift,
-        residuals,
-        host,
-        on_device,
-        previous,
-        list(segments),
-        eps,
-        weight,
-        bias,
-        scales or [],
-    )
-    return z, None if previous is None else statistics
+    z = a.x.new_empty(a.x.shape) if a.result is None else a.result
+    host, on_device = ([], a.coefficients) if isinstance(a.coefficients, Tensor) else (a.coefficients, None)
+    norm = (list(a.segments), a.eps, a.weight, a.bias, a.scales or [])
+    statistics = MODULATE(z, a.stream, a.x, a.scale, a.shift, a.residuals, host, on_device, a.previous, *norm)
+    return z, None if a.previous is None else statistics
 
 
-def _take_modulate(
-    z: Tensor,
-    stream: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residuals: list[Tensor],
-    host: list[float],
-    on_device: Tensor | None,
-    previous: Tensor | None,
-    segments: list[int],
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scales: list[Tensor],
-) -> tuple[Any, ...]:
+def _take_modulate(z: Tensor, stream: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    x, scale, shift, residuals, host, on_device, *norm, scales = others
     coefficients = host_or_device("modulate", host, on_device)
-    return x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, z, stream, scales or None
+    return x, scale, shift, residuals, coefficients, *norm, z, stream, scales or None
 
 
-def _no_statistics(x: Tensor) -> Tensor:
-    return x.new_empty((0, kernels.PAIR_STATISTICS), dtype=_statistics_dtype(x))
+@taking(Modulation)
+def _fake_modulate(a: Modulation) -> Tensor:
+    return new_statistics(a.x, 0 if a.previous is None else len(a.segments) + 1, kernels.PAIR_STATISTICS)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
+MODULATE_KERNELS = Kernels(
+    _check_modulate,
+    kernels.modulate_triton,
+    kernels.modulate_reference,
+    native.if_available(native.modulate),
+    _check_modulate_memory,
+    _call_modulate,
+    plans_on_cpu=True,
+)
 MODULATE = register(
     "modulate(Tensor(a!) z, Tensor(b!)? stream, Tensor x, Tensor scale, Tensor shift, Tensor[] residuals, "
     "float[] coefficients, Tensor? device_coefficients, Tensor? previous, int[] segments, float eps, Tensor? weight, "
     "Tensor? bias, Tensor[] scales) -> Tensor",
-    Checked(
-        MODULATE_KERNELS,
-        _check_modulate,
-        _run_modulate,
-        _take_modulate,
-        lambda found, z, stream, x, *others: _no_statistics(x) if found[1] is None else found[1],
-    ),
-    lambda z, stream, x, scale, shift, residuals, host, on_device, previous, segments, eps, weight, bias, scales: (
-        _no_statistics(x)
-        if previous is None
-        else x.new_empty((len(segments) + 1, kernels.PAIR_STATISTICS), dtype=_statistics_dtype(x))
+    MODULATE_KERNELS,
+    _fake_modulate,
+    _take_modulate,
+    lambda found, z, stream, x, *others: (
+        new_statistics(x, 0, kernels.PAIR_STATISTICS) if found[1] is None else found[1]
     ),
 )
-GUIDANCE = register(
+GUIDANCE_KERNELS = Kernels(
+    _check_guidance,
+    guidance_kernels.guidance_triton,
+    guidance_kernels.guidance_reference,
+    native.if_available(native.guidance),
+)
+register(
     "combine_guidance(Tensor cond, Tensor uncond, float scale, bool rescale) -> Tensor",
-    Checked(GUIDANCE_KERNELS, _check_guidance),
-    lambda cond, uncond, scale, rescale: cond.new_empty(cond.shape),
+    GUIDANCE_KERNELS,
+    lambda cond, *others: cond.new_empty(cond.shape),
 )
-ROW_STATISTICS = register(
+ROW_KERNELS = Kernels(
+    _check_row_pair,
+    decision_kernels.row_statistics_triton,
+    decision_kernels.row_statistics_reference,
+    native.if_available(native.row_statistics),
+)
+register(
     "row_statistics(Tensor a, Tensor b, bool per_sample) -> Tensor",
-    Checked(ROW_KERNELS, _check_row_pair),
-    lambda a, b, per_sample: a.new_empty((a.shape[0] if per_sample else 1, 3), dtype=_statistics_dtype(a)),
+    ROW_KERNELS,
+    lambda a, b, per_sample: new_statistics(a, a.shape[0] if per_sample else 1, 3),
 )
-DECIDE = register(
+DECIDE_KERNELS = Kernels(
+    _check_decide,
+    decision_kernels.decide_triton,
+    decision_kernels.decide_reference,
+    native.if_available(native.decide),
+    _check_decide_memory,
+)
+register(
     "decide(Tensor numerator, Tensor denominator, Tensor(a!) accumulated, Tensor(b!) flag, float[] polynomial, "
     "float threshold) -> ()",
-    Checked(DECIDE_KERNELS, _check_decide, _run_decide),
+    DECIDE_KERNELS,
     lambda *arguments: None,
 )

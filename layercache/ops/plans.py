@@ -21,6 +21,8 @@ from layercache.ops.checks import span
 
 _MOST_RELATIONS = 64
 _Parameter = torch.nn.Parameter
+# kept here because looking them up costs as much as calling them
+is_compiling, count_modes = torch.compiler.is_dynamo_compiling, torch._C._len_torch_dispatch_stack
 _VALUES = frozenset((int, float, bool, str, torch.dtype, type(None)))
 
 
@@ -44,7 +46,7 @@ def ignored() -> Iterator[None]:
 
 def read(arguments: Sequence[Any]) -> Call | None:
     """A call as plans know it; None where none may be used."""
-    if _ignored or torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if _ignored or is_compiling() or count_modes() > 0:
         return None
     key: list[Any] = []
     tensors: list[Tensor] = []

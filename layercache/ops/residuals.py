@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layercache.kernels import capture as kernels
 from layercache.kernels import compact as compact_kernels
+from layercache.kernels.launching import taking
 from layercache.ops import native
 from layercache.ops.checks import (
     MAX_STREAMS,
@@ -25,17 +26,7 @@ from layercache.ops.checks import (
     extent,
     fail,
 )
-from layercache.ops.dispatch import Checked, Kernels, new_statistics, register, through_registry
-
-CAPTURE_KERNELS = Kernels(
-    kernels.capture_triton, kernels.capture_reference, native.if_available(native.capture), plans_on_cpu=True
-)
-COMPACT_KERNELS = Kernels(
-    compact_kernels.capture_compact_triton,
-    compact_kernels.capture_compact_reference,
-    native.if_available(native.capture_compact),
-    plans_on_cpu=True,
-)
+from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
 
 
 def capture(
@@ -71,49 +62,24 @@ def capture(
 
     Source: methods.md §15 P1. Bytes: 3S, with ``previous`` 4S.
     """
-    found = CAPTURE_KERNELS.again(outputs, inputs, residuals, flag, previous, statistics, per_sample)
-    if found is not NotImplemented:
-        return found
-    arguments = _check_capture(outputs, inputs, residuals, flag, previous, statistics, per_sample)
-    if through_registry([*outputs, *inputs, *residuals, *(previous or ())]):
-        if previous is None and not statistics:
-            return CAPTURE(outputs, inputs, residuals, flag)
-        return CAPTURE_STATISTICS(outputs, inputs, residuals, flag, list(previous or ()), per_sample)
-    return _run_capture(*arguments)
+    given = outputs, inputs, residuals, flag, previous, statistics, per_sample
+    found = CAPTURE_KERNELS.again(given)
+    return CAPTURE_KERNELS.first(given) if found is NotImplemented else found
 
 
-def _check_capture(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    flag: Tensor | None,
-    previous: Sequence[Tensor] | None,
-    statistics: bool,
-    per_sample: bool,
-) -> tuple[Any, ...]:
-    check_streams("capture", "outputs", outputs, MAX_STREAMS)
-    check_like("capture", "inputs", inputs, "outputs", outputs, outputs[0].dtype)
-    check_like("capture", "residuals", residuals, "outputs", outputs, contiguous=True)
-    if previous is not None:
-        check_like("capture", "previous", previous, "residuals", residuals, residuals[0].dtype, contiguous=True)
-    if flag is not None:
-        _check_flag(flag, outputs[0].device)
-    check_no_grad("capture", [*outputs, *inputs, *residuals, *(previous or ())])
-    if per_sample:
-        check_batches("capture", "outputs", outputs)
-    return outputs, inputs, residuals, flag, previous, statistics, per_sample
-
-
-def _run_capture(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    flag: Tensor | None,
-    previous: Sequence[Tensor] | None,
-    *how: bool,
-) -> Tensor | None:
-    _check_aliases(outputs, inputs, residuals, flag, previous)
-    return CAPTURE_KERNELS.run(outputs, inputs, residuals, flag, previous, *how)
+@taking(kernels.Capture)
+def _check_capture(a: kernels.Capture) -> kernels.Capture:
+    check_streams("capture", "outputs", a.outputs, MAX_STREAMS)
+    check_like("capture", "inputs", a.inputs, "outputs", a.outputs, a.outputs[0].dtype)
+    check_like("capture", "residuals", a.residuals, "outputs", a.outputs, contiguous=True)
+    if a.previous is not None:
+        check_like("capture", "previous", a.previous, "residuals", a.residuals, a.residuals[0].dtype, contiguous=True)
+    if a.flag is not None:
+        _check_flag(a.flag, a.outputs[0].device)
+    check_no_grad("capture", [*a.outputs, *a.inputs, *a.residuals, *(a.previous or ())])
+    if a.per_sample:
+        check_batches("capture", "outputs", a.outputs)
+    return a
 
 
 def store(
@@ -159,54 +125,39 @@ def capture_compact(
 
     Source: ours. Bytes: 2.5 S for 16-bit streams, against 3 S of `capture`; memory is halved.
     """
-    if COMPACT_KERNELS.again(outputs, inputs, codes, scales, flag) is not NotImplemented:
-        return
-    arguments = _check_compact(outputs, inputs, codes, scales, flag)
-    if through_registry([*outputs, *inputs]):
-        CAPTURE_COMPACT(*arguments)
-    else:
-        _run_compact(*arguments)
+    given = outputs, inputs, codes, scales, flag
+    if COMPACT_KERNELS.again(given) is NotImplemented:
+        COMPACT_KERNELS.first(given)
 
 
-def _check_compact(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    flag: Tensor | None,
-) -> tuple[Any, ...]:
-    op = "capture_compact"
-    check_streams(op, "outputs", outputs, MAX_STREAMS)
-    check_like(op, "inputs", inputs, "outputs", outputs, outputs[0].dtype)
-    if outputs[0].dtype == torch.float64:
+@taking(compact_kernels.CompactCapture)
+def _check_compact(a: compact_kernels.CompactCapture) -> compact_kernels.CompactCapture:
+    op, most, streams = "capture_compact", compact_kernels.MAX_CHANNELS, len(a.outputs)
+    check_streams(op, "outputs", a.outputs, MAX_STREAMS)
+    check_like(op, "inputs", a.inputs, "outputs", a.outputs, a.outputs[0].dtype)
+    if a.outputs[0].dtype == torch.float64:
         fail(op, "outputs[0]", "float64", "float32 or a narrower dtype")
-    check_list(op, "codes", codes, len(outputs), len(outputs))
-    check_list(op, "scales", scales, len(outputs), len(outputs))
-    for s, output in enumerate(outputs):
+    check_list(op, "codes", a.codes, streams, streams)
+    check_list(op, "scales", a.scales, streams, streams)
+    for s, output in enumerate(a.outputs):
         if not output.dim():
             fail(op, f"outputs[{s}]", "a single number", "rows of channels")
-        if output.shape[-1] > compact_kernels.MAX_CHANNELS:
-            fail(op, f"outputs[{s}]", f"{output.shape[-1]} channels wide", f"at most {compact_kernels.MAX_CHANNELS}")
-        check_tensor(op, "codes", s, codes[s], "outputs", output, torch.uint8, contiguous=True)
-        check_scales(op, f"scales[{s}]", scales[s], output)
-    if flag is not None:
-        _check_flag(flag, outputs[0].device, op)
-    check_no_grad(op, [*outputs, *inputs])
-    return outputs, inputs, codes, scales, flag
+        if output.shape[-1] > most:
+            fail(op, f"outputs[{s}]", f"{output.shape[-1]} channels wide", f"at most {most}")
+        check_tensor(op, "codes", s, a.codes[s], "outputs", output, torch.uint8, contiguous=True)
+        check_scales(op, f"scales[{s}]", a.scales[s], output)
+    if a.flag is not None:
+        _check_flag(a.flag, a.outputs[0].device, op)
+    check_no_grad(op, [*a.outputs, *a.inputs])
+    return a
 
 
-def _run_compact(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    flag: Tensor | None,
-) -> None:
-    op = "capture_compact"
-    others = [("inputs", inputs), ("outputs", outputs), ("flag", [] if flag is None else [flag])]
-    check_written(op, "codes", codes, "codes", [()] * len(codes), [*others, ("scales", scales)])
-    check_written(op, "scales", scales, "scales", [()] * len(scales), others)
-    COMPACT_KERNELS.run(outputs, inputs, codes, scales, flag)
+@taking(compact_kernels.CompactCapture)
+def _check_compact_memory(a: compact_kernels.CompactCapture) -> None:
+    op, own = "capture_compact", [()] * len(a.codes)
+    others = [("inputs", a.inputs), ("outputs", a.outputs), ("flag", [] if a.flag is None else [a.flag])]
+    check_written(op, "codes", a.codes, "codes", own, [*others, ("scales", a.scales)])
+    check_written(op, "scales", a.scales, "scales", own, others)
 
 
 def _check_flag(flag: Any, device: torch.device, op: str = "capture") -> None:
@@ -219,17 +170,12 @@ def _check_flag(flag: Any, device: torch.device, op: str = "capture") -> None:
         fail(op, "flag", f"on {flag.device}", f"on {device} as outputs[0]")
 
 
-def _check_aliases(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    residuals: Sequence[Tensor],
-    flag: Tensor | None,
-    previous: Sequence[Tensor] | None,
-) -> None:
+@taking(kernels.Capture)
+def _check_capture_memory(a: kernels.Capture) -> None:
     """Residuals are written, so they may share memory with nothing but their own previous."""
-    written = [extent(r) for r in residuals]
-    flags = () if flag is None else (flag,)
-    groups = {"outputs": outputs, "inputs": inputs, "residuals": residuals, "previous": previous, "flag": flags}
+    written = [extent(r) for r in a.residuals]
+    flags = () if a.flag is None else (a.flag,)
+    groups = {"outputs": a.outputs, "inputs": a.inputs, "residuals": a.residuals, "previous": a.previous, "flag": flags}
     for name, tensors in groups.items():
         extents = written if name == "residuals" else [extent(t) for t in tensors or ()]
         for s, (first, last) in enumerate(written):
@@ -240,43 +186,53 @@ def _check_aliases(
                         fail("capture", f"residuals[{s}]", f"in the same memory as {name}[{k}]", "memory of its own")
 
 
-def _take_statistics(
-    outputs: list[Tensor],
-    inputs: list[Tensor],
-    residuals: list[Tensor],
-    flag: Tensor | None,
-    previous: list[Tensor],
-    per_sample: bool,
-) -> tuple[Any, ...]:
-    return outputs, inputs, residuals, flag, previous or None, True, per_sample
+@taking(kernels.Capture)
+def _call_capture(a: kernels.Capture) -> Tensor | None:
+    """capture through torch.library, where it is two ops: one returns nothing."""
+    if a.previous is None and not a.statistics:
+        return CAPTURE(*a[:4])
+    return CAPTURE_STATISTICS(*a[:4], list(a.previous or ()), a.per_sample)
 
 
-def _fake_capture_statistics(
-    outputs: list[Tensor],
-    inputs: list[Tensor],
-    residuals: list[Tensor],
-    flag: Tensor | None,
-    previous: list[Tensor],
-    per_sample: bool,
-) -> Tensor:
-    rows = len(outputs) * (outputs[0].shape[0] if per_sample else 1)
-    return new_statistics(residuals[0], rows, kernels.statistics_count(previous or None, True))
+@taking(kernels.Capture)
+def _fake_statistics(a: kernels.Capture) -> Tensor:
+    rows = len(a.outputs) * (a.outputs[0].shape[0] if a.per_sample else 1)
+    return new_statistics(a.residuals[0], rows, kernels.statistics_count(a.previous, True))
 
 
+CAPTURE_KERNELS = Kernels(
+    _check_capture,
+    kernels.capture_triton,
+    kernels.capture_reference,
+    native.if_available(native.capture),
+    _check_capture_memory,
+    _call_capture,
+    plans_on_cpu=True,
+)
 CAPTURE = register(
     "capture(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] residuals, Tensor(b!)? flag) -> ()",
-    Checked(CAPTURE_KERNELS, _check_capture, _run_capture, lambda *arguments: (*arguments, None, False, False)),
+    CAPTURE_KERNELS,
     lambda *arguments: None,
+    lambda *arguments: (*arguments, None, False, False),
 )
 CAPTURE_STATISTICS = register(
     "capture_statistics(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] residuals, Tensor(b!)? flag, "
     "Tensor[] previous, bool per_sample) -> Tensor",
-    Checked(CAPTURE_KERNELS, _check_capture, _run_capture, _take_statistics),
-    _fake_capture_statistics,
+    CAPTURE_KERNELS,
+    _fake_statistics,
+    lambda *arguments: (*arguments[:4], arguments[4] or None, True, arguments[5]),
 )
-CAPTURE_COMPACT = register(
+COMPACT_KERNELS = Kernels(
+    _check_compact,
+    compact_kernels.capture_compact_triton,
+    compact_kernels.capture_compact_reference,
+    native.if_available(native.capture_compact),
+    _check_compact_memory,
+    plans_on_cpu=True,
+)
+register(
     "capture_compact(Tensor[] outputs, Tensor[] inputs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor(c!)? flag) "
     "-> ()",
-    Checked(COMPACT_KERNELS, _check_compact, _run_compact),
+    COMPACT_KERNELS,
     lambda *arguments: None,
 )

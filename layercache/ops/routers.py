@@ -11,16 +11,7 @@ from layercache.errors import OpInputError
 from layercache.kernels import router as kernels
 from layercache.ops import native
 from layercache.ops.checks import check_dense, check_gate, check_kind, check_layout, check_tensor, fail
-from layercache.ops.dispatch import Checked, Kernels, register, through_registry
-
-FORWARD_KERNELS = Kernels(
-    kernels.router_lerp_triton, kernels.router_lerp_reference, native.if_available(native.router_lerp)
-)
-BACKWARD_KERNELS = Kernels(
-    kernels.router_lerp_backward_triton,
-    kernels.router_lerp_backward_reference,
-    native.if_available(native.router_lerp_backward),
-)
+from layercache.ops.dispatch import Kernels, register, through_registry
 
 
 def router_lerp(
@@ -46,16 +37,14 @@ def router_lerp(
 
     Source: Learning-to-Cache; methods.md §4, §15 P9. Bytes: 3 S, with a residual 4 S; backward 4 S.
     """
-    found = FORWARD_KERNELS.again(fresh, cached, beta, gate, residual)
+    given = fresh, cached, beta, gate, residual
+    found = FORWARD_KERNELS.again(given)
     if found is not NotImplemented:
         return found
-    _check(fresh, cached, beta, gate, residual)
-    everything = [t for t in (fresh, cached, beta, gate, residual) if t is not None]
-    if through_registry(everything):
-        return ROUTER_LERP(fresh, cached, beta, gate, residual)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in everything):
-        return _RouterLerp.apply(fresh, cached, beta, gate, residual)
-    return FORWARD_KERNELS.run(fresh, cached, beta, gate, residual)
+    with_gradient = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in given)
+    if with_gradient and not through_registry(given):
+        return _RouterLerp.apply(*_check(*given))
+    return FORWARD_KERNELS.first(given)
 
 
 def _check(
@@ -130,14 +119,23 @@ class _RouterLerp(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-ROUTER_LERP = register(
+FORWARD_KERNELS = Kernels(
+    _check, kernels.router_lerp_triton, kernels.router_lerp_reference, native.if_available(native.router_lerp)
+)
+register(
     "router_lerp(Tensor fresh, Tensor cached, Tensor beta, Tensor? gate, Tensor? residual) -> Tensor",
-    Checked(FORWARD_KERNELS, _check),
-    lambda fresh, cached, beta, gate, residual: fresh.new_empty(fresh.shape),
+    FORWARD_KERNELS,
+    lambda fresh, *others: fresh.new_empty(fresh.shape),
+)
+BACKWARD_KERNELS = Kernels(
+    _check_backward,
+    kernels.router_lerp_backward_triton,
+    kernels.router_lerp_backward_reference,
+    native.if_available(native.router_lerp_backward),
 )
 ROUTER_LERP_BACKWARD = register(
     "router_lerp_backward(Tensor grad, Tensor fresh, Tensor cached, Tensor beta, Tensor? gate) -> (Tensor, Tensor)",
-    Checked(BACKWARD_KERNELS, _check_backward),
+    BACKWARD_KERNELS,
     lambda grad, fresh, cached, beta, gate: (fresh.new_empty(fresh.shape), torch.empty_like(beta)),
 )
 torch.library.register_autograd("layercache::router_lerp", _backward, setup_context=_save)

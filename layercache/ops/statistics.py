@@ -23,22 +23,11 @@ from layercache.ops.checks import (
     fail,
     host_coefficients,
 )
-from layercache.ops.dispatch import Checked, Kernels, new_statistics, register, through_registry
+from layercache.ops.dispatch import Kernels, new_statistics, register, through_registry
 
 MAX_ERROR_TERMS = 24  # non-zero coefficients in one set of combination_error
 
 CoefficientSets = Any  # host numbers [sets, terms]: nested sequences, a NumPy array or a CPU tensor
-
-PAIR_KERNELS = Kernels(
-    kernels.pair_statistics_triton, kernels.pair_statistics_reference, native.if_available(native.pair_statistics)
-)
-ERROR_KERNELS = Kernels(
-    kernels.combination_error_triton,
-    kernels.combination_error_reference,
-    native.if_available(native.combination_error),
-)
-GRAM_KERNELS = Kernels(moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
-ALIGN_KERNELS = Kernels(moments.align_triton, moments.align_reference, native.if_available(native.align))
 
 
 def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool = False) -> Tensor:
@@ -58,13 +47,9 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
 
     Source: methods.md §15 P6, P6s. Bytes: 2S.
     """
-    found = PAIR_KERNELS.again(a, b, per_sample)
-    if found is not NotImplemented:
-        return found
-    _check_pairs(a, b, per_sample)
-    if through_registry([*a, *b]):
-        return PAIR_STATISTICS(a, b, per_sample)
-    return PAIR_KERNELS.run(a, b, per_sample)
+    given = a, b, per_sample
+    found = PAIR_KERNELS.again(given)
+    return PAIR_KERNELS.first(given) if found is NotImplemented else found
 
 
 def _check_pairs(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool) -> tuple[Any, ...]:
@@ -95,7 +80,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     Source: methods.md §15 P6b. Bytes: (terms + 1) S at least; ten sets on one common term read 12 S.
     """
     rows = _check_errors(target, terms, coefficients)[2]
-    if through_registry([target, *terms]):
+    if through_registry([target, *terms]):  # there are too many numbers to go through all arguments
         return COMBINATION_ERROR(target, terms, [c for row in rows for c in row])
     return ERROR_KERNELS(target, terms, rows)
 
@@ -125,11 +110,8 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
 
     Source: methods.md §15 P6, §17. Bytes: n S; more than eight tensors are read several times on the GPU.
     """
-    found = GRAM_KERNELS.again(tensors)
-    if found is not NotImplemented:
-        return found
-    _check_gram(tensors)
-    return GRAM(tensors) if through_registry(tensors) else GRAM_KERNELS.run(tensors)
+    found = GRAM_KERNELS.again((tensors,))
+    return GRAM_KERNELS.first((tensors,)) if found is NotImplemented else found
 
 
 def _check_gram(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -161,12 +143,9 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
 
     Source: DiCache; methods.md §15 P8. Bytes: 8 S.
     """
-    found = ALIGN_KERNELS.again(x, y, probes, residuals)
-    if found is not NotImplemented:
-        return found
-    _check_align(x, y, probes, residuals)
-    everything = [x, y, *probes, *residuals]
-    return ALIGN(*everything) if through_registry(everything) else ALIGN_KERNELS.run(x, y, probes, residuals)
+    given = x, y, probes, residuals
+    found = ALIGN_KERNELS.again(given)
+    return ALIGN_KERNELS.first(given) if found is NotImplemented else found
 
 
 def _check_align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -203,27 +182,47 @@ def _take_errors(target: Tensor, terms: list[Tensor], coefficients: list[float])
     return target, terms, [coefficients[k : k + q] for k in range(0, len(coefficients), q)]
 
 
-PAIR_STATISTICS = register(
+PAIR_KERNELS = Kernels(
+    _check_pairs,
+    kernels.pair_statistics_triton,
+    kernels.pair_statistics_reference,
+    native.if_available(native.pair_statistics),
+)
+register(
     "pair_statistics(Tensor[] a, Tensor[] b, bool per_sample) -> Tensor",
-    Checked(PAIR_KERNELS, _check_pairs),
+    PAIR_KERNELS,
     lambda a, b, per_sample: new_statistics(
         a[0], len(a) * (a[0].shape[0] if per_sample else 1), kernels.PAIR_STATISTICS
     ),
 )
-COMBINATION_ERROR = register(
-    "combination_error(Tensor target, Tensor[] terms, float[] coefficients) -> Tensor",
-    Checked(ERROR_KERNELS, _check_errors, ERROR_KERNELS, _take_errors),
-    lambda target, terms, coefficients: new_statistics(
-        target, len(coefficients) // len(terms), kernels.ERROR_STATISTICS
-    ),
+ERROR_KERNELS = Kernels(
+    _check_errors,
+    kernels.combination_error_triton,
+    kernels.combination_error_reference,
+    native.if_available(native.combination_error),
 )
-GRAM = register(
+COMBINATION_ERROR: Any = register(
+    "combination_error(Tensor target, Tensor[] terms, float[] coefficients) -> Tensor",
+    ERROR_KERNELS,
+    lambda target, terms, rows: new_statistics(target, len(rows), kernels.ERROR_STATISTICS),
+    _take_errors,
+)
+GRAM_KERNELS = Kernels(_check_gram, moments.gram_triton, moments.gram_reference, native.if_available(native.gram))
+register(
     "gram(Tensor[] tensors) -> Tensor",
-    Checked(GRAM_KERNELS, _check_gram),
+    GRAM_KERNELS,
     lambda tensors: new_statistics(tensors[0], len(tensors), len(tensors)),
 )
-ALIGN = register(
+ALIGN_KERNELS = Kernels(
+    _check_align,
+    moments.align_triton,
+    moments.align_reference,
+    native.if_available(native.align),
+    call=lambda x, y, probes, residuals: ALIGN(x, y, *probes, *residuals),
+)
+ALIGN: Any = register(
     "align(Tensor x, Tensor y, Tensor p_a, Tensor p_b, Tensor r_a, Tensor r_b) -> Tensor",
-    Checked(ALIGN_KERNELS, _check_align, take=lambda x, y, p_a, p_b, r_a, r_b: (x, y, [p_a, p_b], [r_a, r_b])),
+    ALIGN_KERNELS,
     lambda x, *others: x.new_empty(x.shape),
+    lambda x, y, p_a, p_b, r_a, r_b: (x, y, [p_a, p_b], [r_a, r_b]),
 )

@@ -15,50 +15,22 @@ from layercache import ops
 from layercache.ops.plans import ignored
 from layercache.tools.bench.case import Case
 from layercache.tools.bench.cases import CASES
+from support.op_cases import LAYOUTS, OP_CASES, UNMEASURED, assert_alike, copied, inputs_of, results_of
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 8), (2, 77, 320), (3, 33, 72), (1, 7, 63), (1, 4096, 3072), (2, 0, 64)]
+SHAPES = [(1, 1, 8), (2, 77, 320), (3, 33, 72), (1, 7, 63), (2, 0, 64)]
+# For cases that take every argument: every shape in every dtype, in the layouts in turn.
+FULL = [(s, d, LAYOUTS[(a + b) % 3]) for a, s in enumerate(SHAPES) for b, d in enumerate(DTYPES)]
+FEW = [*zip(SHAPES[1:4], DTYPES, LAYOUTS, strict=True), ((1, 4096, 3072), torch.bfloat16, "dense")]
+COMPARED = [(case, *given) for case in OP_CASES for given in (FULL if case in UNMEASURED else []) + FEW]
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
-    return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["dense", "strided"])
-def make(request: pytest.FixtureRequest, shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], Tensor]:
-    """New tensors on the CPU, on their own or as the last rows of a longer one, one channel a thousand times larger."""
-    batch, rows, channels = shape
-    extra = 8 if request.param else 0
-
-    def new() -> Tensor:
-        values = torch.randn(batch, rows + extra, channels)
-        values[..., channels // 2] *= 1e3
-        return values.to(dtype)[:, extra:]
-
-    return new
-
-
-def on_gpu(tensor: Tensor) -> Tensor:
-    """A copy with the same strides."""
-    if tensor.is_contiguous():
-        return tensor.cuda()
-    batch, rows, channels = tensor.shape
-    wide = torch.zeros(batch, tensor.stride(0) // channels, channels, dtype=tensor.dtype, device="cuda")
-    wide[:, -rows:].copy_(tensor)
-    return wide[:, -rows:]
-
-
-def both(tensors: list[Tensor]) -> list[list[Tensor]]:
-    return [tensors, [on_gpu(t) for t in tensors]]
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
@@ -70,104 +42,18 @@ def sums_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> bool
     return bool(((a - b).abs() <= tolerance * b.abs().max(-1, keepdim=True).values + 1e-30).all())
 
 
-def test_capture(make: Callable) -> None:
-    sides, results = both([make(), make(), make().contiguous()]), []
-    for output, before, previous in sides:
-        residual = torch.empty(output.shape, dtype=output.dtype, device=output.device)
-        flag = torch.zeros(1, dtype=torch.int32, device=output.device)
-        for arguments in ({"previous": [previous]}, {"statistics": True}, {"previous": [previous], "per_sample": True}):
-            results.append((residual, flag, ops.capture([output], [before], [residual], flag, **arguments)))
-            again = ops.capture([output], [before], [residual], flag, **arguments)
-            assert torch.equal(again, results[-1][2])
-    for known, found in zip(results[:3], results[3:], strict=True):
-        assert same_bits(found[0], known[0]) and same_bits(found[1], known[1])
-        assert sums_close(found[2], known[2])
-
-
-def test_pair_statistics(make: Callable) -> None:
-    known, found = (ops.pair_statistics([a], [b]) for a, b in both([make(), make()]))
-    assert sums_close(found, known)
-    assert torch.equal(found[:, 7].cpu(), known[:, 7])
-
-
-@pytest.mark.parametrize("terms", [1, 2, 8])
-def test_linear_combination(make: Callable, terms: int) -> None:
-    tensors = [make(), *(make().contiguous() for _ in range(terms))]
-    coefficients = [1.0] if terms == 1 else [(-1.0) ** k * (1.3 - 0.1 * k) for k in range(terms)]
-    known, found = (ops.linear_combination([x], [r], coefficients)[0] for x, *r in both(tensors))
-    assert same_bits(found, known)
-    x, *residuals = both(tensors)[1]
-    on_device = torch.tensor(coefficients, device="cuda")
-    assert torch.equal(ops.linear_combination([x], [residuals], on_device)[0], found)
-
-
-def test_gate_in_place_and_map(make: Callable, shape: tuple, dtype: torch.dtype) -> None:
-    tensors = [make(), make(), make()]
-    gate = torch.randn(shape[0], 1, shape[2]).to(dtype)
-    results = []
-    for x, r, s in both(tensors):
-        g, y = gate.to(x.device), x.clone()
-        ops.linear_combination([y], [[r.contiguous()]], [0.75], results=[y], gates=[g])
-        outputs = [torch.empty(shape, dtype=dtype, device=x.device) for _ in range(2)]
-        ops.linear_map([[x, r, s]], [outputs], [[1.0, -1.0, None], [0.5, 0.25, -2.0]], [1.0, 3.0])
-        results.append([y, *outputs])
-    assert all(map(same_bits, results[1], results[0]))
-
-
-def test_combination_error_and_gram(make: Callable) -> None:
-    tensors = [make().contiguous() for _ in range(4)]
-    sets = [[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [1.2, 0.0, -0.2], [0.3, 0.3, 0.4]]
-    results = [(ops.combination_error(t, terms, sets), ops.gram([t, *terms])) for t, *terms in both(tensors)]
-    assert all(sums_close(found, known) for found, known in zip(results[1], results[0], strict=True))
-
-
-def test_align(make: Callable, dtype: torch.dtype) -> None:
-    tensors = [make().contiguous() for _ in range(6)]
-    known, found = (ops.align(t[0], t[1], t[2:4], t[4:]) for t in both(tensors))
-    scale = sum(t.float().abs() for t in tensors[4:]) + tensors[0].float().abs()
-    assert ((found.cpu().float() - known.float()).abs() <= scale * (torch.finfo(dtype).eps + 2e-5)).all()
-
-
-def test_router_lerp(make: Callable, shape: tuple, dtype: torch.dtype) -> None:
-    gate, tensors = torch.randn(shape[0], 1, shape[2]).to(dtype), [make() for _ in range(4)]
-    for beta in (torch.tensor([0.3]), torch.linspace(0, 1, shape[0])):
-        results = []
-        for f, c, x, grad in both(tensors):
-            fresh, weight = f.detach().requires_grad_(), beta.detach().to(f.device).requires_grad_()
-            out = ops.router_lerp(fresh, c, weight, gate.to(f.device), x)
-            out.backward(grad)
-            results.append((out.detach(), fresh.grad, weight.grad))
-        assert same_bits(results[1][0], results[0][0]) and same_bits(results[1][1], results[0][1])
-        products = (tensors[3].double() * gate.double() * (tensors[0].double() - tensors[1].double())).abs().sum()
-        assert ((results[1][2].cpu() - results[0][2]).abs() <= 2e-5 * products + 1e-30).all()
-
-
-def test_rows(make: Callable, shape: tuple, dtype: torch.dtype) -> None:
-    if 0 in shape:
+@pytest.mark.parametrize(
+    ("case", "shape", "dtype", "layout"), COMPARED, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_gives_what_the_cpu_gives(case: Case, shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> None:
+    """And the same bits again."""
+    if not shape[1] and case.op == "row_statistics":
         pytest.skip("no rows")
-    scale, tensors = torch.randn(shape[0], shape[2]).to(dtype), [make(), make()]
-    results = []
-    for a, b in both(tensors):
-        z, statistics = ops.modulate(a, scale.to(a.device), scale.to(a.device), previous=b.contiguous())
-        v = ops.combine_guidance(a, b, 4.0, True)
-        results.append((z, v, statistics, ops.row_statistics(a, b)))
-    known, found = results
-    eps = torch.finfo(dtype).eps
-    for at in (0, 1):
-        size = known[at].float().abs().amax(-1, keepdim=True)
-        assert ((found[at].cpu().float() - known[at].float()).abs() <= size * eps + 1e-5 * size).all()
-    assert sums_close(found[2], known[2], 4 * eps)
-    torch.testing.assert_close(found[3].cpu(), known[3], rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def test_compact(make: Callable, shape: tuple) -> None:
-    results = []
-    for output, before in both([make(), make()]):
-        codes = torch.empty(shape, dtype=torch.uint8, device=output.device)
-        scales = torch.empty(shape[:-1], device=output.device)
-        ops.capture_compact([output], [before], [codes], [scales])
-        results.append((scales, *ops.linear_combination([before], [[codes]], [0.5], scales=[[scales]])))
-    assert all(map(same_bits, results[1], results[0]))
+    inputs = inputs_of(case, shape, dtype, layout)
+    on_gpu = [copied(inputs, "cuda") for _ in range(2)]
+    found, again = (results_of(case, own) for own in on_gpu)
+    assert_alike(case, found, results_of(case, inputs))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True))
 
 
 def stream_pair(dtype: torch.dtype, joined: bool) -> list[Tensor]:

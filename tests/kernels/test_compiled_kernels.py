@@ -169,7 +169,7 @@ WORSE = {
         "combine.py",
         "reuse",
         "live = (group < groups)[:, None]",
-        "live = (group[:, None] * VEC + lane) < groups * VEC - VEC // 2",
+        "live = (group[:, None] * VEC + tl.arange(0, VEC)[None, :]) < groups * VEC - VEC // 2",
         check_accesses,
     ),
     "an input read twice": (

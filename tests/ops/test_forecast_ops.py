@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from layercache import ops
 from layercache.errors import OpInputError
@@ -466,54 +465,3 @@ class TestCompactStorage:
         ops.capture_compact(**good)
         with pytest.raises(OpInputError, match=message):
             ops.capture_compact(**{**good, **change(good)})
-
-
-def forms(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """One call of each form, which returns all it wrote."""
-    a, b, c = x * 1.5 + 0.25, x.flip(0) - 1, x * x
-
-    def slope() -> list[Tensor]:
-        r, j = torch.empty_like(x), torch.empty_like(x)
-        ops.capture_slope(a, b, c, r, j, 0.5)
-        return [r, j]
-
-    def compact() -> list[Tensor]:
-        codes, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        ops.capture_compact([a], [b], [codes], [scales])
-        return [codes, scales, *ops.linear_combination([c], [[codes]], [0.5], scales=[[scales]])]
-
-    def in_place() -> list[Tensor]:
-        y = c.clone()
-        return ops.linear_combination([y], [[a]], [0.5], results=[y], gates=[b.sum(1)])
-
-    return {
-        "slope": slope,
-        "compact": compact,
-        "in place": in_place,
-        "gate": lambda: ops.linear_combination([a], [[b, c]], [0.5, 0.25], gates=[b.sum(1, keepdim=True)]),
-        "velocity": lambda: ops.mean_velocity(a, b, c, x, 0.5, 0.25, -0.1),
-        "gram": lambda: ops.gram([a, b, c]),
-        "align": lambda: ops.align(a, b, [c, x], [a, c]),
-        "input statistics": lambda: ops.capture([a], [b], [torch.empty_like(x)], statistics=True, per_sample=True),
-        "pairs": lambda: ops.pair_statistics([a, b], [b, c], per_sample=True),
-    }
-
-
-@pytest.mark.parametrize("name", forms(torch.ones(2, 3, 16)))
-class TestTracing:
-    def test_compiled_bits(self, name: str) -> None:
-        torch._dynamo.reset()
-        x = torch.randn(2, 3, 16).bfloat16()
-        compiled = torch.compile(lambda x: forms(x)[name](), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), forms(x)[name](), rtol=0, atol=0)
-
-    @pytest.mark.parametrize("device", ["cuda", "cpu"])
-    def test_fake(self, name: str, device: str) -> None:
-        real = forms(torch.ones(2, 3, 16))[name]()
-        with FakeTensorMode():
-            found = forms(torch.ones(2, 3, 16, device=device))[name]()
-            pairs = zip(
-                *([v] if isinstance(v, Tensor) else [t for t in v if t is not None] for v in (found, real)), strict=True
-            )
-            for fake, tensor in pairs:
-                assert fake.shape == tensor.shape and fake.dtype == tensor.dtype and fake.device.type == device

@@ -6,18 +6,20 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from layercache.kernels import capture, combine, compact, decisions, guidance, modulate, moments, router, statistics
+from layercache.kernels import combine, statistics
 from torch import Tensor
 
 from layercache import ops
 from layercache.errors import OpInputError
 from layercache.ops import native
+from layercache.tools.bench.case import Case, Inputs
+from support.op_cases import LAYOUTS, OP_CASES, UNMEASURED, assert_alike, by, copied, inputs_of, results_of
 from support.tensors import DTYPES, outlier_tensor
 
 pytestmark = pytest.mark.skipif(native._cpu is None, reason="the extension is not built")
@@ -37,18 +39,22 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     native._cpu.use_instruction_set(BEST)
 
 
-def combinations() -> list[Any]:
-    """Instruction set, dtype, layout, streamed: all layouts on the best set of this processor, dense ones on others.
+def agreements() -> list[Any]:
+    """Instruction set, case, dtype, layout, streamed: all of them on the best set of this processor for cases that
+    take every argument, each dtype in one layout for the others; on other sets dense ones.
 
     Every 16-bit number is read and written on each set by `TestConversions`.
     """
-    layouts = ["dense", "strided", "misaligned"]
-    found = [(BEST, dtype, layout, False) for dtype in DTYPES for layout in layouts]
-    found += [(BEST, dtype, layout, True) for dtype, layout in zip(DTYPES, layouts, strict=True)]
-    others = SETS[: SETS.index(BEST)] if BEST in SETS else []
-    found += [(name, dtype, "dense", name == "base") for name in others for dtype in DTYPES[:2]]
-    names = ["-".join([name, str(d), layout, "streamed" * s]).rstrip("-") for name, d, layout, s in found]
-    return [pytest.param(*values, id=name) for values, name in zip(found, names, strict=True)]
+    full = [(BEST, dtype, layout, False) for dtype in DTYPES for layout in LAYOUTS]
+    pairs = [(BEST, dtype, layout, True) for dtype, layout in zip(DTYPES, LAYOUTS, strict=True)]
+    sets = SETS[: SETS.index(BEST)] if BEST in SETS else []
+    others = [(name, dtype, "dense", name == "base") for name in sets for dtype in DTYPES[:2]]
+    found = []
+    for case in OP_CASES:
+        for name, dtype, layout, streamed in pairs + others + (full if case in UNMEASURED else []):
+            label = "-".join([case.name, name, str(dtype), layout, "streamed" * streamed]).rstrip("-")
+            found.append(pytest.param(name, case, dtype, layout, streamed, id=label))
+    return found
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -132,96 +138,6 @@ class TestConversions:
         assert torch.equal(found, codes.view(torch.float8_e4m3fn).float())
 
 
-def pieces(dtype: torch.dtype, layout: str) -> list[Tensor]:
-    """Six tensors, alone, as slices along the rows, or off by one element from alignment."""
-    batch, rows, channels = 2, 37, 211
-    if layout == "dense":
-        return [outlier_tensor((batch, rows, channels), dtype) for _ in range(6)]
-    if layout == "strided":
-        return [outlier_tensor((batch, rows + k, channels), dtype)[:, k:] for k in range(6)]
-    size = batch * rows * channels
-    return [outlier_tensor((1, size + 1), dtype)[0, 1:].view(batch, rows, channels) for _ in range(6)]
-
-
-def calls(t: list[Tensor]) -> dict[str, tuple[Callable[[Any], list[Tensor]], bool]]:
-    """Everything in both spellings: ``call(module)`` returns what was written; whether every bit must agree.
-
-    ``module(name)`` finds a function in the native path or among the references.
-    """
-    dense = [x.contiguous() for x in t]
-    v, beta = dense[5][:, 0], torch.tensor([0.3])
-
-    def room(dtype: torch.dtype = t[0].dtype) -> Tensor:
-        return torch.full(t[0].shape, 7, dtype=dtype)
-
-    def captured(find: Any, *arguments: Any) -> list[Tensor]:
-        residual, flag = room(), torch.zeros(1, dtype=torch.int32)
-        sums = find("capture")([t[0]], [t[1]], [residual], flag, *arguments)
-        return [residual, flag, *([] if sums is None else [sums])]
-
-    def compacted(find: Any) -> list[Tensor]:
-        codes, scales = room(torch.uint8), torch.empty(t[0].shape[:-1])
-        find("capture_compact")([t[0]], [t[1]], [codes], [scales])
-        (y,) = find("linear_combination")([t[2]], [[codes]], [0.5], None, None, [[scales]])
-        return [scales, y, codes.view(torch.float8_e4m3fn).float()]
-
-    def mapped(find: Any) -> list[Tensor]:
-        outputs = [room(), room()]
-        find("linear_map")([t[:3]], [outputs], [[1.0, -0.5, None], [None, 2.0, 0.25]], [0.5, -3.0])
-        return outputs
-
-    def modulated(find: Any) -> list[Tensor]:
-        stream = room()
-        z, sums = find("modulate")(t[0], v, v, dense[1:2], [0.5], dense[2], [100], 1e-5, None, None, None, stream)
-        return [stream, z, sums]
-
-    # more that begin with the same term than are looked at together, others between them
-    many = [[0.5 * k if j == k else 1.5 * (j == 0) for j in range(5)] for k in (1, 2, 3, 4, 1, 2, 3)]
-    many[5:5] = [[1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, -1.0, 0.0, 0.0]]
-    return {
-        "capture": (lambda f: captured(f), True),
-        "capture previous": (lambda f: captured(f, [dense[2]]), False),
-        "capture samples": (lambda f: captured(f, [dense[2]], False, True), False),
-        "capture input": (lambda f: captured(f, None, True), False),
-        "pairs": (lambda f: [f("pair_statistics")(t[:2], t[2:4])], False),
-        "errors": (
-            lambda f: [f("combination_error")(dense[0], dense[1:4], [[1, 0, 0], [1.5, -0.5, 0], [1, 1, 1]])],
-            False,
-        ),
-        "errors of many sets": (lambda f: [f("combination_error")(dense[0], dense[1:6], many)], False),
-        "gram": (lambda f: [f("gram")(dense)], False),
-        "align": (lambda f: [f("align")(dense[0], dense[1], dense[2:4], dense[4:])], False),
-        "combination": (lambda f: f("linear_combination")([t[0]], [dense[1:4]], [1.3, -0.7, 0.1]), True),
-        "combination of many": (
-            lambda f: f("linear_combination")([t[0]], [dense[1:6]], [1.3, -0.7, 0.1, 2.0, -0.4]),
-            True,
-        ),
-        "gate": (lambda f: f("linear_combination")([t[0]], [dense[1:2]], [0.7], None, [v]), True),
-        "map": (mapped, True),
-        "compact": (compacted, True),
-        "lerp": (lambda f: [f("router_lerp")(t[0], t[1], beta, v, t[2])], True),
-        "lerp plain": (lambda f: [f("router_lerp")(t[0], t[1], beta)], True),
-        "lerp backward": (lambda f: list(f("router_lerp_backward")(t[0], t[1], t[2], beta, v)), False),
-        "modulate": (modulated, False),
-        "plain modulation": (lambda f: [f("modulate")(t[0], v, v)[0]], False),
-        "plain modulation of terms": (
-            lambda f: list(f("modulate")(t[0], v, v, dense[1:4], [0.5, -1.5, 0.25], dense[4], (), 1e-5)),
-            False,
-        ),
-        "guidance": (lambda f: [f("guidance")(t[0], t[1], 4.0, False)], True),
-        "guidance norm": (lambda f: [f("guidance")(t[0], t[1], 4.0, True)], False),
-        "rows": (lambda f: [f("row_statistics")(t[0], t[1])], False),
-    }
-
-
-REFERENCES = [capture, combine, compact, decisions, guidance, modulate, moments, router, statistics]
-
-
-def reference(name: str) -> Callable[..., Any]:
-    (found,) = {getattr(module, name + "_reference", None) for module in REFERENCES} - {None}
-    return found
-
-
 @pytest.fixture(params=[False, True], ids=["cached", "streamed"])
 def streamed(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether results are written past the caches, as large ones are."""
@@ -231,23 +147,15 @@ def streamed(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize(
-    ("instruction_set", "dtype", "layout", "streamed"), combinations(), indirect=["instruction_set", "streamed"]
+    ("instruction_set", "case", "dtype", "layout", "streamed"), agreements(), indirect=["instruction_set", "streamed"]
 )
-@pytest.mark.parametrize("name", calls([torch.zeros(1, 1, 1)] * 6))
 def test_agrees_with_the_reference(
-    instruction_set: str, name: str, dtype: torch.dtype, layout: str, streamed: bool
+    instruction_set: str, case: Case, dtype: torch.dtype, layout: str, streamed: bool
 ) -> None:
-    call, bitwise = calls(pieces(dtype, layout))[name]
-    found, expected = call(lambda own: getattr(native, own)), call(reference)
-    for at, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        if bitwise or (at == 0 and name.startswith(("capture", "modulate", "lerp"))):
-            assert torch.equal(a, b)
-        else:
-            # sums to 1e-5 of the largest beside them; results by way of sums one step more
-            size = b.double().abs().amax(-1, keepdim=True)
-            step = torch.finfo(dtype).eps if a.dtype == dtype and a.dim() == 3 else 0.0
-            assert ((a.double() - b.double()).abs() <= (2e-5 + step) * size + 1e-30).all()
+    inputs = inputs_of(case, (2, 37, 211), dtype, layout)
+    with by("reference"):
+        expected = results_of(case, copied(inputs))
+    assert_alike(case, results_of(case, inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -273,14 +181,17 @@ def test_outputs_together_are_what_each_is_alone(instruction_set: str, dtype: to
             assert same_numbers(found, wanted)
 
 
-def test_bits_do_not_depend_on_the_threads(threads: int) -> None:
-    torch.manual_seed(0)
-    tensors = [outlier_tensor(LARGE, torch.bfloat16) for _ in range(6)]
-    found = {name: call(lambda own: getattr(native, own)) for name, (call, _) in calls(tensors).items()}
+@pytest.fixture(scope="module")
+def large() -> list[Inputs]:
+    return [inputs_of(case, LARGE, torch.bfloat16) for case in UNMEASURED]
+
+
+def test_bits_do_not_depend_on_the_threads(large: list[Inputs], threads: int) -> None:
+    found = [results_of(case, copied(inputs)) for case, inputs in zip(UNMEASURED, large, strict=True)]
     torch.set_num_threads(3)
-    for name, (call, _) in calls(tensors).items():
-        for a, b in zip(found[name], call(lambda own: getattr(native, own)), strict=True):
-            assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
+    for case, inputs, one in zip(UNMEASURED, large, found, strict=True):
+        for a, b in zip(one, results_of(case, copied(inputs)), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), case.name
 
 
 def test_the_size_of_a_real_stream() -> None:

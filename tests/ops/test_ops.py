@@ -656,9 +656,9 @@ class TestBytesAndBackends:
         monkeypatch.setattr(dispatch, "use_triton", broken)
         monkeypatch.setattr(dispatch, "has_triton", lambda: True)
         with pytest.raises(MissingExtraError, match=r"importing it fails \(libcuda"):
-            dispatch.Kernels(print, print).choose(OnGpu())
+            dispatch.Kernels(print, print, print).choose(OnGpu())
         dispatch.trouble_with_triton.cache_clear()
         monkeypatch.setattr(dispatch, "has_triton", lambda: False)
         with pytest.raises(MissingExtraError, match="pip install"):
-            dispatch.Kernels(print, print).choose(OnGpu())
+            dispatch.Kernels(print, print, print).choose(OnGpu())
         dispatch.trouble_with_triton.cache_clear()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from layercache.kernels import decisions
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from layercache import ops
 from layercache.errors import OpInputError
@@ -349,52 +348,6 @@ class TestDecide:
         ):
             with pytest.raises(OpInputError, match=message):
                 ops.decide(*[*good[:at], bad, *good[at + 1 :]])  # type: ignore[arg-type]
-
-
-def forms(x: Tensor) -> dict[str, Callable[[], Any]]:
-    f, c, v = x * 1.5 + 0.25, x.flip(0) - 1, x.sum(1)
-    beta = x.sum().float().view(1) * 0 + 0.3
-
-    def modulate_in_place() -> list[Tensor]:
-        z, y = c.clone(), torch.empty_like(x)
-        _, statistics = ops.modulate(
-            f, v, v, previous=z, result=z, stream=y, segments=[8], residuals=[c], coefficients=[0.5]
-        )
-        assert statistics is not None
-        return [z, y, statistics]
-
-    def decided() -> list[Tensor]:
-        accumulated, flag = torch.zeros_like(beta), torch.zeros_like(beta, dtype=torch.int32)
-        ops.decide(beta, beta + 1, accumulated, flag, [1.0, 0.5], 2.0)
-        return [accumulated, flag]
-
-    return {
-        "lerp": lambda: ops.router_lerp(f, c, beta),
-        "lerp gated": lambda: ops.router_lerp(f, c, beta, v, x),
-        "modulate": lambda: ops.modulate(f, v, v)[0],
-        "modulate in place": modulate_in_place,
-        "guidance": lambda: ops.combine_guidance(f, c, 4.0, True),
-        "rows": lambda: ops.row_statistics(f, c, per_sample=True),
-        "decide": decided,
-    }
-
-
-@pytest.mark.parametrize("name", forms(torch.ones(2, 3, 16)))
-class TestTracing:
-    def test_compiled_bits(self, name: str) -> None:
-        torch._dynamo.reset()
-        x = torch.randn(2, 3, 16).bfloat16()
-        compiled = torch.compile(lambda x: forms(x)[name](), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), forms(x)[name](), rtol=0, atol=0)
-
-    @pytest.mark.parametrize("device", ["cuda", "cpu"])
-    def test_fake(self, name: str, device: str) -> None:
-        real = forms(torch.ones(2, 3, 16))[name]()
-        with FakeTensorMode():
-            found = forms(torch.ones(2, 3, 16, device=device))[name]()
-            pairs = zip(*([v] if isinstance(v, Tensor) else v for v in (found, real)), strict=True)
-            for fake, tensor in pairs:
-                assert fake.shape == tensor.shape and fake.dtype == tensor.dtype and fake.device.type == device
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32, torch.float16)], ids=str)
