@@ -26,6 +26,9 @@ PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
 EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
 """Full generations that a search may cost in all, its full runs included."""
 
+ENDED_EARLY = ("the time limit of ", "it was interrupted ")
+"""Beginnings of the notes of a front whose search can go on."""
+
 BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
@@ -149,12 +152,12 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
         for tried in search.run(counts, runs):
             bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
             if config.time_limit is not None and time.monotonic() - start > config.time_limit:
-                notes.append(f"the time limit of {config.time_limit:g} s ended it after {len(search.tried)} schedules")
+                notes.append(f"{ENDED_EARLY[0]}{config.time_limit:g} s ended it after {len(search.tried)} schedules")
                 break
     except KeyboardInterrupt:
         if not search.tried:
             raise
-        notes.append(f"it was interrupted after {len(search.tried)} schedules")
+        notes.append(f"{ENDED_EARLY[1]}after {len(search.tried)} schedules")
     points = [tried.point for tried in search.tried]
     return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, config.tail)
 

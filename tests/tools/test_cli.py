@@ -570,6 +570,8 @@ def test_what_a_search_says_and_leaves(tiny_demo, tmp_path):
     assert "2 pictures, " in result.stdout and "full generations in all" in result.stdout
     assert layercache.Front.load(front).points[-1].schedule.used <= 0.5
     assert not front.with_suffix(".search").exists()  # what it could have gone on from
+    assert "goes on from" in " ".join(invoke("search", "-o", front, *settings, "--time-limit", 0).stdout.split())
+    assert (front.with_suffix(".search") / "runs.json").exists()
 
 
 def test_refit_of_a_schedule_from_a_front(tiny_demo, tmp_path):

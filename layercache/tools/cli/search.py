@@ -71,6 +71,8 @@ def search(
     Example: `layercache search --model Qwen/Qwen-Image --steps 50 --guidance 4 --prompts-file prompts.txt
     -o front.json`, then `layercache plan front.json --budget 0.5`
     """
+    from layercache.planning.search import ENDED_EARLY
+
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
     folder = output.with_suffix(".search")
     check_outputs({**outputs, "json_to": json_to}, [prompts_file])
@@ -80,8 +82,12 @@ def search(
     pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
     settings |= call_arguments(pipe, guidance_scale, height, width)
     samples = samples or (16 if effort is Effort.thorough else 8)
-    _write_front(Printer(json_to), pipe, _pictures(pipe, found, samples, validation, seed) | settings, output)
-    shutil.rmtree(folder, ignore_errors=True)
+    printer = Printer(json_to)
+    front = _write_front(printer, pipe, _pictures(pipe, found, samples, validation, seed) | settings, output)
+    if any(note.startswith(ENDED_EARLY) for note in front.notes):
+        printer.say(f"The same command goes on from {shown(folder)}.", style="dim")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed: int) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed
     return {"prompts": pictures_of(pipe, prompts, samples), "seeds": range(seed, last), "validation": held_out}
 
 
-def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: Path) -> None:
+def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: Path) -> Front:
     import layercache
     from layercache.tools.report import plots
 
@@ -105,6 +111,7 @@ def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: 
         )
     fingerprint = front.points[0].schedule.fingerprint
     _save(printer, front, f"{fingerprint.model_class}, {fingerprint.num_steps} steps", output)
+    return front
 
 
 def _save(printer: Printer, front: Front, title: str, output: Path) -> None:
