@@ -197,8 +197,8 @@ class Killed(BaseException):
 
 def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
     """Killed as a file would be written, behind the first full run and behind two schedules: nothing runs twice."""
-    settings = {"budgets": (0.6, 0.3), "effort": "quick", **CALL}
-    expected = layercache.search(tiny_pipeline(), PROMPTS, **settings)
+    prompts, settings = ["cat", "rocket"], {"budgets": (0.5,), "effort": "quick", **CALL, "num_inference_steps": 6}
+    expected = layercache.search(tiny_pipeline(), prompts, **settings)
     write, run, runs = search_files.write_atomically, Rollouts.run, []
     monkeypatch.setattr(Rollouts, "run", lambda self, *given: runs.append(given) or run(self, *given))
 
@@ -216,14 +216,14 @@ def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
         folder = tmp_path / str(files)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(search_files, "write_atomically", killed_behind(files))
-            layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
+            layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
         runs.clear()
-        found = layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
+        found = layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
         assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [
             (p.psnr, p.expected, p.schedule.velocities) for p in expected.points
         ]
         assert len(runs) == expected.tried - 1 - schedules
-    layercache.search(tiny_pipeline(), PROMPTS, resume=folder, **settings)
+    layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
     assert len(runs) == expected.tried - 1 - schedules
     with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):
         layercache.search(tiny_pipeline(), ["cat"], resume=folder, **settings)
