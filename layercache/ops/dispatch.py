@@ -108,7 +108,7 @@ class Kernels:
         return run(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """The implementation, for arguments that nobody has looked at."""
+        """Runs the implementation on unvalidated arguments, without a plan."""
         return self.choose(first_tensor(arguments))(*arguments)
 
     def choose(self, tensor: Tensor) -> Callable[..., Any]:

@@ -209,8 +209,7 @@ class Rollouts:
         kept = self.files.sample(sample) if self.files is not None else None
         if kept is not None:
             self.sigmas = kept.sigmas
-            for _ in self.seeds[sample]:
-                self._note(1.0)
+            self._note(len(self.seeds[sample]))
             return kept
         watcher, trace = FullRun(self.transformer, self.spec, self._clones[sample].scheduler), Trace()
         forwards: list[int] = []

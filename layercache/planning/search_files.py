@@ -55,13 +55,13 @@ class KeptRun:
             "computed": list(self.computed),
             "forecast": self.forecast,
             "psnr": list(self.psnr),
-            "velocities": [v and [list(v.terms.items()), v.latents] for v in self.velocities],
+            "velocities": [velocity and velocity.to_json() for velocity in self.velocities],
             "answers": self.answers and [table.tolist() for table in self.answers],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KeptRun:
-        velocities = tuple(v and Velocity({int(k): float(c) for k, c in v[0]}, float(v[1])) for v in data["velocities"])
+        velocities = tuple(velocity and Velocity.from_json(velocity) for velocity in data["velocities"])
         answers = data["answers"] and (np.array(data["answers"][0], float), np.array(data["answers"][1], float))
         found = cls(tuple(map(int, data["computed"])), str(data["forecast"]), tuple(data["psnr"]), velocities, answers)
         if not all(math.isfinite(value) for value in found.psnr):

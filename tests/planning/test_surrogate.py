@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from layercache import _core
+from layercache.planning.surrogate import expected_psnr
 from support.weighted_fit import weighted
 
 
@@ -28,45 +29,71 @@ def grams_of(start, velocities):
     return vectors @ np.swapaxes(vectors, 1, 2)
 
 
-def simulated(sigmas, start, velocities, kappa, eta, computed, terms, ridge, weighting):
-    """The same run in vectors: the directions across are further elements of the latents."""
+def simulated(sigmas, start, velocities, kappa, eta, computed, terms, ridge, weighting, folds):
+    """The same run in vectors: the directions across are further elements of the latents.
+
+    Returns the PSNR of every picture with the forecasts fitted to all, and with those fitted to the other folds' alone.
+    """
     pictures, steps, elements = velocities.shape
     wide = np.zeros((pictures, steps, elements + steps))
     wide[:, :, :elements] = velocities
     across = np.concatenate([np.zeros((steps, elements)), np.eye(steps)], axis=1)
     full = np.concatenate([start, np.zeros((pictures, steps))], axis=1)
-    latents, made = full.copy(), []
+    runs = [full.copy(), full.copy()]  # fitted to all, left out
+    made = [[], []]
     for step in range(steps):
-        drift = latents - full
-        if computed[step]:
+        drifted = runs[0] - full
+        for k, latents in enumerate(runs if computed[step] else ()):
+            drift = latents - full
             size = np.linalg.norm(drift, axis=1)
             answer = kappa[:, step, None] * drift + (eta[:, step] * size)[:, None] * across[step]
-            made = [wide[:, step] + answer, *made][:terms]
+            made[k] = [wide[:, step] + answer, *made[k]][:terms]
         length = sigmas[step + 1] - sigmas[step]
-        taken = made[0].copy()
-        if not (computed[step] and not drift.any()):
-            matrices = [
-                np.stack([*(f[p] - made[0][p] for f in made[1:]), made[0][p], latents[p]]) for p in range(pictures)
-            ]
-            targets = [wide[p, step] - drift[p] / length - made[0][p] for p in range(pictures)]
+        taken = [own[0].copy() for own in made]
+        if not (computed[step] and not drifted.any()):
+            matrices, others = (
+                [np.stack([*(f[p] - own[0][p] for f in own[1:]), own[0][p], x[p]]) for p in range(pictures)]
+                for own, x in zip(made, runs, strict=True)
+            )
+            targets = [wide[p, step] - drifted[p] / length - made[0][0][p] for p in range(pictures)]
             solution = weighted(matrices, targets, ridge, weighting)
-            taken += np.stack([solution @ m for m in matrices])
+            for p in range(pictures):
+                taken[0][p] += solution @ matrices[p]
+                kept = [q for q in range(pictures) if folds[q] != folds[p]]
+                own = weighted([matrices[q] for q in kept], [targets[q] for q in kept], ridge, weighting)
+                taken[1][p] += own @ others[p]
         full = full + length * wide[:, step]
-        latents = latents + length * taken
-    return -10 * np.log10(np.sum((latents - full) ** 2, axis=1) / (4 * elements))
+        runs = [latents + length * own for latents, own in zip(runs, taken, strict=True)]
+    return [-10 * np.log10(np.sum((latents - full) ** 2, axis=1) / (4 * elements)) for latents in runs]
 
 
+@pytest.mark.parametrize("folds", [(), (0, 1, 0)], ids=["each alone", "two together"])
 @pytest.mark.parametrize("weighting", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("terms", [1, 3])
-def test_it_agrees_with_vectors(terms, weighting):
+def test_it_agrees_with_vectors(terms, weighting, folds):
+    """Fitted to all pictures, and each left out of the fits."""
     sigmas, start, velocities = full_runs()
     random = np.random.default_rng(1)
     kappa, eta = random.normal(size=(3, 9)), random.uniform(0, 3, size=(3, 9))
-    surrogate = _core.Surrogate(grams_of(start, velocities), kappa, eta, sigmas, 40, terms, 1e-5, weighting)
+    surrogate = _core.Surrogate(grams_of(start, velocities), kappa, eta, sigmas, 40, terms, 1e-5, weighting, folds)
     paths = random.random((20, 9)) < 0.5
     paths[:, 0] = True
-    expected = [simulated(sigmas, start, velocities, kappa, eta, path, terms, 1e-5, weighting) for path in paths]
-    np.testing.assert_allclose(surrogate.simulate(paths), np.minimum(expected, 100), rtol=1e-9, atol=1e-8)
+    given = sigmas, start, velocities, kappa, eta
+    expected = [simulated(*given, path, terms, 1e-5, weighting, folds or (0, 1, 2)) for path in paths]
+    for k, leave_out in enumerate((False, True)):
+        found = surrogate.simulate(paths, leave_out=leave_out)
+        own = [np.minimum(pair[k], 100) for pair in expected]
+        np.testing.assert_allclose(found, own, rtol=1e-9, atol=1e-8)
+
+
+def test_what_is_expected_of_others_is_the_run_less_what_its_own_fit_gave():
+    sigmas, start, velocities = full_runs()
+    surrogate = _core.Surrogate(grams_of(start, velocities), np.ones((3, 9)), np.ones((3, 9)), sigmas, 40)
+    path = np.array([True, True, False] * 3)
+    fitted, left_out = (surrogate.simulate(path[None], leave_out=how)[0] for how in (False, True))
+    found = expected_psnr(surrogate, path, (30.0, 99.9, 40.0))
+    np.testing.assert_allclose(found, np.minimum(np.array([30.0, 99.9, 40.0]) - (fitted - left_out), 100.0))
+    assert (fitted != left_out).all() and expected_psnr(surrogate, path, (30.0,)) == ()
 
 
 def test_computing_everything_is_the_full_run():
@@ -111,6 +138,8 @@ def test_the_search_keeps_to_its_limit_and_its_seed():
         ({"terms": 9}, "terms must be from 1 to 8"),
         ({"ridge": 0.0}, "ridge must be above 0"),
         ({"weighting": -1.0}, "weighting must be at least 0"),
+        ({"folds": [0, 1]}, "folds must have an entry for every picture"),
+        ({"folds": [0, 1, 3]}, "folds must be from 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changed, message):

@@ -74,7 +74,7 @@ def formats(folder: Path) -> list[Format]:
         "computed": [0, 1, 3],
         "forecast": "hold",
         "psnr": [40.0, 3.5],
-        "velocities": [None, [[[0, 1.0]], 0.5], None],
+        "velocities": [None, {"0": 1.0, "latents": 0.5}, None],
     }
     run["answers"] = [[[0.5, 1.0]], [[0.0, 2.0]]]
     journal = {"format": JOURNAL, "version": JOURNAL_VERSION, "search": "0123", "runs": [run]}

@@ -63,6 +63,7 @@ EffortOption = Annotated[
     Effort, typer.Option("--effort", help="Full generations of the search in all: quick 32, normal 72, thorough 160.")
 ]
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps you will generate with.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture, the others follow.")]
 Guidance = Annotated[
     float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's own default if left out.")
 ]

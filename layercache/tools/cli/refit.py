@@ -20,6 +20,7 @@ from layercache.tools.cli.common import (
     Printer,
     Prompts,
     PromptsFile,
+    Seed,
     Width,
     check_outputs,
 )
@@ -31,7 +32,6 @@ ScheduleFile = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="The schedule to write.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Denoising steps; those of the schedule.")]
 Samples = Annotated[int, typer.Option(min=1, help="Pictures to fit to, prompts in turn.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture, the others follow.")]
 
 
 def refit(

@@ -26,6 +26,7 @@ from layercache.tools.cli.common import (
     Printer,
     Prompts,
     PromptsFile,
+    Seed,
     Width,
     check_outputs,
     parse_budgets,
@@ -40,7 +41,6 @@ Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Pictures to fit to, prompts in turn: 8, or 16 if thorough.")]
 Validation = Annotated[int, typer.Option(min=0, help="Further pictures, with other seeds, that nothing is fitted to.")]
 TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Seconds after which no further schedule is run.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture, the others follow.")]
 
 
 def search(
