@@ -32,9 +32,10 @@ void check(const SurrogateProblem& problem) {
         if (fold < 0 || fold >= problem.pictures) refuse("folds must be from 0 to one less than the pictures");
     }
     if (!(problem.elements >= 1.0)) refuse("elements must be at least 1, got " + std::to_string(problem.elements));
-    for (int step = 0; step < problem.steps; ++step) {
-        if (problem.sigmas[step] == problem.sigmas[step + 1]) {
-            refuse("sigmas must change at every step, and do not at step " + std::to_string(step));
+    const std::size_t steps = problem.steps;
+    for (std::size_t at = 0; at < problem.pictures * steps; ++at) {
+        if (problem.weights[at * steps + at % steps] == 0.0) {
+            refuse("weights must not be 0 on their diagonals, and are at step " + std::to_string(at % steps));
         }
     }
 }
@@ -111,12 +112,17 @@ Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
                 std::copy_n(gram, span, here + span);
                 continue;
             }
-            std::copy_n(here - width_, width_, here);
-            add(here, velocity - width_, problem.sigmas[step] - problem.sigmas[step - 1], width_);
+            const std::size_t before = picture * steps + step - 1;
+            add(here, here - width_, problem.keep[before], width_);
+            for (std::size_t k = 0; k < step; ++k) {
+                const double weight = problem.weights[before * steps + k];
+                if (weight != 0.0) add(here, &velocities_[(picture * steps + k) * width_], weight, width_);
+            }
         }
     }
     const std::vector<double> none(width_);
-    runs_.assign(problem.pictures, {none, std::vector<std::vector<double>>(problem.terms, none), none, none});
+    const std::vector<std::vector<double>> made(problem.terms, none), off(steps, none);
+    runs_.assign(problem.pictures, {none, made, none, none, none, off});
     left_out_ = runs_;
     if (problem_.folds.empty()) {
         problem_.folds.resize(problem.pictures);
@@ -154,21 +160,30 @@ void Surrogate::answer(std::vector<Run>& runs, int step) {
     }
 }
 
-void Surrogate::note_latents(std::vector<Run>& runs, int step) {
+// Latents at a step, and where the sampler goes from them.
+void Surrogate::begin(std::vector<Run>& runs, int step) {
+    const std::size_t steps = problem_.steps;
     for (std::size_t picture = 0; picture < runs.size(); ++picture) {
         Run& run = runs[picture];
-        std::copy_n(&reference_[(picture * problem_.steps + step) * width_], width_, run.latents.begin());
+        const std::size_t at = picture * steps + step;
+        std::copy_n(&reference_[at * width_], width_, run.latents.begin());
         add(run.latents.data(), run.drift.data(), 1.0, width_);
+        std::fill(run.ahead.begin(), run.ahead.end(), 0.0);
+        add(run.ahead.data(), run.drift.data(), problem_.keep[at], width_);
+        for (int k = first_; k < step; ++k) {
+            const double weight = problem_.weights[at * steps + k];
+            if (weight != 0.0) add(run.ahead.data(), run.off[k].data(), weight, width_);
+        }
     }
 }
 
 // Inner products of the step's terms, F_k - F_0 for k = 1 .. count - 1, F_0 and x, and of the target less F_0.
 void Surrogate::note_products(int step, int count, std::size_t picture) {
     const std::size_t steps = problem_.steps, span = steps + 1, at = (picture * steps + step) * width_;
-    const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
+    const double weight = problem_.weights[(picture * steps + step) * steps + step];
     Run& run = runs_[picture];
     std::copy_n(&velocities_[at], width_, run.wanted.begin());
-    add(run.wanted.data(), run.drift.data(), -1.0 / length, width_);
+    add(run.wanted.data(), run.ahead.data(), -1.0 / weight, width_);
 
     std::array<const double*, most_terms + 2> vectors{}; // in the order of the terms, each less F_0 or not
     for (int k = 1; k < count; ++k) vectors[k - 1] = run.made[k].data();
@@ -237,15 +252,20 @@ void Surrogate::fit(int count, int left_out) {
 }
 
 // A picture takes the step with the velocity that was fitted.
-void Surrogate::take(Run& run, int step, int count) {
-    const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
+void Surrogate::take(Run& run, int step, int count, std::size_t picture) {
+    const std::size_t steps = problem_.steps, at = picture * steps + step;
+    std::vector<double>& off = run.off[step];
+    std::fill(off.begin(), off.end(), 0.0);
     double newest = 1.0 + solution_[count - 1];
     for (int k = 1; k < count; ++k) {
         newest -= solution_[k - 1];
-        add(run.drift.data(), run.made[k].data(), length * solution_[k - 1], width_);
+        add(off.data(), run.made[k].data(), solution_[k - 1], width_);
     }
-    add(run.drift.data(), run.made[0].data(), length * newest, width_);
-    add(run.drift.data(), run.latents.data(), length * solution_[count], width_);
+    add(off.data(), run.made[0].data(), newest, width_);
+    add(off.data(), run.latents.data(), solution_[count], width_);
+    add(off.data(), &velocities_[at * width_], -1.0, width_);
+    std::swap(run.drift, run.ahead);
+    add(run.drift.data(), off.data(), problem_.weights[at * steps + step], width_);
 }
 
 std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out) {
@@ -256,34 +276,28 @@ std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out
         for (Run& run : *runs) std::fill(run.drift.begin(), run.drift.end(), 0.0);
     }
     int count = 0;
-    bool drifts = false;
+    first_ = problem_.steps;
     for (int step = 0; step < problem_.steps; ++step) {
         if (computed[step]) {
             answer(runs_, step);
             if (leave_out) answer(left_out_, step);
             count = std::min(count + 1, problem_.terms);
-            if (!drifts) continue; // as in the full run
+            if (first_ > step) continue; // as in the full run
         }
-        drifts = true;
-        note_latents(runs_, step);
+        first_ = std::min(first_, step);
+        begin(runs_, step);
         for (std::size_t picture = 0; picture < runs_.size(); ++picture) note_products(step, count, picture);
         if (leave_out) {
-            note_latents(left_out_, step);
+            begin(left_out_, step);
             for (int fold = 0; fold < folds_; ++fold) {
                 fit(count, fold);
                 for (std::size_t picture = 0; picture < runs_.size(); ++picture) {
-                    if (problem_.folds[picture] == fold) take(left_out_[picture], step, count);
+                    if (problem_.folds[picture] == fold) take(left_out_[picture], step, count, picture);
                 }
             }
         }
         fit(count, -1);
-        for (Run& run : runs_) take(run, step, count);
-        const double length = problem_.sigmas[step + 1] - problem_.sigmas[step];
-        for (std::size_t picture = 0; picture < runs_.size(); ++picture) { // the drift, of where the full run went
-            const double* velocity = &velocities_[(picture * steps + step) * width_];
-            add(runs_[picture].drift.data(), velocity, -length, width_);
-            if (leave_out) add(left_out_[picture].drift.data(), velocity, -length, width_);
-        }
+        for (std::size_t picture = 0; picture < runs_.size(); ++picture) take(runs_[picture], step, count, picture);
     }
     std::vector<double> psnr;
     for (const Run& run : leave_out ? left_out_ : runs_) {

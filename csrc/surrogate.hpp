@@ -12,16 +12,18 @@ namespace layercache {
 // A cached run lives in the span of x*_0, v_0 .. v_{N-1} (latents and velocities of the full run) and of directions
 // xi_0 .. xi_{N-1}, orthonormal and across all of them. At a computed step the model gives, of the drift e = x - x*,
 //     F_i = v_i + kappa_i e_i + eta_i |e_i| xi_i,
-// and at every drifted step the forecast F_0 + sum_k d_k (F_k - F_0) + b F_0 + a x is fitted to the velocity
-// v_i - e_i / h_i, which takes the run back to the full one (h_i = sigma_{i+1} - sigma_i), over all pictures,
-// reweighted as in layercache/planning/fit.py.
+// the sampler steps x_{i+1} = keep_i x_i + sum_{k <= i} w_ik u_k with the velocities u it is given, and at every drifted
+// step the forecast F_0 + sum_k d_k (F_k - F_0) + b F_0 + a x is fitted to the velocity that takes the run back to the
+// full one, v_i - (keep_i e_i + sum_{k < i} w_ik (u_k - v_k)) / w_ii, over all pictures, reweighted as in
+// layercache/planning/fit.py.
 struct SurrogateProblem {
     int steps = 0;
     int pictures = 0;
     const double* grams = nullptr; // [pictures, steps + 1, steps + 1], of x*_0 and the velocities; the caller's, copied
     std::vector<double> kappa;     // [pictures, steps]
     std::vector<double> eta;       // [pictures, steps]
-    std::vector<double> sigmas;    // [steps + 1]
+    std::vector<double> keep;      // [pictures, steps]
+    std::vector<double> weights;   // [pictures, steps, steps], w; lower triangles are looked at
     double elements = 1.0;         // numbers in a picture's latents
     int terms = 3;                 // velocities that a forecast combines
     double ridge = 1e-5;           // relative to the mean square of each term
@@ -48,15 +50,17 @@ private:
         std::vector<double> drift;             // e
         std::vector<std::vector<double>> made; // the newest velocities that the model gave, newest first
         std::vector<double> latents;           // x
-        std::vector<double> wanted;            // v_i - e_i / h_i
+        std::vector<double> ahead;             // e_{i+1}, were the velocity the full run's
+        std::vector<double> wanted;            // v_i - ahead / w_ii
+        std::vector<std::vector<double>> off;  // u_k - v_k of every step
     };
 
     void answer(std::vector<Run>& runs, int step);
-    void note_latents(std::vector<Run>& runs, int step);
+    void begin(std::vector<Run>& runs, int step);
     void note_products(int step, int count, std::size_t picture);
     double missed(int terms, std::size_t picture) const;
     void fit(int count, int left_out);
-    void take(Run& run, int step, int count);
+    void take(Run& run, int step, int count, std::size_t picture);
 
     SurrogateProblem problem_;
     std::size_t width_;              // of a vector: coefficients, the Gram matrix times them, coefficients of the xi
@@ -65,6 +69,7 @@ private:
     std::vector<Run> runs_;          // of the pictures, by the path that is simulated
     std::vector<Run> left_out_;      // the same, of pictures that are left out
     int folds_ = 0;
+    int first_ = 0;                  // drifted step of the path that is simulated
     std::vector<double> products_;   // [pictures, terms + 2, terms + 2], of the forecast's terms and its target
     std::vector<double> solution_;   // [count + 1]
 };

@@ -89,7 +89,7 @@ class DemoPipeline(DiffusionPipeline):
 
         Args:
             prompt: class name or number, or a list of them (the batch).
-            num_inference_steps: Euler steps.
+            num_inference_steps: sampler steps.
             guidance_scale: classifier-free guidance; at 1 or below the unconditional call is left out.
             height, width: pixels, multiples of the patch size (the model was trained at 32x32).
             sigmas: noise levels to use instead of the evenly spaced ones (before the scheduler's shift).
@@ -111,9 +111,12 @@ class DemoPipeline(DiffusionPipeline):
         latents = latents.to(device, dtype)
         img_shapes = [(1, height // PATCH_SIZE, width // PATCH_SIZE)] * batch
 
-        if sigmas is None:
+        if sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        if sigmas is None:  # the sampler's own
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
         self.scheduler.set_begin_index(0)
 
         timesteps = self.scheduler.timesteps

@@ -11,6 +11,7 @@ import numpy as np
 
 from layercache._utils.timer import Timer
 from layercache.models.spec import ModelSpec
+from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace
 from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
@@ -27,6 +28,7 @@ class FullSample:
         branches: bytes of the streams, image and text, by guidance branch.
         seconds: of a step: in the blocks, and in the rest of the model.
         sigmas: N + 1 noise levels.
+        sampler: its steps; ``None`` where they are not linear in the velocities.
     """
 
     trace: Trace
@@ -34,6 +36,7 @@ class FullSample:
     branches: Mapping[str, tuple[int, int]]
     seconds: tuple[float, float]
     sigmas: tuple[float, ...]
+    sampler: LinearSampler | None
 
 
 class _TimedPass(BlockPass):

@@ -17,6 +17,7 @@ from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelE
 from layercache.models.registry import find_transformer, fingerprint_of, spec_for
 from layercache.planning.fit import Forecast, fit_velocity
 from layercache.planning.full_run import FullRun, FullSample
+from layercache.planning.sampler import LinearSampler
 from layercache.planning.samples import arguments_of, call_settings
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, near, on_host
@@ -91,6 +92,7 @@ class Rollouts:
         pictures: of the full runs, per sample.
         runs: generations of every sample so far.
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
+        samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
@@ -137,7 +139,7 @@ class Rollouts:
         self._streams: list[Mapping[str, tuple[int, int]]] = []
         self.seconds = (0.0, 0.0)
         self.sigmas: tuple[float, ...] = ()
-        self.is_euler = False
+        self.samplers: tuple[LinearSampler, ...] | None = None
         self._run_in_full()
 
     @property
@@ -176,11 +178,12 @@ class Rollouts:
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
 
         Raises:
-            CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler that takes no Euler steps.
+            CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler whose steps are not linear.
         """
-        if forecast is not None and forecast.target == "steer" and not self.is_euler:
+        if forecast is not None and forecast.target == "steer" and self.samplers is None:
             raise CalibrationError(
-                "velocities can only be steered where the sampler takes Euler steps; fit to 'teacher' instead"
+                "velocities can only be steered where the sampler's steps are linear in them, without noise of their "
+                "own; fit to 'teacher' instead"
             )
         run = RolloutRun(self, schedule, forecast)
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
@@ -202,7 +205,8 @@ class Rollouts:
         self.branches = tuple(found[0].branches)
         self._streams = [one.branches for one in found]
         self.seconds = (median(one.seconds[0] for one in found), median(one.seconds[1] for one in found))
-        self.is_euler = all(_is_euler(trace, self.sigmas) for trace in self.full)
+        samplers = tuple(one.sampler for one in found if one.sampler is not None)
+        self.samplers = samplers if len(samplers) == len(found) else None
 
     def _full_run(self, sample: int) -> FullSample:
         """The full run of a sample: from the files of a search that was stopped, or made now."""
@@ -213,10 +217,15 @@ class Rollouts:
             return kept
         watcher, trace = FullRun(self.transformer, self.spec, self._clones[sample].scheduler), Trace()
         forwards: list[int] = []
+        sampler: LinearSampler | None = None
 
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
+            nonlocal sampler
+            scheduler = self._clones[sample].scheduler
             forwards.append(watcher.forwards)
-            self.sigmas = self.sigmas or scheduler_sigmas(self._clones[sample].scheduler) or ()
+            self.sigmas = self.sigmas or scheduler_sigmas(scheduler) or ()
+            if not trace.raw:
+                sampler = LinearSampler.of(scheduler, self.num_steps)
             if self.sigmas:
                 self._note(len(self.seeds[sample]) / self.num_steps)
             ((velocity, latents),) = items
@@ -233,7 +242,8 @@ class Rollouts:
                 "scheduler with sigmas that is stepped once per step"
             )
         _check_alone(forwards)
-        found = FullSample(trace, pictures, watcher.branches, watcher.seconds(self.num_steps), self.sigmas)
+        sampler = sampler if sampler is not None and sampler.is_of(trace) else None
+        found = FullSample(trace, pictures, watcher.branches, watcher.seconds(self.num_steps), self.sigmas, sampler)
         if self.files is not None:
             self.files.keep_sample(sample, found)
         return found
@@ -267,7 +277,7 @@ class RolloutRun:
     """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
 
     def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None):
-        self.sigmas, self.full, self.note_cost = rollouts.sigmas, rollouts.full, rollouts.note_cost
+        self.samplers, self.full, self.note_cost = rollouts.samplers, rollouts.full, rollouts.note_cost
         self.schedule, self.forecast = schedule, forecast
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
@@ -296,10 +306,8 @@ class RolloutRun:
             features = [[trace.raw[k] for k in sources] for trace in self.full]
         latents = [trace.latents[step] for trace in (self.full if forecast.target == "open" else self.traces)]
         if forecast.target == "steer":
-            targets = [
-                (near(full.after(step, self.sigmas), x) - x) / (self.sigmas[step + 1] - self.sigmas[step])
-                for full, x in zip(self.full, latents, strict=True)
-            ]
+            triples = zip(self.samplers or (), self.traces, self.full, strict=True)
+            targets = [sampler.wanted(trace, full, step) for sampler, trace, full in triples]
         else:
             targets = [near(full.taken[step], x) for full, x in zip(self.full, latents, strict=True)]
         return fit_velocity(forecast, step, sources, features, latents, targets)  # type: ignore[arg-type]
@@ -386,17 +394,6 @@ def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[
         raise CalibrationError(f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds")
     edges = np.cumsum([0, *counts])
     return [given[lo:hi] for lo, hi in pairwise(edges.tolist())]
-
-
-def _is_euler(trace: Trace, sigmas: Sequence[float]) -> bool:
-    """Whether every step added ``(sigma[i+1] - sigma[i]) * v`` to the latents, within rounding."""
-    for step in range(len(trace.latents) - 1):
-        here, there = trace.latents[step].float(), trace.latents[step + 1].float()
-        error = here + (sigmas[step + 1] - sigmas[step]) * trace.taken[step].float() - there
-        tolerance = 1e-4 if trace.latents[step + 1].dtype == torch.float32 else 4e-3
-        if not error.norm() <= tolerance * there.norm():
-            return False
-    return True
 
 
 def _pictures(result: Any) -> np.ndarray:

@@ -22,13 +22,14 @@ from layercache._utils.formats import JOURNAL, going_on, read_json
 from layercache.errors import CalibrationError, ScheduleMismatchError
 from layercache.models.registry import config_hash, settings_of
 from layercache.planning.full_run import FullSample
+from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace
 from layercache.schedule.schedule import Velocity
 
 if TYPE_CHECKING:
     from layercache.planning.rollout import Rollouts
 
-VERSION = 3
+VERSION = 4
 RUNS = "runs.json"
 
 
@@ -151,12 +152,18 @@ class SearchFiles:
             branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}
             blocks, rest = map(float, about["seconds"])
             sigmas = tuple(map(float, about["sigmas"]))
-            return FullSample(trace, tensors["pictures"].numpy(), branches, (blocks, rest), sigmas)
+            steps_of = "keep" in tensors and LinearSampler(tensors["keep"].numpy(), tensors["weights"].numpy())
+            return FullSample(trace, tensors["pictures"].numpy(), branches, (blocks, rest), sigmas, steps_of or None)
 
     def keep_sample(self, number: int, found: FullSample) -> None:
         tensors = {f"latents {step}": t.contiguous() for step, t in enumerate(found.trace.latents)}
         tensors |= {f"velocity {step}": t.contiguous() for step, t in enumerate(found.trace.taken)}
         tensors["pictures"] = torch.from_numpy(np.ascontiguousarray(found.pictures))
+        if found.sampler is not None:
+            tensors |= {
+                "keep": torch.from_numpy(found.sampler.keep),
+                "weights": torch.from_numpy(found.sampler.weights),
+            }
         about = {"branches": found.branches, "seconds": found.seconds, "sigmas": found.sigmas}
         # safetensors refuses tensors that share memory
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}

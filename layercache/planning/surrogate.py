@@ -17,6 +17,7 @@ import torch
 from layercache.errors import CalibrationError
 from layercache.planning.fit import Forecast, inner_products
 from layercache.planning.rollout import PSNR_LIMIT, Rollout, Rollouts
+from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace, near
 
 if TYPE_CHECKING:
@@ -127,11 +128,15 @@ def surrogate_of(
     """
     from layercache._core import Surrogate
 
+    # of a sampler whose steps are not linear, and are not steered, Euler's are the nearest guess
+    known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
+    samplers = [sampler for sampler, trace in zip(known, rollouts.full, strict=True) for _ in trace.latents[0]]
     return Surrogate(
         np.concatenate([grams] * len(stress)),
         np.concatenate([answers.kappa] * len(stress)),
         np.concatenate([factor * answers.eta for factor in stress]),
-        rollouts.sigmas,
+        np.stack([sampler.keep for sampler in samplers] * len(stress)),
+        np.stack([sampler.weights for sampler in samplers] * len(stress)),
         rollouts.full[0].latents[0][0].numel(),
         terms=forecast.terms,
         ridge=forecast.ridge,
@@ -166,14 +171,17 @@ def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_
     Entry ``[t, n, K]`` is the root mean square over the pictures of ``|mean_i (v_i - v_t - (sigma_i - sigma_t) D_K)|``,
     i from t to t + n - 1, D_K the secant over the K steps before t, none for K = 0. As MeanCache's stability deviation
     (methods.md §2.3), in the norm that inner products give. Infinite where there is no such interval or secant.
+    An interval of one step has none to forecast, and 0.
     """
     steps = len(sigmas) - 1
     lengths = np.diff(np.asarray(sigmas))
     table = np.full((steps, max_length + 1, max_span + 1), np.inf)
     mean_gram = grams[:, 1:, 1:].mean(axis=0)
     for start in range(steps):
-        for length in range(1, min(max_length, steps - start) + 1):
+        for length in range(2, min(max_length, steps - start) + 1):
             for span in range(min(max_span, start) + 1):
+                if span and sigmas[start] == sigmas[start - span]:
+                    continue  # of Heun's second evaluations, that have no secant
                 share = lengths[start : start + length] / lengths[start : start + length].sum()
                 weights = np.zeros(steps)
                 weights[start : start + length] += share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,12 +27,6 @@ class Trace:
         self.raw.append(raw)
         if taken is not None:
             self.taken.append(taken)
-
-    def after(self, step: int, sigmas: Sequence[float]) -> torch.Tensor:
-        """Latents behind a step (Euler)."""
-        if step + 1 < len(self.latents):
-            return self.latents[step + 1]
-        return self.latents[step] + (sigmas[step + 1] - sigmas[step]) * self.taken[step]
 
     def combined(self, rule: Velocity | None, step: int) -> torch.Tensor:
         """The velocity by a rule, made as it is made when the schedule runs."""

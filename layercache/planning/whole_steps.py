@@ -110,7 +110,7 @@ class WholeStepSearch:
         self.rollouts, self.seconds, self.seed, self.tail = rollouts, seconds, seed, tail
         self.base = (
             Forecast("steer", terms=terms)
-            if rollouts.is_euler
+            if rollouts.samplers
             else Forecast("teacher", terms=terms, everywhere=False)  # what steering would take is not known
         )
         self.grams = full_grams(rollouts)

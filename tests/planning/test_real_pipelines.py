@@ -90,7 +90,7 @@ def test_schedules_of_rollouts_give_the_same_in_the_pipeline(pipe, samples):
     rollouts = Rollouts(pipe, samples, **CALL)
     for a, b in zip(pictures(pipe, samples), rollouts.pictures, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert rollouts.is_euler
+    assert rollouts.samplers is not None
     rollout = rollouts.run(skipping(rollouts.fingerprint, [0, 1, 3, 5]), Forecast(terms=2))
     for a, psnr, full in zip(pictures(pipe, samples, rollout.schedule), rollout.psnr, rollouts.pictures, strict=True):
         assert psnr_of(full, a) == pytest.approx([psnr], rel=1e-6)

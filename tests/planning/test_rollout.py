@@ -5,7 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 import layercache
 from layercache.errors import CacheStateError, CalibrationError
@@ -49,7 +55,9 @@ def test_the_full_run_is_the_pipelines_own(pipe, rollouts):
         np.testing.assert_array_equal(a, b)
     assert rollouts.branches == ("cond", "uncond")
     assert rollouts.num_steps == STEPS
-    assert rollouts.is_euler
+    assert rollouts.samplers is not None
+    for sampler in rollouts.samplers:
+        np.testing.assert_allclose(sampler.weights, np.diag(np.diff(rollouts.sigmas)), atol=1e-7)
 
 
 @pytest.mark.parametrize("forecast", [Forecast(terms=3), Forecast("open", terms=2), Forecast("teacher", terms=2), HOLD])
@@ -122,21 +130,47 @@ def test_a_model_that_breaks_is_refused(rollouts):
     assert attachment_of(rollouts.transformer) is None
 
 
-def test_steering_needs_euler_steps(pipe):
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SAMPLERS = {
+    "UniPC": lambda: UniPCMultistepScheduler(**FLOW),
+    "DPM++": lambda: DPMSolverMultistepScheduler(**FLOW),
+    "DPM++ single": lambda: DPMSolverSinglestepScheduler(final_sigmas_type="sigma_min", **FLOW),
+    "Heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steering_takes_the_samplers_own_steps(name):
+    """What is left of the drift one step later is across all that the velocity could be made of: it is least."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = SAMPLERS[name]()
+    rollouts = Rollouts(pipe, ["cat"], [3], **CALL)
+    computed = [step for step in range(rollouts.num_steps) if step not in (4, 5)]
+    rollout = rollouts.run(skipping(rollouts.fingerprint, computed), Forecast(terms=2, ridge=1e-12))
+    (trace,), (full,) = rollout.traces, rollouts.full
+    for step in (4, 5, 6):
+        left = trace.latents[step + 1] - full.latents[step + 1]
+        terms = [raw for raw in trace.raw[: step + 1] if raw is not None][-2:]
+        for term in (*terms, trace.latents[step]):
+            assert float(left.norm()) > 0 and abs(float((left * term).sum() / left.norm() / term.norm())) < 2e-4
+    with layercache.enabled(pipe, rollout.schedule):
+        picture = pipe("cat", **CALL, generator=generators(1, 3)[0], output_type="np").images
+    assert psnr_of(rollouts.pictures[0], picture) == pytest.approx(list(rollout.psnr), rel=1e-6)
+
+
+def test_steering_needs_linear_steps():
+    """Of a sampler that adds noise the steps are not known; measuring it draws none of the caller's."""
     other = tiny_pipeline()
-    other.scheduler = _Halved.from_config(other.scheduler.config)
+    other.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    torch.manual_seed(0)
+    other("cat", **CALL, generator=generators(1, 1)[0])
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
     rollouts = Rollouts(other, ["cat"], [1], **CALL)
-    assert not rollouts.is_euler
+    assert rollouts.samplers is None and torch.equal(torch.get_rng_state(), state)
     with pytest.raises(CalibrationError, match="teacher"):
         rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast())
     assert rollouts.run(skipping(rollouts.fingerprint, [0, 1, 7]), Forecast("teacher")).quality > 0
-
-
-class _Halved(FlowMatchEulerDiscreteScheduler):
-    """Steps otherwise than Euler."""
-
-    def step(self, velocity, timestep, latents, **kwargs):
-        return super().step(velocity * 0.5, timestep, latents, **kwargs)
 
 
 @pytest.mark.parametrize(("prompts", "seeds", "message"), [([], None, "at least one"), (["cat"], [1, 2], "one seed")])
