@@ -173,9 +173,9 @@ scaled to a shorter side of {", ".join(map(str, SCALES))} pixels.
 
 `python examples/train_demo.py {recipe}`: flow matching
 (`x = (1-t) clean + t noise`, target `noise - clean`), logit-normal t, AdamW {args.lr:g} with cosine decay,
-weight decay {args.weight_decay:g}, EMA {args.ema:g}, null class on {NULL_SHARE:.0%} of the crops, bf16 autocast on GPUs,
-zero-initialised modulation and output layers. Final loss {final:.4f} (mean of the last twentieth, `loss.json`);
-{seconds / 60:.0f} minutes on {args.device}.
+weight decay {args.weight_decay:g}, EMA {args.ema:g}, null class on {NULL_SHARE:.0%} of the crops, bf16 autocast on
+GPUs, zero-initialised modulation and output layers. Final loss {final:.4f} (mean of the last twentieth,
+`loss.json`); {seconds / 60:.0f} minutes on {args.device}.
 
 ![loss](loss.png)
 
