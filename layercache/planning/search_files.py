@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from layercache._utils.checksum import sealed_json
 from layercache._utils.files import check_output_folder, write_atomically
 from layercache._utils.formats import JOURNAL, going_on, read_json
-from layercache.errors import CalibrationError, ScheduleMismatchError
+from layercache._utils.text import shown
+from layercache.errors import CalibrationError, FileFormatError, ScheduleMismatchError
 from layercache.models.registry import config_hash, settings_of
 from layercache.planning.full_run import FullSample
 from layercache.planning.sampler import LinearSampler
@@ -78,6 +79,8 @@ def read_runs(path: str | os.PathLike[str]) -> tuple[str, list[KeptRun]]:
     """
     with going_on(path, JOURNAL):
         data = read_json(path, JOURNAL, VERSION)
+        if data["version"] < VERSION:
+            raise FileFormatError(f"{shown(path)} is of an earlier version, which kept less of the full runs")
         return str(data["search"]), [KeptRun.from_json(run) for run in data["runs"]]
 
 

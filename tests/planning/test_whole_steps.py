@@ -172,18 +172,22 @@ def test_the_cost_is_refused_before_anything_runs(monkeypatch):
 
 
 class Halved(FlowMatchEulerDiscreteScheduler):
-    """A sampler that takes other steps than Euler's."""
+    """A sampler that takes other steps than Euler's, as linear."""
 
     def step(self, model_output, *args, **kwargs):
         return super().step(0.5 * model_output, *args, **kwargs)
 
 
-def test_a_sampler_without_euler_steps_is_searched_too():
-    """What would steer it is not known: forecasts are fitted to the full run's velocity."""
+NOISY = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+
+
+@pytest.mark.parametrize(("scheduler", "goal"), [(Halved(), "steer"), (NOISY, "teacher")])
+def test_other_samplers_are_searched_too(scheduler, goal):
+    """What would steer one that adds noise is not known: forecasts are fitted to the full run's velocity."""
     pipe = tiny_pipeline()
-    pipe.scheduler = Halved.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler
     front = layercache.search(pipe, PROMPTS, budgets=(0.6,), effort="quick", **CALL)
-    assert front.points and "teacher" in front.points[-1].origin
+    assert front.points and goal in front.points[-1].origin
 
 
 def test_memory_limits_the_terms(rollouts):

@@ -83,9 +83,15 @@ def formats(folder: Path) -> list[Format]:
     outcome |= numbers | {"psnr": [40.0], "ssim": [0.9], "lpips": []}
     comparison = {"format": COMPARISON, "version": VERSION, "digest": "01", "pictures": {"a": "b"}}
     comparison |= {"outcomes": [outcome]}
-    for name, load, data in ((JOURNAL, read_runs, journal), (COMPARISON, read_comparison, comparison)):
+    for name, load, data in ((JOURNAL, _runs, journal), (COMPARISON, read_comparison, comparison)):
         found.append(Format(name, load, sealed_json(json.dumps(data) + "\n").encode()))
     return found
+
+
+def _runs(path: Path) -> Any:
+    """What `read_runs` found, as values that can be compared."""
+    search, runs = read_runs(path)
+    return search, [run.to_json() for run in runs]
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
