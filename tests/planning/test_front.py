@@ -28,7 +28,7 @@ CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(2)
 
 
 @pytest.fixture(scope="module")

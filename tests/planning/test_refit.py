@@ -18,13 +18,13 @@ COMPUTED = [0, 1, 3, 4, 7]
 
 @pytest.fixture(scope="module")
 def fitted():
-    rollouts = Rollouts(tiny_pipeline(), PROMPTS, SEEDS, **CALL)
+    rollouts = Rollouts(tiny_pipeline(2), PROMPTS, SEEDS, **CALL)
     return rollouts.run(skipping(rollouts.fingerprint, COMPUTED), Forecast(terms=2)).schedule
 
 
 def test_other_weights_get_other_coefficients(fitted):
     """As a run of the same steps fits them, and nearer to the changed model's full run than the old ones."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(2)
     with torch.no_grad():
         for block in pipe.transformer.transformer_blocks:
             block.attn.to_out[0].weight.mul_(3.0)
@@ -38,7 +38,7 @@ def test_other_weights_get_other_coefficients(fitted):
 
 
 def test_another_number_of_steps_computes_as_large_a_share(fitted):
-    point = layercache.refit(tiny_pipeline(), fitted, ["cat"], progress=False, **CALL | {"num_inference_steps": 16})
+    point = layercache.refit(tiny_pipeline(2), fitted, ["cat"], progress=False, **CALL | {"num_inference_steps": 16})
     assert point.schedule.num_steps == 16 and point.used == pytest.approx(5 / 8)
     assert path_of(fitted, fitted.fingerprint.sigmas).nonzero()[0].tolist() == COMPUTED
     finer = path_of(fitted, np.linspace(1.0, 0.0, 17))

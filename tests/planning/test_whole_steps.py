@@ -23,7 +23,7 @@ COUNTS = [21, 18, 15, 9, 6]  # of 30 steps, the budgets .7 .6 .5 .33 .2
 @pytest.fixture(scope="module")
 def rollouts():
     return Rollouts(
-        tiny_pipeline(), [["cat", "coffee"], "rocket"], [3, 4, 5], num_inference_steps=8, guidance_scale=3.0
+        tiny_pipeline(2), [["cat", "coffee"], "rocket"], [3, 4, 5], num_inference_steps=8, guidance_scale=3.0
     )
 
 
@@ -118,7 +118,7 @@ PROMPTS, CALL = [["cat", "coffee"], "rocket"], {"num_inference_steps": 8, "guida
 
 def test_the_front_of_a_search():
     """Without a profile: of at most the effort's pictures and generations, and it holds on the pipeline."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(2)
     front = layercache.search(pipe, [["cat"] * 5, ["rocket"] * 9], budgets=(0.6, 0.3), effort="quick", **CALL)
     assert [len(point.psnr) for point in front.points] == [8] * len(front.points)
     assert "8 pictures, 32.0 full generations in all" in front.notes
@@ -141,12 +141,12 @@ def test_an_interrupted_search_keeps_what_it_found(monkeypatch):
 
     original = Rollouts.run
     monkeypatch.setattr(Rollouts, "run", run)
-    front = layercache.search(tiny_pipeline(), PROMPTS, budgets=(0.6,), effort="quick", **CALL)
+    front = layercache.search(tiny_pipeline(2), PROMPTS, budgets=(0.6,), effort="quick", **CALL)
     assert "it was interrupted after 2 schedules" in front.notes and front.points
 
 
 def test_a_time_limit_ends_a_search():
-    front = layercache.search(tiny_pipeline(), PROMPTS, budgets=(0.6,), effort="quick", time_limit=0.0, **CALL)
+    front = layercache.search(tiny_pipeline(2), PROMPTS, budgets=(0.6,), effort="quick", time_limit=0.0, **CALL)
     assert "the time limit of 0 s ended it after 1 schedules" in front.notes
 
 
@@ -160,11 +160,11 @@ def test_a_time_limit_ends_a_search():
 )
 def test_what_cannot_be_searched_is_refused(given, message):
     with pytest.raises((ArgumentError, BudgetError), match=message):
-        layercache.search(tiny_pipeline(), PROMPTS, **given, **CALL)
+        layercache.search(tiny_pipeline(2), PROMPTS, **given, **CALL)
 
 
 def test_the_cost_is_refused_before_anything_runs(monkeypatch):
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(2)
     monkeypatch.setattr(type(pipe.transformer), "forward", None)
     with pytest.raises(BudgetError, match=r"8 pictures and 7 budgets cost 36.0 full generations at least"):
         budgets = [k / 8 for k in range(1, 8)]
@@ -184,7 +184,7 @@ NOISY = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
 @pytest.mark.parametrize(("scheduler", "goal"), [(Halved(), "steer"), (NOISY, "teacher")])
 def test_other_samplers_are_searched_too(scheduler, goal):
     """What would steer one that adds noise is not known: forecasts are fitted to the full run's velocity."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(2)
     pipe.scheduler = scheduler
     front = layercache.search(pipe, PROMPTS, budgets=(0.6,), effort="quick", **CALL)
     assert front.points and goal in front.points[-1].origin
@@ -202,7 +202,7 @@ class Killed(BaseException):
 def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
     """Killed as a file would be written, behind the first full run and behind two schedules: nothing runs twice."""
     prompts, settings = ["cat", "rocket"], {"budgets": (0.5,), "effort": "quick", **CALL, "num_inference_steps": 6}
-    expected = layercache.search(tiny_pipeline(), prompts, **settings)
+    expected = layercache.search(tiny_pipeline(2), prompts, **settings)
     write, run, runs = search_files.write_atomically, Rollouts.run, []
     monkeypatch.setattr(Rollouts, "run", lambda self, *given: runs.append(given) or run(self, *given))
 
@@ -220,14 +220,14 @@ def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
         folder = tmp_path / str(files)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(search_files, "write_atomically", killed_behind(files))
-            layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
+            layercache.search(tiny_pipeline(2), prompts, resume=folder, **settings)
         runs.clear()
-        found = layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
+        found = layercache.search(tiny_pipeline(2), prompts, resume=folder, **settings)
         assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [
             (p.psnr, p.expected, p.schedule.velocities) for p in expected.points
         ]
         assert len(runs) == expected.tried - 1 - schedules
-    layercache.search(tiny_pipeline(), prompts, resume=folder, **settings)
+    layercache.search(tiny_pipeline(2), prompts, resume=folder, **settings)
     assert len(runs) == expected.tried - 1 - schedules
     with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):
-        layercache.search(tiny_pipeline(), ["cat"], resume=folder, **settings)
+        layercache.search(tiny_pipeline(2), ["cat"], resume=folder, **settings)

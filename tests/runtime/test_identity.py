@@ -277,14 +277,14 @@ def check(seed: int) -> Case:
     return case
 
 
-@pytest.mark.parametrize("first", range(0, 1000, 250))
+@pytest.mark.parametrize("first", range(0, 600, 150))
 def test_random_sequences(first):
-    ordinary = [check(seed) for seed in range(first, first + 250)]
-    assert sum(case.is_ordinary for case in ordinary) > 40, "their reuse is counted"
+    ordinary = [check(seed) for seed in range(first, first + 150)]
+    assert sum(case.is_ordinary for case in ordinary) > 24, "their reuse is counted"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 11000, 1000))
+@pytest.mark.parametrize("first", range(600, 10600, 1000))
 def test_many_random_sequences(first):
     for seed in range(first, first + 1000):
         check(seed)

@@ -44,7 +44,16 @@ def refused(code: int, *arguments: object) -> str:
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """The pipeline that ``--model demo`` gets."""
-    pipe = tiny.tiny_pipeline()
+    return loaded(monkeypatch, tiny.tiny_pipeline())
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The same of two layers, for what generates many pictures."""
+    return loaded(monkeypatch, tiny.tiny_pipeline(2))
+
+
+def loaded(monkeypatch, pipe):
     monkeypatch.setattr(pipeline, "load_demo_pipeline", lambda device=None: pipe)
     return pipe
 
@@ -470,14 +479,14 @@ def check_demo(output, figures, seeds: int) -> None:
     assert figures["settings"]["steps"] == 10 and figures["machine"]["versions"]["torch"]
 
 
-def test_demo_on_a_tiny_model(tiny_demo, tmp_path):
-    result = demo.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=tiny_demo)
+def test_demo_on_a_tiny_model(small_demo, tmp_path):
+    result = demo.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=small_demo)
     check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=5)
     assert len(result.profile.samples) == 2
     # the seeds that are compared are not among those that were calibrated on
     assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 5", "seed 6"]
     assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3, 3]
-    assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(tiny_demo, result), abs=0.05)
+    assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(small_demo, result), abs=0.05)
 
 
 def psnr_one_by_one(pipe, result) -> list[float]:
@@ -535,7 +544,7 @@ def plan_front(tmp_path, *more):
     return invoke("search", "-o", front, *settings, *more), front
 
 
-def test_front_from_search_to_picture(tiny_demo, tmp_path):
+def test_front_from_search_to_picture(small_demo, tmp_path):
     result, front = plan_front(tmp_path, "--json", tmp_path / "figures.json")
     assert result.exit_code == 0, result.output
     assert "PSNR in dB of 2 held-out pictures" in result.stdout
@@ -562,7 +571,7 @@ def test_front_from_search_to_picture(tiny_demo, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_what_a_search_says_and_leaves(tiny_demo, tmp_path):
+def test_what_a_search_says_and_leaves(small_demo, tmp_path):
     front = tmp_path / "front.json"
     settings = ("--steps", STEPS, "--effort", "quick", "--samples", 2, "--validation", 1, "--budgets", "0.5")
     result = invoke("search", "-o", front, *settings)
@@ -574,7 +583,7 @@ def test_what_a_search_says_and_leaves(tiny_demo, tmp_path):
     assert (front.with_suffix(".search") / "runs.json").exists()
 
 
-def test_refit_of_a_schedule_from_a_front(tiny_demo, tmp_path):
+def test_refit_of_a_schedule_from_a_front(small_demo, tmp_path):
     _, front = plan_front(tmp_path)
     schedule, refitted = tmp_path / "schedule.json", tmp_path / "refitted.json"
     least = f"{min(layercache.Front.load(front).points[-1].likely) - 1:.2f}"
@@ -599,7 +608,7 @@ def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
     assert "not whole" in refused(1, "plan", front, "--budget", 0.5)
 
 
-def test_the_search_by_its_old_name_still_runs(tiny_demo, profile_file, tmp_path):
+def test_the_search_by_its_old_name_still_runs(small_demo, profile_file, tmp_path):
     more = ("--samples", 1, "--validation", 0, "--steps", STEPS, "--effort", "quick", "-o", tmp_path / "f.json")
     result = invoke("plan", profile_file, "--pareto", "--budgets", "0.75", *more)
     assert result.exit_code == 0 and "is 'layercache search' now" in result.output

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import layercache
 from layercache._utils.metrics import psnr, ssim
-from layercache.demo.pipeline import load_demo_pipeline
 from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
 from layercache.methods.fixed import Uniform
 from layercache.runtime.attachment import attachment_of
@@ -28,6 +27,7 @@ from layercache.tools.compare.report import comparison_table, failures, save_com
 from layercache.tools.compare.run import Comparison, Counter, Outcome
 from support.marks import slow
 from support.text import plain_text
+from support.tiny import tiny_pipeline
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 STEPS = 8
@@ -37,9 +37,7 @@ PROMPTS, SEEDS = [["cat", "coffee"], ["rocket"]], [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_demo_pipeline("cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(4)
 
 
 @pytest.fixture(scope="module")
