@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,20 @@ def test_no_modules_import_each_other_in_a_circle(graph):
         ):
             circles.append(module)
     assert not circles
+
+
+def test_files_and_functions_are_short():
+    """500 lines a file, unless its head says why it is longer; 80 a function."""
+    root = Path(layercache.__file__).parents[1]
+    long = []
+    for path in (path for room in ("layercache", "kernels", "csrc") for path in (root / room).rglob("*.*")):
+        if path.suffix not in (".py", ".cpp", ".hpp", ".inl"):
+            continue
+        text = path.read_text()
+        lines = text.splitlines()
+        if len(lines) > 500 and "longer than others" not in " ".join(lines[:6]):
+            long.append(path.name)
+        if path.suffix == ".py":
+            functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+            long += [f"{path.name}: {f.name}" for f in functions if (f.end_lineno or 0) - f.lineno >= 80]
+    assert not long

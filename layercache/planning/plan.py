@@ -106,13 +106,12 @@ def plan(
 ) -> Schedule:
     """A schedule for a budget: from a profile by its error tables, or from a front of schedules that were run.
 
-    From a `layercache.Front` the best of what `layercache.search` found is taken, and only ``budget``, ``speedup``
-    and ``min_psnr`` count. From a profile it is planned: the error of caching group g at step i, m steps
-    after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| * error(i, g, m, K)) ** gamma``; its sum is kept
-    low, over the steps at which the transformer runs. Source: methods.md §1.5 (option D), §1.6, §1.7.
+    From a front the best of what `layercache.search` found is taken, and only the targets count. From a profile: the
+    error of caching group g at step i, m steps after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| *
+    error(i, g, m, K)) ** gamma``; its sum is kept low. Source: methods.md §1.5 (option D), §1.6, §1.7.
 
     Args:
-        profile: from `layercache.calibrate`, or a front from `layercache.search`.
+        profile: what to plan from.
         budget: largest share of the block time that is computed, in (0, 1].
         speedup: instead of a budget, the speedup of the denoising loop to reach, by the measured seconds.
         full_steps: instead of a budget, in equivalent full steps: ``budget * N``, of the steps that are run.
@@ -120,12 +119,11 @@ def plan(
         percentile: what ``min_psnr`` is asked of instead of the mean, 0 to 100.
         max_cache_bytes: most bytes of stored residuals, all branches together, at the batch that was calibrated.
         spans: spans K of the secant to choose from; empty means plain reuse only.
-        history: computed steps whose residuals are kept, the newest included.
+        history: how many computed steps' residuals are kept.
         max_run: longest run of cached steps of a group.
         protect_first, protect_last: steps at the ends always computed; default max(3, N/10); 1, or 2 above 28 steps.
         tau: smallest relative gain over plain reuse for which a span is taken.
-        gamma: above 1, single large errors weigh more (peak suppression).
-        kappa: standard deviations over the samples added to the mean error.
+        gamma, kappa: above 1, single large errors weigh more; standard deviations over the samples added to the mean.
         text_weight: weight of the text stream's error.
         sensitivity: weigh errors by their effect on the velocity; by default if that was measured.
         per_branch: decide for every guidance branch on its own, which guidance amplifies (methods.md §17.2).
@@ -139,10 +137,8 @@ def plan(
         ScheduleError: another setting is out of range.
     """
     expect("layercache.plan", profile, StabilityProfile, Front)
-    _check_target(profile, {"budget": budget, "full_steps": full_steps, "speedup": speedup, "min_psnr": min_psnr})
-    budget = _share_of(profile, full_steps) if full_steps is not None else budget
-    if percentile is not None and not isinstance(profile, Front):
-        raise BudgetError("percentile belongs to min_psnr, which needs a front", argument="percentile")
+    _check_target(profile, percentile, budget=budget, full_steps=full_steps, speedup=speedup, min_psnr=min_psnr)
+    budget = budget if full_steps is None else _share_of(profile, full_steps)
     if isinstance(profile, Front):
         return profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile).schedule
     config = PlanConfig(
@@ -185,7 +181,7 @@ def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int)
     )
 
 
-def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | None]) -> None:
+def _check_target(profile: StabilityProfile | Front, percentile: float | None, **targets: float | None) -> None:
     if isinstance(profile, Front):
         return check_one_target(targets, targets)
     if [name for name, value in targets.items() if value is not None] == ["min_psnr"]:
@@ -194,6 +190,8 @@ def _check_target(profile: StabilityProfile | Front, targets: dict[str, float | 
         )
     more = "; min_psnr is for a front of measured schedules (layercache.search)"
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
+    if percentile is not None:
+        raise BudgetError("percentile belongs to min_psnr, which needs a front", argument="percentile")
 
 
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:
