@@ -77,29 +77,39 @@ class Forecast:
 HOLD = Forecast("none", terms=1, latents=False, free_sum=False, everywhere=False)
 
 
-def fit_velocity(
-    forecast: Forecast,
+def products_of(
     step: int,
-    sources: Sequence[int],
     features: Sequence[Sequence[torch.Tensor]],
     latents: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-) -> Velocity:
-    """The combination of velocities that comes nearest to the targets, over all samples and elements.
+) -> np.ndarray:
+    """Mean products, over the elements, of every picture's velocities, latents and target, ``[P, n + 2, n + 2]``.
 
     Args:
-        forecast: what may be combined.
         step: for messages.
-        sources: the step of each feature, newest first.
-        features: per sample, the velocity of each source, ``[B, ...]``.
-        latents: per sample, x.
+        features: per sample, n velocities, ``[B, ...]`` each.
+        latents: per sample.
         targets: per sample, what the velocity should have been.
-
-    Only the inner products of terms and target are kept, per picture, in float64. A matrix without full rank (one
-    sample, equal velocities, velocities of zero) gives the shortest correction.
 
     Raises:
         CalibrationError: a velocity or target is not finite.
+    """
+    samples = list(zip(features, latents, targets, strict=True))
+    found = np.concatenate([inner_products([*own, x, target]) / x[0].numel() for own, x, target in samples])
+    if not np.isfinite(found).all():
+        raise CalibrationError(f"a velocity at step {step} is NaN or infinite; no forecast can be fitted to this run")
+    return found
+
+
+def solve_velocity(forecast: Forecast, sources: Sequence[int], products: np.ndarray) -> Velocity:
+    """The combination of velocities that comes nearest to the targets, over all pictures and elements.
+
+    A matrix without full rank (one picture, equal velocities, velocities of zero) gives the shortest correction.
+
+    Args:
+        forecast: what may be combined.
+        sources: the step of each velocity, newest first.
+        products: `products_of` the pictures.
     """
     names = [("d", k) for k in range(1, len(sources))]
     names += [("b", 0)] if forecast.free_sum else []
@@ -113,11 +123,7 @@ def fit_velocity(
         row[{"d": k, "b": 0, "a": count}[kind]] = 1.0
         row[0] -= kind == "d"
     rows[-1, [0, -1]] = -1.0, 1.0
-    samples = zip(features, latents, targets, strict=True)
-    grams = np.concatenate([inner_products([*own[:count], x, target]) for own, x, target in samples])
-    if not np.isfinite(grams).all():
-        raise CalibrationError(f"a velocity at step {step} is NaN or infinite; no forecast can be fitted to this run")
-    found = rows @ grams @ rows.T
+    found = rows @ products @ rows.T
     solution = dict(zip(names, solve_weighted(found, forecast.ridge, forecast.weighting), strict=True))
     coefficients = {source: solution.get(("d", k), 0.0) for k, source in enumerate(sources)}
     coefficients[sources[0]] = 1.0 - sum(coefficients.values()) + solution.get(("b", 0), 0.0)

@@ -1,18 +1,22 @@
-"""The router of a full run on calibration pictures."""
+"""The router of a full run, and what it recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
+from layercache._utils.compat import scheduler_sigmas
 from layercache._utils.timer import Timer
+from layercache.errors import CalibrationError
 from layercache.models.spec import ModelSpec
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.trace import Trace
+from layercache.planning.trace import Trace, on_host
 from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.recording import RecordingRouter
@@ -53,12 +57,22 @@ class _TimedPass(BlockPass):
 
 
 class FullRun(RecordingRouter):
-    """Notes the branches of a full run, the bytes of their streams, image and text, and the seconds of its forwards."""
+    """Records a generation that is computed in full.
+
+    Attributes:
+        trace: latents and velocities, in the host's memory; on a GPU they are there once it is synchronised.
+        branches: bytes of the streams, image and text, by guidance branch.
+        sigmas: N + 1 noise levels, from the first step on.
+    """
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, scheduler)
+        self.trace = Trace()
         self.branches: dict[str, tuple[int, int]] = {}
+        self.sigmas: tuple[float, ...] = ()
         self.clock = Timer(next(self.transformer.parameters()).device)
+        self._sampler: LinearSampler | None = None
+        self._forwards: list[int] = []
 
     def new_pass(self) -> BlockPass:
         return _TimedPass(self)
@@ -70,12 +84,51 @@ class FullRun(RecordingRouter):
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
         self.clock.mark("outside")
 
-    def seconds(self, num_steps: int) -> tuple[float, float]:
-        """Median seconds of a step, in the blocks and in the rest of the model; waits for the device."""
+    def look(self, group: int, before: Any, after: Any) -> None:
+        image, text = after
+        self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
+
+    def note_step(self, velocity: torch.Tensor, latents: torch.Tensor) -> None:
+        """The sampler is about to take a step."""
+        scheduler = self.identity.scheduler
+        self._forwards.append(self.forwards)
+        if not self.trace.raw:
+            self.sigmas = scheduler_sigmas(scheduler) or ()
+            self._sampler = LinearSampler.of(scheduler, len(self.sigmas) - 1)
+        self.trace.add(on_host(latents), on_host(velocity))
+
+    def sample(self, pictures: np.ndarray) -> FullSample:
+        """What was recorded of a generation that gave these pictures, ``[B, ...]``; waits for the device.
+
+        Raises:
+            CalibrationError: the sampler took other steps than its noise levels say, or another model ran some.
+        """
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # `on_host`
+        steps, trace = len(self.sigmas) - 1, self.trace
+        if len(trace.raw) != steps:
+            raise CalibrationError(
+                f"the sampler was stepped {len(trace.raw)} times for {steps} steps; rollouts need a scheduler with "
+                "sigmas that is stepped once per step"
+            )
+        _check_alone(self._forwards)
+        trace.taken = [velocity for velocity in trace.raw if velocity is not None]
+        sampler = self._sampler if self._sampler is not None and self._sampler.is_of(trace) else None
+        return FullSample(trace, pictures, self.branches, self._seconds(steps), self.sigmas, sampler)
+
+    def _seconds(self, num_steps: int) -> tuple[float, float]:
+        """Median seconds of a step, in the blocks and in the rest of the model."""
         totals = self.clock.totals()
         blocks, rest = ([totals.get((part, step), 0.0) for step in range(num_steps)] for part in ("blocks", "rest"))
         return median(blocks), median(rest)
 
-    def look(self, group: int, before: Any, after: Any) -> None:
-        image, text = after
-        self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
+
+def _check_alone(forwards: Sequence[int]) -> None:
+    """``forwards`` of the transformer until the end of each step: they rise, unless another one runs the step."""
+    others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
+    if others:
+        raise CalibrationError(
+            f"the pipeline runs another transformer at step {', '.join(others)}, and rollouts (search, refitting, "
+            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
+            "transformer=...), budget)"
+        )

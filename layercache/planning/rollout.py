@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.models.registry import find_transformer, fingerprint_of, spec_for
-from layercache.planning.fit import Forecast, fit_velocity
+from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import arguments_of, call_settings
+from layercache.planning.samples import arguments_of, call_settings, copied, pictures_in
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
-from layercache.planning.trace import Trace, near, on_host
+from layercache.planning.trace import Trace, near
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from layercache.planning.search_files import SearchFiles
 
 PSNR_LIMIT = 100.0
+Products = Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Rollout:
         schedule: with the velocities that were fitted on the way.
         psnr: per picture, in dB, against the full run; at most 100.
         traces: per sample.
+        products: that each fitted step was solved from, `layercache.planning.fit.products_of` all its pictures.
     """
 
     schedule: Schedule
     psnr: tuple[float, ...]
     traces: tuple[Trace, ...] = field(repr=False, default=())
+    products: Products = field(repr=False, default_factory=dict)
 
     @property
     def quality(self) -> float:
@@ -85,6 +87,8 @@ class Rollouts:
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
         files: where full runs are kept, so that a search that was stopped can go on.
+        full: the samples' full runs, where they are known; one per entry of ``prompts``, which then are mappings of
+            arguments, each with the generator or generators that its call began with.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
@@ -108,6 +112,7 @@ class Rollouts:
         seeds: Sequence[int] | None = None,
         on_cost: Callable[[float], object] | None = None,
         files: SearchFiles | None = None,
+        full: Sequence[FullSample] | None = None,
         **call: Any,
     ):
         self.transformer = find_transformer(pipe)
@@ -125,7 +130,7 @@ class Rollouts:
             )
         self.pipeline, self.on_cost, self.files = pipe, on_cost, files
         self.prompts = list(prompts)
-        self.seeds = _seeds_of(self.prompts, seeds)
+        self.seeds = _seeds_of(self.prompts, seeds) if full is None else [[0] * len(one.pictures) for one in full]
         self.call = dict(call)
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
@@ -140,7 +145,7 @@ class Rollouts:
         self.seconds = (0.0, 0.0)
         self.sigmas: tuple[float, ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
-        self._run_in_full()
+        self._take(full)
 
     @property
     def num_steps(self) -> int:
@@ -170,12 +175,13 @@ class Rollouts:
             stored_bytes(schedule, streams, trace.latents[0].nbytes, self.spec.text_leaves) for streams, trace in pairs
         )
 
-    def run(self, schedule: Schedule, forecast: Forecast | None = None) -> Rollout:
+    def run(self, schedule: Schedule, forecast: Forecast | None = None, more: Products | None = None) -> Rollout:
         """Runs a schedule on all samples.
 
         Args:
             schedule: its velocities are taken as they are, unless they are to be fitted.
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
+            more: of other pictures on which the same steps were fitted (`Rollout.products`), which count as these do.
 
         Raises:
             CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler whose steps are not linear.
@@ -185,7 +191,7 @@ class Rollouts:
                 "velocities can only be steered where the sampler's steps are linear in them, without noise of their "
                 "own; fit to 'teacher' instead"
             )
-        run = RolloutRun(self, schedule, forecast)
+        run = RolloutRun(self, schedule, forecast, more or {})
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
         pictures = self._perform(routers, run.answer, self._clones, self._calls())
         self.runs += 1
@@ -196,11 +202,13 @@ class Rollouts:
         velocities = tuple(run.velocities)
         if all(velocity is None for velocity in velocities):
             velocities = ()
-        return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces)
+        return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces, run.products)
 
-    def _run_in_full(self) -> None:
-        found = [self._full_run(sample) for sample in range(len(self.prompts))]
+    def _take(self, full: Sequence[FullSample] | None) -> None:
+        """Keeps the full runs that are given, or makes them."""
+        found = [self._full_run(sample) for sample in range(len(self.prompts))] if full is None else list(full)
         self.runs += 1
+        self.sigmas = found[0].sigmas
         self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
         self.branches = tuple(found[0].branches)
         self._streams = [one.branches for one in found]
@@ -212,38 +220,20 @@ class Rollouts:
         """The full run of a sample: from the files of a search that was stopped, or made now."""
         kept = self.files.sample(sample) if self.files is not None else None
         if kept is not None:
-            self.sigmas = kept.sigmas
             self._note(len(self.seeds[sample]))
             return kept
-        watcher, trace = FullRun(self.transformer, self.spec, self._clones[sample].scheduler), Trace()
-        forwards: list[int] = []
-        sampler: LinearSampler | None = None
+        scheduler, pictures = self._clones[sample].scheduler, len(self.seeds[sample])
+        watcher = FullRun(self.transformer, self.spec, scheduler)
 
         def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-            nonlocal sampler
-            scheduler = self._clones[sample].scheduler
-            forwards.append(watcher.forwards)
-            self.sigmas = self.sigmas or scheduler_sigmas(scheduler) or ()
-            if not trace.raw:
-                sampler = LinearSampler.of(scheduler, self.num_steps)
-            if self.sigmas:
-                self._note(len(self.seeds[sample]) / self.num_steps)
             ((velocity, latents),) = items
-            trace.add(on_host(latents), on_host(velocity))
+            watcher.note_step(velocity, latents)
+            if watcher.sigmas:
+                self._note(pictures / (len(watcher.sigmas) - 1))
             return [velocity]
 
-        (pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # `on_host`
-        trace.taken = [velocity for velocity in trace.raw if velocity is not None]
-        if len(trace.raw) != self.num_steps:
-            raise CalibrationError(
-                f"the sampler was stepped {len(trace.raw)} times for {self.num_steps} steps; rollouts need a "
-                "scheduler with sigmas that is stepped once per step"
-            )
-        _check_alone(forwards)
-        sampler = sampler if sampler is not None and sampler.is_of(trace) else None
-        found = FullSample(trace, pictures, watcher.branches, watcher.seconds(self.num_steps), self.sigmas, sampler)
+        (found_pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
+        found = watcher.sample(found_pictures)
         if self.files is not None:
             self.files.keep_sample(sample, found)
         return found
@@ -262,25 +252,27 @@ class Rollouts:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
-        return [_pictures(result) for result in results]
+        return [pictures_in(result) for result in results]
 
     def _calls(self) -> list[dict[str, Any]]:
         calls = []
         for prompt, seeds in zip(self.prompts, self.seeds, strict=True):
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            one = generators if isinstance(prompt, (list, tuple)) else generators[0]
-            calls.append(self.call | arguments_of(prompt) | {"generator": one})
+            one: Any = generators if isinstance(prompt, (list, tuple)) else generators[0]
+            arguments = arguments_of(prompt)
+            calls.append(self.call | arguments | {"generator": copied(arguments.get("generator", one))})
         return calls
 
 
 class RolloutRun:
     """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
 
-    def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None):
+    def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
         self.samplers, self.full, self.note_cost = rollouts.samplers, rollouts.full, rollouts.note_cost
         self.schedule, self.forecast = schedule, forecast
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
+        self.more, self.products = more, dict[int, np.ndarray]()
 
     def answer(self, step: int, items: list[tuple[Any, Any]]) -> list[Any]:
         runs = not self.schedule.is_skipped(step)
@@ -310,7 +302,11 @@ class RolloutRun:
             targets = [sampler.wanted(trace, full, step) for sampler, trace, full in triples]
         else:
             targets = [near(full.taken[step], x) for full, x in zip(self.full, latents, strict=True)]
-        return fit_velocity(forecast, step, sources, features, latents, targets)  # type: ignore[arg-type]
+        products = products_of(step, features, latents, targets)  # type: ignore[arg-type]
+        if step in self.more:
+            products = np.concatenate([self.more[step], products])
+        self.products[step] = products
+        return solve_velocity(forecast, sources, products)
 
     def _has_drifted(self, step: int) -> bool:
         return any(
@@ -366,17 +362,6 @@ def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
     return velocities
 
 
-def _check_alone(forwards: Sequence[int]) -> None:
-    """``forwards`` of the transformer until the end of each step: they rise, unless another one runs the step."""
-    others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
-    if others:
-        raise CalibrationError(
-            f"the pipeline runs another transformer at step {', '.join(others)}, and rollouts (search, refitting, "
-            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
-            "transformer=...), budget)"
-        )
-
-
 def _pausable(clone: Any, call: dict[str, Any]) -> PausableRun:
     def generate() -> Any:
         with paused_at_steps(clone.scheduler, pausable):
@@ -394,19 +379,6 @@ def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[
         raise CalibrationError(f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds")
     edges = np.cumsum([0, *counts])
     return [given[lo:hi] for lo, hi in pairwise(edges.tolist())]
-
-
-def _pictures(result: Any) -> np.ndarray:
-    """Pictures or frames of a pipeline's result, ``[B, ...]`` in 0..1."""
-    for name in ("images", "frames"):
-        if hasattr(result, name):
-            result = getattr(result, name)
-            break
-    else:
-        result = result[0] if isinstance(result, tuple) else result
-    if isinstance(result, torch.Tensor):
-        result = result.float().cpu().numpy()
-    return np.stack([np.asarray(picture, dtype=np.float64) for picture in result])
 
 
 def psnr_of(reference: np.ndarray, pictures: np.ndarray) -> list[float]:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,3 +77,31 @@ def call_settings(call: Mapping[str, Any]) -> dict[str, Any]:
     return ({"guidance": [f"{name} {value:g}" for name, value in guidance.items()]} if guidance else {}) | (
         {"size": size} if size else {}
     )
+
+
+def copied(generator: Any) -> Any:
+    """A generator, or a list of them, that draws from its present state on and leaves the original as it is."""
+    if isinstance(generator, (list, tuple)):
+        return [copied(one) for one in generator]
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return copy
+
+
+def pictures_in(result: Any) -> np.ndarray:
+    """Pictures or frames of a pipeline's result, ``[B, ...]``, in 0..1 (latents as they are)."""
+    for name in ("images", "frames"):
+        if hasattr(result, name):
+            result = getattr(result, name)
+            break
+    else:
+        result = result[0] if isinstance(result, tuple) else result
+    if isinstance(result, torch.Tensor):
+        result = result.float().cpu().numpy()
+    return np.stack([_numbers(picture) for picture in result])
+
+
+def _numbers(picture: Any) -> np.ndarray:
+    """A picture, or the list of a video's frames, as float64; 8-bit values as shares of 255."""
+    values = np.asarray(picture)
+    return values / 255.0 if values.dtype == np.uint8 else values.astype(np.float64)

@@ -5,10 +5,14 @@ import pytest
 import torch
 
 from layercache.errors import CalibrationError, ScheduleError
-from layercache.planning.fit import HOLD, Forecast, fit_velocity, solve_ridge
+from layercache.planning.fit import HOLD, Forecast, products_of, solve_ridge, solve_velocity
 from support.weighted_fit import weighted
 
 SHAPE = (2, 16, 8)
+
+
+def fit_velocity(forecast, step, sources, *tensors):
+    return solve_velocity(forecast, sources, products_of(step, *tensors))
 
 
 def tensors(count, seed=0):
