@@ -58,6 +58,8 @@ __all__ = ["__version__", *sorted(_HOMES)]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'layercache' has no attribute {name!r}")
+    if name in ("enable", "enabled"):  # it registers what is run where no plan is given
+        importlib.import_module("layercache.planning.learn")
     value = getattr(importlib.import_module(f"layercache.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

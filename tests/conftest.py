@@ -34,6 +34,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learnt in a test is known to no other."""
+    monkeypatch.setenv("LAYERCACHE_HOME", str(tmp_path / "layercache home"))
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, so that a result which was never written cannot look right by accident."""

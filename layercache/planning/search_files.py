@@ -178,20 +178,27 @@ class SearchFiles:
 
 def identity_of(rollouts: Rollouts) -> str:
     """Digest of what a search is of: the model, its sampler, the samples, the arguments of every call."""
-    transformer = rollouts.transformer
-    digest = hashlib.sha256()
+    model = model_identity(rollouts.transformer, rollouts.pipeline.scheduler)
+    return digest_of([*model, rollouts.prompts, rollouts.seeds, dict(sorted(rollouts.call.items()))])
+
+
+def model_identity(transformer: Any, scheduler: Any) -> list[Any]:
+    """What `digest_of` is to take of a model with its weights, and of its sampler with its settings."""
     # a number of each: other weights, or an adapter fused into them, change some
     weights = [p.detach().flatten()[:1].float().cpu() for p in transformer.parameters() if not p.is_meta]
     model = [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
-    scheduler = rollouts.pipeline.scheduler
     settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
-    sampler = [type(scheduler).__name__, settings]
-    _feed(digest, [model, sampler, rollouts.prompts, rollouts.seeds, dict(sorted(rollouts.call.items()))])
+    return [model, [type(scheduler).__name__, settings]]
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits of everything that a value holds, tensors and pictures by their content."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
     return digest.hexdigest()[:16]
 
 
 def _feed(digest: Any, value: Any) -> None:
-    """Everything that a value holds, tensors and pictures by their content."""
     if isinstance(value, Mapping):
         value = list(value.items())
     if isinstance(value, torch.Tensor):

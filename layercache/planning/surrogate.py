@@ -51,6 +51,11 @@ def full_grams(rollouts: Rollouts) -> np.ndarray:
     return np.stack(found)
 
 
+USUAL_SIGMAS = (0.0, 0.1, 0.56, 0.87, 1.0)
+USUAL_KAPPA, USUAL_ETA = (0.1, 0.1, 0.5, 1.0, 2.0), (0.2, 0.2, 0.7, 1.4, 2.5)
+"""kappa and eta times sigma as the bundled model and two others of 12 and 28 blocks answered, about their mean."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """How the model answers a drift e of the latents: ``F_i = v_i + kappa_i e + eta_i |e| xi``.
@@ -78,6 +83,15 @@ class Answers:
         share = len(measured) / (len(measured) + 1)
         kappa, log_eta = (np.median(v, axis=0) + share * (v - np.median(v, axis=0)) for v in (kappa, log_eta))
         return cls(kappa, np.exp(log_eta))
+
+    @classmethod
+    def usual(cls, sigmas: Sequence[float], pictures: int) -> Answers | None:
+        """What models are likely to answer between N + 1 noise levels of flow matching; ``None`` for other levels."""
+        levels = np.asarray(sigmas[:-1], float)
+        if levels.max() > 1.0 + 1e-6:
+            return None
+        kappa, eta = (np.interp(levels, USUAL_SIGMAS, v) / np.maximum(levels, 1e-2) for v in (USUAL_KAPPA, USUAL_ETA))
+        return cls(np.tile(kappa, (pictures, 1)), np.tile(eta, (pictures, 1)))
 
 
 def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from layercache.errors import BudgetError
+from layercache.errors import BudgetError, CalibrationError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Point, quality
-from layercache.planning.rollout import Rollout, Rollouts, skipping
+from layercache.planning.rollout import Products, Rollout, Rollouts, skipping
 from layercache.planning.search_files import KeptRun
 from layercache.planning.surrogate import (
     Answers,
@@ -104,10 +104,19 @@ class WholeStepSearch:
         seed: of the order in which exchanges are tried in the surrogate.
         terms: velocities that a forecast combines.
         tail: weight of the 10 % quantile beside the mean.
+        answers: to drift, that are taken for the model's own until it has shown some.
     """
 
-    def __init__(self, rollouts: Rollouts, seconds: float = 1.0, seed: int = 0, terms: int = TERMS, tail: float = TAIL):
-        self.rollouts, self.seconds, self.seed, self.tail = rollouts, seconds, seed, tail
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        seconds: float = 1.0,
+        seed: int = 0,
+        terms: int = TERMS,
+        tail: float = TAIL,
+        answers: Answers | None = None,
+    ):
+        self.rollouts, self.seconds, self.seed, self.tail, self.assumed = rollouts, seconds, seed, tail, answers
         self.base = (
             Forecast("steer", terms=terms)
             if rollouts.samplers
@@ -118,8 +127,7 @@ class WholeStepSearch:
 
     def run(self, counts: Sequence[int], runs: Sequence[int]) -> Iterator[Tried]:
         """Runs so many schedules with so many computed steps each; yields every one as it is done."""
-        lengths = max(9, *(2 * math.ceil(self.rollouts.num_steps / count) for count in counts))
-        self.table = deviations(self.grams, self.rollouts.sigmas, min(lengths, self.rollouts.num_steps))
+        self.prepare(min(counts))
         for count, number in sorted(zip(counts, runs, strict=True)):
             own: list[Tried] = []
             for k in range(number):
@@ -131,6 +139,20 @@ class WholeStepSearch:
                 self.tried.append(own[-1])
                 yield own[-1]
 
+    def prepare(self, least: int) -> None:
+        """Makes ready for paths of so many computed steps at least."""
+        length = max(9, 2 * math.ceil(self.rollouts.num_steps / least))
+        self.table = deviations(self.grams, self.rollouts.sigmas, min(length, self.rollouts.num_steps))
+
+    def predicted(self, count: int) -> tuple[np.ndarray, tuple[float, ...]]:
+        """The surrogate's best path of so many computed steps, and what other pictures are expected to have."""
+        answers, forecast = self.answers, self.forecast_of(count)
+        if answers is None:
+            raise CalibrationError("how the model answers drift is not known before a run")
+        path = self._explore(answers, forecast, count, _dense_starts(count, count / self.rollouts.num_steps)[-1], ())
+        surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
+        return path, tuple(surrogate.simulate(path[None], leave_out=self.rollouts.num_pictures > 1)[0].tolist())
+
     def _note_cost(self, count: int) -> None:
         for _ in range(count):
             self.rollouts.note_cost()
@@ -139,10 +161,10 @@ class WholeStepSearch:
         """What is fitted to a path of so many computed steps."""
         return replace(self.base, weighting=0.5 if count <= LOW * self.rollouts.num_steps else 1.0)
 
-    def run_path(self, path: np.ndarray, forecast: Forecast, origin: str) -> Tried:
-        """Runs a path, ``[N]``, with its forecasts fitted on the way."""
+    def run_path(self, path: np.ndarray, forecast: Forecast, origin: str, more: Products | None = None) -> Tried:
+        """Runs a path, ``[N]``, with its forecasts fitted on the way, also to ``more`` pictures (`Rollouts.run`)."""
         schedule = skipping(self.rollouts.fingerprint, np.flatnonzero(path).tolist(), self.seconds)
-        rollout, shown = self._kept(schedule, forecast) or self._made(schedule, forecast)
+        rollout, shown = self._kept(schedule, forecast) or self._made(schedule, forecast, more)
         answers = self._answers(shown)
         expected: tuple[float, ...] = ()
         if answers is not None:
@@ -151,9 +173,9 @@ class WholeStepSearch:
         score = quality(expected or rollout.psnr, self.tail)
         return Tried(path, forecast, origin, rollout, shown, expected, score)
 
-    def _made(self, schedule: Schedule, forecast: Forecast) -> tuple[Rollout, Measured | None]:
+    def _made(self, schedule: Schedule, forecast: Forecast, more: Products | None) -> tuple[Rollout, Measured | None]:
         """A run of the schedule, without its traces, and the answers to drift that it showed."""
-        rollout = self.rollouts.run(schedule, forecast)
+        rollout = self.rollouts.run(schedule, forecast, more)
         shown = answers_of(self.rollouts, rollout)
         if self.rollouts.files is not None:
             velocities = tuple(map(rollout.schedule.velocity, range(schedule.num_steps)))
@@ -168,6 +190,11 @@ class WholeStepSearch:
             return None
         self._note_cost(len(steps))
         return Rollout(replace(schedule, velocities=kept.velocities), kept.psnr), kept.answers
+
+    @property
+    def answers(self) -> Answers | None:
+        """To drift, of all runs so far; before the first, those that are assumed."""
+        return self._answers() or self.assumed
 
     def _answers(self, *more: Measured | None) -> Answers | None:
         """To drift, of all runs so far and these."""
@@ -184,11 +211,13 @@ class WholeStepSearch:
                 return best.computed, replace(forecast, weighting=1.5 - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
         dense = _dense_starts(count, share)
-        answers = self._answers()
-        if answers is None or (k == 0 and share <= LOW):
+        answers = self.answers
+        if answers is None or (k == 0 and share <= LOW and self.assumed is None):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
-        found = self._explore(answers, forecast, count, dense[k % len(dense)], own)
+        # the longer dense start is the safer one where the answers are not the model's own
+        at = k % len(dense) if self.tried or self.assumed is None else -1
+        found = self._explore(answers, forecast, count, dense[at], own)
         return found, forecast, "whole steps, surrogate"
 
     def _explore(

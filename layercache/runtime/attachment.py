@@ -157,6 +157,7 @@ class Attachment:
         if self.pipeline is not None and identity.scheduler is getattr(self.pipeline, "scheduler", None):
             identity.follow(self.pipeline)
         self._follow(self.pipeline, identity.scheduler)
+        self.router.attached()
 
     def _mark_as_cached(self) -> None:
         """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""

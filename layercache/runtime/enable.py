@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
+from layercache.errors import BudgetError, CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
 from layercache.models.registry import config_hash, count_blocks, experts_of, find_transformer, spec_for
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
@@ -21,6 +21,7 @@ from layercache.runtime.modules import ModuleScheduleRouter
 from layercache.runtime.planned import PlannedRouter
 from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
+from layercache.runtime.target import GENERATIONS, Target
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -65,15 +66,31 @@ def enable(
 ) -> Cache: ...
 
 
+@overload
 def enable(
     pipe: Any,
-    plan: Any,
+    *,
+    budget: float | None = None,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    learn: int | str = GENERATIONS,
+) -> Cache: ...
+
+
+def enable(
+    pipe: Any,
+    plan: Any = None,
     scheduler: Any = None,
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    budget: float | None = None,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    learn: int | str = GENERATIONS,
 ) -> Cache:
-    """Runs a pipeline by ``plan`` from now on.
+    """Runs a pipeline by ``plan`` from now on, or by what is learnt from its first generations.
 
     Args:
         pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
@@ -87,6 +104,11 @@ def enable(
             decides as it runs decides by the sums over all of them. Without one no process waits for another.
         storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
             halves their memory (`layercache.runtime.storage.Storage`).
+        budget, speedup, min_psnr: without a plan, what is wanted: the largest share of the block time that is
+            computed, the speedup of the denoising loop, or the mean PSNR in dB that other pictures should have. The
+            first generations run in full and are recorded, a schedule is fitted to them before the next one, and is
+            kept in the user's data folder (`layercache.planning.learn`).
+        learn: how many generations are recorded; ``"more"``: four more, though a schedule is known, to refine it.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -97,9 +119,15 @@ def enable(
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
         MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs, or
             a pipeline of two transformers), or ``plan`` is something else.
+        BudgetError: without a plan, not exactly one of budget, speedup and min_psnr, or one that is out of range.
 
     All errors are classes of `layercache.errors`.
     """
+    targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
+    if plan is None:
+        plan = Target(**targets, learn=learn)
+    elif any(value is not None for value in targets.values()):
+        raise BudgetError("give a plan, or a target to find one for, not both (layercache.plan takes targets)")
     transformer = find_transformer(pipe)
     scheduler = getattr(pipe, "scheduler", None) if scheduler is None else scheduler
     setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage)
@@ -282,14 +310,26 @@ def enabled(
 ) -> AbstractContextManager[Cache]: ...
 
 
+@overload
+def enabled(
+    pipe: Any,
+    *,
+    budget: float | None = None,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    learn: int | str = GENERATIONS,
+) -> AbstractContextManager[Cache]: ...
+
+
 @contextmanager
 def enabled(
     pipe: Any,
-    plan: Any,
+    plan: Any = None,
     scheduler: Any = None,
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    **target: Any,
 ) -> Iterator[Any]:
     """``enable`` for the length of a ``with`` block; takes the same arguments.
 
@@ -299,13 +339,12 @@ def enabled(
     Raises:
         NonFiniteResidualError: at the end, on a bare transformer, when a stored residual held NaN or infinity.
     """
-    cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage)
-    attachment = cache.attachment  # the pipeline may not have its transformer any more at the end
+    cache: Any = enable(pipe, plan, scheduler, num_steps, process_group, storage, **target)
     try:
         yield cache
         _check_at_end(cache, pipe)
     finally:
-        attachment.detach()
+        cache.attachment.detach()  # the pipeline may not have its transformer any more
 
 
 def _check_at_end(cache: Cache, pipe: Any) -> None:

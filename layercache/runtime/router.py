@@ -208,9 +208,8 @@ class Router:
         """How many graphs a compiled transformer needs under this router."""
         return 1
 
-    def patches(self) -> Iterable[tuple[Any, str, Any]]:
-        """``(owner, name, replacement)`` of further methods that are replaced while the router is attached."""
-        return ()
+    def attached(self) -> None:
+        """The model is patched; `free` is called when it no longer is."""
 
     def locate(self, forward: Forward) -> ForwardPlace | None:
         """Where a forward stands; ``None`` where nothing tells it, and it is computed in full.

@@ -1,0 +1,54 @@
+"""`Target`: how much compute or which quality is wanted, where no schedule is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layercache.errors import ArgumentError, BudgetError
+
+MORE = "more"
+GENERATIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is wanted of a schedule that is yet to be found; one of the first three is given.
+
+    Attributes:
+        budget: share of the block time, above 0 and below 1.
+        speedup: of the denoising loop, above 1.
+        min_psnr: mean PSNR in dB against the full run that other pictures are expected to have.
+        learn: generations that are recorded to find it, or ``"more"``: four further ones.
+
+    Raises:
+        BudgetError: on construction, for none or several targets, or one that is out of range.
+        ArgumentError: on construction, for another ``learn``.
+    """
+
+    budget: float | None = None
+    speedup: float | None = None
+    min_psnr: float | None = None
+    learn: int | str = GENERATIONS
+
+    def __post_init__(self) -> None:
+        wanted = {"budget": self.budget, "speedup": self.speedup, "min_psnr": self.min_psnr}
+        given = [name for name, value in wanted.items() if value is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none of them"
+            raise BudgetError(f"give a plan, or one of speedup=1.8, budget=0.5 and min_psnr=40; got {got}")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise BudgetError(f"a budget is a share above 0 and below 1, got {self.budget}", argument="budget")
+        if self.speedup is not None and not self.speedup > 1:
+            raise BudgetError(f"a speedup is above 1, got {self.speedup}", argument="speedup")
+        if self.min_psnr is not None and not 0 < self.min_psnr < 100:
+            raise BudgetError(f"min_psnr is above 0 and below 100 dB, got {self.min_psnr}", argument="min_psnr")
+        is_count = isinstance(self.learn, int) and not isinstance(self.learn, bool) and self.learn > 0
+        if self.learn != MORE and not is_count:
+            raise ArgumentError(
+                f'learn is a number of generations from 1 on, or "{MORE}", got {self.learn!r}', argument="learn"
+            )
+
+    @property
+    def generations(self) -> int:
+        """How many are recorded."""
+        return self.learn if isinstance(self.learn, int) else GENERATIONS
