@@ -34,7 +34,8 @@ class Forecast:
     Attributes:
         target: ``"none"``: the newest velocity as it is; ``"open"``: the full run's velocity, from the full run's
             older ones; ``"teacher"``: the full run's velocity, from those of the cached run; ``"steer"``: the velocity
-            that takes the cached run's latents to where the full run's are one step later (Euler steps only).
+            that takes the cached run's latents to where the full run's are one step later, where the sampler's steps
+            are linear in it.
         terms: how many velocities, at most 8.
         latents: whether x is a term.
         free_sum: whether b is fitted; otherwise the coefficients of the velocities sum to 1.

@@ -59,10 +59,21 @@ class SearchConfig:
         if not 0 <= self.tail <= 1:
             raise BudgetError(f"tail is a weight from 0 to 1, got {self.tail}", argument="tail")
 
-    def runs(self, num_steps: int, pictures: int) -> tuple[list[int], list[int]]:
-        """Computed steps of every budget, and how many schedules of each are run."""
-        counts = counts_of(self.budgets, num_steps)
-        return counts, runs_per_budget(counts, num_steps, pictures, EFFORTS[self.effort])
+
+def search_cost(pictures: int, num_steps: int, budgets: Sequence[float], effort: str) -> tuple[float, int]:
+    """Full generations that `search` costs in all, exactly, and how many schedules it runs.
+
+    Args:
+        pictures: that are fitted to; `search` takes no more of those given than `PICTURES`.
+        num_steps: of a generation.
+        budgets, effort: as for `search`.
+
+    Raises:
+        BudgetError: it would cost more than the effort allows, or a budget is less than a step.
+    """
+    counts = counts_of(budgets, num_steps)
+    runs = runs_per_budget(counts, num_steps, pictures, EFFORTS[effort])
+    return cost_of(counts, runs, num_steps, pictures), sum(runs)
 
 
 def search(
@@ -128,10 +139,10 @@ def search(
     prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort])
     pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
     steps = steps_of(pipe, call)
-    if steps is not None and pictures:  # before anything runs
-        config.runs(steps, pictures)
+    # refused before anything runs
+    cost = EFFORTS[effort] if steps is None or not pictures else search_cost(pictures, steps, budgets, effort)[0]
     files = None if resume is None else SearchFiles(resume)
-    with tqdm(disable=not progress, bar_format=BAR, total=EFFORTS[effort]) as bar:
+    with tqdm(disable=not progress, bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, **call)
         front = _searched(rollouts, config, start, bar)
@@ -142,7 +153,8 @@ def search(
 
 def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) -> Front:
     """The search behind the full runs."""
-    counts, runs = config.runs(rollouts.num_steps, rollouts.num_pictures)
+    counts = counts_of(config.budgets, rollouts.num_steps)
+    runs = runs_per_budget(counts, rollouts.num_steps, rollouts.num_pictures, EFFORTS[config.effort])
     bar.total = cost_of(counts, runs, rollouts.num_steps, rollouts.num_pictures)
     notes = [f"{rollouts.num_pictures} pictures, {bar.total:.1f} full generations in all"]
     blocks, rest = rollouts.seconds

@@ -149,7 +149,7 @@ class WholeStepSearch:
         answers, forecast = self.answers, self.forecast_of(count)
         if answers is None:
             raise CalibrationError("how the model answers drift is not known before a run")
-        path = self._explore(answers, forecast, count, _dense_starts(count, count / self.rollouts.num_steps)[-1], ())
+        path = self._explore(answers, forecast, count, _safe_start(count, count / self.rollouts.num_steps), ())
         surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
         return path, tuple(surrogate.simulate(path[None], leave_out=self.rollouts.num_pictures > 1)[0].tolist())
 
@@ -193,13 +193,15 @@ class WholeStepSearch:
 
     @property
     def answers(self) -> Answers | None:
-        """To drift, of all runs so far; before the first, those that are assumed."""
+        """To drift, of all runs so far, those that are assumed counting as one; ``None`` where there are neither."""
         return self._answers() or self.assumed
 
     def _answers(self, *more: Measured | None) -> Answers | None:
-        """To drift, of all runs so far and these."""
-        shown = [*(one.answers for one in self.tried), *more]
-        return Answers.of([one for one in shown if one is not None])
+        """To drift, of all runs so far and these; ``None`` where none has shown any."""
+        shown = [one for one in (*(one.answers for one in self.tried), *more) if one is not None]
+        if shown and self.assumed is not None:
+            shown.append((self.assumed.kappa, np.log(self.assumed.eta)))
+        return Answers.of(shown)
 
     def _next(self, count: int, k: int, number: int, own: Sequence[Tried]) -> tuple[np.ndarray, Forecast, str]:
         """The path to run next, its forecast, and how it was found."""
@@ -215,9 +217,8 @@ class WholeStepSearch:
         if answers is None or (k == 0 and share <= LOW and self.assumed is None):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
-        # the longer dense start is the safer one where the answers are not the model's own
-        at = k % len(dense) if self.tried or self.assumed is None else -1
-        found = self._explore(answers, forecast, count, dense[at], own)
+        begin = dense[k % len(dense)] if self.tried or self.assumed is None else _safe_start(count, share)
+        found = self._explore(answers, forecast, count, begin, own)
         return found, forecast, "whole steps, surrogate"
 
     def _explore(
@@ -225,6 +226,8 @@ class WholeStepSearch:
     ) -> np.ndarray:
         """The surrogate's best path that differs from those of this budget that were run."""
         stress = STRESS_LOW if count <= LOW * self.rollouts.num_steps else STRESS
+        if not self.tried and self.assumed is not None:
+            stress = (0.5, *stress)  # the model's own answers may as well be smaller
         surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast, stress)
         begins: Any = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
         begins += [one.computed for one in own if one.computed[:dense].all()]
@@ -265,3 +268,8 @@ def _dense_starts(count: int, share: float) -> list[int]:
     if share > MIDDLE:
         return [count // 3, round(0.43 * count)]
     return [1, max(1, count // 3)] if share > LOW else [1]
+
+
+def _safe_start(count: int, share: float) -> int:
+    """How many steps from the first on are computed where the model's own answers to drift are not known."""
+    return max(1, count // 3) if share > LOW else 1

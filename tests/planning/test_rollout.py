@@ -215,3 +215,17 @@ def test_pictures_may_be_tensors(pipe):
     rollouts = Rollouts(pipe, ["cat"], [1], output_type="pt", **CALL)
     assert isinstance(rollouts.pictures[0], np.ndarray)
     assert torch.is_tensor(rollouts.full[0].raw[0])
+
+
+def test_products_of_other_pictures_count_as_these_do(pipe):
+    """At the first skipped step, before which nothing has drifted, it is the fit to all of them together."""
+    forecast, first = Forecast(terms=2), 2
+    runs = []
+    for prompts, seeds in ((["cat"], [3]), (["coffee"], [4]), (["cat", "coffee"], [3, 4])):
+        rollouts = Rollouts(pipe, prompts, seeds, **CALL)
+        schedule = skipping(rollouts.fingerprint, [0, 1, 4, 7])
+        runs.append(rollouts.run(schedule, forecast, runs[0].products if prompts == ["coffee"] else None))
+    _, more, together = runs
+    assert len(more.products[first]) == 2
+    found, expected = more.schedule.velocity(first), together.schedule.velocity(first)
+    assert found.terms == pytest.approx(expected.terms, rel=1e-6) and found.latents == pytest.approx(expected.latents)

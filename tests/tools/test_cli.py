@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -576,7 +577,8 @@ def test_what_a_search_says_and_leaves(small_demo, tmp_path):
     settings = ("--steps", STEPS, "--effort", "quick", "--samples", 2, "--validation", 1, "--budgets", "0.5")
     result = invoke("search", "-o", front, *settings)
     assert result.exit_code == 0, result.output
-    assert "2 pictures, " in result.stdout and "full generations in all" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert re.search(r"([0-9.]+) full generations in all: 2 pictures in full, .*2 pictures, \1 full generations", said)
     assert layercache.Front.load(front).points[-1].schedule.used <= 0.5
     assert not front.with_suffix(".search").exists()  # what it could have gone on from
     assert "goes on from" in " ".join(invoke("search", "-o", front, *settings, "--time-limit", 0).stdout.split())

@@ -83,11 +83,28 @@ def search(
     settings |= call_arguments(pipe, guidance_scale, height, width)
     samples = samples or (16 if effort is Effort.thorough else 8)
     printer = Printer(json_to)
+    _say_cost(printer, samples, validation, settings)
     front = _write_front(printer, pipe, _pictures(pipe, found, samples, validation, seed) | settings, output)
     if any(note.startswith(ENDED_EARLY) for note in front.notes):
         printer.say(f"The same command goes on from {shown(folder)}.", style="dim")
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say_cost(printer: Printer, samples: int, validation: int, settings: dict[str, Any]) -> None:
+    """What the search will cost, before anything runs."""
+    from layercache.planning.search import PICTURES, search_cost
+
+    pictures = min(samples, PICTURES[settings["effort"]])
+    steps, budgets, effort = settings["num_inference_steps"], settings["budgets"], settings["effort"]
+    with refused_arguments():
+        cost, schedules = search_cost(pictures, steps, budgets, effort)
+    further = f"; then {validation} more pictures in full, and by each schedule of the front" if validation else ""
+    printer.say(
+        f"{cost:.1f} full generations in all: {pictures} pictures in full, and by {schedules} schedules{further}. The "
+        "time is known once the first is done.",
+        style="dim",
+    )
 
 
 def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed: int) -> dict[str, Any]:
