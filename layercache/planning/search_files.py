@@ -185,7 +185,11 @@ def identity_of(rollouts: Rollouts) -> str:
 def model_identity(transformer: Any, scheduler: Any) -> list[Any]:
     """What `digest_of` is to take of a model with its weights, and of its sampler with its settings."""
     # a number of each: other weights, or an adapter fused into them, change some
-    weights = [p.detach().flatten()[:1].float().cpu() for p in transformer.parameters() if not p.is_meta]
+    firsts: dict[torch.device, list[torch.Tensor]] = {}
+    for parameter in transformer.parameters():
+        if not parameter.is_meta:
+            firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
+    weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
     model = [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
     settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
     return [model, [type(scheduler).__name__, settings]]
