@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pareto import load, samples
+from pareto import add_options, load, samples
 from rich.console import Console
 from rich.table import Table
 
@@ -31,15 +31,9 @@ from layercache.tools.report import machine
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.33, 0.2])
+    add_options(parser)
     parser.add_argument("--front", type=Path, default=None, help="of layercache.search, to compare with")
-    parser.add_argument("--seeds", type=int, default=24, help="held-out pictures, seeds from 0 on")
     parser.add_argument("--first", type=int, default=1000, help="seed of the first generation that is learnt from")
-    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
     return parser.parse_args(argv)
 
 

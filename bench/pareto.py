@@ -140,17 +140,22 @@ def fewer_steps(judge: Rollouts, budget: float, count: int) -> FrontRow:
 # --- the comparison ------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of this kind is told."""
     parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
     parser.add_argument("--device", default=None)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.33, 0.2])
-    parser.add_argument("--effort", choices=list(EFFORTS), default="normal")
     parser.add_argument("--seeds", type=int, default=24, help="held-out pictures, seeds from 0 on")
-    parser.add_argument("--ours", action="store_true", help="leave out the rivals")
     parser.add_argument("--out", type=Path, required=True, help="results without suffix")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--effort", choices=list(EFFORTS), default="normal")
+    parser.add_argument("--ours", action="store_true", help="leave out the rivals")
     return parser.parse_args(argv)
 
 

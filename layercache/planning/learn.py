@@ -32,6 +32,7 @@ from layercache.planning.calls import arguments_of_call, intercepted, repeatable
 from layercache.planning.front import Front, Point
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.learnt_files import Learnt, LearntFiles
+from layercache.planning.refit import path_of
 from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
@@ -44,7 +45,6 @@ from layercache.runtime.report import CacheReport
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
-from layercache.schedule.schedule import Schedule
 
 COST = 3.0
 """Full generations that a fit may cost in all."""
@@ -68,7 +68,7 @@ class Recorded:
 
 
 @dataclass
-class Learned:
+class CallState:
     """What is known of calls with the same settings.
 
     Attributes:
@@ -127,7 +127,7 @@ class LearningCache(Router):
         transformer = setting.transformer
         super().__init__(transformer, spec_for(transformer), [(0, count_blocks(transformer))])
         self.setting, self.target = setting, target
-        self.known: dict[str, Learned] = {}
+        self.known: dict[str, CallState] = {}
         self._class = type(setting.pipe)
         self._forwards = self._generations = 0  # of calls that ran in full
         self._is_busy = False
@@ -192,7 +192,7 @@ class LearningCache(Router):
             return original(*args, **kwargs)
         model = model_identity(self.transformer, pipe.scheduler)
         key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
-        learned = self.known.setdefault(key, Learned(key))
+        learned = self.known.setdefault(key, CallState(key))
         self._is_busy = True
         try:
             self._prepare(learned)
@@ -208,7 +208,7 @@ class LearningCache(Router):
         router.identity.follow(self.setting.pipe)
         self._now, self.identity = router, router.identity
 
-    def _recorded(self, learned: Learned, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _recorded(self, learned: CallState, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         watcher = Recorder(self.transformer, self.spec, self.setting.pipe.scheduler)
         again = repeatable(arguments, self.setting.pipe)
         callback = arguments.get("callback_on_step_end")
@@ -222,7 +222,7 @@ class LearningCache(Router):
             self._keep(learned, watcher, again, result)
         return result
 
-    def _keep(self, learned: Learned, watcher: Recorder, arguments: dict[str, Any], result: Any) -> None:
+    def _keep(self, learned: CallState, watcher: Recorder, arguments: dict[str, Any], result: Any) -> None:
         """Adds what was recorded, if the call can be repeated and steered."""
         try:
             if watcher.obstacle or "generator" not in arguments:
@@ -242,7 +242,7 @@ class LearningCache(Router):
 
     # --- fits ---
 
-    def _prepare(self, learned: Learned) -> None:
+    def _prepare(self, learned: CallState) -> None:
         """Finds the schedule for these settings, where one is kept or enough was recorded."""
         if learned.cache is not None or learned.is_full:
             return
@@ -259,7 +259,7 @@ class LearningCache(Router):
         assert isinstance(cache, ScheduleCache)
         learned.cache, learned.point = cache, kept.point
 
-    def _fitted(self, learned: Learned, kept: Learnt | None) -> Learnt | None:
+    def _fitted(self, learned: CallState, kept: Learnt | None) -> Learnt | None:
         """What is found on the recorded calls; ``None``, and full generations from now on, where nothing is."""
         attachment: Any = self.attachment
         attachment.detach()
@@ -351,7 +351,7 @@ class Fit:
         """Schedules with so many computed steps."""
         share = count / self.num_steps
         search = self._search(share)
-        if self.kept is not None and (path := _path(self.kept.point.schedule)).sum() == count:
+        if self.kept is not None and (path := path_of(self.kept.point.schedule, search.rollouts.sigmas)).sum() == count:
             self._spend(search, count)
             origin = self.kept.point.origin.split(",")[0] + ", learnt from more"
             return [search.run_path(path, search.forecast_of(count), origin, self.kept.products)]
@@ -408,11 +408,6 @@ class Fit:
 
 def _mean(tried: Tried) -> float:
     return float(np.mean(tried.expected or tried.rollout.psnr))
-
-
-def _path(schedule: Schedule) -> np.ndarray:
-    """Which steps are computed, ``[N]``."""
-    return np.array([not schedule.is_skipped(step) for step in range(schedule.num_steps)])
 
 
 @make_router.register

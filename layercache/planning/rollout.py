@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from layercache.planning.search_files import SearchFiles
 
 PSNR_LIMIT = 100.0
+SAME_BEGINNING = 0.02
+"""Share of their norm by which latents may differ that are the same, but for an encoder's rounding."""
 Products = Mapping[int, np.ndarray]
 
 
@@ -280,11 +282,23 @@ class RolloutRun:
             self.note_cost()
         for trace, (velocity, latents) in zip(self.traces, items, strict=True):
             trace.add(latents, velocity.clone() if runs else None)
+        if step == 0:
+            self._check_beginnings()
         rule = self.schedule.velocity(step) if self.forecast is None else self._fit(step, self.forecast)
         self.velocities.append(rule)
         for trace in self.traces:
             trace.taken.append(trace.combined(rule, step))
         return [trace.taken[step] for trace in self.traces]
+
+    def _check_beginnings(self) -> None:
+        """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
+        for number, (trace, full) in enumerate(zip(self.traces, self.full, strict=True)):
+            here = trace.latents[0].float()
+            if not (near(full.latents[0], here).float() - here).norm() <= SAME_BEGINNING * here.norm():
+                raise CalibrationError(
+                    f"sample {number} did not begin with the latents of its full run: the pipeline takes its noise "
+                    "from something else than its generator"
+                )
 
     def _fit(self, step: int, forecast: Forecast) -> Velocity | None:
         runs = self.traces[0].raw[step] is not None

@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
+from layercache.planning import rollout
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn import COST, Fit
 from support.tiny import tiny_pipeline
@@ -110,9 +111,11 @@ def test_calls_are_repeated_as_they_were(pipe):
         steps.append(step)
         return values
 
+    torch.manual_seed(5)
+    full = pipe("cat", **CALL).images
     with layercache.enabled(pipe, budget=0.5, learn=3) as cache:
         torch.manual_seed(5)
-        np.testing.assert_array_equal(first := picture_without_generator(pipe), first)
+        np.testing.assert_array_equal(pipe("cat", **CALL).images, full)
         calls = [{}, {"output_type": "pil", "callback_on_step_end": note}]
         for call in calls:
             generators = [torch.Generator().manual_seed(k) for k in range(2)]
@@ -124,8 +127,14 @@ def test_calls_are_repeated_as_they_were(pipe):
         assert len(learned.point.psnr) == 5 and min(learned.point.psnr) > 40
 
 
-def picture_without_generator(pipe):
-    return pipe("cat", **CALL).images
+def test_a_call_that_cannot_be_repeated_is_noticed(pipe, monkeypatch):
+    """As where a pipeline takes its noise from elsewhere: what would be fitted is of another picture."""
+    full = picture(pipe, 1)
+    monkeypatch.setattr(rollout, "copied", lambda generator: torch.Generator().manual_seed(99))
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        picture(pipe, 0)
+        with pytest.warns(LayerCacheWarning, match="did not begin with the latents"):
+            np.testing.assert_array_equal(picture(pipe, 1), full)
 
 
 def changes_guidance(pipe, step, time, values):
