@@ -251,18 +251,26 @@ void Surrogate::fit(int count, int left_out) {
     }
 }
 
+// The forecast of solution_ as coefficients of `count` velocities and of the latents.
+std::vector<double> Surrogate::forecast(int count) const {
+    std::vector<double> found(count + 1);
+    found[0] = 1.0 + solution_[count - 1];
+    for (int k = 1; k < count; ++k) {
+        found[0] -= solution_[k - 1];
+        found[k] = solution_[k - 1];
+    }
+    found[count] = solution_[count];
+    return found;
+}
+
 // A picture takes the step with the velocity that was fitted.
 void Surrogate::take(Run& run, int step, int count, std::size_t picture) {
     const std::size_t steps = problem_.steps, at = picture * steps + step;
+    const std::vector<double> coefficients = forecast(count);
     std::vector<double>& off = run.off[step];
     std::fill(off.begin(), off.end(), 0.0);
-    double newest = 1.0 + solution_[count - 1];
-    for (int k = 1; k < count; ++k) {
-        newest -= solution_[k - 1];
-        add(off.data(), run.made[k].data(), solution_[k - 1], width_);
-    }
-    add(off.data(), run.made[0].data(), newest, width_);
-    add(off.data(), run.latents.data(), solution_[count], width_);
+    for (int k = 0; k < count; ++k) add(off.data(), run.made[k].data(), coefficients[k], width_);
+    add(off.data(), run.latents.data(), coefficients[count], width_);
     add(off.data(), &velocities_[at * width_], -1.0, width_);
     std::swap(run.drift, run.ahead);
     add(run.drift.data(), off.data(), problem_.weights[at * steps + step], width_);
@@ -277,6 +285,7 @@ std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out
     }
     int count = 0;
     first_ = problem_.steps;
+    forecasts_.assign(steps, {});
     for (int step = 0; step < problem_.steps; ++step) {
         if (computed[step]) {
             answer(runs_, step);
@@ -297,6 +306,7 @@ std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out
             }
         }
         fit(count, -1);
+        forecasts_[step] = forecast(count);
         for (std::size_t picture = 0; picture < runs_.size(); ++picture) take(runs_[picture], step, count, picture);
     }
     std::vector<double> psnr;
@@ -305,6 +315,11 @@ std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out
         psnr.push_back(-10.0 * std::log10(std::max(error, std::pow(10.0, -best_psnr / 10.0))));
     }
     return psnr;
+}
+
+std::vector<std::vector<double>> Surrogate::forecasts(const StepMask& computed) {
+    simulate(computed);
+    return forecasts_;
 }
 
 namespace {

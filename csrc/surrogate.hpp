@@ -45,6 +45,10 @@ public:
     // takes the forecasts that are fitted, step by step, to the pictures of the other folds alone.
     std::vector<double> simulate(const StepMask& computed, bool leave_out = false);
 
+    // The forecasts that are fitted on the way, per step: coefficients of the newest velocities that the model gave,
+    // newest first, and of the latents; empty where the full run is not left.
+    std::vector<std::vector<double>> forecasts(const StepMask& computed);
+
 private:
     struct Run { // of one picture: vectors of `width` numbers
         std::vector<double> drift;             // e
@@ -60,6 +64,7 @@ private:
     void note_products(int step, int count, std::size_t picture);
     double missed(int terms, std::size_t picture) const;
     void fit(int count, int left_out);
+    std::vector<double> forecast(int count) const;
     void take(Run& run, int step, int count, std::size_t picture);
 
     SurrogateProblem problem_;
@@ -71,7 +76,8 @@ private:
     int folds_ = 0;
     int first_ = 0;                  // drifted step of the path that is simulated
     std::vector<double> products_;   // [pictures, terms + 2, terms + 2], of the forecast's terms and its target
-    std::vector<double> solution_;   // [count + 1]
+    std::vector<double> solution_;   // [count + 1], d, b and a
+    std::vector<std::vector<double>> forecasts_; // [steps], of all pictures
 };
 
 // Paths that were simulated, the best first.

@@ -28,7 +28,7 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
-from layercache.runtime.forward import Forward, Saying, new_said
+from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.router import RoutedModuleList, Router
@@ -76,18 +76,6 @@ class EndedPatch(MethodPatch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.behind(*args, **kwargs)
-
-
-class NamedContext(Saying):
-    """One of diffusers' cache contexts, whose name and step are what the caller says of the forwards within.
-
-    Diffusers' own context is entered only where one of its hooks would hear of it.
-    """
-
-    def __init__(self, attachment: Attachment, original: Callable[..., Any], name: str, **fields: Any):
-        is_heard = fields or attachment.has_own_contexts or is_hooked(attachment.transformer)
-        inner = original(name, **fields) if is_heard else None
-        super().__init__(attachment.said, name, fields.get("step_index"), inner=inner)
 
 
 class CacheConfigMarker:
@@ -148,7 +136,7 @@ class Attachment:
         ]
         if hasattr(self.transformer, "cache_context"):
             original: Any = self.transformer.cache_context
-            self._patch(self.transformer, "cache_context", functools.partial(NamedContext, self, original))
+            self._patch(self.transformer, "cache_context", functools.partial(self._named_context, original))
         self._mark_as_cached()
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
@@ -158,6 +146,15 @@ class Attachment:
             identity.follow(self.pipeline)
         self._follow(self.pipeline, identity.scheduler)
         self.router.attached()
+
+    def _named_context(self, original: Callable[..., Any], name: str, **fields: Any) -> Saying:
+        """One of diffusers' cache contexts, whose name and step are what the caller says of the forwards within.
+
+        Diffusers' own context is entered only where one of its hooks would hear of it.
+        """
+        is_heard = fields or self.has_own_contexts or is_hooked(self.transformer)
+        now = Said(name, fields.get("step_index"))
+        return Saying(self.said, now, original(name, **fields) if is_heard else None)
 
     def _mark_as_cached(self) -> None:
         """Diffusers' own way to enable a cache is taken, and its way to disable one leads here."""
@@ -335,9 +332,11 @@ class Attachment:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
-        if self._holder != get_ident():
-            self._wait()
-            self._holder = get_ident()
+        here = get_ident()
+        if self._holder != here:
+            if not self._lock.acquire(blocking=False):  # rarely; with a time-out it takes ten times as long
+                self._wait()
+            self._holder = here
         elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
             self._fail()
         try:
@@ -350,8 +349,6 @@ class Attachment:
 
     def _wait(self) -> None:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
-        if self._lock.acquire(blocking=False):  # as nearly always; with a time-out it takes ten times as long
-            return
         while not self._lock.acquire(timeout=PATIENCE):
             holder = self._holder
             if not holder or runs_forward(holder, self.transformer):

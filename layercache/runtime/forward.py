@@ -63,17 +63,8 @@ def new_said() -> ContextVar[Said]:
 class Saying(AbstractContextManager[Any]):
     """Within it, forwards of a transformer have this branch, step and part; ``None`` leaves what was said before."""
 
-    def __init__(
-        self,
-        said: ContextVar[Said],
-        branch: str | None = None,
-        step: int | None = None,
-        part: Hashable = None,
-        inner: AbstractContextManager[Any] | None = None,
-    ):
-        self._said, self._inner = said, inner
-        self._now = Said(branch, step, part)
-        self._token: Token[Said] | None = None
+    def __init__(self, said: ContextVar[Said], now: Said, inner: AbstractContextManager[Any] | None = None):
+        self._said, self._now, self._inner = said, now, inner
 
     def __enter__(self) -> Any:
         self._before = before = self._said.get()
@@ -81,11 +72,10 @@ class Saying(AbstractContextManager[Any]):
         if before is not NOTHING:
             now = before._replace(**{name: own for name, own in now._asdict().items() if own is not None})
         result = None if self._inner is None else self._inner.__enter__()
-        self._token = self._said.set(now)
+        self._token: Token[Said] = self._said.set(now)
         return result
 
     def __exit__(self, *exc: Any) -> Any:
-        assert self._token is not None
         try:
             self._said.reset(self._token)
         except ValueError:  # a generator that is closed from another context

@@ -214,7 +214,7 @@ class ScheduleRouter(Router):
         for terms in self.row.runs[group]:
             streams = [image] if len(terms.buffers) == 1 else [image, text]
             into: Any = list(results[: len(streams)]) if results else None
-            streams = self.storage.restore(streams, terms.buffers, terms.on(image.device), into)
+            streams = self.storage.restore(streams, terms.buffers, terms.beside(image), into)
             image, text = streams if len(streams) == 2 else (streams[0], text)
         return image, text
 

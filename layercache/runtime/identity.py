@@ -287,8 +287,9 @@ class Identity:
         """The place of a forward's branch, or a new one."""
         if forward.branch is None:
             return self._unnamed(generation, forward)
-        place = generation.places.get(forward.key)
-        return self._new_place(generation, forward.branch, forward.key) if place is None else place
+        key = forward.branch if forward.part is None else forward.key  # of most, without two calls
+        place = generation.places.get(key)
+        return self._new_place(generation, forward.branch, key) if place is None else place
 
     def _new_place(self, generation: Generation, branch: str, key: str) -> Place:
         place = generation.places[key] = Place(generation, branch, key)
@@ -317,8 +318,10 @@ class Identity:
 
     def _visit(self, generation: Generation, place: Place, step: int) -> Place | None:
         """Notes that a forward comes to a place at a step; at the same one once more, nothing tells them apart."""
-        generation.step = max(generation.step, step)
-        place.is_shared |= place.step == step
+        if step > generation.step:
+            generation.step = step
+        if place.step == step:
+            place.is_shared = True
         place.step = step
         if not place.is_shared:
             return place

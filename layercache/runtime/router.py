@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
 from layercache.errors import CacheStateError, NonFiniteResidualError, NonFiniteWarning
@@ -134,33 +135,28 @@ class Router:
 
         Where the actions alone decide on it, that is what was made for an earlier forward with the same actions.
         """
-        return self.routed(index, blocks) if self.is_due(index) else iter(blocks)
+        if self._next_list != index:
+            return iter(blocks)
+        # of this method, the list's iterator and, nearly always, the forward; else a hook looks at the model
+        due = is_dynamo_compiling() or id(sys._getframe(2).f_code) in self._forward_ids or self._is_asked_by_forward()
+        return self.routed(index, blocks) if due else iter(blocks)
 
     def routed(self, index: int, blocks: Iterable[nn.Module]) -> Iterator[Any]:
         """What an announced forward gets of block list ``index`` in its turn."""
         last = index == self._last_list
         self._next_list = _CLOSED if last else index + 1
-        if self.keeps_items and not torch.compiler.is_dynamo_compiling():
+        if self.keeps_items and not is_dynamo_compiling():
             return iter(self._items_again(index, list(blocks)))
         block_pass = self.new_pass() if self._pass is None else self._pass
         self._pass = None if last else block_pass
         return iter(self._items(block_pass, index, blocks))
-
-    def is_due(self, index: int) -> bool:
-        """Whether the model's own forward asks for list ``index`` now, and not a hook that looks at it."""
-        if self._next_list != index:
-            return False
-        if torch.compiler.is_dynamo_compiling():
-            return True
-        # of this method, `route`, the list's iterator and, nearly always, the forward
-        return id(sys._getframe(3).f_code) in self._forward_ids or self._is_asked_by_forward()
 
     def _note_forwards(self) -> None:
         self._forward_codes = _codes_of(self.transformer)
         self._forward_ids = frozenset(map(id, self._forward_codes))  # hashing code takes longer than the rest
 
     def _is_asked_by_forward(self) -> bool:
-        frame: Any = sys._getframe(2)
+        frame: Any = sys._getframe(1)
         inside = set()
         while frame is not None and frame.f_code is not _CALL_CODE:  # of a module: what is inside is forward or hook
             if frame.f_code in self._forward_codes:
@@ -271,7 +267,7 @@ class Router:
             raise CacheStateError(f"a step is a whole number from 0 on, got {index!r}", argument="index")
         if branch is not None and (not isinstance(branch, str) or not branch):
             raise CacheStateError(f"a branch has a name, got {branch!r}", argument="branch")
-        return Saying(self.attachment.said, branch, index, part)
+        return Saying(self.attachment.said, Said(branch, index, part))
 
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""

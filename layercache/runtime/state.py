@@ -29,9 +29,9 @@ class Terms:
         self.buffers, self.values = buffers, values
         self.coefficients: torch.Tensor | None = None
 
-    def on(self, device: torch.device) -> torch.Tensor | tuple[float, ...]:
-        """The coefficients for an op there. A compiled graph, and a GPU, do not depend on them as numbers."""
-        if device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+    def beside(self, stream: torch.Tensor) -> torch.Tensor | tuple[float, ...]:
+        """The coefficients for an op on a stream. A compiled graph, and a GPU, do not depend on them as numbers."""
+        if stream.is_cpu and not torch.compiler.is_dynamo_compiling():
             return self.values
         assert self.coefficients is not None
         return self.coefficients

@@ -222,9 +222,11 @@ class Storage:
         if self.is_compact:
             scales: list[list[Any]] = [[buffer.scales for buffer in own] for own in buffers]
             return ops.linear_combination(bases, stored, coefficients, results, scales=scales)
-        for stream, own in enumerate(buffers):
-            if not self.fits(own[0], bases[stream]):
-                raise _misfit(bases[stream], own[0])
+        for stream, base in enumerate(bases):
+            own = stored[stream][0]
+            if own is None or own.dtype != base.dtype or own.shape != base.shape or own.device != base.device:
+                if not self.fits(buffers[stream][0], base):
+                    raise _misfit(base, buffers[stream][0])
         return ops.restore(bases, stored, coefficients, results)
 
     def _restore_apart(
