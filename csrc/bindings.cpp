@@ -279,9 +279,9 @@ py::array_t<double> simulate(Surrogate surrogate, const Bools& computed, bool le
 }
 
 std::vector<std::vector<double>> forecasts(Surrogate surrogate, const Bools& computed) {
-    if (computed.ndim() != 1) refuse_shape("computed", "[" + std::to_string(surrogate.steps()) + "]", computed);
-    const Bools path = computed.reshape({py::ssize_t{1}, computed.shape(0)});
-    return surrogate.forecasts(read_paths("computed", path, surrogate)[0]);
+    const std::vector<StepMask> paths = read_paths("computed", computed, surrogate);
+    if (paths.size() != 1) refuse_shape("computed", "one path, [1, steps]", computed);
+    return surrogate.forecasts(paths[0]);
 }
 
 py::tuple explore_paths(Surrogate surrogate, const Bools& starts, const Bools& fixed, Whole limit,
@@ -325,7 +325,7 @@ void bind_surrogate(py::module_& module) {
         .def("simulate", &simulate, py::arg("computed"), py::arg("leave_out") = false,
              "PSNR in dB of every path and picture, [paths, pictures].")
         .def("forecasts", &forecasts, py::arg("computed"),
-             "Of a path, [steps], the coefficients fitted at every step: of the newest velocities, newest first, and of "
+             "Of one path, [1, steps], the coefficients fitted at every step: of the newest velocities, newest first, and of "
              "the latents; none where the full run is not left.")
         .def("explore", &explore_paths, py::arg("starts"), py::arg("fixed"), py::arg("limit") = 900,
              py::arg("seed") = 0, py::arg("leave_out") = false, py::arg("tail") = 0.5,
