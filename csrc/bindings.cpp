@@ -218,31 +218,31 @@ void check_finite(const char* name, const double* values, py::ssize_t count) {
     }
 }
 
-Surrogate surrogate_of(const Doubles& grams, const Doubles& kappa, const Doubles& eta,
-                       const Doubles& keep, const Doubles& weights, double elements, Whole terms, double ridge,
+Surrogate surrogate_of(const Doubles& vectors, const Doubles& kappa, const Doubles& eta,
+                       const Doubles& keep, const Doubles& weights, Whole terms, double ridge,
                        double weighting, const std::vector<int>& folds) {
-    if (grams.ndim() != 3 || grams.size() == 0 || grams.shape(1) != grams.shape(2) || grams.shape(1) < 2) {
-        refuse_shape("grams", "[pictures, steps + 1, steps + 1] of at least one picture and step", grams);
+    if (vectors.ndim() != 3 || vectors.size() == 0 || vectors.shape(1) < 2) {
+        refuse_shape("vectors", "[pictures, steps + 1, rank] of at least one picture and step", vectors);
     }
-    const py::ssize_t span = grams.shape(1), steps = span - 1;
-    if (weights.ndim() != 3 || weights.shape(0) != grams.shape(0) || weights.shape(1) != steps ||
+    const py::ssize_t pictures = vectors.shape(0), steps = vectors.shape(1) - 1;
+    if (weights.ndim() != 3 || weights.shape(0) != pictures || weights.shape(1) != steps ||
         weights.shape(2) != steps) {
         refuse_shape("weights", "[pictures, steps, steps]", weights);
     }
     SurrogateProblem problem;
     problem.steps = static_cast<int>(steps);
-    problem.pictures = static_cast<int>(grams.shape(0));
-    problem.grams = grams.data();
-    problem.kappa = read_table("kappa", kappa, grams.shape(0), span - 1);
-    problem.eta = read_table("eta", eta, grams.shape(0), span - 1);
-    problem.keep = read_table("keep", keep, grams.shape(0), steps);
+    problem.pictures = static_cast<int>(pictures);
+    problem.rank = static_cast<int>(vectors.shape(2));
+    problem.vectors = vectors.data();
+    problem.kappa = read_table("kappa", kappa, pictures, steps);
+    problem.eta = read_table("eta", eta, pictures, steps);
+    problem.keep = read_table("keep", keep, pictures, steps);
     problem.weights.assign(weights.data(), weights.data() + weights.size());
-    problem.elements = elements;
     problem.terms = terms.value;
     problem.ridge = ridge;
     problem.weighting = weighting;
     problem.folds = folds;
-    check_finite("grams", grams.data(), grams.size());
+    check_finite("vectors", vectors.data(), vectors.size());
     check_finite("kappa", kappa.data(), kappa.size());
     check_finite("eta", eta.data(), eta.size());
     check_finite("keep", keep.data(), keep.size());
@@ -309,18 +309,18 @@ py::tuple explore_paths(Surrogate surrogate, const Bools& starts, const Bools& f
 }
 
 const char* const surrogate_doc =
-    R"(Simulates cached runs of whole-step schedules from inner products of the full runs, without the model.
+    R"(Simulates cached runs of whole-step schedules from the full runs' velocities, without the model.
 
-grams[p] holds those of x*_0, v_0 .. v_{N-1}: first latents and velocities of picture p's full run. At a computed step
-the model answers a drift e with v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being across everything else. The sampler
-steps x_{i+1} = keep[p, i] x_i + sum of weights[p, i, k] u_k over k <= i; forecasts u of `terms` velocities are fitted at every drifted step, pictures weighted by the power -weighting of what they miss.
-elements is how many numbers a picture's latents have. With leave_out every picture takes the forecasts fitted to those of
-other folds alone; folds[p] is the one that picture p is in, by default one of its own.)";
+vectors[p] are x*_0, v_0 .. v_{N-1}, first latents and velocities of picture p's full run, in any basis that keeps their
+inner products, mean over elements. At a computed step the model answers a drift e with v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being across everything else. The sampler
+steps x_{i+1} = keep[p, i] x_i + sum of weights[p, i, k] u_k over k <= i; forecasts u of `terms` velocities are fitted
+at every drifted step, pictures weighted by the power -weighting of what they miss. With leave_out every picture takes
+the forecasts fitted to those of other folds alone; folds[p] is the one that picture p is in, by default one of its own.)";
 
 void bind_surrogate(py::module_& module) {
     py::class_<Surrogate>(module, "Surrogate", surrogate_doc)
-        .def(py::init(&surrogate_of), py::arg("grams"), py::arg("kappa"), py::arg("eta"), py::arg("keep"),
-             py::arg("weights"), py::arg("elements"), py::arg("terms") = 3, py::arg("ridge") = 1e-5, py::arg("weighting") = 1.0,
+        .def(py::init(&surrogate_of), py::arg("vectors"), py::arg("kappa"), py::arg("eta"), py::arg("keep"),
+             py::arg("weights"), py::arg("terms") = 3, py::arg("ridge") = 1e-5, py::arg("weighting") = 1.0,
              py::arg("folds") = std::vector<int>{})
         .def("simulate", &simulate, py::arg("computed"), py::arg("leave_out") = false,
              "PSNR in dB of every path and picture, [paths, pictures].")

@@ -31,13 +31,23 @@ void check(const SurrogateProblem& problem) {
     for (const int fold : problem.folds) {
         if (fold < 0 || fold >= problem.pictures) refuse("folds must be from 0 to one less than the pictures");
     }
-    if (!(problem.elements >= 1.0)) refuse("elements must be at least 1, got " + std::to_string(problem.elements));
     const std::size_t steps = problem.steps;
     for (std::size_t at = 0; at < problem.pictures * steps; ++at) {
         if (problem.weights[at * steps + at % steps] == 0.0) {
             refuse("weights must not be 0 on their diagonals, and are at step " + std::to_string(at % steps));
         }
     }
+}
+
+// In four sums, since one would wait for its last addition.
+double product(const double* a, const double* b, std::size_t width) {
+    std::array<double, 4> sums{};
+    std::size_t k = 0;
+    for (; k + 4 <= width; k += 4) {
+        for (std::size_t lane = 0; lane < 4; ++lane) sums[lane] += a[k + lane] * b[k + lane];
+    }
+    for (; k < width; ++k) sums[0] += a[k] * b[k];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // to += factor * from
@@ -96,20 +106,17 @@ double score_of(std::vector<double> psnr, double tail) {
 
 Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
     check(problem);
-    const std::size_t steps = problem.steps, span = steps + 1;
-    width_ = 2 * span + steps;
+    const std::size_t steps = problem.steps, rank = problem.rank;
+    width_ = rank + steps;
     reference_.assign(problem.pictures * steps * width_, 0.0);
     velocities_.assign(problem.pictures * steps * width_, 0.0);
     for (std::size_t picture = 0; picture < static_cast<std::size_t>(problem.pictures); ++picture) {
-        const double* gram = problem.grams + picture * span * span;
+        const double* vectors = problem.vectors + picture * (steps + 1) * rank;
         for (std::size_t step = 0; step < steps; ++step) {
-            double* velocity = &velocities_[(picture * steps + step) * width_];
-            velocity[step + 1] = 1.0;
-            std::copy_n(gram + (step + 1) * span, span, velocity + span);
+            std::copy_n(vectors + (step + 1) * rank, rank, &velocities_[(picture * steps + step) * width_]);
             double* here = &reference_[(picture * steps + step) * width_];
             if (step == 0) {
-                here[0] = 1.0;
-                std::copy_n(gram, span, here + span);
+                std::copy_n(vectors, rank, here);
                 continue;
             }
             const std::size_t before = picture * steps + step - 1;
@@ -120,8 +127,12 @@ Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
             }
         }
     }
+    for (std::size_t row = 0; row < problem.pictures * steps; ++row) {
+        const double* weights = &problem.weights[row * steps];
+        looks_back_ = looks_back_ || std::any_of(weights, weights + row % steps, [](double w) { return w != 0.0; });
+    }
     const std::vector<double> none(width_);
-    const std::vector<std::vector<double>> made(problem.terms, none), off(steps, none);
+    const std::vector<std::vector<double>> made(problem.terms, none), off(looks_back_ ? steps : 0, none);
     runs_.assign(problem.pictures, {none, made, none, none, none, off});
     left_out_ = runs_;
     if (problem_.folds.empty()) {
@@ -129,34 +140,23 @@ Surrogate::Surrogate(const SurrogateProblem& problem) : problem_(problem) {
         std::iota(problem_.folds.begin(), problem_.folds.end(), 0);
     }
     folds_ = 1 + *std::max_element(problem_.folds.begin(), problem_.folds.end());
-    problem_.grams = nullptr; // the caller's, of which everything was copied
+    problem_.vectors = nullptr; // the caller's, which were copied
     products_.resize(static_cast<std::size_t>(problem.pictures) * (problem.terms + 2) * (problem.terms + 2));
 }
 
-namespace {
-
-double product(const double* a, const double* b, std::size_t span, std::size_t steps) {
-    double sum = 0.0;
-    for (std::size_t k = 0; k < span; ++k) sum += a[k] * b[span + k];
-    for (std::size_t k = 2 * span; k < 2 * span + steps; ++k) sum += a[k] * b[k];
-    return sum;
-}
-
-} // namespace
-
 // What the model gives at a step becomes the newest velocity.
 void Surrogate::answer(std::vector<Run>& runs, int step) {
-    const std::size_t steps = problem_.steps, span = steps + 1;
+    const std::size_t steps = problem_.steps;
     for (std::size_t picture = 0; picture < runs.size(); ++picture) {
         Run& run = runs[picture];
         const std::size_t at = picture * steps + step;
         std::rotate(run.made.begin(), run.made.end() - 1, run.made.end());
         std::vector<double>& newest = run.made.front();
         std::copy_n(&velocities_[at * width_], width_, newest.begin());
-        const double drifted = std::sqrt(std::max(product(run.drift.data(), run.drift.data(), span, steps), 0.0));
+        const double drifted = std::sqrt(std::max(product(run.drift.data(), run.drift.data(), width_), 0.0));
         if (drifted == 0.0) continue;
         add(newest.data(), run.drift.data(), problem_.kappa[at], width_);
-        newest[2 * span + step] += problem_.eta[at] * drifted;
+        newest[problem_.rank + step] += problem_.eta[at] * drifted;
     }
 }
 
@@ -170,7 +170,7 @@ void Surrogate::begin(std::vector<Run>& runs, int step) {
         add(run.latents.data(), run.drift.data(), 1.0, width_);
         std::fill(run.ahead.begin(), run.ahead.end(), 0.0);
         add(run.ahead.data(), run.drift.data(), problem_.keep[at], width_);
-        for (int k = first_; k < step; ++k) {
+        for (int k = looks_back_ ? first_ : step; k < step; ++k) {
             const double weight = problem_.weights[at * steps + k];
             if (weight != 0.0) add(run.ahead.data(), run.off[k].data(), weight, width_);
         }
@@ -179,7 +179,7 @@ void Surrogate::begin(std::vector<Run>& runs, int step) {
 
 // Inner products of the step's terms, F_k - F_0 for k = 1 .. count - 1, F_0 and x, and of the target less F_0.
 void Surrogate::note_products(int step, int count, std::size_t picture) {
-    const std::size_t steps = problem_.steps, span = steps + 1, at = (picture * steps + step) * width_;
+    const std::size_t steps = problem_.steps, at = (picture * steps + step) * width_;
     const double weight = problem_.weights[(picture * steps + step) * steps + step];
     Run& run = runs_[picture];
     std::copy_n(&velocities_[at], width_, run.wanted.begin());
@@ -193,7 +193,7 @@ void Surrogate::note_products(int step, int count, std::size_t picture) {
     const auto is_difference = [count](int k) { return k < count - 1 || k == count + 1; };
     std::array<Row, most_terms + 2> raw{};
     for (int k = 0; k < count + 2; ++k) {
-        for (int l = k; l < count + 2; ++l) raw[k][l] = raw[l][k] = product(vectors[k], vectors[l], span, steps);
+        for (int l = k; l < count + 2; ++l) raw[k][l] = raw[l][k] = product(vectors[k], vectors[l], width_);
     }
     const int side = problem_.terms + 2, newest = count - 1;
     double* products = &products_[picture * side * side];
@@ -267,17 +267,21 @@ std::vector<double> Surrogate::forecast(int count) const {
 void Surrogate::take(Run& run, int step, int count, std::size_t picture) {
     const std::size_t steps = problem_.steps, at = picture * steps + step;
     const std::vector<double> coefficients = forecast(count);
-    std::vector<double>& off = run.off[step];
-    std::fill(off.begin(), off.end(), 0.0);
-    for (int k = 0; k < count; ++k) add(off.data(), run.made[k].data(), coefficients[k], width_);
-    add(off.data(), run.latents.data(), coefficients[count], width_);
-    add(off.data(), &velocities_[at * width_], -1.0, width_);
+    const double* velocity = &velocities_[at * width_];
+    const double weight = problem_.weights[at * steps + step];
+    std::array<const double*, most_terms> made{};
+    for (int k = 0; k < count; ++k) made[k] = run.made[k].data();
     std::swap(run.drift, run.ahead);
-    add(run.drift.data(), off.data(), problem_.weights[at * steps + step], width_);
+    for (std::size_t number = 0; number < width_; ++number) {
+        double off = coefficients[count] * run.latents[number] - velocity[number];
+        for (int k = 0; k < count; ++k) off += coefficients[k] * made[k][number];
+        run.drift[number] += weight * off;
+        if (looks_back_) run.off[step][number] = off;
+    }
 }
 
 std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out) {
-    const std::size_t steps = problem_.steps, span = steps + 1;
+    const std::size_t steps = problem_.steps;
     if (computed.size() != steps || !computed[0]) refuse("a path has an entry for every step, and computes step 0");
     if (leave_out && folds_ < 2) refuse("there is one fold of pictures, and none to fit to once it is left out");
     for (std::vector<Run>* runs : {&runs_, &left_out_}) {
@@ -311,7 +315,7 @@ std::vector<double> Surrogate::simulate(const StepMask& computed, bool leave_out
     }
     std::vector<double> psnr;
     for (const Run& run : leave_out ? left_out_ : runs_) {
-        const double error = product(run.drift.data(), run.drift.data(), span, steps) / (4.0 * problem_.elements);
+        const double error = product(run.drift.data(), run.drift.data(), width_) / 4.0;
         psnr.push_back(-10.0 * std::log10(std::max(error, std::pow(10.0, -best_psnr / 10.0))));
     }
     return psnr;

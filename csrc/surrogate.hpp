@@ -19,12 +19,12 @@ namespace layercache {
 struct SurrogateProblem {
     int steps = 0;
     int pictures = 0;
-    const double* grams = nullptr; // [pictures, steps + 1, steps + 1], of x*_0 and the velocities; the caller's, copied
+    int rank = 0;                  // of the space that the full runs lie in
+    const double* vectors = nullptr; // [pictures, steps + 1, rank], x*_0 and the velocities; the caller's, copied
     std::vector<double> kappa;     // [pictures, steps]
     std::vector<double> eta;       // [pictures, steps]
     std::vector<double> keep;      // [pictures, steps]
     std::vector<double> weights;   // [pictures, steps, steps], w; lower triangles are looked at
-    double elements = 1.0;         // numbers in a picture's latents
     int terms = 3;                 // velocities that a forecast combines
     double ridge = 1e-5;           // relative to the mean square of each term
     double weighting = 1.0;        // pictures count with the power -weighting of what they miss; 0: all the same
@@ -56,7 +56,7 @@ private:
         std::vector<double> latents;           // x
         std::vector<double> ahead;             // e_{i+1}, were the velocity the full run's
         std::vector<double> wanted;            // v_i - ahead / w_ii
-        std::vector<std::vector<double>> off;  // u_k - v_k of every step
+        std::vector<std::vector<double>> off;  // u_k - v_k of every step, if the sampler looks back
     };
 
     void answer(std::vector<Run>& runs, int step);
@@ -68,11 +68,12 @@ private:
     void take(Run& run, int step, int count, std::size_t picture);
 
     SurrogateProblem problem_;
-    std::size_t width_;              // of a vector: coefficients, the Gram matrix times them, coefficients of the xi
+    std::size_t width_;              // of a vector: the rank, and coefficients of the xi
     std::vector<double> reference_;  // [pictures, steps, width], x*_i
     std::vector<double> velocities_; // [pictures, steps, width], v_i
     std::vector<Run> runs_;          // of the pictures, by the path that is simulated
     std::vector<Run> left_out_;      // the same, of pictures that are left out
+    bool looks_back_ = false;        // some step takes velocities of earlier ones
     int folds_ = 0;
     int first_ = 0;                  // drifted step of the path that is simulated
     std::vector<double> products_;   // [pictures, terms + 2, terms + 2], of the forecast's terms and its target

@@ -67,16 +67,15 @@ def shortest_path(
 ) -> Path: ...
 
 class Surrogate:
-    """Cached runs of whole-step schedules simulated from inner products of the full runs, without the model."""
+    """Cached runs of whole-step schedules simulated from the full runs' velocities, without the model."""
 
     def __init__(
         self,
-        grams: ArrayLike,
+        vectors: ArrayLike,
         kappa: ArrayLike,
         eta: ArrayLike,
         keep: ArrayLike,
         weights: ArrayLike,
-        elements: float,
         terms: int = 3,
         ridge: float = 1e-5,
         weighting: float = 1.0,

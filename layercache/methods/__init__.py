@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layercache.methods.meancache import MeanCache as MeanCache
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
+    from layercache.methods.universal import Universal as Universal
 
 ENTRY_POINTS = "layercache.methods"
 # Loaded on first use, so that one method costs no import of the others.
@@ -46,6 +47,7 @@ _HOMES = {
     "TaylorSeer": "fixed",
     "TeaCache": "teacache",
     "Uniform": "fixed",
+    "Universal": "universal",
 }
 
 __all__ = ["ENTRY_POINTS", "installed", *sorted(_HOMES)]

@@ -37,6 +37,7 @@ from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.planning.surrogate import Answers
+from layercache.planning.universal import Universal
 from layercache.planning.whole_steps import Tried, WholeStepSearch
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
@@ -411,9 +412,11 @@ def _mean(tried: Tried) -> float:
 
 
 @make_router.register
-def _(plan: Target, setting: Setting) -> LearningCache:
+def _(plan: Target, setting: Setting) -> Router:
     setting.refuse_storage(plan)
     setting.check_velocities("what is learnt")
+    if plan.learn == 0:
+        return _universal(plan, setting)
     if setting.pipe is setting.transformer:
         raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
     if not counts_steps(setting.scheduler):
@@ -422,3 +425,17 @@ def _(plan: Target, setting: Setting) -> LearningCache:
             "a scheduler with a step_index, such as FlowMatchEulerDiscreteScheduler, UniPC or DPM++"
         )
     return LearningCache(setting, plan)
+
+
+def _universal(plan: Target, setting: Setting) -> Router:
+    """The router of a schedule from other models' full runs; where a speedup is wanted, the blocks take all time."""
+    share = plan.budget if plan.speedup is None else 1 / plan.speedup
+    assert share is not None
+    router: Router = make_router(Universal(budget=share), setting)
+    warnings.warn(
+        f"the schedule comes from other models' full runs, and nothing is measured on this "
+        f"{type(setting.transformer).__name__}: look at its pictures, or learn from its first generations (learn=4)",
+        LayerCacheWarning,
+        stacklevel=5,
+    )
+    return router

@@ -31,24 +31,59 @@ def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(1).double()
 
 
-def full_grams(rollouts: Rollouts) -> np.ndarray:
-    """Inner products of first latents and velocities of every picture's full run, ``[P, N + 1, N + 1]``.
+def factors_of(grams: np.ndarray, rank: int | None = None) -> np.ndarray:
+    """A of inner products ``A A^T``, ``[P, T, rank]``, of the largest eigenvalues; by default of all, ``rank = T``."""
+    values, vectors = np.linalg.eigh(grams)
+    kept = slice(-(rank or len(grams[0])), None)
+    return np.asarray(vectors[..., kept] * np.sqrt(np.maximum(values[:, None, kept], 0.0)))
 
-    Raises:
-        CalibrationError: a full run is not finite.
+
+@dataclass(frozen=True, eq=False)
+class FullRuns:
+    """What the surrogate knows of pictures: their full runs, and their samplers' steps.
+
+    Attributes:
+        sigmas: N + 1 noise levels, of all of them.
+        vectors: first latents and velocities, in a basis that keeps their inner products, mean over the elements,
+            ``[P, N + 1, rank]``.
+        samplers: per picture.
+        folds: per picture; those of one fold are left out together.
     """
-    found = []
-    for trace in rollouts.full:
-        vectors = [trace.latents[0], *trace.raw]
-        found += list(inner_products([v for v in vectors if v is not None]))
-    bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
-    if bad:
-        raise CalibrationError(
-            f"the full run of picture {', '.join(bad)} holds NaN or infinity: leave it out, or run the model in a "
-            "wider number format",
-            argument="prompts",
-        )
-    return np.stack(found)
+
+    sigmas: tuple[float, ...]
+    vectors: np.ndarray
+    samplers: tuple[LinearSampler, ...]
+    folds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> FullRuns:
+        """Of calibration pictures, each a fold of its own.
+
+        Raises:
+            CalibrationError: a full run is not finite.
+        """
+        # of a sampler whose steps are not linear, and are not steered, Euler's are the nearest guess
+        known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
+        found, samplers = list[np.ndarray](), list[LinearSampler]()
+        for sampler, trace in zip(known, rollouts.full, strict=True):
+            vectors = [trace.latents[0], *trace.raw]
+            found += list(inner_products([v for v in vectors if v is not None]) / trace.latents[0][0].numel())
+            samplers += [sampler] * len(trace.latents[0])
+        bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
+        if bad:
+            raise CalibrationError(
+                f"the full run of picture {', '.join(bad)} holds NaN or infinity: leave it out, or run the model in a "
+                "wider number format",
+                argument="prompts",
+            )
+        return cls(rollouts.sigmas, factors_of(np.stack(found)), tuple(samplers), tuple(range(len(found))))
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
 
 
 USUAL_SIGMAS = (0.0, 0.1, 0.56, 0.87, 1.0)
@@ -129,33 +164,28 @@ def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
 
 
 def surrogate_of(
-    rollouts: Rollouts, grams: np.ndarray, answers: Answers, forecast: Forecast, stress: Sequence[float] = (1.0,)
+    runs: FullRuns, answers: Answers, forecast: Forecast, stress: Sequence[float] = (1.0,)
 ) -> Surrogate:
-    """The simulator of these full runs, every picture once per entry of ``stress``.
+    """The simulator of full runs, every picture once per entry of ``stress``.
 
     Args:
-        rollouts: the full runs.
-        grams: `full_grams` of them.
+        runs: the full runs.
         answers: to drift.
         forecast: steered everywhere, with latents and a free sum.
         stress: factors of eta. Few calibration pictures go astray; those above 1 stand for them.
     """
     from layercache._core import Surrogate
 
-    # of a sampler whose steps are not linear, and are not steered, Euler's are the nearest guess
-    known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
-    samplers = [sampler for sampler, trace in zip(known, rollouts.full, strict=True) for _ in trace.latents[0]]
     return Surrogate(
-        np.concatenate([grams] * len(stress)),
+        np.concatenate([runs.vectors] * len(stress)),
         np.concatenate([answers.kappa] * len(stress)),
         np.concatenate([factor * answers.eta for factor in stress]),
-        np.stack([sampler.keep for sampler in samplers] * len(stress)),
-        np.stack([sampler.weights for sampler in samplers] * len(stress)),
-        rollouts.full[0].latents[0][0].numel(),
+        np.stack([sampler.keep for sampler in runs.samplers] * len(stress)),
+        np.stack([sampler.weights for sampler in runs.samplers] * len(stress)),
         terms=forecast.terms,
         ridge=forecast.ridge,
         weighting=forecast.weighting,
-        folds=[*range(len(grams))] * len(stress),
+        folds=list(runs.folds) * len(stress),
     )
 
 
@@ -179,7 +209,7 @@ def expected_psnr(surrogate: Surrogate, computed: np.ndarray, psnr: Sequence[flo
     return tuple(np.minimum(np.asarray(psnr) - (fitted - left_out), PSNR_LIMIT).tolist())
 
 
-def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_span: int = 6) -> np.ndarray:
+def deviations(runs: FullRuns, max_length: int, max_span: int = 6) -> np.ndarray:
     """How far the mean velocity of an interval is from its forecast, ``[N, max_length + 1, max_span + 1]``.
 
     Entry ``[t, n, K]`` is the root mean square over the pictures of ``|mean_i (v_i - v_t - (sigma_i - sigma_t) D_K)|``,
@@ -187,10 +217,11 @@ def deviations(grams: np.ndarray, sigmas: Sequence[float], max_length: int, max_
     (methods.md §2.3), in the norm that inner products give. Infinite where there is no such interval or secant.
     An interval of one step has none to forecast, and 0.
     """
-    steps = len(sigmas) - 1
+    sigmas, steps = runs.sigmas, runs.num_steps
     lengths = np.diff(np.asarray(sigmas))
     table = np.full((steps, max_length + 1, max_span + 1), np.inf)
-    mean_gram = grams[:, 1:, 1:].mean(axis=0)
+    velocities = runs.vectors[:, 1:]
+    mean_gram = (velocities @ velocities.transpose(0, 2, 1)).mean(axis=0)
     for start in range(steps):
         for length in range(2, min(max_length, steps - start) + 1):
             for span in range(min(max_span, start) + 1):

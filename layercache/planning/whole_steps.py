@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,11 @@ from layercache.planning.rollout import Products, Rollout, Rollouts, skipping
 from layercache.planning.search_files import KeptRun
 from layercache.planning.surrogate import (
     Answers,
+    FullRuns,
     Measured,
     answers_of,
     deviations,
     expected_psnr,
-    full_grams,
     starts,
     surrogate_of,
 )
@@ -122,7 +121,7 @@ class WholeStepSearch:
             if rollouts.samplers
             else Forecast("teacher", terms=terms, everywhere=False)  # what steering would take is not known
         )
-        self.grams = full_grams(rollouts)
+        self.full_runs = FullRuns.of(rollouts)
         self.tried: list[Tried] = []
 
     def run(self, counts: Sequence[int], runs: Sequence[int]) -> Iterator[Tried]:
@@ -141,16 +140,15 @@ class WholeStepSearch:
 
     def prepare(self, least: int) -> None:
         """Makes ready for paths of so many computed steps at least."""
-        length = max(9, 2 * math.ceil(self.rollouts.num_steps / least))
-        self.table = deviations(self.grams, self.rollouts.sigmas, min(length, self.rollouts.num_steps))
+        self.table = deviations_for(self.full_runs, least)
 
     def predicted(self, count: int) -> tuple[np.ndarray, tuple[float, ...]]:
         """The surrogate's best path of so many computed steps, and what other pictures are expected to have."""
         answers, forecast = self.answers, self.forecast_of(count)
         if answers is None:
             raise CalibrationError("how the model answers drift is not known before a run")
-        path = self._explore(answers, forecast, count, _safe_start(count, count / self.rollouts.num_steps), ())
-        surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
+        path = self._explore(answers, forecast, count, safe_start(count, count / self.rollouts.num_steps), ())
+        surrogate = surrogate_of(self.full_runs, answers, forecast)
         return path, tuple(surrogate.simulate(path[None], leave_out=self.rollouts.num_pictures > 1)[0].tolist())
 
     def _note_cost(self, count: int) -> None:
@@ -159,7 +157,7 @@ class WholeStepSearch:
 
     def forecast_of(self, count: int) -> Forecast:
         """What is fitted to a path of so many computed steps."""
-        return replace(self.base, weighting=0.5 if count <= LOW * self.rollouts.num_steps else 1.0)
+        return replace(self.base, weighting=weighting_of(count / self.rollouts.num_steps))
 
     def run_path(self, path: np.ndarray, forecast: Forecast, origin: str, more: Products | None = None) -> Tried:
         """Runs a path, ``[N]``, with its forecasts fitted on the way, also to ``more`` pictures (`Rollouts.run`)."""
@@ -168,7 +166,7 @@ class WholeStepSearch:
         answers = self._answers(shown)
         expected: tuple[float, ...] = ()
         if answers is not None:
-            surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast)
+            surrogate = surrogate_of(self.full_runs, answers, forecast)
             expected = expected_psnr(surrogate, path, rollout.psnr)
         score = quality(expected or rollout.psnr, self.tail)
         return Tried(path, forecast, origin, rollout, shown, expected, score)
@@ -217,7 +215,7 @@ class WholeStepSearch:
         if answers is None or (k == 0 and share <= LOW and self.assumed is None):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
-        begin = dense[k % len(dense)] if self.tried or self.assumed is None else _safe_start(count, share)
+        begin = dense[k % len(dense)] if self.tried or self.assumed is None else safe_start(count, share)
         found = self._explore(answers, forecast, count, begin, own)
         return found, forecast, "whole steps, surrogate"
 
@@ -225,14 +223,13 @@ class WholeStepSearch:
         self, answers: Answers, forecast: Forecast, count: int, dense: int, own: Sequence[Tried]
     ) -> np.ndarray:
         """The surrogate's best path that differs from those of this budget that were run."""
-        stress = STRESS_LOW if count <= LOW * self.rollouts.num_steps else STRESS
+        stress = stress_of(count / self.rollouts.num_steps)
         if not self.tried and self.assumed is not None:
             stress = (0.5, *stress)  # the model's own answers may as well be smaller
-        surrogate = surrogate_of(self.rollouts, self.grams, answers, forecast, stress)
-        begins: Any = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
+        surrogate = surrogate_of(self.full_runs, answers, forecast, stress)
+        begins = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
         begins += [one.computed for one in own if one.computed[:dense].all()]
-        fixed = np.arange(self.rollouts.num_steps) < dense
-        leave_out = self.rollouts.num_pictures > 1
+        fixed, leave_out = np.arange(self.rollouts.num_steps) < dense, self.rollouts.num_pictures > 1
         paths, _ = surrogate.explore(np.array(begins), fixed, SIMULATIONS, self.seed, leave_out, self.tail)
         for difference in (DIFFERENCE, 1):
             for path in paths:
@@ -270,6 +267,21 @@ def _dense_starts(count: int, share: float) -> list[int]:
     return [1, max(1, count // 3)] if share > LOW else [1]
 
 
-def _safe_start(count: int, share: float) -> int:
+def deviations_for(runs: FullRuns, least: int) -> np.ndarray:
+    """`deviations` up to the intervals of paths of so many computed steps at least."""
+    return deviations(runs, min(max(9, 2 * math.ceil(runs.num_steps / least)), runs.num_steps))
+
+
+def weighting_of(share: float) -> float:
+    """How pictures are weighted in the fits of paths that compute such a share of the steps."""
+    return 0.5 if share <= LOW else 1.0
+
+
+def stress_of(share: float) -> tuple[float, ...]:
+    """Factors of the answer to drift with which such paths are simulated."""
+    return STRESS_LOW if share <= LOW else STRESS
+
+
+def safe_start(count: int, share: float) -> int:
     """How many steps from the first on are computed where the model's own answers to drift are not known."""
     return max(1, count // 3) if share > LOW else 1

@@ -108,7 +108,9 @@ def enable(
             computed, the speedup of the denoising loop, or the mean PSNR in dB that other pictures should have. The
             first generations run in full and are recorded, a schedule is fitted to them before the next one, and is
             kept in the user's data folder (`layercache.planning.learn`).
-        learn: how many generations are recorded; ``"more"``: four more, though a schedule is known, to refine it.
+        learn: how many generations are recorded; ``"more"``: four more, though a schedule is known, to refine it; 0:
+            none, a schedule made from other models' full runs is taken at once, for a budget or a speedup
+            (`layercache.planning.universal`).
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from layercache._utils.compat import scheduler_sigmas
+from layercache._utils.compat import scheduler_sigmas, scheduler_step
 from layercache.errors import CacheStateError, MethodError
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
@@ -35,6 +36,7 @@ class PlannedRouter(Router):
         self._storage = storage
         self._run: object = None
         self._router: ScheduleRouter | None = None
+        self._made_for: object = None
 
     def for_call(self) -> Router:
         scheduler, run = self.identity.current(), self.identity.run
@@ -45,14 +47,20 @@ class PlannedRouter(Router):
                     f"{type(self.method).__name__} needs the noise levels of the run, and "
                     f"{type(scheduler).__name__} has none"
                 )
-            if self._router is None or tuple(sigmas) != self._router.schedule.fingerprint.sigmas:
+            made_for = type(scheduler), tuple(sigmas), scheduler_step(scheduler) or 0
+            if self._router is None or made_for != self._made_for:
                 self.end_generation()
-                self._router = self._made_for(tuple(sigmas))
+                self._router = self._new_router(scheduler, *made_for[1:])
+                self._made_for = made_for
             self._run = run
         return self._router
 
-    def _made_for(self, sigmas: tuple[float, ...]) -> ScheduleRouter:
-        schedule = self.method.schedule(fingerprint_of(self.transformer, sigmas, ()))
+    def _new_router(self, scheduler: Any, sigmas: tuple[float, ...], first: int) -> ScheduleRouter:
+        """Of a run that begins with step ``first``."""
+        fingerprint = fingerprint_of(self.transformer, sigmas, ())
+        if first:
+            fingerprint = replace(fingerprint, steps_run=tuple(range(first, len(sigmas) - 1)))
+        schedule = self.method.schedule_of_run(fingerprint, scheduler)
         router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
         router.identity.drivers = self.identity.drivers
         return router

@@ -163,6 +163,10 @@ class PlannedMethod(ABC):
             MethodError: the settings do not fit the model or the run.
         """
 
+    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any) -> Schedule:
+        """The same for methods that also depend on what the steps of the sampler are, before its first one."""
+        return self.schedule(fingerprint)
+
 
 def by_name(method: type[T]) -> type[T]:
     """A dataclass of settings that says how to name them where they are given by position.

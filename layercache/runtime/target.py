@@ -18,7 +18,8 @@ class Target:
         budget: share of the block time, above 0 and below 1.
         speedup: of the denoising loop, above 1.
         min_psnr: mean PSNR in dB against the full run that other pictures are expected to have.
-        learn: generations that are recorded to find it, or ``"more"``: four further ones.
+        learn: generations that are recorded to find it, or ``"more"``: four further ones. 0: none, what other models'
+            full runs give is taken at once (`layercache.planning.universal`).
 
     Raises:
         BudgetError: on construction, for none or several targets, or one that is out of range.
@@ -42,10 +43,14 @@ class Target:
             raise BudgetError(f"a speedup is above 1, got {self.speedup}", argument="speedup")
         if self.min_psnr is not None and not 0 < self.min_psnr < 100:
             raise BudgetError(f"min_psnr is above 0 and below 100 dB, got {self.min_psnr}", argument="min_psnr")
-        is_count = isinstance(self.learn, int) and not isinstance(self.learn, bool) and self.learn > 0
+        is_count = isinstance(self.learn, int) and not isinstance(self.learn, bool) and self.learn >= 0
         if self.learn != MORE and not is_count:
             raise ArgumentError(
-                f'learn is a number of generations from 1 on, or "{MORE}", got {self.learn!r}', argument="learn"
+                f'learn is a number of generations from 0 on, or "{MORE}", got {self.learn!r}', argument="learn"
+            )
+        if self.min_psnr is not None and self.learn == 0:
+            raise BudgetError(
+                "what a model gives is not known before it has run: min_psnr needs learn=1 or more", argument="min_psnr"
             )
 
     @property

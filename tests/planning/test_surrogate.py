@@ -39,18 +39,18 @@ def multistep(pictures=3, steps=9):
 
 def surrogate_of(start, velocities, sampler=None, **more):
     sampler = sampler or euler()
-    return _core.Surrogate(grams_of(start, velocities), np.ones((3, 9)), np.ones((3, 9)), *sampler, 40, **more)
+    return _core.Surrogate(vectors_of(start, velocities), np.ones((3, 9)), np.ones((3, 9)), *sampler, **more)
 
 
-def grams_of(start, velocities):
-    vectors = np.concatenate([start[:, None], velocities], axis=1)
-    return vectors @ np.swapaxes(vectors, 1, 2)
+def vectors_of(start, velocities):
+    return np.concatenate([start[:, None], velocities], axis=1) / np.sqrt(velocities.shape[2])
 
 
 def simulated(keep, weights, start, velocities, kappa, eta, computed, terms, ridge, weighting, folds):
     """The same run in vectors: the directions across are further elements of the latents.
 
-    Returns the PSNR of every picture with the forecasts fitted to all, and with those fitted to the other folds' alone.
+    Returns the PSNR of every picture with the forecasts fitted to all, and with those fitted to the other folds' alone,
+    and the forecasts fitted to all, as coefficients of the velocities and the latents.
     """
     pictures, steps, elements = velocities.shape
     wide = np.zeros((pictures, steps, elements + steps))
@@ -58,7 +58,7 @@ def simulated(keep, weights, start, velocities, kappa, eta, computed, terms, rid
     across = np.concatenate([np.zeros((steps, elements)), np.eye(steps)], axis=1)
     full = np.concatenate([start, np.zeros((pictures, steps))], axis=1)
     runs = [full.copy(), full.copy()]  # fitted to all, left out
-    made = [[], []]
+    made, forecasts = [[], []], []
     off = [np.zeros_like(wide), np.zeros_like(wide)]  # velocity taken less the full run's
     for step in range(steps):
         drifted = runs[0] - full
@@ -73,6 +73,7 @@ def simulated(keep, weights, start, velocities, kappa, eta, computed, terms, rid
             for latents, own in zip(runs, off, strict=True)
         ]
         taken = [own[0].copy() for own in made]
+        forecasts.append([])
         if not (computed[step] and not drifted.any()):
             matrices, others = (
                 [np.stack([*(f[p] - own[0][p] for f in own[1:]), own[0][p], x[p]]) for p in range(pictures)]
@@ -80,6 +81,7 @@ def simulated(keep, weights, start, velocities, kappa, eta, computed, terms, rid
             )
             targets = [wide[p, step] - ahead[0][p] / lengths[p] - made[0][0][p] for p in range(pictures)]
             solution = weighted(matrices, targets, ridge, weighting)
+            forecasts[-1] = [1 + solution[-2] - sum(solution[:-2]), *solution[:-2], solution[-1]]
             for p in range(pictures):
                 taken[0][p] += solution @ matrices[p]
                 kept = [q for q in range(pictures) if folds[q] != folds[p]]
@@ -89,7 +91,7 @@ def simulated(keep, weights, start, velocities, kappa, eta, computed, terms, rid
         for k in range(2):
             off[k][:, step] = taken[k] - wide[:, step]
             runs[k] = full + ahead[k] + lengths * off[k][:, step]
-    return [-10 * np.log10(np.sum((latents - full) ** 2, axis=1) / (4 * elements)) for latents in runs]
+    return *(-10 * np.log10(np.sum((latents - full) ** 2, axis=1) / (4 * elements)) for latents in runs), forecasts
 
 
 @pytest.mark.parametrize("sampler", [euler, multistep])
@@ -102,14 +104,17 @@ def test_it_agrees_with_vectors(terms, weighting, folds, sampler):
     random = np.random.default_rng(1)
     kappa, eta = random.normal(size=(3, 9)), random.uniform(0, 3, size=(3, 9))
     given = *sampler(), start, velocities, kappa, eta
-    surrogate = _core.Surrogate(grams_of(start, velocities), kappa, eta, *sampler(), 40, terms, 1e-5, weighting, folds)
+    surrogate = _core.Surrogate(vectors_of(start, velocities), kappa, eta, *sampler(), terms, 1e-5, weighting, folds)
     paths = random.random((20, 9)) < 0.5
     paths[:, 0] = True
     expected = [simulated(*given, path, terms, 1e-5, weighting, folds or (0, 1, 2)) for path in paths]
     for k, leave_out in enumerate((False, True)):
         found = surrogate.simulate(paths, leave_out=leave_out)
-        own = [np.minimum(pair[k], 100) for pair in expected]
+        own = [np.minimum(one[k], 100) for one in expected]
         np.testing.assert_allclose(found, own, rtol=1e-9, atol=1e-8)
+    for path, (_, _, own) in zip(paths, expected, strict=True):
+        for found, coefficients in zip(surrogate.forecasts(path[None]), own, strict=True):
+            np.testing.assert_allclose(found, coefficients, rtol=1e-6, atol=1e-8)
 
 
 def test_what_is_expected_of_others_is_the_run_less_what_its_own_fit_gave():
@@ -153,10 +158,10 @@ def test_the_search_keeps_to_its_limit_and_its_seed():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"grams": np.full((3, 10, 10), np.nan)}, "grams must be finite"),
+        ({"vectors": np.full((3, 10, 10), np.nan)}, "vectors must be finite"),
         ({"weights": np.ones((3, 8, 9))}, "weights must have shape"),
         ({"keep": np.ones((2, 9))}, "keep must have shape"),
-        ({"grams": np.ones((3, 9, 10))}, "grams must have shape"),
+        ({"vectors": np.ones((3, 1, 10))}, "vectors must have shape"),
         ({"kappa": np.ones((3, 8))}, "kappa must have shape"),
         ({"weights": np.zeros((3, 9, 9))}, "weights must not be 0 on their diagonals"),
         ({"terms": 9}, "terms must be from 1 to 8"),
@@ -168,10 +173,10 @@ def test_the_search_keeps_to_its_limit_and_its_seed():
 )
 def test_what_makes_no_sense_is_refused(changed, message):
     keep, weights = euler()
-    given = {"grams": grams_of(*full_runs()), "kappa": np.ones((3, 9)), "eta": np.ones((3, 9))}
+    given = {"vectors": vectors_of(*full_runs()), "kappa": np.ones((3, 9)), "eta": np.ones((3, 9))}
     given |= {"keep": keep, "weights": weights}
     with pytest.raises(ValueError, match=message):
-        _core.Surrogate(**{**given, "elements": 40.0, **changed})
+        _core.Surrogate(**{**given, **changed})
 
 
 def test_a_path_that_begins_with_a_skipped_step_is_refused():

@@ -1,5 +1,6 @@
 """The search over whole steps: its cost, what it measures on the way, and what it finds on a tiny pipeline."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
 from layercache.planning import search_files
 from layercache.planning.rollout import Rollout, Rollouts
 from layercache.planning.search import EFFORTS, fitting_terms
-from layercache.planning.surrogate import Answers, answers_of, deviations, full_grams, starts
+from layercache.planning.surrogate import Answers, FullRuns, answers_of, deviations, starts
 from layercache.planning.trace import Trace
 from layercache.planning.whole_steps import WholeStepSearch, runs_per_budget
 from support.tiny import tiny_pipeline
@@ -44,29 +45,31 @@ def test_too_little_effort_for_the_pictures_is_refused():
 
 
 def test_grams_are_of_latents_and_velocities_of_each_picture(rollouts):
-    grams = full_grams(rollouts)
+    vectors = FullRuns.of(rollouts).vectors
+    grams = vectors @ vectors.transpose(0, 2, 1)
     assert grams.shape == (3, 9, 9)
     batch, single = rollouts.full
     second = torch.stack([batch.latents[0][1].flatten(), *(v[1].flatten() for v in batch.raw)]).double()
-    np.testing.assert_allclose(grams[1], second @ second.T, rtol=1e-12)
+    np.testing.assert_allclose(grams[1], second @ second.T / len(second[0]), rtol=1e-12)
     last = single.raw[-1].double()
-    np.testing.assert_allclose(grams[2, -1, -1], float((last * last).sum()), rtol=1e-12)
+    np.testing.assert_allclose(grams[2, -1, -1], float((last * last).mean()), rtol=1e-12)
 
 
 def test_deviations_are_of_mean_velocities(rollouts):
     velocities = [v.double() for v in rollouts.full[1].raw]
     sigmas = rollouts.sigmas
-    table = deviations(full_grams(rollouts)[2:], sigmas, 5, 2)
+    runs = FullRuns.of(rollouts)
+    table = deviations(replace(runs, vectors=runs.vectors[2:]), 5, 2)
     h = [sigmas[k + 1] - sigmas[k] for k in range(8)]
     slope = (velocities[3] - velocities[1]) / (sigmas[3] - sigmas[1])
     mean = sum(h[k] * velocities[k] for k in (3, 4, 5)) / sum(h[3:6])
     forecast = sum(h[k] * (velocities[3] + (sigmas[k] - sigmas[3]) * slope) for k in (3, 4, 5)) / sum(h[3:6])
-    assert table[3, 3, 2] == pytest.approx(float((mean - forecast).norm()), rel=1e-9)
+    assert table[3, 3, 2] == pytest.approx(float((mean - forecast).square().mean().sqrt()), rel=1e-9)
     assert table[2, 1, 0] == 0 and np.isinf(table[0, 3, 1]) and np.isinf(table[6, 3, 0])
 
 
 def test_starts_have_so_many_steps_and_a_dense_beginning(rollouts):
-    table = deviations(full_grams(rollouts), rollouts.sigmas, 8)
+    table = deviations(FullRuns.of(rollouts), 8)
     for count in range(1, 9):
         for dense in range(1, count + 1):
             for _, path in starts(table, rollouts.sigmas, count, dense):

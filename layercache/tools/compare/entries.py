@@ -25,6 +25,7 @@ from layercache.methods import (
     TaylorSeer,
     TeaCache,
     Uniform,
+    Universal,
     installed,
     invardiff,
     l2c,
@@ -252,6 +253,10 @@ METHODS: dict[str, Maker] = {
     "layercache-planned": _planned,
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
+    "universal": lambda model, budget: (
+        Universal(budget=budget).schedule(model.fingerprint),
+        "full runs of other models",
+    ),
     "uniform": _interval(lambda model, n: Uniform(interval=n)),
     "taylorseer": _interval(lambda model, n: TaylorSeer(interval=n)),
     "taylorseer-2": _interval(lambda model, n: TaylorSeer(interval=n, order=2)),

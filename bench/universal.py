@@ -1,0 +1,125 @@
+"""Universal schedules: the full runs that are shipped, and how schedules made of them do on a model left out.
+
+    python bench/universal.py --models demo examples/deep_model models/m12 models/m20 \
+        --write layercache/planning/universal.safetensors
+    python bench/universal.py --models examples/deep_model models/m12 models/m20 --target demo \
+        --rivals bench/results/pareto-demo-30-cfg4.json --out bench/results/universal-demo-30-cfg4
+
+The first makes the file: of every model a few pictures with guidance and without, in 100 steps, as factors of the inner
+products of their velocities. The second makes schedules for a model of the runs of others alone, and runs them on
+pictures; with the results of bench/pareto.py for that model, beside MeanCache, which was calibrated on it. Writes
+OUT.json (figures, settings, machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from pareto import add_options, load, samples
+from rich.console import Console
+from rich.table import Table
+
+from layercache.models.registry import config_hash
+from layercache.planning.rollout import Rollouts
+from layercache.planning.surrogate import FullRuns, factors_of
+from layercache.planning.universal import ModelRuns, Universal
+from layercache.tools.report import machine
+
+STEPS, RANK, FIRST_SEED = 100, 16, 3000
+GUIDANCE = (4.0, 1.0)
+
+
+def runs_of(models: list[str], pictures: int, device: str | None) -> ModelRuns:
+    """Full runs of the models, so many pictures of each with guidance and without."""
+    factors, folds, hashes, sigmas = [], list[int](), list[str](), ()
+    for number, model in enumerate(models):
+        pipe = load(model, device)
+        pipe.set_progress_bar_config(disable=True)
+        hashes.append(str(config_hash(pipe.transformer)))
+        for k, guidance in enumerate(GUIDANCE):
+            seeds = list(range(FIRST_SEED + k * pictures, FIRST_SEED + (k + 1) * pictures))
+            call = {"num_inference_steps": STEPS, "guidance_scale": guidance}
+            runs = FullRuns.of(Rollouts(pipe, samples(seeds), seeds, **call))
+            factors.append(factors_of(runs.vectors @ runs.vectors.transpose(0, 2, 1), RANK))
+            folds += [number] * pictures
+            sigmas = runs.sigmas
+    return ModelRuns(np.array(sigmas), np.concatenate(factors), tuple(hashes), tuple(folds))
+
+
+def rivals(path: Path | None) -> dict[float, list[list[float]]]:
+    """PSNR of MeanCache's forms on the held-out pictures, by budget, from bench/pareto.py."""
+    found: dict[float, list[list[float]]] = {}
+    for row in json.loads(path.read_text())["rows"] if path else ():
+        if row["name"].startswith("MeanCache"):
+            found.setdefault(row["budget"], []).append(row["held_out_psnr"])
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, help="that the full runs are of")
+    parser.add_argument("--pictures", type=int, default=6, help="of each, with guidance and without")
+    parser.add_argument("--write", type=Path, default=None, help="the file of the full runs")
+    parser.add_argument("--target", default=None, help="a model that schedules are run on")
+    parser.add_argument("--rivals", type=Path, default=None, help="results of bench/pareto.py for the target")
+    add_options(parser)
+    parser.set_defaults(out=None)
+    for action in parser._actions:
+        action.required = action.dest == "models"
+    return parser.parse_args(argv)
+
+
+def judged(args: argparse.Namespace, runs: ModelRuns) -> list[dict]:
+    """What universal schedules give on the target's pictures, per budget."""
+    pipe = load(args.target, args.device)
+    pipe.set_progress_bar_config(disable=True)
+    held = list(range(args.seeds))
+    judge = Rollouts(
+        pipe, samples(held), held, num_inference_steps=args.steps, guidance_scale=args.guidance
+    )
+    others, rows = rivals(args.rivals), []
+    for budget in sorted(args.budgets, reverse=True):
+        schedule = Universal(budget=budget).schedule_for(judge.fingerprint, judge.samplers[0], runs)
+        row = {"budget": budget, "used": schedule.used, "psnr": judge.run(schedule).psnr}
+        rows.append(row | {"meancache": others.get(budget, [])})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    runs = runs_of(args.models, args.pictures, args.device)
+    if args.write:
+        runs.save(args.write)
+    if not args.target:
+        return
+    rows = judged(args, runs)
+    if args.out:
+        figures = {
+            "command": "python bench/universal.py " + " ".join(sys.argv[1:]),
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "machine": machine.machine_info(),
+            "rows": rows,
+        }
+        machine.write_json(args.out.with_suffix(".json"), figures)
+    table = Table(title=f"{args.target}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst")
+    for heading in ("budget", "universal", "MeanCache, calibrated", "margin"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        best = [max((f(v) for v in row["meancache"]), default=float("nan")) for f in (np.mean, low, min)]
+        own = [f(row["psnr"]) for f in (np.mean, low, min)]
+        told = [" / ".join(f"{v:.1f}" for v in values) for values in (own, best)]
+        margin = " / ".join(f"{a - b:+.1f}" for a, b in zip(own, best, strict=True))
+        table.add_row(f"{row['budget']:.2f}", *told, margin)
+    Console(width=100).print(table)
+
+
+def low(psnr: list[float]) -> float:
+    return float(np.quantile(psnr, 0.1))
+
+
+if __name__ == "__main__":
+    main()
