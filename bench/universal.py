@@ -78,9 +78,7 @@ def judged(args: argparse.Namespace, runs: ModelRuns) -> list[dict]:
     pipe = load(args.target, args.device)
     pipe.set_progress_bar_config(disable=True)
     held = list(range(args.seeds))
-    judge = Rollouts(
-        pipe, samples(held), held, num_inference_steps=args.steps, guidance_scale=args.guidance
-    )
+    judge = Rollouts(pipe, samples(held), held, num_inference_steps=args.steps, guidance_scale=args.guidance)
     others, rows = rivals(args.rivals), []
     for budget in sorted(args.budgets, reverse=True):
         schedule = Universal(budget=budget).schedule_for(judge.fingerprint, judge.samplers[0], runs)

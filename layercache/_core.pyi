@@ -84,8 +84,8 @@ class Surrogate:
     def simulate(self, computed: ArrayLike, leave_out: bool = False) -> NDArray[np.float64]:
         """PSNR in dB of every path and picture, [paths, pictures]."""
     def forecasts(self, computed: ArrayLike) -> list[list[float]]:
-        """Of one path, [1, steps], the coefficients fitted at every step: of the newest velocities, newest first, and of
-        the latents; none where the full run is not left."""
+        """Of one path, [1, steps], the coefficients fitted at every step: of the newest velocities, newest first, and
+        of the latents; none where the full run is not left."""
     def explore(
         self,
         starts: ArrayLike,

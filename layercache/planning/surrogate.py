@@ -163,9 +163,7 @@ def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
     return torch.stack([kappa, 0.5 * (across / squared).log()])
 
 
-def surrogate_of(
-    runs: FullRuns, answers: Answers, forecast: Forecast, stress: Sequence[float] = (1.0,)
-) -> Surrogate:
+def surrogate_of(runs: FullRuns, answers: Answers, forecast: Forecast, stress: Sequence[float] = (1.0,)) -> Surrogate:
     """The simulator of full runs, every picture once per entry of ``stress``.
 
     Args:

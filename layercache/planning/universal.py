@@ -26,11 +26,10 @@ from layercache.planning.fit import Forecast
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.surrogate import Answers, FullRuns, starts, surrogate_of
 from layercache.planning.whole_steps import (
-    SIMULATIONS,
     TAIL,
     TERMS,
+    dense_starts,
     deviations_for,
-    safe_start,
     stress_of,
     weighting_of,
 )
@@ -39,6 +38,7 @@ from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 FILE = Path(__file__).with_name("universal.safetensors")
+SIMULATIONS = 400
 NEIGHBOURS = 4  # noise levels from which one between them is interpolated
 
 
@@ -189,16 +189,14 @@ class Universal(PlannedMethod):
     def _planned(self, runs: FullRuns, count: int) -> tuple[np.ndarray, list[list[float]]]:
         """The surrogate's best path with so many computed steps, and its forecasts."""
         share = count / runs.num_steps
-        dense = safe_start(count, share)
+        dense = dense_starts(count, share)[-1]
         answers = Answers.usual(runs.sigmas, len(runs))
         assert answers is not None
         forecast = Forecast("steer", terms=TERMS, weighting=weighting_of(share))
         begins = np.array([path for _, path in starts(deviations_for(runs, count), runs.sigmas, count, dense)])
         surrogate = surrogate_of(runs, answers, forecast, stress_of(share))
         leave_out = len(set(runs.folds)) > 1
-        paths, _ = surrogate.explore(
-            begins, np.arange(runs.num_steps) < dense, SIMULATIONS, self.seed, leave_out, TAIL
-        )
+        paths, _ = surrogate.explore(begins, np.arange(runs.num_steps) < dense, SIMULATIONS, self.seed, leave_out, TAIL)
         return paths[0], surrogate_of(runs, answers, forecast).forecasts(paths[:1])
 
 
@@ -218,5 +216,3 @@ def _velocities(path: np.ndarray, forecasts: Sequence[Sequence[float]], first: i
         terms = dict(zip(computed, coefficients[:-1], strict=False))
         found.append(Velocity(terms, coefficients[-1]) if coefficients else None)
     return found
-
-

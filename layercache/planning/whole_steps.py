@@ -210,7 +210,7 @@ class WholeStepSearch:
             if best.forecast.weighting == forecast.weighting:
                 return best.computed, replace(forecast, weighting=1.5 - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
-        dense = _dense_starts(count, share)
+        dense = dense_starts(count, share)
         answers = self.answers
         if answers is None or (k == 0 and share <= LOW and self.assumed is None):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
@@ -260,7 +260,7 @@ def _steps_of(schedule: Schedule) -> tuple[int, ...]:
     return tuple(step for step in range(schedule.num_steps) if not schedule.is_skipped(step))
 
 
-def _dense_starts(count: int, share: float) -> list[int]:
+def dense_starts(count: int, share: float) -> list[int]:
     """How many steps from the first on a path may have to compute, by the share it computes."""
     if share > MIDDLE:
         return [count // 3, round(0.43 * count)]
