@@ -3,23 +3,23 @@
     python bench/universal.py --models demo examples/deep_model models/m12 models/m20 \
         --write layercache/planning/universal.safetensors
     python bench/universal.py --models examples/deep_model models/m12 models/m20 --target demo \
-        --rivals bench/results/pareto-demo-30-cfg4.json --out bench/results/universal-demo-30-cfg4
+        --out bench/results/universal-demo-30-cfg4
 
 The first makes the file: of every model a few pictures with guidance and without, in 100 steps, as factors of the inner
 products of their velocities. The second makes schedules for a model of the runs of others alone, and runs them on
-pictures; with the results of bench/pareto.py for that model, beside MeanCache, which was calibrated on it. Writes
-OUT.json (figures, settings, machine).
+pictures, beside MeanCache (both forms, the best of three gammas), which was calibrated on eight pictures of that model.
+Writes OUT.json (figures, settings, machine).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
-from pareto import add_options, load, samples
+from pareto import add_options, load, meancache_points, samples
 from rich.console import Console
 from rich.table import Table
 
@@ -50,22 +50,12 @@ def runs_of(models: list[str], pictures: int, device: str | None) -> ModelRuns:
     return ModelRuns(np.array(sigmas), np.concatenate(factors), tuple(hashes), tuple(folds))
 
 
-def rivals(path: Path | None) -> dict[float, list[list[float]]]:
-    """PSNR of MeanCache's forms on the held-out pictures, by budget, from bench/pareto.py."""
-    found: dict[float, list[list[float]]] = {}
-    for row in json.loads(path.read_text())["rows"] if path else ():
-        if row["name"].startswith("MeanCache"):
-            found.setdefault(row["budget"], []).append(row["held_out_psnr"])
-    return found
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, help="that the full runs are of")
     parser.add_argument("--pictures", type=int, default=6, help="of each, with guidance and without")
     parser.add_argument("--write", type=Path, default=None, help="the file of the full runs")
     parser.add_argument("--target", default=None, help="a model that schedules are run on")
-    parser.add_argument("--rivals", type=Path, default=None, help="results of bench/pareto.py for the target")
     add_options(parser)
     parser.set_defaults(out=None)
     for action in parser._actions:
@@ -77,13 +67,18 @@ def judged(args: argparse.Namespace, runs: ModelRuns) -> list[dict]:
     """What universal schedules give on the target's pictures, per budget."""
     pipe = load(args.target, args.device)
     pipe.set_progress_bar_config(disable=True)
-    held = list(range(args.seeds))
-    judge = Rollouts(pipe, samples(held), held, num_inference_steps=args.steps, guidance_scale=args.guidance)
-    others, rows = rivals(args.rivals), []
+    held, fitted = range(args.seeds), range(1000, 1008)
+    call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    judge, calibration = (Rollouts(pipe, samples(seeds), list(seeds), **call) for seeds in (held, fitted))
+    assert judge.samplers is not None
+    rows = []
     for budget in sorted(args.budgets, reverse=True):
+        start = time.perf_counter()
         schedule = Universal(budget=budget).schedule_for(judge.fingerprint, judge.samplers[0], runs)
-        row = {"budget": budget, "used": schedule.used, "psnr": judge.run(schedule).psnr}
-        rows.append(row | {"meancache": others.get(budget, [])})
+        row = {"budget": budget, "used": schedule.used, "seconds": time.perf_counter() - start}
+        row |= {"psnr": judge.run(schedule).psnr}
+        row |= {name: judge.run(point.schedule).psnr for name, point in meancache_points(calibration, budget)}
+        rows.append(row)
     return rows
 
 
@@ -107,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     for heading in ("budget", "universal", "MeanCache, calibrated", "margin"):
         table.add_column(heading, justify="right")
     for row in rows:
-        best = [max((f(v) for v in row["meancache"]), default=float("nan")) for f in (np.mean, low, min)]
+        rivals = [psnr for name, psnr in row.items() if name.startswith("MeanCache")]
+        best = [max(map(f, rivals)) for f in (np.mean, low, min)]
         own = [f(row["psnr"]) for f in (np.mean, low, min)]
         told = [" / ".join(f"{v:.1f}" for v in values) for values in (own, best)]
         margin = " / ".join(f"{a - b:+.1f}" for a, b in zip(own, best, strict=True))
