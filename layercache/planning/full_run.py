@@ -42,6 +42,11 @@ class FullSample:
     sigmas: tuple[float, ...]
     sampler: LinearSampler | None
 
+    @property
+    def nbytes(self) -> int:
+        """Of latents and velocities."""
+        return sum(t.nbytes for t in (*self.trace.latents, *self.trace.taken))
+
 
 class _TimedPass(BlockPass):
     """Marks where the blocks begin and end in time."""

@@ -88,6 +88,7 @@ class Rollouts:
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
+        on_memory: called when the first full run is done, with the bytes that all will take in the host's memory.
         files: where full runs are kept, so that a search that was stopped can go on.
         full: the samples' full runs, where they are known; one per entry of ``prompts``, which then are mappings of
             arguments, each with the generator or generators that its call began with.
@@ -115,6 +116,7 @@ class Rollouts:
         on_cost: Callable[[float], object] | None = None,
         files: SearchFiles | None = None,
         full: Sequence[FullSample] | None = None,
+        on_memory: Callable[[float], object] | None = None,
         **call: Any,
     ):
         self.transformer = find_transformer(pipe)
@@ -147,7 +149,7 @@ class Rollouts:
         self.seconds = (0.0, 0.0)
         self.sigmas: tuple[float, ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
-        self._take(full)
+        self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
 
     @property
     def num_steps(self) -> int:
@@ -206,9 +208,8 @@ class Rollouts:
             velocities = ()
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces, run.products)
 
-    def _take(self, full: Sequence[FullSample] | None) -> None:
-        """Keeps the full runs that are given, or makes them."""
-        found = [self._full_run(sample) for sample in range(len(self.prompts))] if full is None else list(full)
+    def _take(self, found: Sequence[FullSample]) -> None:
+        """Keeps the full runs."""
         self.runs += 1
         self.sigmas = found[0].sigmas
         self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
@@ -218,12 +219,18 @@ class Rollouts:
         samplers = tuple(one.sampler for one in found if one.sampler is not None)
         self.samplers = samplers if len(samplers) == len(found) else None
 
-    def _full_run(self, sample: int) -> FullSample:
+    def _full_run(self, sample: int, on_memory: Callable[[float], object] | None) -> FullSample:
         """The full run of a sample: from the files of a search that was stopped, or made now."""
-        kept = self.files.sample(sample) if self.files is not None else None
-        if kept is not None:
+        found = self.files.sample(sample) if self.files is not None else None
+        if found is not None:
             self._note(len(self.seeds[sample]))
-            return kept
+        else:
+            found = self._new_full_run(sample)
+        if sample == 0 and on_memory is not None:
+            on_memory(found.nbytes * self.num_pictures / len(self.seeds[0]))
+        return found
+
+    def _new_full_run(self, sample: int) -> FullSample:
         scheduler, pictures = self._clones[sample].scheduler, len(self.seeds[sample])
         watcher = FullRun(self.transformer, self.spec, scheduler)
 

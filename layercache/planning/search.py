@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -144,11 +145,15 @@ def search(
     files = None if resume is None else SearchFiles(resume)
     with tqdm(disable=not progress, bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, **call)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=partial(_say_memory, bar), **call)
         front = _searched(rollouts, config, start, bar)
     if validation is None:
         return front
     return replace(front, points=tuple(validated(front.points, pipe, *validation, **call)))
+
+
+def _say_memory(bar: Any, size: float) -> None:
+    bar.set_postfix_str(f"full runs, which take {size / 1e9:.2g} GB of host memory")
 
 
 def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) -> Front:

@@ -169,13 +169,17 @@ class Universal(PlannedMethod):
                 "a universal schedule is for flow matching, whose noise levels fall from 1 at the most to 0, and this "
                 f"run has {sigmas[0]:.3f} to {sigmas[-1]:.3f}; take FBCache, or `layercache.search`"
             )
-        steps = len(sigmas) - 1
+        others = (runs or shipped()).without(fingerprint.config_hash)
+        return self.planned(fingerprint, others.at(sigmas, sampler))
+
+    def planned(self, fingerprint: Fingerprint, runs: FullRuns) -> Schedule:
+        """From full runs between the fingerprint's noise levels: the surrogate's best path, and its forecasts."""
+        steps = runs.num_steps
         count = math.floor(self.budget * steps + 1e-9)
         if count < 1:
             raise BudgetError(f"with {steps} steps a budget is at least {1 / steps:.2f}, got {self.budget}")
         first = fingerprint.num_steps - steps
-        runs = (runs or shipped()).without(fingerprint.config_hash)
-        path, forecasts = self._planned(runs.at(sigmas, sampler), count)
+        path, forecasts = self._found(runs, count)
         cells: list[tuple[Cell, ...]] = [(None,) if computed else ({},) for computed in [False] * first + path.tolist()]
         return Schedule(
             fingerprint,
@@ -186,7 +190,7 @@ class Universal(PlannedMethod):
             (*[None] * first, *_velocities(path, forecasts, first)),
         )
 
-    def _planned(self, runs: FullRuns, count: int) -> tuple[np.ndarray, list[list[float]]]:
+    def _found(self, runs: FullRuns, count: int) -> tuple[np.ndarray, list[list[float]]]:
         """The surrogate's best path with so many computed steps, and its forecasts."""
         share = count / runs.num_steps
         dense = dense_starts(count, share)[-1]

@@ -30,6 +30,7 @@ SIMULATIONS = 900
 DIFFERENCE = 2  # exchanges between two paths that are both run
 TAIL = 0.5
 STRESS, STRESS_LOW = (1.0, 2.0, 4.0), (1.0, 2.0)  # factors of the answer to drift, the latter up to a share of LOW
+WEIGHTINGS = 0.5, 1.0  # of pictures in the fits, up to a share of LOW and above
 LOW, MIDDLE = 0.4, 0.55  # shares of computed steps up to which budgets are explored in other ways
 
 
@@ -94,8 +95,9 @@ class WholeStepSearch:
     """Searches schedules of whole steps on the full runs of a few pictures.
 
     Budgets are taken upward, so that the cheapest runs measure how the model answers drift (`Answers`). Of every
-    budget the first path of a low share is that of least velocity deviations; then the surrogate's best that differs
-    from those run, with the answers renewed; at last the best so far with the other weighting of pictures.
+    budget the surrogate's best path with other models' answers is run first, at few steps then that of least velocity
+    deviations; then the surrogate's best that differs from those run, with the answers measured so far; at last the
+    best with the other weighting of pictures.
 
     Args:
         rollouts: the pictures, and their full runs.
@@ -103,7 +105,8 @@ class WholeStepSearch:
         seed: of the order in which exchanges are tried in the surrogate.
         terms: velocities that a forecast combines.
         tail: weight of the 10 % quantile beside the mean.
-        answers: to drift, that are taken for the model's own until it has shown some.
+        answers: to drift, that are taken for the model's own until it has shown some; by default those that other
+            models have shown, where noise levels are those of flow matching.
     """
 
     def __init__(
@@ -115,7 +118,8 @@ class WholeStepSearch:
         tail: float = TAIL,
         answers: Answers | None = None,
     ):
-        self.rollouts, self.seconds, self.seed, self.tail, self.assumed = rollouts, seconds, seed, tail, answers
+        self.rollouts, self.seconds, self.seed, self.tail = rollouts, seconds, seed, tail
+        self.assumed = answers or Answers.usual(rollouts.sigmas, rollouts.num_pictures)
         self.base = (
             Forecast("steer", terms=terms)
             if rollouts.samplers
@@ -208,14 +212,14 @@ class WholeStepSearch:
         if k == number - 1 and number > 2:
             best = max(own, key=lambda one: one.quality)
             if best.forecast.weighting == forecast.weighting:
-                return best.computed, replace(forecast, weighting=1.5 - forecast.weighting), best.origin
+                return best.computed, replace(forecast, weighting=sum(WEIGHTINGS) - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
         dense = dense_starts(count, share)
-        answers = self.answers
-        if answers is None or (k == 0 and share <= LOW and self.assumed is None):
+        answers = self.assumed if k == 0 and self.assumed is not None else self.answers
+        if answers is None or (k == 1 and share <= LOW and number > 2):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
-        begin = dense[k % len(dense)] if self.tried or self.assumed is None else safe_start(count, share)
+        begin = safe_start(count, share) if answers is self.assumed else dense[k % len(dense)]
         found = self._explore(answers, forecast, count, begin, own)
         return found, forecast, "whole steps, surrogate"
 
@@ -224,7 +228,7 @@ class WholeStepSearch:
     ) -> np.ndarray:
         """The surrogate's best path that differs from those of this budget that were run."""
         stress = stress_of(count / self.rollouts.num_steps)
-        if not self.tried and self.assumed is not None:
+        if answers is self.assumed:
             stress = (0.5, *stress)  # the model's own answers may as well be smaller
         surrogate = surrogate_of(self.full_runs, answers, forecast, stress)
         begins = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
@@ -274,7 +278,7 @@ def deviations_for(runs: FullRuns, least: int) -> np.ndarray:
 
 def weighting_of(share: float) -> float:
     """How pictures are weighted in the fits of paths that compute such a share of the steps."""
-    return 0.5 if share <= LOW else 1.0
+    return WEIGHTINGS[share > LOW]
 
 
 def stress_of(share: float) -> tuple[float, ...]:

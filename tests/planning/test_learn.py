@@ -218,7 +218,7 @@ def test_the_pipeline_stays_what_it_is(pipe):
         ({"budget": 1.5}, BudgetError, "budget is a share"),
         ({"speedup": 1.0}, BudgetError, "speedup is above 1"),
         ({"min_psnr": 0.0}, BudgetError, "min_psnr is above 0"),
-        ({"budget": 0.5, "learn": 0}, ArgumentError, "learn is a number"),
+        ({"budget": 0.5, "learn": -1}, ArgumentError, "learn is a number"),
         ({"budget": 0.5, "learn": "less"}, ArgumentError, "learn is a number"),
     ],
 )

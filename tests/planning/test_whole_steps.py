@@ -44,6 +44,13 @@ def test_too_little_effort_for_the_pictures_is_refused():
         runs_per_budget(COUNTS, 30, 24, EFFORTS["normal"])
 
 
+def test_memory_is_known_after_the_first_full_run():
+    sizes = []
+    prompts, seeds = [["cat", "coffee"], "rocket"], [3, 4, 5]
+    made = Rollouts(tiny_pipeline(1), prompts, seeds, on_memory=sizes.append, num_inference_steps=3)
+    assert sizes == [sum(t.nbytes for trace in made.full for t in (*trace.latents, *trace.raw))]
+
+
 def test_grams_are_of_latents_and_velocities_of_each_picture(rollouts):
     vectors = FullRuns.of(rollouts).vectors
     grams = vectors @ vectors.transpose(0, 2, 1)
