@@ -5,12 +5,14 @@
 Every rival is tuned for every budget on the pictures that the search is fitted to: MeanCache (both forms, three
 gammas), TaylorSeer (orders 1 and 2, every interval, six lengths of warm-up), FBCache and DBCache (thresholds), evenly
 spaced steps that hold the velocity, and as many full steps without a cache. Writes OUT.json (figures, seeds, settings,
-machine), OUT.png and OUT.html, and the front OUT.front.json.
+machine), OUT.png and OUT.html, and the front OUT.front.json. The rivals do not depend on the search: with --rivals their
+rows are taken from the results of an earlier run with the same model, steps, guidance and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -128,6 +130,19 @@ def dynamic_rivals(model: CalibratedModel, judge: Rollouts, budget: float) -> It
         yield FrontRow(title, budget, float(np.mean(used)), setting, (), tuple(psnr))
 
 
+def earlier_rivals(path: Path, args: argparse.Namespace) -> list[FrontRow]:
+    """The rivals' rows of an earlier run, which must have had the same model and pictures."""
+    found = json.loads(path.read_text())
+    for name in ("model", "steps", "guidance", "seeds"):
+        if found["settings"][name] != getattr(args, name):
+            raise SystemExit(f"{path} is of {name} {found['settings'][name]}, not {getattr(args, name)}")
+    return [
+        FrontRow(row["name"], row["budget"], row["used"], row["origin"], (), tuple(row["held_out_psnr"]))
+        for row in found["rows"]
+        if row["name"] != "layercache"
+    ]
+
+
 def fewer_steps(judge: Rollouts, budget: float, count: int) -> FrontRow:
     """As many full steps as the budget allows, without a cache."""
     batches, seeds = judge.prompts, [seed for batch in judge.seeds for seed in batch]
@@ -155,7 +170,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--effort", choices=list(EFFORTS), default="normal")
-    parser.add_argument("--ours", action="store_true", help="leave out the rivals")
+    rivals = parser.add_mutually_exclusive_group()
+    rivals.add_argument("--ours", action="store_true", help="leave out the rivals")
+    rivals.add_argument("--rivals", type=Path, default=None, help="results whose rivals are shown")
     return parser.parse_args(argv)
 
 
@@ -173,16 +190,17 @@ def main(argv: list[str] | None = None) -> None:
     calibration = Rollouts(pipe, samples(fitted), list(fitted), **call)
     judge = Rollouts(pipe, samples(held), list(held), **call)
     model = CalibratedModel(pipe, samples(fitted), list(fitted), call, args.budgets)
-    rows: list[FrontRow] = []
+    tunes = not (args.ours or args.rivals)
+    rows: list[FrontRow] = earlier_rivals(args.rivals, args) if args.rivals else []
     for budget in sorted(args.budgets, reverse=True):
         count = int(budget * args.steps + 1e-9)
         points = [("layercache", front.choose(budget))]
-        points += [] if args.ours else list(planned_rivals(calibration, budget, count))
+        points += list(planned_rivals(calibration, budget, count)) if tunes else []
         for name, point in points:
             psnr = judge.run(point.schedule).psnr
             speedup = front.speedup(point)
             rows.append(FrontRow(name, budget, point.used, point.origin, point.psnr, psnr, speedup, point.expected))
-        if not args.ours:
+        if tunes:
             rows += dynamic_rivals(model, judge, budget)
             rows.append(fewer_steps(judge, budget, count))
     figures = {

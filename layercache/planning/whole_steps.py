@@ -216,7 +216,7 @@ class WholeStepSearch:
             return best.computed, forecast, best.origin
         dense = dense_starts(count, share)
         answers = self.assumed if k == 0 and self.assumed is not None else self.answers
-        if answers is None or (k == 1 and share <= LOW and number > 2):
+        if answers is None or (k == 1 and share <= LOW and number > 3):
             name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
             return path, forecast, f"whole steps, {name}"
         begin = safe_start(count, share) if answers is self.assumed else dense[k % len(dense)]
