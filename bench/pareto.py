@@ -5,8 +5,8 @@
 Every rival is tuned for every budget on the pictures that the search is fitted to: MeanCache (both forms, three
 gammas), TaylorSeer (orders 1 and 2, every interval, six lengths of warm-up), FBCache and DBCache (thresholds), evenly
 spaced steps that hold the velocity, and as many full steps without a cache. Writes OUT.json (figures, seeds, settings,
-machine), OUT.png and OUT.html, and the front OUT.front.json. The rivals do not depend on the search: with --rivals their
-rows are taken from the results of an earlier run with the same model, steps, guidance and pictures.
+machine), OUT.png and OUT.html, and the front OUT.front.json. The rivals do not depend on the search: with --rivals
+their rows are taken from the results of an earlier run with the same model, steps, guidance and pictures.
 """
 
 from __future__ import annotations
