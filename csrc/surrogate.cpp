@@ -39,7 +39,7 @@ void check(const SurrogateProblem& problem) {
     }
 }
 
-// In four sums, since one would wait for its last addition.
+// With four accumulators, so that an addition need not wait for the one before.
 double product(const double* a, const double* b, std::size_t width) {
     std::array<double, 4> sums{};
     std::size_t k = 0;

@@ -1,4 +1,4 @@
-// Runs of whole-step schedules simulated from inner products of the full runs' velocities, without the model.
+// Runs of whole-step schedules simulated from the full runs' velocities, without the model.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,6 +231,14 @@ def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:
         return (*((1 - kept) / kept).sqrt().tolist(), 0.0)
     values = torch.as_tensor(sigmas).tolist()
     return tuple(float(s) for s in values)
+
+
+def has_run(scheduler: Any, sigmas: Sequence[float]) -> bool:
+    """Whether the scheduler's timesteps were set for a run, and are not those of training that it has before."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or getattr(scheduler, "num_inference_steps", 0) is None:
+        return False
+    return len(sigmas) > len(timesteps)  # those of a run have the final one
 
 
 def takes_euler_steps(scheduler: Any) -> bool:

@@ -54,6 +54,8 @@ class LinearSampler:
         """
         scheduler = copy.deepcopy(scheduler)
         scheduler.__dict__.pop("step", None)  # of a run that is paused at its steps
+        tensors = {name: value.cpu() for name, value in vars(scheduler).items() if isinstance(value, torch.Tensor)}
+        vars(scheduler).update(tensors)  # as the impulses are, wherever the pipeline's are
         impulses = torch.eye(num_steps + 1, dtype=torch.float32)[:, None, :, None]
         latents, found = impulses[num_steps], [impulses[num_steps]]
         timesteps = torch.as_tensor(scheduler.timesteps)[-num_steps:]

@@ -1,8 +1,8 @@
-"""Schedules from other models' full runs, for models that nothing is known of (ours).
+"""Schedules from other models' full runs, for models on which nothing was measured (ours).
 
-A few full runs of several models are shipped as inner products of their velocities at many noise levels. Interpolated
-to the noise levels of a run, they are what the surrogate needs to choose a path and to fit its forecasts: no model is
-called. Forecasts depend on the data and the sampler more than on the network, so that they carry over.
+A few full runs of several models are shipped, as their velocities at many noise levels in a basis that keeps inner
+products. Interpolated to the noise levels of a run, they are what the surrogate needs to choose a path and to fit its
+forecasts: no model is called. Forecasts depend on the data and the sampler more than on the network, and transfer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,7 +78,7 @@ class ModelRuns:
         write_atomically(path, lambda place: save_file(tensors, place, {"models": json.dumps(self.models)}))
 
     def without(self, model: str) -> ModelRuns:
-        """Those of models of other architectures: what is universal is not measured on the model itself."""
+        """Those of models of other architectures than this one."""
         kept = [picture for picture, fold in enumerate(self.folds) if self.models[fold] != model]
         return replace(self, factors=self.factors[kept], folds=tuple(self.folds[picture] for picture in kept))
 
@@ -125,7 +126,7 @@ class Universal(PlannedMethod):
     Source: ours; docs/planning.md.
 
     Attributes:
-        budget: largest share of the steps that is computed.
+        budget: largest share of the steps that is computed, one at least.
         seed: of the order in which paths are tried in the surrogate.
 
     Raises:
@@ -146,28 +147,34 @@ class Universal(PlannedMethod):
 
         Raises:
             ArgumentError: no fingerprint.
-            BudgetError: the budget is less than a step.
-            MethodError: the noise levels are not those of flow matching.
+            MethodError: the noise levels are not those of flow matching, or repeated.
         """
         expect("Universal.schedule", fingerprint, Fingerprint)
         return self.schedule_for(fingerprint, LinearSampler.euler(_run_of(fingerprint)))
 
-    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any) -> Schedule:
+    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        if first:
+            fingerprint = replace(fingerprint, steps_run=tuple(range(first, fingerprint.num_steps)))
         sampler = LinearSampler.of(scheduler, len(_run_of(fingerprint)) - 1)
         if sampler is None:
             raise MethodError(
-                f"a universal schedule needs a sampler whose steps are linear in the velocity, without noise of their "
-                f"own, and those of {type(scheduler).__name__} are not; take FBCache, or another sampler"
+                f"a universal schedule needs a sampler whose steps are linear in the velocity, of some length, without "
+                f"noise of their own, and those of {type(scheduler).__name__} are not; take FBCache, or another sampler"
             )
         return self.schedule_for(fingerprint, sampler)
 
     def schedule_for(self, fingerprint: Fingerprint, sampler: LinearSampler, runs: ModelRuns | None = None) -> Schedule:
         """For a sampler's steps, from other models' full runs: of those that are shipped, or of these."""
-        sigmas = _run_of(fingerprint)
-        if max(sigmas) > 1 + 1e-6 or any(b > a for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        sigmas, levels = _run_of(fingerprint), fingerprint.sigmas
+        if max(levels) > 1 + 1e-6 or any(b > a for a, b in pairwise(levels)):
             raise MethodError(
                 "a universal schedule is for flow matching, whose noise levels fall from 1 at the most to 0, and this "
-                f"run has {sigmas[0]:.3f} to {sigmas[-1]:.3f}; take FBCache, or `layercache.search`"
+                f"run has {levels[0]:.3f} to {levels[-1]:.3f}; take FBCache, or `layercache.search`"
+            )
+        if not np.diag(sampler.weights).all():
+            raise MethodError(
+                "noise levels are repeated, as Heun's sampler does: enable the method on the pipeline, whose sampler "
+                "says what its steps are"
             )
         others = (runs or shipped()).without(fingerprint.config_hash)
         return self.planned(fingerprint, others.at(sigmas, sampler))
@@ -175,9 +182,7 @@ class Universal(PlannedMethod):
     def planned(self, fingerprint: Fingerprint, runs: FullRuns) -> Schedule:
         """From full runs between the fingerprint's noise levels: the surrogate's best path, and its forecasts."""
         steps = runs.num_steps
-        count = math.floor(self.budget * steps + 1e-9)
-        if count < 1:
-            raise BudgetError(f"with {steps} steps a budget is at least {1 / steps:.2f}, got {self.budget}")
+        count = max(1, math.floor(self.budget * steps + 1e-9))  # the first one in any case
         first = fingerprint.num_steps - steps
         path, forecasts = self._found(runs, count)
         cells: list[tuple[Cell, ...]] = [(None,) if computed else ({},) for computed in [False] * first + path.tolist()]

@@ -95,9 +95,9 @@ class WholeStepSearch:
     """Searches schedules of whole steps on the full runs of a few pictures.
 
     Budgets are taken upward, so that the cheapest runs measure how the model answers drift (`Answers`). Of every
-    budget the surrogate's best path with other models' answers is run first, at few steps then that of least velocity
-    deviations; then the surrogate's best that differs from those run, with the answers measured so far; at last the
-    best with the other weighting of pictures.
+    budget the surrogate's best path with other models' answers is run first; up to a share of `LOW`, with runs enough,
+    then that of least velocity deviations; then the surrogate's best that differs from those run, with the answers
+    measured so far; at last, with runs enough, the best of them with the other weighting of pictures.
 
     Args:
         rollouts: the pictures, and their full runs.
@@ -209,7 +209,7 @@ class WholeStepSearch:
         """The path to run next, its forecast, and how it was found."""
         share = count / self.rollouts.num_steps
         forecast = self.forecast_of(count)
-        if k == number - 1 and number > 2:
+        if k == number - 1 and number > (2 if share <= LOW else 3):
             best = max(own, key=lambda one: one.quality)
             if best.forecast.weighting == forecast.weighting:
                 return best.computed, replace(forecast, weighting=sum(WEIGHTINGS) - forecast.weighting), best.origin
@@ -217,8 +217,11 @@ class WholeStepSearch:
         dense = dense_starts(count, share)
         answers = self.assumed if k == 0 and self.assumed is not None else self.answers
         if answers is None or (k == 1 and share <= LOW and number > 3):
-            name, path = starts(self.table, self.rollouts.sigmas, count, dense[0])[0]
-            return path, forecast, f"whole steps, {name}"
+            for name, path in starts(self.table, self.rollouts.sigmas, count, dense[0]):
+                if not any((path == one.computed).all() for one in own):
+                    return path, forecast, f"whole steps, {name}"
+        if answers is None:
+            return own[0].computed, forecast, own[0].origin  # there is no other path
         begin = safe_start(count, share) if answers is self.assumed else dense[k % len(dense)]
         found = self._explore(answers, forecast, count, begin, own)
         return found, forecast, "whole steps, surrogate"
@@ -282,7 +285,7 @@ def weighting_of(share: float) -> float:
 
 
 def stress_of(share: float) -> tuple[float, ...]:
-    """Factors of the answer to drift with which such paths are simulated."""
+    """Factors of eta (`Answers`) with which paths that compute such a share of the steps are simulated."""
     return STRESS_LOW if share <= LOW else STRESS
 
 

@@ -208,11 +208,11 @@ class Identity:
             # a pipeline that begins in the middle may have cut its timesteps
             limit = max(len(run), len(getattr(scheduler, "sigmas", ())) - 1)
             if step >= limit:
-                self._unidentified(RUN_IS_OVER)
+                self.leave_unidentified(RUN_IS_OVER)
                 return None
             generation = self._begin("scheduler", run, limit)
         if step >= generation.limit:
-            self._unidentified(RUN_IS_OVER)
+            self.leave_unidentified(RUN_IS_OVER)
             return None
         if self.sigmas is not None and not 0 <= step < len(self.sigmas) - 1:
             self._check_step(step)
@@ -225,7 +225,7 @@ class Identity:
     def _by_time(self, forward: Forward) -> Place | None:
         time = time_of(forward.timestep(self.spec), self._warn)
         if time is None:
-            self._unidentified(NO_STEP)
+            self.leave_unidentified(NO_STEP)
             return None
         step = self._step_of(time)
         place = self._in_loop(forward, self._first_step(time) if step is None else step, "timestep", step is None)
@@ -325,10 +325,11 @@ class Identity:
         place.step = step
         if not place.is_shared:
             return place
-        self._unidentified(NO_BRANCH)
+        self.leave_unidentified(NO_BRANCH)
         return None
 
-    def _unidentified(self, reason: str) -> None:
+    def leave_unidentified(self, reason: str) -> None:
+        """Counts a forward without a place, and warns of the first."""
         self.unidentified += 1
         self.reason = reason
         self._warn(f"a forward was computed in full, because {reason}")

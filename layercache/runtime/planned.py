@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from layercache._utils.compat import scheduler_sigmas, scheduler_step
+from layercache._utils.compat import has_run, scheduler_sigmas, scheduler_step
 from layercache.errors import CacheStateError, MethodError
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
+from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
-from layercache.runtime.identity import Identity
+from layercache.runtime.identity import RUN_IS_OVER, Identity
 from layercache.runtime.policy import PlannedMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.schedule.schedule import Schedule
+
+MOST_SCHEDULES = 8
 
 
 class PlannedRouter(Router):
@@ -36,34 +38,43 @@ class PlannedRouter(Router):
         self._storage = storage
         self._run: object = None
         self._router: ScheduleRouter | None = None
-        self._made_for: object = None
+        self._schedules: dict[Any, Schedule] = {}  # by what they were made for
 
     def for_call(self) -> Router:
         scheduler, run = self.identity.current(), self.identity.run
-        if run is not self._run or self._router is None:
-            sigmas = scheduler_sigmas(scheduler)
-            if not sigmas:
-                raise MethodError(
-                    f"{type(self.method).__name__} needs the noise levels of the run, and "
-                    f"{type(scheduler).__name__} has none"
-                )
-            made_for = type(scheduler), tuple(sigmas), scheduler_step(scheduler) or 0
-            if self._router is None or made_for != self._made_for:
-                self.end_generation()
-                self._router = self._new_router(scheduler, *made_for[1:])
-                self._made_for = made_for
-            self._run = run
+        if run is self._run and self._router is not None:
+            return self._router
+        sigmas, step = scheduler_sigmas(scheduler), scheduler_step(scheduler) or 0
+        if not sigmas:
+            raise MethodError(
+                f"{type(self.method).__name__} needs the noise levels of the run, and "
+                f"{type(scheduler).__name__} has none"
+            )
+        if step >= len(sigmas) - 1 or not has_run(scheduler, sigmas):
+            return self._router or self
+        schedule = self._schedule_of(scheduler, tuple(sigmas), step)
+        if self._router is None or schedule is not self._router.schedule:
+            self.end_generation()
+            self._router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
+            self._router.identity.drivers = self.identity.drivers
+        self._run = run
         return self._router
 
-    def _new_router(self, scheduler: Any, sigmas: tuple[float, ...], first: int) -> ScheduleRouter:
-        """Of a run that begins with step ``first``."""
-        fingerprint = fingerprint_of(self.transformer, sigmas, ())
-        if first:
-            fingerprint = replace(fingerprint, steps_run=tuple(range(first, len(sigmas) - 1)))
-        schedule = self.method.schedule_of_run(fingerprint, scheduler)
-        router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
-        router.identity.drivers = self.identity.drivers
-        return router
+    def begin(self, forward: Forward) -> None:
+        """A forward where no run is under way is computed in full."""
+        self.identity.leave_unidentified(RUN_IS_OVER)
+
+    def _schedule_of(self, scheduler: Any, sigmas: tuple[float, ...], first: int) -> Schedule:
+        """Of a run that begins with step ``first``; of the newest runs they are kept."""
+        key = type(scheduler), repr(getattr(scheduler, "config", None)), sigmas, first
+        found = self._schedules.pop(key, None)
+        if found is None:
+            fingerprint = fingerprint_of(self.transformer, sigmas, ())
+            found = self.method.schedule_of_run(fingerprint, scheduler, first)
+        self._schedules[key] = found
+        if len(self._schedules) > MOST_SCHEDULES:
+            del self._schedules[next(iter(self._schedules))]
+        return found
 
     @property
     def schedule(self) -> Schedule:

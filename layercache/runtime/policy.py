@@ -163,8 +163,11 @@ class PlannedMethod(ABC):
             MethodError: the settings do not fit the model or the run.
         """
 
-    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any) -> Schedule:
-        """The same for methods that also depend on what the steps of the sampler are, before its first one."""
+    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        """The schedule of a run that is about to begin with step ``first``, for methods that look at the sampler too.
+
+        By default that of the whole run: what it would read of steps that are not run is computed instead.
+        """
         return self.schedule(fingerprint)
 
 

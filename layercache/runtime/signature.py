@@ -36,7 +36,7 @@ class Signature:
         self._before: list[Any] = []  # constants, and weak references to tensors
 
     def changes(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether they are others than at the branch's forward before; also at its first one."""
+        """Whether they differ from those of the branch's previous forward; also at its first one."""
         shapes = self._shapes
         modes = is_inference_mode_enabled(), is_autocast_enabled()
         if modes == self._modes and len(arguments) == len(shapes):
@@ -54,5 +54,5 @@ class Signature:
 
 
 def _constant(value: Any) -> Any:
-    """The value, or something unlike any other where it holds tensors, which nobody may keep."""
-    return object() if isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and _shape_of(value)) else value
+    """The value, or a new object for what may hold tensors, which are not kept alive."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else object()

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import layercache
 from layercache.errors import BudgetError, ScheduleError
-from layercache.methods import meancache
+from layercache.methods import MeanCache, meancache
 from layercache.schedule.fingerprint import Fingerprint
+from support.tiny import tiny_pipeline
 
 STEPS = 12
 UNIFORM = tuple(np.linspace(1, 0, STEPS + 1).tolist())
@@ -212,3 +214,23 @@ def test_lexicographic_path_is_the_least_of_all_by_brute_force():
     found = meancache.lexicographic_steps(errors, budget)
     cost = sorted((errors[a, b - a] for a, b in zip(found, [*found[1:], steps], strict=True)), reverse=True)
     assert [c for c in cost if c] == [c for c in best[0] if c]
+
+
+def test_a_run_may_begin_in_the_middle():
+    """As img2img begins: what is read of steps that were not run is computed."""
+    pipe = tiny_pipeline(2)
+    plan = MeanCache(computed=(0, 1, 4, 8), spans=(1, 1, 1, 1))
+    steps = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: steps.append(pipe.scheduler.step_index))
+    pipe.scheduler.set_timesteps(12)
+    pipe.scheduler.set_begin_index(3)
+    encoded = pipe.class_encoder(torch.tensor([0])).detach()
+    latents = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(0))
+    with layercache.enabled(pipe, plan), torch.no_grad(), pipe.progress_bar(total=9):
+        for time in pipe.scheduler.timesteps[3:]:
+            with pipe.transformer.cache_context("cond"):
+                velocity = pipe.transformer(
+                    latents, encoded, timestep=time[None] / 1000, img_shapes=[(1, 2, 2)], return_dict=False
+                )[0]
+            latents = pipe.scheduler.step(velocity, time, latents, return_dict=False)[0]
+    assert len(steps) == 3 and torch.isfinite(latents).all()

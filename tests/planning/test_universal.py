@@ -118,6 +118,46 @@ def test_a_run_from_the_middle_is_planned_from_there(pipe):
     assert min(terms) >= 4
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_short_runs_compute_one_step_at_least(pipe, steps):
+    full = generate(pipe, steps=steps)
+    with layercache.enabled(pipe, Universal(budget=0.2)) as cache:
+        found = generate(pipe, steps=steps)
+        assert cache.report().used == pytest.approx(1 / steps)
+    assert torch.isfinite(found).all() and torch.equal(found, full) == (steps == 1)
+
+
+def test_a_sampler_of_another_kind_is_planned_for_anew(pipe):
+    """Of the same class, steps and noise levels."""
+
+    def unipc(order):
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=order
+        )
+
+    found = []
+    with layercache.enabled(pipe, Universal(budget=0.5)) as cache:
+        for order in (2, 3, 2):
+            pipe.scheduler = unipc(order)
+            generate(pipe, steps=8)
+            found.append(cache.schedule)
+    assert found[0].velocities != found[1].velocities and found[2] is found[0]
+
+
+def test_no_run_is_under_way(pipe):
+    """A call of the bare transformer, and the end of a pipeline that has not begun, plan nothing."""
+    inputs = {"hidden_states": torch.zeros(1, 4, 48), "img_shapes": [(1, 2, 2)], "timestep": torch.ones(1)}
+    inputs["encoder_hidden_states"] = pipe.class_encoder(torch.tensor([0])).detach()
+    with layercache.enabled(pipe, Universal(budget=0.5)) as cache:
+        with pytest.warns(LayerCacheWarning, match="computed in full"), torch.no_grad():
+            pipe.transformer(**inputs)
+        pipe.maybe_free_model_hooks()
+        with pytest.raises(layercache.errors.CacheStateError, match="nothing has run yet"):
+            _ = cache.schedule
+        generate(pipe, steps=4)
+        assert cache.schedule.num_steps == 4
+
+
 @pytest.mark.parametrize(
     ("scheduler", "why"),
     [
@@ -135,10 +175,12 @@ def test_wrong_use(pipe):
     for budget in (0.0, 1.0):
         with pytest.raises(BudgetError, match="a budget is a share"):
             Universal(budget=budget)
-    with pytest.raises(BudgetError, match=r"with 4 steps a budget is at least 0.25, got 0.1"):
-        Universal(budget=0.1).schedule(fingerprint(pipe.transformer, shifted_sigmas(4)))
-    with pytest.raises(MethodError, match="is for flow matching"):
-        Universal().schedule(fingerprint(pipe.transformer, (14.6, 3.0, 0.5, 0.0)))
+    high = fingerprint(pipe.transformer, (14.6, 3.0, 0.5, 0.0))
+    for prints in (high, replace(high, steps_run=(2,))):
+        with pytest.raises(MethodError, match="is for flow matching"):
+            Universal().schedule(prints)
+    with pytest.raises(MethodError, match="noise levels are repeated"):
+        Universal().schedule(fingerprint(pipe.transformer, (1.0, 0.5, 0.5, 0.0)))
     with pytest.raises(ArgumentError):
         Universal().schedule("a fingerprint")
     with pytest.raises(BudgetError, match="min_psnr needs learn=1 or more"):
