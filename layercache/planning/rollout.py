@@ -88,7 +88,7 @@ class Rollouts:
             the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
-        on_memory: called when the first full run is done, with the bytes that all will take in the host's memory.
+        on_memory: called when the first full run is done, with the bytes of host memory that all full runs need.
         files: where full runs are kept, so that a search that was stopped can go on.
         full: the samples' full runs, where they are known; one per entry of ``prompts``, which then are mappings of
             arguments, each with the generator or generators that its call began with.

@@ -62,7 +62,7 @@ class FullRuns:
         Raises:
             CalibrationError: a full run is not finite.
         """
-        # of a sampler whose steps are not linear, and are not steered, Euler's are the nearest guess
+        # a sampler that is not linear is not steered, and simulated as if it took Euler's steps
         known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
         found, samplers = list[np.ndarray](), list[LinearSampler]()
         for sampler, trace in zip(known, rollouts.full, strict=True):

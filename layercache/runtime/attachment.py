@@ -334,7 +334,7 @@ class Attachment:
             require_inference()
         here = get_ident()
         if self._holder != here:
-            if not self._lock.acquire(blocking=False):  # rarely; with a time-out it takes ten times as long
+            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
                 self._wait()
             self._holder = here
         elif self.is_under_way:  # a holder that comes again was interrupted inside its forward

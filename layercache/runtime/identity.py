@@ -287,7 +287,7 @@ class Identity:
         """The place of a forward's branch, or a new one."""
         if forward.branch is None:
             return self._unnamed(generation, forward)
-        key = forward.branch if forward.part is None else forward.key  # of most, without two calls
+        key = forward.branch if forward.part is None else forward.key  # the usual case, without two calls
         place = generation.places.get(key)
         return self._new_place(generation, forward.branch, key) if place is None else place
 
