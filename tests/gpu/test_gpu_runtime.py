@@ -24,6 +24,7 @@ from layercache.methods.fbcache import FBCache
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.ops.dispatch import Kernels
 from layercache.ops.plans import ignored
+from layercache.planning.sampler import LinearSampler
 from layercache.schedule.schedule import Schedule
 from support.plain_reuse import PlainReuse, as_fp8
 from support.tiny import tiny_pipeline
@@ -711,3 +712,17 @@ def test_a_compiled_model(how: str, backend: str) -> None:
     assert max(distance(one, cached) for one in found) <= allowed
     assert distance(cached, full) > 4 * allowed
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_what_a_sampler_does_is_found_wherever_its_noise_levels_are(name: str) -> None:
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(shift=3.0)
+    found = []
+    for device in (DEVICE, torch.device("cpu")):
+        scheduler.set_timesteps(6, device=device)
+        sampler = LinearSampler.of(scheduler, len(scheduler.timesteps))
+        assert sampler is not None and scheduler.sigmas.device.type == device.type
+        found.append(sampler.weights)
+    torch.testing.assert_close(*map(torch.as_tensor, found))
