@@ -111,15 +111,15 @@ def test_a_search_costs_what_it_says_and_is_repeatable(rollouts):
     def search():
         before = rollouts.runs
         search = WholeStepSearch(rollouts, seed=1)
-        tried = list(search.run([4, 2], [3, 2]))
+        tried = list(search.run([4, 2], [4, 3]))
         return tried, rollouts.runs - before
 
     (first, cost), (second, _) = search(), search()
-    assert cost == 5
-    assert [int(one.computed.sum()) for one in first] == [2, 2, 4, 4, 4]
+    assert cost == 7
+    assert [int(one.computed.sum()) for one in first] == [2, 2, 2, 4, 4, 4, 4]
     assert [one.rollout.psnr for one in first] == [one.rollout.psnr for one in second]
     assert [one.point.schedule for one in first] == [one.point.schedule for one in second]
-    assert len({one.computed.tobytes() for one in first}) == 4  # only the last of a budget runs a path again
+    assert len({one.computed.tobytes() for one in first}) == 5  # only the last of a budget runs a path again
     assert first[0].point.schedule.used == pytest.approx(2 / 8)
 
 
