@@ -27,17 +27,15 @@ from layercache.planning import whole_steps
 from layercache.planning.front import Front
 from layercache.planning.rollout import Rollouts
 from layercache.planning.search import EFFORTS
-from layercache.planning.surrogate import Answers, FullRuns
+from layercache.planning.surrogate import FullRuns
 from layercache.planning.universal import Universal
 from layercache.planning.whole_steps import WholeStepSearch, cost_of, runs_per_budget
 from layercache.schedule.schedule import Schedule
 from layercache.tools.report import machine
 
-ASSUMED = "other models' answers assumed at first"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "normal": ("normal", {}),
     "quick": ("quick", {}),
-    ASSUMED: ("normal", {}),
     "pictures all weigh the same": ("normal", {"WEIGHTINGS": (0.0, 0.0)}),
     "only the answers measured, no larger ones": ("normal", {"STRESS": (1.0,), "STRESS_LOW": (1.0,)}),
     "first steps not computed densely": (
@@ -55,11 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def searched(rollouts: Rollouts, counts: list[int], effort: str, assumed: bool) -> tuple[list[Schedule], float]:
+def searched(rollouts: Rollouts, counts: list[int], effort: str) -> tuple[list[Schedule], float]:
     """The front's schedules, and their cost in full generations."""
     runs = runs_per_budget(counts, rollouts.num_steps, rollouts.num_pictures, EFFORTS[effort])
-    answers = Answers.usual(rollouts.sigmas, rollouts.num_pictures) if assumed else None
-    search = WholeStepSearch(rollouts, rollouts.seconds[0], answers=answers)
+    search = WholeStepSearch(rollouts, rollouts.seconds[0])
     points = [tried.point for tried in search.run(counts, runs)]
     front = Front.of(points, (*rollouts.seconds, 0.0), rollouts.runs, [], search.tail)
     cost = cost_of(counts, runs, rollouts.num_steps, rollouts.num_pictures)
@@ -87,7 +84,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with ExitStack() as stack:
             for attribute, value in changes.items():
                 stack.enter_context(patch.object(whole_steps, attribute, value))
-            schedules, cost = searched(rollouts, counts, effort, name == ASSUMED) if effort else alone
+            schedules, cost = searched(rollouts, counts, effort) if effort else alone
         for count, schedule in zip(counts, schedules, strict=True):
             row = {"variant": name, "generations": cost, "computed": count, "used": schedule.used}
             yield row | {"psnr": judge.run(replace(schedule, branch_cells={})).psnr}
