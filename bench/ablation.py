@@ -8,21 +8,19 @@ All variants have the same eight pictures' full runs. Writes OUT.json (figures, 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
-import numpy as np
-from pareto import add_options, load, samples
+from pareto import add_options, load, samples, write_figures
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from layercache._utils.metrics import summarise
 from layercache.planning import whole_steps
 from layercache.planning.front import Front
 from layercache.planning.rollout import Rollouts
@@ -31,7 +29,6 @@ from layercache.planning.surrogate import FullRuns
 from layercache.planning.universal import Universal
 from layercache.planning.whole_steps import WholeStepSearch, cost_of, runs_per_budget
 from layercache.schedule.schedule import Schedule
-from layercache.tools.report import machine
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "normal": ("normal", {}),
@@ -87,11 +84,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             schedules, cost = searched(rollouts, counts, effort) if effort else alone
         for count, schedule in zip(counts, schedules, strict=True):
             row = {"variant": name, "generations": cost, "computed": count, "used": schedule.used}
-            yield row | {"psnr": judge.run(replace(schedule, branch_cells={})).psnr}
-
-
-def low(psnr: list[float]) -> float:
-    return float(np.quantile(psnr, 0.1))
+            yield row | {"psnr": judge.run(schedule).psnr}
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -100,8 +93,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         label = f"{name} ({own[0]['generations']:.0f} generations)"
-        for axis, of in zip(axes, (np.mean, low), strict=True):
-            axis.plot([row["used"] for row in own], [of(row["psnr"]) for row in own], "o-", label=label, markersize=4)
+        for axis, measure in zip(axes, ("mean", "quantile10"), strict=True):
+            values = [getattr(summarise(row["psnr"]), measure) for row in own]
+            axis.plot([row["used"] for row in own], values, "o-", label=label, markersize=4)
     for axis, heading in zip(axes, ("mean", "10 % quantile"), strict=True):
         axis.set(xlabel="share of the steps computed", ylabel="PSNR in dB", title=heading)
         axis.grid(alpha=0.3)
@@ -115,13 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rows = list(rows_of(args))
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {args.seeds} other pictures"
-    figures = {
-        "command": "python bench/ablation.py " + " ".join(sys.argv[1:]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": machine.machine_info(),
-        "rows": rows,
-    }
-    machine.write_json(args.out.with_suffix(".json"), figures)
+    write_figures(args, rows)
     plot(rows, args.out.with_suffix(".png"), title)
     table = Table(title=f"{title}: PSNR, mean / 10 %")
     counts = list(dict.fromkeys(row["computed"] for row in rows))
@@ -129,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
-        cells = [f"{np.mean(row['psnr']):.1f} / {low(row['psnr']):.1f}" for row in own]
+        cells = [f"{found.mean:.1f} / {found.quantile10:.1f}" for found in (summarise(row["psnr"]) for row in own)]
         table.add_row(name, f"{own[0]['generations']:.1f}", *cells)
     Console(width=140).print(table)
 

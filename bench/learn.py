@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from pareto import add_options, load, samples
+from pareto import add_options, load, samples, write_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +25,6 @@ import layercache
 from layercache.demo.model import CLASS_NAMES
 from layercache.planning.learnt_files import HOME
 from layercache.planning.rollout import Rollouts
-from layercache.tools.report import machine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,13 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         if front is not None:
             row["searched"] = judge.run(front.choose(budget).schedule).psnr
         rows.append(row)
-    figures = {
-        "command": "python bench/learn.py " + " ".join(sys.argv[1:]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": machine.machine_info(),
-        "rows": rows,
-    }
-    machine.write_json(args.out.with_suffix(".json"), figures)
+    write_figures(args, rows)
     table = Table(title=f"{args.model}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst")
     for heading in ("budget", "learnt from 4", "searched"):
         table.add_column(heading, justify="right")

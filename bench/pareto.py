@@ -155,15 +155,27 @@ def fewer_steps(judge: Rollouts, budget: float, count: int) -> FrontRow:
 # --- the comparison ------------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every comparison of this kind is told."""
+def write_figures(args: argparse.Namespace, rows: list[dict], **more: object) -> None:
+    """OUT.json, with what it takes to get the same again."""
+    figures = {
+        "command": f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "machine": machine.machine_info(),
+        **more,
+        "rows": rows,
+    }
+    machine.write_json(args.out.with_suffix(".json"), figures)
+
+
+def add_options(parser: argparse.ArgumentParser, needs_out: bool = True) -> None:
+    """Options of every comparison of this kind."""
     parser.add_argument("--model", default="demo", help="'demo', or a folder that examples/train_demo.py wrote")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0, help="1 for none")
     parser.add_argument("--device", default=None)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.33, 0.2])
     parser.add_argument("--seeds", type=int, default=24, help="held-out pictures, seeds from 0 on")
-    parser.add_argument("--out", type=Path, required=True, help="results without suffix")
+    parser.add_argument("--out", type=Path, required=needs_out, help="results without suffix")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -203,19 +215,16 @@ def main(argv: list[str] | None = None) -> None:
         if tunes:
             rows += dynamic_rivals(model, judge, budget)
             rows.append(fewer_steps(judge, budget, count))
-    figures = {
-        "command": "python bench/pareto.py " + " ".join(sys.argv[1:]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "calibration_seeds": list(fitted),
-        "held_out_seeds": list(held),
-        "machine": machine.machine_info(),
-        "notes": list(front.notes),
-        "search_seconds": seconds,
-        "seconds": time.perf_counter() - start,
-        "rows": [row.to_json() for row in rows],
-    }
+    write_figures(
+        args,
+        [row.to_json() for row in rows],
+        calibration_seeds=list(fitted),
+        held_out_seeds=list(held),
+        notes=list(front.notes),
+        search_seconds=seconds,
+        seconds=time.perf_counter() - start,
+    )
     front.save(args.out.with_suffix(".front.json"))
-    machine.write_json(args.out.with_suffix(".json"), figures)
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
     save_front_plot(args.out.with_suffix(".png"), rows, title)
     save_front_page(args.out.with_suffix(".html"), rows, title)

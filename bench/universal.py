@@ -14,21 +14,20 @@ Writes OUT.json (figures, settings, machine).
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from pareto import add_options, load, meancache_points, samples
+from pareto import add_options, load, meancache_points, samples, write_figures
 from rich.console import Console
 from rich.table import Table
 
 from layercache.models.registry import config_hash
 from layercache.planning.rollout import Rollouts
-from layercache.planning.surrogate import FullRuns, factors_of
+from layercache.planning.surrogate import FullRuns
 from layercache.planning.universal import ModelRuns, Universal
-from layercache.tools.report import machine
 
+MEASURES = np.mean, lambda psnr: np.quantile(psnr, 0.1), min
 STEPS, RANK, FIRST_SEED = 100, 16, 3000
 GUIDANCE = (4.0, 1.0)
 
@@ -44,7 +43,7 @@ def runs_of(models: list[str], pictures: int, device: str | None) -> ModelRuns:
             seeds = list(range(FIRST_SEED + k * pictures, FIRST_SEED + (k + 1) * pictures))
             call = {"num_inference_steps": STEPS, "guidance_scale": guidance}
             runs = FullRuns.of(Rollouts(pipe, samples(seeds), seeds, **call))
-            factors.append(factors_of(runs.vectors @ runs.vectors.transpose(0, 2, 1), RANK))
+            factors.append(runs.vectors[..., -RANK:])
             folds += [number] * pictures
             sigmas = runs.sigmas
     return ModelRuns(np.array(sigmas), np.concatenate(factors), tuple(hashes), tuple(folds))
@@ -56,10 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=6, help="of each, with guidance and without")
     parser.add_argument("--write", type=Path, default=None, help="the file of the full runs")
     parser.add_argument("--target", default=None, help="a model that schedules are run on")
-    add_options(parser)
-    parser.set_defaults(out=None)
-    for action in parser._actions:
-        action.required = action.dest == "models"
+    add_options(parser, needs_out=False)
     return parser.parse_args(argv)
 
 
@@ -91,28 +87,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = judged(args, runs)
     if args.out:
-        figures = {
-            "command": "python bench/universal.py " + " ".join(sys.argv[1:]),
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "machine": machine.machine_info(),
-            "rows": rows,
-        }
-        machine.write_json(args.out.with_suffix(".json"), figures)
+        write_figures(args, rows)
     table = Table(title=f"{args.target}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst")
     for heading in ("budget", "universal", "MeanCache, calibrated", "margin"):
         table.add_column(heading, justify="right")
     for row in rows:
         rivals = [psnr for name, psnr in row.items() if name.startswith("MeanCache")]
-        best = [max(map(f, rivals)) for f in (np.mean, low, min)]
-        own = [f(row["psnr"]) for f in (np.mean, low, min)]
+        best = [max(map(f, rivals)) for f in MEASURES]
+        own = [f(row["psnr"]) for f in MEASURES]
         told = [" / ".join(f"{v:.1f}" for v in values) for values in (own, best)]
         margin = " / ".join(f"{a - b:+.1f}" for a, b in zip(own, best, strict=True))
         table.add_row(f"{row['budget']:.2f}", *told, margin)
     Console(width=100).print(table)
-
-
-def low(psnr: list[float]) -> float:
-    return float(np.quantile(psnr, 0.1))
 
 
 if __name__ == "__main__":

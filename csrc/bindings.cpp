@@ -312,8 +312,9 @@ const char* const surrogate_doc =
     R"(Simulates cached runs of whole-step schedules from the full runs' velocities, without the model.
 
 vectors[p] are x*_0, v_0 .. v_{N-1}, first latents and velocities of picture p's full run, in any basis that keeps their
-inner products, mean over elements. At a computed step the model answers a drift e with v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being across everything else. The sampler
-steps x_{i+1} = keep[p, i] x_i + sum of weights[p, i, k] u_k over k <= i; forecasts u of `terms` velocities are fitted
+inner products, mean over elements. At a computed step the model answers a drift e with
+v_i + kappa[p, i] e + eta[p, i] |e| xi, xi being orthogonal to everything else. The sampler steps
+x_{i+1} = keep[p, i] x_i + sum of weights[p, i, k] u_k over k <= i; forecasts u of `terms` velocities are fitted
 at every drifted step, pictures weighted by the power -weighting of what they miss. With leave_out every picture takes
 the forecasts fitted to those of other folds alone; folds[p] is the one that picture p is in, by default one of its own.)";
 

@@ -334,10 +334,8 @@ class Fit:
         calls = self.calls[: max(1, math.floor(self.left / cost + 1e-9))]
         full = [call.full for call in calls]
         rollouts = Rollouts(self.pipe, [call.arguments for call in calls], on_cost=self.bar.update, full=full)
-        pictures = rollouts.num_pictures
-        if answers is None:
-            answers = Answers.usual(rollouts.sigmas, pictures)
-        else:
+        if answers is not None:
+            pictures = rollouts.num_pictures
             answers = Answers(answers.kappa[:pictures], answers.eta[:pictures])
         return WholeStepSearch(rollouts, self.seconds[0], tail=TAIL, answers=answers)
 

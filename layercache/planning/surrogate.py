@@ -31,11 +31,10 @@ def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(1).double()
 
 
-def factors_of(grams: np.ndarray, rank: int | None = None) -> np.ndarray:
-    """A of inner products ``A A^T``, ``[P, T, rank]``, of the largest eigenvalues; by default of all, ``rank = T``."""
+def factors_of(grams: np.ndarray) -> np.ndarray:
+    """A of inner products ``A A^T``, ``[P, T, T]``; the last columns are of the largest eigenvalues."""
     values, vectors = np.linalg.eigh(grams)
-    kept = slice(-(rank or len(grams[0])), None)
-    return np.asarray(vectors[..., kept] * np.sqrt(np.maximum(values[:, None, kept], 0.0)))
+    return np.asarray(vectors * np.sqrt(np.maximum(values[:, None], 0.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class FullRuns:
     Attributes:
         sigmas: N + 1 noise levels, of all of them.
         vectors: first latents and velocities, in a basis that keeps their inner products, mean over the elements,
-            ``[P, N + 1, rank]``.
+            ``[P, N + 1, rank]``; of `FullRuns.of` the last ones hold most.
         samplers: per picture.
         folds: per picture; those of one fold are left out together.
     """
@@ -261,6 +260,31 @@ def starts(table: np.ndarray, sigmas: Sequence[float], count: int, dense: int) -
     paths.append(("evenly", [round(k * (steps - 1) / max(1, count - 1)) for k in range(count)]))
     paths.append(("dense start", list(range(dense))))
     return [(name, with_count(path, steps, count, dense)) for name, path in paths]
+
+
+def explored(
+    surrogate: Surrogate,
+    runs: FullRuns,
+    begins: Sequence[np.ndarray],
+    dense: int,
+    limit: int,
+    seed: int,
+    tail: float,
+) -> np.ndarray:
+    """Paths that a local search simulates, the best first, ``[paths, N]``; each fold is left out of its own forecasts.
+
+    Args:
+        surrogate: of the full runs.
+        runs: the full runs.
+        begins: paths to begin with, of one number of computed steps.
+        dense: how many steps from the first on stay computed.
+        limit: paths.
+        seed: of the order in which exchanges are tried.
+        tail: weight of the 10 % quantile beside the mean.
+    """
+    fixed = np.arange(runs.num_steps) < dense
+    leave_out = len(set(runs.folds)) > 1
+    return np.asarray(surrogate.explore(np.array(begins), fixed, limit, seed, leave_out, tail)[0])
 
 
 def with_count(path: Sequence[int], steps: int, count: int, dense: int) -> np.ndarray:

@@ -25,15 +25,8 @@ from layercache._utils.validate import expect
 from layercache.errors import BudgetError, MethodError
 from layercache.planning.fit import Forecast
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.surrogate import Answers, FullRuns, starts, surrogate_of
-from layercache.planning.whole_steps import (
-    TAIL,
-    TERMS,
-    dense_starts,
-    deviations_for,
-    stress_of,
-    weighting_of,
-)
+from layercache.planning.surrogate import Answers, FullRuns, explored, starts, surrogate_of
+from layercache.planning.whole_steps import TAIL, TERMS, dense_starts, deviations_for, stress_of, weighting_of
 from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule, Velocity
@@ -202,10 +195,9 @@ class Universal(PlannedMethod):
         answers = Answers.usual(runs.sigmas, len(runs))
         assert answers is not None
         forecast = Forecast("steer", terms=TERMS, weighting=weighting_of(share))
-        begins = np.array([path for _, path in starts(deviations_for(runs, count), runs.sigmas, count, dense)])
+        begins = [path for _, path in starts(deviations_for(runs, count), runs.sigmas, count, dense)]
         surrogate = surrogate_of(runs, answers, forecast, stress_of(share))
-        leave_out = len(set(runs.folds)) > 1
-        paths, _ = surrogate.explore(begins, np.arange(runs.num_steps) < dense, SIMULATIONS, self.seed, leave_out, TAIL)
+        paths = explored(surrogate, runs, begins, dense, SIMULATIONS, self.seed, TAIL)
         return paths[0], surrogate_of(runs, answers, forecast).forecasts(paths[:1])
 
 

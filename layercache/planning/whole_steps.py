@@ -20,6 +20,7 @@ from layercache.planning.surrogate import (
     answers_of,
     deviations,
     expected_psnr,
+    explored,
     starts,
     surrogate_of,
 )
@@ -236,8 +237,7 @@ class WholeStepSearch:
         surrogate = surrogate_of(self.full_runs, answers, forecast, stress)
         begins = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
         begins += [one.computed for one in own if one.computed[:dense].all()]
-        fixed, leave_out = np.arange(self.rollouts.num_steps) < dense, self.rollouts.num_pictures > 1
-        paths, _ = surrogate.explore(np.array(begins), fixed, SIMULATIONS, self.seed, leave_out, self.tail)
+        paths = explored(surrogate, self.full_runs, begins, dense, SIMULATIONS, self.seed, self.tail)
         for difference in (DIFFERENCE, 1):
             for path in paths:
                 if all((path & ~one.computed).sum() >= difference for one in own):

@@ -18,7 +18,7 @@ from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.schedule.schedule import Schedule
 
-MOST_SCHEDULES = 8
+MOST_SCHEDULES = 8  # kept, of runs with other steps, noise levels or samplers
 
 
 class PlannedRouter(Router):

@@ -297,6 +297,21 @@ def test_the_signature_knows_the_modes():
     assert signature.changes({"hidden_states": [torch.zeros(1, 2, 3, dtype=torch.float64)]})
 
 
+def test_the_signature_knows_what_comes_again():
+    """A prompt that is the same object, latents that are others, a list that is filled anew, an argument that comes."""
+    signature, tiles = Signature(), []
+    prompt = torch.zeros(1, 4, 5)
+    first = {"latents": torch.zeros(1, 2, 3), "prompt": prompt, "tiles": tiles, "mask": None, "scale": 2.0}
+    assert signature.changes(first)
+    assert not signature.changes({**first, "latents": torch.ones(1, 2, 3), "scale": 3.0})
+    assert signature.changes({**first, "latents": torch.zeros(1, 3, 3)})
+    assert signature.changes(first) and signature.changes({**first, "prompt": prompt[:, :3]})
+    assert signature.changes(first) and signature.changes({**first, "mask": torch.ones(1, 4)})
+    assert signature.changes(first)
+    tiles.append(torch.zeros(1))
+    assert signature.changes(first)
+
+
 def test_a_loop_that_leaves_steps_out_begins_anew():
     """Nothing says that step 2 is of the loop whose step 0 was run: what that stored is not taken."""
     model, inputs = build("FluxTransformer2DModel")
