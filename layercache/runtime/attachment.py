@@ -33,6 +33,7 @@ from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
+from layercache.runtime.timing import ForwardTimes
 
 PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
@@ -115,11 +116,18 @@ class Attachment:
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
+        self.times = ForwardTimes()
+        self._device = next((one.device for one in self.transformer.parameters()), torch.device("cpu"))
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
+
+    @property
+    def root(self) -> Router:
+        """The router that was enabled; that of the present forward may be another."""
+        return self._root
 
     def attach(self) -> None:
         for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
@@ -388,6 +396,7 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         branch, step, part = self.said.get()
         router.begin(Forward(branch, step, arguments, dry_run, part))
+        self.times.start(self._device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._holder != get_ident():  # it was refused before it began
@@ -396,7 +405,9 @@ class Attachment:
             router = self.router
             if output is None:
                 self._fail()
-            elif router.has_post_hook and router.is_announced:
+                return
+            self.times.stop(self._device, not router.is_announced or router.computes_all)
+            if router.has_post_hook and router.is_announced:
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
         except BaseException:
             self._fail()

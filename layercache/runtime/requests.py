@@ -91,7 +91,7 @@ class Requests:
     def _evict(self, present: set[str]) -> None:
         if self.limit_bytes is None:
             return
-        held = {name: router.report().cache_bytes for name, router in list(self.routers.items())}
+        held = {name: router.cache_bytes for name, router in list(self.routers.items())}
         total = sum(held.values())
         for name in list(self.routers):
             if total <= self.limit_bytes:
@@ -127,7 +127,7 @@ class Requests:
         for router in routers:
             for key, value in _counts(router).items():
                 totals[key] += value
-        stored = sum(router.report().cache_bytes for router in routers)
+        stored = sum(router.cache_bytes for router in routers)
         time = totals["saved"] + totals["spent"]
         return {
             "forwards": totals["forwards"],
@@ -146,14 +146,14 @@ class Requests:
 
 def _counts(router: ScheduleRouter) -> dict[str, float]:
     """Of one router; seconds are those of all branches of a step for every forward."""
-    report, seconds = router.report(), router.schedule.group_seconds
-    cells = zip(router.cached, router.computed, seconds, strict=True)
+    cached, computed = router.cached, router.computed
+    cells = zip(cached, computed, router.schedule.group_seconds, strict=True)
     saved, spent = (sum(values) for values in zip(*((c * s, f * s) for c, f, s in cells), strict=True))
     return {
-        "forwards": float(report.forwards),
-        "hits": float(report.cached_cells),
-        "misses": float(report.computed_cells),
-        "fallback_rows": float(report.fallback_rows),
+        "forwards": float(router.forwards),
+        "hits": float(sum(cached)),
+        "misses": float(sum(computed)),
+        "fallback_rows": float(router.fallback_rows),
         "saved": saved,
         "spent": spent,
     }

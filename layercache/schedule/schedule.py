@@ -58,6 +58,10 @@ class Velocity:
         return cls(terms, float(data.get("latents", 0.0)))
 
 
+EXPECTED_PSNR = "expected_psnr"
+"""In `Schedule.made_by`: mean and 10 % quantile in dB."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What to do at every step.
@@ -127,6 +131,14 @@ class Schedule:
     def is_skipped(self, step: int) -> bool:
         """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
         return _is_skip(self.cells[step])
+
+    @property
+    def expected_psnr(self) -> tuple[float, float] | None:
+        """Mean and 10 % quantile of the PSNR in dB that other pictures should have; ``None`` where it is not known."""
+        match self.made_by.get(EXPECTED_PSNR):
+            case [float() | int() as mean, float() | int() as tenth]:
+                return float(mean), float(tenth)
+        return None
 
     def velocity(self, step: int) -> Velocity | None:
         return self.velocities[step] if self.velocities else None
