@@ -179,8 +179,8 @@ class ScheduleRouter(Router):
         self._runs[actions] = self._runs.get(actions, 0) + 1
 
     def _count_of(self, reused: bool) -> list[int]:
-        groups = range(len(self.schedule.groups))
-        return [sum(n for row, n in self._runs.items() if (row[g].kind == REUSE) is reused) for g in groups]
+        groups, runs = range(len(self.schedule.groups)), list(self._runs.items())  # another thread may be counting
+        return [sum(n for row, n in runs if (row[g].kind == REUSE) is reused) for g in groups]
 
     @property
     def computed(self) -> list[int]:
@@ -246,7 +246,7 @@ class ScheduleRouter(Router):
         self.states = {}
 
     def _memory(self) -> int:
-        return sum(state.nbytes for state in self.states.values()) + self.track.nbytes
+        return sum(state.nbytes for state in list(self.states.values())) + self.track.nbytes
 
     def drop(self) -> None:
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
@@ -316,7 +316,7 @@ class ScheduleRouter(Router):
             computed_cells=sum(computed),
             cached_cells=sum(self.cached),
             generations=self.identity.count,
-            forwards=sum(self._runs.values()),
+            forwards=sum(list(self._runs.values())),
             fallback_rows=self._fallback_rows,
             cache_bytes=cache_bytes,
             branches=branches,
