@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from layercache.errors import ArgumentError, MissingExtraError
@@ -58,35 +58,40 @@ class CacheCollector:
     def __init__(self, cache: Cache, namespace: str = "layercache"):
         self.cache, self.namespace = cache, namespace
 
-    def collect(self) -> Iterator[Any]:
+    def describe(self) -> list[Any]:
+        """The metric families without values, so that names which are taken are refused at once."""
+        return self._families(dict.fromkeys(_NAMES, 0.0))
+
+    def collect(self) -> list[Any]:
         """The metric families; no tensor is read, so that no device is waited for."""
+        return self._families(_counts(self.cache))
+
+    def _families(self, counts: Mapping[str, float]) -> list[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        def counter(name: str, about: str, value: float) -> Any:
-            return CounterMetricFamily(f"{self.namespace}_{name}", about, value=value)
-
-        def gauge(name: str, about: str, value: float) -> Any:
-            return GaugeMetricFamily(f"{self.namespace}_{name}", about, value=value)
-
-        found = _counts(self.cache)
-        yield counter("forwards", "Calls of the transformer.", found["forwards"])
-        yield counter("generations", "Generations begun.", found["generations"])
         groups = CounterMetricFamily(
             f"{self.namespace}_groups", "Layer groups that forwards computed or reused.", labels=["result"]
         )
-        groups.add_metric(["computed"], found["misses"])
-        groups.add_metric(["reused"], found["hits"])
-        yield groups
-        yield counter(
-            "fallback_rows", "Forwards computed in full because a residual was missing.", found["fallback_rows"]
-        )
-        yield counter(
-            "unidentified", "Forwards computed in full because nothing said their step.", found["unidentified"]
-        )
-        yield gauge("cache_bytes", "Memory of stored residuals and velocities.", found["bytes"])
-        if "requests" in found:
-            yield gauge("requests", "Requests that hold a place in the cache.", found["requests"])
-            yield counter("evictions", "Times that a request lost its residuals to the limit.", found["evictions"])
+        groups.add_metric(["computed"], counts["misses"])
+        groups.add_metric(["reused"], counts["hits"])
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+        return [groups] + [
+            kinds[kind](f"{self.namespace}_{name}", about, value=counts[key])
+            for key, (kind, name, about) in _FAMILIES.items()
+            if key in counts
+        ]
+
+
+_FAMILIES = {
+    "forwards": ("counter", "forwards", "Calls of the transformer."),
+    "generations": ("counter", "generations", "Generations begun."),
+    "fallback_rows": ("counter", "fallback_rows", "Forwards computed in full because a residual was missing."),
+    "unidentified": ("counter", "unidentified", "Forwards computed in full because nothing said their step."),
+    "bytes": ("gauge", "cache_bytes", "Memory of stored residuals and velocities."),
+    "requests": ("gauge", "requests", "Requests that have a place in the cache."),
+    "evictions": ("counter", "evictions", "Times that a request lost its residuals to the limit of memory."),
+}
+_NAMES = (*_FAMILIES, "hits", "misses")
 
 
 def _counts(cache: Cache) -> dict[str, float]:
