@@ -113,6 +113,7 @@ class SideBySide:
                 pass  # it fits the model
         self._device = threading.Lock()
         self._full: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
+        self._schedules: dict[tuple[float, int], Schedule] = {}
 
     @property
     def budgets(self) -> tuple[float, float]:
@@ -124,14 +125,10 @@ class SideBySide:
         """The number of steps that the front was searched for."""
         return None if self.front is None else self.front.points[0].schedule.num_steps
 
-    def plan_for(self, budget: float) -> Schedule | Universal:
-        """The schedule of the front whose share computed is nearest, or one from other models' full runs."""
+    def point_for(self, budget: float) -> Point | None:
+        """The schedule of the front whose share computed is nearest, with what it gave."""
         if self.front is None:
-            return Universal(budget=budget)
-        return self.point_for(budget).schedule
-
-    def point_for(self, budget: float) -> Point:
-        assert self.front is not None
+            return None
         return min(self.front.points, key=lambda point: abs(point.used - budget))
 
     def warm_up(self) -> None:
@@ -143,7 +140,7 @@ class SideBySide:
         wanted = Wanted("cat" if is_demo(self.pipe) else "a lighthouse in a storm", steps=WARM_UP_STEPS)
         with self._device:
             try:
-                self._generate(wanted, Universal(budget=BUDGET), threading.Event(), _hear_nothing)
+                self._generate(wanted, self._universal(wanted), threading.Event(), _hear_nothing)
             except MethodError as error:
                 if self.front is None:
                     raise LayerCacheError(
@@ -174,8 +171,8 @@ class SideBySide:
         try:
             with self._device, suppress(Cancelled):
                 moment = Moment(wanted)
-                plan = self.plan_for(wanted.budget)
-                cached = self._generate(wanted, plan, stop, lambda run: events.put(replace(moment, cached=run)))
+                schedule = self._schedule_for(wanted)
+                cached = self._generate(wanted, schedule, stop, lambda run: events.put(replace(moment, cached=run)))
                 moment = replace(moment, cached=cached)
                 events.put(moment)
                 full = self._full.get(wanted.picture)
@@ -190,21 +187,43 @@ class SideBySide:
         finally:
             events.put(None)
 
-    def _generate(
-        self, wanted: Wanted, plan: Schedule | Universal | None, stop: threading.Event, say: Callable[[Run], None]
-    ) -> Run:
-        """A run by a plan, or in full; ``say`` hears of it behind every step."""
+    def _schedule_for(self, wanted: Wanted) -> Schedule:
+        point, key = self.point_for(wanted.budget), (wanted.budget, wanted.steps)
+        if point is not None:
+            return point.schedule
+        if key not in self._schedules:
+            self._schedules[key] = self._universal(wanted)
+        return self._schedules[key]
+
+    def _universal(self, wanted: Wanted) -> Schedule:
+        """From other models' full runs, ahead of the run as schedules are; a step of it says the noise levels."""
+        with refused_arguments(), layercache.enabled(self.pipe, Universal(budget=wanted.budget)) as cache:
+            call = self._call(wanted)
+            if self.tells_steps:
+                call["callback_on_step_end"] = _cancel
+            with suppress(Cancelled):
+                self.pipe(**call)
+            return cache.schedule
+
+    def _call(self, wanted: Wanted) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
         import torch
 
-        if stop.is_set():
-            raise Cancelled
-        call: dict[str, Any] = {
+        return {
             "prompt": wanted.prompt,
             "num_inference_steps": wanted.steps,
             "generator": torch.Generator("cpu").manual_seed(wanted.seed),
             "output_type": "np",
             **_arguments(self.pipe, wanted.guidance),
         }
+
+    def _generate(
+        self, wanted: Wanted, plan: Schedule | None, stop: threading.Event, say: Callable[[Run], None]
+    ) -> Run:
+        """A run by a schedule, or in full; ``say`` hears of it behind every step."""
+        if stop.is_set():
+            raise Cancelled
+        call = self._call(wanted)
         with refused_arguments(), nullcontext() if plan is None else layercache.enabled(self.pipe, plan) as cache:
             watched = _Watched(cache, stop, say)
             if self.tells_steps:
@@ -227,6 +246,10 @@ def _arguments(pipe: Any, guidance: float | None) -> dict[str, Any]:
 
 def _hear_nothing(run: Run) -> None:
     pass
+
+
+def _cancel(*_: Any) -> dict[str, Any]:
+    raise Cancelled
 
 
 class _Watched:

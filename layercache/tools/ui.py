@@ -26,7 +26,7 @@ SMALLEST_PICTURE = 384
 GAIN = 4
 KEPT_SECONDS = 3600  # of picture files that the page has shown
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-HOW = "Write what to draw, choose how much may be computed, and generate: the cached picture first, then the full one."
+HOW = "Write what to draw and choose how much may be computed. The cached picture comes first, then the full one."
 _log = logging.getLogger("layercache")
 
 CSS = """
@@ -83,17 +83,21 @@ def launch(page: Any, *, host: str, port: int, share: bool = False, wait: bool =
     """Serves a built page; asks nothing of the network but where it is shared."""
     gr = _gradio()
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
-    page.launch(
+    _, local, public = page.launch(
         server_name=host,
         server_port=port,
         share=share,
         ssr_mode=False,
         enable_monitoring=False,
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
+        quiet=True,
         footer_links=[],
         theme=gr.themes.Default(**FONTS),
         css=CSS,
     )
+    print(f"page: {' and '.join(filter(None, (local, public)))} (Ctrl-C ends it)", flush=True)
+    if wait:
+        page.block_thread()
 
 
 def build_page(runs: SideBySide) -> Any:
@@ -104,16 +108,21 @@ def build_page(runs: SideBySide) -> Any:
         gr.Markdown(f"## layercache: {name}, full and cached\n{HOW}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                inputs = _inputs(gr, runs)
+                prompt = gr.Textbox(label="Prompt", lines=1, max_lines=4, elem_id="lc-prompt")
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", min_width=100)
                     stop = gr.Button("Stop", min_width=100)
+                inputs = [prompt, *_settings(gr, runs, prompt)]
             with gr.Column(scale=2, min_width=280):
                 steps = gr.HTML(_strips(None), elem_id="lc-steps")
                 slider = gr.ImageSlider(label="full | cached", interactive=False, format="png", elem_id="lc-pictures")
                 figures = gr.HTML(elem_id="lc-figures")
                 difference = gr.Image(
-                    label=f"difference x{GAIN}", interactive=False, format="png", elem_id="lc-difference"
+                    label=f"difference x{GAIN}",
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                    elem_id="lc-difference",
                 )
 
         def run(*values: Any) -> Iterator[Any]:
@@ -121,7 +130,7 @@ def build_page(runs: SideBySide) -> Any:
 
         outputs = [steps, slider, difference, figures]
         under_way = gr.on(
-            [generate.click, inputs[0].submit],
+            [generate.click, prompt.submit],
             run,
             inputs,
             outputs,
@@ -129,20 +138,19 @@ def build_page(runs: SideBySide) -> Any:
             show_progress="hidden",
             api_name="generate",
         )
-        stop.click(
-            lambda: _strips(None, "stopped"), None, steps, cancels=[under_way], queue=False, api_visibility="private"
-        )
+        stop.click(None, cancels=[under_way])
     return page
 
 
-def _inputs(gr: Any, runs: SideBySide) -> list[Any]:
-    """Prompt, seed, steps, budget, and guidance where the pipeline has it."""
-    prompt = gr.Textbox(label="Prompt", lines=1, max_lines=4, autofocus=True, elem_id="lc-prompt")
+def _settings(gr: Any, runs: SideBySide, prompt: Any) -> list[Any]:
+    """Seed, steps, budget, and guidance where the pipeline has it."""
     if is_demo(runs.pipe):
         from layercache.demo.model import CLASS_NAMES
 
-        gr.Examples([[name] for name in CLASS_NAMES], prompt, label="Words that the bundled model knows")
+        words = [[name] for name in CLASS_NAMES]
+        gr.Examples(words, prompt, label="Words that the bundled model knows", examples_per_page=len(words))
     low, high = runs.budgets
+    high = max(high, low + 0.01)
     fixed = runs.fixed_steps
     budget = gr.Slider(
         low,
@@ -161,7 +169,7 @@ def _inputs(gr: Any, runs: SideBySide) -> list[Any]:
         interactive=fixed is None,
     )
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
-    found = [prompt, seed, steps, budget]
+    found = [seed, steps, budget]
     if runs.guidance is not None:
         found.append(gr.Slider(0, 20, value=runs.guidance, step=0.1, label="Guidance"))
     return found
@@ -182,17 +190,17 @@ def page_updates(
             else:
                 yield _strips(moment), gr.skip(), gr.skip(), gr.skip()
     except LayerCacheError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
     except Exception as error:
         _log.exception("a generation of the page failed")
         first = (str(error).strip().splitlines() or [""])[0]
-        raise gr.Error(html.escape(f"{type(error).__name__}: {first}"), print_exception=False) from error
+        raise gr.Error(html.escape(f"{type(error).__name__}: {first}", quote=False), print_exception=False) from error
 
 
-def _strips(moment: Moment | None, note: str = "") -> str:
+def _strips(moment: Moment | None) -> str:
     """The steps of both runs, filled as they happen; green computed, blue reused."""
     if moment is None:
-        return f"<div class='lc-note'>{note or 'Steps fill as they happen: green computed, blue reused.'}</div>"
+        return "<div>Steps fill as they happen: green computed, blue reused.</div>"
     return _strip("cached", moment.cached, moment.wanted.steps) + _strip("full", moment.full, moment.wanted.steps)
 
 
@@ -201,7 +209,7 @@ def _strip(name: str, run: Run, total: int) -> str:
     cells = "".join(f"<span class='done' style='--share:{share:.0%}'></span>" for share in run.steps)
     cells += "<span></span>" * (total - done)
     if run.picture is None:
-        state = f"step {done} of {total}" if done else "waiting"
+        state = f"step {done} of {total}" if done else "not begun"
     else:
         state = (
             f"{run.seconds:.2f} s, {sum(run.steps):.3g} of {done} steps computed" if done else f"{run.seconds:.2f} s"
@@ -217,8 +225,8 @@ def _figures(runs: SideBySide, moment: Moment) -> str:
         "time, cached": f"{cached.seconds:.2f} s ({full.seconds / cached.seconds:.2f}x as fast)",
         "share computed": f"{cached.used:.3f}",
     }
-    if runs.front is not None:
-        point = runs.point_for(wanted.budget)
+    point = runs.point_for(wanted.budget)
+    if point is not None:
         rows["schedule"] = point.origin
         rows["PSNR expected"] = f"{float(np.mean(point.likely)):.1f} dB"
     cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
