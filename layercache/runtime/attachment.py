@@ -111,6 +111,7 @@ class Attachment:
         )
         self._tallies: dict[int, StepTally] = {}
         self._heard: list[Any] = []  # schedulers whose steps are heard of
+        self._replacing: list[Any] = []  # those that get their velocities by way of the router
         self._driving: Any = None  # the one that drove the newest forward
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
@@ -214,6 +215,12 @@ class Attachment:
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
             self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self._root.replaces_velocity:
+            self._replace_velocities(scheduler)
+
+    def _replace_velocities(self, scheduler: Any) -> None:
+        """Between the model and this sampler the router may put other velocities."""
+        if all(known is not scheduler for known in self._replacing):
+            self._replacing.append(scheduler)
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
@@ -228,6 +235,7 @@ class Attachment:
             self._restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
         self._heard.clear()
+        self._replacing.clear()
         self._root.free()
 
     @staticmethod
@@ -249,6 +257,8 @@ class Attachment:
         router.identity.tallies = self._tallies
         if all(known is not scheduler for known in self._heard):
             self._hear_steps(scheduler)
+        if router.replaces_velocity:
+            self._replace_velocities(scheduler)
 
     def unfollow(self, scheduler: Any) -> None:
         """Nothing uses this sampler any more: its steps are its own again."""
@@ -257,6 +267,7 @@ class Attachment:
             self._restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
         self._heard = [known for known in self._heard if known is not scheduler]
+        self._replacing = [known for known in self._replacing if known is not scheduler]
         self._tallies.pop(id(scheduler), None)
 
     def _follow_replaced(self, scheduler: Any) -> None:

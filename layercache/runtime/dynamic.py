@@ -177,10 +177,10 @@ class DynamicRun:
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self.states.values())
+        return sum(state.nbytes for state in list(self.states.values()))  # another thread may ask for a report
 
     def ended(self) -> EndedRun:
-        return EndedRun(self.sigmas, {name: state.log for name, state in self.states.items()}, self.nbytes)
+        return EndedRun(self.sigmas, {name: state.log for name, state in list(self.states.items())}, self.nbytes)
 
 
 class DynamicRouter(Router):

@@ -179,13 +179,20 @@ class ScheduleRouter(Router):
         self._runs[actions] = self._runs.get(actions, 0) + 1
 
     def _count_of(self, reused: bool) -> list[int]:
-        groups = range(len(self.schedule.groups))
-        return [sum(n for row, n in self._runs.items() if (row[g].kind == REUSE) is reused) for g in groups]
+        groups, runs = range(len(self.schedule.groups)), list(self._runs.items())  # another thread may be counting
+        return [sum(n for row, n in runs if (row[g].kind == REUSE) is reused) for g in groups]
 
     @property
     def forwards(self) -> int:
         """Calls of the transformer."""
-        return sum(self._runs.values())
+        return sum(list(self._runs.values()))
+
+    @property
+    def used(self) -> float:
+        """Share of the block time computed, by the schedule's seconds per group; 1 before a run."""
+        computed = self.computed
+        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
+        return time_share(self.schedule.group_seconds, computed, forwards) if self._runs else 1.0
 
     @property
     def computed(self) -> list[int]:
@@ -256,7 +263,7 @@ class ScheduleRouter(Router):
         return self._memory() if self.states else self._freed[0]
 
     def _memory(self) -> int:
-        return sum(state.nbytes for state in self.states.values()) + self.track.nbytes
+        return sum(state.nbytes for state in list(self.states.values())) + self.track.nbytes
 
     def drop(self) -> None:
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
@@ -318,18 +325,15 @@ class ScheduleRouter(Router):
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""
-        computed, seconds = self.computed, self.schedule.group_seconds
-        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
-        branches = tuple(self.states) if self.states else self._freed[1]
         return CacheReport(
-            used=time_share(seconds, computed, forwards) if self._runs else 1.0,
-            computed_cells=sum(computed),
+            used=self.used,
+            computed_cells=sum(self.computed),
             cached_cells=sum(self.cached),
             generations=self.identity.count,
             forwards=self.forwards,
             fallback_rows=self.fallback_rows,
             cache_bytes=self.cache_bytes,
-            branches=branches,
+            branches=tuple(self.states) if self.states else self._freed[1],
             source=self.identity.source,
             unidentified=self.identity.unidentified.total(),
             speedup=self.measured_speedup,

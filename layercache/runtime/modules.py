@@ -362,8 +362,9 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""
-        tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
-        tensors += [t for final in self.finals.values() for t in final]
+        outputs = [output for stored in list(self.outputs.values()) for output in list(stored.values())]
+        tensors = [t for output in outputs for t in tensors_of(output)]
+        tensors += [t for final in list(self.finals.values()) for t in final]
         branches = tuple(self._signatures) or self._branches
         nbytes = sum(tensor.nbytes for tensor in tensors)
         report = self._counts.report(0.0, nbytes, branches, self.identity, self.measured_speedup)

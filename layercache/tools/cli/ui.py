@@ -1,0 +1,43 @@
+"""``layercache ui``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layercache.tools.cli.common import Device, Dtype, DtypeOption, Model
+from layercache.tools.cli.pipelines import load_pipeline
+
+FrontFile = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="A front from 'search'; without one, schedules from other models' runs."
+    ),
+]
+Host = Annotated[str, typer.Option(help="Where to serve; 0.0.0.0 for every interface of the machine.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")]
+Share = Annotated[bool, typer.Option("--share", help="Also under a public address of gradio's; needs the network.")]
+
+
+def ui(
+    model: Model = "demo",
+    front: FrontFile = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    share: Share = False,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+) -> None:
+    """Open a page to play with: full and cached pictures side by side, for any budget.
+
+    Example: `layercache ui --model Qwen/Qwen-Image --front front.json`
+    """
+    from layercache._utils.formats import FRONT
+    from layercache.tools.cli.files import load
+    from layercache.tools.ui import check_installed, serve
+
+    check_installed()
+    found: Any = None if front is None else load(front, FRONT)
+    serve(load_pipeline(model, device, dtype), found, host=host, port=port, share=share)
