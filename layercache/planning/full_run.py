@@ -27,11 +27,11 @@ class FullSample:
     """A sample's full run.
 
     Attributes:
-        trace: in the host's memory.
+        trace: in the host's memory; of the steps that the run took, the first of which may be one in the middle.
         pictures: ``[B, ...]`` in 0..1.
         branches: bytes of the streams, image and text, by guidance branch.
         seconds: of a step: in the blocks, and in the rest of the model.
-        sigmas: N + 1 noise levels.
+        sigmas: noise levels of all steps, and the last one.
         sampler: its steps; ``None`` where they are not linear in the velocities.
     """
 
@@ -41,6 +41,11 @@ class FullSample:
     seconds: tuple[float, float]
     sigmas: tuple[float, ...]
     sampler: LinearSampler | None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were taken."""
+        return len(self.trace.taken)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +72,8 @@ class FullRun(RecordingRouter):
     Attributes:
         trace: latents and velocities, in the host's memory; on a GPU they are there once it is synchronised.
         branches: bytes of the streams, image and text, by guidance branch.
-        sigmas: N + 1 noise levels, from the first step on.
+        sigmas: noise levels of all steps and the last one, from the first step on.
+        first: step that the run began with; not 0 of one that begins in the middle (img2img).
     """
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
@@ -75,6 +81,7 @@ class FullRun(RecordingRouter):
         self.trace = Trace()
         self.branches: dict[str, tuple[int, int]] = {}
         self.sigmas: tuple[float, ...] = ()
+        self.first = 0
         self.clock = Timer(next(self.transformer.parameters()).device)
         self._sampler: LinearSampler | None = None
         self._forwards: list[int] = []
@@ -98,8 +105,8 @@ class FullRun(RecordingRouter):
         scheduler = self.identity.scheduler
         self._forwards.append(self.forwards)
         if not self.trace.raw:
-            self.sigmas = scheduler_sigmas(scheduler) or ()
-            self._sampler = LinearSampler.of(scheduler, len(self.sigmas) - 1)
+            self.sigmas, self.first = scheduler_sigmas(scheduler) or (), self.step_index
+            self._sampler = LinearSampler.of(scheduler, len(self.sigmas) - 1 - self.first)
         self.trace.add(on_host(latents), on_host(velocity))
 
     def sample(self, pictures: np.ndarray) -> FullSample:
@@ -111,10 +118,11 @@ class FullRun(RecordingRouter):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # `on_host`
         steps, trace = len(self.sigmas) - 1, self.trace
-        if len(trace.raw) != steps:
+        if not trace.raw or len(trace.raw) != steps - self.first:
+            began = f" from step {self.first} on" if self.first else ""
             raise CalibrationError(
-                f"the sampler was stepped {len(trace.raw)} times for {steps} steps; rollouts need a scheduler with "
-                "sigmas that is stepped once per step"
+                f"the sampler was stepped {len(trace.raw)} times{began} for {steps} steps; rollouts need a scheduler "
+                "with noise levels that is stepped once per step, to the last one"
             )
         _check_alone(self._forwards)
         trace.taken = [velocity for velocity in trace.raw if velocity is not None]
@@ -122,9 +130,10 @@ class FullRun(RecordingRouter):
         return FullSample(trace, pictures, self.branches, self._seconds(steps), self.sigmas, sampler)
 
     def _seconds(self, num_steps: int) -> tuple[float, float]:
-        """Median seconds of a step, in the blocks and in the rest of the model."""
+        """Median seconds of a step, in the blocks and in the rest of the model, over the steps that were timed."""
         totals = self.clock.totals()
-        blocks, rest = ([totals.get((part, step), 0.0) for step in range(num_steps)] for part in ("blocks", "rest"))
+        steps = [step for step in range(num_steps) if ("blocks", step) in totals]
+        blocks, rest = ([totals.get((part, step), 0.0) for step in steps] for part in ("blocks", "rest"))
         return median(blocks), median(rest)
 
 

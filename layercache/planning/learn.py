@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import counts_steps, progress_bar_settings
+from layercache._utils.compat import progress_bar_settings, tells_steps
 from layercache.errors import (
     BudgetError,
     CacheStateError,
@@ -302,7 +302,7 @@ class Fit:
     def __init__(self, pipe: Any, calls: list[Recorded], target: Target, bar: Any, kept: Learnt | None = None):
         self.pipe, self.calls, self.target, self.bar, self.kept = pipe, calls, target, bar, kept
         self.seconds = self.calls[0].full.seconds
-        self.num_steps = len(self.calls[0].full.sigmas) - 1
+        self.num_steps = self.calls[0].full.num_steps
         self.left = COST
 
     def run(self) -> Learnt:
@@ -417,10 +417,10 @@ def _(plan: Target, setting: Setting) -> Router:
         return _universal(plan, setting)
     if setting.pipe is setting.transformer:
         raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
-    if not counts_steps(setting.scheduler):
+    if not tells_steps(setting.scheduler):
         raise MethodError(
-            f"{type(setting.scheduler).__name__} does not count its steps, so that no velocities can be replaced; take "
-            "a scheduler with a step_index, such as FlowMatchEulerDiscreteScheduler, UniPC or DPM++"
+            f"the steps of {type(setting.scheduler).__name__} cannot be counted, so that no velocities can be "
+            "replaced; take one of diffusers' schedulers"
         )
     return LearningCache(setting, plan)
 

@@ -68,12 +68,13 @@ def refit(
 
 def path_of(schedule: Schedule, sigmas: Sequence[float]) -> np.ndarray:
     """Which steps between these N + 1 noise levels are computed, ``[N]``: those of the schedule, or the nearest."""
-    computed = [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+    run = schedule.fingerprint.steps
+    computed = [place for place, step in enumerate(run) if not schedule.is_skipped(step)]
     steps = len(sigmas) - 1
-    if steps != schedule.num_steps:
-        before, now = np.asarray(schedule.fingerprint.sigmas), np.asarray(sigmas[:-1])
-        nearest = [int(np.abs(now - before[step]).argmin()) for step in computed]
-        return with_count(nearest, steps, max(1, round(len(computed) * steps / schedule.num_steps)), 1)
+    if steps != len(run):
+        before, now = np.asarray(schedule.fingerprint.sigmas)[list(run)], np.asarray(sigmas[:-1])
+        nearest = [int(np.abs(now - before[place]).argmin()) for place in computed]
+        return with_count(nearest, steps, max(1, round(len(computed) * steps / len(run))), 1)
     found = np.zeros(steps, dtype=bool)
     found[computed] = True
     return found

@@ -75,6 +75,9 @@ class RolloutRouter(ScheduleRouter):
     def replaces_velocity(self) -> bool:
         return False
 
+    def has_request_of(self, scheduler: Any) -> bool:
+        return True  # all samples' samplers are heard until the end, as they take turns
+
 
 class Rollouts:
     """Calibration samples of a pipeline, their full runs, and a way to run any schedule on them.
@@ -100,6 +103,8 @@ class Rollouts:
         runs: generations of every sample so far.
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
+        first: step that the runs begin with; not 0 of runs that begin in the middle (img2img).
+        sigmas: N + 1 noise levels of the N steps that are taken.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
@@ -147,7 +152,9 @@ class Rollouts:
         self.pictures: list[np.ndarray] = []
         self._streams: list[Mapping[str, tuple[int, int]]] = []
         self.seconds = (0.0, 0.0)
+        self.first = 0
         self.sigmas: tuple[float, ...] = ()
+        self._levels: tuple[float, ...] = ()  # of all steps
         self.samplers: tuple[LinearSampler, ...] | None = None
         self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
 
@@ -169,7 +176,8 @@ class Rollouts:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        found = fingerprint_of(self.transformer, self.sigmas, self.branches)
+        steps = range(self.first, self.first + self.num_steps)
+        found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
         return replace(found, settings={**found.settings, **call_settings(self.call)})
 
     def cache_bytes(self, schedule: Schedule) -> int:
@@ -203,7 +211,8 @@ class Rollouts:
 
     def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
-        velocities = tuple(run.velocities)
+        taken = [None if velocity is None else velocity.shifted(self.first) for velocity in run.velocities]
+        velocities = (*[None] * self.first, *taken)
         if all(velocity is None for velocity in velocities):
             velocities = ()
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces, run.products)
@@ -211,7 +220,13 @@ class Rollouts:
     def _take(self, found: Sequence[FullSample]) -> None:
         """Keeps the full runs."""
         self.runs += 1
-        self.sigmas = found[0].sigmas
+        self._levels = found[0].sigmas
+        self.first = len(self._levels) - 1 - found[0].num_steps
+        self.sigmas = self._levels[self.first :]
+        if any(one.num_steps != found[0].num_steps for one in found):
+            raise CalibrationError(
+                f"the samples take {', '.join(str(one.num_steps) for one in found)} steps; a schedule is for one number"
+            )
         self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
         self.branches = tuple(found[0].branches)
         self._streams = [one.branches for one in found]
@@ -238,7 +253,7 @@ class Rollouts:
             ((velocity, latents),) = items
             watcher.note_step(velocity, latents)
             if watcher.sigmas:
-                self._note(pictures / (len(watcher.sigmas) - 1))
+                self._note(pictures / (len(watcher.sigmas) - 1 - watcher.first))
             return [velocity]
 
         (found_pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
@@ -274,11 +289,14 @@ class Rollouts:
 
 
 class RolloutRun:
-    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
+    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for.
+
+    Traces, and what is fitted, count steps from the first that the runs take.
+    """
 
     def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
         self.samplers, self.full, self.note_cost = rollouts.samplers, rollouts.full, rollouts.note_cost
-        self.schedule, self.forecast = schedule, forecast
+        self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
         self.more, self.products = more, dict[int, np.ndarray]()
@@ -289,13 +307,18 @@ class RolloutRun:
             self.note_cost()
         for trace, (velocity, latents) in zip(self.traces, items, strict=True):
             trace.add(latents, velocity.clone() if runs else None)
-        if step == 0:
+        at = step - self.first
+        if at == 0:
             self._check_beginnings()
-        rule = self.schedule.velocity(step) if self.forecast is None else self._fit(step, self.forecast)
+        if self.forecast is None:
+            planned = self.schedule.velocity(step)
+            rule = None if planned is None else planned.shifted(-self.first)
+        else:
+            rule = self._fit(at, self.forecast)
         self.velocities.append(rule)
         for trace in self.traces:
-            trace.taken.append(trace.combined(rule, step))
-        return [trace.taken[step] for trace in self.traces]
+            trace.taken.append(trace.combined(rule, at))
+        return [trace.taken[at] for trace in self.traces]
 
     def _check_beginnings(self) -> None:
         """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
@@ -341,7 +364,7 @@ def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float =
 
     Args:
         fingerprint: of the model and run.
-        computed: steps, ascending, step 0 first.
+        computed: steps, ascending, counted from the first one that is run, which is 0 and among them.
         seconds: of computing all blocks once, as calibration measured them; 1 where nobody did.
 
     Raises:
@@ -351,8 +374,9 @@ def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float =
         raise ScheduleError("step 0 must be computed")
     run: tuple[Cell, ...] = (None,)
     skip: tuple[Cell, ...] = ({},)
-    cells = [run if step in set(computed) else skip for step in range(fingerprint.num_steps)]
-    velocities = tuple(_placeholders(cells))
+    chosen = {fingerprint.steps[place] for place in computed}
+    cells = [run if step in chosen else skip for step in range(fingerprint.num_steps)]
+    velocities = tuple(_placeholders(cells, fingerprint.steps))
     return Schedule(fingerprint, ((0, fingerprint.num_blocks),), tuple(cells), (seconds,), velocities=velocities)
 
 
@@ -360,22 +384,23 @@ def with_terms_of(schedule: Schedule, forecast: Forecast) -> Schedule:
     """The schedule with the terms that a fit would give it, newest first, and coefficients that hold the newest."""
     velocities: list[Velocity | None] = []
     raw: list[int] = []
+    steps = schedule.fingerprint.steps
     for step in range(schedule.num_steps):
         runs = not schedule.is_skipped(step)
         raw = [step, *raw] if runs else raw
-        corrects = step > 0 and forecast.target == "steer" and forecast.everywhere
-        if runs and not corrects:
+        corrects = step > steps[0] and forecast.target == "steer" and forecast.everywhere
+        if step not in steps or (runs and not corrects):
             velocities.append(None)
             continue
         velocities.append(Velocity({source: float(source == raw[0]) for source in raw[: forecast.terms]}))
     return replace(schedule, velocities=tuple(velocities))
 
 
-def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
+def _placeholders(cells: Sequence[Sequence[Cell]], steps: Sequence[int]) -> list[Velocity | None]:
     """The newest velocity held where a step is skipped; something has to be there for the schedule to be whole."""
-    newest, velocities = 0, list[Velocity | None]()
+    newest, velocities = steps[0], list[Velocity | None]()
     for step, row in enumerate(cells):
-        if all(cell is not None and not cell for cell in row):
+        if step in steps and all(cell is not None and not cell for cell in row):
             velocities.append(Velocity({newest: 1.0}))
         else:
             newest = step

@@ -149,7 +149,7 @@ class SearchFiles:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads(file.metadata()["full run"])
-            steps = len(about["sigmas"]) - 1
+            steps = sum(name.startswith("velocity ") for name in tensors)
             velocities = [tensors[f"velocity {step}"] for step in range(steps)]
             trace = Trace([tensors[f"latents {step}"] for step in range(steps)], list(velocities), velocities)
             branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}

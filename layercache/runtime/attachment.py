@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from threading import Lock, get_ident
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 from layercache._utils.compat import (
     ADAPTER_METHODS,
     CACHE_CONFIG,
-    OutsideGraphs,
     allow_graphs,
     counts_steps,
     has_foreign_cache,
@@ -24,13 +22,16 @@ from layercache._utils.compat import (
     is_compiled,
     is_hooked,
     scheduler_step,
+    step_argument,
     unwrap_compiled,
+    with_velocity,
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
+from layercache.runtime.patches import CacheConfigMarker, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
 
@@ -38,62 +39,6 @@ PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
-
-
-def _class_method(owner: Any, name: str) -> Any:
-    return MethodType(getattr(type(owner), name), owner)
-
-
-class MethodPatch(functools.partial[Any]):
-    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself.
-
-    Attributes:
-        before: what the instance had under that name; empty where it was the class's method.
-        behind: the method as it was.
-    """
-
-    of: tuple[Any, str]
-    before: dict[str, Any]
-    behind: Any
-
-    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
-        patch = super().__new__(cls, call)
-        patch.behind = getattr(owner, name)
-        functools.update_wrapper(patch, patch.behind)
-        patch.of = owner, name
-        return patch
-
-    def end(self) -> None:
-        """Calls the method as it was, where another patch that lies in front of this one still calls it."""
-        self.__class__ = EndedPatch
-
-    def __reduce__(self) -> Any:
-        return _class_method, self.of
-
-
-class EndedPatch(MethodPatch):
-    """A `MethodPatch` that was taken away; only it pays for a Python call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.behind(*args, **kwargs)
-
-
-class CacheConfigMarker:
-    """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def _do_nothing(*args: Any) -> None:
-    pass
-
-
-class ForwardHook(OutsideGraphs):
-    """A module hook that stays with its module: what copies and pickles of the module get does nothing."""
-
-    def __reduce__(self) -> Any:
-        return ForwardHook, (_do_nothing,)
 
 
 class Attachment:
@@ -217,24 +162,10 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         for patched in reversed(self._instance_attributes):
-            self._restore(*patched)
+            restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
         self._heard.clear()
         self._root.free()
-
-    @staticmethod
-    def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
-        above, patch = None, owner.__dict__.get(name)
-        while isinstance(patch, MethodPatch) and patch.before is not before:
-            above, patch = patch, patch.before.get(name)
-        if isinstance(patch, MethodPatch):
-            patch.end()
-            if above is not None:  # another cache's, which ends later (two transformers and one scheduler)
-                above.before.clear()
-                above.before.update(before)
-                return
-        owner.__dict__.pop(name, None)
-        owner.__dict__.update(before)
 
     def follow(self, router: Router, scheduler: Any) -> None:
         """A request brings a sampler of its own."""
@@ -246,7 +177,7 @@ class Attachment:
         """Nothing uses this sampler any more: its steps are its own again."""
         own = [patched for patched in self._instance_attributes if patched[0] is scheduler]
         for patched in reversed(own):
-            self._restore(*patched)
+            restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
         self._heard = [known for known in self._heard if known is not scheduler]
         self._tallies.pop(id(scheduler), None)
@@ -319,15 +250,24 @@ class Attachment:
         return step
 
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
-        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            at = scheduler_step(scheduler)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            at = self._step_of(scheduler, args, kwargs)
             router = self._root.for_call()
-            velocity = model_output
             if at is not None and router.replaces_velocity:
-                velocity = router.replace_velocity(at, model_output, sample)
-            return original(velocity, timestep, sample, *args, **kwargs)
+                given = args[0] if args else kwargs["model_output"]
+                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs))
+                if velocity is not given:
+                    args, kwargs = with_velocity(velocity, args, kwargs)
+            return original(*args, **kwargs)
 
         return step
+
+    def _step_of(self, scheduler: Any, args: Any, kwargs: Any) -> int | None:
+        """The step that a scheduler is about to take."""
+        at = scheduler_step(scheduler)
+        if at is None and id(scheduler) in self._tallies:
+            return self._tallies[id(scheduler)].step(step_argument(scheduler, "timestep", args, kwargs))
+        return at
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from layercache._utils.compat import tells_steps
 from layercache.errors import BudgetError, CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
 from layercache.models.registry import config_hash, count_blocks, experts_of, find_transformer, spec_for
 from layercache.runtime.attachment import attach, attachment_of
@@ -222,7 +223,7 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
     if any(plan.velocities):
         setting.check_velocities("this schedule", "" if plan.fingerprint.steps_run else "every step")
-    if router.replaces_velocity and not hasattr(scheduler, "step_index"):
+    if router.replaces_velocity and not tells_steps(scheduler):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
             "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"

@@ -48,6 +48,10 @@ class Velocity:
     terms: Mapping[int, float]
     latents: float = 0.0
 
+    def shifted(self, steps: int) -> Velocity:
+        """The same of velocities so many steps later."""
+        return Velocity({step + steps: value for step, value in self.terms.items()}, self.latents)
+
     def to_json(self) -> dict[str, float]:
         latents = {"latents": self.latents} if self.latents else {}
         return {str(step): value for step, value in self.terms.items()} | latents
