@@ -229,7 +229,9 @@ def step_argument(scheduler: Any, name: str, args: Sequence[Any], kwargs: Mappin
     return args[place] if place < len(args) else None
 
 
-def with_velocity(velocity: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+def with_velocity(
+    velocity: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of a scheduler's ``step`` with another model output, the first of them."""
     return ((velocity, *args[1:]), kwargs) if args else (args, {**kwargs, "model_output": velocity})
 

@@ -12,6 +12,7 @@ from layercache._utils.validate import expect
 from layercache.errors import ScheduleError
 from layercache.planning.front import Point
 from layercache.planning.rollout import Rollouts
+from layercache.planning.samples import count_of
 from layercache.planning.surrogate import with_count
 from layercache.planning.whole_steps import TERMS, WholeStepSearch
 from layercache.schedule.schedule import Schedule
@@ -56,7 +57,7 @@ def refit(
             argument="schedule",
         )
     terms = max((len(velocity.terms) for velocity in schedule.velocities if velocity is not None), default=TERMS)
-    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
+    pictures = sum(count_of(prompt, call) for prompt in prompts)
     with tqdm(disable=not progress, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
         path = path_of(schedule, rollouts.sigmas)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +16,7 @@ from layercache.models.registry import find_transformer, fingerprint_of, spec_fo
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import arguments_of, call_settings, copied, pictures_in
+from layercache.planning.samples import call_of, call_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, near
 from layercache.runtime.attachment import attach
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 PSNR_LIMIT = 100.0
 SAME_BEGINNING = 0.02
 """Share of their norm by which latents may differ that are the same, but for an encoder's rounding."""
+ELEMENTS = 1 << 22
+"""That are compared at a time."""
 Products = Mapping[int, np.ndarray]
 
 
@@ -88,7 +89,8 @@ class Rollouts:
     Args:
         pipe: a diffusers pipeline with a scheduler.
         prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
-            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
+            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}``, for what a picture has
+            of its own: an image to begin with, a control image, a negative prompt, a size.
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
         on_memory: called when the first full run is done, with the bytes of host memory that all full runs need.
@@ -139,7 +141,7 @@ class Rollouts:
             )
         self.pipeline, self.on_cost, self.files = pipe, on_cost, files
         self.prompts = list(prompts)
-        self.seeds = _seeds_of(self.prompts, seeds) if full is None else [[0] * len(one.pictures) for one in full]
+        self.seeds = seeds_of(self.prompts, seeds, call) if full is None else [[0] * len(one.pictures) for one in full]
         self.call = dict(call)
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
@@ -205,7 +207,7 @@ class Rollouts:
             )
         run = RolloutRun(self, schedule, forecast, more or {})
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
-        pictures = self._perform(routers, run.answer, self._clones, self._calls())
+        pictures = self._perform(routers, run.answer, range(len(self.prompts)))
         self.runs += 1
         return self._rollout_of(run, pictures)
 
@@ -256,7 +258,7 @@ class Rollouts:
                 self._note(pictures / (len(watcher.sigmas) - 1 - watcher.first))
             return [velocity]
 
-        (found_pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
+        (found_pictures,) = self._perform([watcher], answer, [sample])
         found = watcher.sample(found_pictures)
         if self.files is not None:
             self.files.keep_sample(sample, found)
@@ -266,26 +268,21 @@ class Rollouts:
         self,
         routers: Sequence[Router],
         answer: Callable[[int, list[Any]], list[Any]],
-        pipelines: Sequence[Any],
-        calls: Sequence[dict[str, Any]],
+        samples: Sequence[int],
     ) -> list[np.ndarray]:
-        """Generations side by side, each by its own router; ``answer`` says which velocities are taken."""
+        """Generations of samples side by side, each by its own router; ``answer`` says which velocities are taken."""
+        pipelines, calls = [self._clones[k] for k in samples], self._calls()
+        counts = [len(self.seeds[k]) for k in samples]
         attachment = attach(self.pipeline, routers[0])
-        runs = [_pausable(clone, call) for clone, call in zip(pipelines, calls, strict=True)]
+        runs = [_pausable(clone, call) for clone, call in zip(pipelines, [calls[k] for k in samples], strict=True)]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
-        return [pictures_in(result) for result in results]
+        return [pictures_in(result, count) for result, count in zip(results, counts, strict=True)]
 
     def _calls(self) -> list[dict[str, Any]]:
-        calls = []
-        for prompt, seeds in zip(self.prompts, self.seeds, strict=True):
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            one: Any = generators if isinstance(prompt, (list, tuple)) else generators[0]
-            arguments = arguments_of(prompt)
-            calls.append(self.call | arguments | {"generator": copied(arguments.get("generator", one))})
-        return calls
+        return [call_of(prompt, seeds, self.call) for prompt, seeds in zip(self.prompts, self.seeds, strict=True)]
 
 
 class RolloutRun:
@@ -417,19 +414,28 @@ def _pausable(clone: Any, call: dict[str, Any]) -> PausableRun:
     return pausable
 
 
-def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[int]]:
-    """Seeds of every prompt's pictures."""
-    counts = [len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts]
-    given = list(range(sum(counts))) if seeds is None else list(seeds)
-    if len(given) != sum(counts):
-        raise CalibrationError(f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds")
-    edges = np.cumsum([0, *counts])
-    return [given[lo:hi] for lo, hi in pairwise(edges.tolist())]
-
-
 def psnr_of(reference: np.ndarray, pictures: np.ndarray) -> list[float]:
-    """PSNR in dB of every picture (of a video: over all its frames), at most 100."""
-    error = ((reference - pictures) ** 2).reshape(len(reference), -1).mean(axis=1)
-    if not np.isfinite(error).all():
+    """PSNR in dB of every picture (of a video: over all its frames), at most 100.
+
+    Args:
+        reference, pictures: of one shape ``[B, ...]``, in 0..1, or of 8 bit.
+
+    Raises:
+        CalibrationError: they differ in shape, or something is not finite.
+    """
+    if reference.shape != pictures.shape:
+        raise CalibrationError(f"pictures of {list(pictures.shape)} cannot be compared with {list(reference.shape)}")
+    errors = [_mean_square(a.reshape(-1), b.reshape(-1)) for a, b in zip(reference, pictures, strict=True)]
+    if not np.isfinite(errors).all():
         raise CalibrationError("a picture of the rollouts holds NaN or infinity")
-    return [float(value) for value in -10 * np.log10(np.maximum(error, 10 ** (-PSNR_LIMIT / 10)))]
+    return [float(value) for value in -10 * np.log10(np.maximum(errors, 10 ** (-PSNR_LIMIT / 10)))]
+
+
+def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
+    """Of a difference, in float64, a part at a time: a video has as many numbers as thousands of pictures."""
+    parts = [slice(lo, lo + ELEMENTS) for lo in range(0, len(a), ELEMENTS)]
+    return sum(float(np.square(_shares(a[part]) - _shares(b[part])).sum()) for part in parts) / len(a)
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return values / 255.0 if values.dtype == np.uint8 else values.astype(np.float64)
