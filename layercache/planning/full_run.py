@@ -14,6 +14,7 @@ import torch
 from layercache._utils.compat import scheduler_sigmas
 from layercache._utils.timer import Timer
 from layercache.errors import CalibrationError
+from layercache.models.registry import EXPERTS
 from layercache.models.spec import ModelSpec
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace, on_host
@@ -75,6 +76,8 @@ class FullRun(RecordingRouter):
         sigmas: noise levels of all steps and the last one, from the first step on.
         first: step that the run began with; not 0 of one that begins in the middle (img2img).
     """
+
+    takes_experts = True
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, scheduler)
@@ -142,7 +145,6 @@ def _check_alone(forwards: Sequence[int]) -> None:
     others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
     if others:
         raise CalibrationError(
-            f"the pipeline runs another transformer at step {', '.join(others)}, and rollouts (search, refitting, "
-            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
-            "transformer=...), budget)"
+            f"the pipeline runs a transformer at step {', '.join(others)} that is none of its {' and '.join(EXPERTS)}, "
+            "and rollouts (search, refitting, comparisons) follow those"
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
-from layercache.models.registry import find_transformer, fingerprint_of, spec_for
+from layercache.models.registry import expert_settings, find_transformer, fingerprint_of, spec_for
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
@@ -68,6 +68,10 @@ class _AlwaysThere(VelocityTrack):
 
 class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.takes_experts = True
 
     def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
         return _AlwaysThere(self.layout, slots)
@@ -180,7 +184,7 @@ class Rollouts:
     def fingerprint(self) -> Fingerprint:
         steps = range(self.first, self.first + self.num_steps)
         found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
-        return replace(found, settings={**found.settings, **call_settings(self.call)})
+        return replace(found, settings={**found.settings, **call_settings(self.call), **expert_settings(self.pipeline)})
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""

@@ -28,12 +28,14 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
+from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.patches import CacheConfigMarker, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
+from layercache.schedule.memory_plan import GroupAction
 
 PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
@@ -42,10 +44,17 @@ _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
 
 class Attachment:
-    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
+    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it.
 
-    def __init__(self, target: Any, router: Router):
-        self.router = router
+    Args:
+        target: the pipeline, or the transformer.
+        router: of the transformer.
+        leader: of a further transformer, the attachment of the first, which is undone together with it.
+    """
+
+    def __init__(self, target: Any, router: Router, leader: Attachment | None = None):
+        self.router, self.leader = router, leader
+        self.experts: list[Attachment] = []
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
@@ -90,7 +99,20 @@ class Attachment:
         if self.pipeline is not None and identity.scheduler is getattr(self.pipeline, "scheduler", None):
             identity.follow(self.pipeline)
         self._follow(self.pipeline, identity.scheduler)
+        self._lead_experts(self.pipeline)
         self.router.attached()
+
+    def _lead_experts(self, pipeline: Any) -> None:
+        """The router decides about the steps of the pipeline's further transformers too."""
+        for module in further_experts(pipeline, self._root):
+            transformer = unwrap_compiled(module)
+            if attachment_of(transformer) is None:
+                self.experts.append(Attachment(module, ExpertRouter(transformer, self), self))
+                self.experts[-1].attach()
+
+    def invalidate(self) -> None:
+        """The model is another one now: nothing that was stored is of use."""
+        self._root.invalidate()
 
     def _named_context(self, original: Callable[..., Any], name: str, **fields: Any) -> Saying:
         """One of diffusers' cache contexts, whose name and step are what the caller says of the forwards within.
@@ -121,7 +143,7 @@ class Attachment:
 
         def changing(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            self._root.invalidate()
+            self.invalidate()
             return result
 
         return changing
@@ -134,6 +156,7 @@ class Attachment:
         else:
             identity.follow(pipeline)
         self._follow(pipeline, scheduler)
+        self._lead_experts(pipeline)
 
     def _follow(self, pipeline: Any, scheduler: Any) -> None:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
@@ -154,6 +177,15 @@ class Attachment:
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
+        """Undoes everything, on all transformers of the pipeline that were attached together."""
+        if self.leader is not None:
+            self.leader.detach()
+            return
+        for attachment in (*reversed(self.experts), self):
+            attachment._undo()
+        self.experts = []
+
+    def _undo(self) -> None:
         self.router.shut()
         for blocks, cls in self._classes:
             blocks.__class__ = cls
@@ -272,13 +304,7 @@ class Attachment:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
-        here = get_ident()
-        if self._holder != here:
-            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
-                self._wait()
-            self._holder = here
-        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
-            self._fail()
+        self._acquire()
         try:
             self.is_under_way = True
             self._announce(module, args, kwargs)
@@ -286,6 +312,26 @@ class Attachment:
             self._fail()
             self._release()
             raise
+
+    def decide(self, forward: Forward) -> tuple[GroupAction, ...]:
+        """What the router's groups would do in a forward of another transformer; nothing where it has no place."""
+        self._acquire()
+        router = self.router_of_call()
+        try:
+            router.begin(forward)
+            return router.actions if router.is_announced else ()
+        finally:
+            router.shut()
+            self._release()
+
+    def _acquire(self) -> None:
+        here = get_ident()
+        if self._holder != here:
+            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
+                self._wait()
+            self._holder = here
+        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
+            self._fail()
 
     def _wait(self) -> None:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
@@ -308,13 +354,18 @@ class Attachment:
         self.router.shut()
         self.router.end_generation(completed=False)
 
-    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def router_of_call(self) -> Router:
+        """The router of the forward that is about to start, which is routed by it from now on."""
         scheduler = self._root.identity.current()
         if scheduler is not self._driving:
             self._follow_replaced(scheduler)
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
+        return router
+
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        router = self.router_of_call()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         spec = router.spec
         if spec.bypass and _gives(arguments, spec.bypass):
@@ -374,21 +425,28 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return None
 
 
+def further_experts(target: Any, router: Router) -> list[nn.Module]:
+    """The other transformers of a pipeline whose steps the router decides about, as the pipeline calls them."""
+    if target is None or isinstance(target, nn.Module) or not router.takes_experts:
+        return []
+    return [module for module in experts_of(target).values() if unwrap_compiled(module) is not router.transformer]
+
+
 def attach(target: Any, router: Router) -> Attachment:
     """Attaches a router to a pipeline or transformer, and to its scheduler if the router replaces velocities.
 
     Raises:
         CacheStateError: another cache, ours or one of diffusers, is enabled on it.
     """
-    transformer = router.transformer
-    if attachment_of(transformer) is not None:
-        raise CacheStateError(
-            "a layercache cache is already enabled on this transformer; call layercache.disable first"
-        )
-    if has_foreign_cache(transformer):
-        raise CacheStateError(
-            "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
-        )
+    for module in (router.transformer, *map(unwrap_compiled, further_experts(target, router))):
+        if attachment_of(module) is not None:
+            raise CacheStateError(
+                "a layercache cache is already enabled on this transformer; call layercache.disable first"
+            )
+        if has_foreign_cache(module):
+            raise CacheStateError(
+                "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
+            )
     attachment = Attachment(target, router)
     attachment.attach()
     return attachment

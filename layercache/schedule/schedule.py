@@ -132,6 +132,13 @@ class Schedule:
         """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
         return _is_skip(self.cells[step])
 
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it is of the whole steps of a run, whichever of a pipeline's transformers runs them (Wan 2.2)."""
+        is_whole = not self.branch_cells and not any(cell for row in self.cells for cell in row)
+        is_of_all = not self.fingerprint.steps_run or bool(self.fingerprint.settings.get("experts"))
+        return any(self.velocities) and is_whole and is_of_all
+
     def velocity(self, step: int) -> Velocity | None:
         return self.velocities[step] if self.velocities else None
 
