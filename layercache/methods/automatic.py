@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from layercache._utils.compat import counts_steps
+from layercache._utils.compat import tells_steps
 from layercache.errors import LayerCacheWarning, MethodError
 from layercache.methods.fbcache import FBCache
 from layercache.methods.fixed import TaylorSeer, taylorseer_steps
@@ -118,10 +118,10 @@ def _(plan: Target, setting: Setting) -> Router:
     setting.check_velocities("what is learnt")
     if setting.pipe is setting.transformer:
         raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
-    if not counts_steps(setting.scheduler):
+    if not tells_steps(setting.scheduler):
         raise MethodError(
-            f"{type(setting.scheduler).__name__} does not count its steps, so that no velocities can be replaced; take "
-            "a scheduler with a step_index, such as FlowMatchEulerDiscreteScheduler, UniPC or DPM++"
+            f"the steps of {type(setting.scheduler).__name__} cannot be counted, so that no velocities can be "
+            "replaced; take one of diffusers' schedulers"
         )
     return LearningCache(setting, plan)
 
@@ -147,4 +147,4 @@ def _can_replace(setting: Setting) -> bool:
         setting.check_velocities("a schedule of whole steps")
     except MethodError:
         return False
-    return bool(counts_steps(setting.scheduler))
+    return bool(tells_steps(setting.scheduler))

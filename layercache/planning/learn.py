@@ -124,6 +124,8 @@ class LearningCache(Router):
         known: by the digest of their settings, what is known of calls.
     """
 
+    takes_experts = True
+
     def __init__(self, setting: Setting, target: Target, substitute: Router | None = None, note: str = ""):
         transformer = setting.transformer
         super().__init__(transformer, spec_for(transformer), [(0, count_blocks(transformer))])
@@ -213,7 +215,7 @@ class LearningCache(Router):
         arguments = None if self._is_busy else arguments_of_call(self._class, pipe, args, kwargs)
         if arguments is None:  # it is called from within a call, or wrongly
             return original(*args, **kwargs)
-        model = model_identity(self.transformer, pipe.scheduler)
+        model = model_identity(pipe)
         key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
         learned = self.known.setdefault(key, CallState(key))
         self._is_busy = True
@@ -328,7 +330,7 @@ class Fit:
     def __init__(self, pipe: Any, calls: list[Recorded], target: Target, bar: Any, kept: Learnt | None = None):
         self.pipe, self.calls, self.target, self.bar, self.kept = pipe, calls, target, bar, kept
         self.seconds = self.calls[0].full.seconds
-        self.num_steps = len(self.calls[0].full.sigmas) - 1
+        self.num_steps = self.calls[0].full.num_steps
         self.left = COST
 
     def run(self) -> Learnt:

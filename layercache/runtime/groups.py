@@ -51,7 +51,7 @@ class ScheduleRouter(Router):
         storage: str = "same",
     ):
         super().__init__(transformer, spec, schedule.groups)
-        self.schedule = schedule
+        self.schedule, self.takes_experts = schedule, schedule.takes_experts
         self.storage = Storage(storage)
         self.has_post_hook = type(self).after is not ScheduleRouter.after
         self.layout = self._lay_out("")

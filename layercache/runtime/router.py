@@ -82,8 +82,10 @@ class Router:
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
         has_post_hook: whether `after` does anything.
         fault: NaN or infinity in what the last generation stored.
+        takes_experts: whether it decides about whole steps, of all transformers that a pipeline runs in turns.
     """
 
+    takes_experts = False
     adds = True
     keeps_items = False
     fault: NonFiniteResidualError | None = None

@@ -48,6 +48,10 @@ class Velocity:
     terms: Mapping[int, float]
     latents: float = 0.0
 
+    def shifted(self, steps: int) -> Velocity:
+        """The same of velocities so many steps later."""
+        return Velocity({step + steps: value for step, value in self.terms.items()}, self.latents)
+
     def to_json(self) -> dict[str, float]:
         latents = {"latents": self.latents} if self.latents else {}
         return {str(step): value for step, value in self.terms.items()} | latents
@@ -139,6 +143,13 @@ class Schedule:
             case [float() | int() as mean, float() | int() as tenth]:
                 return float(mean), float(tenth)
         return None
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it is of the whole steps of a run, whichever of a pipeline's transformers runs them (Wan 2.2)."""
+        is_whole = not self.branch_cells and not any(cell for row in self.cells for cell in row)
+        is_of_all = not self.fingerprint.steps_run or bool(self.fingerprint.settings.get("experts"))
+        return any(self.velocities) and is_whole and is_of_all
 
     def velocity(self, step: int) -> Velocity | None:
         return self.velocities[step] if self.velocities else None

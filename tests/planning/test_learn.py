@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
-from layercache.planning import rollout
+from layercache.planning import samples
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn import COST, Fit
 from support.tiny import tiny_pipeline
@@ -130,7 +130,7 @@ def test_calls_are_repeated_as_they_were(pipe):
 def test_a_call_that_cannot_be_repeated_is_noticed(pipe, monkeypatch):
     """As where a pipeline takes its noise from elsewhere: what would be fitted is of another picture."""
     full = picture(pipe, 1)
-    monkeypatch.setattr(rollout, "copied", lambda generator: torch.Generator().manual_seed(99))
+    monkeypatch.setattr(samples, "copied", lambda generator: torch.Generator().manual_seed(99))
     with layercache.enabled(pipe, budget=0.5, learn=1):
         picture(pipe, 0)
         with pytest.warns(LayerCacheWarning, match="did not begin with the latents"):
