@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercache.tools.bench import peer_table
 from layercache.tools.bench.measure import Row, Timing
 from layercache.tools.report import pages
 from layercache.tools.report.charts import bars_chart
@@ -38,9 +39,7 @@ def result_tables(data: Mapping[str, Any]) -> list[FittingTable]:
         rows = kernel_rows(data)
         return [table([row for row in rows if row.shape == shape]) for shape in dict.fromkeys(r.shape for r in rows)]
     if kind == PEERS:
-        from layercache.tools.bench import peers
-
-        return [peers.table([peers.Row(**row) for row in data["rows"]])]
+        return [peer_table.table([peer_table.Row(**row) for row in data["rows"]])]
     if kind == COMPARISON:
         from layercache.tools.compare.report import comparison_table
 

@@ -16,19 +16,19 @@ from layercache.tools.report import pages
 from layercache.tools.report.charts import CurvePoint, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.front import READ_A_CURVE
-from layercache.tools.report.pictures import PictureEntry, gain_text, page_pictures
+from layercache.tools.report.pictures import GAIN, PictureEntry, page_pictures
 from layercache.tools.report.plots import PictureRow, curve_label, math_free, new_figure, save_figure, save_pictures
 from layercache.tools.report.words import origin_words
 
 COLUMNS = (
     Column("method", numeric=False),
-    Column("budget", 1),
+    Column("budget", 3),
     Column("used", about="share of the block time computed"),
     Column("speedup", about="against full runs before and after"),
     Column("PSNR", about="mean, in dB, against the full run"),
     Column("median", 5, about="of the PSNR"),
-    Column("10 %", 2, about="what nine pictures of ten exceed, in dB"),
-    Column("SSIM", 3),
+    Column("10 %", 1, about="what nine pictures of ten exceed, in dB"),
+    Column("SSIM", 2),
     Column("LPIPS", 4),
     Column("MiB", 6, about="memory of what is stored"),
     Column("operators", 7, about="of PyTorch, per step"),
@@ -153,7 +153,7 @@ def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence
     """Full and cached pictures of entries under a slider; nothing where there are none."""
     if not entries:
         return []
-    return [pages.Pictures(page_pictures(full, entries, prompts), gain_text(), "Full, cached, difference")]
+    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", "Full, cached, difference")]
 
 
 def _entries(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[PictureEntry]:

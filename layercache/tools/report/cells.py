@@ -13,6 +13,7 @@ from layercache.errors import LayerCacheError
 from layercache.schedule.schedule import Cell, Schedule
 from layercache.tools.report import pages, tables
 from layercache.tools.report.charts import cells_chart
+from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.tables import cell_text, group_name, velocity_text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def save_profile_page(
 ) -> Path:
     """How much each group changes from step to step, and what would be planned from that."""
     blocks: list[pages.Block] = [
-        pages.Chart(stability_chart(profile), "Change since the step before", tables.profile_legend(profile))
+        pages.Chart(stability_chart(profile), "Change since the step before", tables.profile_legend(profile, False))
     ]
     planned = dict[str, Schedule]()
     for budget in BUDGETS:
@@ -40,9 +41,33 @@ def save_profile_page(
         planned[f"budget {budget:g}"] = schedule
     if planned:
         blocks.append(pages.Chart(schedules_chart(planned), "What would be planned from it", READ_A_CELL))
-    blocks.append(pages.Table.of(tables.profile_table(profile), "Figures"))
-    lines = tables.profile_sentences(profile).splitlines()
-    return pages.save_page(path, title, blocks, lead=[line.removeprefix("- ") for line in lines], commands=commands)
+    blocks += [
+        pages.Table.of(_seconds_table(profile), "Groups"),
+        pages.Table.of(tables.profile_table(profile, compact=False), "Step by step"),
+    ]
+    return pages.save_page(path, title, blocks, lead=_lead(tables.profile_sentences(profile)), commands=commands)
+
+
+def _lead(sentences: str) -> list[str]:
+    """Sentences without those of single groups, which stand in a table."""
+    return [line.removeprefix("- ") for line in sentences.splitlines() if not line.startswith("- block")]
+
+
+def _seconds_table(profile: StabilityProfile) -> FittingTable:
+    table = FittingTable([Column("group", numeric=False), Column("ms to compute"), Column("ms to reuse")])
+    for group, seconds, reuse in zip(profile.groups, profile.group_seconds, profile.reuse_seconds, strict=True):
+        table.add_row(group_name(group), f"{seconds * 1e3:.3f}", f"{reuse * 1e3:.3f}")
+    return table
+
+
+def _groups_table(schedule: Schedule) -> FittingTable:
+    ways = ("computed_steps", "skipped_steps", "reused_steps", "forecast_steps")
+    headings = ("computed", "skipped", "reused", "forecast", "longest run without computing")
+    table = FittingTable([Column("group", numeric=False), *(Column(heading) for heading in headings)])
+    for group in tables.schedule_figures(schedule)["groups"]:
+        lo, hi = group["blocks"]
+        table.add_row(group_name((lo, hi)), *(str(group[way]) for way in ways), str(group["longest_cached_run"]))
+    return table
 
 
 def _planned(profile: StabilityProfile, budget: float) -> Schedule:
@@ -59,16 +84,19 @@ def save_schedule_page(
 ) -> Path:
     """What a schedule computes, reuses and forecasts."""
     if isinstance(schedule, Schedule):
-        lines, legend = tables.schedule_sentences(schedule), tables.schedule_legend(schedule)
-        chart = pages.Chart(schedules_chart({"": schedule}), "Steps by groups of layers", READ_A_CELL)
-        figures = tables.schedule_table(schedule)
+        lines, legend = tables.schedule_sentences(schedule), tables.schedule_legend(schedule, compact=False)
+        blocks: list[pages.Block] = [
+            pages.Chart(schedules_chart({"": schedule}), "Steps by groups of layers", READ_A_CELL),
+            pages.Table.of(_groups_table(schedule), "Steps of each group"),
+            pages.Table.of(tables.schedule_table(schedule, compact=False), "Step by step", legend),
+        ]
     else:
-        lines, legend = tables.module_sentences(schedule), tables.MODULE_LEGEND
-        chart = pages.Chart(modules_chart(schedule), "Steps by modules", READ_A_CELL)
-        figures = tables.module_table(schedule)
-    lead = [line.removeprefix("- ") for line in lines.splitlines()]
-    blocks: list[pages.Block] = [chart, pages.Table.of(figures, "Step by step", legend)]
-    return pages.save_page(path, title, blocks, lead=lead, commands=commands)
+        lines, listed = tables.module_sentences(schedule), tables.module_table(schedule)
+        blocks = [
+            pages.Chart(modules_chart(schedule), "Steps by modules", READ_A_CELL),
+            pages.Table.of(listed, "Step by step", tables.MODULE_LEGEND),
+        ]
+    return pages.save_page(path, title, blocks, lead=_lead(lines), commands=commands)
 
 
 def stability_chart(profile: StabilityProfile) -> dict[str, Any]:

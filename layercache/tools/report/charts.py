@@ -9,9 +9,10 @@ from typing import Any
 
 from layercache._utils.metrics import summarise
 from layercache._utils.text import shown
+from layercache.tools.report.pages import check_installed
 
 # Ours stand out; the others are told apart by colour and mark together, which makes 64 pairs.
-OURS = ("#0b7285", "#2b8a3e", "#5f3dc4")
+OURS = ("#1098ad", "#37b24d", "#7950f2")
 OTHERS = ("#e8590c", "#4c6ef5", "#d6336c", "#868e96", "#f08c00", "#ae3ec9", "#a0522d", "#74b816")
 MARKS = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 KINDS = {"computed": "#2b8a3e", "reused": "#74a9d8", "forecast": "#b197d6", "skipped": "#d8c48a", "not run": "#9aa0a6"}
@@ -74,7 +75,7 @@ def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
     """PSNR over the share of compute, a curve per method; the one under the pointer stands out."""
-    import altair as alt
+    alt = _altair()
 
     names = sorted(dict.fromkeys(point.name for point in points), key=lambda name: not name.startswith("layercache"))
     look = looks(names)
@@ -89,12 +90,13 @@ def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
     chosen = alt.selection_point(name="chosen", fields=["method"], bind="legend")
     legend = alt.Legend(title=None)
     colour = alt.Color("method:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[n][0] for n in names]))
+    axis, scale = alt.Axis(tickMinStep=0.05, format=".2f"), alt.Scale(zero=False, padding=12)
     base = (
         alt.Chart(data)
         .transform_calculate(quality="datum[figure]")
         .transform_filter("isValid(datum.quality) && isValid(datum.used)")
         .encode(
-            x=alt.X("used:Q", title="share of the block time computed", scale=alt.Scale(zero=False, padding=12)),
+            x=alt.X("used:Q", title="share of the block time computed", axis=axis, scale=scale),
             y=alt.Y("quality:Q", title="PSNR against the full run (dB)", scale=alt.Scale(zero=False, padding=8)),
             color=colour,
             opacity=alt.when(hover & chosen).then(alt.value(1.0)).otherwise(alt.value(0.12)),
@@ -112,7 +114,7 @@ def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
 
 
 def _tooltips(points: Sequence[CurvePoint]) -> list[Any]:
-    import altair as alt
+    alt = _altair()
 
     figures = [alt.Tooltip(f"{field}:Q", title=f"PSNR, {name}", format=".2f") for name, field in FIGURES.items()]
     speedup = [alt.Tooltip("speedup:Q", title="speed-up", format=".2f")] * any(p.speedup for p in points)
@@ -131,7 +133,7 @@ def cells_chart(
         groups: lines of the map from top to bottom.
         choices: of maps to choose from; none for a single one.
     """
-    import altair as alt
+    alt = _altair()
 
     by_change = "change" in cells[0]
     tooltip = [alt.Tooltip("step:O"), alt.Tooltip("sigma:Q", format=".3f"), alt.Tooltip("group:N", title=" ")]
@@ -152,7 +154,7 @@ def cells_chart(
         .mark_rect(stroke="white", strokeOpacity=0.35, strokeWidth=1)
         .encode(
             x=alt.X("step:O", axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=False)),
-            y=alt.Y("group:N", title=None, sort=list(groups), axis=alt.Axis(labelLimit=140, labelOverlap=True)),
+            y=alt.Y("group:N", title=None, sort=list(groups), axis=alt.Axis(labelOverlap=True)),
             color=colour,
             tooltip=tooltip,
         )
@@ -166,20 +168,20 @@ def cells_chart(
 
 def bars_chart(rows: Sequence[Mapping[str, Any]], measure: str, from_one: bool = False) -> dict[str, Any]:
     """Bars of a ``value`` per ``case``, one in each ``variant``; with a line at 1 where that is what to reach."""
-    import altair as alt
+    alt = _altair()
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
+    others = iter(OTHERS)
+    colours = [OURS[0] if "layercache" in name else next(others) for name in variants]
     bars = (
         alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
         .mark_bar()
         .encode(
             x=alt.X("value:Q", title=measure),
-            y=alt.Y("case:N", title=None, sort=cases, axis=alt.Axis(labelLimit=170)),
+            y=alt.Y("case:N", title=None, sort=cases),
             yOffset=alt.YOffset("variant:N", sort=variants),
-            color=alt.Color(
-                "variant:N", title=None, sort=variants, scale=alt.Scale(domain=variants, range=[OURS[0], *OTHERS])
-            ),
+            color=alt.Color("variant:N", title=None, scale=alt.Scale(domain=variants, range=colours)),
             tooltip=["case:N", "variant:N", alt.Tooltip("value:Q", title=measure, format=".3~f")],
         )
     )
@@ -188,6 +190,13 @@ def bars_chart(rows: Sequence[Mapping[str, Any]], measure: str, from_one: bool =
         line = alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="#868e96")
         chart = bars + line.encode(x="one:Q")
     return _specification(chart, max(120, 13 * len(cases) * len(variants) + 20))
+
+
+def _altair() -> Any:
+    check_installed()
+    import altair
+
+    return altair
 
 
 def _specification(chart: Any, height: int) -> dict[str, Any]:

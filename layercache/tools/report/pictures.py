@@ -12,11 +12,12 @@ import numpy as np
 
 from layercache._utils.metrics import as_pictures
 from layercache._utils.text import shown
-from layercache.tools.report.plots import DIFFERENCE_GAIN, difference
+from layercache.tools.report.plots import difference
 
 # Pictures up to so many pixels a side are kept exactly, larger ones are reduced to the first size that fits.
 EXACT, SIZES = 128, (512, 384, 256)
 MOST_BYTES = 1_200_000
+GAIN = 10.0  # of differences: one of 50 dB is still to be seen
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,13 @@ def page_pictures(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[
     }
 
 
-def gain_text() -> str:
-    """How many times as bright a difference is shown."""
-    return f"{DIFFERENCE_GAIN:g}"
-
-
 def _encoded(full: np.ndarray, entries: Sequence[PictureEntry], number: int, size: int) -> list[str]:
     """The full picture, then every entry's and its difference."""
     one = full[number : number + 1]
     found = [_data_address(one[0], size)]
     for entry in entries:
         own = as_pictures(entry.pictures[number : number + 1])
-        found += [_data_address(own[0], size), _data_address(difference(one, own)[0], size)]
+        found += [_data_address(own[0], size), _data_address(difference(one, own, GAIN)[0], size)]
     return found
 
 

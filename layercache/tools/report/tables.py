@@ -247,10 +247,15 @@ def cell_text(cell: Cell, compact: bool = False) -> Text:
     return Text(" ".join(terms).removeprefix("+"), style="magenta")
 
 
-def schedule_table(schedule: Schedule) -> FittingTable:
-    """One line per step, one column per group; `schedule_legend` explains the cells."""
-    compact = _is_compact(schedule.groups)
-    table = _steps_table(schedule.groups, [Column("velocity", numeric=False, wraps=True)] * bool(schedule.velocities))
+def schedule_table(schedule: Schedule, compact: bool | None = None) -> FittingTable:
+    """One line per step, one column per group; `schedule_legend` explains the cells.
+
+    ``compact`` cells take a character or two, which by default is so of many groups.
+    """
+    compact = _is_compact(schedule.groups) if compact is None else compact
+    table = _steps_table(
+        schedule.groups, compact, [Column("velocity", numeric=False, wraps=True)] * bool(schedule.velocities)
+    )
     for step, row in enumerate(schedule.cells):
         runs = step in schedule.fingerprint.steps
         cells = [cell_text(cell, compact) if runs else Text("") for cell in row]
@@ -297,9 +302,9 @@ def _kind_of(unit: str) -> str:
 MODULE_LEGEND = "Modules that are computed, of each kind; the others take their last output."
 
 
-def schedule_legend(schedule: Schedule) -> str:
+def schedule_legend(schedule: Schedule, compact: bool | None = None) -> str:
     """How to read `schedule_table`."""
-    return _cell_legend(schedule) + (
+    return _cell_legend(_is_compact(schedule.groups) if compact is None else compact) + (
         " skip (-): no block runs. velocity: what the sampler gets, v5 being what the model gave at step 5 and x the "
         "latents; empty: the model's own."
         if schedule.velocities
@@ -307,8 +312,8 @@ def schedule_legend(schedule: Schedule) -> str:
     )
 
 
-def _cell_legend(schedule: Schedule) -> str:
-    if _is_compact(schedule.groups):
+def _cell_legend(compact: bool) -> str:
+    if compact:
         return (
             "A column is headed by its group's first block. ■: the blocks run. ·: the stored residual (output minus "
             "input) is added again. A number: a forecast from two stored residuals that many steps apart."
@@ -359,13 +364,13 @@ def profile_sentences(profile: StabilityProfile) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.4g} s"
 
 
-def profile_table(profile: StabilityProfile) -> FittingTable:
+def profile_table(profile: StabilityProfile, compact: bool | None = None) -> FittingTable:
     """Relative change of each group's residual since the step before: one line per step, one column per group."""
-    compact = _is_compact(profile.groups)
-    table = _steps_table(profile.groups)
+    compact = _is_compact(profile.groups) if compact is None else compact
+    table = _steps_table(profile.groups, compact)
     for step, row in enumerate(profile.stability()):
         cells = [stability_text(float(value), compact) for value in row]
         table.add_row(str(step), f"{profile.fingerprint.sigmas[step]:.3f}", *cells)
@@ -380,9 +385,10 @@ def stability_text(change: float, compact: bool = False) -> Text:
     return Text(f"{100 * change:.0f}" if compact else f"{change:.1%}", style=style)
 
 
-def profile_legend(profile: StabilityProfile) -> str:
+def profile_legend(profile: StabilityProfile, compact: bool | None = None) -> str:
     """How to read `profile_table`."""
-    heading = "In percent, a column is headed by its group's first block. " if _is_compact(profile.groups) else ""
+    compact = _is_compact(profile.groups) if compact is None else compact
+    heading = "In percent, a column is headed by its group's first block. " if compact else ""
     return (
         f"{heading}How much the residual (output minus input) of each group changed since the step before, relative "
         "L1: where it changes little, caching costs little."
@@ -394,9 +400,8 @@ def _is_compact(groups: Sequence[tuple[int, int]]) -> bool:
     return len(groups) > MOST_WIDE_COLUMNS
 
 
-def _steps_table(groups: Sequence[tuple[int, int]], more: Sequence[Column] = ()) -> FittingTable:
+def _steps_table(groups: Sequence[tuple[int, int]], compact: bool, more: Sequence[Column] = ()) -> FittingTable:
     """Without rows; groups that do not fit come below, behind step and sigma again."""
-    compact = _is_compact(groups)
     headings = ["step", "sigma", *(str(group[0]) if compact else group_name(group) for group in groups)]
     columns = [*map(Column, headings), *more]
     return FittingTable(columns, keys=2, boxed=False, gap=1 if compact else 2)

@@ -39,12 +39,16 @@ function plotConfig(narrow) {
   const style = getComputedStyle(document.documentElement);
   const [text, faint, line] = ["--text", "--faint", "--line"].map((name) => style.getPropertyValue(name).trim());
   const legend = { labelColor: text, titleColor: text, symbolLimit: 0, labelLimit: 190, symbolStrokeWidth: 2 };
+  const below = { bottom: { anchor: "start", bounds: "full", direction: "vertical" } };
   return {
     background: "transparent",
     font: "system-ui, sans-serif",
     view: { stroke: line },
-    axis: { labelColor: faint, titleColor: text, gridColor: line, gridOpacity: 0.5, domainColor: line, tickColor: line },
-    legend: narrow ? { ...legend, orient: "bottom", columns: 2, labelLimit: 130 } : legend,
+    axis: {
+      labelColor: faint, titleColor: text, gridColor: line, gridOpacity: 0.5, domainColor: line, tickColor: line,
+      labelLimit: narrow ? 120 : 180,
+    },
+    legend: narrow ? { ...legend, orient: "bottom", columns: 2, labelLimit: 140, layout: below } : legend,
     title: { color: text, anchor: "start" },
     text: { fill: text },
   };
