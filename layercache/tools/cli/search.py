@@ -117,9 +117,10 @@ def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed
 
 def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: Path) -> Front:
     import layercache
-    from layercache.tools.report import plots
+    from layercache.tools.report import pages, plots
 
     plots.check_installed()
+    pages.check_installed()
     with refused_arguments():
         front = layercache.search(pipe, **settings)
     if not front.points:
@@ -137,7 +138,7 @@ def _save(printer: Printer, front: Front, title: str, output: Path) -> None:
     rows = rows_of(front)
     front.save(output)
     save_front_plot(output.with_suffix(".png"), rows, title)
-    page = save_front_page(output.with_suffix(".html"), rows, title)
+    page = save_front_page(output.with_suffix(".html"), rows, title, front=front)
     order = [order_sentence(rows)] if len(rows) > 1 else []
     printer.say(
         front_table(rows, title), *order, *map(shown, front.notes), f"front: {shown(output)}", f"page: {shown(page)}"
