@@ -67,8 +67,7 @@ def calibrate(
     """Measure a model once: how much each group of layers changes from step to step, and what it costs.
 
     It is for schedules per group of layers, which 'plan' makes in a second; 'search' needs no profile and finds better
-    ones. Use the steps, size and guidance you will generate with; a schedule holds for these only. Three prompts are
-    enough to begin with.
+    ones. Use the steps, size and guidance you will generate with; three prompts are enough to begin with.
 
     Example: `layercache calibrate --model Qwen/Qwen-Image --steps 50 --guidance 4 -p "a red fox" -p "an old map"
     -p "a city at night" -o qwen.safetensors`

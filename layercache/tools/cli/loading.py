@@ -79,18 +79,17 @@ def _new_pipeline(options: ModelOptions, device: str, dtype: Any) -> Any:
         from layercache.demo.pipeline import load_demo_pipeline
 
         return load_demo_pipeline(device)
+    if is_like_demo(options.model):
+        return _like_demo(Path(options.model), device)
+    require("transformers", f"the model {options.model!r}")
     if options.model.endswith(".json"):
         from layercache.models.random_weights import load_random_pipeline
 
         return load_random_pipeline(options.model, dtype).to(device)
-    if is_like_demo(options.model):
-        return _like_demo(Path(options.model), device)
-    if not Path(options.model).is_dir():
-        require("transformers", f"the model {options.model!r}")
     more, path = {}, Path(options.model)
     cls = _pipeline_class(options)
     if path.is_file():
-        return cls.from_single_file(options.model, torch_dtype=dtype).to(device)
+        return cls.from_single_file(options.model, dtype=dtype).to(device)
     for text in options.transformer or ():
         name, place = split_name(text, "transformer")
         more[name] = _load_transformer(_component_class(options.model, name), place, name, options.model, dtype)
@@ -98,8 +97,8 @@ def _new_pipeline(options: ModelOptions, device: str, dtype: Any) -> Any:
         from diffusers import AutoModel
 
         with _refusals(f"the ControlNet {options.controlnet!r}", options.controlnet):
-            more["controlnet"] = AutoModel.from_pretrained(options.controlnet, torch_dtype=dtype)
-    return cls.from_pretrained(options.model, torch_dtype=dtype, **more).to(device)
+            more["controlnet"] = AutoModel.from_pretrained(options.controlnet, dtype=dtype)
+    return cls.from_pretrained(options.model, dtype=dtype, **more).to(device)
 
 
 # --- what a path is ----------------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def _like_demo(path: Path, device: str) -> Any:
     from layercache.demo.model import ClassEncoder
     from layercache.demo.pipeline import DemoPipeline
 
-    settings = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    settings = {"dtype": torch.float32, "low_cpu_mem_usage": False}
     transformer = QwenImageTransformer2DModel.from_pretrained(path / "transformer", **settings)
     encoder = ClassEncoder.from_pretrained(path / "class_encoder", **settings)
     return DemoPipeline(transformer, encoder, FlowMatchEulerDiscreteScheduler(shift=3.0)).to(device)
@@ -264,10 +263,10 @@ def _load_transformer(cls: Any, path: str, name: str, model: str, dtype: Any) ->
         if not Path(path).is_file():
             inside = Path(path) / name / "config.json"
             more = {"subfolder": name} if inside.is_file() else {}
-            return cls.from_pretrained(path, torch_dtype=dtype, **more)
+            return cls.from_pretrained(path, dtype=dtype, **more)
         if not hasattr(cls, "from_single_file"):
             raise UnsupportedModelError(f"diffusers loads no {cls.__name__} from one file; give a folder")
-        settings: dict[str, Any] = {"torch_dtype": dtype}
+        settings: dict[str, Any] = {"dtype": dtype}
         if path.endswith(GGUF):
             from diffusers import GGUFQuantizationConfig
 

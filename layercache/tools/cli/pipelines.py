@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 
 from layercache._utils.text import shown
-from layercache.errors import LayerCacheError, LayerCacheWarning, UnsupportedModelError
+from layercache.errors import LayerCacheError, LayerCacheWarning, MissingExtraError, UnsupportedModelError
 from layercache.tools.cli.common import read_prompts
 from layercache.tools.cli.loading import is_like_demo, load_model, split_name
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions
@@ -137,6 +138,9 @@ def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
     if call.frame_rate is not None and "frame_rate" in accepted:
         arguments["frame_rate"] = call.frame_rate
     arguments |= _image_arguments(pipe, accepted, call) | _named_arguments(pipe, accepted, call)
+    needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
+    if missing := [name for name in needed if name not in arguments]:
+        raise typer.BadParameter(f"{type(pipe).__name__} needs a picture ({missing[0]}).", param_hint="--image")
     _warn_of_idle_prompt(call, accepted, arguments)
     return arguments
 
@@ -227,6 +231,11 @@ def refused_arguments() -> Iterator[None]:
         yield
     except LayerCacheError:
         raise
+    except NameError as error:  # some pipelines import what cleans a prompt only where it is installed
+        name = error.name or ""
+        if not name or importlib.util.find_spec(name) is not None:
+            raise
+        raise MissingExtraError(f"the pipeline needs {name}, which is not installed: pip install {name}") from error
     except (ValueError, TypeError) as error:
         if os.environ.get("LAYERCACHE_DEBUG") == "1":
             raise
