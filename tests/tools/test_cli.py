@@ -22,6 +22,7 @@ from layercache.planning.front import Point
 from layercache.schedule.schedule import Schedule
 from layercache.tools import demo, doctor
 from layercache.tools.cli import app, common, pipelines
+from layercache.tools.cli.options import CallOptions
 from layercache.tools.report.front import order_sentence, rows_of
 from support import tiny
 
@@ -162,7 +163,7 @@ def test_arguments_the_pipeline_refuses(tiny_demo, tmp_path):
 
 def test_generate_options_that_do_not_fit(tmp_path):
     assert "--schedule" in refused(2, "generate", "-p", "cat", "--compare")
-    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture")
+    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture.txt")
 
 
 def test_a_model_that_is_not_there(tmp_path):
@@ -199,13 +200,23 @@ def test_full_disk(schedule_file, monkeypatch):
     assert text == "Error: No space left on device: figures.json."
 
 
-def test_interrupt_is_quiet(schedule_file, monkeypatch):
-    def interrupt(_):
+def test_an_interrupted_command_says_what_was_kept(tiny_demo, schedule_file, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("layercache.tools.report.tables.schedule_sentences", interrupt)
-    result = invoke("show", schedule_file)
-    assert (result.exit_code, result.output) == (130, "")
+    monkeypatch.setattr(type(tiny_demo), "__call__", interrupt)
+    for words, kept in (
+        (("show", schedule_file), "Stopped; nothing was written."),
+        (("generate", "-p", "cat", "--schedule", schedule_file), "Stopped; nothing was written."),
+        (("calibrate", "--steps", STEPS), "Stopped; nothing was written."),
+        (("search", "--steps", STEPS), "kept in front.search; the same command goes on"),
+        (("compare", "--steps", STEPS, "--methods", "uniform"), "is in comparison; the same command"),
+        (("train-router", "--steps", STEPS), "in router.pt; the same command goes on"),
+    ):
+        result = invoke(*words)
+        assert result.exit_code == 130 and kept in " ".join(result.stderr.split()), (words, result.output)
 
 
 def test_debug_brings_the_traceback_back(schedule_file, monkeypatch):
@@ -378,17 +389,18 @@ class FluxLike:
     ],
 )
 def test_guidance_goes_by_the_pipelines_own_name(pipe, expected):
-    assert pipelines.call_arguments(pipe, 4.0, None, None) == expected
+    assert pipelines.call_arguments(pipe, CallOptions(guidance_scale=4.0)) == expected
 
 
 def test_no_second_forward_without_guidance():
-    assert pipelines.call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
-    assert pipelines.call_arguments(QwenLike(), None, None, None) == {}
+    found = pipelines.call_arguments(QwenLike(), CallOptions(guidance_scale=1.0, height=64))
+    assert found == {"true_cfg_scale": 1.0, "height": 64}
+    assert pipelines.call_arguments(QwenLike(), CallOptions()) == {}
 
 
 def test_an_option_the_pipeline_lacks():
     with pytest.raises(UnsupportedModelError, match="takes no height"):
-        pipelines.call_arguments(FluxLike(), None, 64, None)
+        pipelines.call_arguments(FluxLike(), CallOptions(height=64))
 
 
 def test_prompts_file(tmp_path):
