@@ -84,18 +84,14 @@ def compare(
     wanted = methods_of(methods)
     _check_numbers(budgets, calibration, repeats, effort)
     calls, numbers = samples_of(_prompts_for(pipe, prompts), seeds, batch)
-    own = calibration_prompts if calibration_prompts is not None else calls
-    flat = [prompt for one in batches_of([own] if isinstance(own, (str, Mapping)) else own) for prompt in one]
-    if not flat:
-        raise ArgumentError("give at least one calibration prompt", argument="calibration_prompts")
-    first = 0 if calibration_prompts is not None else len(numbers)
-    tuned_on = [one[0] if len(one) == 1 else one for one in batched(flat, first, calibration, batch)]
-    behind = range(max(numbers) + 1, max(numbers) + 1 + calibration)
     owner = tempfile.TemporaryDirectory(prefix="layercache-") if folder is None else None
     place = Path(owner.name if owner is not None else os.fspath(folder or ""))
     shares = tuple(float(budget) for budget in budgets)
     search_files = None if owner is not None else place / "search"
-    model = CalibratedModel(pipe, tuned_on, list(behind), dict(call), shares, effort, search_files)
+    first = max(numbers) + 1
+    tuned_on = _calibration_calls(calls, calibration_prompts, calibration, batch)
+    behind = list(range(first, first + calibration))
+    model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
     comparison = Comparison(model, calls, numbers, place, repeats=repeats)
     with tqdm(disable=not progress, total=comparison.count_jobs(wanted), unit="run") as bar:
 
@@ -105,6 +101,16 @@ def compare(
         outcomes = comparison.run(wanted, say, bar.update)
     # read again, so that the table does not hold the model
     return ComparisonTable(ComparisonFiles.read(place), outcomes, _title(pipe, call, len(numbers)), owner)
+
+
+def _calibration_calls(calls: Sequence[Sequence[Any]], own: Any, count: int, batch: int) -> list[Any]:
+    """Calls of the calibration: of prompts of its own, or of those behind the compared ones, in turn."""
+    given = calls if own is None else batches_of([own] if isinstance(own, (str, Mapping)) else own)
+    prompts = [prompt for one in given for prompt in one]
+    if not prompts:
+        raise ArgumentError("give at least one calibration prompt", argument="calibration_prompts")
+    found = batched(prompts, len(prompts) if own is None else 0, count, batch)
+    return [one[0] if len(one) == 1 else one for one in found]
 
 
 def _check_numbers(budgets: Sequence[float], calibration: int, repeats: int, effort: str) -> None:

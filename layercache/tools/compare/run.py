@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layercache._utils import metrics
 from layercache._utils.files import check_output_folder
 from layercache.errors import BudgetError, ScheduleMismatchError
-from layercache.models.registry import find_transformer
-from layercache.planning.search_files import digest_of, model_identity
+from layercache.models.registry import config_hash, find_transformer, settings_of
+from layercache.planning.search_files import digest_of
 from layercache.runtime.attachment import attachment_of
 from layercache.tools.compare.calls import PictureCalls, Pictures, batches_of, fidelity, quiet
 from layercache.tools.compare.entries import Job, Method, Methods, jobs_of, methods_of
@@ -185,10 +187,20 @@ def _settings_of(model: CalibratedModel, calls: PictureCalls) -> dict[str, Any]:
 
 
 def _weights_of(pipeline: Any) -> str:
-    try:
-        return digest_of(model_identity(find_transformer(pipeline), pipeline.scheduler))
-    except AttributeError:  # a scheduler or transformer that is not diffusers' own
-        return ""
+    """Digest of the sampler's settings and of a number of every weight, in the order of their names.
+
+    Not in their own order: cache-dit registers the blocks anew.
+    """
+    transformer, scheduler = find_transformer(pipeline), pipeline.scheduler
+    named = sorted(transformer.named_parameters(), key=lambda one: one[0])
+    firsts: dict[torch.device, list[torch.Tensor]] = {}
+    for _, parameter in named:
+        if not parameter.is_meta:
+            firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
+    weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
+    config = sorted((name, value) for name, value in getattr(scheduler, "config", {}).items() if name[:1] != "_")
+    model = [str(config_hash(transformer)), settings_of(transformer), weights]
+    return digest_of([*model, type(scheduler).__name__, config])
 
 
 def _prompt_as_text(prompt: Any) -> Any:
