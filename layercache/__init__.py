@@ -36,18 +36,22 @@ if TYPE_CHECKING:
     from layercache.runtime.enable import enable as enable
     from layercache.runtime.enable import enabled as enabled
     from layercache.schedule.schedule import Schedule as Schedule
+    from layercache.tools.compare.api import compare as compare
+    from layercache.tools.compare.measure import measure as measure
 
 # Loaded on first use, so that `import layercache` costs no torch or diffusers import.
 _HOMES = {
     "cache_of": "runtime.convention",
     "CacheConfig": "runtime.convention",
     "calibrate": "planning.calibrate",
+    "compare": "tools.compare.api",
     "disable": "runtime.enable",
     "enable": "runtime.enable",
     "enabled": "runtime.enable",
     "Front": "planning.front",
     "LayerCacheError": "errors",
     "infer_model": "planning.infer_model",
+    "measure": "tools.compare.measure",
     "ModelSpec": "models.spec",
     "plan": "planning.plan",
     "register_model": "models.registry",
