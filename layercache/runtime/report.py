@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from layercache._utils.summaries import Rows, Summarised
 from layercache.runtime.identity import Identity
 
 
-@dataclass(frozen=True)
-class CacheReport:
+@dataclass(frozen=True, repr=False)
+class CacheReport(Summarised):
     """What a cache did since it was enabled.
 
     Attributes:
@@ -38,17 +39,22 @@ class CacheReport:
     source: str = "none"
     unidentified: int = 0
 
-    def __str__(self) -> str:
-        lines = [
-            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
-            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
-            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
-        ]
-        if self.fallback_rows:
-            lines.append(f"{self.fallback_rows} forwards computed everything because an anchor was missing")
-        if self.unidentified:
-            lines.append(f"{self.unidentified} forwards computed everything because nothing said their step or branch")
-        return "\n".join(lines)
+    def _summary(self) -> tuple[str, Rows]:
+        whole = {
+            "an anchor was missing": self.fallback_rows,
+            "nothing said their step or branch": self.unidentified,
+        }
+        groups = f"{self.computed_cells} computed, {self.cached_cells} reused: {self.used:.1%} of block time used"
+        forwards = [f"{count} forwards because {why}" for why, count in whole.items() if count]
+        return (
+            f"CacheReport: {self.forwards} forwards in {self.generations} generations, "
+            f"branches: {', '.join(self.branches) or '-'}",
+            [
+                ("groups", groups),
+                ("stored", f"{self.cache_bytes / 2**20:.1f} MiB of residuals"),
+                ("in full", ", ".join(forwards)),
+            ],
+        )
 
 
 @dataclass
