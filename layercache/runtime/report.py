@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from layercache._utils.summaries import Rows, Summarised
 from layercache.runtime.identity import Identity
 
 NOT_STORED = (
@@ -13,8 +14,8 @@ NOT_STORED = (
 TO_LEARN = "it was recorded, to learn from"
 
 
-@dataclass(frozen=True)
-class CacheReport:
+@dataclass(frozen=True, repr=False)
+class CacheReport(Summarised):
     """What a cache did since it was enabled.
 
     Attributes:
@@ -51,18 +52,22 @@ class CacheReport:
     expected_psnr: tuple[float, float] | None = None
     in_full: Mapping[str, int] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        lines = [
-            f"{self.forwards} forwards in {self.generations} generations, branches: {', '.join(self.branches) or '-'}",
-            f"{self.computed_cells} groups computed, {self.cached_cells} reused: {self.used:.1%} of block time used",
-            f"{self.cache_bytes / 2**20:.1f} MiB of stored residuals",
-        ]
-        if self.speedup is not None:
-            lines.append(f"{self.speedup:.2f}x as fast, measured on the transformer's forwards")
-        if self.expected_psnr is not None:
-            lines.append("{:.1f} dB expected of other pictures, {:.1f} of the worst tenth".format(*self.expected_psnr))
-        lines += [f"{count} forwards computed everything: {reason}" for reason, count in self.in_full.items()]
-        return "\n".join(lines)
+    def _summary(self) -> tuple[str, Rows]:
+        groups = f"{self.computed_cells} computed, {self.cached_cells} reused: {self.used:.1%} of block time used; "
+        groups += f"{self.cache_bytes / 2**20:.1f} MiB stored"
+        speedup = "" if self.speedup is None else f"{self.speedup:.2f}x, measured on the transformer's forwards"
+        expected = "" if self.expected_psnr is None else "{:.1f} dB, worst tenth {:.1f} dB".format(*self.expected_psnr)
+        in_full = "; ".join(f"{count} forwards because {why}" for why, count in self.in_full.items())
+        return (
+            f"CacheReport: {self.forwards} forwards in {self.generations} generations, "
+            f"branches: {', '.join(self.branches) or '-'}",
+            [
+                ("groups", groups),
+                ("speedup", speedup),
+                ("expected", expected),
+                ("in full", in_full),
+            ],
+        )
 
 
 @dataclass

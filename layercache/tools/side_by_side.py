@@ -18,6 +18,7 @@ import numpy as np
 import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
 from layercache.methods import Universal
+from layercache.tools.cli.options import CallOptions
 from layercache.tools.cli.pipelines import DEMO_GUIDANCE, call_arguments, is_demo, refused_arguments
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class SideBySide:
 
 def _arguments(pipe: Any, guidance: float | None) -> dict[str, Any]:
     """Arguments of the call for a guidance scale, by the names this pipeline has for them."""
-    return call_arguments(pipe, guidance, None, None)
+    return call_arguments(pipe, CallOptions(guidance_scale=guidance))
 
 
 def _hear_nothing(run: Run) -> None:

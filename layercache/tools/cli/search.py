@@ -77,13 +77,14 @@ def search(
 
 def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path:
     """Checks where the search writes; the folder from which it could go on."""
-    from layercache.tools.report import plots
+    from layercache.tools.report import pages, plots
 
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
     folder = output.with_suffix(".search")
     check_outputs({**outputs, "json_to": json_to}, [prompts_file])
     check_output_folder(folder, "output")
     plots.check_installed()
+    pages.check_installed()
     return folder
 
 
@@ -122,10 +123,7 @@ def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed
 
 def _search(pipe: Any, settings: dict[str, Any]) -> Front:
     import layercache
-    from layercache.tools.report import pages, plots
 
-    plots.check_installed()
-    pages.check_installed()
     with refused_arguments():
         front = layercache.search(pipe, **settings)
     if not front.points:

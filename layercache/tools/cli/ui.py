@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layercache.tools.cli.common import Device, Dtype, DtypeOption, Model
+from layercache.tools.cli.options import ModelOptions, with_options
 from layercache.tools.cli.pipelines import load_pipeline
 
 FrontFile = Annotated[
@@ -21,14 +21,13 @@ Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")]
 Share = Annotated[bool, typer.Option("--share", help="Also under a public address of gradio's; needs the network.")]
 
 
+@with_options
 def ui(
-    model: Model = "demo",
+    model: ModelOptions,
     front: FrontFile = None,
     host: Host = "127.0.0.1",
     port: Port = 7860,
     share: Share = False,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Open a page to play with: full and cached pictures side by side, for any budget.
 
@@ -40,4 +39,4 @@ def ui(
 
     check_installed()
     found: Any = None if front is None else load(front, FRONT)
-    serve(load_pipeline(model, device, dtype), found, host=host, port=port, share=share)
+    serve(load_pipeline(model), found, host=host, port=port, share=share)
