@@ -279,7 +279,7 @@ class Comparison:
                 call = {**self.model.call, "generator": generators, "output_type": "np"}
                 _synchronise(device)
                 start = time.perf_counter()
-                images = pipeline(self.prompts[number], return_dict=False, **call)[0]
+                images = pipeline(prompt=self.prompts[number], return_dict=False, **call)[0]
                 _synchronise(device)
                 seconds.append(time.perf_counter() - start)
                 pictures.append(metrics.as_pictures(images))
