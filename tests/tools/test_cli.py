@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,9 +24,11 @@ from layercache.planning.front import Point
 from layercache.schedule.schedule import Schedule
 from layercache.tools import demo, doctor
 from layercache.tools.cli import app, common, pipelines
+from layercache.tools.cli.following import generate_with
 from layercache.tools.cli.options import CallOptions
 from layercache.tools.report.front import order_sentence, rows_of
 from support import tiny
+from support.commands import done, printed
 
 COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
 STEPS = 8
@@ -448,6 +452,42 @@ def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     shown = invoke("show", profile, "--plot", tmp_path / "profile.png")
     assert shown.exit_code == 0 and "measured on 3 samples" in shown.stdout
     assert (tmp_path / "profile.png").exists()
+
+
+def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypatch):
+    """From two beginnings on, at 60 columns, until nothing is printed to go on with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(small_demo, "set_progress_bar_config", lambda **_: None)
+    fast = ("--steps", STEPS, "--guidance", 2.5)
+    waiting = [
+        ["calibrate", *fast, "-p", "cat", "-p", "coffee", "-o", "a profile.safetensors"],
+        ["train-router", *fast, "--rounds", 1, "--batch", 1, "-p", "cat", "-o", "router.json"],
+    ]
+    ran = []
+    while waiting:
+        words = waiting.pop(0)
+        ran.append(words[0])
+        waiting += printed(done(*words, width=60))
+    assert ran == ["calibrate", "train-router", "search", "plan", "generate", "plan", "generate", "generate"]
+
+
+def test_a_schedule_that_does_not_say_its_model_proposes_no_command(profile_file, tmp_path):
+    output = done("plan", profile_file, "--budget", 0.7, "-o", tmp_path / "s.json")
+    assert not printed(output) and "with the model it was made for" in " ".join(output.split())
+
+
+def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path):
+    """A schedule may come from a stranger."""
+    schedule = tiny.schedule_for(tiny_demo, tiny.mixed_cells(STEPS))
+    given = {"model": "x; rm -rf ~", "prompt": "$(id)", "lora": ["a b", 3], "device": 7, "height": True, "arg": "x=1"}
+    settings = {**schedule.fingerprint.settings, "command": {**given, "dtype": "int4", "output": "/etc/passwd"}}
+    marked = dataclasses.replace(schedule.fingerprint, settings=settings)
+    words = generate_with(tmp_path / "s.json", marked)
+    assert shlex.join(map(str, words)) == (
+        f"generate --model 'x; rm -rf ~' --prompt '$(id)' --schedule {tmp_path / 's.json'}"
+    )
+    settings["command"] = {"prompt": "a\nlayercache demo"}
+    assert generate_with(tmp_path, dataclasses.replace(marked, settings=settings)) is None
 
 
 def test_generate_without_a_schedule(tiny_demo, tmp_path):

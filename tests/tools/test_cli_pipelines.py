@@ -17,7 +17,10 @@ from layercache.schedule.schedule import Schedule
 from support import saved_pipelines as saved
 from support.commands import done, frames_of, printed, run
 
-STEPS = 4
+STEPS = 6
+MORE_STEPS = {"wan-2.2": 12}  # its first transformer runs half of them
+MAY_BE_REFUSED = ("wan-2.2", "ltx-2", "cogvideox")  # by the search, in a sentence
+OTHER_METHOD = {"ltx-2": "fbcache", "cogvideox": "fbcache"}  # where whole steps cannot be skipped
 VIDEOS = [name for name in saved.MODELS if not name.startswith(("flux", "sd3", "qwen"))]
 
 
@@ -38,10 +41,10 @@ def surroundings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", saved.MODELS)
 def test_from_calibration_to_a_file_by_the_printed_commands(folder, name):
     words = saved.words_for(folder, name)
-    search, plan = printed(done("calibrate", *words, "-p", "a fox", "--steps", STEPS, width=60))
+    search, plan = printed(done("calibrate", *words, "-p", "a fox", "--steps", steps_of(name), width=60))
     assert search[0] == "search" and set(words) <= set(search)
     (generate,) = printed(done(*plan, width=60))
-    assert set(words) <= set(generate)
+    assert set(words) <= set(generate) and Schedule.load("schedule.json").used < 1
     output = done(*generate[:-1], "--json", "figures.json")  # without --compare
     figures = json.loads(Path("figures.json").read_text())
     schedule = Schedule.load("schedule.json")
@@ -54,12 +57,16 @@ def test_from_calibration_to_a_file_by_the_printed_commands(folder, name):
         assert PIL.Image.open("picture.png").size == (32, 32)
     if name == "ltx-2":
         with wave.open("video.wav") as sound:
-            assert sound.getparams()[:3] == (2, 2, 16000) and sound.getnframes() > 100
+            assert sound.getparams()[:3] == (2, 2, 16000) and sound.getnframes() > 50
+
+
+def steps_of(name: str) -> int:
+    return MORE_STEPS.get(name, STEPS)
 
 
 def search_words(name: str) -> tuple[object, ...]:
     more = ("--effort", "quick", "--samples", 2, "--validation", 1, "--budgets", "0.75")
-    return ("--steps", STEPS, "-p", "a fox", "-p", "a cat", *more)
+    return ("--steps", steps_of(name), "-p", "a fox", "-p", "a cat", *more)
 
 
 @pytest.mark.parametrize("name", ["flux-kontext", "wan"])
@@ -75,7 +82,12 @@ def test_search_on_every_model(folder, name):
 
 def whole_way(folder: Path, name: str) -> None:
     words = saved.words_for(folder, name)
-    (plan,) = printed(done("search", *words, *search_words(name), width=60))
+    searched = run("search", *words, *search_words(name), width=60)
+    if searched.exit_code and name in MAY_BE_REFUSED:
+        assert searched.stderr.splitlines()[-1].startswith("Error: ") and not Path("front.json").exists()
+        return
+    assert searched.exit_code == 0, searched.output
+    (plan,) = printed(searched.stdout)
     front = layercache.Front.load("front.json")
     assert front.points[0].held_out and not Path("front.search").exists()
     (generate,) = printed(done(*plan, width=60))
@@ -91,11 +103,12 @@ def whole_way(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", saved.MODELS)
 def test_compare_on_every_model(folder, name):
     words = saved.words_for(folder, name)
-    counts = ("--seeds", 2, "--calibration", 1, "--steps", STEPS, "--budgets", "0.75", "-p", "a fox")
-    done("compare", *words, *counts, "--methods", "uniform,layercache-planned", "--json", "figures.json")
+    counts = ("--seeds", 2, "--calibration", 1, "--steps", steps_of(name), "--budgets", "0.75", "-p", "a fox")
+    methods = f"{OTHER_METHOD.get(name, 'uniform')},layercache-planned"
+    done("compare", *words, *counts, "--methods", methods, "--json", "figures.json")
     outcomes = json.loads(Path("figures.json").read_text())["outcomes"]
     assert [outcome["error"] for outcome in outcomes] == ["", ""]
-    assert all(len(outcome["psnr"]) == 2 and outcome["used"] <= 0.76 for outcome in outcomes)
+    assert all(len(outcome["psnr"]) == 2 for outcome in outcomes) and outcomes[1]["used"] <= 0.76
 
 
 # --- a comparison that is finished ----------------------------------------------------------------------------------
