@@ -1,5 +1,6 @@
 """`layercache.compare` and `layercache.measure`: their figures against direct computation, and methods of one's own."""
 
+import copy
 import importlib.metadata
 import json
 import math
@@ -30,7 +31,7 @@ from layercache.tools.compare.calls import PictureCalls, fidelity, samples_of
 from layercache.tools.compare.files import ComparisonFiles, Outcome, finished
 from layercache.tools.compare.peers import block_calls
 from layercache.tools.compare.table import ComparisonTable
-from layercache.tools.compare.trial import run_trial
+from layercache.tools.compare.trial import run_trial, steps_taken
 from support.marks import slow
 from support.tiny import calm_pipeline, generate
 from support.zoo import build
@@ -277,6 +278,14 @@ def test_full_and_cached_runs_take_turns(monkeypatch):
     ]
     assert trial.pairs == ((4, 2), (6, 2), (10, 4)) and trial.speedups == (2.0, 3.0, 2.5) and trial.speedup == 2.5
     assert trial.seconds == 4.0 and trial.pictures[:, 0, 0, 0].tolist() == [0, 1] and trial.used == 0.5
+
+
+def test_steps_are_counted_on_the_sampler_alone(pipe):
+    with layercache.enabled(pipe, Uniform()), steps_taken(pipe) as steps:
+        copied = copy.deepcopy(pipe.scheduler)
+        pipe("cat", **CALL)
+        assert copied.step.__self__ is copied
+    assert steps == [6] and "step" not in vars(pipe.scheduler)
 
 
 def test_a_video_counts_as_one_picture():
