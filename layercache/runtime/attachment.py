@@ -332,7 +332,7 @@ class Attachment:
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             at = scheduler_step(scheduler)
-            router = self._root.for_call()
+            router = self._root.for_sampler(scheduler)
             velocity = model_output
             if at is not None and router.replaces_velocity:
                 velocity = router.replace_velocity(at, model_output, sample)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layercache._utils.text import shown
 from layercache.tools.cli.common import Device, Dtype, DtypeOption, Model
 from layercache.tools.cli.pipelines import load_pipeline
 
@@ -40,4 +41,5 @@ def ui(
 
     check_installed()
     found: Any = None if front is None else load(front, FRONT)
+    typer.echo(f"loading {shown(model)}, and warming up")
     serve(load_pipeline(model, device, dtype), found, host=host, port=port, share=share)
