@@ -67,34 +67,42 @@ class Server:
         self.thread.join()
 
 
-async def client(url: str, until: float, chance: random.Random, hang_up: float, found: Found) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=None) as http:
-        schedules = (await http.get("/schedules")).json()
-        while time.monotonic() < until:
-            body: dict[str, Any] = {"prompt": chance.choice(PROMPTS), "seed": chance.randrange(SEEDS)}
-            one = schedules[chance.choice(list(schedules))]
-            body |= {"steps": one["steps"], "budget": min(1.0, one["used"] + chance.uniform(0.001, 0.05))}
-            patience = chance.uniform(0.0, 1.0) if chance.random() < hang_up else None
-            start = time.monotonic()
-            try:
-                async with asyncio.timeout(patience):
-                    answer = await http.post("/generate", json=body)
-            except TimeoutError:
-                found.hung_up += 1
-                continue
-            found.statuses[answer.status_code] += 1
-            if answer.status_code == 429:
-                await asyncio.sleep(float(answer.headers["retry-after"]))
-            elif answer.status_code == 200:
-                found.seconds.append(time.monotonic() - start)
-                key = answer.headers["x-schedule"], body["prompt"], body["seed"]
-                found.pictures.setdefault(key, []).append(answer.content)
+async def client(
+    http: httpx.AsyncClient,
+    schedules: dict[str, dict[str, Any]],
+    until: float,
+    chance: random.Random,
+    hang_up: float,
+    found: Found,
+) -> None:
+    while time.monotonic() < until:
+        one = schedules[chance.choice(list(schedules))]
+        body = {"prompt": chance.choice(PROMPTS), "seed": chance.randrange(SEEDS), "steps": one["steps"]}
+        body["budget"] = min(1.0, one["used"] + chance.uniform(0.001, 0.05))
+        patience = chance.uniform(0.0, 1.0) if chance.random() < hang_up else None
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(patience):
+                answer = await http.post("/generate", json=body)
+        except TimeoutError:
+            found.hung_up += 1
+            continue
+        found.statuses[answer.status_code] += 1
+        if answer.status_code == 429:
+            await asyncio.sleep(float(answer.headers["retry-after"]))
+        elif answer.status_code == 200:
+            found.seconds.append(time.monotonic() - start)
+            key = answer.headers["x-schedule"], body["prompt"], body["seed"]
+            found.pictures.setdefault(key, []).append(answer.content)
 
 
 async def load(url: str, seconds: float, clients: int, seed: int, hang_up: float) -> Found:
-    found, until = Found(), time.monotonic() + seconds
-    work = [client(url, until, random.Random(1000 * seed + k), hang_up, found) for k in range(clients)]
-    await asyncio.gather(*work)
+    found = Found()
+    chances = [random.Random(1000 * seed + k) for k in range(clients)]
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits()) as http:
+        schedules = (await http.get("/schedules")).json()
+        until = time.monotonic() + seconds
+        await asyncio.gather(*[client(http, schedules, until, chance, hang_up, found) for chance in chances])
     return found
 
 
