@@ -300,6 +300,11 @@ class DynamicRouter(Router):
         self._counts.note(reused=terms is not None)
         return terms is not None
 
+    @property
+    def computes_all(self) -> bool:
+        block_pass = self._kept_pass
+        return not (isinstance(block_pass, _Visit) and block_pass.reuses)
+
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
         must = not state.anchors or decider.must_compute(step)
@@ -421,7 +426,7 @@ class DynamicRouter(Router):
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
         run = self._newest
-        return self._counts.report(saved, run.nbytes, run.logs, self.identity)
+        return self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
 
 
 def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -112,7 +112,7 @@ class Requests:
     def _evict(self, present: set[str]) -> None:
         if self.limit_bytes is None:
             return
-        held = {name: router.report().cache_bytes for name, router in list(self.routers.items())}
+        held = {name: router.cache_bytes for name, router in list(self.routers.items())}
         total = sum(held.values())
         for name in list(self.routers):
             if total <= self.limit_bytes:
@@ -173,7 +173,7 @@ class Requests:
             for router in routers:
                 for key, value in _counts(router).items():
                     totals[key] += value
-        stored = sum(router.report().cache_bytes for router in routers)
+        stored = sum(router.cache_bytes for router in routers)
         return {
             "forwards": totals["forwards"],
             "generations": totals["generations"],
@@ -203,17 +203,17 @@ _COUNTED = (
 
 def _counts(router: ScheduleRouter) -> dict[str, float]:
     """Of one router: what `Requests.metrics` adds up; ``saved_share`` is in forwards."""
-    report, schedule = router.report(), router.schedule
-    saved_share = report.forwards * (1.0 - report.used)
+    schedule, identity = router.schedule, router.identity
+    saved_share = router.forwards * (1.0 - router.used)
     # a step's seconds are those of all its branches, each of which is a forward
     seconds = sum(schedule.group_seconds) / max(1, len(schedule.fingerprint.branches)) if schedule.is_timed else 0.0
     return {
-        "forwards": float(report.forwards),
-        "generations": float(report.generations),
-        "hits": float(report.cached_cells),
-        "misses": float(report.computed_cells),
-        "fallback_rows": float(report.fallback_rows),
-        "unidentified": float(report.unidentified),
+        "forwards": float(router.forwards),
+        "generations": float(identity.count),
+        "hits": float(sum(router.cached)),
+        "misses": float(sum(router.computed)),
+        "fallback_rows": float(router.fallback_rows),
+        "unidentified": float(identity.unidentified.total()),
         "saved_share": saved_share,
         "seconds_saved": saved_share * seconds,
     }

@@ -18,7 +18,8 @@ import numpy as np
 import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
 from layercache.methods import Universal
-from layercache.tools.cli.pipelines import DEMO_GUIDANCE, call_arguments, is_demo, refused_arguments
+from layercache.tools.cli.options import CallOptions
+from layercache.tools.cli.pipelines import DEMO_GUIDANCE, call_arguments, gives_video, is_demo, refused_arguments
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front, Point
@@ -28,6 +29,7 @@ STEPS = 30
 BUDGET = 0.5
 WARM_UP_STEPS = 4
 MOST_FULL_RUNS = 8
+ELSE = "take 'layercache generate --compare'"
 
 
 class Cancelled(Exception):
@@ -94,18 +96,22 @@ class SideBySide:
         pipe: a diffusers pipeline that makes pictures from prompts.
         front: of `layercache.search`, from which schedules are taken; without one they are made from other models' full
             runs (`layercache.methods.Universal`).
+        call: further arguments of every call; its guidance is that which the page begins with.
 
     Raises:
-        LayerCacheError: the pipeline takes no prompt, or the front was made for another model.
+        LayerCacheError: the pipeline takes no prompt or gives no pictures, or the front was made for another model.
     """
 
-    def __init__(self, pipe: Any, front: Front | None = None):
-        self.pipe, self.front = pipe, front
+    def __init__(self, pipe: Any, front: Front | None = None, call: CallOptions | None = None):
+        self.pipe, self.front, self.call = pipe, front, call or CallOptions()
         accepted = inspect.signature(type(pipe).__call__).parameters
         if "prompt" not in accepted:
             raise LayerCacheError(f"{type(pipe).__name__} takes no prompt, which the page asks for")
+        if gives_video(pipe):
+            raise LayerCacheError(f"{type(pipe).__name__} gives videos, and the page shows pictures; {ELSE}")
+        call_arguments(pipe, self.call)  # refused now, not at the first picture
         self.tells_steps = "callback_on_step_end" in accepted
-        self.guidance = _guidance_of(pipe, accepted)
+        self.guidance = _guidance_of(pipe, accepted) if self.call.guidance_scale is None else self.call.guidance_scale
         if front is not None:
             if not front.points:
                 raise BudgetError("the front is empty; search for schedules first (layercache search)")
@@ -214,7 +220,7 @@ class SideBySide:
             "num_inference_steps": wanted.steps,
             "generator": torch.Generator("cpu").manual_seed(wanted.seed),
             "output_type": "np",
-            **_arguments(self.pipe, wanted.guidance),
+            **call_arguments(self.pipe, replace(self.call, guidance_scale=wanted.guidance)),
         }
 
     def _generate(
@@ -235,13 +241,8 @@ class SideBySide:
                 cache.check()
         pictures = getattr(result, "images", None)
         if pictures is None:
-            raise LayerCacheError(f"{type(self.pipe).__name__} gives no pictures; take 'layercache generate'")
+            raise LayerCacheError(f"{type(self.pipe).__name__} gives no pictures; {ELSE}")
         return Run(tuple(watched.steps), pictures[0], seconds, 1.0 if cache is None else cache.report().used)
-
-
-def _arguments(pipe: Any, guidance: float | None) -> dict[str, Any]:
-    """Arguments of the call for a guidance scale, by the names this pipeline has for them."""
-    return call_arguments(pipe, guidance, None, None)
 
 
 def _hear_nothing(run: Run) -> None:
@@ -271,9 +272,9 @@ class _Watched:
         """Of the layer groups, what the last step computed."""
         if self.cache is None:
             return 1.0
-        report = self.cache.report()
-        computed, reused = report.computed_cells - self._computed, report.cached_cells - self._reused
-        self._computed, self._reused = report.computed_cells, report.cached_cells
+        so_far = sum(self.cache.computed), sum(self.cache.cached)  # a report would wait for the device
+        computed, reused = so_far[0] - self._computed, so_far[1] - self._reused
+        self._computed, self._reused = so_far
         return computed / (computed + reused) if computed + reused else 1.0
 
 

@@ -177,9 +177,15 @@ def test_in_a_browser(gr, capsys):
             button.click()
             tab.get_by_text(re.compile("cached: step [1-9] of 30")).wait_for()
             tab.get_by_role("button", name="Stop").click()
+            while pipe.transformer.is_cache_enabled:
+                tab.wait_for_timeout(50)
             slow.remove()
-            tab.get_by_text("cached: step").wait_for()
-            button.click()
+            assert "full: not begun" in tab.inner_text("#lc-steps")
+            for _ in range(20):  # a click while the stop is under way is ignored
+                button.click()
+                tab.wait_for_timeout(500)
+                if "cached: step" not in tab.inner_text("#lc-steps"):
+                    break
             tab.wait_for_selector("#lc-figures table")
             browser.close()
     finally:

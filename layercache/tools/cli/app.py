@@ -59,7 +59,8 @@ class Commands(TyperGroup):
             raise
         except BrokenPipeError:
             raise  # `| head` has seen enough; the framework ends quietly
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            typer.echo(f"\n{cleaned(str(error)) or 'Stopped; nothing was written.'}", err=True)
             raise typer.Exit(130) from None
         except (LayerCacheError, OSError) as error:
             if os.environ.get("LAYERCACHE_DEBUG") == "1":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from layercache._utils.text import shown
-from layercache.tools.cli.common import Device, Dtype, DtypeOption, Model
+from layercache.tools.cli.options import CallOptions, ModelOptions, with_options
 from layercache.tools.cli.pipelines import load_pipeline
 
 FrontFile = Annotated[
@@ -22,14 +22,14 @@ Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")]
 Share = Annotated[bool, typer.Option("--share", help="Also under a public address of gradio's; needs the network.")]
 
 
+@with_options
 def ui(
-    model: Model = "demo",
+    model: ModelOptions,
+    call: CallOptions,
     front: FrontFile = None,
     host: Host = "127.0.0.1",
     port: Port = 7860,
     share: Share = False,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
     """Open a page to play with: full and cached pictures side by side, for any budget.
 
@@ -41,5 +41,5 @@ def ui(
 
     check_installed()
     found: Any = None if front is None else load(front, FRONT)
-    typer.echo(f"loading {shown(model)}, and warming up")
-    serve(load_pipeline(model, device, dtype), found, host=host, port=port, share=share)
+    typer.echo(f"loading {shown(model.model)}, and warming up")
+    serve(load_pipeline(model, call), found, call, host=host, port=port, share=share)
