@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 import time
@@ -19,7 +18,14 @@ import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
 from layercache.methods import Universal
 from layercache.tools.cli.options import CallOptions
-from layercache.tools.cli.pipelines import DEMO_GUIDANCE, call_arguments, gives_video, is_demo, refused_arguments
+from layercache.tools.cli.pipelines import (
+    DEMO_GUIDANCE,
+    call_arguments,
+    gives_video,
+    is_demo,
+    parameters_of,
+    refused_arguments,
+)
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front, Point
@@ -104,14 +110,14 @@ class SideBySide:
 
     def __init__(self, pipe: Any, front: Front | None = None, call: CallOptions | None = None):
         self.pipe, self.front, self.call = pipe, front, call or CallOptions()
-        accepted = inspect.signature(type(pipe).__call__).parameters
+        accepted = parameters_of(pipe)
         if "prompt" not in accepted:
             raise LayerCacheError(f"{type(pipe).__name__} takes no prompt, which the page asks for")
         if gives_video(pipe):
             raise LayerCacheError(f"{type(pipe).__name__} gives videos, and the page shows pictures; {ELSE}")
         call_arguments(pipe, self.call)  # refused now, not at the first picture
+        self.guidance = _guidance_of(pipe, self.call)
         self.tells_steps = "callback_on_step_end" in accepted
-        self.guidance = _guidance_of(pipe, accepted) if self.call.guidance_scale is None else self.call.guidance_scale
         if front is not None:
             if not front.points:
                 raise BudgetError("the front is empty; search for schedules first (layercache search)")
@@ -278,10 +284,14 @@ class _Watched:
         return computed / (computed + reused) if computed + reused else 1.0
 
 
-def _guidance_of(pipe: Any, accepted: Any) -> float | None:
-    """The guidance scale that the pipeline has by default; ``None`` where it has none."""
+def _guidance_of(pipe: Any, call: CallOptions) -> float | None:
+    """The guidance scale that the call says, or the pipeline has by default; ``None`` where it has none."""
+    accepted = parameters_of(pipe)
+    if call.guidance_scale is not None or not {"true_cfg_scale", "guidance_scale"} & set(accepted):
+        return call.guidance_scale
     if is_demo(pipe):
         return DEMO_GUIDANCE
-    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in accepted), None)
-    default = None if name is None else accepted[name].default
+    named = call_arguments(pipe, replace(call, guidance_scale=1.0))  # of two scales, the one that guidance is here
+    name = "true_cfg_scale" if "true_cfg_scale" in named else "guidance_scale"
+    default = accepted[name].default
     return float(default) if isinstance(default, int | float) else None
