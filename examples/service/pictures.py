@@ -85,6 +85,8 @@ def load_schedules(pipe: Any) -> dict[str, layercache.Schedule]:
     for steps, budget in itertools.product(all_steps, budgets):
         made = universal(pipe, steps, budget)
         found[f"universal-{steps}-{made.used:.3f}"] = made
+    if not found:
+        raise SystemExit("there are no schedules: set LAYERCACHE_FRONTS, or LAYERCACHE_STEPS and LAYERCACHE_BUDGETS")
     for one in list(found.values()):
         everything = ((None,) * len(one.groups),) * one.num_steps
         found[f"full-{one.num_steps}"] = replace(one, cells=everything, branch_cells={}, velocities=(), made_by={})

@@ -126,6 +126,7 @@ class SideBySide:
         self._device = threading.Lock()
         self._full: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
         self._schedules: dict[tuple[float, int], Schedule] = {}
+        self._under_way: dict[threading.Thread, threading.Event] = {}
 
     @property
     def budgets(self) -> tuple[float, float]:
@@ -170,7 +171,9 @@ class SideBySide:
         events: SimpleQueue[Moment | Exception | None] = SimpleQueue()
         stop = threading.Event()
         # a thread of its own: gradients, inference mode and the cache's place in the forward belong to a thread
-        threading.Thread(target=self._work, args=(wanted, events, stop), daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(wanted, events, stop), daemon=True)
+        self._under_way[thread] = stop
+        thread.start()
         try:
             while (event := events.get()) is not None:
                 if isinstance(event, Exception):
@@ -178,6 +181,12 @@ class SideBySide:
                 yield event
         finally:
             stop.set()
+
+    def close(self) -> None:
+        """Cancels what is under way, and waits until it has ended."""
+        for thread, stop in list(self._under_way.items()):
+            stop.set()
+            thread.join()
 
     def _work(self, wanted: Wanted, events: SimpleQueue[Any], stop: threading.Event) -> None:
         try:
@@ -197,6 +206,7 @@ class SideBySide:
         except Exception as error:  # raised where the events are read
             events.put(error)
         finally:
+            self._under_way.pop(threading.current_thread(), None)
             events.put(None)
 
     def _schedule_for(self, wanted: Wanted) -> Schedule:

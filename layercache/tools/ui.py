@@ -83,7 +83,10 @@ def serve(
     pipe.set_progress_bar_config(disable=True)
     runs = SideBySide(pipe, front, call)
     runs.warm_up()
-    launch(build_page(runs), host=host, port=port, share=share)
+    try:
+        launch(build_page(runs), host=host, port=port, share=share)
+    finally:
+        runs.close()
 
 
 def launch(page: Any, *, host: str, port: int, share: bool = False, wait: bool = True) -> None:
@@ -142,7 +145,8 @@ def build_page(runs: SideBySide) -> Any:
             inputs,
             outputs,
             concurrency_limit=1,
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=steps,
             api_name="generate",
         )
         stop.click(None, cancels=[under_way])

@@ -86,6 +86,10 @@ def test_a_cancelled_run_ends_before_its_next_step_and_leaves_nothing(pipe):
     under_way.close()
     again = list(runs.run(WANTED))[-1]
     hook.remove()
+    abandoned = runs.run(replace(WANTED, seed=9))
+    next(abandoned)
+    runs.close()
+    assert not pipe.transformer.is_cache_enabled and not any(moment.is_complete for moment in abandoned)
     assert len(forwards) < 4 * STEPS, "of the cancelled run, and of the cached one behind it"
     assert np.array_equal(again.cached.picture, expected.cached.picture)
     assert not pipe.transformer.is_cache_enabled
