@@ -102,6 +102,11 @@ class Attachment:
         self._lead_experts(self.pipeline)
         self.router.attached()
 
+    @property
+    def root(self) -> Router:
+        """The router that was attached; it may leave a forward to another one (`Router.for_call`)."""
+        return self._root
+
     def _lead_experts(self, pipeline: Any) -> None:
         """The router decides about the steps of the pipeline's further transformers too."""
         for module in further_experts(pipeline, self._root):
