@@ -16,7 +16,7 @@ from layercache.models.registry import expert_settings, find_transformer, finger
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import call_of, call_settings, pictures_in, seeds_of
+from layercache.planning.samples import arguments_of, call_of, call_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, near
 from layercache.runtime.attachment import attach
@@ -110,7 +110,7 @@ class Rollouts:
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
         first: step that the runs begin with; not 0 of runs that begin in the middle (img2img).
-        sigmas: N + 1 noise levels of the N steps that are taken.
+        sigmas: N + 1 noise levels of the N steps that are taken, mean over the samples.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
@@ -160,7 +160,8 @@ class Rollouts:
         self.seconds = (0.0, 0.0)
         self.first = 0
         self.sigmas: tuple[float, ...] = ()
-        self._levels: tuple[float, ...] = ()  # of all steps
+        self._levels: tuple[float, ...] = ()  # of all steps, mean over the samples
+        self._level_range: tuple[tuple[float, float], ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
         self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
 
@@ -184,7 +185,9 @@ class Rollouts:
     def fingerprint(self) -> Fingerprint:
         steps = range(self.first, self.first + self.num_steps)
         found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
-        return replace(found, settings={**found.settings, **call_settings(self.call), **expert_settings(self.pipeline)})
+        calls = call_settings(*({**self.call, **arguments_of(prompt)} for prompt in self.prompts))
+        settings = {**found.settings, **calls, **expert_settings(self.pipeline)}
+        return replace(found, settings=settings, sigma_range=self._level_range)
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
@@ -226,15 +229,19 @@ class Rollouts:
     def _take(self, found: Sequence[FullSample]) -> None:
         """Keeps the full runs."""
         self.runs += 1
-        self._levels = found[0].sigmas
+        levels = np.array([one.sigmas for one in found if len(one.sigmas) == len(found[0].sigmas)])
+        low, high = levels.min(axis=0), levels.max(axis=0)
+        # other sizes may have other noise levels
+        self._levels = found[0].sigmas if (low == high).all() else tuple(levels.mean(axis=0).tolist())
+        self._level_range = () if (low == high).all() else tuple(zip(low.tolist(), high.tolist(), strict=True))
         self.first = len(self._levels) - 1 - found[0].num_steps
         self.sigmas = self._levels[self.first :]
-        if any(one.num_steps != found[0].num_steps for one in found):
+        if len(levels) < len(found) or any(one.num_steps != found[0].num_steps for one in found):
             raise CalibrationError(
                 f"the samples take {', '.join(str(one.num_steps) for one in found)} steps; a schedule is for one number"
             )
         self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
-        self.branches = tuple(found[0].branches)
+        self.branches = tuple(dict.fromkeys(name for one in found for name in one.branches))
         self._streams = [one.branches for one in found]
         self.seconds = (median(one.seconds[0] for one in found), median(one.seconds[1] for one in found))
         samplers = tuple(one.sampler for one in found if one.sampler is not None)

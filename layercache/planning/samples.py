@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layercache.errors import CalibrationError
+from layercache.errors import ArgumentError, CalibrationError
 
 GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
 
@@ -126,13 +127,83 @@ def seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None, call: Mapping[
     return [given[lo:hi] for lo, hi in pairwise(edges)]
 
 
-def call_settings(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Guidance and size among the arguments of a pipeline's call, as `Fingerprint.settings` holds them."""
-    guidance = {name: float(call[name]) for name in GUIDANCE if isinstance(call.get(name), (int, float))}
-    size = [f"{name} {call[name]}" for name in SIZES if isinstance(call.get(name), int)]
-    return ({"guidance": [f"{name} {value:g}" for name, value in guidance.items()]} if guidance else {}) | (
-        {"size": size} if size else {}
+def with_settings(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
+    guidance: Sequence[float],
+    sizes: Sequence[Sequence[int]],
+    call: Mapping[str, Any],
+) -> tuple[list[Any], list[int] | None]:
+    """Samples for every prompt with every setting, and their seeds; the first of them take all settings in turns.
+
+    Args:
+        pipe: the pipeline; which of its arguments is the guidance scale is what ``call`` names, or what it has by
+            default.
+        prompts, seeds: as for `seeds_of`.
+        guidance: guidance scales; none: as the calls have it.
+        sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels; none: as the calls have them.
+        call: arguments of every call.
+
+    Raises:
+        ArgumentError: a guidance scale or size is none, or the pipeline takes no such argument.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    given: list[list[dict[str, Any]]] = [[], []]
+    for scale in guidance:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ArgumentError(f"guidance takes numbers, got {scale!r}", argument="guidance")
+        given[0].append({_guidance_name(accepted, call): float(scale)})
+    for size in sizes:
+        if len(size) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ArgumentError(
+                f"a size is (height, width), or (height, width, frames), got {size!r}", argument="sizes"
+            )
+        given[1].append(dict(zip(SIZES, size, strict=False)))
+    settings = [{**one, **other} for one in given[0] or [{}] for other in given[1] or [{}]]
+    unknown = sorted({name for one in settings for name in one} - set(accepted))
+    if unknown:
+        raise ArgumentError(f"{type(pipe).__name__} takes no {', '.join(unknown)}, which was to be varied")
+    if settings == [{}]:
+        return list(prompts), seeds if seeds is None else list(seeds)
+    if not prompts:
+        return [], None
+    own = None if seeds is None else seeds_of(prompts, seeds, call)
+    count, turn = len(settings), math.lcm(len(prompts), len(settings))
+    pairs = [
+        (k % len(prompts), (k + k // turn) % count) for k in range(len(prompts) * count)
+    ]  # every pair once, all settings soon
+    expanded = [{**arguments_of(prompts[k]), **settings[setting]} for k, setting in pairs]
+    return expanded, None if own is None else [seed for k, _ in pairs for seed in own[k]]
+
+
+def _guidance_name(accepted: Mapping[str, Any], call: Mapping[str, Any]) -> str:
+    """Which argument of a pipeline's call is the guidance scale: where it has two, one of them is 1, for none."""
+    named = [name for name in GUIDANCE if call.get(name) is not None]
+    if len(named) == 1:
+        return named[0]
+    true = accepted.get("true_cfg_scale")
+    return "true_cfg_scale" if true is not None and true.default not in (None, 1.0) else "guidance_scale"
+
+
+def call_settings(*calls: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance and size among the arguments of a pipeline's calls, as `Fingerprint.settings` holds them.
+
+    Where calls differ, from the least to the largest.
+    """
+    guidance, sizes = (
+        [_range(name, [call.get(name) for call in calls]) for name in names] for names in (GUIDANCE, SIZES)
     )
+    found = {"guidance": [text for text in guidance if text], "size": [text for text in sizes if text]}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _range(name: str, values: Sequence[Any]) -> str:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(values):  # some call does not say
+        return ""
+    low, high = min(numbers), max(numbers)
+    return f"{name} {low:.6g}" if low == high else f"{name} {low:.6g} to {high:.6g}"
 
 
 def copied(generator: Any) -> Any:
