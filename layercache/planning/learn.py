@@ -94,8 +94,10 @@ class Recorder(FullRun):
         """Something outside of the model changes the generation as it runs."""
         self.obstacle = "its callback_on_step_end changes it"
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        self.note_step(velocity, latents)
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        self.note_step(velocity, latents, output)
         return velocity
 
 

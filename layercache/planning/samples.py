@@ -225,11 +225,15 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
             an array ``[frames, H, W, C]``, are one picture.
 
     Returns:
-        float32, or float64 where the result is; 8-bit values (PIL) as they are, `psnr_of` knows their scale.
+        float32, or float64 where the result is; 8-bit values (PIL) as they are, `psnr_of` knows their scale. Of videos
+            with sound, ``[B, numbers]``: frames and sound, each of which counts half in a mean square.
 
     Raises:
         CalibrationError: the result does not divide into so many.
     """
+    sound = getattr(result, "audio", None)
+    if sound is not None:
+        return _with_sound(pictures_in(result.frames, count), _numbers(sound))
     for name in OUTPUTS:
         if hasattr(result, name):
             result = getattr(result, name)
@@ -242,6 +246,14 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
     if count == 0 or not found.ndim or len(found) % count:
         raise CalibrationError(f"the pipeline gave {len(found) if found.ndim else 0} pictures for {count} prompts")
     return found[None] if count == 1 else found.reshape(count, -1, *found.shape[1:])
+
+
+def _with_sound(frames: np.ndarray, sound: np.ndarray) -> np.ndarray:
+    """Both in one row per video; the range of a waveform is 2, that of frames 1."""
+    frames = frames / np.float32(255) if frames.dtype == np.uint8 else frames
+    parts = [frames.reshape(len(frames), -1), 0.5 * sound.reshape(len(frames), -1)]
+    total = sum(part.shape[1] for part in parts)
+    return np.concatenate([part * np.float32(np.sqrt(total / (2 * part.shape[1]))) for part in parts], axis=1)
 
 
 def _numbers(pictures: Any) -> np.ndarray:

@@ -32,7 +32,7 @@ from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
-from layercache.runtime.patches import CacheConfigMarker, ForwardHook, MethodPatch, restore
+from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
 from layercache.schedule.memory_plan import GroupAction
@@ -172,6 +172,9 @@ class Attachment:
                 self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None:
             self._hear_steps(scheduler)
+        second = getattr(pipeline, "audio_scheduler", None)
+        if second is not None and self._root.replaces_velocity and len(self._root.spec.leaves) > 1:
+            self._patch(second, "step", self._sampler_step(second, second.step, output=1))
 
     def _hear_steps(self, scheduler: Any) -> None:
         self._heard.append(scheduler)
@@ -180,6 +183,12 @@ class Attachment:
             self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self._root.replaces_velocity:
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
+            if len(self._root.spec.leaves) > 1:
+                self._put(scheduler, DEEPCOPY, CopyHook(scheduler, self._hear_copy))
+
+    def _hear_copy(self, scheduler: Any) -> None:
+        """A pipeline has made a scheduler for the second output, which lasts as long as its call."""
+        scheduler.__dict__["step"] = self._sampler_step(scheduler, scheduler.step, output=1)
 
     def detach(self) -> None:
         """Undoes everything, on all transformers of the pipeline that were attached together."""
@@ -286,13 +295,15 @@ class Attachment:
 
         return step
 
-    def _sampler_step(self, scheduler: Any, original: Any) -> Any:
+    def _sampler_step(self, scheduler: Any, original: Any, output: int = 0) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
+            if not self._classes:
+                return original(*args, **kwargs)
             at = self._step_of(scheduler, args, kwargs)
             router = self._root.for_call()
             if at is not None and router.replaces_velocity:
                 given = args[0] if args else kwargs["model_output"]
-                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs))
+                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs), output)
                 if velocity is not given:
                     args, kwargs = with_velocity(velocity, args, kwargs)
             return original(*args, **kwargs)

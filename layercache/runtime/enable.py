@@ -128,8 +128,8 @@ def enable(
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
-        MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs), or
-            ``plan`` is something else.
+        MethodError: the method cannot work on this model (one that replaces velocities: a bare transformer with two
+            outputs), or ``plan`` is something else.
         BudgetError: without a plan, not exactly one of budget, speedup and min_psnr, or one that is out of range.
 
     All errors are classes of `layercache.errors`.
@@ -168,11 +168,11 @@ class Setting:
     def check_velocities(self, name: str) -> None:
         """Raises `MethodError` where velocities that the plan replaces are not all there is to replace."""
         model = type(self.transformer).__name__
-        if len(spec_for(self.transformer).leaves) > 1:
+        if len(spec_for(self.transformer).leaves) > 1 and isinstance(self.pipe, nn.Module):
             raise MethodError(
                 f"{name} replaces the velocity that the sampler gets, and {model} gives two outputs, each with a "
-                "sampler of its own: the second would be stepped with what was never computed; take a method or "
-                "schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
+                "sampler of its own, of which a loop around the bare transformer names one: enable it on the pipeline, "
+                "or take a method or schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
             )
 
     def check_experts(self, plan: Schedule) -> None:
