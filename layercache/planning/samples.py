@@ -87,7 +87,7 @@ def count_of(prompt: Any, call: Mapping[str, Any]) -> int:
     """
     arguments = {**call, **arguments_of(prompt)}
     per_prompt = next((arguments[name] for name in PER_PROMPT if arguments.get(name) is not None), 1)
-    for name in ("prompt", "prompt_embeds"):
+    for name in ("prompt", "prompt_embeds", "class_labels"):
         given = arguments.get(name)
         if isinstance(given, (list, tuple, torch.Tensor)):
             return len(given) * int(per_prompt)

@@ -132,7 +132,7 @@ def search(
         FileFormatError: a file of ``resume`` is damaged.
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another search.
-        UnsupportedModelError: the model gives two outputs (LTX-2), or is of an unknown class.
+        UnsupportedModelError: the model is of an unknown class.
     """
     start = time.monotonic()
     config = SearchConfig(
