@@ -142,7 +142,8 @@ class FittingTable:
         if spare < 0 and not self.columns[part[0]].numeric:
             # a name alone may be folded, a figure never
             sizes[part[0]] = max(NARROWEST_NAME, sizes[part[0]] + spare)
-        for k in part:
+        # whoever lacks little first, so that fewer columns wrap
+        for k in sorted(part, key=lambda k: self._most(k) - sizes[k]):
             more = max(0, min(self._most(k) - sizes[k], spare))
             sizes[k] += more
             spare -= more
