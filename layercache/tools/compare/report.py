@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layercache._utils.metrics import summarise
+from layercache._utils.metrics import stills, summarise
 from layercache._utils.text import shown
 from layercache.tools.compare.run import Comparison, Outcome
 from layercache.tools.report import pages
@@ -169,7 +169,7 @@ def _entries(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Pictur
 
 def _save_grid(comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str) -> Path | None:
     """The first pictures of every method at its smallest share of compute that was reached."""
-    rows = [PictureRow("full", comparison.full_pictures()[: len(columns)])]
+    rows = [PictureRow("full", stills(comparison.full_pictures()[: len(columns)]))]
     for name in dict.fromkeys(outcome.method for outcome in outcomes):
         own = [o for o in outcomes if o.method == name and not o.error and math.isfinite(o.used)]
         if not own:
@@ -178,7 +178,7 @@ def _save_grid(comparison: Comparison, outcomes: Sequence[Outcome], columns: Seq
         pictures = comparison.pictures(least)
         if pictures is not None:
             captions = [f"{value:.1f} dB" for value in least.psnr[: len(columns)]]
-            rows.append(PictureRow(f"{name}\nused {least.used:.2f}", pictures[: len(columns)], captions))
+            rows.append(PictureRow(f"{name}\nused {least.used:.2f}", stills(pictures[: len(columns)]), captions))
     if len(rows) == 1:
         return None
     return save_pictures(comparison.folder / "pictures.png", rows, list(columns), title)
