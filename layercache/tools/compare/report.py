@@ -163,8 +163,19 @@ def save_folder_page(
     Raises:
         FileFormatError: the pictures of the full run are missing or damaged.
     """
-    pictures = pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
+    pictures = folder_pictures(comparison, outcomes, columns)
     return save_page(path, outcomes, title, pictures, commands=commands, machine=comparison.machine)
+
+
+def folder_pictures(
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str]
+) -> list[pages.Block]:
+    """Of these outcomes, what the folder holds.
+
+    Raises:
+        FileFormatError: the pictures of the full run are missing or damaged.
+    """
+    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
 
 
 def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str]) -> list[pages.Block]:
