@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache.models.registry import find_transformer
+from layercache.runtime.attachment import MethodPatch
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import PictureCalls, Pictures
 from layercache.tools.compare.peers import block_calls
@@ -170,23 +171,21 @@ def run_trial(calls: PictureCalls, attach: Attach, repeats: int, counts: bool = 
 
 @contextmanager
 def steps_taken(pipeline: Any) -> Iterator[list[int]]:
-    """Counts the sampler's steps."""
+    """Counts the sampler's steps; copies of the sampler (LTX-2 makes one for the sound) do not count."""
     scheduler, steps = pipeline.scheduler, [0]
+    before = {name: value for name, value in vars(scheduler).items() if name == "step"}
     original = scheduler.step
-    own = scheduler.__dict__.get("step")
 
     def step(*args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         return original(*args, **kwargs)
 
-    scheduler.step = step
+    vars(scheduler)["step"] = MethodPatch(scheduler, "step", step)
     try:
         yield steps
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+        del vars(scheduler)["step"]
+        vars(scheduler).update(before)
 
 
 def _add(total: list[int], calls: int) -> None:
