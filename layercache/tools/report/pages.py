@@ -51,12 +51,13 @@ class Table:
 
     @classmethod
     def of(cls, table: FittingTable, title: str = "", note: str = "") -> Table:
-        """All columns of a table that is printed too; ``note`` in the place of its caption."""
+        """All columns of a table that is printed too, but those of dashes; ``note`` in the place of its caption."""
+        kept = [k for k in range(len(table.columns)) if any(cells[k].plain != "-" for cells in table.rows)]
         rows = [
-            Row([cleaned(cell.plain) for cell in cells], style == "red")
+            Row([cleaned(cells[k].plain) for k in kept], style == "red")
             for cells, style in zip(table.rows, table.styles, strict=True)
         ]
-        return cls(table.columns, rows, title or table.title, note or table.caption)
+        return cls([table.columns[k] for k in kept], rows, title or table.title, note or table.caption)
 
 
 @dataclass(frozen=True)
