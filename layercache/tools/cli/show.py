@@ -76,7 +76,7 @@ def _show_results(printer: Printer, file: Path, results: dict[str, Any], plot: P
         raise FileFormatError(f"{shown(file)} is a file of results, which --page draws, not --plot", argument="plot")
     try:
         tables = result_tables(results)
-        written = save_result_page(page, results, file.stem) if page is not None else None
+        written = save_result_page(page, results, file.stem, file) if page is not None else None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(f"{shown(file)} is no whole file of results: {error}") from error
     printer.say(*tables)
