@@ -86,10 +86,12 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 
 # torch comes first and alone, so that nothing installed later asks for another build of it. The build
 # tools come along because an isolated build would fetch them again at every change of the C++ files.
+# Some builds of torch bring its own compiled tests, a sixth of their size, which go.
 .venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --no-compile -c constraints.txt $(or $(TORCH_ARGS),$(CPU_BUILD)) torch
 	$(PIP) install --no-compile -c constraints.txt setuptools pybind11
+	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/test_*
 	touch $@
 
 # What runs the library and the demo; modules are compiled as they are imported, most never are.

@@ -31,17 +31,13 @@ EXTRAS: dict[str, tuple[dict[str, str], str]] = {
         },
         "most real pipelines do not load",
     ),
+    "demo": (
+        {"scikit-image": "skimage", "matplotlib": "matplotlib", "pillow": "PIL"},
+        "no PSNR and SSIM, or no figures",
+    ),
     "compare": (
-        {
-            "scikit-image": "skimage",
-            "matplotlib": "matplotlib",
-            "pillow": "PIL",
-            "jinja2": "jinja2",
-            "altair": "altair",
-            "vl-convert-python": "vl_convert",
-            "pandas": "pandas",
-        },
-        "no PSNR and SSIM, figures, pages or tables for pandas",
+        {"jinja2": "jinja2", "altair": "altair", "vl-convert-python": "vl_convert", "pandas": "pandas"},
+        "no pages with plots, or no tables for pandas",
     ),
     "video": ({"imageio": "imageio", "imageio-ffmpeg": "imageio_ffmpeg"}, "videos are not written as mp4"),
     "gguf": ({"gguf": "gguf"}, "files quantised as GGUF do not load"),

@@ -258,9 +258,9 @@ def test_doctor_without_extras(monkeypatch):
     for name in ("skimage", "matplotlib", "triton"):
         monkeypatch.setitem(sys.modules, name, None)
     states = {check.name: check for check in doctor.diagnose().checks}
-    assert states["triton"].state == states["[compare]"].state == "optional"
-    assert "scikit-image, matplotlib" in states["[compare]"].detail
-    assert "layercache[compare]" in invoke("doctor").output.replace("\n", " ")
+    assert states["triton"].state == states["[demo]"].state == "optional"
+    assert "scikit-image, matplotlib" in states["[demo]"].detail
+    assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
 
 
 # --- messages by the options that were typed ------------------------------------------------------------------

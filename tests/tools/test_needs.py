@@ -183,10 +183,7 @@ def test_doctor_finds_a_torch_that_does_not_load(tmp_path):
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra, (packages, _) in EXTRAS.items():
-        declared = set(project["optional-dependencies"][extra])
-        if "layercache[demo]" in declared:
-            declared |= set(project["optional-dependencies"]["demo"])
-        names = {line.split(">")[0].split("[")[0] for line in declared}
+        names = {line.split(">")[0].split("[")[0] for line in project["optional-dependencies"][extra]}
         assert names - {"diffusers", "layercache"} == set(packages), extra
 
 
