@@ -25,6 +25,7 @@ MOST_BYTES = 64 * 10**9
 MOST_TEXT = 10**6
 MOST_NOISE = 2**26
 MOST_SIZE = 2**24
+NEGATIVE = "negative_"
 
 
 def load_random_pipeline(
@@ -42,7 +43,8 @@ def load_random_pipeline(
          "seed": 0}
 
     Components that are not named are ``None``. The pipeline takes any text as a prompt and calls its class with noise
-    of the shapes under "prompt" (without the batch) that depends on the text and nothing else.
+    of the shapes under "prompt" (without the batch) that depends on the text and nothing else; a name that ends with
+    ``_mask`` gets ones. What begins with ``negative_`` is made of the negative prompt, and left out without one.
 
     Args:
         path: of the file, at most 1 MB.
@@ -168,17 +170,34 @@ def _with_texts(base: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.d
         return base
 
     @functools.wraps(base.__call__)
-    def call(self: Any, prompt: str | Sequence[str] | None = None, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, prompt: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
         if prompt is None:
-            return base.__call__(self, *args, **kwargs)
+            return base.__call__(self, **kwargs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = {
-            name: torch.stack([_noise(f"{text} {name}", shape) for text in texts]) for name, shape in shapes.items()
-        }
-        moved = {name: tensor.to(self.device, dtype) for name, tensor in given.items()}
-        return base.__call__(self, *args, **kwargs | moved)
+        given = {name: shape for name, shape in shapes.items() if not name.startswith(NEGATIVE)}
+        made: dict[str, Any] = _embeddings(texts, given, self.device, dtype)
+        negative = kwargs.get("negative_prompt")
+        if negative is not None and len(given) < len(shapes):
+            others = [negative] * len(texts) if isinstance(negative, str) else list(negative)
+            left = {name: shape for name, shape in shapes.items() if name.startswith(NEGATIVE)}
+            made |= {**_embeddings(others, left, self.device, dtype), "negative_prompt": None}
+        return base.__call__(self, **kwargs | made)
 
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+
+
+def _embeddings(
+    texts: Sequence[str], shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What stands for texts, by the arguments of the call: a row for each of them."""
+    made = {}
+    for name, shape in shapes.items():
+        if name.endswith("_mask"):
+            made[name] = torch.ones((len(texts), *shape), dtype=torch.long, device=device)
+        else:
+            rows = [_noise(f"{text} {name.removeprefix(NEGATIVE)}", shape) for text in texts]
+            made[name] = torch.stack(rows).to(device, dtype)
+    return made
 
 
 def _noise(text: str, shape: tuple[int, ...]) -> torch.Tensor:

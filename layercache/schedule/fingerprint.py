@@ -19,6 +19,7 @@ SETTINGS = {
     "adapters": "LoRA adapters",
     "guidance": "guidance",
     "size": "size",
+    "experts": "transformers in turns",
 }
 """What a run is measured with besides the model, by what messages call it; it voids no schedule."""
 

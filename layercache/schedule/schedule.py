@@ -49,6 +49,10 @@ class Velocity:
     terms: Mapping[int, float]
     latents: float = 0.0
 
+    def shifted(self, steps: int) -> Velocity:
+        """The same of velocities so many steps later."""
+        return Velocity({step + steps: value for step, value in self.terms.items()}, self.latents)
+
     def to_json(self) -> dict[str, float]:
         latents = {"latents": self.latents} if self.latents else {}
         return {str(step): value for step, value in self.terms.items()} | latents
@@ -57,6 +61,10 @@ class Velocity:
     def from_json(cls, data: Mapping[str, Any]) -> Velocity:
         terms = {int(step): float(value) for step, value in data.items() if step != "latents"}
         return cls(terms, float(data.get("latents", 0.0)))
+
+
+EXPECTED_PSNR = "expected_psnr"
+"""In `Schedule.made_by`: mean and 10 % quantile in dB."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,6 +137,21 @@ class Schedule(Summarised, Pretrained):
     def is_skipped(self, step: int) -> bool:
         """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
         return _is_skip(self.cells[step])
+
+    @property
+    def expected_psnr(self) -> tuple[float, float] | None:
+        """Mean and 10 % quantile of the PSNR in dB that other pictures should have; ``None`` where it is not known."""
+        match self.made_by.get(EXPECTED_PSNR):
+            case [float() | int() as mean, float() | int() as tenth]:
+                return float(mean), float(tenth)
+        return None
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether it is of the whole steps of a run, whichever of a pipeline's transformers runs them (Wan 2.2)."""
+        is_whole = not self.branch_cells and not any(cell for row in self.cells for cell in row)
+        is_of_all = not self.fingerprint.steps_run or bool(self.fingerprint.settings.get("experts"))
+        return any(self.velocities) and is_whole and is_of_all
 
     def velocity(self, step: int) -> Velocity | None:
         return self.velocities[step] if self.velocities else None

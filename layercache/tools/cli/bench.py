@@ -14,8 +14,9 @@ import typer
 
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError
-from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer, check_outputs
-from layercache.tools.cli.pipelines import choose_device
+from layercache.tools.cli.common import Device, Json, Plot, Printer, check_outputs
+from layercache.tools.cli.loading import choose_device
+from layercache.tools.cli.options import Dtype
 
 if TYPE_CHECKING:
     from layercache.tools.bench.case import Case
