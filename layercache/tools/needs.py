@@ -20,6 +20,7 @@ from layercache._utils.text import shown
 from layercache.errors import MissingExtraError, UnsupportedModelError
 
 DEMO_TRANSFORMER = "QwenImageTransformer2DModel"
+OWN_CODE = "it brings code of its own"
 SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 EXTRAS: dict[str, tuple[dict[str, str], str]] = {
     "diffusers": (
@@ -186,21 +187,20 @@ def _of_file(name: str, path: Path) -> Inspection:
 
 def _of_description(name: str, data: Mapping[str, Any]) -> Inspection:
     """A file that describes a pipeline with random weights (`layercache.models.random_weights`)."""
-    given = data.get("components")
-    parts = (
-        {key: part for key, part in given.items() if isinstance(part, Mapping)} if isinstance(given, Mapping) else {}
-    )
-    components = {key: ("diffusers", str(part.get("_class_name"))) for key, part in parts.items()}
-    if not isinstance(data.get("pipeline"), str) or not components:
+    pipeline, given = data.get("pipeline"), data.get("components")
+    parts = given if isinstance(given, Mapping) else {}
+    components = {
+        key: ("diffusers", str(part.get("_class_name"))) for key, part in parts.items() if isinstance(part, Mapping)
+    }
+    if not isinstance(pipeline, str) or not components:
         return Inspection(name, "a file", needs=(Need(f"{shown(name)} describes no pipeline (see examples)"),))
     transformers = _transformers_of(components)
-    needs = [
-        *_class_needs(data["pipeline"], components, Path()),
-        *_model_needs(data["pipeline"], components, transformers),
-    ]
-    return Inspection(
-        name, "a description of a model with random weights", data["pipeline"], transformers, tuple(needs)
+    needs = (
+        *_class_needs(pipeline, components, Path()),
+        *_model_needs(pipeline, components, transformers),
+        *_package_needs(components, Path()),
     )
+    return Inspection(name, "a description of a model with random weights", pipeline, transformers, needs)
 
 
 def _transformers_of(components: Mapping[str, tuple[str, str]]) -> dict[str, str]:
@@ -238,11 +238,9 @@ def _of_folder(name: str, folder: Path, what: str = "a folder with a {}") -> Ins
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
     }
     transformers = _transformers_of(components)
-    needs = [
-        *_class_needs(pipeline, components, folder),
-        *_model_needs(pipeline, components, transformers),
-        *_package_needs(components, folder),
-    ]
+    needs = [*_class_needs(pipeline, components, folder, str(index.get("_diffusers_version", "")))]
+    if not any(need.sentence.startswith(OWN_CODE) for need in needs):
+        needs += [*_model_needs(pipeline, components, transformers), *_package_needs(components, folder)]
     text = str(pipeline[-1] if isinstance(pipeline, list) and pipeline else pipeline)
     return Inspection(name, what.format(shown(text)), text, transformers, tuple(needs))
 
@@ -260,27 +258,35 @@ def _without_index(name: str, folder: Path) -> Inspection:
     return Inspection(name, "a folder", needs=(Need(text),))
 
 
-def _class_needs(pipeline: Any, components: Mapping[str, tuple[str, str]], folder: Path) -> Iterator[Need]:
-    """Classes that come from elsewhere, or that this diffusers does not have."""
+def _class_needs(
+    pipeline: Any, components: Mapping[str, tuple[str, str]], folder: Path, saved_by: str = ""
+) -> Iterator[Need]:
+    """Classes that come from elsewhere, or that this diffusers lacks and the version in ``saved_by`` has."""
     from layercache.tools.pipeline_names import diffusers_folder, is_in_diffusers
 
-    own = [library for library, _ in components.values() if (folder / f"{library}.py").is_file()]
-    if isinstance(pipeline, list) or own:
-        yield Need(
-            "it brings code of its own, which layercache does not run: load it yourself with trust_remote_code, and "
-            "give the pipeline to layercache.enable(pipe)"
-        )
-        return
     if diffusers_folder() is None:
-        yield Need("diffusers is not installed: pip install diffusers", package="diffusers")
+        yield Need("it needs diffusers, which is not installed: pip install diffusers", package="diffusers")
         return
+    own = [library for library, _ in components.values() if (folder / f"{library}.py").is_file()]
+    own += [str(pipeline[-1])] if isinstance(pipeline, list) and pipeline else []
     classes = [str(pipeline), *(cls for library, cls in components.values() if library == "diffusers")]
-    unknown = [shown(cls) for cls in dict.fromkeys(classes) if not is_in_diffusers(cls)]
-    if unknown:
+    unknown = [] if own else [cls for cls in dict.fromkeys(classes) if not is_in_diffusers(cls)]
+    here = _version("diffusers")
+    if unknown and _is_newer(saved_by, here):
+        names = " and no ".join(map(shown, unknown))
+        text = f"diffusers {here} has no {names}, and {shown(saved_by)} wrote it: pip install --upgrade diffusers"
+        yield Need(text, package="diffusers")
+    elif own or unknown:
         yield Need(
-            f"diffusers {_version('diffusers')} has no {' and no '.join(unknown)}: pip install --upgrade diffusers",
-            package="diffusers",
+            f"{OWN_CODE} ({', '.join(map(shown, own or unknown))}), which layercache does not run: load it in Python, "
+            "and give the pipeline to layercache.enable(pipe)"
         )
+
+
+def _is_newer(version: str, than: str) -> bool:
+    """Of two versions such as 0.42.1; ``False`` where one is not known."""
+    numbers = [tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version, than)]
+    return bool(numbers[0] and numbers[1]) and numbers[0] > numbers[1]
 
 
 def _model_needs(
@@ -311,10 +317,10 @@ def unet_sentence(pipeline: str, unet: str) -> str:
 
 
 def _package_needs(components: Mapping[str, tuple[str, str]], folder: Path) -> Iterator[Need]:
-    libraries = {library for library, _ in components.values()}
-    if "transformers" in libraries and (need := _package_need("transformers")):
-        names = ", ".join(shown(key) for key, (library, _) in components.items() if library == "transformers")
-        yield Need(f"{need.sentence} (for {names})", package=need.package)
+    if need := _package_need("transformers"):
+        # classes of pipelines import it even where no component is of it
+        own = [shown(key) for key, (library, _) in components.items() if library == "transformers"]
+        yield Need(need.sentence + (f" (for {', '.join(own)})" if own else ""), package=need.package)
     for key, (library, cls) in components.items():
         if library == "transformers" and "Tokenizer" in cls and _reads_sentencepiece(folder / key, cls):
             for package in ("sentencepiece", "protobuf"):
@@ -326,10 +332,11 @@ def _package_needs(components: Mapping[str, tuple[str, str]], folder: Path) -> I
             if module and not installed(module):
                 package = _OWN_NAMES.get(module, module)
                 how = 'pip install "layercache[gguf]"' if package == "gguf" else f"pip install {package}"
-                yield Need(f"{package} is not installed, and {shown(key)} is quantised by it: {how}", package=package)
+                text = f"it needs {package}, which is not installed: {how} (for {shown(key)}, quantised by it)"
+                yield Need(text, package=package)
     if not installed("accelerate"):
         yield Need(
-            "accelerate is not installed: loading takes twice the memory, and offload does not work: "
+            "without accelerate, which is not installed, loading takes twice the memory, and offload does not work: "
             'pip install "layercache[diffusers]"',
             blocks=False,
             package="accelerate",
@@ -354,7 +361,8 @@ def _package_need(package: str) -> Need | None:
         if package in packages:
             if installed(packages[package]):
                 return None
-            return Need(f'{package} is not installed: pip install "layercache[{extra}]"', package=package)
+            how = f'pip install "layercache[{extra}]"'
+            return Need(f"it needs {package}, which is not installed: {how}", package=package)
     raise AssertionError(package)
 
 

@@ -62,15 +62,15 @@ def test_packages_that_a_pipeline_lacks(tmp_path, without):
             "transformer/config.json": json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}),
         },
     )
-    assert [sentence.split(" is not")[0] for sentence in lacking(path)] == ["bitsandbytes"]
+    assert [sentence.split()[2].strip(",") for sentence in lacking(path)] == ["bitsandbytes"]
     without("transformers", "sentencepiece", "google.protobuf", "accelerate", "bitsandbytes")
     found = lacking(path)
-    assert [sentence.split(" is not")[0] for sentence in found] == [
+    assert [sentence.split()[2].strip(",") for sentence in found] == [
         "transformers", "sentencepiece", "protobuf", "bitsandbytes"
     ]  # fmt: skip
     assert "text_encoder_2, tokenizer_2" in found[0] and 'pip install "layercache[diffusers]"' in found[0]
     assert any("accelerate" in need.sentence and not need.blocks for need in inspect_model(path).needs)
-    with pytest.raises(MissingExtraError, match="transformers is not installed.*sentencepiece"):
+    with pytest.raises(MissingExtraError, match="it needs transformers, which.*it needs sentencepiece"):
         require(path)
     (path / "tokenizer_2" / "tokenizer.json").write_text("{}")
     assert not any("sentencepiece" in sentence for sentence in lacking(path))
@@ -80,8 +80,9 @@ def test_packages_that_a_pipeline_lacks(tmp_path, without):
     ("index", "said"),
     [
         ({"unet": ["diffusers", "UNet2DConditionModel"], "_class_name": "StableDiffusionPipeline"}, "UNet2DCondition"),
-        (FLUX | {"_class_name": "FluxNextPipeline"}, "no FluxNextPipeline: pip install --upgrade diffusers"),
-        (FLUX | {"_class_name": ["pipeline", "MyPipeline"]}, "code of its own"),
+        (FLUX | {"_class_name": "NextPipeline", "_diffusers_version": "99.1"}, "no NextPipeline, and 99.1 wrote it"),
+        (FLUX | {"_class_name": "MyPipeline"}, "code of its own (MyPipeline)"),
+        (FLUX | {"_class_name": ["pipeline", "MyPipeline"]}, "code of its own (MyPipeline)"),
     ],
 )
 def test_pipelines_that_cannot_be_used(tmp_path, index, said):
@@ -140,11 +141,19 @@ def test_names_on_the_hub_are_looked_up_in_its_cache(tmp_path, monkeypatch, with
     assert "HF_HUB_OFFLINE" in lacking("org/other")[1]
 
 
+def test_commands_refuse_it_before_they_load_anything(tmp_path, without):
+    without("transformers", "sentencepiece")
+    path = folder(tmp_path, **{"tokenizer_2/spiece.model": ""})
+    result = CliRunner().invoke(app.app, ["calibrate", "--model", str(path), "-p", "a", "-o", str(tmp_path / "p")])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and "it needs transformers, which is not" in said and "needs sentencepiece" in said
+
+
 def test_the_command_says_it_and_fails(tmp_path, without):
     without("transformers")
     result = CliRunner().invoke(app.app, ["doctor", "--model", str(folder(tmp_path)), "--json", "-"])
     model = json.loads(result.stdout)["model"]
-    assert result.exit_code == 1 and "transformers is not installed" in model["lacking"][0]
+    assert result.exit_code == 1 and "needs transformers, which is not installed" in model["lacking"][0]
     assert model["transformers"] == {"transformer": "FluxTransformer2DModel"}
     assert "FluxTransformer2DModel, known to layercache" in result.stderr and "lacking" in result.stderr
 
