@@ -15,7 +15,6 @@ from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
 from layercache._utils.summaries import Rows, Summarised, joined
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
-from layercache.schedule.index_file import EXPECTED, EXPECTED10
 from layercache.schedule.pretrained import Pretrained
 
 FORMAT = SCHEDULE
@@ -224,7 +223,7 @@ class Schedule(Summarised, Pretrained):
         return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
 
     def _summary(self) -> tuple[str, Rows]:
-        prints, own = self.fingerprint, self.fingerprint.steps
+        prints, own, psnr = self.fingerprint, self.fingerprint.steps, self.expected_psnr
         skipped = sum(self.is_skipped(step) for step in own)
         full = sum(all(cell is None for cell in self.cells[step]) for step in own)
         parts = {"in full": full, "in part": len(own) - full - skipped, "skipped": skipped}
@@ -234,7 +233,7 @@ class Schedule(Summarised, Pretrained):
             f"Schedule of {prints.num_steps} steps for {prints.model_class}, {prints.num_blocks} blocks in {groups}",
             [
                 ("computed", f"{self.used:.1%} of the block time; of {len(own)} steps {counts}"),
-                ("expected", psnr_line(self.made_by)),
+                ("expected", "PSNR {:.1f} dB, nine pictures of ten above {:.1f}".format(*psnr) if psnr else ""),
                 ("made by", made_by_line(self.made_by, prints.package_version)),
                 ("made with", settings_line(prints)),
             ],
@@ -244,7 +243,7 @@ class Schedule(Summarised, Pretrained):
         return self.fingerprint
 
     def _listed(self) -> tuple[float | None, Sequence[float | None]]:
-        return self.used, [number_of(self.made_by, name) for name in (EXPECTED, EXPECTED10)]
+        return self.used, self.expected_psnr or (None, None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -325,20 +324,6 @@ def made_by_line(made_by: Mapping[str, Any], version: str) -> str:
     names = ("method", "origin", "solver", "forecast", "budget", "speedup", "note")
     given = [made_by[name] if name in names[:2] else f"{name} {made_by[name]}" for name in names if made_by.get(name)]
     return joined([*given, f"layercache {version}"])
-
-
-def psnr_line(made_by: Mapping[str, Any]) -> str:
-    """The PSNR that pictures are expected to have, where it is known."""
-    mean, tenth = (number_of(made_by, name) for name in (EXPECTED, EXPECTED10))
-    if mean is None:
-        return ""
-    return f"PSNR {mean:.1f} dB" + ("" if tenth is None else f", nine pictures of ten above {tenth:.1f}")
-
-
-def number_of(made_by: Mapping[str, Any], name: str) -> float | None:
-    """An entry of ``made_by``, which files may hold anything in, where it is a number."""
-    value = made_by.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:
