@@ -289,6 +289,10 @@ class Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
 
+    def for_sampler(self, scheduler: Any) -> Router:
+        """The router of the step that a sampler is about to take."""
+        return self.for_call()
+
     def has_request_of(self, scheduler: Any) -> bool:
         """Whether one of several requests is stepped by this scheduler."""
         return False
@@ -305,7 +309,10 @@ class Router:
         """Whether the velocity passes through `replace_velocity` on its way to the sampler."""
         return False
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        """What the sampler of an output gets at a step, from what the model gave and the latents before it."""
         return velocity
 
     def invalidate(self) -> None:

@@ -18,6 +18,7 @@ from layercache.tools.side_by_side import BUDGET, STEPS, Moment, Run, SideBySide
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
+    from layercache.tools.cli.options import CallOptions
 
 LARGEST_SEED = 2**31 - 1
 MOST_STEPS = 100
@@ -57,13 +58,19 @@ def _gradio() -> Any:
 
 
 def serve(
-    pipe: Any, front: Front | None = None, *, host: str = "127.0.0.1", port: int = 7860, share: bool = False
+    pipe: Any,
+    front: Front | None = None,
+    call: CallOptions | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
 ) -> None:
     """Serves the page until it is interrupted.
 
     Args:
         pipe: a diffusers pipeline that makes pictures from prompts.
-        front: from which schedules are taken; see `SideBySide`.
+        front, call: see `SideBySide`.
         host, port: where; 0.0.0.0 for every interface of the machine.
         share: also through a public address of gradio's, which needs the network.
 
@@ -74,9 +81,12 @@ def serve(
     """
     check_installed()
     pipe.set_progress_bar_config(disable=True)
-    runs = SideBySide(pipe, front)
+    runs = SideBySide(pipe, front, call)
     runs.warm_up()
-    launch(build_page(runs), host=host, port=port, share=share)
+    try:
+        launch(build_page(runs), host=host, port=port, share=share)
+    finally:
+        runs.close()
 
 
 def launch(page: Any, *, host: str, port: int, share: bool = False, wait: bool = True) -> None:
@@ -135,7 +145,8 @@ def build_page(runs: SideBySide) -> Any:
             inputs,
             outputs,
             concurrency_limit=1,
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=steps,
             api_name="generate",
         )
         stop.click(None, cancels=[under_way])
@@ -201,15 +212,16 @@ def _strips(moment: Moment | None) -> str:
     """The steps of both runs, filled as they happen; green computed, blue reused."""
     if moment is None:
         return "<div>Steps fill as they happen: green computed, blue reused.</div>"
-    return _strip("cached", moment.cached, moment.wanted.steps) + _strip("full", moment.full, moment.wanted.steps)
+    total = moment.wanted.steps
+    return _strip("cached", moment.cached, total, "its schedule is being made") + _strip("full", moment.full, total)
 
 
-def _strip(name: str, run: Run, total: int) -> str:
+def _strip(name: str, run: Run, total: int, before: str = "not begun") -> str:
     done = len(run.steps)
     cells = "".join(f"<span class='done' style='--share:{share:.0%}'></span>" for share in run.steps)
     cells += "<span></span>" * (total - done)
     if run.picture is None:
-        state = f"step {done} of {total}" if done else "not begun"
+        state = f"step {done} of {total}" if done else before
     else:
         state = (
             f"{run.seconds:.2f} s, {sum(run.steps):.3g} of {done} steps computed" if done else f"{run.seconds:.2f} s"
