@@ -17,7 +17,15 @@ from layercache.tools.report.charts import CurvePoint, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.front import READ_A_CURVE
 from layercache.tools.report.pictures import GAIN, PictureEntry, page_pictures
-from layercache.tools.report.plots import PictureRow, curve_label, math_free, new_figure, save_figure, save_pictures
+from layercache.tools.report.plots import (
+    PictureRow,
+    curve_label,
+    curve_styles,
+    math_free,
+    new_figure,
+    save_figure,
+    save_pictures,
+)
 from layercache.tools.report.words import origin_words
 
 COLUMNS = (
@@ -108,20 +116,10 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
     axis = figure.subplots()
     good = [outcome for outcome in outcomes if not outcome.error]
     names = list(dict.fromkeys(outcome.method for outcome in good))
-    for number, name in enumerate(names):
+    for name, style in curve_styles(names).items():
         own = sorted((outcome for outcome in good if outcome.method == name), key=lambda o: o.used)
         means = [summarise(outcome.psnr).mean for outcome in own]
-        # ours first and strong; another package's cache is drawn broken
-        look = {"color": f"C{number % 10}", "marker": "osv^D<>"[number // 10 % 7]}
-        look["linestyle"] = "--" if ":" in name else "-"
-        axis.plot(
-            [o.used for o in own],
-            means,
-            markersize=4,
-            linewidth=2.5 if number == 0 else 1.2,
-            label=curve_label(name),
-            **look,
-        )
+        axis.plot([o.used for o in own], means, markersize=4, label=curve_label(name), **style)
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.grid(alpha=0.3)
     if good:

@@ -17,7 +17,7 @@ OTHERS = ("#e8590c", "#4c6ef5", "#d6336c", "#868e96", "#f08c00", "#ae3ec9", "#a0
 MARKS = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 KINDS = {"computed": "#2b8a3e", "reused": "#74a9d8", "forecast": "#b197d6", "skipped": "#d8c48a", "not run": "#9aa0a6"}
 DATA = "rows"  # name of a plot's figures in its specification
-FIGURES = {"mean": "mean", "median": "median", "10 % quantile": "tenth", "worst": "worst"}
+FIGURES = {"mean": "mean", "median": "median", "10 %": "tenth", "worst": "worst"}
 
 
 @dataclass(frozen=True)
