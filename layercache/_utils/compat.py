@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -211,9 +212,38 @@ def scheduler_step(scheduler: Any) -> int | None:
     return int(getattr(scheduler, "begin_index", None) or 0 if step is None else step)
 
 
+@functools.lru_cache(maxsize=64)
+def _step_places(step: Any) -> dict[str, int]:
+    names = list(inspect.signature(step).parameters)[1:]
+    return {"timestep": 1, "sample": 2} | {name: place for place, name in enumerate(names)}
+
+
+def step_argument(scheduler: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call of a scheduler's ``step`` was given as ``"timestep"`` or ``"sample"``, by name or by its place.
+
+    The place is the third for the sample of nearly all; CogVideoX's DPM takes others in between.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    place = _step_places(type(scheduler).step)[name]
+    return args[place] if place < len(args) else None
+
+
+def with_velocity(
+    velocity: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of a scheduler's ``step`` with another model output, the first of them."""
+    return ((velocity, *args[1:]), kwargs) if args else (args, {**kwargs, "model_output": velocity})
+
+
 def counts_steps(scheduler: Any) -> bool:
     """Whether the scheduler has a counter of its own."""
     return hasattr(scheduler, "step_index")
+
+
+def tells_steps(scheduler: Any) -> bool:
+    """Whether the step a scheduler takes can be known, from its counter or by counting its calls."""
+    return counts_steps(scheduler) or (hasattr(scheduler, "step") and hasattr(scheduler, "timesteps"))
 
 
 def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:

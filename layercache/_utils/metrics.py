@@ -198,7 +198,7 @@ def lpips_unavailable() -> str:
     return ""
 
 
-def stills(pictures: Pictures) -> Pictures:
+def stills(pictures: np.ndarray) -> np.ndarray:
     """A picture of each to look at, ``[N, H, W, C]``: itself, or the frame in the middle of a video."""
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
 

@@ -106,7 +106,7 @@ def transformer_of(pipe: Any) -> nn.Module:
 
 def generate_once(pipe: Any, prompt: Any, seed: int, call: Mapping[str, Any]) -> Any:
     """One call of the pipeline; a list of prompts is a batch that shares one generator."""
-    return pipe(**call, **arguments_of(prompt), generator=torch.Generator("cpu").manual_seed(seed))
+    return pipe(**{**call, **arguments_of(prompt), "generator": torch.Generator("cpu").manual_seed(seed)})
 
 
 def input_output_changes(

@@ -98,6 +98,14 @@ def experts_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
+def expert_settings(pipe: Any) -> dict[str, Any]:
+    """Where a pipeline with several transformers turns from one to the next, as `Fingerprint.settings` holds it."""
+    if len(experts_of(pipe)) < 2:
+        return {}
+    boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    return {"experts": [f"boundary_ratio {boundary:g}" if isinstance(boundary, (int, float)) else "no boundary_ratio"]}
+
+
 def text_leaves_of(model_class: str) -> bool:
     """Whether the head of a registered class reads the second stream too; ``False`` of an unknown class."""
     return model_class in _REGISTRY and _REGISTRY[model_class].text_leaves

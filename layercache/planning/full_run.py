@@ -14,6 +14,7 @@ import torch
 from layercache._utils.compat import scheduler_sigmas
 from layercache._utils.timer import Timer
 from layercache.errors import CalibrationError
+from layercache.models.registry import EXPERTS
 from layercache.models.spec import ModelSpec
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace, on_host
@@ -27,11 +28,11 @@ class FullSample:
     """A sample's full run.
 
     Attributes:
-        trace: in the host's memory.
+        trace: in the host's memory; of the steps that the run took, the first of which may be one in the middle.
         pictures: ``[B, ...]`` in 0..1.
         branches: bytes of the streams, image and text, by guidance branch.
         seconds: of a step: in the blocks, and in the rest of the model.
-        sigmas: N + 1 noise levels.
+        sigmas: noise levels of all steps, and the last one.
         sampler: its steps; ``None`` where they are not linear in the velocities.
     """
 
@@ -41,6 +42,11 @@ class FullSample:
     seconds: tuple[float, float]
     sigmas: tuple[float, ...]
     sampler: LinearSampler | None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were taken."""
+        return len(self.trace.taken)
 
     @property
     def nbytes(self) -> int:
@@ -67,14 +73,18 @@ class FullRun(RecordingRouter):
     Attributes:
         trace: latents and velocities, in the host's memory; on a GPU they are there once it is synchronised.
         branches: bytes of the streams, image and text, by guidance branch.
-        sigmas: N + 1 noise levels, from the first step on.
+        sigmas: noise levels of all steps and the last one, from the first step on.
+        first: step that the run began with; not 0 of one that begins in the middle (img2img).
     """
+
+    takes_experts = True
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, scheduler)
         self.trace = Trace()
         self.branches: dict[str, tuple[int, int]] = {}
         self.sigmas: tuple[float, ...] = ()
+        self.first = 0
         self.clock = Timer(next(self.transformer.parameters()).device)
         self._sampler: LinearSampler | None = None
         self._forwards: list[int] = []
@@ -98,8 +108,8 @@ class FullRun(RecordingRouter):
         scheduler = self.identity.scheduler
         self._forwards.append(self.forwards)
         if not self.trace.raw:
-            self.sigmas = scheduler_sigmas(scheduler) or ()
-            self._sampler = LinearSampler.of(scheduler, len(self.sigmas) - 1)
+            self.sigmas, self.first = scheduler_sigmas(scheduler) or (), self.step_index
+            self._sampler = LinearSampler.of(scheduler, len(self.sigmas) - 1 - self.first)
         self.trace.add(on_host(latents), on_host(velocity))
 
     def sample(self, pictures: np.ndarray) -> FullSample:
@@ -111,10 +121,11 @@ class FullRun(RecordingRouter):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # `on_host`
         steps, trace = len(self.sigmas) - 1, self.trace
-        if len(trace.raw) != steps:
+        if not trace.raw or len(trace.raw) != steps - self.first:
+            began = f" from step {self.first} on" if self.first else ""
             raise CalibrationError(
-                f"the sampler was stepped {len(trace.raw)} times for {steps} steps; rollouts need a scheduler with "
-                "sigmas that is stepped once per step"
+                f"the sampler was stepped {len(trace.raw)} times{began} for {steps} steps; rollouts need a scheduler "
+                "with noise levels that is stepped once per step, to the last one"
             )
         _check_alone(self._forwards)
         trace.taken = [velocity for velocity in trace.raw if velocity is not None]
@@ -122,9 +133,10 @@ class FullRun(RecordingRouter):
         return FullSample(trace, pictures, self.branches, self._seconds(steps), self.sigmas, sampler)
 
     def _seconds(self, num_steps: int) -> tuple[float, float]:
-        """Median seconds of a step, in the blocks and in the rest of the model."""
+        """Median seconds of a step, in the blocks and in the rest of the model, over the steps that were timed."""
         totals = self.clock.totals()
-        blocks, rest = ([totals.get((part, step), 0.0) for step in range(num_steps)] for part in ("blocks", "rest"))
+        steps = [step for step in range(num_steps) if ("blocks", step) in totals]
+        blocks, rest = ([totals.get((part, step), 0.0) for step in steps] for part in ("blocks", "rest"))
         return median(blocks), median(rest)
 
 
@@ -133,7 +145,6 @@ def _check_alone(forwards: Sequence[int]) -> None:
     others = [str(step) for step, (before, now) in enumerate(pairwise([0, *forwards])) if before == now]
     if others:
         raise CalibrationError(
-            f"the pipeline runs another transformer at step {', '.join(others)}, and rollouts (search, refitting, "
-            "comparisons) follow one; plan for each instead: layercache.plan(layercache.calibrate(pipe, ..., "
-            "transformer=...), budget)"
+            f"the pipeline runs a transformer at step {', '.join(others)} that is none of its {' and '.join(EXPERTS)}, "
+            "and rollouts (search, refitting, comparisons) follow those"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,14 +19,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import counts_steps, progress_bar_settings
+from layercache._utils.compat import progress_bar_settings
 from layercache.errors import (
     BudgetError,
     CacheStateError,
     CalibrationError,
     LayerCacheError,
     LayerCacheWarning,
-    MethodError,
 )
 from layercache.models.registry import count_blocks, spec_for
 from layercache.planning.calls import arguments_of_call, intercepted, repeatable, settings_of_call, watched
@@ -37,12 +37,11 @@ from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.planning.surrogate import Answers
-from layercache.planning.universal import Universal
 from layercache.planning.whole_steps import Tried, WholeStepSearch
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
-from layercache.runtime.report import CacheReport
+from layercache.runtime.report import TO_LEARN, CacheReport
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
@@ -118,16 +117,20 @@ class Recorder(FullRun):
 class LearningCache(Router):
     """Records a pipeline's first generations, fits a schedule to them, and caches those that follow.
 
-    Calls with other settings (steps, size, guidance, strength) are recorded and fitted apart from each other.
+    Calls with other settings (steps, size, guidance, strength) are recorded and fitted apart from each other. Where
+    nothing is to be recorded, calls of which nothing was learnt before are run by a substitute.
 
     Attributes:
         known: by the digest of their settings, what is known of calls.
     """
 
-    def __init__(self, setting: Setting, target: Target):
+    takes_experts = True
+
+    def __init__(self, setting: Setting, target: Target, substitute: Router | None = None, note: str = ""):
         transformer = setting.transformer
         super().__init__(transformer, spec_for(transformer), [(0, count_blocks(transformer))])
-        self.setting, self.target = setting, target
+        self.setting, self.target, self.substitute = setting, target, substitute
+        self._note = note  # of the substitute; empty once it was given
         self.known: dict[str, CallState] = {}
         self._class = type(setting.pipe)
         self._forwards = self._generations = 0  # of calls that ran in full
@@ -138,7 +141,7 @@ class LearningCache(Router):
     # --- as the executor's router ---
 
     def for_call(self) -> Router:
-        return self._now
+        return self if self._now is self else self._now.for_call()
 
     @property
     def replaces_velocity(self) -> bool:
@@ -152,24 +155,42 @@ class LearningCache(Router):
 
     def free(self) -> None:
         self.setting.pipe.__class__ = self._class
-        for learned in self.known.values():
-            if learned.cache is not None:
-                learned.cache.free()
+        for router in self._routers:
+            router.free()
 
     def invalidate(self) -> None:
         """The model is another one now: what was recorded of it is dropped; schedules are looked for anew."""
-        for learned in self.known.values():
-            if learned.cache is not None:
-                learned.cache.invalidate()
+        for router in self._routers:
+            router.invalidate()
         self.known = {}
+
+    def end_generation(self, completed: bool = True) -> None:
+        for router in self._routers:
+            router.end_generation(completed)
+
+    def finish(self) -> None:
+        for router in self._routers:
+            router.finish()
+
+    def check(self) -> None:
+        for router in self._routers:
+            router.check()
+
+    @property
+    def _routers(self) -> list[Router]:
+        """Those that run calls with what was learnt, or without."""
+        caches: list[Router] = [known.cache for known in self.known.values() if known.cache is not None]
+        return caches if self.substitute is None else [*caches, self.substitute]
 
     def report(self) -> CacheReport:
         """What all calls did since the cache was enabled; those that were recorded computed everything."""
-        caches = [learned.cache for learned in self.known.values() if learned.cache is not None]
-        reports = [cache.report() for cache in caches]
+        reports = [router.report() for router in self._routers]
         forwards = self._forwards + sum(one.forwards for one in reports)
         used = self._forwards + sum(one.forwards * one.used for one in reports)
-        newest = self._now.report() if isinstance(self._now, ScheduleCache) else None
+        newest = self._now.report() if self._now in self._routers else None
+        in_full = Counter({TO_LEARN: self._forwards} if self._forwards else {})
+        for one in reports:
+            in_full.update(one.in_full)
         return CacheReport(
             used=used / forwards if forwards else 1.0,
             computed_cells=self._forwards + sum(one.computed_cells for one in reports),
@@ -181,6 +202,9 @@ class LearningCache(Router):
             branches=tuple(dict.fromkeys(name for one in reports for name in one.branches)),
             source=self._now.identity.source,
             unidentified=sum(one.unidentified for one in reports),
+            speedup=self.measured_speedup,
+            expected_psnr=newest.expected_psnr if newest else None,
+            in_full=in_full,
         )
 
     # --- the pipeline's calls ---
@@ -191,15 +215,16 @@ class LearningCache(Router):
         arguments = None if self._is_busy else arguments_of_call(self._class, pipe, args, kwargs)
         if arguments is None:  # it is called from within a call, or wrongly
             return original(*args, **kwargs)
-        model = model_identity(self.transformer, pipe.scheduler)
+        model = model_identity(pipe)
         key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
         learned = self.known.setdefault(key, CallState(key))
         self._is_busy = True
         try:
             self._prepare(learned)
-            if learned.cache is None:
+            router = learned.cache or self.substitute
+            if router is None:
                 return self._recorded(learned, original, arguments)
-            self._route_by(learned.cache)
+            self._route_by(router)
             return original(*args, **kwargs)
         finally:
             self._is_busy = False
@@ -250,7 +275,10 @@ class LearningCache(Router):
         files = LearntFiles(type(self.transformer).__name__, learned.key)
         kept = files.load()
         if kept is None or self.target.learn == MORE:
-            if len(learned.recorded) < self.target.generations:
+            if self.substitute is not None and self._note:
+                warnings.warn(self._note, LayerCacheWarning, stacklevel=4)
+                self._note = ""
+            if self.substitute is not None or len(learned.recorded) < self.target.generations:
                 return
             kept = self._fitted(learned, kept)
             if kept is None:
@@ -302,7 +330,7 @@ class Fit:
     def __init__(self, pipe: Any, calls: list[Recorded], target: Target, bar: Any, kept: Learnt | None = None):
         self.pipe, self.calls, self.target, self.bar, self.kept = pipe, calls, target, bar, kept
         self.seconds = self.calls[0].full.seconds
-        self.num_steps = len(self.calls[0].full.sigmas) - 1
+        self.num_steps = self.calls[0].full.num_steps
         self.left = COST
 
     def run(self) -> Learnt:
@@ -407,33 +435,3 @@ class Fit:
 
 def _mean(tried: Tried) -> float:
     return float(np.mean(tried.expected or tried.rollout.psnr))
-
-
-@make_router.register
-def _(plan: Target, setting: Setting) -> Router:
-    setting.refuse_storage(plan)
-    setting.check_velocities("what is learnt")
-    if plan.learn == 0:
-        return _universal(plan, setting)
-    if setting.pipe is setting.transformer:
-        raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
-    if not counts_steps(setting.scheduler):
-        raise MethodError(
-            f"{type(setting.scheduler).__name__} does not count its steps, so that no velocities can be replaced; take "
-            "a scheduler with a step_index, such as FlowMatchEulerDiscreteScheduler, UniPC or DPM++"
-        )
-    return LearningCache(setting, plan)
-
-
-def _universal(plan: Target, setting: Setting) -> Router:
-    """The router of a schedule from other models' full runs; where a speedup is wanted, the blocks take all time."""
-    share = plan.budget if plan.speedup is None else 1 / plan.speedup
-    assert share is not None
-    router: Router = make_router(Universal(budget=share), setting)
-    warnings.warn(
-        f"the schedule comes from other models' full runs, and nothing is measured on this "
-        f"{type(setting.transformer).__name__}: look at its pictures, or learn from its first generations (learn=4)",
-        LayerCacheWarning,
-        stacklevel=5,
-    )
-    return router

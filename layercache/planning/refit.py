@@ -12,6 +12,7 @@ from layercache._utils.validate import expect
 from layercache.errors import ScheduleError
 from layercache.planning.front import Point
 from layercache.planning.rollout import Rollouts
+from layercache.planning.samples import count_of
 from layercache.planning.surrogate import with_count
 from layercache.planning.whole_steps import TERMS, WholeStepSearch
 from layercache.schedule.schedule import Schedule
@@ -56,7 +57,7 @@ def refit(
             argument="schedule",
         )
     terms = max((len(velocity.terms) for velocity in schedule.velocities if velocity is not None), default=TERMS)
-    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
+    pictures = sum(count_of(prompt, call) for prompt in prompts)
     with tqdm(disable=not progress, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
         path = path_of(schedule, rollouts.sigmas)
@@ -68,12 +69,13 @@ def refit(
 
 def path_of(schedule: Schedule, sigmas: Sequence[float]) -> np.ndarray:
     """Which steps between these N + 1 noise levels are computed, ``[N]``: those of the schedule, or the nearest."""
-    computed = [step for step in range(schedule.num_steps) if not schedule.is_skipped(step)]
+    run = schedule.fingerprint.steps
+    computed = [place for place, step in enumerate(run) if not schedule.is_skipped(step)]
     steps = len(sigmas) - 1
-    if steps != schedule.num_steps:
-        before, now = np.asarray(schedule.fingerprint.sigmas), np.asarray(sigmas[:-1])
-        nearest = [int(np.abs(now - before[step]).argmin()) for step in computed]
-        return with_count(nearest, steps, max(1, round(len(computed) * steps / schedule.num_steps)), 1)
+    if steps != len(run):
+        before, now = np.asarray(schedule.fingerprint.sigmas)[list(run)], np.asarray(sigmas[:-1])
+        nearest = [int(np.abs(now - before[place]).argmin()) for place in computed]
+        return with_count(nearest, steps, max(1, round(len(computed) * steps / len(run))), 1)
     found = np.zeros(steps, dtype=bool)
     found[computed] = True
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
-from layercache.models.registry import find_transformer, fingerprint_of, spec_for
+from layercache.models.registry import expert_settings, find_transformer, fingerprint_of, spec_for
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import arguments_of, call_settings, copied, pictures_in
+from layercache.planning.samples import call_of, call_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, near
 from layercache.runtime.attachment import attach
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 PSNR_LIMIT = 100.0
 SAME_BEGINNING = 0.02
 """Share of their norm by which latents may differ that are the same, but for an encoder's rounding."""
+ELEMENTS = 1 << 22
+"""That are compared at a time."""
 Products = Mapping[int, np.ndarray]
 
 
@@ -68,12 +69,19 @@ class _AlwaysThere(VelocityTrack):
 class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.takes_experts = True
+
     def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
         return _AlwaysThere(self.layout, slots)
 
     @property
     def replaces_velocity(self) -> bool:
         return False
+
+    def has_request_of(self, scheduler: Any) -> bool:
+        return True  # all samples' samplers are heard until the end, as they take turns
 
 
 class Rollouts:
@@ -85,7 +93,8 @@ class Rollouts:
     Args:
         pipe: a diffusers pipeline with a scheduler.
         prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
-            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}`` (one picture).
+            the call, such as ``{"prompt": ..., "image": ...}`` or ``{"prompt_embeds": ...}``, for what a picture has
+            of its own: an image to begin with, a control image, a negative prompt, a size.
         seeds: one per picture, or one per entry; by default 0, 1, ... over all pictures.
         on_cost: called with every step that is computed, with the full generations that it costs.
         on_memory: called when the first full run is done, with the bytes of host memory that all full runs need.
@@ -100,6 +109,8 @@ class Rollouts:
         runs: generations of every sample so far.
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
+        first: step that the runs begin with; not 0 of runs that begin in the middle (img2img).
+        sigmas: N + 1 noise levels of the N steps that are taken.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
@@ -134,7 +145,7 @@ class Rollouts:
             )
         self.pipeline, self.on_cost, self.files = pipe, on_cost, files
         self.prompts = list(prompts)
-        self.seeds = _seeds_of(self.prompts, seeds) if full is None else [[0] * len(one.pictures) for one in full]
+        self.seeds = seeds_of(self.prompts, seeds, call) if full is None else [[0] * len(one.pictures) for one in full]
         self.call = dict(call)
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
@@ -147,7 +158,9 @@ class Rollouts:
         self.pictures: list[np.ndarray] = []
         self._streams: list[Mapping[str, tuple[int, int]]] = []
         self.seconds = (0.0, 0.0)
+        self.first = 0
         self.sigmas: tuple[float, ...] = ()
+        self._levels: tuple[float, ...] = ()  # of all steps
         self.samplers: tuple[LinearSampler, ...] | None = None
         self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
 
@@ -169,8 +182,9 @@ class Rollouts:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        found = fingerprint_of(self.transformer, self.sigmas, self.branches)
-        return replace(found, settings={**found.settings, **call_settings(self.call)})
+        steps = range(self.first, self.first + self.num_steps)
+        found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
+        return replace(found, settings={**found.settings, **call_settings(self.call), **expert_settings(self.pipeline)})
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
@@ -197,13 +211,14 @@ class Rollouts:
             )
         run = RolloutRun(self, schedule, forecast, more or {})
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
-        pictures = self._perform(routers, run.answer, self._clones, self._calls())
+        pictures = self._perform(routers, run.answer, range(len(self.prompts)))
         self.runs += 1
         return self._rollout_of(run, pictures)
 
     def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
-        velocities = tuple(run.velocities)
+        taken = [None if velocity is None else velocity.shifted(self.first) for velocity in run.velocities]
+        velocities = (*[None] * self.first, *taken)
         if all(velocity is None for velocity in velocities):
             velocities = ()
         return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces, run.products)
@@ -211,7 +226,13 @@ class Rollouts:
     def _take(self, found: Sequence[FullSample]) -> None:
         """Keeps the full runs."""
         self.runs += 1
-        self.sigmas = found[0].sigmas
+        self._levels = found[0].sigmas
+        self.first = len(self._levels) - 1 - found[0].num_steps
+        self.sigmas = self._levels[self.first :]
+        if any(one.num_steps != found[0].num_steps for one in found):
+            raise CalibrationError(
+                f"the samples take {', '.join(str(one.num_steps) for one in found)} steps; a schedule is for one number"
+            )
         self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
         self.branches = tuple(found[0].branches)
         self._streams = [one.branches for one in found]
@@ -238,10 +259,10 @@ class Rollouts:
             ((velocity, latents),) = items
             watcher.note_step(velocity, latents)
             if watcher.sigmas:
-                self._note(pictures / (len(watcher.sigmas) - 1))
+                self._note(pictures / (len(watcher.sigmas) - 1 - watcher.first))
             return [velocity]
 
-        (found_pictures,) = self._perform([watcher], answer, [self._clones[sample]], [self._calls()[sample]])
+        (found_pictures,) = self._perform([watcher], answer, [sample])
         found = watcher.sample(found_pictures)
         if self.files is not None:
             self.files.keep_sample(sample, found)
@@ -251,34 +272,32 @@ class Rollouts:
         self,
         routers: Sequence[Router],
         answer: Callable[[int, list[Any]], list[Any]],
-        pipelines: Sequence[Any],
-        calls: Sequence[dict[str, Any]],
+        samples: Sequence[int],
     ) -> list[np.ndarray]:
-        """Generations side by side, each by its own router; ``answer`` says which velocities are taken."""
+        """Generations of samples side by side, each by its own router; ``answer`` says which velocities are taken."""
+        pipelines, calls = [self._clones[k] for k in samples], self._calls()
+        counts = [len(self.seeds[k]) for k in samples]
         attachment = attach(self.pipeline, routers[0])
-        runs = [_pausable(clone, call) for clone, call in zip(pipelines, calls, strict=True)]
+        runs = [_pausable(clone, call) for clone, call in zip(pipelines, [calls[k] for k in samples], strict=True)]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
-        return [pictures_in(result) for result in results]
+        return [pictures_in(result, count) for result, count in zip(results, counts, strict=True)]
 
     def _calls(self) -> list[dict[str, Any]]:
-        calls = []
-        for prompt, seeds in zip(self.prompts, self.seeds, strict=True):
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            one: Any = generators if isinstance(prompt, (list, tuple)) else generators[0]
-            arguments = arguments_of(prompt)
-            calls.append(self.call | arguments | {"generator": copied(arguments.get("generator", one))})
-        return calls
+        return [call_of(prompt, seeds, self.call) for prompt, seeds in zip(self.prompts, self.seeds, strict=True)]
 
 
 class RolloutRun:
-    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for."""
+    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for.
+
+    Traces, and what is fitted, count steps from the first that the runs take.
+    """
 
     def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
         self.samplers, self.full, self.note_cost = rollouts.samplers, rollouts.full, rollouts.note_cost
-        self.schedule, self.forecast = schedule, forecast
+        self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
         self.traces = tuple(Trace() for _ in rollouts.prompts)
         self.velocities: list[Velocity | None] = []
         self.more, self.products = more, dict[int, np.ndarray]()
@@ -289,13 +308,18 @@ class RolloutRun:
             self.note_cost()
         for trace, (velocity, latents) in zip(self.traces, items, strict=True):
             trace.add(latents, velocity.clone() if runs else None)
-        if step == 0:
+        at = step - self.first
+        if at == 0:
             self._check_beginnings()
-        rule = self.schedule.velocity(step) if self.forecast is None else self._fit(step, self.forecast)
+        if self.forecast is None:
+            planned = self.schedule.velocity(step)
+            rule = None if planned is None else planned.shifted(-self.first)
+        else:
+            rule = self._fit(at, self.forecast)
         self.velocities.append(rule)
         for trace in self.traces:
-            trace.taken.append(trace.combined(rule, step))
-        return [trace.taken[step] for trace in self.traces]
+            trace.taken.append(trace.combined(rule, at))
+        return [trace.taken[at] for trace in self.traces]
 
     def _check_beginnings(self) -> None:
         """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
@@ -341,7 +365,7 @@ def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float =
 
     Args:
         fingerprint: of the model and run.
-        computed: steps, ascending, step 0 first.
+        computed: steps, ascending, counted from the first one that is run, which is 0 and among them.
         seconds: of computing all blocks once, as calibration measured them; 1 where nobody did.
 
     Raises:
@@ -351,8 +375,9 @@ def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float =
         raise ScheduleError("step 0 must be computed")
     run: tuple[Cell, ...] = (None,)
     skip: tuple[Cell, ...] = ({},)
-    cells = [run if step in set(computed) else skip for step in range(fingerprint.num_steps)]
-    velocities = tuple(_placeholders(cells))
+    chosen = {fingerprint.steps[place] for place in computed}
+    cells = [run if step in chosen else skip for step in range(fingerprint.num_steps)]
+    velocities = tuple(_placeholders(cells, fingerprint.steps))
     return Schedule(fingerprint, ((0, fingerprint.num_blocks),), tuple(cells), (seconds,), velocities=velocities)
 
 
@@ -360,22 +385,23 @@ def with_terms_of(schedule: Schedule, forecast: Forecast) -> Schedule:
     """The schedule with the terms that a fit would give it, newest first, and coefficients that hold the newest."""
     velocities: list[Velocity | None] = []
     raw: list[int] = []
+    steps = schedule.fingerprint.steps
     for step in range(schedule.num_steps):
         runs = not schedule.is_skipped(step)
         raw = [step, *raw] if runs else raw
-        corrects = step > 0 and forecast.target == "steer" and forecast.everywhere
-        if runs and not corrects:
+        corrects = step > steps[0] and forecast.target == "steer" and forecast.everywhere
+        if step not in steps or (runs and not corrects):
             velocities.append(None)
             continue
         velocities.append(Velocity({source: float(source == raw[0]) for source in raw[: forecast.terms]}))
     return replace(schedule, velocities=tuple(velocities))
 
 
-def _placeholders(cells: Sequence[Sequence[Cell]]) -> list[Velocity | None]:
+def _placeholders(cells: Sequence[Sequence[Cell]], steps: Sequence[int]) -> list[Velocity | None]:
     """The newest velocity held where a step is skipped; something has to be there for the schedule to be whole."""
-    newest, velocities = 0, list[Velocity | None]()
+    newest, velocities = steps[0], list[Velocity | None]()
     for step, row in enumerate(cells):
-        if all(cell is not None and not cell for cell in row):
+        if step in steps and all(cell is not None and not cell for cell in row):
             velocities.append(Velocity({newest: 1.0}))
         else:
             newest = step
@@ -392,19 +418,28 @@ def _pausable(clone: Any, call: dict[str, Any]) -> PausableRun:
     return pausable
 
 
-def _seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None) -> list[list[int]]:
-    """Seeds of every prompt's pictures."""
-    counts = [len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts]
-    given = list(range(sum(counts))) if seeds is None else list(seeds)
-    if len(given) != sum(counts):
-        raise CalibrationError(f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds")
-    edges = np.cumsum([0, *counts])
-    return [given[lo:hi] for lo, hi in pairwise(edges.tolist())]
-
-
 def psnr_of(reference: np.ndarray, pictures: np.ndarray) -> list[float]:
-    """PSNR in dB of every picture (of a video: over all its frames), at most 100."""
-    error = ((reference - pictures) ** 2).reshape(len(reference), -1).mean(axis=1)
-    if not np.isfinite(error).all():
+    """PSNR in dB of every picture (of a video: over all its frames), at most 100.
+
+    Args:
+        reference, pictures: of one shape ``[B, ...]``, in 0..1, or of 8 bit.
+
+    Raises:
+        CalibrationError: they differ in shape, or something is not finite.
+    """
+    if reference.shape != pictures.shape:
+        raise CalibrationError(f"pictures of {list(pictures.shape)} cannot be compared with {list(reference.shape)}")
+    errors = [_mean_square(a.reshape(-1), b.reshape(-1)) for a, b in zip(reference, pictures, strict=True)]
+    if not np.isfinite(errors).all():
         raise CalibrationError("a picture of the rollouts holds NaN or infinity")
-    return [float(value) for value in -10 * np.log10(np.maximum(error, 10 ** (-PSNR_LIMIT / 10)))]
+    return [float(value) for value in -10 * np.log10(np.maximum(errors, 10 ** (-PSNR_LIMIT / 10)))]
+
+
+def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
+    """Of a difference, in float64, a part at a time: a video has as many numbers as thousands of pictures."""
+    parts = [slice(lo, lo + ELEMENTS) for lo in range(0, len(a), ELEMENTS)]
+    return sum(float(np.square(_shares(a[part]) - _shares(b[part])).sum()) for part in parts) / len(a)
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return values / 255.0 if values.dtype == np.uint8 else values.astype(np.float64)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,11 @@ from torch import nn
 from layercache.errors import CalibrationError
 
 GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
+
+OUTPUTS = ("images", "frames", "videos")
+"""Attributes that a pipeline's output may hold its pictures in."""
+
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
 Sample = tuple[str, Callable[[], object]]
 
@@ -56,8 +62,9 @@ def samples_of(
 
     def sample(prompt: Any, seed: int) -> Sample:
         def generate() -> None:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            pipe(**{**arguments, **arguments_of(prompt), "generator": generator})
+            one = call_of(prompt, [seed], arguments)
+            # a list of prompts is a batch that shares one generator
+            pipe(**{**one, "generator": one["generator"][0]} if isinstance(one["generator"], list) else one)
 
         text = ", ".join(prompt) if isinstance(prompt, Mapping) and "prompt" not in prompt else prompt
         return f"seed {seed}: {text['prompt'] if isinstance(text, Mapping) else text}", generate
@@ -68,6 +75,55 @@ def samples_of(
 def arguments_of(prompt: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call for one sample: those it names, or its prompt."""
     return dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+
+
+def count_of(prompt: Any, call: Mapping[str, Any]) -> int:
+    """How many pictures one sample gives.
+
+    Args:
+        prompt: text, a list of texts, or a mapping of arguments (`arguments_of`).
+        call: further arguments of the call.
+    """
+    arguments = {**call, **arguments_of(prompt)}
+    per_prompt = next((arguments[name] for name in PER_PROMPT if arguments.get(name) is not None), 1)
+    for name in ("prompt", "prompt_embeds"):
+        given = arguments.get(name)
+        if isinstance(given, (list, tuple, torch.Tensor)):
+            return len(given) * int(per_prompt)
+    return int(per_prompt)
+
+
+def call_of(prompt: Any, seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a pipeline's call for one sample.
+
+    Args:
+        prompt: text, a list of texts (one call with that batch), or a mapping of arguments, such as an image to begin
+            with beside the prompt; of a generator among them a copy is given.
+        seeds: one per picture.
+        call: arguments of every call; those of the sample go before them.
+    """
+    arguments = {**call, **arguments_of(prompt)}
+    if arguments.get("generator") is not None:
+        return {**arguments, "generator": copied(arguments["generator"])}
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    is_batch = isinstance(prompt, (list, tuple)) or len(seeds) > 1
+    return {**arguments, "generator": generators if is_batch else generators[0]}
+
+
+def seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None, call: Mapping[str, Any]) -> list[list[int]]:
+    """Seeds of every sample's pictures; 0, 1, ... over all pictures where none are given.
+
+    Raises:
+        CalibrationError: there are more or fewer than pictures.
+    """
+    counts = [count_of(prompt, call) for prompt in prompts]
+    given = list(range(sum(counts))) if seeds is None else list(seeds)
+    if len(given) != sum(counts):
+        raise CalibrationError(
+            f"give one seed per picture: {sum(counts)} pictures, {len(given)} seeds", argument="seeds"
+        )
+    edges = np.cumsum([0, *counts]).tolist()
+    return [given[lo:hi] for lo, hi in pairwise(edges)]
 
 
 def call_settings(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,20 +144,41 @@ def copied(generator: Any) -> Any:
     return copy
 
 
-def pictures_in(result: Any) -> np.ndarray:
-    """Pictures or frames of a pipeline's result, ``[B, ...]``, in 0..1 (latents as they are)."""
-    for name in ("images", "frames"):
+def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
+    """Pictures of a pipeline's result, ``[B, ...]``; of a video all frames are one picture.
+
+    Args:
+        result: of the pipeline's call: an output class, a tuple, or the pictures themselves: an array or tensor, or
+            lists of arrays, tensors or PIL pictures, of videos lists of such lists.
+        count: B, where it is known: what has another length is cut into as many, so that the frames of one video, in
+            an array ``[frames, H, W, C]``, are one picture.
+
+    Returns:
+        float32, or float64 where the result is; 8-bit values (PIL) as they are, `psnr_of` knows their scale.
+
+    Raises:
+        CalibrationError: the result does not divide into so many.
+    """
+    for name in OUTPUTS:
         if hasattr(result, name):
             result = getattr(result, name)
             break
     else:
         result = result[0] if isinstance(result, tuple) else result
-    if isinstance(result, torch.Tensor):
-        result = result.float().cpu().numpy()
-    return np.stack([_numbers(picture) for picture in result])
+    found = _numbers(result)
+    if count is None or (found.ndim and len(found) == count):
+        return found
+    if count == 0 or not found.ndim or len(found) % count:
+        raise CalibrationError(f"the pipeline gave {len(found) if found.ndim else 0} pictures for {count} prompts")
+    return found[None] if count == 1 else found.reshape(count, -1, *found.shape[1:])
 
 
-def _numbers(picture: Any) -> np.ndarray:
-    """A picture, or the list of a video's frames, as float64; 8-bit values as shares of 255."""
-    values = np.asarray(picture)
-    return values / 255.0 if values.dtype == np.uint8 else values.astype(np.float64)
+def _numbers(pictures: Any) -> np.ndarray:
+    """Numbers in nested lists, as one array."""
+    if isinstance(pictures, torch.Tensor):
+        wide = pictures.dtype in (torch.float64, torch.uint8)
+        pictures = (pictures if wide else pictures.float()).detach().cpu().numpy()
+    if isinstance(pictures, (list, tuple)):
+        return np.stack([_numbers(picture) for picture in pictures])
+    found = np.asarray(pictures)
+    return found if found.dtype in (np.uint8, np.float64) else found.astype(np.float32, copy=False)

@@ -16,6 +16,7 @@ from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point
 from layercache.planning.rollout import Rollouts, skipping, with_terms_of
+from layercache.planning.samples import count_of
 from layercache.planning.search_files import SearchFiles
 from layercache.planning.whole_steps import TAIL, TERMS, WholeStepSearch, cost_of, counts_of, runs_per_budget
 
@@ -137,8 +138,8 @@ def search(
         tail=tail,
         seed=seed,
     )
-    prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort])
-    pictures = sum(len(prompt) if isinstance(prompt, (list, tuple)) else 1 for prompt in prompts)
+    prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort], call)
+    pictures = sum(count_of(prompt, call) for prompt in prompts)
     steps = steps_of(pipe, call)
     # refused before anything runs
     cost = EFFORTS[effort] if steps is None or not pictures else search_cost(pictures, steps, budgets, effort)[0]
@@ -176,7 +177,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
             raise
         notes.append(f"{ENDED_EARLY[1]}after {len(search.tried)} schedules")
     points = [tried.point for tried in search.tried]
-    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, config.tail)
+    return Front.of(points, (blocks, rest, 0.0), 1 + len(search.tried), notes, config.tail)
 
 
 def validated(
@@ -206,16 +207,17 @@ def fitting_terms(rollouts: Rollouts, counts: Sequence[int], max_cache_bytes: in
 
 
 def first_pictures(
-    prompts: Sequence[Any], seeds: Sequence[int] | None, most: int
+    prompts: Sequence[Any], seeds: Sequence[int] | None, most: int, call: Mapping[str, Any]
 ) -> tuple[list[Any], list[int] | None]:
     """Prompts and seeds of at most so many pictures; a list of prompts is cut."""
     kept: list[Any] = []
     left = most
     for prompt in prompts:
-        if left == 0:
+        if left <= 0:
             break
-        one = list(prompt[:left]) if isinstance(prompt, (list, tuple)) else prompt
-        left -= len(one) if isinstance(one, list) else 1
+        each = count_of(prompt[:1], call) if isinstance(prompt, (list, tuple)) and prompt else 1
+        one = list(prompt[: max(1, left // each)]) if isinstance(prompt, (list, tuple)) else prompt
+        left -= count_of(one, call)
         kept.append(one)
     return kept, None if seeds is None else list(seeds)[: most - left]
 

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from layercache._utils.checksum import sealed_json
+from layercache._utils.compat import unwrap_compiled
 from layercache._utils.files import check_output_folder, write_atomically
 from layercache._utils.formats import JOURNAL, going_on, read_json
 from layercache._utils.text import shown
 from layercache.errors import CalibrationError, FileFormatError, ScheduleMismatchError
-from layercache.models.registry import config_hash, settings_of
+from layercache.models.registry import config_hash, expert_settings, experts_of, settings_of
 from layercache.planning.full_run import FullSample
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace
@@ -149,7 +150,7 @@ class SearchFiles:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads(file.metadata()["full run"])
-            steps = len(about["sigmas"]) - 1
+            steps = sum(name.startswith("velocity ") for name in tensors)
             velocities = [tensors[f"velocity {step}"] for step in range(steps)]
             trace = Trace([tensors[f"latents {step}"] for step in range(steps)], list(velocities), velocities)
             branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}
@@ -178,21 +179,26 @@ class SearchFiles:
 
 def identity_of(rollouts: Rollouts) -> str:
     """Digest of what a search is of: the model, its sampler, the samples, the arguments of every call."""
-    model = model_identity(rollouts.transformer, rollouts.pipeline.scheduler)
+    model = model_identity(rollouts.pipeline)
     return digest_of([*model, rollouts.prompts, rollouts.seeds, dict(sorted(rollouts.call.items()))])
 
 
-def model_identity(transformer: Any, scheduler: Any) -> list[Any]:
-    """What `digest_of` is to take of a model with its weights, and of its sampler with its settings."""
+def model_identity(pipe: Any) -> list[Any]:
+    """What `digest_of` is to take of a pipeline's transformers with their weights, and its sampler's settings."""
+    scheduler, (first, *others) = pipe.scheduler, map(unwrap_compiled, experts_of(pipe).values())
+    settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+    turns = [*map(_weights_of, others), expert_settings(pipe)] if others else []
+    return [_weights_of(first), [type(scheduler).__name__, settings], *turns]
+
+
+def _weights_of(transformer: Any) -> list[Any]:
     # a number of each: other weights, or an adapter fused into them, change some
     firsts: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in transformer.parameters():
         if not parameter.is_meta:
             firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
     weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
-    model = [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
-    settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
-    return [model, [type(scheduler).__name__, settings]]
+    return [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
 
 
 def digest_of(value: Any) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from layercache._utils.compat import scheduler_step
+from layercache._utils.compat import scheduler_step, step_argument, with_velocity
+from layercache.runtime.patches import MethodPatch, restore
+from layercache.runtime.timesteps import StepTally
 
 
 class Abandoned(BaseException):
@@ -122,18 +124,26 @@ def clones(pipe: Any, count: int) -> list[Any]:
 @contextlib.contextmanager
 def paused_at_steps(scheduler: Any, run: PausableRun) -> Iterator[None]:
     """Pauses the run at every sampler step with ``(step, velocity, latents)``; the reply is the velocity to take."""
-    original = scheduler.step
+    original, tally = scheduler.step, StepTally(scheduler)
 
-    @functools.wraps(original)
-    def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        velocity = run.pause((scheduler_step(scheduler), model_output, sample))
-        return original(velocity, timestep, sample, *args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        at = scheduler_step(scheduler)
+        if at is None:
+            at = tally.step(step_argument(scheduler, "timestep", args, kwargs))
+        given = args[0] if args else kwargs["model_output"]
+        velocity = run.pause((at, given, step_argument(scheduler, "sample", args, kwargs)))
+        args, kwargs = with_velocity(velocity, args, kwargs)
+        result = original(*args, **kwargs)
+        tally.count()
+        return result
 
-    scheduler.__dict__["step"] = step
+    patch = MethodPatch(scheduler, "step", step)
+    patch.before = {"step": scheduler.__dict__["step"]} if "step" in scheduler.__dict__ else {}
+    scheduler.__dict__["step"] = patch
     try:
         yield
     finally:
-        del scheduler.__dict__["step"]
+        restore(scheduler, "step", patch.before)  # patches of a router's attachment may lie in front of it
 
 
 def run_in_step(

@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from threading import Lock, get_ident
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 from layercache._utils.compat import (
     ADAPTER_METHODS,
     CACHE_CONFIG,
-    OutsideGraphs,
     allow_graphs,
     counts_steps,
     has_foreign_cache,
@@ -24,15 +22,21 @@ from layercache._utils.compat import (
     is_compiled,
     is_hooked,
     scheduler_step,
+    step_argument,
     unwrap_compiled,
+    with_velocity,
 )
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
+from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
+from layercache.runtime.patches import CacheConfigMarker, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
+from layercache.runtime.timing import ForwardTimes
+from layercache.schedule.memory_plan import GroupAction
 
 PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
@@ -40,67 +44,18 @@ PATIENCE = 0.2
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
 
-def _class_method(owner: Any, name: str) -> Any:
-    return MethodType(getattr(type(owner), name), owner)
+class Attachment:
+    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it.
 
-
-class MethodPatch(functools.partial[Any]):
-    """An instance attribute in front of a method. Copies and pickles of its owner get the method itself.
-
-    Attributes:
-        before: what the instance had under that name; empty where it was the class's method.
-        behind: the method as it was.
+    Args:
+        target: the pipeline, or the transformer.
+        router: of the transformer.
+        leader: of a further transformer, the attachment of the first, which is undone together with it.
     """
 
-    of: tuple[Any, str]
-    before: dict[str, Any]
-    behind: Any
-
-    def __new__(cls, owner: Any, name: str, call: Callable[..., Any]) -> MethodPatch:
-        patch = super().__new__(cls, call)
-        patch.behind = getattr(owner, name)
-        functools.update_wrapper(patch, patch.behind)
-        patch.of = owner, name
-        return patch
-
-    def end(self) -> None:
-        """Calls the method as it was, where another patch that lies in front of this one still calls it."""
-        self.__class__ = EndedPatch
-
-    def __reduce__(self) -> Any:
-        return _class_method, self.of
-
-
-class EndedPatch(MethodPatch):
-    """A `MethodPatch` that was taken away; only it pays for a Python call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.behind(*args, **kwargs)
-
-
-class CacheConfigMarker:
-    """In the place of a configuration of one of diffusers' caches; copies and pickles of the model have none."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def _do_nothing(*args: Any) -> None:
-    pass
-
-
-class ForwardHook(OutsideGraphs):
-    """A module hook that stays with its module: what copies and pickles of the module get does nothing."""
-
-    def __reduce__(self) -> Any:
-        return ForwardHook, (_do_nothing,)
-
-
-class Attachment:
-    """Everything that was changed on a transformer (and its pipeline) for one router, and how to undo it."""
-
-    def __init__(self, target: Any, router: Router):
-        self.router = router
+    def __init__(self, target: Any, router: Router, leader: Attachment | None = None):
+        self.router, self.leader = router, leader
+        self.experts: list[Attachment] = []
         self.transformer = router.transformer
         self.pipeline = None if isinstance(target, nn.Module) else target
         self._target = target
@@ -110,16 +65,24 @@ class Attachment:
         )
         self._tallies: dict[int, StepTally] = {}
         self._heard: list[Any] = []  # schedulers whose steps are heard of
+        self._replacing: list[Any] = []  # those that get their velocities by way of the router
         self._driving: Any = None  # the one that drove the newest forward
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
+        self.times = ForwardTimes()
+        self._device = next((one.device for one in self.transformer.parameters()), torch.device("cpu"))
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
+
+    @property
+    def root(self) -> Router:
+        """The router that was enabled; that of the present forward may be another."""
+        return self._root
 
     def attach(self) -> None:
         for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
@@ -145,7 +108,20 @@ class Attachment:
         if self.pipeline is not None and identity.scheduler is getattr(self.pipeline, "scheduler", None):
             identity.follow(self.pipeline)
         self._follow(self.pipeline, identity.scheduler)
+        self._lead_experts(self.pipeline)
         self.router.attached()
+
+    def _lead_experts(self, pipeline: Any) -> None:
+        """The router decides about the steps of the pipeline's further transformers too."""
+        for module in further_experts(pipeline, self._root):
+            transformer = unwrap_compiled(module)
+            if attachment_of(transformer) is None:
+                self.experts.append(Attachment(module, ExpertRouter(transformer, self), self))
+                self.experts[-1].attach()
+
+    def invalidate(self) -> None:
+        """The model is another one now: nothing that was stored is of use."""
+        self._root.invalidate()
 
     def _named_context(self, original: Callable[..., Any], name: str, **fields: Any) -> Saying:
         """One of diffusers' cache contexts, whose name and step are what the caller says of the forwards within.
@@ -176,7 +152,7 @@ class Attachment:
 
         def changing(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            self._root.invalidate()
+            self.invalidate()
             return result
 
         return changing
@@ -189,6 +165,7 @@ class Attachment:
         else:
             identity.follow(pipeline)
         self._follow(pipeline, scheduler)
+        self._lead_experts(pipeline)
 
     def _follow(self, pipeline: Any, scheduler: Any) -> None:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
@@ -206,9 +183,24 @@ class Attachment:
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
             self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self._root.replaces_velocity:
+            self._replace_velocities(scheduler)
+
+    def _replace_velocities(self, scheduler: Any) -> None:
+        """Between the model and this sampler the router may put other velocities."""
+        if all(known is not scheduler for known in self._replacing):
+            self._replacing.append(scheduler)
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
 
     def detach(self) -> None:
+        """Undoes everything, on all transformers of the pipeline that were attached together."""
+        if self.leader is not None:
+            self.leader.detach()
+            return
+        for attachment in (*reversed(self.experts), self):
+            attachment._undo()
+        self.experts = []
+
+    def _undo(self) -> None:
         self.router.shut()
         for blocks, cls in self._classes:
             blocks.__class__ = cls
@@ -217,38 +209,28 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         for patched in reversed(self._instance_attributes):
-            self._restore(*patched)
+            restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
         self._heard.clear()
+        self._replacing.clear()
         self._root.free()
-
-    @staticmethod
-    def _restore(owner: Any, name: str, before: dict[str, Any]) -> None:
-        above, patch = None, owner.__dict__.get(name)
-        while isinstance(patch, MethodPatch) and patch.before is not before:
-            above, patch = patch, patch.before.get(name)
-        if isinstance(patch, MethodPatch):
-            patch.end()
-            if above is not None:  # another cache's, which ends later (two transformers and one scheduler)
-                above.before.clear()
-                above.before.update(before)
-                return
-        owner.__dict__.pop(name, None)
-        owner.__dict__.update(before)
 
     def follow(self, router: Router, scheduler: Any) -> None:
         """A request brings a sampler of its own."""
         router.identity.tallies = self._tallies
         if all(known is not scheduler for known in self._heard):
             self._hear_steps(scheduler)
+        if router.replaces_velocity:
+            self._replace_velocities(scheduler)
 
     def unfollow(self, scheduler: Any) -> None:
         """Nothing uses this sampler any more: its steps are its own again."""
         own = [patched for patched in self._instance_attributes if patched[0] is scheduler]
         for patched in reversed(own):
-            self._restore(*patched)
+            restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
         self._heard = [known for known in self._heard if known is not scheduler]
+        self._replacing = [known for known in self._replacing if known is not scheduler]
         self._tallies.pop(id(scheduler), None)
 
     def _follow_replaced(self, scheduler: Any) -> None:
@@ -319,26 +301,29 @@ class Attachment:
         return step
 
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
-        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            at = scheduler_step(scheduler)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            at = self._step_of(scheduler, args, kwargs)
             router = self._root.for_call()
-            velocity = model_output
             if at is not None and router.replaces_velocity:
-                velocity = router.replace_velocity(at, model_output, sample)
-            return original(velocity, timestep, sample, *args, **kwargs)
+                given = args[0] if args else kwargs["model_output"]
+                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs))
+                if velocity is not given:
+                    args, kwargs = with_velocity(velocity, args, kwargs)
+            return original(*args, **kwargs)
 
         return step
+
+    def _step_of(self, scheduler: Any, args: Any, kwargs: Any) -> int | None:
+        """The step that a scheduler is about to take."""
+        at = scheduler_step(scheduler)
+        if at is None and id(scheduler) in self._tallies:
+            return self._tallies[id(scheduler)].step(step_argument(scheduler, "timestep", args, kwargs))
+        return at
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
-        here = get_ident()
-        if self._holder != here:
-            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
-                self._wait()
-            self._holder = here
-        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
-            self._fail()
+        self._acquire()
         try:
             self.is_under_way = True
             self._announce(module, args, kwargs)
@@ -346,6 +331,26 @@ class Attachment:
             self._fail()
             self._release()
             raise
+
+    def decide(self, forward: Forward) -> tuple[GroupAction, ...]:
+        """What the router's groups would do in a forward of another transformer; nothing where it has no place."""
+        self._acquire()
+        router = self.router_of_call()
+        try:
+            router.begin(forward)
+            return router.actions if router.is_announced else ()
+        finally:
+            router.shut()
+            self._release()
+
+    def _acquire(self) -> None:
+        here = get_ident()
+        if self._holder != here:
+            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
+                self._wait()
+            self._holder = here
+        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
+            self._fail()
 
     def _wait(self) -> None:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
@@ -368,13 +373,18 @@ class Attachment:
         self.router.shut()
         self.router.end_generation(completed=False)
 
-    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def router_of_call(self) -> Router:
+        """The router of the forward that is about to start, which is routed by it from now on."""
         scheduler = self._root.identity.current()
         if scheduler is not self._driving:
             self._follow_replaced(scheduler)
         router = self._root.for_call()
         if router is not self.router:
             self._route_by(router)
+        return router
+
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        router = self.router_of_call()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         spec = router.spec
         if spec.bypass and _gives(arguments, spec.bypass):
@@ -388,6 +398,7 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         branch, step, part = self.said.get()
         router.begin(Forward(branch, step, arguments, dry_run, part))
+        self.times.start(self._device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._holder != get_ident():  # it was refused before it began
@@ -396,7 +407,9 @@ class Attachment:
             router = self.router
             if output is None:
                 self._fail()
-            elif router.has_post_hook and router.is_announced:
+                return
+            self.times.stop(self._device, not router.is_announced or router.computes_all)
+            if router.has_post_hook and router.is_announced:
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
         except BaseException:
             self._fail()
@@ -434,21 +447,28 @@ def attachment_of(transformer: nn.Module) -> Attachment | None:
     return None
 
 
+def further_experts(target: Any, router: Router) -> list[nn.Module]:
+    """The other transformers of a pipeline whose steps the router decides about, as the pipeline calls them."""
+    if target is None or isinstance(target, nn.Module) or not router.takes_experts:
+        return []
+    return [module for module in experts_of(target).values() if unwrap_compiled(module) is not router.transformer]
+
+
 def attach(target: Any, router: Router) -> Attachment:
     """Attaches a router to a pipeline or transformer, and to its scheduler if the router replaces velocities.
 
     Raises:
         CacheStateError: another cache, ours or one of diffusers, is enabled on it.
     """
-    transformer = router.transformer
-    if attachment_of(transformer) is not None:
-        raise CacheStateError(
-            "a layercache cache is already enabled on this transformer; call layercache.disable first"
-        )
-    if has_foreign_cache(transformer):
-        raise CacheStateError(
-            "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
-        )
+    for module in (router.transformer, *map(unwrap_compiled, further_experts(target, router))):
+        if attachment_of(module) is not None:
+            raise CacheStateError(
+                "a layercache cache is already enabled on this transformer; call layercache.disable first"
+            )
+        if has_foreign_cache(module):
+            raise CacheStateError(
+                "a diffusers cache is enabled on this transformer; call transformer.disable_cache() first"
+            )
     attachment = Attachment(target, router)
     attachment.attach()
     return attachment

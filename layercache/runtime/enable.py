@@ -12,8 +12,16 @@ from typing import Any, overload
 
 from torch import nn
 
+from layercache._utils.compat import tells_steps
 from layercache.errors import BudgetError, CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
-from layercache.models.registry import config_hash, count_blocks, experts_of, find_transformer, spec_for
+from layercache.models.registry import (
+    config_hash,
+    count_blocks,
+    expert_settings,
+    experts_of,
+    find_transformer,
+    spec_for,
+)
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
@@ -21,7 +29,7 @@ from layercache.runtime.modules import ModuleScheduleRouter
 from layercache.runtime.planned import PlannedRouter
 from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
-from layercache.runtime.target import GENERATIONS, Target
+from layercache.runtime.target import Target
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -73,7 +81,7 @@ def enable(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> Cache: ...
 
 
@@ -88,14 +96,15 @@ def enable(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> Cache:
-    """Runs a pipeline by ``plan`` from now on, or by what is learnt from its first generations.
+    """Runs a pipeline by ``plan`` from now on; without one, by what is known of the model, or needs no calibration.
 
     Args:
         pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step. A second pipeline that shares the
-            transformer joins the cache when the same schedule is enabled on it.
+            transformer joins the cache when the same schedule is enabled on it. Where a pipeline runs two transformers
+            in turns (Wan 2.2), schedules and methods that skip whole steps are of both, on one cache.
         plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
@@ -105,12 +114,12 @@ def enable(
         storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
             halves their memory (`layercache.runtime.storage.Storage`).
         budget, speedup, min_psnr: without a plan, what is wanted: the largest share of the block time that is
-            computed, the speedup of the denoising loop, or the mean PSNR in dB that other pictures should have. The
-            first generations run in full and are recorded, a schedule is fitted to them before the next one, and is
-            kept in the user's data folder (`layercache.planning.learn`).
-        learn: how many generations are recorded; ``"more"``: four more, though a schedule is known, to refine it; 0:
-            none, a schedule made from other models' full runs is taken at once, for a budget or a speedup
-            (`layercache.planning.universal`).
+            computed, the speedup of the denoising loop (1.5 where nothing is said), or the mean PSNR in dB that other
+            pictures should have. What was learnt before of this model, settings and target is taken from the user's
+            data folder, else a method that needs no calibration (`layercache.methods.automatic`).
+        learn: how many generations run in full and are recorded first; a schedule is fitted to them before the next
+            one, and kept in the user's data folder (`layercache.planning.learn`). 4 for ``min_psnr``, else 0 by
+            default; ``"more"``: four more, though a schedule is known, to refine it.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -119,9 +128,9 @@ def enable(
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
-        MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs, or
-            a pipeline of two transformers), or ``plan`` is something else.
-        BudgetError: without a plan, not exactly one of budget, speedup and min_psnr, or one that is out of range.
+        MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs), or
+            ``plan`` is something else.
+        BudgetError: several of budget, speedup and min_psnr, one beside a plan, or one that is out of range.
 
     All errors are classes of `layercache.errors`.
     """
@@ -156,13 +165,8 @@ class Setting:
         model = self.transformer
         fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
 
-    def check_velocities(self, name: str, steps: str = "every step") -> None:
-        """Raises `MethodError` where velocities that the plan replaces are not all there is to replace.
-
-        Args:
-            name: of the plan.
-            steps: at which the plan takes this transformer to run; empty where it says itself that others run too.
-        """
+    def check_velocities(self, name: str) -> None:
+        """Raises `MethodError` where velocities that the plan replaces are not all there is to replace."""
         model = type(self.transformer).__name__
         if len(spec_for(self.transformer).leaves) > 1:
             raise MethodError(
@@ -170,12 +174,22 @@ class Setting:
                 "sampler of its own: the second would be stepped with what was never computed; take a method or "
                 "schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
             )
+
+    def check_experts(self, plan: Schedule) -> None:
+        """Raises `MethodError` where a schedule with velocities reuses groups too, of one transformer of several.
+
+        Warns:
+            LayerCacheWarning: the pipeline turns to its other transformer at another step than was measured.
+        """
         experts = [] if isinstance(self.pipe, nn.Module) else list(experts_of(self.pipe))
-        if steps and len(experts) > 1:
+        if len(experts) > 1 and plan.takes_experts:
+            plan.fingerprint.warn_of(expert_settings(self.pipe))
+        elif len(experts) > 1 and not plan.fingerprint.steps_run:
             raise MethodError(
-                f"{name} replaces velocities at {steps} of a run, and this pipeline runs {' and '.join(experts)} in "
-                "turns, of which it sees one; take a method or schedule that reuses groups of blocks (FBCache, "
-                "layercache.plan), or plan each transformer for its own steps (layercache.calibrate(transformer=...))"
+                f"this schedule replaces velocities and reuses groups of blocks, and this pipeline runs "
+                f"{' and '.join(experts)} in turns, of which it knows the groups of one; take a schedule of whole "
+                "steps (layercache.search), or plan each transformer for its own steps "
+                "(layercache.calibrate(transformer=...))"
             )
 
     def refuse_storage(self, plan: Any) -> None:
@@ -221,8 +235,9 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
             return shared
     router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
     if any(plan.velocities):
-        setting.check_velocities("this schedule", "" if plan.fingerprint.steps_run else "every step")
-    if router.replaces_velocity and not hasattr(scheduler, "step_index"):
+        setting.check_velocities("this schedule")
+        setting.check_experts(plan)
+    if router.replaces_velocity and not tells_steps(scheduler):
         raise CacheStateError(
             "this schedule changes velocities on their way to the sampler: enable it on the pipeline, or name the "
             "scheduler of your own loop: layercache.enable(transformer, schedule, scheduler)"
@@ -319,7 +334,7 @@ def enabled(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> AbstractContextManager[Cache]: ...
 
 

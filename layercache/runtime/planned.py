@@ -33,7 +33,7 @@ class PlannedRouter(Router):
                 f"{type(method).__name__} is planned from the noise levels of a run: enable it on the pipeline, or "
                 "enable its schedule: method.schedule(fingerprint)"
             )
-        self.method = method
+        self.method, self.takes_experts = method, method.replaces_velocity
         self.identity = Identity(spec, scheduler)
         self._storage = storage
         self._run: object = None

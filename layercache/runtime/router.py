@@ -36,7 +36,9 @@ from layercache.runtime.blocks import (
 from layercache.runtime.forward import Forward, Said, Saying
 from layercache.runtime.identity import Generation, Identity
 from layercache.runtime.identity import Place as ForwardPlace
-from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
+from layercache.runtime.report import CacheReport
+from layercache.runtime.timing import ForwardTimes
+from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
 _CLOSED = -1
 _CALL_CODE = nn.Module._call_impl.__code__
@@ -59,6 +61,7 @@ class Attached(Protocol):
     router: Router
     said: ContextVar[Said]
     pipeline: Any
+    times: ForwardTimes
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
 
@@ -79,8 +82,10 @@ class Router:
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
         has_post_hook: whether `after` does anything.
         fault: NaN or infinity in what the last generation stored.
+        takes_experts: whether it decides about whole steps, of all transformers that a pipeline runs in turns.
     """
 
+    takes_experts = False
     adds = True
     keeps_items = False
     fault: NonFiniteResidualError | None = None
@@ -198,6 +203,17 @@ class Router:
         if place.opens or place.closes:
             return SkippedBlock(block_pass, block, place, action)
         return IdentityBlock(block_pass, block, place)
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether nothing is reused in the present forward, as far as it has come."""
+        return all(action.kind != REUSE for action in self.actions)
+
+    @property
+    def measured_speedup(self) -> float | None:
+        """Of the transformer's newest forwards; waits for the device (`ForwardTimes.speedup`)."""
+        attachment = getattr(self, "attachment", None)
+        return None if attachment is None else attachment.times.speedup()
 
     @property
     def graphs(self) -> int:
@@ -320,6 +336,10 @@ class Router:
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled."""
+        raise NotImplementedError
 
     def find_fault(self) -> NonFiniteResidualError | None:
         """Looks for NaN and infinity in what the present generation has stored; may ask the device."""

@@ -67,6 +67,8 @@ class StepRun:
 class StepRouter(Router):
     """Skips whole steps by a `StepMethod`; this is what ``layercache.enable`` returns for one."""
 
+    takes_experts = True
+
     def __init__(self, transformer: nn.Module, spec: ModelSpec, method: StepMethod, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         if not takes_euler_steps(scheduler):
@@ -208,4 +210,4 @@ class StepRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
         run = self._newest
-        return self._counts.report(1.0, run.nbytes, run.branches, self.identity)
+        return self._counts.report(1.0, run.nbytes, run.branches, self.identity, self.measured_speedup)

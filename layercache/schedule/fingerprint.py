@@ -19,6 +19,7 @@ SETTINGS = {
     "adapters": "LoRA adapters",
     "guidance": "guidance",
     "size": "size",
+    "experts": "transformers in turns",
 }
 """What a run is measured with besides the model, by what messages call it; it voids no schedule."""
 
@@ -217,6 +218,17 @@ def check_steps(fingerprint: Fingerprint) -> None:
     """Raises `ScheduleError` where there is no step to schedule."""
     if fingerprint.num_steps < 1:
         raise ScheduleError(f"a schedule needs a step at least, and its noise levels are {list(fingerprint.sigmas)}")
+
+
+def settings_line(fingerprint: Fingerprint) -> str:
+    """What was measured with and which branches there were, in a line; what is not known is left out."""
+    given, known = fingerprint.settings, list[str]()
+    for key, name in SETTINGS.items():
+        if isinstance(given.get(key), (list, tuple)) and key != "adapters":
+            known += map(str, given[key])  # each names itself, such as guidance_scale 4
+        elif given.get(key):
+            known.append(f"{name} {_said(given[key])}")
+    return ", ".join([*known, *([f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else [])])
 
 
 def _listed(differences: Sequence[str]) -> str:

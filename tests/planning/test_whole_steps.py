@@ -236,7 +236,7 @@ def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
         assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [
             (p.psnr, p.expected, p.schedule.velocities) for p in expected.points
         ]
-        assert len(runs) == expected.tried - 1 - schedules
+        assert len(runs) == expected.tried - 1 - schedules and found.tried == expected.tried
     layercache.search(tiny_pipeline(2), prompts, resume=folder, **settings)
     assert len(runs) == expected.tried - 1 - schedules
     with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):

@@ -21,7 +21,6 @@ from layercache.errors import (
 from layercache.methods.fixed import SmoothCache
 from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.rollout import Rollouts
 from layercache.runtime.attachment import attachment_of
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import reforecast, secant_coefficients
@@ -477,14 +476,6 @@ def test_an_expert_that_never_runs(made):
             layercache.calibrate(pipe, prompts, transformer="transformer_2", **SIZES, **settings)
     finally:
         pipe.register_to_config(boundary_ratio=before)
-
-
-def test_rollouts_follow_one_transformer(made):
-    pipe, prompts, settings = made
-    with pytest.raises(CalibrationError, match="5, 6, 7, 8, 9, 10, 11.*layercache.plan"):
-        Rollouts(pipe, prompts[:1], **settings)
-    with pytest.raises(CalibrationError, match="layercache.plan"):
-        layercache.search(pipe, prompts[:1], budgets=(0.8,), progress=False, **settings)
 
 
 def test_spec_is_that_of_one_expert(made):

@@ -1,4 +1,4 @@
-"""Plans that replace velocities, on models with two outputs (LTX-2) and pipelines of two transformers (Wan 2.2)."""
+"""Plans that replace velocities: those that some models and pipelines cannot take are refused before any work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from layercache.methods import EasyCache, FBCache, MagCache, MeanCache, TaylorSe
 from layercache.models.registry import fingerprint_of
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.policy import PlannedMethod
+from layercache.schedule.schedule import Schedule, Velocity
 from support.zoo import build
 from support.zoo_pipelines import _wan_two_experts
 
@@ -53,14 +54,13 @@ def test_plans_of_groups_are_not(model, scheduler, plan):
     layercache.disable(model)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_two_experts(scheduler, method):
-    """One that says itself at which steps its transformer runs is not refused (`test_experts`)."""
+def test_groups_of_one_of_two_experts(scheduler):
+    """Whole steps may be of both (`test_experts_together`), groups beside velocities are of one."""
     pipe = _wan_two_experts()[0]
-    plans = [method]
-    if isinstance(method, PlannedMethod):
-        plans.append(method.schedule(fingerprint_of(pipe.transformer, scheduler.sigmas.tolist(), ("cond", "uncond"))))
-    for plan in plans:
-        with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):
-            layercache.enable(pipe, plan)
-        assert attachment_of(pipe.transformer) is None
+    prints = fingerprint_of(pipe.transformer, scheduler.sigmas.tolist(), ("cond", "uncond"))
+    cells = tuple(({0: 1.0},) if step == 2 else (None,) for step in range(STEPS))
+    velocities = (*[None] * 3, Velocity({3: 0.9}), *[None] * 4)
+    plan = Schedule(prints, ((0, prints.num_blocks),), cells, (1.0,), {}, velocities)
+    with pytest.raises(MethodError, match="runs transformer and transformer_2 in turns"):
+        layercache.enable(pipe, plan)
+    assert attachment_of(pipe.transformer) is None

@@ -127,9 +127,10 @@ def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Pa
 def _method_names(text: str) -> list[str]:
     """The methods that were asked for; what is missing or unknown is refused before anything is loaded."""
     from layercache.tools.compare.entries import METHODS, PEERS, check_methods
-    from layercache.tools.report import plots
+    from layercache.tools.report import pages, plots
 
     plots.check_installed()
+    pages.check_installed()
     kinds = {"ours": list(METHODS), "peers": list(PEERS), "all": [*METHODS, *PEERS]}
     names = kinds.get(text) or [name.strip() for name in text.split(",") if name.strip()]
     check_methods(names)

@@ -77,13 +77,14 @@ def search(
 
 def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path:
     """Checks where the search writes; the folder from which it could go on."""
-    from layercache.tools.report import plots
+    from layercache.tools.report import pages, plots
 
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
     folder = output.with_suffix(".search")
     check_outputs({**outputs, "json_to": json_to}, [prompts_file])
     check_output_folder(folder, "output")
     plots.check_installed()
+    pages.check_installed()
     return folder
 
 
@@ -140,7 +141,7 @@ def _save(printer: Printer, front: Front, output: Path) -> None:
     rows = rows_of(front)
     save(output, front.save)
     save_front_plot(output.with_suffix(".png"), rows, title)
-    page = save_front_page(output.with_suffix(".html"), rows, title)
+    page = save_front_page(output.with_suffix(".html"), rows, title, front=front)
     order = [order_sentence(rows)] if len(rows) > 1 else []
     printer.say(
         front_table(rows, title), *order, *map(shown, front.notes), f"front: {shown(output)}", f"page: {shown(page)}"
