@@ -25,7 +25,7 @@ from layercache.tools.cli.common import (
     read_prompts,
     when_stopped,
 )
-from layercache.tools.cli.finished import Command
+from layercache.tools.cli.finished import request_of
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options, words_of
 from layercache.tools.cli.pipelines import gives_video, load_with_prompts, quiet_call, refused_arguments
 
@@ -42,7 +42,6 @@ Batch = Annotated[
     int | None, typer.Option(min=1, help="Pictures per call: 4, or 1 of videos and of pipelines that take pictures.")
 ]
 Calibration = Annotated[int, typer.Option(min=1, help="Pictures to fit and tune on, with other seeds.")]
-Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed in a comparison that is finished.")]
 FourSteps = Annotated[int, typer.Option("--steps", min=4, help="Denoising steps.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder; a comparison in it goes on.")]
 
@@ -60,13 +59,13 @@ def compare(
     num_inference_steps: FourSteps = 30,
     effort: EffortOption = Effort.normal,
     output: Folder = Path("comparison"),
-    retry: Retry = False,
     json_to: Json = None,
 ) -> None:
     """Compare every caching method, and the caches of other packages, on one model, the same seeds and budgets.
 
     Thresholds are tuned on calibration pictures so that every method comes as close to each budget as it can; PSNR and
-    SSIM are of other seeds. Given again with the same folder, it goes on where it was stopped.
+    SSIM are of other seeds. Given again with the same folder, it goes on where it was stopped; one that is finished
+    loads nothing.
 
     Example: `layercache compare --methods layercache,meancache,fbcache,diffusers:fbcache --budgets 0.6,0.4`
     """
@@ -75,18 +74,17 @@ def compare(
     names, shares, printer = _method_names(methods), parse_budgets(budgets), Printer(json_to)
     counts = {"seeds": seeds, "batch": batch, "calibration": calibration, "steps": num_inference_steps}
     given = {**counts, "effort": effort.value, "prompts": read_prompts(prompts.prompts, prompts.prompts_file)}
-    command = Command.of(output, model, call, given)
+    request = request_of(model, call, given)
     title = f"{model.model}, {num_inference_steps} steps, {seeds} pictures"
-    if not retry and (outcomes := command.outcomes(names, shares)) is not None:
-        return _say_again(printer, outcomes, title, output)
+    if (before := _finished(output, names, shares, request)) is not None:
+        return _say_again(printer, before, title, output)
     pipe, found = load_with_prompts(model, prompts, call)
     batch = batch or (1 if call.image or gives_video(pipe) else 4)
-    settings = _Settings(shares, effort.value, seeds, calibration, batch)
+    settings = _Settings(shares, effort.value, seeds, calibration, batch, request)
     arguments = quiet_call(pipe, num_inference_steps, call)
     again = shlex.join(["layercache", "compare", *words_of(model), "-o", shown(output)])
     with when_stopped(f"Stopped. What was measured is in {shown(output)}; the same command ({again} ...) goes on."):
         outcomes = _run(printer, settings.comparison(pipe, found, arguments, output), names, title)
-    command.save()
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
@@ -99,6 +97,7 @@ class _Settings:
     seeds: int
     calibration: int
     batch: int
+    request: dict[str, Any]
 
     def comparison(self, pipe: Any, prompts: list[str], call: dict[str, Any], folder: Path) -> Comparison:
         from layercache.tools.compare.entries import CalibratedModel
@@ -108,7 +107,19 @@ class _Settings:
         tuned_on = batches_of(prompts, self.seeds, self.calibration, self.batch)
         behind = list(range(self.seeds, self.seeds + self.calibration))
         calibrated = CalibratedModel(pipe, tuned_on, behind, call, self.shares, self.effort, folder / "search")
-        return Comparison(calibrated, batches_of(prompts, 0, self.seeds, self.batch), list(range(self.seeds)), folder)
+        batches, numbers = batches_of(prompts, 0, self.seeds, self.batch), list(range(self.seeds))
+        return Comparison(calibrated, batches, numbers, folder, request=self.request)
+
+
+def _finished(
+    folder: Path, names: list[str], shares: tuple[float, ...], request: dict[str, Any]
+) -> list[Outcome] | None:
+    """The outcomes of a comparison that was asked for before and has nothing left to run."""
+    from layercache.tools.compare.entries import jobs_of, methods_of
+    from layercache.tools.compare.files import finished
+
+    files = finished(folder, names, shares, request)
+    return None if files is None else files.of(list(jobs_of(methods_of(names), shares)))
 
 
 def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Path) -> None:
@@ -117,10 +128,7 @@ def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Pa
 
     printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
     files = [folder / name for name in ("compare.json", "compare.png", "pictures.png", "compare.html")]
-    printer.say(
-        f"This comparison was finished before: {', '.join(shown(path) for path in files if path.exists())}. What "
-        "failed runs again with --retry."
-    )
+    printer.say(f"This comparison was finished before: {', '.join(shown(path) for path in files if path.exists())}.")
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
