@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache.models.registry import find_transformer
+from layercache.runtime.patches import MethodPatch, restore
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import PictureCalls, Pictures
 from layercache.tools.compare.peers import block_calls
@@ -173,20 +174,19 @@ def steps_taken(pipeline: Any) -> Iterator[list[int]]:
     """Counts the sampler's steps."""
     scheduler, steps = pipeline.scheduler, [0]
     original = scheduler.step
-    own = scheduler.__dict__.get("step")
 
     def step(*args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         return original(*args, **kwargs)
 
-    scheduler.step = step
+    # a pipeline may copy its sampler (LTX-2, for the sound), and the copy takes steps of its own
+    patch = MethodPatch(scheduler, "step", step)
+    patch.before = {"step": scheduler.__dict__["step"]} if "step" in scheduler.__dict__ else {}
+    scheduler.__dict__["step"] = patch
     try:
         yield steps
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+        restore(scheduler, "step", patch.before)
 
 
 def _add(total: list[int], calls: int) -> None:
