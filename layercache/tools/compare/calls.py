@@ -18,7 +18,7 @@ from layercache._utils import metrics
 from layercache._utils.compat import progress_bar_settings
 from layercache.errors import ArgumentError, CacheStateError, LayerCacheError, UnsupportedModelError
 from layercache.models.registry import find_transformer, spec_for
-from layercache.planning.samples import arguments_of, pictures_in
+from layercache.planning.samples import arguments_of, copied, pictures_in
 from layercache.runtime.attachment import attachment_of
 
 Pictures = NDArray[np.float32]
@@ -56,7 +56,9 @@ class PictureCalls:
         prompts, (lo, hi) = self.prompts[batch], self.batches[batch]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds[lo:hi]]
         own = arguments_of(prompts[0]) if len(prompts) == 1 else {"prompt": prompts}
-        call = self.call | own | {"generator": generators if len(prompts) > 1 else generators[0]}
+        generator = own.get("generator")  # a sample's own draws the same in every run
+        noise: Any = generators if len(prompts) > 1 else generators[0]
+        call = self.call | own | {"generator": noise if generator is None else copied(generator)}
         device = torch.device(getattr(self.pipeline, "device", "cpu"))
         _synchronise(device)
         start = time.perf_counter()
@@ -82,12 +84,14 @@ def batches_of(prompts: Sequence[Any]) -> list[list[Any]]:
 
 
 def checked(pictures: np.ndarray, count: int) -> Pictures:
-    """Pictures or videos as float32.
+    """Pictures or videos as float32; frames of one video, where one was asked for, are that video.
 
     Raises:
         LayerCacheError: they are neither, there is another number of them, or their values are not in 0..1.
     """
-    pictures = pictures.astype(np.float32)
+    pictures = (pictures / 255.0 if pictures.dtype == np.uint8 else pictures).astype(np.float32)
+    if count == 1 and pictures.ndim == 4 and len(pictures) > 1:
+        pictures = pictures[None]
     if pictures.ndim not in (4, 5) or pictures.shape[-1] not in (1, 3, 4):
         raise LayerCacheError(
             "only pictures [n, height, width, channels] and videos [n, frames, height, width, channels] can be "

@@ -75,6 +75,11 @@ class Outcome:
         return key_of(self.method, self.budget, self.is_fixed)
 
     @property
+    def at(self) -> str:
+        """The budget, for people."""
+        return "as it is" if self.is_fixed else f"{self.budget:g}"
+
+    @property
     def speedup_range(self) -> tuple[float, float]:
         """The lowest and the highest of the repeats."""
         return (min(self.speedups), max(self.speedups)) if self.speedups else (self.speedup, self.speedup)

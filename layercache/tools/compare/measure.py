@@ -14,7 +14,9 @@ from layercache._utils import metrics
 from layercache._utils.metrics import Summary, summarise
 from layercache._utils.text import shown
 from layercache.errors import ArgumentError, MethodError
+from layercache.models.registry import find_transformer
 from layercache.runtime.attachment import attach
+from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import Fidelity, PictureCalls, check_pipeline, fidelity, quiet, samples_of
 from layercache.tools.compare.own import described_plan, is_plan
@@ -159,9 +161,10 @@ def measure(
     check_pipeline(pipe, call)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ArgumentError(f"repeats is a number of at least 1, got {repeats!r}", argument="repeats")
+    if isinstance(plan, list):
+        raise MethodError("expected a plan, got a list; the prompts come behind it: measure(pipe, plan, prompts)")
     if plan is not None and not is_plan(plan):
-        hint = ", the prompts come behind it: measure(pipe, plan, prompts)" if isinstance(plan, (str, list)) else ""
-        raise MethodError(f"expected a schedule or a method of layercache.methods, got {type(plan).__name__}{hint}")
+        make_router(plan, Setting(pipe, find_transformer(pipe)))  # raises, and says what to do
     if prompts is None:
         raise ArgumentError("give prompts=[...], a picture is made for each", argument="prompts")
     targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}

@@ -242,14 +242,15 @@ def described_plan(plan: Any) -> str:
 
 
 def _own_settings(config: Any) -> list[str]:
-    """The fields that differ from their defaults, or the first where none does."""
+    """The fields that differ from their defaults, or the class's first where none does."""
     own = []
     for one in fields(config):
         value = getattr(config, one.name)
         default = one.default if one.default_factory is MISSING else one.default_factory()
         if default is MISSING or value != default:
             own.append(f"{one.name}={value!r}")
-    return own or [f"{one.name}={getattr(config, one.name)!r}" for one in fields(config)[-1:]]
+    first = [one.name for one in fields(config) if one.name in type(config).__annotations__][:1]
+    return own or [f"{name}={getattr(config, name)!r}" for name in first]
 
 
 def contents_of(value: Any, depth: int = 6) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from layercache._utils import metrics
+from layercache._utils.compat import unwrap_compiled
 from layercache._utils.files import check_output_folder
 from layercache.errors import BudgetError, ScheduleMismatchError
-from layercache.models.registry import config_hash, find_transformer, settings_of
+from layercache.models.registry import config_hash, experts_of, find_transformer, settings_of
 from layercache.planning.search_files import digest_of
 from layercache.runtime.attachment import attachment_of
 from layercache.tools.compare.calls import PictureCalls, Pictures, batches_of, fidelity, quiet
@@ -92,6 +93,7 @@ class Comparison(ComparisonFiles):
         methods: Methods | Sequence[Method],
         say: Callable[[str], None] = lambda text: None,
         done: Callable[[], object] = lambda: None,
+        retry: bool = False,
     ) -> list[Outcome]:
         """All methods at all budgets; one that fails leaves its reason and does not stop the others.
 
@@ -99,9 +101,10 @@ class Comparison(ComparisonFiles):
             methods: see `layercache.tools.compare.entries.methods_of`.
             say: called with what is run next.
             done: called when an entry is finished, or was before.
+            retry: run again everything that failed, and not only what may fail for another reason now.
         """
         jobs = self._jobs(methods)
-        pending = [job for job in jobs if not self.is_done(job)]
+        pending = [job for job in jobs if not self.is_done(job) or (retry and self.outcomes[job.key].error)]
         for _ in range(len(jobs) - len(pending)):
             done()
         if pending or not self.has_full_pictures:
@@ -191,16 +194,17 @@ def _weights_of(pipeline: Any) -> str:
 
     Not in their own order: cache-dit registers the blocks anew.
     """
-    transformer, scheduler = find_transformer(pipeline), pipeline.scheduler
-    named = sorted(transformer.named_parameters(), key=lambda one: one[0])
-    firsts: dict[torch.device, list[torch.Tensor]] = {}
-    for _, parameter in named:
-        if not parameter.is_meta:
-            firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
-    weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
+    scheduler = pipeline.scheduler
+    models: list[Any] = []
+    for transformer in map(unwrap_compiled, experts_of(pipeline).values()):
+        firsts: dict[torch.device, list[torch.Tensor]] = {}
+        for _, parameter in sorted(transformer.named_parameters(), key=lambda one: one[0]):
+            if not parameter.is_meta:
+                firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
+        weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
+        models.append([str(config_hash(transformer)), settings_of(transformer), weights])
     config = sorted((name, value) for name, value in getattr(scheduler, "config", {}).items() if name[:1] != "_")
-    model = [str(config_hash(transformer)), settings_of(transformer), weights]
-    return digest_of([*model, type(scheduler).__name__, config])
+    return digest_of([*models, type(scheduler).__name__, config])
 
 
 def _prompt_as_text(prompt: Any) -> Any:

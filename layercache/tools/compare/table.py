@@ -207,7 +207,8 @@ class ComparisonTable(Sequence[Row]):
         used, cells = self._columns()
         title = f"<caption>{html.escape(shown(self.title))}</caption>" if self.title else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return html_table(["method", *used], cells, title) + notes
+        with_settings = [[*line, shown(row.setting)] for line, row in zip(cells, self.rows, strict=True)]
+        return html_table(["method", *used, "setting"], with_settings, title) + notes
 
     def _columns(self) -> tuple[list[str], list[list[str]]]:
         """Headings of the columns that any row has something in, and the rows' cells."""

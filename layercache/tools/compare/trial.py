@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache.models.registry import find_transformer
-from layercache.runtime.patches import MethodPatch, restore
+from layercache.runtime.attachment import MethodPatch
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import PictureCalls, Pictures
 from layercache.tools.compare.peers import block_calls
@@ -171,22 +171,21 @@ def run_trial(calls: PictureCalls, attach: Attach, repeats: int, counts: bool = 
 
 @contextmanager
 def steps_taken(pipeline: Any) -> Iterator[list[int]]:
-    """Counts the sampler's steps."""
+    """Counts the sampler's steps; copies of the sampler (LTX-2 makes one for the sound) do not count."""
     scheduler, steps = pipeline.scheduler, [0]
+    before = {name: value for name, value in vars(scheduler).items() if name == "step"}
     original = scheduler.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         return original(*args, **kwargs)
 
-    # a pipeline may copy its sampler (LTX-2, for the sound), and the copy takes steps of its own
-    patch = MethodPatch(scheduler, "step", step)
-    patch.before = {"step": scheduler.__dict__["step"]} if "step" in scheduler.__dict__ else {}
-    scheduler.__dict__["step"] = patch
+    vars(scheduler)["step"] = MethodPatch(scheduler, "step", step)
     try:
         yield steps
     finally:
-        restore(scheduler, "step", patch.before)
+        del vars(scheduler)["step"]
+        vars(scheduler).update(before)
 
 
 def _add(total: list[int], calls: int) -> None:
