@@ -127,11 +127,12 @@ def test_a_finished_comparison_loads_nothing(folder, monkeypatch):
 
     monkeypatch.setattr("layercache.tools.cli.compare.load_with_prompts", loaded)
     again = done(*words, "--methods", "uniform,diffusers:seacache", "--json", "again.json")
-    assert "finished before" in again
+    assert "finished before" in again and "--retry" in again
     assert json.loads(Path("first.json").read_text()) == json.loads(Path("again.json").read_text())
     for other in (
         ("--methods", "fbcache"),
         ("--methods", "uniform", "--seeds", 3),
+        ("--methods", "uniform", "--retry"),
     ):
         with pytest.raises(AssertionError, match="loaded"):
             run(*words, *other)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from layercache._utils.files import check_output_folder
 from layercache._utils.text import shown
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from layercache.tools.compare.run import Comparison, Outcome
 
 SHOWN = 8
+BAR = "comparing: {n} of {total} |{bar}| {elapsed}, {remaining} left{postfix}"
 
 Methods = Annotated[
     str, typer.Option(help="Names with commas between them; 'ours', 'peers' or 'all' for all of a kind.")
@@ -42,6 +42,7 @@ Batch = Annotated[
     int | None, typer.Option(min=1, help="Pictures per call: 4, or 1 of videos and of pipelines that take pictures.")
 ]
 Calibration = Annotated[int, typer.Option(min=1, help="Pictures to fit and tune on, with other seeds.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Run again what failed before, whatever the reason.")]
 FourSteps = Annotated[int, typer.Option("--steps", min=4, help="Denoising steps.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder; a comparison in it goes on.")]
 
@@ -59,6 +60,7 @@ def compare(
     num_inference_steps: FourSteps = 30,
     effort: EffortOption = Effort.normal,
     output: Folder = Path("comparison"),
+    retry: Retry = False,
     json_to: Json = None,
 ) -> None:
     """Compare every caching method, and the caches of other packages, on one model, the same seeds and budgets.
@@ -76,7 +78,7 @@ def compare(
     given = {**counts, "effort": effort.value, "prompts": read_prompts(prompts.prompts, prompts.prompts_file)}
     request = request_of(model, call, given)
     title = f"{model.model}, {num_inference_steps} steps, {seeds} pictures"
-    if (before := _finished(output, names, shares, request)) is not None:
+    if not retry and (before := _finished(output, names, shares, request)) is not None:
         return _say_again(printer, before, title, output)
     pipe, found = load_with_prompts(model, prompts, call)
     batch = batch or (1 if call.image or gives_video(pipe) else 4)
@@ -84,7 +86,7 @@ def compare(
     arguments = quiet_call(pipe, num_inference_steps, call)
     again = shlex.join(["layercache", "compare", *words_of(model), "-o", shown(output)])
     with when_stopped(f"Stopped. What was measured is in {shown(output)}; the same command ({again} ...) goes on."):
-        outcomes = _run(printer, settings.comparison(pipe, found, arguments, output), names, title)
+        outcomes = _run(printer, settings.comparison(pipe, found, arguments, output), names, title, retry)
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
@@ -128,7 +130,10 @@ def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Pa
 
     printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
     files = [folder / name for name in ("compare.json", "compare.png", "pictures.png", "compare.html")]
-    printer.say(f"This comparison was finished before: {', '.join(shown(path) for path in files if path.exists())}.")
+    printer.say(
+        f"This comparison was finished before: {', '.join(shown(path) for path in files if path.exists())}. What "
+        "failed runs again with --retry."
+    )
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
@@ -145,11 +150,15 @@ def _method_names(text: str) -> list[str]:
     return names
 
 
-def _run(printer: Printer, comparison: Comparison, names: list[str], title: str) -> list[Outcome]:
+def _run(printer: Printer, comparison: Comparison, names: list[str], title: str, retry: bool) -> list[Outcome]:
+    from tqdm.auto import tqdm
+
+    from layercache.tools.compare.entries import jobs_of, methods_of
     from layercache.tools.compare.report import comparison_table, failures, save_comparison
 
-    with refused_arguments(), printer.console.status(Text("comparing")) as status:
-        outcomes = comparison.run(names, lambda text: status.update(Text(shown(text))))
+    count = len(list(jobs_of(methods_of(names), comparison.model.budgets)))
+    with refused_arguments(), tqdm(total=count, bar_format=BAR, leave=False) as bar:
+        outcomes = comparison.run(names, lambda text: bar.set_postfix_str(shown(text)), bar.update, retry)
     prompts = [prompt for batch in comparison.prompts for prompt in batch][:SHOWN]
     files = save_comparison(comparison, outcomes, [textwrap.shorten(prompt, 16) for prompt in prompts], title)
     printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
