@@ -116,12 +116,16 @@ class _Settings:
 def _finished(
     folder: Path, names: list[str], shares: tuple[float, ...], request: dict[str, Any]
 ) -> list[Outcome] | None:
-    """The outcomes of a comparison that was asked for before and has nothing left to run."""
+    """The outcomes of a comparison that was asked for before and has nothing left to run or to write."""
     from layercache.tools.compare.entries import jobs_of, methods_of
     from layercache.tools.compare.files import finished
 
     files = finished(folder, names, shares, request)
-    return None if files is None else files.of(list(jobs_of(methods_of(names), shares)))
+    return (
+        None
+        if files is None or not (folder / "compare.html").exists()
+        else files.of(list(jobs_of(methods_of(names), shares)))
+    )
 
 
 def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Path) -> None:
