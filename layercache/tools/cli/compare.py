@@ -121,11 +121,9 @@ def _finished(
     from layercache.tools.compare.files import finished
 
     files = finished(folder, names, shares, request)
-    return (
-        None
-        if files is None or not (folder / "compare.html").exists()
-        else files.of(list(jobs_of(methods_of(names), shares)))
-    )
+    if files is None or not (folder / "compare.html").exists():
+        return None
+    return files.of(list(jobs_of(methods_of(names), shares)))
 
 
 def _say_again(printer: Printer, outcomes: list[Outcome], title: str, folder: Path) -> None:
