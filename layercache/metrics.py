@@ -63,7 +63,7 @@ class CacheCollector:
         return self._families(dict.fromkeys(_NAMES, 0.0))
 
     def collect(self) -> list[Any]:
-        """The metric families; no tensor is read, so that no device is waited for."""
+        """The metric families. A generation never waits; of a method the scrape does, since its report is timed."""
         return self._families(_counts(self.cache))
 
     def _families(self, counts: Mapping[str, float]) -> list[Any]:

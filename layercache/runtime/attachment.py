@@ -303,7 +303,7 @@ class Attachment:
     def _sampler_step(self, scheduler: Any, original: Any) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
             at = self._step_of(scheduler, args, kwargs)
-            router = self._root.for_call()
+            router = self._root.for_sampler(scheduler)
             if at is not None and router.replaces_velocity:
                 given = args[0] if args else kwargs["model_output"]
                 velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs))

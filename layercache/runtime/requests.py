@@ -18,6 +18,7 @@ from layercache.models.spec import Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.identity import Identity
+from layercache.runtime.report import CacheReport
 from layercache.runtime.router import Router
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.schedule import Schedule
@@ -121,6 +122,15 @@ class Requests:
                 total -= held[name]
                 self.evictions += 1
 
+    def stepped_by(self, scheduler: Any) -> ScheduleRouter | None:
+        """The router of the request whose forwards were those of the run that this sampler is at."""
+        run = getattr(scheduler, "timesteps", None)
+        for router in list(self.routers.values()):
+            generation = router.generation
+            if run is not None and generation is not None and generation.run is run:
+                return router
+        return None
+
     def end_all(self) -> None:
         """The generations of all requests are over."""
         for router in list(self.routers.values()):
@@ -136,12 +146,26 @@ class Requests:
             for key, value in _counts(router).items() if router else ():
                 self._gone[key] += value
         if router is None:
-            raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
+            raise self._unknown(name)
         self._batch = None
         scheduler = router.identity.scheduler
         if all(other.identity.scheduler is not scheduler for other in (self._root, *self.routers.values())):
             self._root.attachment.unfollow(scheduler)
         router.check()
+
+    def report(self, name: str) -> CacheReport:
+        """What was computed and reused for one request, until it is forgotten.
+
+        Raises:
+            CacheStateError: there is no such request.
+        """
+        router = self.routers.get(name)
+        if router is None:
+            raise self._unknown(name)
+        return router.report()
+
+    def _unknown(self, name: str) -> CacheStateError:
+        return CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
 
     def metrics(self) -> dict[str, float]:
         with self._counting:
@@ -205,14 +229,19 @@ class ScheduleCache(ScheduleRouter):
     def for_call(self) -> Router:
         return self.requests.router() if self.requests.routers else self
 
+    def for_sampler(self, scheduler: Any) -> Router:
+        router = self.for_call()
+        if router is self and self.requests.routers:  # maybe behind the block of the request
+            return self.requests.stepped_by(scheduler) or router
+        return router
+
     def request(
         self, request_id: str, scheduler: Any = None, schedule: Schedule | None = None
     ) -> AbstractContextManager[None]:
         """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
 
         Requests may be entered again and again, in any order and from several threads; one forward runs at a time. A
-        schedule that changes velocities (a searched one, EasyCache's) needs the scheduler, whose ``step`` belongs into
-        the block too.
+        schedule that changes velocities (a searched one, EasyCache's) needs the scheduler.
 
         Args:
             request_id: any name; it is new, or its generation goes on.

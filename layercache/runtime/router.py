@@ -289,6 +289,10 @@ class Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
 
+    def for_sampler(self, scheduler: Any) -> Router:
+        """The router of the step that a sampler is about to take."""
+        return self.for_call()
+
     def has_request_of(self, scheduler: Any) -> bool:
         """Whether one of several requests is stepped by this scheduler."""
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 import time
@@ -19,7 +18,14 @@ import layercache
 from layercache.errors import BudgetError, LayerCacheError, MethodError
 from layercache.methods import Universal
 from layercache.tools.cli.options import CallOptions
-from layercache.tools.cli.pipelines import DEMO_GUIDANCE, call_arguments, is_demo, refused_arguments
+from layercache.tools.cli.pipelines import (
+    DEMO_GUIDANCE,
+    call_arguments,
+    gives_video,
+    is_demo,
+    parameters_of,
+    refused_arguments,
+)
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front, Point
@@ -29,6 +35,7 @@ STEPS = 30
 BUDGET = 0.5
 WARM_UP_STEPS = 4
 MOST_FULL_RUNS = 8
+ELSE = "take 'layercache generate --compare'"
 
 
 class Cancelled(Exception):
@@ -95,18 +102,22 @@ class SideBySide:
         pipe: a diffusers pipeline that makes pictures from prompts.
         front: of `layercache.search`, from which schedules are taken; without one they are made from other models' full
             runs (`layercache.methods.Universal`).
+        call: further arguments of every call; its guidance is that which the page begins with.
 
     Raises:
-        LayerCacheError: the pipeline takes no prompt, or the front was made for another model.
+        LayerCacheError: the pipeline takes no prompt or gives no pictures, or the front was made for another model.
     """
 
-    def __init__(self, pipe: Any, front: Front | None = None):
-        self.pipe, self.front = pipe, front
-        accepted = inspect.signature(type(pipe).__call__).parameters
+    def __init__(self, pipe: Any, front: Front | None = None, call: CallOptions | None = None):
+        self.pipe, self.front, self.call = pipe, front, call or CallOptions()
+        accepted = parameters_of(pipe)
         if "prompt" not in accepted:
             raise LayerCacheError(f"{type(pipe).__name__} takes no prompt, which the page asks for")
+        if gives_video(pipe):
+            raise LayerCacheError(f"{type(pipe).__name__} gives videos, and the page shows pictures; {ELSE}")
+        call_arguments(pipe, self.call)  # refused now, not at the first picture
+        self.guidance = _guidance_of(pipe, self.call)
         self.tells_steps = "callback_on_step_end" in accepted
-        self.guidance = _guidance_of(pipe, accepted)
         if front is not None:
             if not front.points:
                 raise BudgetError("the front is empty; search for schedules first (layercache search)")
@@ -115,6 +126,7 @@ class SideBySide:
         self._device = threading.Lock()
         self._full: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
         self._schedules: dict[tuple[float, int], Schedule] = {}
+        self._under_way: dict[threading.Thread, threading.Event] = {}
 
     @property
     def budgets(self) -> tuple[float, float]:
@@ -159,7 +171,9 @@ class SideBySide:
         events: SimpleQueue[Moment | Exception | None] = SimpleQueue()
         stop = threading.Event()
         # a thread of its own: gradients, inference mode and the cache's place in the forward belong to a thread
-        threading.Thread(target=self._work, args=(wanted, events, stop), daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(wanted, events, stop), daemon=True)
+        self._under_way[thread] = stop
+        thread.start()
         try:
             while (event := events.get()) is not None:
                 if isinstance(event, Exception):
@@ -167,6 +181,12 @@ class SideBySide:
                 yield event
         finally:
             stop.set()
+
+    def close(self) -> None:
+        """Cancels what is under way, and waits until it has ended."""
+        for thread, stop in list(self._under_way.items()):
+            stop.set()
+            thread.join()
 
     def _work(self, wanted: Wanted, events: SimpleQueue[Any], stop: threading.Event) -> None:
         try:
@@ -186,6 +206,7 @@ class SideBySide:
         except Exception as error:  # raised where the events are read
             events.put(error)
         finally:
+            self._under_way.pop(threading.current_thread(), None)
             events.put(None)
 
     def _schedule_for(self, wanted: Wanted) -> Schedule:
@@ -215,7 +236,7 @@ class SideBySide:
             "num_inference_steps": wanted.steps,
             "generator": torch.Generator("cpu").manual_seed(wanted.seed),
             "output_type": "np",
-            **_arguments(self.pipe, wanted.guidance),
+            **call_arguments(self.pipe, replace(self.call, guidance_scale=wanted.guidance)),
         }
 
     def _generate(
@@ -236,13 +257,8 @@ class SideBySide:
                 cache.check()
         pictures = getattr(result, "images", None)
         if pictures is None:
-            raise LayerCacheError(f"{type(self.pipe).__name__} gives no pictures; take 'layercache generate'")
+            raise LayerCacheError(f"{type(self.pipe).__name__} gives no pictures; {ELSE}")
         return Run(tuple(watched.steps), pictures[0], seconds, 1.0 if cache is None else cache.report().used)
-
-
-def _arguments(pipe: Any, guidance: float | None) -> dict[str, Any]:
-    """Arguments of the call for a guidance scale, by the names this pipeline has for them."""
-    return call_arguments(pipe, CallOptions(guidance_scale=guidance))
 
 
 def _hear_nothing(run: Run) -> None:
@@ -272,16 +288,20 @@ class _Watched:
         """Of the layer groups, what the last step computed."""
         if self.cache is None:
             return 1.0
-        report = self.cache.report()
-        computed, reused = report.computed_cells - self._computed, report.cached_cells - self._reused
-        self._computed, self._reused = report.computed_cells, report.cached_cells
+        so_far = sum(self.cache.computed), sum(self.cache.cached)  # a report would wait for the device
+        computed, reused = so_far[0] - self._computed, so_far[1] - self._reused
+        self._computed, self._reused = so_far
         return computed / (computed + reused) if computed + reused else 1.0
 
 
-def _guidance_of(pipe: Any, accepted: Any) -> float | None:
-    """The guidance scale that the pipeline has by default; ``None`` where it has none."""
+def _guidance_of(pipe: Any, call: CallOptions) -> float | None:
+    """The guidance scale that the call says, or the pipeline has by default; ``None`` where it has none."""
+    accepted = parameters_of(pipe)
+    if call.guidance_scale is not None or not {"true_cfg_scale", "guidance_scale"} & set(accepted):
+        return call.guidance_scale
     if is_demo(pipe):
         return DEMO_GUIDANCE
-    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in accepted), None)
-    default = None if name is None else accepted[name].default
+    named = call_arguments(pipe, replace(call, guidance_scale=1.0))  # of two scales, the one that guidance is here
+    name = "true_cfg_scale" if "true_cfg_scale" in named else "guidance_scale"
+    default = accepted[name].default
     return float(default) if isinstance(default, int | float) else None

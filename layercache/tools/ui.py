@@ -18,6 +18,7 @@ from layercache.tools.side_by_side import BUDGET, STEPS, Moment, Run, SideBySide
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
+    from layercache.tools.cli.options import CallOptions
 
 LARGEST_SEED = 2**31 - 1
 MOST_STEPS = 100
@@ -57,13 +58,19 @@ def _gradio() -> Any:
 
 
 def serve(
-    pipe: Any, front: Front | None = None, *, host: str = "127.0.0.1", port: int = 7860, share: bool = False
+    pipe: Any,
+    front: Front | None = None,
+    call: CallOptions | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
 ) -> None:
     """Serves the page until it is interrupted.
 
     Args:
         pipe: a diffusers pipeline that makes pictures from prompts.
-        front: from which schedules are taken; see `SideBySide`.
+        front, call: see `SideBySide`.
         host, port: where; 0.0.0.0 for every interface of the machine.
         share: also through a public address of gradio's, which needs the network.
 
@@ -74,9 +81,12 @@ def serve(
     """
     check_installed()
     pipe.set_progress_bar_config(disable=True)
-    runs = SideBySide(pipe, front)
+    runs = SideBySide(pipe, front, call)
     runs.warm_up()
-    launch(build_page(runs), host=host, port=port, share=share)
+    try:
+        launch(build_page(runs), host=host, port=port, share=share)
+    finally:
+        runs.close()
 
 
 def launch(page: Any, *, host: str, port: int, share: bool = False, wait: bool = True) -> None:
@@ -135,7 +145,8 @@ def build_page(runs: SideBySide) -> Any:
             inputs,
             outputs,
             concurrency_limit=1,
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=steps,
             api_name="generate",
         )
         stop.click(None, cancels=[under_way])

@@ -315,11 +315,15 @@ def test_metrics_count_what_happened(model):
         )
         assert metrics["seconds_saved"] == pytest.approx(2 * saved)
         assert metrics["hit_rate"] == pytest.approx(1 - plan.used) and metrics["bytes"] > 0
+        assert (
+            cache.requests.report("b").used == pytest.approx(plan.used) and cache.requests.report("b").forwards == STEPS
+        )
         cache.forget("a")
         after = cache.metrics()
         assert after["requests"] == 1 and after["hits"] == metrics["hits"] and after["bytes"] == metrics["bytes"] / 2
-        with pytest.raises(CacheStateError, match="no request 'a'.*b"):
-            cache.forget("a")
+        for ask in (cache.forget, cache.requests.report):
+            with pytest.raises(CacheStateError, match="no request 'a'.*b"):
+                ask("a")
 
 
 def test_wrong_use(model):

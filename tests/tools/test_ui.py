@@ -6,7 +6,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 from diffusers import EulerDiscreteScheduler
@@ -20,6 +22,7 @@ from layercache.planning.front import Front, Point
 from layercache.planning.rollout import skipping
 from layercache.tools import ui
 from layercache.tools.cli import app as cli
+from layercache.tools.cli.options import CallOptions
 from layercache.tools.side_by_side import SideBySide, Wanted
 from support.tiny import fingerprint, shifted_sigmas, tiny_pipeline
 
@@ -83,6 +86,10 @@ def test_a_cancelled_run_ends_before_its_next_step_and_leaves_nothing(pipe):
     under_way.close()
     again = list(runs.run(WANTED))[-1]
     hook.remove()
+    abandoned = runs.run(replace(WANTED, seed=9))
+    next(abandoned)
+    runs.close()
+    assert not pipe.transformer.is_cache_enabled and not any(moment.is_complete for moment in abandoned)
     assert len(forwards) < 4 * STEPS, "of the cancelled run, and of the cached one behind it"
     assert np.array_equal(again.cached.picture, expected.cached.picture)
     assert not pipe.transformer.is_cache_enabled
@@ -118,16 +125,41 @@ def test_mistakes_are_shown_as_sentences(pipe, gr):
         SideBySide(pipe).warm_up()
 
 
+class Flux:
+    """The signature of FluxPipeline's call, as far as guidance goes."""
+
+    def __init__(self, embeds: bool):
+        self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=embeds))
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=1.0, guidance_scale=3.5):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("embeds, expected", [(True, 3.5), (False, 1.0)], ids=["distilled", "two forwards"])
+def test_guidance_begins_with_the_pipelines_own(embeds, expected):
+    assert SideBySide(Flux(embeds)).guidance == expected
+    assert SideBySide(Flux(embeds), call=CallOptions(guidance_scale=2.5)).guidance == 2.5
+
+
+def test_pipelines_that_the_page_cannot_show():
+    for name, said in (("WanPipeline", "WanPipeline gives videos"), ("DiTPipeline", "DiTPipeline takes no prompt")):
+        cls = getattr(diffusers, name)
+        with pytest.raises(LayerCacheError, match=said):
+            SideBySide(cls.__new__(cls))
+
+
 def test_the_command_checks_before_it_loads_and_hands_on_its_options(pipe, gr, monkeypatch, tmp_path):
     loaded, served = [], []
     monkeypatch.setattr("layercache.tools.cli.ui.load_pipeline", lambda *options: loaded.append(options) or pipe)
     monkeypatch.setattr(ui, "serve", lambda *args, **options: served.append((args, options)))
     front = front_of(pipe).save(tmp_path / "front.json")
     runner = CliRunner()
-    done = runner.invoke(cli.app, ["ui", "--front", str(front), "--port", "8123", "--share", "--device", "cpu"])
+    done = runner.invoke(
+        cli.app, ["ui", "--front", str(front), "--port", "8123", "--share", "--device", "cpu", "--guidance", "3"]
+    )
     assert done.exit_code == 0, done.output
     (args, options), *_ = served
-    assert args[0] is pipe and args[1].points[1].origin == "point 1"
+    assert args[0] is pipe and args[1].points[1].origin == "point 1" and args[2] == CallOptions(guidance_scale=3)
     assert options == {"host": "127.0.0.1", "port": 8123, "share": True}
     monkeypatch.setitem(sys.modules, "gradio", None)
     done = runner.invoke(cli.app, ["ui"])
@@ -177,9 +209,15 @@ def test_in_a_browser(gr, capsys):
             button.click()
             tab.get_by_text(re.compile("cached: step [1-9] of 30")).wait_for()
             tab.get_by_role("button", name="Stop").click()
+            while pipe.transformer.is_cache_enabled:
+                tab.wait_for_timeout(50)
             slow.remove()
-            tab.get_by_text("cached: step").wait_for()
-            button.click()
+            assert "full: not begun" in tab.inner_text("#lc-steps")
+            for _ in range(20):  # a click while the stop is under way is ignored
+                button.click()
+                tab.wait_for_timeout(500)
+                if "cached: step" not in tab.inner_text("#lc-steps"):
+                    break
             tab.wait_for_selector("#lc-figures table")
             browser.close()
     finally:

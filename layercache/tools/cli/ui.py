@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from layercache.tools.cli.options import ModelOptions, with_options
+from layercache._utils.text import shown
+from layercache.tools.cli.options import CallOptions, ModelOptions, with_options
 from layercache.tools.cli.pipelines import load_pipeline
 
 FrontFile = Annotated[
@@ -24,6 +25,7 @@ Share = Annotated[bool, typer.Option("--share", help="Also under a public addres
 @with_options
 def ui(
     model: ModelOptions,
+    call: CallOptions,
     front: FrontFile = None,
     host: Host = "127.0.0.1",
     port: Port = 7860,
@@ -39,4 +41,5 @@ def ui(
 
     check_installed()
     found: Any = None if front is None else load(front, FRONT)
-    serve(load_pipeline(model), found, host=host, port=port, share=share)
+    typer.echo(f"loading {shown(model.model)}, and warming up")
+    serve(load_pipeline(model, call), found, call, host=host, port=port, share=share)
