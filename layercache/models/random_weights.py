@@ -25,7 +25,6 @@ MOST_BYTES = 64 * 10**9
 MOST_TEXT = 10**6
 MOST_NOISE = 2**26
 MOST_SIZE = 2**24
-NEGATIVE = "negative_"
 
 
 def load_random_pipeline(
@@ -44,7 +43,7 @@ def load_random_pipeline(
 
     Components that are not named are ``None``. The pipeline takes any text as a prompt and calls its class with noise
     of the shapes under "prompt" (without the batch) that depends on the text and nothing else; a name that ends with
-    ``_mask`` gets ones. What begins with ``negative_`` is made of the negative prompt, and left out without one.
+    ``_mask`` gets ones. What begins with ``negative_`` is made of the negative prompt where one is given.
 
     Args:
         path: of the file, at most 1 MB.
@@ -170,34 +169,28 @@ def _with_texts(base: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.d
         return base
 
     @functools.wraps(base.__call__)
-    def call(self: Any, prompt: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def call(self: Any, prompt: str | Sequence[str] | None = None, *args: Any, **kwargs: Any) -> Any:
         if prompt is None:
-            return base.__call__(self, **kwargs)
+            return base.__call__(self, *args, **kwargs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = {name: shape for name, shape in shapes.items() if not name.startswith(NEGATIVE)}
-        made: dict[str, Any] = _embeddings(texts, given, self.device, dtype)
-        negative = kwargs.get("negative_prompt")
-        if negative is not None and len(given) < len(shapes):
-            others = [negative] * len(texts) if isinstance(negative, str) else list(negative)
-            left = {name: shape for name, shape in shapes.items() if name.startswith(NEGATIVE)}
-            made |= {**_embeddings(others, left, self.device, dtype), "negative_prompt": None}
-        return base.__call__(self, **kwargs | made)
+        negative = kwargs.pop("negative_prompt", None)
+        others = texts if negative is None else [negative] * len(texts) if isinstance(negative, str) else list(negative)
+        given = {}
+        for name, shape in shapes.items():
+            own = others if name.startswith("negative_") else texts
+            given[name] = _embedding(own, name, shape).to(self.device, None if name.endswith("_mask") else dtype)
+        if negative is not None and not any(name.startswith("negative_") for name in shapes):
+            kwargs["negative_prompt"] = negative
+        return base.__call__(self, *args, **kwargs | given)
 
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
-def _embeddings(
-    texts: Sequence[str], shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What stands for texts, by the arguments of the call: a row for each of them."""
-    made = {}
-    for name, shape in shapes.items():
-        if name.endswith("_mask"):
-            made[name] = torch.ones((len(texts), *shape), dtype=torch.long, device=device)
-        else:
-            rows = [_noise(f"{text} {name.removeprefix(NEGATIVE)}", shape) for text in texts]
-            made[name] = torch.stack(rows).to(device, dtype)
-    return made
+def _embedding(texts: Sequence[str], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """What stands for texts in an argument of the call, a row for each of them."""
+    if name.endswith("_mask"):
+        return torch.ones((len(texts), *shape), dtype=torch.long)
+    return torch.stack([_noise(f"{text} {name}", shape) for text in texts])
 
 
 def _noise(text: str, shape: tuple[int, ...]) -> torch.Tensor:

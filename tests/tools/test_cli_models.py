@@ -92,6 +92,10 @@ def test_a_name_of_the_hub_without_a_network(monkeypatch):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
     text = generate_on("--model", "someone/some-model")
     assert "no folder here, and the hub cannot be reached" in text and "hf download someone/some-model" in text
+    monkeypatch.setattr(diffusers.FluxPipeline, "from_single_file", offline)
+    Path("whole.safetensors").write_bytes(b"")
+    text = generate_on("--model", "whole.safetensors", "--pipeline", "FluxPipeline")
+    assert "the configuration of what it holds comes from the hub" in text
 
 
 def test_what_is_not_installed_is_named_before_anything_is_loaded(flux, tmp_path, monkeypatch):

@@ -69,13 +69,12 @@ def search_words(name: str) -> tuple[object, ...]:
     return ("--steps", steps_of(name), "-p", "a fox", "-p", "a cat", *more)
 
 
-@pytest.mark.parametrize("name", ["flux-kontext", "wan"])
-def test_from_a_search_to_a_file_by_the_printed_commands(folder, name):
-    whole_way(folder, name)
+def test_from_a_search_to_a_file_by_the_printed_commands(folder):
+    whole_way(folder, "wan-i2v")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in saved.MODELS if name not in ("flux-kontext", "wan")])
+@pytest.mark.parametrize("name", [name for name in saved.MODELS if name != "wan-i2v"])
 def test_search_on_every_model(folder, name):
     whole_way(folder, name)
 
@@ -130,9 +129,9 @@ def test_a_finished_comparison_loads_nothing(folder, monkeypatch):
     assert "finished before" in again and "--retry" in again
     assert json.loads(Path("first.json").read_text()) == json.loads(Path("again.json").read_text())
     for other in (
-        ("--methods", "uniform", "--retry"),
         ("--methods", "fbcache"),
         ("--methods", "uniform", "--seeds", 3),
+        ("--methods", "uniform", "--retry"),
     ):
         with pytest.raises(AssertionError, match="loaded"):
             run(*words, *other)

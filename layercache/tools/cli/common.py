@@ -86,7 +86,7 @@ class Printer:
         if self.json_to == "-":
             print_json(data)
         elif self.json_to is not None:
-            self.say(f"figures: {write_json(self.json_to, data)}")
+            self.say(f"figures: {save(Path(self.json_to), lambda path: write_json(path, data))}")
 
 
 class Interrupted(KeyboardInterrupt):

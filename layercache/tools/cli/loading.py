@@ -360,7 +360,7 @@ def reason_of(error: BaseException, path: str) -> str:
     seen: list[BaseException] = []
     while now is not None and now not in seen:
         seen.append(now)
-        names |= {cls.__name__ for cls in type(now).__mro__}
+        names |= {cls.__name__ for cls in type(now).__mro__} | set(re.findall(r"\bConnectError\b", str(now)))
         now = now.__cause__ or now.__context__  # type: ignore[assignment]
     if path == "demo":
         from layercache.demo.pipeline import WEIGHTS
@@ -371,6 +371,11 @@ def reason_of(error: BaseException, path: str) -> str:
         return (
             "it is no folder here, and the hub cannot be reached; fetch it where there is a network "
             f"(hf download {shown(path)}), or name a folder"
+        )
+    if Path(path).is_file() and names & OFFLINE:
+        return (
+            "the configuration of what it holds comes from the hub, which cannot be reached; do it where there is a "
+            "network, or give the folder of a pipeline as --model and this file as --transformer"
         )
     if not Path(path).exists() and names & UNKNOWN:
         return "it is no folder here, and the hub has none of this name, or wants you to log in (hf auth login)"
