@@ -281,7 +281,7 @@ def _steps_of(schedule: Schedule) -> tuple[int, ...]:
 def dense_starts(count: int, share: float) -> list[int]:
     """How many steps from the first on a path may have to compute, by the share it computes."""
     if share > MIDDLE:
-        return [count // 3, round(0.43 * count)]
+        return [1, round(0.43 * count)]
     return [1, max(1, count // 3)] if share > LOW else [1]
 
 
