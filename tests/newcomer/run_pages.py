@@ -68,23 +68,26 @@ def environment(home: Path) -> dict[str, str]:
     return kept | hub | {"HOME": str(home), "TERM": "xterm", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def prepare(home: Path) -> Path:
-    """Fills a home with the models in the hub's cache, and gives the folder in which the pages run."""
+def prepare(home: Path, page: str) -> Path:
+    """Fills a home with what a page names, the models in the hub's cache; gives the folder in which it runs."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from support.saved_pipelines import beside_in, saved_in
 
-    place = home / "work"
+    place, named = home / "work", (ROOT / page).read_text()
     place.mkdir(parents=True)
-    beside_in(place)
     for name, kind in MODELS.items():
-        folder = home / "hub" / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(saved_in(home / "models", kind), folder / "snapshots" / ("0" * 40))
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40)
-    for name in ("first.png", "second.png"):
-        shutil.copy(next(place.glob("*.png")), place / name)
-    save_lora(place / "style.safetensors")
-    save_gguf(home / "models" / "flux", place / "flux.gguf")
+        if name in named:
+            folder = home / "hub" / "hub" / f"models--{name.replace('/', '--')}"
+            shutil.copytree(saved_in(home / "models", kind), folder / "snapshots" / ("0" * 40))
+            (folder / "refs").mkdir()
+            (folder / "refs" / "main").write_text("0" * 40)
+    if "first.png" in named:
+        beside_in(place)
+        for name in ("first.png", "second.png"):
+            shutil.copy(next(place.glob("*.png")), place / name)
+    if "style.safetensors" in named:
+        save_lora(place / "style.safetensors")
+        save_gguf(home / "models" / "flux", place / "flux.gguf")
     (home / "startup").mkdir()
     (home / "startup" / "sitecustomize.py").write_text(STARTUP)
     return place
@@ -200,7 +203,7 @@ def lines_of(output: str) -> list[str]:
 def run_page(page: str, home: Path) -> list[str]:
     """What was wrong with a page: blocks that failed, lines that are wider than the terminal."""
     problems = []
-    place, variables = prepare(home), environment(home)
+    place, variables = prepare(home, page), environment(home)
     for number, block in enumerate(blocks_of(ROOT / page), 1):
         start = time.perf_counter()
         done = run(block, place, variables)
