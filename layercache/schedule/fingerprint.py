@@ -23,6 +23,9 @@ SETTINGS = {
 }
 """What a run is measured with besides the model, by what messages call it; it voids no schedule."""
 
+COMMAND = "command"
+"""Among the settings: the options of the command line that it was made with; not handed on to others."""
+
 
 class ConfigHash(str):
     """Twelve hex digits of a transformer's architecture, with what they stand for.

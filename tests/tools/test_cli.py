@@ -476,6 +476,14 @@ def test_a_schedule_that_does_not_say_its_model_proposes_no_command(profile_file
     assert not printed(output) and "with the model it was made for" in " ".join(output.split())
 
 
+def test_what_is_handed_on_says_nothing_of_this_machine(small_demo, tmp_path):
+    _, front = plan_front(tmp_path, "-p", "cat")
+    assert '"command"' in front.read_text()
+    layercache.Front.load(front).save_pretrained(tmp_path / "repo")
+    written = [path.read_text() for path in (tmp_path / "repo").rglob("*") if path.is_file()]
+    assert len(written) == 3 and not any("command" in text for text in written)
+
+
 def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path):
     """A schedule may come from a stranger."""
     schedule = tiny.schedule_for(tiny_demo, tiny.mixed_cells(STEPS))

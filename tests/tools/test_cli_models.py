@@ -15,7 +15,7 @@ import torch
 
 import layercache
 from layercache.tools.cli import loading, results
-from layercache.tools.cli.options import CallOptions, ModelOptions
+from layercache.tools.cli.options import CallOptions, Dtype, ModelOptions
 from layercache.tools.cli.pipelines import call_arguments, load_pipeline
 from support import saved_pipelines as saved
 from support.commands import done, frames_of, refused, run
@@ -136,7 +136,7 @@ def test_one_file_of_a_transformer(flux, tmp_path):
     write_gguf(tmp_path / "other.gguf", other.state_dict())
     expected = other.state_dict()["transformer_blocks.0.attn.to_q.weight"]
     for path in (tmp_path / "other", file, tmp_path / "other.gguf"):
-        options = ModelOptions(model=str(flux), transformer=[str(path)], dtype=loading.Dtype.float32)
+        options = ModelOptions(model=str(flux), transformer=[str(path)], dtype=Dtype.float32)
         weight = load_pipeline(options).transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"]
         assert torch.allclose(torch.as_tensor(weight).float(), expected, atol=1e-3)
     words = ("--model", flux, "--transformer", tmp_path / "other.gguf", *saved.SMALL, *saved.SHORT)
@@ -160,14 +160,14 @@ def test_loras_and_their_weights(flux, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    plain = ModelOptions(model=str(flux), dtype=loading.Dtype.float32)
+    plain = ModelOptions(model=str(flux), dtype=Dtype.float32)
     pipe = load_pipeline(plain)
     pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     layers = get_peft_model_state_dict(pipe.transformer)
     pipe.save_lora_weights(tmp_path / "style", transformer_lora_layers=layers)
     file = tmp_path / "style" / "pytorch_lora_weights.safetensors"
     for text, weight in ((f"{file}:0.5", 0.5), (str(tmp_path / "style"), 1.0)):
-        found = load_pipeline(ModelOptions(model=str(flux), lora=[text], dtype=loading.Dtype.float32))
+        found = load_pipeline(ModelOptions(model=str(flux), lora=[text], dtype=Dtype.float32))
         (name,) = found.get_active_adapters()
         assert name in ("pytorch_lora_weights", "style")
         module = found.transformer.transformer_blocks[0].attn.to_q

@@ -16,7 +16,7 @@ import typer
 
 from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, MissingExtraError, UnsupportedModelError
-from layercache.tools.cli.options import Dtype, ModelOptions
+from layercache.tools.cli.options import ModelOptions
 
 GGUF, WEIGHTS = ".gguf", (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".bin")
 INSTALL = 'pip install "layercache[diffusers]"'
@@ -398,6 +398,3 @@ def missing_package(error: BaseException) -> str | None:
             name = found[1].lower()
             return None if importlib.util.find_spec(name.replace("-", "_")) else name
     return None
-
-
-__all__ = ["Dtype", "check_paths", "choose_device", "is_like_demo", "load_model", "require", "split_name"]
