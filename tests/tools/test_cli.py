@@ -458,7 +458,7 @@ def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypat
     """From two beginnings on, at 60 columns, until nothing is printed to go on with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(small_demo, "set_progress_bar_config", lambda **_: None)
-    fast = ("--steps", STEPS, "--guidance", 2.5)
+    fast = ("--steps", 6, "--guidance", 2.5)
     waiting = [
         ["calibrate", *fast, "-p", "cat", "-p", "coffee", "-o", "a profile.safetensors"],
         ["train-router", *fast, "--rounds", 1, "--batch", 1, "-p", "cat", "-o", "router.json"],

@@ -62,6 +62,11 @@ def test_paths_that_lead_nowhere_or_to_something_else(folder, flux, tmp_path, mo
         (("--model", flux, "--transformer", "none.gguf"), "cannot load the transformer 'none.gguf': there is no such"),
         (("--model", flux, "--lora", "none/lora.safetensors:0.5"), "cannot load the LoRA 'none/lora.safetensors'"),
         (("--model", flux, "--controlnet", "./none"), "cannot load the ControlNet './none'"),
+        (("--model", "demo", "--pipeline", "FluxPipeline"), "Invalid value for --pipeline: the model 'demo' is of one"),
+        (
+            ("--model", "x.safetensors", "--pipeline", "FluxPipeline", "--controlnet", flux),
+            "for --controlnet: the model",
+        ),
     ):
         assert said in generate_on(*words), words
 

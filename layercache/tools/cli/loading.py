@@ -111,6 +111,13 @@ def check_paths(options: ModelOptions) -> None:
         LayerCacheError: says what is there, and what to give instead.
     """
     _check_model(options)
+    for name in ("pipeline", "controlnet"):
+        is_file = name == "pipeline" and Path(options.model).is_file() and not options.model.endswith(".json")
+        if getattr(options, name) is not None and not is_file and not _is_pipeline_path(options.model):
+            raise LayerCacheError(
+                f"the model {options.model!r} is of one pipeline, and takes no other; leave it out",
+                argument=name,
+            )
     for text in options.transformer or ():
         path = split_name(text, "transformer")[1]
         _check_there(path, "transformer")
