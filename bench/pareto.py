@@ -175,10 +175,15 @@ def fewer_steps(judge: Rollouts, budget: float, count: int) -> FrontRow:
 # --- the comparison ------------------------------------------------------------------------------------------------
 
 
+def command() -> str:
+    """What this process was started with."""
+    return f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:])
+
+
 def write_figures(args: argparse.Namespace, rows: list[dict], **more: object) -> None:
     """OUT.json, with what it takes to get the same again."""
     figures = {
-        "command": f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "command": command(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "machine": machine.machine_info(),
         **more,
@@ -248,8 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     front.save(args.out.with_suffix(".front.json"))
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
     save_front_plot(args.out.with_suffix(".png"), rows, title)
-    save_front_page(args.out.with_suffix(".html"), rows, title)
-    Console(width=140).print(front_table(rows, title))
+    settings = {"front": front, "notes": front.notes, "commands": [command()]}
+    save_front_page(args.out.with_suffix(".html"), rows, title, **settings)
+    Console().print(front_table(rows, title))
 
 
 if __name__ == "__main__":

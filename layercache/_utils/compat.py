@@ -263,12 +263,20 @@ def scheduler_sigmas(scheduler: Any) -> tuple[float, ...] | None:
     return tuple(float(s) for s in values)
 
 
-def has_run(scheduler: Any, sigmas: Sequence[float]) -> bool:
+def count_levels(scheduler: Any) -> int:
+    """How many noise levels `scheduler_sigmas` gives; no device is asked. 0 where there are none."""
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if sigmas is not None:
+        return len(sigmas)
+    return 0 if timesteps is None or getattr(scheduler, "alphas_cumprod", None) is None else len(timesteps) + 1
+
+
+def has_run(scheduler: Any) -> bool:
     """Whether the scheduler's timesteps were set for a run, and are not those of training that it has before."""
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or getattr(scheduler, "num_inference_steps", 0) is None:
         return False
-    return len(sigmas) > len(timesteps)  # those of a run have the final one
+    return count_levels(scheduler) > len(timesteps)  # those of a run have the final one
 
 
 def takes_euler_steps(scheduler: Any) -> bool:

@@ -270,7 +270,11 @@ def _sentence(error: Exception, place: str, revision: str) -> str:
             f"{place} is gated: ask for access on its page, then log in with 'hf auth login' or give token= of an "
             "account that has it"
         )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub asks who you are before it lets you at {place}: log in with 'hf auth login', or give token="
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "token=True stands for that of 'hf auth login', and nobody has logged in here"
+    if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"there is no repository {place} on the Hub, or it is private: look at the name, log in with "
             "'hf auth login', or give token="

@@ -14,6 +14,9 @@ from layercache.planning.samples import copied
 PER_CALL = frozenset({"generator", "latents", "output_type", "return_dict", "num_images_per_prompt"})
 """Arguments that differ from picture to picture, beside prompts; no setting."""
 
+LEVELS = ("sigmas", "timesteps")
+"""Arguments that give the steps themselves, in whatever kind of array."""
+
 TEXTS = ("prompt", "embeds", "attention_mask")
 
 
@@ -69,7 +72,9 @@ def settings_of_call(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in arguments.items():
-        if any(text in name for text in TEXTS):
+        if name in LEVELS and value is not None:
+            found[name] = [float(level) for level in value]
+        elif any(text in name for text in TEXTS):
             found[name] = value is not None
         elif name not in PER_CALL and not name.startswith("callback"):
             found[name] = _setting(value)

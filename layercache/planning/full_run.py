@@ -34,6 +34,7 @@ class FullSample:
         seconds: of a step: in the blocks, and in the rest of the model.
         sigmas: noise levels of all steps, and the last one.
         sampler: its steps; ``None`` where they are not linear in the velocities.
+        further: of a model with several outputs (video and sound), the trace of each behind the first.
     """
 
     trace: Trace
@@ -42,6 +43,12 @@ class FullSample:
     seconds: tuple[float, float]
     sigmas: tuple[float, ...]
     sampler: LinearSampler | None
+    further: tuple[Trace, ...] = ()
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """Of all outputs."""
+        return (self.trace, *self.further)
 
     @property
     def num_steps(self) -> int:
@@ -51,7 +58,7 @@ class FullSample:
     @property
     def nbytes(self) -> int:
         """Of latents and velocities."""
-        return sum(t.nbytes for t in (*self.trace.latents, *self.trace.taken))
+        return sum(t.nbytes for trace in self.traces for t in (*trace.latents, *trace.taken))
 
 
 class _TimedPass(BlockPass):
@@ -81,7 +88,7 @@ class FullRun(RecordingRouter):
 
     def __init__(self, transformer: Any, spec: ModelSpec, scheduler: Any):
         super().__init__(transformer, spec, scheduler)
-        self.trace = Trace()
+        self.trace, *self.further = (Trace() for _ in spec.leaves)
         self.branches: dict[str, tuple[int, int]] = {}
         self.sigmas: tuple[float, ...] = ()
         self.first = 0
@@ -103,8 +110,11 @@ class FullRun(RecordingRouter):
         image, text = after
         self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
 
-    def note_step(self, velocity: torch.Tensor, latents: torch.Tensor) -> None:
-        """The sampler is about to take a step."""
+    def note_step(self, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0) -> None:
+        """The sampler of an output is about to take a step."""
+        if output:
+            self.further[output - 1].add(on_host(latents), on_host(velocity))
+            return
         scheduler = self.identity.scheduler
         self._forwards.append(self.forwards)
         if not self.trace.raw:
@@ -128,9 +138,19 @@ class FullRun(RecordingRouter):
                 "with noise levels that is stepped once per step, to the last one"
             )
         _check_alone(self._forwards)
-        trace.taken = [velocity for velocity in trace.raw if velocity is not None]
-        sampler = self._sampler if self._sampler is not None and self._sampler.is_of(trace) else None
-        return FullSample(trace, pictures, self.branches, self._seconds(steps), self.sigmas, sampler)
+        for one in (trace, *self.further):
+            if len(one.raw) != len(trace.raw):
+                raise CalibrationError(
+                    f"the sampler of the model's second output was stepped {len(one.raw)} times, that of its first "
+                    f"{len(trace.raw)} times: rollouts need a copy of the scheduler for it, as diffusers makes one"
+                )
+            one.taken = [velocity for velocity in one.raw if velocity is not None]
+        sampler = self._sampler
+        if sampler is not None and not all(sampler.is_of(one) for one in (trace, *self.further)):
+            sampler = None
+        return FullSample(
+            trace, pictures, self.branches, self._seconds(steps), self.sigmas, sampler, tuple(self.further)
+        )
 
     def _seconds(self, num_steps: int) -> tuple[float, float]:
         """Median seconds of a step, in the blocks and in the rest of the model, over the steps that were timed."""

@@ -8,36 +8,31 @@ surrogate, run on the recorded calls, and its forecasts fitted (`layercache.plan
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import progress_bar_settings
+from layercache._utils.compat import progress_bar_settings, scheduler_sigmas
 from layercache.errors import (
-    BudgetError,
     CacheStateError,
     CalibrationError,
     LayerCacheError,
     LayerCacheWarning,
+    ScheduleMismatchError,
 )
 from layercache.models.registry import count_blocks, spec_for
 from layercache.planning.calls import arguments_of_call, intercepted, repeatable, settings_of_call, watched
-from layercache.planning.front import Front, Point
-from layercache.planning.full_run import FullRun, FullSample
+from layercache.planning.front import Point
+from layercache.planning.full_run import FullRun
+from layercache.planning.learn_fit import COST, Fit, Recorded
 from layercache.planning.learnt_files import Learnt, LearntFiles
-from layercache.planning.refit import path_of
-from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
-from layercache.planning.surrogate import Answers
-from layercache.planning.whole_steps import Tried, WholeStepSearch
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
@@ -45,26 +40,11 @@ from layercache.runtime.report import TO_LEARN, CacheReport
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
-
-COST = 3.0
-"""Full generations that a fit may cost in all."""
-
-MOST_RUNS = 4
-
-TAIL = 0.2
-"""Weight of the 10 % quantile beside the mean: of four pictures it is nearly the worst one."""
+from layercache.schedule.fingerprint import SIGMA_TOLERANCE
 
 BAR = "{desc}: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left"
 
 _log = logging.getLogger("layercache")
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A call of the pipeline that ran in full: its arguments, with generators as they were, and what it gave."""
-
-    arguments: Mapping[str, Any]
-    full: FullSample
 
 
 @dataclass
@@ -72,7 +52,9 @@ class CallState:
     """What is known of calls with the same settings.
 
     Attributes:
-        key: of the settings, and of the model.
+        key: of the settings, of the model, and of noise levels other than the settings usually have.
+        base: of the settings and the model.
+        sigmas: noise levels of all these calls; empty before the first.
         recorded: calls so far.
         cache: that runs the schedule, once there is one.
         point: the schedule, and what it gave.
@@ -80,6 +62,8 @@ class CallState:
     """
 
     key: str
+    base: str
+    sigmas: tuple[float, ...] = ()
     recorded: list[Recorded] = field(default_factory=list)
     cache: ScheduleCache | None = None
     point: Point | None = None
@@ -109,9 +93,16 @@ class Recorder(FullRun):
         """Something outside of the model changes the generation as it runs."""
         self.obstacle = "its callback_on_step_end changes it"
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        self.note_step(velocity, latents)
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        self.note_step(velocity, latents, output)
         return velocity
+
+
+def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a schedule for one is for the other."""
+    return len(one) == len(other) and all(abs(a - b) < SIGMA_TOLERANCE for a, b in zip(one, other, strict=True))
 
 
 class LearningCache(Router):
@@ -135,12 +126,20 @@ class LearningCache(Router):
         self._class = type(setting.pipe)
         self._forwards = self._generations = 0  # of calls that ran in full
         self._is_busy = False
+        self._newest: dict[str, CallState] = {}  # by the digest of their settings
+        self._state: CallState | None = None  # of the present call
+        self._checked: object = None  # the run whose noise levels are known to be those of the schedule
         self._now: Router = self
         self.identity = Identity(self.spec, setting.scheduler)
 
     # --- as the executor's router ---
 
     def for_call(self) -> Router:
+        if self._state is not None and self._state.cache is self._now:
+            run = self.identity.run
+            if run is not self._checked:
+                self._checked = run
+                self._check_levels(self._state, scheduler_sigmas(self.identity.scheduler) or ())
         return self if self._now is self else self._now.for_call()
 
     @property
@@ -148,7 +147,8 @@ class LearningCache(Router):
         return True
 
     def begin(self, forward: Forward) -> None:
-        """A forward outside of the pipeline's calls is computed in full."""
+        """A forward that no other router is for is computed in full."""
+        self._forwards += self._is_busy
 
     def attached(self) -> None:
         self.setting.pipe.__class__ = intercepted(self._class, self.call)
@@ -162,7 +162,7 @@ class LearningCache(Router):
         """The model is another one now: what was recorded of it is dropped; schedules are looked for anew."""
         for router in self._routers:
             router.invalidate()
-        self.known = {}
+        self.known, self._newest = {}, {}
 
     def end_generation(self, completed: bool = True) -> None:
         for router in self._routers:
@@ -217,17 +217,51 @@ class LearningCache(Router):
             return original(*args, **kwargs)
         model = model_identity(pipe)
         key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
-        learned = self.known.setdefault(key, CallState(key))
-        self._is_busy = True
+        learned = self._newest.setdefault(key, CallState(key, key))
+        self.known[learned.key] = learned
+        self._is_busy, self._checked = True, None
         try:
             self._prepare(learned)
             router = learned.cache or self.substitute
             if router is None:
                 return self._recorded(learned, original, arguments)
             self._route_by(router)
+            self._state = None if learned.cache is None else learned
             return original(*args, **kwargs)
         finally:
-            self._is_busy = False
+            self._is_busy, self._state = False, None
+
+    def _check_levels(self, learned: CallState, sigmas: tuple[float, ...]) -> None:
+        """The run that has begun goes on by the schedule for its noise levels, or in full where there is none yet."""
+        assert learned.cache is not None
+        try:
+            learned.cache.schedule.fingerprint.check_sigmas(sigmas)
+        except ScheduleMismatchError as error:
+            other = self._of_levels(learned, sigmas)
+            self._take_kept(other)
+            if other.cache is not None:
+                self._state = other
+                return self._route_by(other.cache)
+            if self.substitute is not None:
+                return self._route_by(self.substitute)
+            warnings.warn(
+                f"this generation is computed in full, and those that follow it are learnt apart: {error}",
+                LayerCacheWarning,
+                stacklevel=6,
+            )
+            self._generations += 1
+            self._now = self
+
+    def _of_levels(self, learned: CallState, sigmas: tuple[float, ...]) -> CallState:
+        """What is known of calls with these settings and noise levels, which the next such call is taken to have."""
+        same = [one for one in self.known.values() if one.base == learned.base and same_levels(one.sigmas, sigmas)]
+        if not same and not learned.sigmas:
+            same = [learned]
+        key = digest_of([learned.base, [round(sigma, 3) for sigma in sigmas]])
+        found = same[0] if same else CallState(key, learned.base)
+        found.sigmas = sigmas
+        self.known[found.key] = self._newest[found.base] = found
+        return found
 
     def _route_by(self, router: Router) -> None:
         router.attachment = self.attachment
@@ -258,7 +292,7 @@ class LearningCache(Router):
             full = watcher.sample(pictures_in(result))
             if full.sampler is None:
                 raise CalibrationError("the sampler adds noise of its own, or its steps are not linear in the velocity")
-            learned.recorded.append(Recorded(arguments, full))
+            self._of_levels(learned, full.sigmas).recorded.append(Recorded(arguments, full))
         except CalibrationError as error:
             warnings.warn(
                 f"nothing can be learnt from this generation, which was computed in full: {error}",
@@ -272,21 +306,34 @@ class LearningCache(Router):
         """Finds the schedule for these settings, where one is kept or enough was recorded."""
         if learned.cache is not None or learned.is_full:
             return
-        files = LearntFiles(type(self.transformer).__name__, learned.key)
-        kept = files.load()
-        if kept is None or self.target.learn == MORE:
-            if self.substitute is not None and self._note:
+        kept = self._take_kept(learned)
+        if learned.cache is None and self.substitute is not None:
+            if self._note:
                 warnings.warn(self._note, LayerCacheWarning, stacklevel=4)
                 self._note = ""
-            if self.substitute is not None or len(learned.recorded) < self.target.generations:
-                return
-            kept = self._fitted(learned, kept)
-            if kept is None:
-                return
-            files.save(kept)
-        cache = make_router(kept.point.schedule, replace(self.setting, scheduler=self.setting.pipe.scheduler))
+            return
+        if (kept is None or self.target.learn == MORE) and len(learned.recorded) >= self.target.generations:
+            found = self._fitted(learned, kept)
+            if found is not None:
+                self._files_of(learned).save(found)
+                self._take(learned, found)
+
+    def _files_of(self, learned: CallState) -> LearntFiles:
+        return LearntFiles(type(self.transformer).__name__, learned.key)
+
+    def _take_kept(self, learned: CallState) -> Learnt | None:
+        """What earlier processes have learnt, which is taken unless it is to be refined."""
+        kept = self._files_of(learned).load()
+        if kept is not None and self.target.learn != MORE:
+            self._take(learned, kept)
+        return kept
+
+    def _take(self, learned: CallState, found: Learnt) -> None:
+        schedule = found.point.schedule
+        cache = make_router(schedule, replace(self.setting, scheduler=self.setting.pipe.scheduler))
         assert isinstance(cache, ScheduleCache)
-        learned.cache, learned.point = cache, kept.point
+        cache.identity.check = None  # noise levels are looked at before (`_check_levels`)
+        learned.cache, learned.point, learned.sigmas = cache, found.point, schedule.fingerprint.sigmas
 
     def _fitted(self, learned: CallState, kept: Learnt | None) -> Learnt | None:
         """What is found on the recorded calls; ``None``, and full generations from now on, where nothing is."""
@@ -314,124 +361,3 @@ class LearningCache(Router):
             sum(point.likely) / len(point.likely),
         )
         return found
-
-
-class Fit:
-    """Finds a schedule for a target on recorded calls, for at most `COST` full generations a picture of a call.
-
-    Args:
-        pipe: the pipeline, with nothing enabled on it.
-        calls: recorded.
-        target: what is wanted.
-        bar: told what it costs, in full generations.
-        kept: what was learnt before and is refined.
-    """
-
-    def __init__(self, pipe: Any, calls: list[Recorded], target: Target, bar: Any, kept: Learnt | None = None):
-        self.pipe, self.calls, self.target, self.bar, self.kept = pipe, calls, target, bar, kept
-        self.seconds = self.calls[0].full.seconds
-        self.num_steps = self.calls[0].full.num_steps
-        self.left = COST
-
-    def run(self) -> Learnt:
-        """The schedule.
-
-        Raises:
-            BudgetError, CalibrationError: no schedule reaches the target, or runs are not finite.
-        """
-        if self.target.min_psnr is not None:
-            return self._learnt([self._for_quality(self.target.min_psnr)])
-        return self._learnt(self._at(self._count()))
-
-    def _count(self) -> int:
-        """Computed steps for the budget or speedup."""
-        budget, (blocks, rest) = self.target.budget, self.seconds
-        if self.target.speedup is not None:
-            budget = ((rest + blocks) / self.target.speedup - rest) / blocks
-        count = min(math.floor((budget or 0.0) * self.num_steps + 1e-9), self.num_steps - 1)
-        if count < 1:
-            most = (rest + blocks) / (rest + blocks / self.num_steps)
-            raise BudgetError(
-                f"with {self.num_steps} steps a budget is at least {1 / self.num_steps:.2f}, and a speedup of the loop "
-                f"at most {most:.1f}"
-            )
-        return count
-
-    def _search(self, cost: float, answers: Answers | None = None) -> WholeStepSearch:
-        """On as many of the calls as can be run for this cost each."""
-        calls = self.calls[: max(1, math.floor(self.left / cost + 1e-9))]
-        full = [call.full for call in calls]
-        rollouts = Rollouts(self.pipe, [call.arguments for call in calls], on_cost=self.bar.update, full=full)
-        if answers is not None:
-            pictures = rollouts.num_pictures
-            answers = Answers(answers.kappa[:pictures], answers.eta[:pictures])
-        return WholeStepSearch(rollouts, self.seconds[0], tail=TAIL, answers=answers)
-
-    def _spend(self, search: WholeStepSearch, count: int, runs: int = 1) -> None:
-        """Notes what runs will cost."""
-        calls, pictures = len(search.rollouts.prompts), search.rollouts.num_pictures
-        self.left -= runs * calls * count / self.num_steps
-        self.bar.total = self.bar.n + runs * pictures * count / self.num_steps
-        self.bar.refresh()
-
-    def _at(self, count: int) -> list[Tried]:
-        """Schedules with so many computed steps."""
-        share = count / self.num_steps
-        search = self._search(share)
-        if self.kept is not None and (path := path_of(self.kept.point.schedule, search.rollouts.sigmas)).sum() == count:
-            self._spend(search, count)
-            origin = self.kept.point.origin.split(",")[0] + ", learnt from more"
-            return [search.run_path(path, search.forecast_of(count), origin, self.kept.products)]
-        runs = min(MOST_RUNS, max(1, math.floor(self.left / (len(search.rollouts.prompts) * share) + 1e-9)))
-        self._spend(search, count, runs)
-        return list(search.run([count], [runs]))
-
-    def _for_quality(self, least: float) -> Tried:
-        """The schedule of least compute that other pictures are expected to have this mean PSNR with."""
-        search = self._search(self.left / len(self.calls))  # all of them
-        search.prepare(1)
-        tried: list[Tried] = []
-        shortfall = 0.0
-        while True:
-            count, path = self._least(search, least + shortfall)
-            if any(count <= int(one.computed.sum()) for one in tried if _mean(one) < least):
-                break
-            share = count / self.num_steps
-            if share > self.left:
-                break
-            if len(search.rollouts.prompts) * share > self.left:
-                search = self._search(share, search.answers)
-                search.prepare(1)
-            self._spend(search, count)
-            tried.append(search.run_path(path, search.forecast_of(count), "whole steps, surrogate"))
-            search.tried.append(tried[-1])
-            if _mean(tried[-1]) >= least:
-                return tried[-1]
-            shortfall += least - _mean(tried[-1])
-        best = max(tried, key=_mean, default=None)
-        found = "none was run" if best is None else f"{_mean(best):.1f} dB with {best.computed.mean():.2f} of the steps"
-        raise CalibrationError(
-            f"min_psnr={least:g} was not reached on the recorded generations ({found}); ask for less, or search "
-            "(layercache.search)",
-            argument="min_psnr",
-        )
-
-    def _least(self, search: WholeStepSearch, least: float) -> tuple[int, np.ndarray]:
-        """The fewest computed steps that the surrogate gives this mean PSNR, and its path."""
-        low, high = 1, self.num_steps - 1
-        paths: dict[int, np.ndarray] = {}
-        while low < high:
-            middle = (low + high) // 2
-            paths[middle], psnr = search.predicted(middle)
-            low, high = (low, middle) if np.mean(psnr) >= least else (middle + 1, high)
-        return low, paths[low] if low in paths else search.predicted(low)[0]
-
-    def _learnt(self, tried: list[Tried]) -> Learnt:
-        best = max(tried, key=lambda one: one.quality)
-        blocks, rest = self.seconds
-        front = Front((best.point,), (blocks, rest, 0.0), len(tried), (f"learnt from {len(self.calls)} generations",))
-        return Learnt(front, best.rollout.products)
-
-
-def _mean(tried: Tried) -> float:
-    return float(np.mean(tried.expected or tried.rollout.psnr))

@@ -18,8 +18,7 @@ from layercache.planning.front import Front, Point, check_one_target
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import FORECASTS, reforecast, secant_coefficients
-from layercache.schedule.index_file import EXPECTED, EXPECTED10
-from layercache.schedule.schedule import Cell, Schedule
+from layercache.schedule.schedule import EXPECTED_PSNR, Cell, Schedule
 
 SPANS = (1, 2, 3, 4, 5, 6)
 SOLVERS = ("best", "exact", "lagrangian", "removal", "addition")
@@ -167,9 +166,10 @@ def plan(
 def _with_expected(point: Point) -> Schedule:
     """The schedule of a point, with the PSNR that pictures are expected to have in its ``made_by``."""
     found = summarise(point.likely)
-    psnr = {EXPECTED: found.mean, EXPECTED10: found.quantile10}
-    known = {name: round(value, 2) for name, value in psnr.items() if math.isfinite(value)}
-    return replace(point.schedule, made_by={**point.schedule.made_by, **known})
+    psnr = [found.mean, found.quantile10]
+    if point.schedule.expected_psnr or not all(map(math.isfinite, psnr)):
+        return point.schedule
+    return replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr})
 
 
 def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int) -> Schedule:

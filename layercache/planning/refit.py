@@ -12,7 +12,7 @@ from layercache._utils.validate import expect
 from layercache.errors import ScheduleError
 from layercache.planning.front import Point
 from layercache.planning.rollout import Rollouts
-from layercache.planning.samples import count_of
+from layercache.planning.samples import count_of, with_settings
 from layercache.planning.surrogate import with_count
 from layercache.planning.whole_steps import TERMS, WholeStepSearch
 from layercache.schedule.schedule import Schedule
@@ -27,6 +27,8 @@ def refit(
     *,
     seeds: Sequence[int] | None = None,
     progress: bool = True,
+    guidance: Sequence[float] = (),
+    sizes: Sequence[Sequence[int]] = (),
     **call: Any,
 ) -> Point:
     """A schedule of whole steps with its forecasts fitted anew, for one full run and one cached run per picture.
@@ -40,6 +42,8 @@ def refit(
         schedule: of whole steps, from `layercache.search`.
         prompts, seeds, call: the samples, see `layercache.planning.rollout.Rollouts`.
         progress: show a progress bar, in full generations.
+        guidance, sizes: guidance scales and sizes that it is fitted to, as for `layercache.search`; every prompt is run
+            with each.
 
     Returns:
         the schedule, with what it gave on these pictures, and what it is expected to give on others.
@@ -57,6 +61,7 @@ def refit(
             argument="schedule",
         )
     terms = max((len(velocity.terms) for velocity in schedule.velocities if velocity is not None), default=TERMS)
+    prompts, seeds = with_settings(pipe, prompts, seeds, guidance, sizes, call)
     pictures = sum(count_of(prompt, call) for prompt in prompts)
     with tqdm(disable=not progress, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)

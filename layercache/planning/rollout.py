@@ -16,9 +16,9 @@ from layercache.models.registry import expert_settings, find_transformer, finger
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import call_of, call_settings, pictures_in, seeds_of
+from layercache.planning.samples import arguments_of, call_of, call_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
-from layercache.planning.trace import Trace, near
+from layercache.planning.trace import Trace, near, together
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
@@ -45,8 +45,9 @@ class Rollout:
     Attributes:
         schedule: with the velocities that were fitted on the way.
         psnr: per picture, in dB, against the full run; at most 100.
-        traces: per sample.
-        products: that each fitted step was solved from, `layercache.planning.fit.products_of` all its pictures.
+        traces: per sample; of a model with several outputs (video and sound) all of them together (`together`).
+        products: that each fitted step was solved from, `layercache.planning.fit.products_of` all its pictures; of the
+            k-th further output those of step i are at ``k * N + i``.
     """
 
     schedule: Schedule
@@ -73,8 +74,8 @@ class RolloutRouter(ScheduleRouter):
         super().__init__(*arguments)
         self.takes_experts = True
 
-    def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
-        return _AlwaysThere(self.layout, slots)
+    def new_track(self, before: VelocityTrack | None = None) -> VelocityTrack:
+        return _AlwaysThere.of(self.schedule, 1, before)
 
     @property
     def replaces_velocity(self) -> bool:
@@ -104,17 +105,18 @@ class Rollouts:
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
-        full: a trace per sample.
+        full: a trace per sample; of a model with several outputs all of them together.
+        outputs: per sample, the traces of each.
         pictures: of the full runs, per sample.
         runs: generations of every sample so far.
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
         first: step that the runs begin with; not 0 of runs that begin in the middle (img2img).
-        sigmas: N + 1 noise levels of the N steps that are taken.
+        sigmas: N + 1 noise levels of the N steps that are taken, mean over the samples.
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
-        UnsupportedModelError: the pipeline is of no known kind, or its model gives two outputs (LTX-2).
+        UnsupportedModelError: the pipeline is of no known kind.
     """
 
     SOURCE: ClassVar[str] = "make one: layercache.planning.rollout.Rollouts(pipe, prompts)"
@@ -134,11 +136,6 @@ class Rollouts:
         self.spec = spec_for(self.transformer)
         if self.transformer is pipe or not hasattr(pipe, "scheduler"):
             raise UnsupportedModelError("rollouts need the pipeline, with its scheduler, not a bare transformer")
-        if len(self.spec.leaves) > 1:
-            raise UnsupportedModelError(
-                f"{type(self.transformer).__name__} gives two outputs, picture and sound, and the search follows one: "
-                "models with two outputs are not searched; calibrate, and plan from the profile (layercache.plan)"
-            )
         if not prompts:
             raise CalibrationError(
                 "rollouts need at least one prompt (8 to 24 pictures give a good fit)", argument="prompts"
@@ -155,12 +152,14 @@ class Rollouts:
         self.branches: tuple[str, ...] = ()
         self.runs = 0
         self.full: tuple[Trace, ...] = ()
+        self.outputs: list[tuple[Trace, ...]] = []
         self.pictures: list[np.ndarray] = []
         self._streams: list[Mapping[str, tuple[int, int]]] = []
         self.seconds = (0.0, 0.0)
         self.first = 0
         self.sigmas: tuple[float, ...] = ()
-        self._levels: tuple[float, ...] = ()  # of all steps
+        self._levels: tuple[float, ...] = ()  # of all steps, mean over the samples
+        self._level_range: tuple[tuple[float, float], ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
         self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
 
@@ -184,13 +183,17 @@ class Rollouts:
     def fingerprint(self) -> Fingerprint:
         steps = range(self.first, self.first + self.num_steps)
         found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
-        return replace(found, settings={**found.settings, **call_settings(self.call), **expert_settings(self.pipeline)})
+        calls = call_settings(*({**self.call, **arguments_of(prompt)} for prompt in self.prompts))
+        settings = {**found.settings, **calls, **expert_settings(self.pipeline)}
+        return replace(found, settings=settings, sigma_range=self._level_range)
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
-        pairs = zip(self._streams, self.full, strict=True)
+        sizes = [[trace.latents[0].nbytes for trace in traces] for traces in self.outputs]
+        pairs = zip(self._streams, sizes, strict=True)
         return max(
-            stored_bytes(schedule, streams, trace.latents[0].nbytes, self.spec.text_leaves) for streams, trace in pairs
+            stored_bytes(schedule, streams, latents, self.spec.text_leaves, further)
+            for streams, (latents, *further) in pairs
         )
 
     def run(self, schedule: Schedule, forecast: Forecast | None = None, more: Products | None = None) -> Rollout:
@@ -217,24 +220,32 @@ class Rollouts:
 
     def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
         psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
-        taken = [None if velocity is None else velocity.shifted(self.first) for velocity in run.velocities]
-        velocities = (*[None] * self.first, *taken)
-        if all(velocity is None for velocity in velocities):
-            velocities = ()
-        return Rollout(replace(run.schedule, velocities=velocities), tuple(psnr), run.traces, run.products)
+        first, *further = (
+            (*[None] * self.first, *(velocity and velocity.shifted(self.first) for velocity in of_output))
+            for of_output in run.velocities
+        )
+        if not any(any(of_output) for of_output in (first, *further)):
+            first, further = (), []
+        schedule = replace(run.schedule, velocities=first, further_velocities=tuple(further))
+        return Rollout(schedule, tuple(psnr), tuple(map(together, zip(*run.traces, strict=True))), run.products)
 
     def _take(self, found: Sequence[FullSample]) -> None:
         """Keeps the full runs."""
         self.runs += 1
-        self._levels = found[0].sigmas
+        levels = np.array([one.sigmas for one in found if len(one.sigmas) == len(found[0].sigmas)])
+        low, high = levels.min(axis=0), levels.max(axis=0)
+        # other sizes may have other noise levels
+        self._levels = found[0].sigmas if (low == high).all() else tuple(levels.mean(axis=0).tolist())
+        self._level_range = () if (low == high).all() else tuple(zip(low.tolist(), high.tolist(), strict=True))
         self.first = len(self._levels) - 1 - found[0].num_steps
         self.sigmas = self._levels[self.first :]
-        if any(one.num_steps != found[0].num_steps for one in found):
+        if len(levels) < len(found) or any(one.num_steps != found[0].num_steps for one in found):
             raise CalibrationError(
                 f"the samples take {', '.join(str(one.num_steps) for one in found)} steps; a schedule is for one number"
             )
-        self.full, self.pictures = tuple(one.trace for one in found), [one.pictures for one in found]
-        self.branches = tuple(found[0].branches)
+        self.outputs = [one.traces for one in found]
+        self.full, self.pictures = tuple(map(together, self.outputs)), [one.pictures for one in found]
+        self.branches = tuple(dict.fromkeys(name for one in found for name in one.branches))
         self._streams = [one.branches for one in found]
         self.seconds = (median(one.seconds[0] for one in found), median(one.seconds[1] for one in found))
         samplers = tuple(one.sampler for one in found if one.sampler is not None)
@@ -255,10 +266,10 @@ class Rollouts:
         scheduler, pictures = self._clones[sample].scheduler, len(self.seeds[sample])
         watcher = FullRun(self.transformer, self.spec, scheduler)
 
-        def answer(step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-            ((velocity, latents),) = items
-            watcher.note_step(velocity, latents)
-            if watcher.sigmas:
+        def answer(step: int, items: list[tuple[Any, ...]]) -> list[Any]:
+            ((velocity, latents, *output),) = items
+            watcher.note_step(velocity, latents, *output)
+            if watcher.sigmas and not output:
                 self._note(pictures / (len(watcher.sigmas) - 1 - watcher.first))
             return [velocity]
 
@@ -275,15 +286,14 @@ class Rollouts:
         samples: Sequence[int],
     ) -> list[np.ndarray]:
         """Generations of samples side by side, each by its own router; ``answer`` says which velocities are taken."""
-        pipelines, calls = [self._clones[k] for k in samples], self._calls()
-        counts = [len(self.seeds[k]) for k in samples]
+        calls, outputs = self._calls(), len(self.spec.leaves)
         attachment = attach(self.pipeline, routers[0])
-        runs = [_pausable(clone, call) for clone, call in zip(pipelines, [calls[k] for k in samples], strict=True)]
+        runs = [_pausable(self._clones[k], calls[k], outputs) for k in samples]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
-        return [pictures_in(result, count) for result, count in zip(results, counts, strict=True)]
+        return [pictures_in(result, len(self.seeds[k])) for result, k in zip(results, samples, strict=True)]
 
     def _calls(self) -> list[dict[str, Any]]:
         return [call_of(prompt, seeds, self.call) for prompt, seeds in zip(self.prompts, self.seeds, strict=True)]
@@ -296,34 +306,37 @@ class RolloutRun:
     """
 
     def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
-        self.samplers, self.full, self.note_cost = rollouts.samplers, rollouts.full, rollouts.note_cost
+        self.samplers, self.note_cost, self.num_steps = rollouts.samplers, rollouts.note_cost, rollouts.num_steps
         self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
-        self.traces = tuple(Trace() for _ in rollouts.prompts)
-        self.velocities: list[Velocity | None] = []
+        # of every output, each sample's
+        self.full = list(zip(*rollouts.outputs, strict=True))
+        self.traces = [tuple(Trace() for _ in rollouts.prompts) for _ in self.full]
+        self.velocities: list[list[Velocity | None]] = [[] for _ in self.full]
         self.more, self.products = more, dict[int, np.ndarray]()
 
-    def answer(self, step: int, items: list[tuple[Any, Any]]) -> list[Any]:
-        runs = not self.schedule.is_skipped(step)
-        if runs:
+    def answer(self, step: int, items: list[tuple[Any, ...]]) -> list[Any]:
+        runs, output = not self.schedule.is_skipped(step), items[0][2] if len(items[0]) > 2 else 0
+        if runs and not output:
             self.note_cost()
-        for trace, (velocity, latents) in zip(self.traces, items, strict=True):
+        traces = self.traces[output]
+        for trace, (velocity, latents, *_) in zip(traces, items, strict=True):
             trace.add(latents, velocity.clone() if runs else None)
         at = step - self.first
         if at == 0:
-            self._check_beginnings()
+            self._check_beginnings(output)
         if self.forecast is None:
-            planned = self.schedule.velocity(step)
+            planned = self.schedule.velocity(step, output)
             rule = None if planned is None else planned.shifted(-self.first)
         else:
-            rule = self._fit(at, self.forecast)
-        self.velocities.append(rule)
-        for trace in self.traces:
+            rule = self._fit(at, self.forecast, output)
+        self.velocities[output].append(rule)
+        for trace in traces:
             trace.taken.append(trace.combined(rule, at))
-        return [trace.taken[at] for trace in self.traces]
+        return [trace.taken[at] for trace in traces]
 
-    def _check_beginnings(self) -> None:
+    def _check_beginnings(self, output: int) -> None:
         """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
-        for number, (trace, full) in enumerate(zip(self.traces, self.full, strict=True)):
+        for number, (trace, full) in enumerate(zip(self.traces[output], self.full[output], strict=True)):
             here = trace.latents[0].float()
             if not (near(full.latents[0], here).float() - here).norm() <= SAME_BEGINNING * here.norm():
                 raise CalibrationError(
@@ -331,32 +344,33 @@ class RolloutRun:
                     "from something else than its generator"
                 )
 
-    def _fit(self, step: int, forecast: Forecast) -> Velocity | None:
-        runs = self.traces[0].raw[step] is not None
-        if runs and not (forecast.target == "steer" and forecast.everywhere and self._has_drifted(step)):
+    def _fit(self, step: int, forecast: Forecast, output: int) -> Velocity | None:
+        own, full = self.traces[output], self.full[output]
+        runs = own[0].raw[step] is not None
+        if runs and not (forecast.target == "steer" and forecast.everywhere and self._has_drifted(step, output)):
             return None
-        sources = [k for k in range(step, -1, -1) if self.traces[0].raw[k] is not None][: forecast.terms]
+        sources = [k for k in range(step, -1, -1) if own[0].raw[k] is not None][: forecast.terms]
         if forecast.target == "none":
             return Velocity({sources[0]: 1.0})
-        features = [[trace.raw[k] for k in sources] for trace in self.traces]
-        if forecast.target == "open":
-            features = [[trace.raw[k] for k in sources] for trace in self.full]
-        latents = [trace.latents[step] for trace in (self.full if forecast.target == "open" else self.traces)]
+        among = full if forecast.target == "open" else own
+        features = [[trace.raw[k] for k in sources] for trace in among]
+        latents = [trace.latents[step] for trace in among]
         if forecast.target == "steer":
-            triples = zip(self.samplers or (), self.traces, self.full, strict=True)
-            targets = [sampler.wanted(trace, full, step) for sampler, trace, full in triples]
+            triples = zip(self.samplers or (), own, full, strict=True)
+            targets = [sampler.wanted(trace, one, step) for sampler, trace, one in triples]
         else:
-            targets = [near(full.taken[step], x) for full, x in zip(self.full, latents, strict=True)]
+            targets = [near(one.taken[step], x) for one, x in zip(full, latents, strict=True)]
         products = products_of(step, features, latents, targets)  # type: ignore[arg-type]
-        if step in self.more:
-            products = np.concatenate([self.more[step], products])
-        self.products[step] = products
+        place = output * self.num_steps + step
+        if place in self.more:
+            products = np.concatenate([self.more[place], products])
+        self.products[place] = products
         return solve_velocity(forecast, sources, products)
 
-    def _has_drifted(self, step: int) -> bool:
+    def _has_drifted(self, step: int, output: int) -> bool:
         return any(
             not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step]))
-            for trace, full in zip(self.traces, self.full, strict=True)
+            for trace, full in zip(self.traces[output], self.full[output], strict=True)
         )
 
 
@@ -409,9 +423,9 @@ def _placeholders(cells: Sequence[Sequence[Cell]], steps: Sequence[int]) -> list
     return velocities
 
 
-def _pausable(clone: Any, call: dict[str, Any]) -> PausableRun:
+def _pausable(clone: Any, call: dict[str, Any], outputs: int) -> PausableRun:
     def generate() -> Any:
-        with paused_at_steps(clone.scheduler, pausable):
+        with paused_at_steps(clone.scheduler, pausable, outputs):
             return clone(**call)
 
     pausable = PausableRun(generate)

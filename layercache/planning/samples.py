@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layercache.errors import CalibrationError
+from layercache.errors import ArgumentError, CalibrationError
 
 GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
 
@@ -86,7 +87,7 @@ def count_of(prompt: Any, call: Mapping[str, Any]) -> int:
     """
     arguments = {**call, **arguments_of(prompt)}
     per_prompt = next((arguments[name] for name in PER_PROMPT if arguments.get(name) is not None), 1)
-    for name in ("prompt", "prompt_embeds"):
+    for name in ("prompt", "prompt_embeds", "class_labels"):
         given = arguments.get(name)
         if isinstance(given, (list, tuple, torch.Tensor)):
             return len(given) * int(per_prompt)
@@ -126,13 +127,83 @@ def seeds_of(prompts: Sequence[Any], seeds: Sequence[int] | None, call: Mapping[
     return [given[lo:hi] for lo, hi in pairwise(edges)]
 
 
-def call_settings(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Guidance and size among the arguments of a pipeline's call, as `Fingerprint.settings` holds them."""
-    guidance = {name: float(call[name]) for name in GUIDANCE if isinstance(call.get(name), (int, float))}
-    size = [f"{name} {call[name]}" for name in SIZES if isinstance(call.get(name), int)]
-    return ({"guidance": [f"{name} {value:g}" for name, value in guidance.items()]} if guidance else {}) | (
-        {"size": size} if size else {}
+def with_settings(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
+    guidance: Sequence[float],
+    sizes: Sequence[Sequence[int]],
+    call: Mapping[str, Any],
+) -> tuple[list[Any], list[int] | None]:
+    """Samples for every prompt with every setting, and their seeds; the first of them take all settings in turns.
+
+    Args:
+        pipe: the pipeline; which of its arguments is the guidance scale is what ``call`` names, or what it has by
+            default.
+        prompts, seeds: as for `seeds_of`.
+        guidance: guidance scales; none: as the calls have it.
+        sizes: ``(height, width)`` or ``(height, width, frames)`` in pixels; none: as the calls have them.
+        call: arguments of every call.
+
+    Raises:
+        ArgumentError: a guidance scale or size is none, or the pipeline takes no such argument.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    given: list[list[dict[str, Any]]] = [[], []]
+    for scale in guidance:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ArgumentError(f"guidance takes numbers, got {scale!r}", argument="guidance")
+        given[0].append({_guidance_name(accepted, call): float(scale)})
+    for size in sizes:
+        if len(size) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ArgumentError(
+                f"a size is (height, width), or (height, width, frames), got {size!r}", argument="sizes"
+            )
+        given[1].append(dict(zip(SIZES, size, strict=False)))
+    settings = [{**one, **other} for one in given[0] or [{}] for other in given[1] or [{}]]
+    unknown = sorted({name for one in settings for name in one} - set(accepted))
+    if unknown:
+        raise ArgumentError(f"{type(pipe).__name__} takes no {', '.join(unknown)}, which was to be varied")
+    if settings == [{}]:
+        return list(prompts), seeds if seeds is None else list(seeds)
+    if not prompts:
+        return [], None
+    own = None if seeds is None else seeds_of(prompts, seeds, call)
+    count, turn = len(settings), math.lcm(len(prompts), len(settings))
+    pairs = [
+        (k % len(prompts), (k + k // turn) % count) for k in range(len(prompts) * count)
+    ]  # every pair once, all settings soon
+    expanded = [{**arguments_of(prompts[k]), **settings[setting]} for k, setting in pairs]
+    return expanded, None if own is None else [seed for k, _ in pairs for seed in own[k]]
+
+
+def _guidance_name(accepted: Mapping[str, Any], call: Mapping[str, Any]) -> str:
+    """Which argument of a pipeline's call is the guidance scale: where it has two, one of them is 1, for none."""
+    named = [name for name in GUIDANCE if call.get(name) is not None]
+    if len(named) == 1:
+        return named[0]
+    true = accepted.get("true_cfg_scale")
+    return "true_cfg_scale" if true is not None and true.default not in (None, 1.0) else "guidance_scale"
+
+
+def call_settings(*calls: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance and size among the arguments of a pipeline's calls, as `Fingerprint.settings` holds them.
+
+    Where calls differ, from the least to the largest.
+    """
+    guidance, sizes = (
+        [_range(name, [call.get(name) for call in calls]) for name in names] for names in (GUIDANCE, SIZES)
     )
+    found = {"guidance": [text for text in guidance if text], "size": [text for text in sizes if text]}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _range(name: str, values: Sequence[Any]) -> str:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(values):  # some call does not say
+        return ""
+    low, high = min(numbers), max(numbers)
+    return f"{name} {low:.6g}" if low == high else f"{name} {low:.6g} to {high:.6g}"
 
 
 def copied(generator: Any) -> Any:
@@ -154,11 +225,15 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
             an array ``[frames, H, W, C]``, are one picture.
 
     Returns:
-        float32, or float64 where the result is; 8-bit values (PIL) as they are, `psnr_of` knows their scale.
+        float32, or float64 where the result is; 8-bit values (PIL) as they are, `psnr_of` knows their scale. Of videos
+            with sound, ``[B, numbers]``: frames and sound, each of which counts half in a mean square.
 
     Raises:
         CalibrationError: the result does not divide into so many.
     """
+    sound = getattr(result, "audio", None)
+    if sound is not None:
+        return _with_sound(pictures_in(result.frames, count), _numbers(sound))
     for name in OUTPUTS:
         if hasattr(result, name):
             result = getattr(result, name)
@@ -171,6 +246,14 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
     if count == 0 or not found.ndim or len(found) % count:
         raise CalibrationError(f"the pipeline gave {len(found) if found.ndim else 0} pictures for {count} prompts")
     return found[None] if count == 1 else found.reshape(count, -1, *found.shape[1:])
+
+
+def _with_sound(frames: np.ndarray, sound: np.ndarray) -> np.ndarray:
+    """Both in one row per video; the range of a waveform is 2, that of frames 1."""
+    frames = frames / np.float32(255) if frames.dtype == np.uint8 else frames
+    parts = [frames.reshape(len(frames), -1), 0.5 * sound.reshape(len(frames), -1)]
+    total = sum(part.shape[1] for part in parts)
+    return np.concatenate([part * np.float32(np.sqrt(total / (2 * part.shape[1]))) for part in parts], axis=1)
 
 
 def _numbers(pictures: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ from layercache.errors import ArgumentError, BudgetError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point
 from layercache.planning.rollout import Rollouts, skipping, with_terms_of
-from layercache.planning.samples import count_of
+from layercache.planning.samples import count_of, with_settings
 from layercache.planning.search_files import SearchFiles
 from layercache.planning.whole_steps import TAIL, TERMS, WholeStepSearch, cost_of, counts_of, runs_per_budget
 
@@ -92,6 +92,8 @@ def search(
     tail: float = TAIL,
     seed: int = 0,
     progress: bool = True,
+    guidance: Sequence[float] = (),
+    sizes: Sequence[Sequence[int]] = (),
     **call: Any,
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, for a fixed number of full generations in all.
@@ -118,16 +120,19 @@ def search(
         tail: weight of the 10 % quantile of the PSNR beside its mean; 0 looks at the mean alone.
         seed: of the order in which paths are tried in the surrogate.
         progress: show a progress bar, in full generations.
+        guidance, sizes: guidance scales, and ``(height, width)`` or ``(height, width, frames)`` in pixels, that one
+            schedule is fitted to: the pictures have them in turns. The schedule knows their range, and a run outside of
+            it is warned of.
 
     Raises:
-        ArgumentError: an unknown effort.
+        ArgumentError: an unknown effort, or more settings than pictures.
         BudgetError: a budget is out of range, the pictures cost more than the effort allows, or no schedule keeps to
             the memory.
         CalibrationError: as for `Rollouts`.
         FileFormatError: a file of ``resume`` is damaged.
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another search.
-        UnsupportedModelError: the model gives two outputs (LTX-2), or is of an unknown class.
+        UnsupportedModelError: the model is of an unknown class.
     """
     start = time.monotonic()
     config = SearchConfig(
@@ -138,7 +143,7 @@ def search(
         tail=tail,
         seed=seed,
     )
-    prompts, seeds = first_pictures(prompts, seeds, PICTURES[effort], call)
+    prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
     pictures = sum(count_of(prompt, call) for prompt in prompts)
     steps = steps_of(pipe, call)
     # refused before anything runs
@@ -150,7 +155,32 @@ def search(
         front = _searched(rollouts, config, start, bar)
     if validation is None:
         return front
-    return replace(front, points=tuple(validated(front.points, pipe, *validation, **call)))
+    others = with_settings(pipe, *validation, guidance, sizes, call)
+    return replace(front, points=tuple(validated(front.points, pipe, *others, **call)))
+
+
+def _fitted_samples(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
+    settings: tuple[Sequence[float], Sequence[Sequence[int]]],
+    effort: str,
+    call: Mapping[str, Any],
+) -> tuple[list[Any], list[int] | None]:
+    """The samples that the effort fits to, with all settings among them.
+
+    Raises:
+        ArgumentError: there are more settings than pictures.
+    """
+    guidance, sizes = settings
+    count, most = max(1, len(guidance)) * max(1, len(sizes)), PICTURES[effort]
+    if count > most:
+        raise ArgumentError(
+            f"{len(guidance)} guidance scales and {len(sizes)} sizes are {count} settings, and {effort!r} fits to "
+            f"{most} pictures; give fewer, or a higher effort",
+            argument="guidance",
+        )
+    return first_pictures(*with_settings(pipe, prompts, seeds, guidance, sizes, call), most, call)
 
 
 def _say_memory(bar: Any, size: float) -> None:
@@ -181,7 +211,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
 
 
 def validated(
-    points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int], **call: Any
+    points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None, **call: Any
 ) -> Iterator[Point]:
     """The points with their PSNR on other samples: nothing is fitted here."""
     rollouts = Rollouts(pipe, prompts, seeds, **call)

@@ -45,6 +45,7 @@ class KeptRun:
         psnr: per picture, in dB.
         velocities: that were fitted, per step.
         answers: kappa and log eta that it showed, each ``[P, N]``; ``None`` where it did not drift.
+        further: velocities of the model's outputs behind the first.
     """
 
     computed: tuple[int, ...]
@@ -52,6 +53,7 @@ class KeptRun:
     psnr: tuple[float, ...]
     velocities: tuple[Velocity | None, ...]
     answers: tuple[np.ndarray, np.ndarray] | None
+    further: tuple[tuple[Velocity | None, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -60,13 +62,18 @@ class KeptRun:
             "psnr": list(self.psnr),
             "velocities": [velocity and velocity.to_json() for velocity in self.velocities],
             "answers": self.answers and [table.tolist() for table in self.answers],
+            "further": [[velocity and velocity.to_json() for velocity in one] for one in self.further],
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KeptRun:
-        velocities = tuple(velocity and Velocity.from_json(velocity) for velocity in data["velocities"])
+        velocities, *further = (
+            tuple(velocity and Velocity.from_json(velocity) for velocity in one)
+            for one in (data["velocities"], *data.get("further", ()))
+        )
         answers = data["answers"] and (np.array(data["answers"][0], float), np.array(data["answers"][1], float))
-        found = cls(tuple(map(int, data["computed"])), str(data["forecast"]), tuple(data["psnr"]), velocities, answers)
+        steps, psnr = tuple(map(int, data["computed"])), tuple(data["psnr"])
+        found = cls(steps, str(data["forecast"]), psnr, velocities, answers, tuple(further))
         if not all(math.isfinite(value) for value in found.psnr):
             raise CalibrationError("a PSNR is not finite")
         return found
@@ -150,31 +157,39 @@ class SearchFiles:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads(file.metadata()["full run"])
-            steps = sum(name.startswith("velocity ") for name in tensors)
-            velocities = [tensors[f"velocity {step}"] for step in range(steps)]
-            trace = Trace([tensors[f"latents {step}"] for step in range(steps)], list(velocities), velocities)
+            trace, *further = (_trace_in(tensors, prefix) for prefix in about.get("outputs", [""]))
             branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}
             blocks, rest = map(float, about["seconds"])
             sigmas = tuple(map(float, about["sigmas"]))
             steps_of = "keep" in tensors and LinearSampler(tensors["keep"].numpy(), tensors["weights"].numpy())
-            return FullSample(trace, tensors["pictures"].numpy(), branches, (blocks, rest), sigmas, steps_of or None)
+            pictures = tensors["pictures"].numpy()
+            return FullSample(trace, pictures, branches, (blocks, rest), sigmas, steps_of or None, tuple(further))
 
     def keep_sample(self, number: int, found: FullSample) -> None:
-        tensors = {f"latents {step}": t.contiguous() for step, t in enumerate(found.trace.latents)}
-        tensors |= {f"velocity {step}": t.contiguous() for step, t in enumerate(found.trace.taken)}
+        outputs = ["", *(f"output {k} " for k in range(1, len(found.traces)))]
+        tensors: dict[str, torch.Tensor] = {}
+        for prefix, trace in zip(outputs, found.traces, strict=True):
+            tensors |= {f"{prefix}latents {step}": t.contiguous() for step, t in enumerate(trace.latents)}
+            tensors |= {f"{prefix}velocity {step}": t.contiguous() for step, t in enumerate(trace.taken)}
         tensors["pictures"] = torch.from_numpy(np.ascontiguousarray(found.pictures))
         if found.sampler is not None:
             tensors |= {
                 "keep": torch.from_numpy(found.sampler.keep),
                 "weights": torch.from_numpy(found.sampler.weights),
             }
-        about = {"branches": found.branches, "seconds": found.seconds, "sigmas": found.sigmas}
+        about = {"branches": found.branches, "seconds": found.seconds, "sigmas": found.sigmas, "outputs": outputs}
         # safetensors refuses tensors that share memory
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         write_atomically(self._path(number), lambda path: save_file(tensors, path, {"full run": json.dumps(about)}))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"full-{number:03d}.safetensors"
+
+
+def _trace_in(tensors: Mapping[str, torch.Tensor], prefix: str) -> Trace:
+    steps = range(sum(name.startswith(f"{prefix}velocity ") for name in tensors))
+    velocities = [tensors[f"{prefix}velocity {step}"] for step in steps]
+    return Trace([tensors[f"{prefix}latents {step}"] for step in steps], list(velocities), velocities)
 
 
 def identity_of(rollouts: Rollouts) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from layercache._utils.compat import scheduler_step, step_argument, with_velocity
-from layercache.runtime.patches import MethodPatch, restore
+from layercache.runtime.patches import DEEPCOPY, CopyHook, MethodPatch, restore
 from layercache.runtime.timesteps import StepTally
 
 
@@ -122,41 +122,58 @@ def clones(pipe: Any, count: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def paused_at_steps(scheduler: Any, run: PausableRun) -> Iterator[None]:
-    """Pauses the run at every sampler step with ``(step, velocity, latents)``; the reply is the velocity to take."""
-    original, tally = scheduler.step, StepTally(scheduler)
+def paused_at_steps(scheduler: Any, run: PausableRun, outputs: int = 1) -> Iterator[None]:
+    """Pauses the run at every sampler step with ``(step, velocity, latents)``; the reply is the velocity to take.
+
+    Of a model with two outputs the second's steps, which the pipeline takes by a copy of its scheduler, pause behind
+    the first's, with a 1 behind the latents.
+    """
+    before = {"step": scheduler.__dict__["step"]} if "step" in scheduler.__dict__ else {}
+    patch = MethodPatch(scheduler, "step", _pausing(scheduler, scheduler.step, run, ()))
+    patch.before = before
+    scheduler.__dict__["step"] = patch
+    if outputs > 1:
+
+        def pause_copy(copied: Any) -> None:
+            copied.__dict__["step"] = _pausing(copied, copied.step, run, (1,))
+
+        scheduler.__dict__[DEEPCOPY] = CopyHook(scheduler, pause_copy)
+    try:
+        yield
+    finally:
+        scheduler.__dict__.pop(DEEPCOPY, None)
+        restore(scheduler, "step", before)  # patches of a router's attachment may lie in front of it
+
+
+def _pausing(scheduler: Any, original: Any, run: PausableRun, output: tuple[int, ...]) -> Callable[..., Any]:
+    tally = StepTally(scheduler)
 
     def step(*args: Any, **kwargs: Any) -> Any:
         at = scheduler_step(scheduler)
         if at is None:
             at = tally.step(step_argument(scheduler, "timestep", args, kwargs))
         given = args[0] if args else kwargs["model_output"]
-        velocity = run.pause((at, given, step_argument(scheduler, "sample", args, kwargs)))
+        velocity = run.pause((at, given, step_argument(scheduler, "sample", args, kwargs), *output))
         args, kwargs = with_velocity(velocity, args, kwargs)
         result = original(*args, **kwargs)
         tally.count()
         return result
 
-    patch = MethodPatch(scheduler, "step", step)
-    patch.before = {"step": scheduler.__dict__["step"]} if "step" in scheduler.__dict__ else {}
-    scheduler.__dict__["step"] = patch
-    try:
-        yield
-    finally:
-        restore(scheduler, "step", patch.before)  # patches of a router's attachment may lie in front of it
+    return step
 
 
 def run_in_step(
     runs: Sequence[PausableRun],
     select: Callable[[int], object],
-    answer: Callable[[int, list[tuple[Any, Any]]], list[Any]],
+    answer: Callable[[int, list[tuple[Any, ...]]], list[Any]],
 ) -> list[Any]:
     """Resumes all runs to their end, stopping at every sampler step; their results.
 
     Args:
         runs: paused by `paused_at_steps`.
         select: called with a run's number before it goes on.
-        answer: of the step's number and every run's ``(velocity, latents)``, the velocities to take.
+        answer: of the step's number and every run's ``(velocity, latents)``, and the output where it is not the first,
+            the velocities to take.
 
     Raises:
         ValueError: the runs do not take the same steps.

@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 Measured = tuple[np.ndarray, np.ndarray]
 
 
-def pictures_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A sample's latents as one row per picture, ``[B, elements]``, float64."""
-    return tensor.flatten(1).double()
+def pictures_of(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """A sample's latents as one row per picture, ``[B, elements]``.
+
+    A sampler that steps both guidance branches at once (DiT's) has several batches of them.
+    """
+    rows = tensor.flatten(1)
+    if len(rows) == count:
+        return rows
+    return rows.unflatten(0, (-1, count)).transpose(0, 1).flatten(1)
 
 
 def factors_of(grams: np.ndarray) -> np.ndarray:
@@ -64,10 +70,10 @@ class FullRuns:
         # a sampler that is not linear is not steered, and simulated as if it took Euler's steps
         known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
         found, samplers = list[np.ndarray](), list[LinearSampler]()
-        for sampler, trace in zip(known, rollouts.full, strict=True):
-            vectors = [trace.latents[0], *trace.raw]
-            found += list(inner_products([v for v in vectors if v is not None]) / trace.latents[0][0].numel())
-            samplers += [sampler] * len(trace.latents[0])
+        for sampler, trace, pictures in zip(known, rollouts.full, rollouts.pictures, strict=True):
+            vectors = [pictures_of(v, len(pictures)) for v in (trace.latents[0], *trace.taken)]
+            found += list(inner_products(vectors) / vectors[0].shape[1])
+            samplers += [sampler] * len(pictures)
         bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
         if bad:
             raise CalibrationError(
@@ -133,12 +139,12 @@ def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:
 
     Between computed steps they are interpolated.
     """
-    pairs = list(zip(run.traces, rollouts.full, strict=True))
+    pairs = list(zip(run.traces, rollouts.full, map(len, rollouts.pictures), strict=True))
     steps, found = [], []
     for step in range(rollouts.num_steps):
         if run.traces[0].raw[step] is None:
             continue
-        answers = torch.cat([_answer(trace, full, step) for trace, full in pairs], dim=1)
+        answers = torch.cat([_answer(trace, full, step, count) for trace, full, count in pairs], dim=1)
         if bool(torch.isfinite(answers).all()):  # else some picture has not drifted yet
             steps.append(step)
             found.append(answers.cpu().numpy())
@@ -150,12 +156,13 @@ def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:
     return kappa, log_eta
 
 
-def _answer(trace: Trace, full: Trace, step: int) -> torch.Tensor:
+def _answer(trace: Trace, full: Trace, step: int, count: int) -> torch.Tensor:
     """kappa and log eta of a sample's pictures at a computed step, ``[2, B]``; not finite without a drift."""
     own = trace.raw[step]
     assert own is not None
-    drift = pictures_of(trace.latents[step]) - pictures_of(near(full.latents[step], own))
-    answer = pictures_of(own) - pictures_of(near(full.taken[step], own))
+    drift = trace.latents[step].double() - near(full.latents[step], own).double()
+    answer = own.double() - near(full.taken[step], own).double()
+    drift, answer = pictures_of(drift, count), pictures_of(answer, count)
     squared = drift.square().sum(1)
     kappa = (answer * drift).sum(1) / squared
     across = (answer - kappa[:, None] * drift).square().sum(1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,6 +40,28 @@ class Trace:
         terms = [(self.raw[source], c) for source, c in sorted(rule.terms.items(), reverse=True)]
         terms += [(self.latents[step], rule.latents)] if rule.latents else []
         return combine([t for t, _ in terms], [c for _, c in terms], None)  # type: ignore[misc]
+
+
+def together(traces: Sequence[Trace]) -> Trace:
+    """The outputs of a sample (video and sound) as one trace, in which each counts the same; one output as it is.
+
+    Tensors are ``[B, elements]``, those of an output scaled so that the mean square over all elements is the mean over
+    the outputs of theirs.
+    """
+    first, *others = traces
+    if not others:
+        return first
+    sizes = [trace.latents[0][0].numel() for trace in traces]
+    scales = [math.sqrt(sum(sizes) / (len(sizes) * size)) for size in sizes]
+
+    def joined(tensors: Sequence[torch.Tensor | None]) -> Any:
+        if any(tensor is None for tensor in tensors):
+            return None
+        pairs = zip(tensors, scales, strict=True)
+        return torch.cat([tensor.flatten(1).float() * scale for tensor, scale in pairs], dim=1)  # type: ignore[union-attr]
+
+    parts = (zip(*(getattr(trace, name) for trace in traces), strict=True) for name in ("latents", "raw", "taken"))
+    return Trace(*([joined(tensors) for tensors in part] for part in parts))
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -157,12 +157,20 @@ class Universal(PlannedMethod):
         return self.schedule_for(fingerprint, sampler)
 
     def schedule_for(self, fingerprint: Fingerprint, sampler: LinearSampler, runs: ModelRuns | None = None) -> Schedule:
-        """For a sampler's steps, from other models' full runs: of those that are shipped, or of these."""
+        """For a sampler's steps, from other models' full runs: of those that are shipped, or of these.
+
+        Noise levels that rise (Mochi's are shares of data) are mirrored, with velocities of the other sign.
+        """
         sigmas, levels = _run_of(fingerprint), fingerprint.sigmas
-        if max(levels) > 1 + 1e-6 or any(b > a for a, b in pairwise(levels)):
+        rises = levels[0] < levels[-1]
+        if rises:
+            sigmas, levels = (tuple(1.0 - level for level in these) for these in (sigmas, levels))
+            sampler = replace(sampler, weights=-sampler.weights)
+        if not -1e-6 < min(levels) <= max(levels) < 1 + 1e-6 or any(b > a for a, b in pairwise(levels)):
             raise MethodError(
                 "a universal schedule is for flow matching, whose noise levels fall from 1 at the most to 0, and this "
-                f"run has {levels[0]:.3f} to {levels[-1]:.3f}; take FBCache, or `layercache.search`"
+                f"run has {fingerprint.sigmas[0]:.3f} to {fingerprint.sigmas[-1]:.3f}; take FBCache, or "
+                "`layercache.search`"
             )
         if not np.diag(sampler.weights).all():
             raise MethodError(
@@ -170,10 +178,16 @@ class Universal(PlannedMethod):
                 "says what its steps are"
             )
         others = (runs or shipped()).without(fingerprint.config_hash)
-        return self.planned(fingerprint, others.at(sigmas, sampler))
+        return self.planned(fingerprint, others.at(sigmas, sampler), -1.0 if rises else 1.0)
 
-    def planned(self, fingerprint: Fingerprint, runs: FullRuns) -> Schedule:
-        """From full runs between the fingerprint's noise levels: the surrogate's best path, and its forecasts."""
+    def planned(self, fingerprint: Fingerprint, runs: FullRuns, sign: float = 1.0) -> Schedule:
+        """From full runs between the fingerprint's noise levels: the surrogate's best path, and its forecasts.
+
+        Args:
+            fingerprint: of the model and run.
+            runs: the full runs.
+            sign: of the model's velocities in terms of those of the full runs.
+        """
         steps = runs.num_steps
         count = max(1, math.floor(self.budget * steps + 1e-9))  # the first one in any case
         first = fingerprint.num_steps - steps
@@ -185,7 +199,7 @@ class Universal(PlannedMethod):
             tuple(cells),
             (1.0,),
             {"method": self.name, "budget": self.budget, "measured": "on other models"},
-            (*[None] * first, *_velocities(path, forecasts, first)),
+            (*[None] * first, *_velocities(path, forecasts, first, sign)),
         )
 
     def _found(self, runs: FullRuns, count: int) -> tuple[np.ndarray, list[list[float]]]:
@@ -207,7 +221,9 @@ def _run_of(fingerprint: Fingerprint) -> tuple[float, ...]:
     return fingerprint.sigmas[first:]
 
 
-def _velocities(path: np.ndarray, forecasts: Sequence[Sequence[float]], first: int) -> list[Velocity | None]:
+def _velocities(
+    path: np.ndarray, forecasts: Sequence[Sequence[float]], first: int, sign: float
+) -> list[Velocity | None]:
     """The forecasts as a schedule has them, of a run that begins with step ``first``."""
     found: list[Velocity | None] = []
     computed: list[int] = []
@@ -215,5 +231,5 @@ def _velocities(path: np.ndarray, forecasts: Sequence[Sequence[float]], first: i
         if path[step]:
             computed = [step + first, *computed]
         terms = dict(zip(computed, coefficients[:-1], strict=False))
-        found.append(Velocity(terms, coefficients[-1]) if coefficients else None)
+        found.append(Velocity(terms, sign * coefficients[-1]) if coefficients else None)
     return found

@@ -189,7 +189,10 @@ class WholeStepSearch:
         shown = answers_of(self.rollouts, rollout)
         if self.rollouts.files is not None:
             velocities = tuple(map(rollout.schedule.velocity, range(schedule.num_steps)))
-            self.rollouts.files.add(KeptRun(_steps_of(schedule), forecast.name, rollout.psnr, velocities, shown))
+            further = rollout.schedule.further_velocities
+            self.rollouts.files.add(
+                KeptRun(_steps_of(schedule), forecast.name, rollout.psnr, velocities, shown, further)
+            )
         return replace(rollout, traces=()), shown
 
     def _kept(self, schedule: Schedule, forecast: Forecast) -> tuple[Rollout, Measured | None] | None:
@@ -199,7 +202,8 @@ class WholeStepSearch:
         if not kept:
             return None
         self._note_cost(len(steps))
-        return Rollout(replace(schedule, velocities=kept.velocities), kept.psnr), kept.answers
+        fitted = replace(schedule, velocities=kept.velocities, further_velocities=kept.further)
+        return Rollout(fitted, kept.psnr), kept.answers
 
     @property
     def answers(self) -> Answers | None:

@@ -32,7 +32,7 @@ from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.loop import DenoisingLoop
-from layercache.runtime.patches import CacheConfigMarker, ForwardHook, MethodPatch, restore
+from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
 from layercache.runtime.timing import ForwardTimes
@@ -79,11 +79,6 @@ class Attachment:
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
 
-    @property
-    def root(self) -> Router:
-        """The router that was enabled; that of the present forward may be another."""
-        return self._root
-
     def attach(self) -> None:
         for index, blocks in enumerate(self.router.spec.block_modules(self.transformer)):
             self._classes.append((blocks, type(blocks)))
@@ -110,6 +105,11 @@ class Attachment:
         self._follow(self.pipeline, identity.scheduler)
         self._lead_experts(self.pipeline)
         self.router.attached()
+
+    @property
+    def root(self) -> Router:
+        """The router that was attached; it may leave a forward to another one (`Router.for_call`)."""
+        return self._root
 
     def _lead_experts(self, pipeline: Any) -> None:
         """The router decides about the steps of the pipeline's further transformers too."""
@@ -176,6 +176,9 @@ class Attachment:
                 self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None:
             self._hear_steps(scheduler)
+        second = getattr(pipeline, "audio_scheduler", None)
+        if second is not None and self._root.replaces_velocity and len(self._root.spec.leaves) > 1:
+            self._patch(second, "step", self._sampler_step(second, second.step, output=1))
 
     def _hear_steps(self, scheduler: Any) -> None:
         self._heard.append(scheduler)
@@ -190,6 +193,12 @@ class Attachment:
         if all(known is not scheduler for known in self._replacing):
             self._replacing.append(scheduler)
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
+            if len(self._root.spec.leaves) > 1:
+                self._put(scheduler, DEEPCOPY, CopyHook(scheduler, self._hear_copy))
+
+    def _hear_copy(self, scheduler: Any) -> None:
+        """A pipeline has made a scheduler for the second output, which lasts as long as its call."""
+        scheduler.__dict__["step"] = self._sampler_step(scheduler, scheduler.step, output=1)
 
     def detach(self) -> None:
         """Undoes everything, on all transformers of the pipeline that were attached together."""
@@ -300,13 +309,15 @@ class Attachment:
 
         return step
 
-    def _sampler_step(self, scheduler: Any, original: Any) -> Any:
+    def _sampler_step(self, scheduler: Any, original: Any, output: int = 0) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
+            if not self._classes:
+                return original(*args, **kwargs)
             at = self._step_of(scheduler, args, kwargs)
             router = self._root.for_sampler(scheduler)
             if at is not None and router.replaces_velocity:
                 given = args[0] if args else kwargs["model_output"]
-                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs))
+                velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs), output)
                 if velocity is not given:
                     args, kwargs = with_velocity(velocity, args, kwargs)
             return original(*args, **kwargs)

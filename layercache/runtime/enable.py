@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
@@ -103,8 +103,8 @@ def enable(
     Args:
         pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step. A second pipeline that shares the
-            transformer joins the cache when the same schedule is enabled on it. Where a pipeline runs two transformers
-            in turns (Wan 2.2), schedules and methods that skip whole steps are of both, on one cache.
+            transformer joins the cache when the same schedule or planned method is enabled on it. Where a pipeline runs
+            two transformers in turns (Wan 2.2), schedules and methods that skip whole steps are of both, on one cache.
         plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).
         scheduler: the sampler of your own loop around a bare transformer; a pipeline brings its own.
@@ -128,8 +128,8 @@ def enable(
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
-        MethodError: the method cannot work on this model (one that replaces velocities: a model with two outputs), or
-            ``plan`` is something else.
+        MethodError: the method cannot work on this model (one that replaces velocities: a bare transformer with two
+            outputs), or ``plan`` is something else.
         BudgetError: several of budget, speedup and min_psnr, one beside a plan, or one that is out of range.
 
     All errors are classes of `layercache.errors`.
@@ -144,7 +144,7 @@ def enable(
     setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage)
     router = make_router(plan, setting)
     attached = attachment_of(transformer)
-    if attached is None or attached.router is not router:
+    if attached is None or attached.root is not router:
         attach(pipe, router)
     return router
 
@@ -168,11 +168,11 @@ class Setting:
     def check_velocities(self, name: str) -> None:
         """Raises `MethodError` where velocities that the plan replaces are not all there is to replace."""
         model = type(self.transformer).__name__
-        if len(spec_for(self.transformer).leaves) > 1:
+        if len(spec_for(self.transformer).leaves) > 1 and isinstance(self.pipe, nn.Module):
             raise MethodError(
                 f"{name} replaces the velocity that the sampler gets, and {model} gives two outputs, each with a "
-                "sampler of its own: the second would be stepped with what was never computed; take a method or "
-                "schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
+                "sampler of its own, of which a loop around the bare transformer names one: enable it on the pipeline, "
+                "or take a method or schedule that reuses groups of blocks (FBCache, MagCache, layercache.plan)"
             )
 
     def check_experts(self, plan: Schedule) -> None:
@@ -191,6 +191,21 @@ class Setting:
                 "steps (layercache.search), or plan each transformer for its own steps "
                 "(layercache.calibrate(transformer=...))"
             )
+
+    def joined(self, is_same: Callable[[Any], bool]) -> Any:
+        """The router that another pipeline or loop has the same plan enabled with, which this one joins, or ``None``.
+
+        Args:
+            is_same: whether a router has this plan.
+        """
+        attachment = attachment_of(self.transformer)
+        if attachment is None or self.scheduler is None or not is_same(attachment.root):
+            return None
+        pipeline = None if isinstance(self.pipe, nn.Module) else self.pipe
+        if attachment.root.identity.follows(pipeline, self.scheduler):
+            return None
+        attachment.share(pipeline, self.scheduler)
+        return attachment.root
 
     def refuse_storage(self, plan: Any) -> None:
         """Raises `CacheStateError` where a storage was asked for and the plan stores no residuals of groups."""
@@ -225,14 +240,10 @@ def make_router(plan: Any, setting: Setting) -> Any:
 @make_router.register
 def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     setting.check_fingerprint(plan.fingerprint)
+    shared = setting.joined(lambda router: isinstance(router, ScheduleCache) and router.schedule == plan)
+    if shared is not None:
+        return shared
     transformer, scheduler = setting.transformer, setting.scheduler
-    attachment = attachment_of(transformer)
-    shared = None if attachment is None else attachment.router
-    if attachment is not None and isinstance(shared, ScheduleCache) and shared.schedule == plan:
-        pipeline = None if isinstance(setting.pipe, nn.Module) else setting.pipe
-        if scheduler is not None and not shared.identity.follows(pipeline, scheduler):
-            attachment.share(pipeline, scheduler)
-            return shared
     router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
     if any(plan.velocities):
         setting.check_velocities("this schedule")
@@ -264,7 +275,8 @@ def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
-    return PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
+    shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan, setting.storage))
+    return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
 
 
 @make_router.register

@@ -134,12 +134,12 @@ class ScheduleRouter(Router):
     def new_pass(self) -> BlockPass:
         return self._dry_pass or super().new_pass()
 
-    def new_track(self, slots: list[torch.Tensor | None] | None = None) -> VelocityTrack:
+    def new_track(self, before: VelocityTrack | None = None) -> VelocityTrack:
         """The velocities of one generation, in memory of the last one."""
-        return VelocityTrack(self.layout, slots)
+        return VelocityTrack.of(self.schedule, len(self.spec.leaves), before)
 
     def begin_generation(self, place: ForwardPlace) -> None:
-        self.track = self.new_track(self.track.slots)
+        self.track = self.new_track(self.track)
 
     def _start_branch(self, place: ForwardPlace) -> CacheState:
         """The state of a branch or part whose first forward of the generation this is, in memory of the last one."""
@@ -155,7 +155,7 @@ class ScheduleRouter(Router):
         # memory of parts that the generation did not have is not kept for the next one
         self.states = dict(self._live) or self.states
         self._live = {}
-        self.track = self.new_track(self.track.slots)
+        self.track = self.new_track(self.track)
 
     def _choose_row(self, state: CacheState, step: int) -> tuple[GroupAction, ...]:
         """The schedule's row, or computing everything where a residual the row reads is not there."""
@@ -275,8 +275,10 @@ class ScheduleRouter(Router):
     def replaces_velocity(self) -> bool:
         return bool(self.track.layouts)
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """What the sampler gets at a step instead of the model's velocity.
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        """What the sampler of an output gets at a step instead of the model's velocity.
 
         Raises:
             CacheStateError: the sampler steps where the transformer was not called.
@@ -288,7 +290,8 @@ class ScheduleRouter(Router):
                 f"the scheduler takes step {step}, but the transformer was last called for step {self.track.step}; "
                 "a schedule with velocities needs one scheduler, stepped once after every call of the transformer"
             )
-        return self.track.replace_velocity(velocity, latents)
+        track = self.track.further[output - 1] if output else self.track
+        return track.replace_velocity(velocity, latents)
 
     def find_fault(self) -> NonFiniteResidualError | None:
         """Looks at the stored velocities and residuals; reads the device's flags and clears them."""

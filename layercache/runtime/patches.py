@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -79,3 +81,32 @@ class ForwardHook(OutsideGraphs):
 
     def __reduce__(self) -> Any:
         return ForwardHook, (_do_nothing,)
+
+
+class CopyHook:
+    """A scheduler's ``__deepcopy__``: hears of the copies that a pipeline makes, one for each further output (LTX-2).
+
+    Args:
+        scheduler: a pipeline's.
+        heard: called with a copy that a method of the pipeline made.
+    """
+
+    def __init__(self, scheduler: Any, heard: Callable[[Any], None]):
+        self.scheduler, self.heard = scheduler, heard
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        maker = sys._getframe(2).f_locals.get("self")  # behind copy.deepcopy
+        own = self.scheduler.__dict__.pop(DEEPCOPY)
+        try:
+            made = copy.deepcopy(self.scheduler, memo)
+        finally:
+            self.scheduler.__dict__[DEEPCOPY] = own
+        if getattr(maker, "scheduler", None) is self.scheduler:
+            self.heard(made)
+        return made
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # of a pickled scheduler; it is copied as any other
+
+
+DEEPCOPY = "__deepcopy__"

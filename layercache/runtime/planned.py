@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from layercache._utils.compat import has_run, scheduler_sigmas, scheduler_step
+from layercache._utils.compat import count_levels, has_run, scheduler_sigmas, scheduler_step
 from layercache.errors import CacheStateError, MethodError
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec
@@ -40,19 +40,24 @@ class PlannedRouter(Router):
         self._router: ScheduleRouter | None = None
         self._schedules: dict[Any, Schedule] = {}  # by what they were made for
 
+    def has(self, method: PlannedMethod, storage: str) -> bool:
+        """Whether it is what this method is enabled with."""
+        return type(self.method) is type(method) and self.method == method and self._storage == storage
+
     def for_call(self) -> Router:
         scheduler, run = self.identity.current(), self.identity.run
         if run is self._run and self._router is not None:
             return self._router
-        sigmas, step = scheduler_sigmas(scheduler), scheduler_step(scheduler) or 0
-        if not sigmas:
+        count, step = count_levels(scheduler), scheduler_step(scheduler) or 0
+        if not count:
             raise MethodError(
                 f"{type(self.method).__name__} needs the noise levels of the run, and "
                 f"{type(scheduler).__name__} has none"
             )
-        if step >= len(sigmas) - 1 or not has_run(scheduler, sigmas):
+        if step >= count - 1 or not has_run(scheduler):
             return self._router or self
-        schedule = self._schedule_of(scheduler, tuple(sigmas), step)
+        sigmas = scheduler_sigmas(scheduler) or ()  # waits for the device, once in a run
+        schedule = self._schedule_of(scheduler, sigmas, step)
         if self._router is None or schedule is not self._router.schedule:
             self.end_generation()
             self._router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)

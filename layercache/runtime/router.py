@@ -309,7 +309,10 @@ class Router:
         """Whether the velocity passes through `replace_velocity` on its way to the sampler."""
         return False
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        """What the sampler of an output gets at a step, from what the model gave and the latents before it."""
         return velocity
 
     def invalidate(self) -> None:

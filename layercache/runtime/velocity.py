@@ -11,7 +11,8 @@ from layercache import ops
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
 from layercache.runtime.samples import bad_samples
-from layercache.schedule.memory_plan import Layout, VelocityLayout
+from layercache.schedule.memory_plan import VelocityLayout, lay_out_velocities
+from layercache.schedule.schedule import Schedule
 
 MAX_INPUTS = ops.MAX_TERMS + 1  # a linear map takes as many tensors as a combination with its base
 
@@ -69,37 +70,67 @@ def require_one_shape(tensors: Sequence[torch.Tensor]) -> None:
 class VelocityTrack:
     """Stored velocities of one generation, and what the sampler is given at each step.
 
-    One per generation, not per branch: it sees the velocity after guidance. The memory, ``slots``, is taken over from
-    the generation before.
+    One per generation and output of the model, not per branch: it sees the velocity after guidance. The memory,
+    ``slots``, is taken over from the generation before. That of the first output has those of ``further`` ones.
     """
 
-    def __init__(self, layout: Layout, slots: list[torch.Tensor | None] | None = None):
-        self.layouts = layout.velocities
-        none: list[torch.Tensor | None] = [None] * layout.velocity_slots
+    def __init__(
+        self,
+        layouts: Sequence[VelocityLayout],
+        num_slots: int,
+        slots: list[torch.Tensor | None] | None = None,
+        further: Sequence[VelocityTrack] = (),
+    ):
+        self.layouts, self.further = layouts, further
+        none: list[torch.Tensor | None] = [None] * num_slots
         self.slots = none if slots is None else slots
-        self.held: list[int | None] = [None] * layout.velocity_slots
-        self.step = -1
+        self.held: list[int | None] = [None] * num_slots
+        self.step = self.taken = -1
         self._shape: Any = None
         self.is_complete = False
         self.fallbacks = 0
 
+    @classmethod
+    def of(cls, schedule: Schedule, outputs: int, before: VelocityTrack | None = None) -> VelocityTrack:
+        """Of a schedule for a model with so many outputs, in the memory of an earlier track of it."""
+        memory = [None] * outputs if before is None else [before.slots, *(one.slots for one in before.further)]
+        tracks = [cls(*lay_out_velocities(schedule, output), memory[output]) for output in range(outputs)]
+        tracks[0].further = tracks[1:]
+        return tracks[0]
+
     def begin(self, step: int, shape: Any = None) -> None:
-        """A forward of this step starts, on samples of this shape; of another one nothing is stored."""
+        """A forward of this step starts, on samples of this shape; of another one nothing is stored.
+
+        Raises:
+            CacheStateError: an output's sampler did not ask for its velocity of the step before.
+        """
         if shape != self._shape:
             self._shape = shape
             self.reset()
-        if step != self.step:
-            self.step = step
-            # decided once a step, for all its branches
-            self.is_complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
+        if step == self.step:
+            return
+        for track in self.further:
+            if self.taken == self.step != track.taken:
+                raise CacheStateError(
+                    "the model has a further output whose sampler is not known, so that it cannot be given the "
+                    "velocity of skipped steps: the pipeline copies its scheduler for it in no way that is followed"
+                )
+            track.begin(step)
+        self.step = step
+        # decided once a step, for all its branches
+        complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
+        self.is_complete = complete and all(track.is_complete for track in self.further)
 
     def reset(self) -> None:
         """No stored velocity is valid any more; the memory stays."""
         self.held = [None] * len(self.held)
-        self.step = -1
+        self.step = self.taken = -1
+        for track in self.further:
+            track.reset()
 
     def replace_velocity(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """What the sampler gets instead of the model's ``velocity``; stores that where it is read later."""
+        self.taken = self.step
         layout = self.layouts[self.step]
         slot = self._slot(layout.capture, velocity)
         if layout.capture is not None:
@@ -142,8 +173,10 @@ class VelocityTrack:
 
     def _stored(self) -> list[torch.Tensor]:
         pairs = zip(self.slots, self.held, strict=True)
-        return [slot for slot, step in pairs if slot is not None and step is not None]
+        own = [slot for slot, step in pairs if slot is not None and step is not None]
+        return own + [slot for track in self.further for slot in track._stored()]
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.numel() * slot.element_size() for slot in self.slots if slot is not None)
+        own = sum(slot.numel() * slot.element_size() for slot in self.slots if slot is not None)
+        return own + sum(track.nbytes for track in self.further)

@@ -42,6 +42,7 @@ class StepRun:
     Attributes:
         step: that was decided last, or -1.
         velocity: of the newest computed step.
+        further: of the same, of the outputs behind the first.
         inputs: of the newest step, until the sampler takes it.
         excluded: samples of the batch that are NaN.
     """
@@ -52,13 +53,15 @@ class StepRun:
     log: list[Velocity | None] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
     velocity: torch.Tensor | None = None
+    further: dict[int, torch.Tensor] = field(default_factory=dict)
     inputs: torch.Tensor | None = None
     signature: tuple[Any, ...] = ()
     excluded: Excluded = field(default_factory=Excluded)
 
     @property
     def nbytes(self) -> int:
-        return (0 if self.velocity is None else self.velocity.nbytes) + (self.decider.nbytes if self.log else 0)
+        stored = [*self.further.values(), *([] if self.velocity is None else [self.velocity])]
+        return sum(one.nbytes for one in stored) + (self.decider.nbytes if self.log else 0)
 
     def ended(self) -> EndedStepRun:
         return EndedStepRun(self.sigmas, tuple(self.log), tuple(self.branches), self.nbytes)
@@ -140,8 +143,10 @@ class StepRouter(Router):
     def replaces_velocity(self) -> bool:
         return True
 
-    def replace_velocity(self, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The model's velocity, or the stored one extended.
+    def replace_velocity(
+        self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
+    ) -> torch.Tensor:
+        """The model's velocity, or the stored one extended; the first output's are looked at.
 
         Raises:
             CacheStateError: the sampler steps where the transformer was not called.
@@ -154,6 +159,11 @@ class StepRouter(Router):
                 f"{self.method.name} needs one scheduler, stepped once after every call of the transformer"
             )
         rule = run.log[step]
+        if output:
+            if rule is None:
+                run.further[output] = velocity.clone()
+                return velocity
+            return combine([run.further[output]], list(rule.terms.values()), None)
         if rule is None:
             self._record(run, step, velocity)
             if run.velocity is None or run.velocity.shape != velocity.shape:

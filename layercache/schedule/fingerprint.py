@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ SETTINGS = {
 
 COMMAND = "command"
 """Among the settings: the options of the command line that it was made with; not handed on to others."""
+
+
+RANGE = re.compile(r"(\w+) (-?[\d.]+(?:e[+-]?\d+)?)(?: to (-?[\d.]+(?:e[+-]?\d+)?))?")
+"""A setting with its number, or from the least to the largest."""
 
 
 class ConfigHash(str):
@@ -73,6 +78,8 @@ class Fingerprint:
             experts, img2img); empty: all.
         architecture: the configuration entries that the hash is of; empty in files of version 0.1.
         settings: what was measured with besides, by the names of `SETTINGS`; a run with others is warned of.
+        sigma_range: lowest and highest noise levels where what was measured had several (sizes whose shift differs), of
+            which ``sigmas`` are the means; empty: they were all the same.
 
     Raises:
         ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
@@ -89,6 +96,7 @@ class Fingerprint:
     steps_run: tuple[int, ...] = ()
     architecture: Mapping[str, Any] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    sigma_range: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         last = -1
@@ -96,6 +104,8 @@ class Fingerprint:
             if not last < step < self.num_steps:
                 raise ScheduleError(f"steps_run must ascend from 0 to below {self.num_steps}, got {self.steps_run}")
             last = step
+        if self.sigma_range and len(self.sigma_range) != len(self.sigmas):
+            raise ScheduleError(f"{len(self.sigma_range)} ranges for {len(self.sigmas)} noise levels")
 
     @property
     def num_steps(self) -> int:
@@ -118,6 +128,7 @@ class Fingerprint:
             "num_steps": self.num_steps,
         }
         more = {"steps_run": self.steps_run, "architecture": self.architecture, "settings": self.settings}
+        more["sigma_range"] = self.sigma_range
         return data | {name: value for name, value in more.items() if value}
 
     @classmethod
@@ -135,6 +146,7 @@ class Fingerprint:
             steps_run=tuple(int(step) for step in data.get("steps_run", ())),
             architecture=dict(data.get("architecture", {})),
             settings=dict(data.get("settings", {})),
+            sigma_range=tuple((float(low), float(high)) for low, high in data.get("sigma_range", ())),
         )
 
     def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
@@ -182,7 +194,9 @@ class Fingerprint:
         return found
 
     def warn_of(self, settings: Mapping[str, Any]) -> None:
-        """Warns of settings that differ from those that were measured; what either side does not know is left out.
+        """Warns of settings that differ from those that were measured, or lie outside of what they went from and to.
+
+        What either side does not know is left out.
 
         Warns:
             LayerCacheWarning: one sentence for all of them.
@@ -190,7 +204,7 @@ class Fingerprint:
         differing = [
             f"{name} {_said(self.settings[key])}, not {_said(settings[key])}"
             for key, name in SETTINGS.items()
-            if key in self.settings and key in settings and _json(self.settings[key]) != _json(settings[key])
+            if key in self.settings and key in settings and not _covers(self.settings[key], settings[key])
         ]
         if differing:
             warnings.warn(
@@ -201,7 +215,7 @@ class Fingerprint:
             )
 
     def check_sigmas(self, sigmas: Sequence[float]) -> None:
-        """Raises `ScheduleMismatchError` unless ``sigmas`` are the ones this was made for (max norm 1e-3)."""
+        """Raises `ScheduleMismatchError` unless ``sigmas`` are what this was made for, or in their range (1e-3)."""
         steps = len(sigmas) - 1
         if steps != self.num_steps:
             raise ScheduleMismatchError(
@@ -209,8 +223,9 @@ class Fingerprint:
                 f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps",
                 argument="num_inference_steps",
             )
-        for step, (here, planned) in enumerate(zip(sigmas, self.sigmas, strict=True)):
-            if not abs(here - planned) < SIGMA_TOLERANCE:
+        ranges = self.sigma_range or [(sigma, sigma) for sigma in self.sigmas]
+        for step, (here, planned, (low, high)) in enumerate(zip(sigmas, self.sigmas, ranges, strict=True)):
+            if not low - SIGMA_TOLERANCE < here < high + SIGMA_TOLERANCE:
                 raise ScheduleMismatchError(
                     f"the noise schedule differs: sigma[{step}] is {here:.5f} here and {planned:.5f} in the schedule "
                     "(resolution, shift or custom sigmas changed?); calibrate and plan with the settings of this run"
@@ -244,6 +259,22 @@ def _said(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " and ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def _covers(measured: Any, here: Any) -> bool:
+    """Whether a setting is what was measured with, or those of its numbers that both sides know lie in its ranges."""
+    if _json(measured) == _json(here):
+        return True
+    before, now = _ranges(measured), _ranges(here)
+    both = set(before) & set(now)
+    return bool(both) and all(before[name][0] <= now[name][0] and now[name][1] <= before[name][1] for name in both)
+
+
+def _ranges(setting: Any) -> dict[str, tuple[float, float]]:
+    """Of ``["height 512 to 768", "width 512"]``; empty where it is something else."""
+    texts = setting if isinstance(setting, (list, tuple)) else []
+    found = [RANGE.fullmatch(str(text)) for text in texts]
+    return {m[1]: (float(m[2]), float(m[3] or m[2])) for m in found if m} if all(found) else {}
 
 
 def _json(value: Any) -> str:

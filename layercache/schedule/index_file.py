@@ -28,8 +28,6 @@ CLASSES = {
     FRONT: "layercache.Front",
     PROFILE: "layercache.StabilityProfile",
 }
-EXPECTED, EXPECTED10 = "expected_psnr", "expected_psnr_p10"
-"""Entries of ``made_by``: the PSNR in dB that pictures are expected to have, its mean and its lower 10 % quantile."""
 _SLACK = 1e-9
 
 

@@ -171,33 +171,40 @@ def lay_out(
                 slots[key] = captures[group] = (images.take(step, last_image[key]), text_slot)
                 actions[group] = GroupAction(CAPTURE, text_slot is not None)
         rows.append(RowLayout(tuple(actions), tuple(captures), tuple(runs), tuple(reads)))
-    return Layout(tuple(rows), images.size, texts.size, *_lay_out_velocities(schedule))
+    return Layout(tuple(rows), images.size, texts.size, *lay_out_velocities(schedule))
 
 
 def stored_bytes(
-    schedule: Schedule, streams: Mapping[str, tuple[int, int]], latents: int = 0, text_leaves: bool = False
+    schedule: Schedule,
+    streams: Mapping[str, tuple[int, int]],
+    latents: int = 0,
+    text_leaves: bool = False,
+    further: Sequence[int] = (),
 ) -> int:
     """Memory of everything that a schedule stores, all branches together.
 
     Args:
         streams: per branch, the bytes of the image and of the text stream (0 without one).
         latents: bytes of a velocity.
+        further: the same of each output behind the first.
     """
     total = 0
     for branch, (image, text) in streams.items():
         layout = lay_out(schedule, bool(text), branch, text_leaves)
         total += layout.image_slots * image + layout.text_slots * text
-    return total + _lay_out_velocities(schedule)[1] * latents
+    sizes = enumerate((latents, *further))
+    return total + sum(lay_out_velocities(schedule, output)[1] * size for output, size in sizes)
 
 
-def _lay_out_velocities(schedule: Schedule) -> tuple[tuple[VelocityLayout, ...], int]:
-    """The same for velocities: every step's combination, and the slots it needs."""
-    if not schedule.velocities:
+def lay_out_velocities(schedule: Schedule, output: int = 0) -> tuple[tuple[VelocityLayout, ...], int]:
+    """The same for the velocities of an output: every step's combination, and the slots it needs."""
+    velocities = schedule.velocities_of(output)
+    if not velocities:
         return (), 0
-    last_use = {source: step for step, v in enumerate(schedule.velocities) if v for source in v.terms if source < step}
+    last_use = {source: step for step, v in enumerate(velocities) if v for source in v.terms if source < step}
     pool, slots = _Pool(), dict[int, int]()
     layouts = []
-    for step, velocity in enumerate(schedule.velocities):
+    for step, velocity in enumerate(velocities):
         older = [] if velocity is None else [(s, c) for s, c in velocity.terms.items() if s < step]
         reads = tuple((slots[source], source) for source, _ in older)
         if step in last_use:

@@ -14,9 +14,8 @@ from layercache._utils.formats import MODULES, entries, parse_json, read_json
 from layercache._utils.summaries import Rows, Summarised
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
-from layercache.schedule.index_file import EXPECTED, EXPECTED10
 from layercache.schedule.pretrained import Pretrained
-from layercache.schedule.schedule import made_by_line, number_of
+from layercache.schedule.schedule import made_by_line
 
 FORMAT, VERSION = MODULES, 2
 REUSED_STEP = "reuse"
@@ -92,7 +91,7 @@ class ModuleSchedule(Summarised, Pretrained):
         return self.fingerprint
 
     def _listed(self) -> tuple[float | None, Sequence[float | None]]:
-        return self.used, [number_of(self.made_by, name) for name in (EXPECTED, EXPECTED10)]
+        return self.used, (None, None)
 
     def to_bytes(self) -> bytes:
         return self.to_json().encode()

@@ -86,7 +86,7 @@ class Pretrained:
             FileFormatError: the file, or the index, is damaged or of another kind.
             HubError: no such repository, revision or file; none or several that fit; or the Hub cannot be reached.
         """
-        source = hub.Source(os.fspath(repo_or_folder), revision, token, cache_dir, local_files_only)
+        source = hub.Source(os.path.expanduser(repo_or_folder), revision, token, cache_dir, local_files_only)
         source.check()
         if filename is None:
             filename = _choose(source, cls.KIND, num_steps=num_steps, guidance=guidance, budget=budget)
@@ -126,7 +126,7 @@ class Pretrained:
             HubError: the name leads outside of the folder, or what `push_to_hub` raises.
             OutputError: the folder cannot be written.
         """
-        place = Path(folder)
+        place = Path(folder).expanduser()
 
         def read(name: str) -> bytes | None:
             path = hub.write_target(place, name)

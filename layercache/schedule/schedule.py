@@ -15,7 +15,6 @@ from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
 from layercache._utils.summaries import Rows, Summarised, joined
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
-from layercache.schedule.index_file import EXPECTED, EXPECTED10
 from layercache.schedule.pretrained import Pretrained
 
 FORMAT = SCHEDULE
@@ -81,6 +80,8 @@ class Schedule(Summarised, Pretrained):
             whole in all branches or in none.
         velocities: per step what the sampler gets, or ``None`` for the model's own output; empty: none is changed.
         made_by: how it was found (method, budget, predicted error, ...), for people to read.
+        further_velocities: of a model with several outputs (video and sound), the same for each behind the first;
+            empty: all outputs follow ``velocities``.
 
     Raises:
         ScheduleError: on construction, when the parts contradict each other.
@@ -96,21 +97,24 @@ class Schedule(Summarised, Pretrained):
     made_by: Mapping[str, Any] = field(default_factory=dict)
     velocities: tuple[Velocity | None, ...] = ()
     branch_cells: Mapping[str, tuple[tuple[Cell, ...], ...]] = field(default_factory=dict)
+    further_velocities: tuple[tuple[Velocity | None, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_steps(self.fingerprint)
         check_groups(self.groups, self.fingerprint.num_blocks)
         if len(self.group_seconds) != len(self.groups) or not all(0 < s <= LONGEST_SECONDS for s in self.group_seconds):
             raise ScheduleError(f"group_seconds must hold one positive number per group, got {self.group_seconds}")
-        if self.velocities and len(self.velocities) != self.num_steps:
-            raise ScheduleError(f"{len(self.velocities)} velocities for {self.num_steps} steps")
+        for velocities in (self.velocities, *self.further_velocities):
+            if len(velocities) not in ({0, self.num_steps} if velocities is self.velocities else {self.num_steps}):
+                raise ScheduleError(f"{len(velocities)} velocities for {self.num_steps} steps")
         self._check_cells(self.cells, "")
         for branch, cells in self.branch_cells.items():
             if branch not in self.fingerprint.branches:
                 raise ScheduleError(f"cells for branch {branch!r}, which is none of {self.fingerprint.branches}")
             self._check_cells(cells, f" of branch {branch}")
         for step in range(self.num_steps):
-            self._check_velocity(step)
+            for output in range(1 + len(self.further_velocities)):
+                self._check_velocity(step, output)
 
     def _check_cells(self, cells: Sequence[Sequence[Cell]], whose: str) -> None:
         if len(cells) != self.num_steps:
@@ -153,11 +157,16 @@ class Schedule(Summarised, Pretrained):
         is_of_all = not self.fingerprint.steps_run or bool(self.fingerprint.settings.get("experts"))
         return any(self.velocities) and is_whole and is_of_all
 
-    def velocity(self, step: int) -> Velocity | None:
-        return self.velocities[step] if self.velocities else None
+    def velocity(self, step: int, output: int = 0) -> Velocity | None:
+        """What the sampler of an output gets at a step; ``None`` for the model's own."""
+        velocities = self.velocities_of(output)
+        return velocities[step] if velocities else None
 
-    def _check_velocity(self, step: int) -> None:
-        velocity = self.velocity(step)
+    def velocities_of(self, output: int) -> tuple[Velocity | None, ...]:
+        return self.further_velocities[output - 1] if output and self.further_velocities else self.velocities
+
+    def _check_velocity(self, step: int, output: int) -> None:
+        velocity = self.velocity(step, output)
         if velocity is None:
             if self.is_skipped(step) and step in self.fingerprint.steps:
                 raise ScheduleError(f"step {step} skips every group but has no velocity to go on with")
@@ -214,7 +223,7 @@ class Schedule(Summarised, Pretrained):
         return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
 
     def _summary(self) -> tuple[str, Rows]:
-        prints, own = self.fingerprint, self.fingerprint.steps
+        prints, own, psnr = self.fingerprint, self.fingerprint.steps, self.expected_psnr
         skipped = sum(self.is_skipped(step) for step in own)
         full = sum(all(cell is None for cell in self.cells[step]) for step in own)
         parts = {"in full": full, "in part": len(own) - full - skipped, "skipped": skipped}
@@ -224,7 +233,7 @@ class Schedule(Summarised, Pretrained):
             f"Schedule of {prints.num_steps} steps for {prints.model_class}, {prints.num_blocks} blocks in {groups}",
             [
                 ("computed", f"{self.used:.1%} of the block time; of {len(own)} steps {counts}"),
-                ("expected", psnr_line(self.made_by)),
+                ("expected", "PSNR {:.1f} dB, nine pictures of ten above {:.1f}".format(*psnr) if psnr else ""),
                 ("made by", made_by_line(self.made_by, prints.package_version)),
                 ("made with", settings_line(prints)),
             ],
@@ -234,7 +243,7 @@ class Schedule(Summarised, Pretrained):
         return self.fingerprint
 
     def _listed(self) -> tuple[float | None, Sequence[float | None]]:
-        return self.used, [number_of(self.made_by, name) for name in (EXPECTED, EXPECTED10)]
+        return self.used, self.expected_psnr or (None, None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -273,6 +282,9 @@ class Schedule(Summarised, Pretrained):
         if self.velocities:
             given = [json.dumps(v and v.to_json(), allow_nan=False) for v in self.velocities]
             text += ',\n  "velocities": [\n    ' + ",\n    ".join(given) + "\n  ]"
+        if self.further_velocities:
+            more = [[v and v.to_json() for v in velocities] for velocities in self.further_velocities]
+            text += ',\n  "further_velocities": ' + json.dumps(more, allow_nan=False)
         return text + "\n}\n"
 
     @classmethod
@@ -300,6 +312,10 @@ class Schedule(Summarised, Pretrained):
                 made_by=dict(data.get("made_by", {})),
                 velocities=tuple(v and Velocity.from_json(v) for v in data.get("velocities", ())),
                 branch_cells={str(k): _rows_from_json(rows) for k, rows in data.get("branch_cells", {}).items()},
+                further_velocities=tuple(
+                    tuple(v and Velocity.from_json(v) for v in velocities)
+                    for velocities in data.get("further_velocities", ())
+                ),
             )
 
 
@@ -308,20 +324,6 @@ def made_by_line(made_by: Mapping[str, Any], version: str) -> str:
     names = ("method", "origin", "solver", "forecast", "budget", "speedup", "note")
     given = [made_by[name] if name in names[:2] else f"{name} {made_by[name]}" for name in names if made_by.get(name)]
     return joined([*given, f"layercache {version}"])
-
-
-def psnr_line(made_by: Mapping[str, Any]) -> str:
-    """The PSNR that pictures are expected to have, where it is known."""
-    mean, tenth = (number_of(made_by, name) for name in (EXPECTED, EXPECTED10))
-    if mean is None:
-        return ""
-    return f"PSNR {mean:.1f} dB" + ("" if tenth is None else f", nine pictures of ten above {tenth:.1f}")
-
-
-def number_of(made_by: Mapping[str, Any], name: str) -> float | None:
-    """An entry of ``made_by``, which files may hold anything in, where it is a number."""
-    value = made_by.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:

@@ -212,15 +212,16 @@ def _strips(moment: Moment | None) -> str:
     """The steps of both runs, filled as they happen; green computed, blue reused."""
     if moment is None:
         return "<div>Steps fill as they happen: green computed, blue reused.</div>"
-    return _strip("cached", moment.cached, moment.wanted.steps) + _strip("full", moment.full, moment.wanted.steps)
+    total = moment.wanted.steps
+    return _strip("cached", moment.cached, total, "its schedule is being made") + _strip("full", moment.full, total)
 
 
-def _strip(name: str, run: Run, total: int) -> str:
+def _strip(name: str, run: Run, total: int, before: str = "not begun") -> str:
     done = len(run.steps)
     cells = "".join(f"<span class='done' style='--share:{share:.0%}'></span>" for share in run.steps)
     cells += "<span></span>" * (total - done)
     if run.picture is None:
-        state = f"step {done} of {total}" if done else "not begun"
+        state = f"step {done} of {total}" if done else before
     else:
         state = (
             f"{run.seconds:.2f} s, {sum(run.steps):.3g} of {done} steps computed" if done else f"{run.seconds:.2f} s"

@@ -32,7 +32,7 @@ def test_the_first_generation_is_cached(pipe):
         found = generate(pipe, steps=12)
     report = cache.report()
     assert report.used == pytest.approx(8 / 12) and not report.in_full and report.expected_psnr is None
-    assert report.speedup > 1 and "as fast, measured" in str(report)
+    assert report.speedup is not None and "measured on the transformer's forwards" in str(report)
     assert 0 < (found - full).norm() < 0.2 * full.norm()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough

@@ -11,13 +11,18 @@ pictures of 32 pixels. Blocks behind the comment ``<!-- not run: why -->`` are l
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +35,8 @@ MODELS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
 }
 BLOCK = re.compile(r"(<!-- not run:[^>]*-->\s*)?^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LIMIT = 900  # seconds for a block
+COLUMNS = 80
+LIMIT = 900  # seconds for a command
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def environment(home: Path) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
     paths = [str(home / "startup"), str(ROOT)]
     hub = {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return kept | hub | {"HOME": str(home), "COLUMNS": "80", "PYTHONPATH": os.pathsep.join(paths)}
+    return kept | hub | {"HOME": str(home), "TERM": "xterm", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def prepare(home: Path) -> Path:
@@ -140,21 +146,55 @@ after_import("diffusers.pipelines.pipeline_utils", shrink)
 '''
 
 
-def run(block: Block, place: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a block; of commands, up to the first that fails."""
-    options = {"cwd": place, "env": variables, "capture_output": True, "text": True, "timeout": LIMIT}
+@dataclass(frozen=True)
+class Done:
+    """What a block did: exit status, and what it printed to a terminal."""
+
+    status: int
+    output: str
+
+
+def run(block: Block, place: Path, variables: dict[str, str]) -> Done:
+    """Runs a block in a terminal; of commands, up to the first that fails."""
     if block.kind == "python":
         program = block.text.replace('.to("cuda")', "").replace("torch.bfloat16", "torch.float32")
-        return subprocess.run([sys.executable, "-c", program], **options)  # type: ignore[call-overload]
-    done: subprocess.CompletedProcess[str] = subprocess.CompletedProcess([], 0, "", "")
+        return in_terminal([sys.executable, "-c", program], place, variables)
+    done = Done(0, "")
     for line in block.text.splitlines():
         words = shlex.split(line)
         if words[:1] == ["layercache"]:
             words = [sys.executable, "-m", *words, *(["--dtype", "float32"] if "--model" in words else [])]
-        done = subprocess.run(words, **options)  # type: ignore[call-overload]
-        if done.returncode or any(len(one) > 80 for one in done.stdout.splitlines()):
+        one = in_terminal(words, place, variables)
+        done = Done(one.status, done.output + one.output)
+        if one.status:
             break
     return done
+
+
+def in_terminal(words: list[str], place: Path, variables: dict[str, str]) -> Done:
+    """Runs a command in a terminal of `COLUMNS` columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    process = subprocess.Popen(words, cwd=place, env=variables, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    pieces: list[bytes] = []
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        if select.select([ours], [], [], 1.0)[0]:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # it has ended
+                break
+            pieces.append(piece)
+    process.kill()
+    os.close(ours)
+    return Done(process.wait(), b"".join(pieces).decode(errors="replace"))
+
+
+def lines_of(output: str) -> list[str]:
+    """The lines that stay on the screen: without colours, and of a bar that is drawn again its last state."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+    return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in plain.split("\n")]
 
 
 def run_page(page: str, home: Path) -> list[str]:
@@ -165,11 +205,12 @@ def run_page(page: str, home: Path) -> list[str]:
         start = time.perf_counter()
         done = run(block, place, variables)
         print(f"{page}, block {number} ({block.kind}): {time.perf_counter() - start:.1f} s", flush=True)
-        if done.returncode:
-            problems.append(f"{page}, block {number}:\n{block.text}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
-        wide = [line for line in done.stdout.splitlines() if len(line) > 80]
+        lines = lines_of(done.output)
+        if done.status:
+            problems.append(f"{page}, block {number}:\n{block.text}\n" + "\n".join(lines[-40:]))
+        wide = [line for line in lines if len(line) > COLUMNS and not line.startswith(("front:", "page:"))]
         if block.kind == "console" and wide:
-            problems.append(f"{page}, block {number} prints lines of more than 80 columns: {wide[0]!r}")
+            problems.append(f"{page}, block {number} prints lines of more than {COLUMNS} columns: {wide[0]!r}")
     return problems
 
 

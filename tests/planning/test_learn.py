@@ -14,7 +14,7 @@ import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
 from layercache.planning import samples
 from layercache.planning.full_run import FullRun
-from layercache.planning.learn import COST, Fit
+from layercache.planning.learn_fit import COST, Fit
 from support.tiny import tiny_pipeline
 
 STEPS = 8
@@ -101,6 +101,30 @@ def test_calls_with_other_settings_are_learnt_apart(pipe):
             picture(pipe, 0, num_inference_steps=steps)
         assert sorted(learned.point.schedule.num_steps for learned in cache.known.values()) == [6, 8]
         assert cache.report().generations == 4
+
+
+def test_other_noise_levels_under_the_same_settings_are_learnt_apart(pipe):
+    """The scheduler's shift is changed in a way that none of the call's arguments tell."""
+    with layercache.enabled(pipe, budget=0.5, learn=2) as cache:
+        generations = count_computed(pipe)
+
+        def computed(seed):
+            before = generations()
+            return picture(pipe, seed), generations() - before
+
+        for seed in range(2):
+            picture(pipe, seed)
+        first, share = computed(2)
+        pipe.scheduler.set_shift(1.5)
+        with pytest.warns(LayerCacheWarning, match="computed in full.*learnt apart.*noise schedule differs"):
+            assert computed(2)[1] == 1
+        assert [computed(seed)[1] for seed in range(2)] == [1, 1]
+        assert computed(2)[1] > 0.5, "a fit, and a cached generation"
+        assert computed(2)[1] == 0.5 and len(cache.known) == 2
+        pipe.scheduler.set_shift(3.0)
+        again, share = computed(2)
+        assert share == 0.5 and np.array_equal(again, first)
+        assert cache.report().generations == 8 and cache.report().fallback_rows == 0
 
 
 def test_calls_are_repeated_as_they_were(pipe):

@@ -117,6 +117,18 @@ def test_a_run_from_the_middle_is_planned_from_there(pipe):
     assert min(terms) >= 4
 
 
+def test_rising_levels_are_mirrored(pipe):
+    """Mochi's are shares of data, and its velocities point the other way: coefficients of the latents change sign."""
+    falling = fingerprint(pipe.transformer, shifted_sigmas(8))
+    rising = replace(falling, sigmas=tuple(1 - level for level in falling.sigmas))
+    one, other = (Universal(budget=0.5).schedule(prints) for prints in (falling, rising))
+    assert one.cells == other.cells and any(velocity and velocity.latents for velocity in one.velocities)
+    for a, b in zip(one.velocities, other.velocities, strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            assert a.terms == pytest.approx(b.terms, rel=1e-6) and a.latents == pytest.approx(-b.latents, rel=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_runs_compute_one_step_at_least(pipe, steps):
     full = generate(pipe, steps=steps)

@@ -6,11 +6,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverSinglestepScheduler
 
 import layercache
-from layercache.errors import CacheStateError, MethodError
+from layercache.errors import MethodError
 from layercache.methods import invardiff, l2c
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
-from layercache.planning.rollout import skipping
+from layercache.planning.rollout import psnr_of, skipping
 from layercache.runtime.timesteps import StepTally
 from support.zoo import build
 
@@ -89,12 +89,21 @@ def test_dynamic_methods_and_invardiff(pipe):
     assert plan.used < 1 and not np.array_equal(picture(pipe, plan), full)
 
 
-def test_methods_of_velocities_say_why_they_cannot(pipe):
+def test_whole_steps_of_a_sampler_that_counts_none(pipe):
+    """DDIM's steps are counted by its calls; EasyCache, which takes Euler's steps, says that these are none."""
     with pytest.raises(MethodError, match="DDIMScheduler"):
         layercache.enable(pipe, EasyCache())
     profile = layercache.calibrate(pipe, LABELS[:1], progress=False, max_distance=3, max_span=2, **CALL)
-    with pytest.raises((CacheStateError, MethodError), match="scheduler"):
-        layercache.enable(pipe, skipping(profile.fingerprint, [0, 2, 4]))
+    point = layercache.refit(pipe, skipping(profile.fingerprint, [0, 2, 4]), LABELS, progress=False, **CALL)
+    assert len(point.psnr) == 4 and point.used == 0.5
+    call = {**CALL, **LABELS[0], "output_type": "np"}
+    found = []
+    for plan in (layercache.Schedule.compute_all(profile.fingerprint), point.schedule):
+        with layercache.enabled(pipe, plan) as cache:
+            found.append(pipe(**call, generator=[torch.Generator().manual_seed(k) for k in range(2)]).images)
+            assert cache.report().fallback_rows == 0
+    assert psnr_of(*found) == pytest.approx(point.psnr[:2], rel=1e-4)
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_single_step_dpm_solver_takes_shifted_steps(pipe):

@@ -4,11 +4,14 @@ import importlib.metadata
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
-from layercache.errors import MethodError
+from layercache._utils.compat import scheduler_sigmas
+from layercache.errors import CacheStateError, LayerCacheWarning, MethodError
 from layercache.methods import FBCache, MagCache, MeanCache, TaylorSeer, Uniform, installed
 from layercache.models.registry import fingerprint_of
+from layercache.runtime import planned
 from layercache.runtime.cache import Cache
 from layercache.tools.compare.entries import known_methods
 from support.tiny import generate, tiny_pipeline
@@ -73,3 +76,37 @@ def test_methods_of_other_packages_join_by_an_entry_point(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found(group))
     assert installed() == {"theirs": FBCache}
     assert "theirs" in known_methods()
+
+
+def test_a_second_pipeline_joins(pipe):
+    """As with equal schedules; another method is refused."""
+    other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=1.5))
+    other.set_progress_bar_config(disable=True)
+    expected = []
+    for one in (pipe, other):
+        with layercache.enabled(one, budget=0.5, learn=0):
+            expected.append(generate(one))
+    cache = layercache.enable(pipe, budget=0.5, learn=0)
+    assert layercache.enable(other, budget=0.5, learn=0) is cache
+    with pytest.raises(CacheStateError, match="already enabled"):
+        layercache.enable(other, budget=0.4, learn=0)
+    for _ in range(2):
+        for one, found in zip((pipe, other), expected, strict=True):
+            assert torch.equal(generate(one), found)
+    layercache.disable(other)
+    assert "step" not in vars(pipe.scheduler) and "step" not in vars(other.scheduler)
+
+
+def test_noise_levels_are_read_once_in_a_run(pipe, monkeypatch):
+    """Reading them waits for the device; forwards behind the last step do not ask for them."""
+    read = []
+    monkeypatch.setattr(planned, "scheduler_sigmas", lambda scheduler: read.append(1) or scheduler_sigmas(scheduler))
+    with layercache.enabled(pipe, Uniform(interval=2)):
+        generate(pipe, steps=4)
+        assert len(read) == 1
+        inputs = {"hidden_states": torch.zeros(1, 64, pipe.transformer.config.in_channels), "img_shapes": [(1, 8, 8)]}
+        inputs |= {"timestep": torch.tensor([0.5]), "encoder_hidden_states": torch.zeros(1, 1, 64)}
+        with torch.no_grad(), pytest.warns(LayerCacheWarning, match="takes no step"):
+            for _ in range(3):
+                pipe.transformer(**inputs)
+        assert len(read) == 1

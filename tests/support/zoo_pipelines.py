@@ -163,6 +163,30 @@ def _flux2() -> tuple[Any, dict]:
     return pipe, _size(prompt_embeds=noise(1, 6, 32))
 
 
+class Codec:
+    """As much of an autoencoder as a pipeline asks for where latents are wanted."""
+
+    def __init__(self, **attributes: Any):
+        vars(self).update(attributes)
+
+
+def _ltx2() -> tuple[Any, dict]:
+    """Video and sound, without autoencoders."""
+
+    def connectors(embeds: torch.Tensor, mask: torch.Tensor, padding_side: str) -> tuple[torch.Tensor, ...]:
+        return embeds, 0.5 * embeds, mask
+
+    pipe = make("LTX2Pipeline", "LTX2VideoTransformer3DModel")
+    ratios = {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4, "mel_compression_ratio": 4}
+    statistics = {"latents_mean": torch.zeros(4), "latents_std": torch.ones(4)}
+    config = Codec(scaling_factor=1.0, latent_channels=4, sample_rate=16000, mel_hop_length=160, mel_bins=4)
+    pipe.connectors, pipe.vae = connectors, Codec(config=config, **ratios, **statistics)
+    pipe.audio_vae = pipe.vae
+    pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio = 8, 4
+    call = _both(("prompt_embeds", noise(1, 6, 16)), ("prompt_attention_mask", _mask()))
+    return pipe, _video(num_frames=9, frame_rate=45.0, guidance_scale=3.0, **call)
+
+
 PIPELINES: dict[str, Callable[[], tuple[Any, dict]]] = {
     "sd3": _sd3,
     "sd3, skipping layers": _sd3_skipping_layers,

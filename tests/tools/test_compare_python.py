@@ -338,6 +338,10 @@ def outcome(**more):
 def test_forms_of_the_table(tmp_path, monkeypatch):
     failed = Outcome("<b>", "", 0.5, error="BudgetError: no threshold\x1b[31m")
     table = ComparisonTable(ComparisonFiles(tmp_path), [outcome(), failed], "title")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert repr(table).splitlines()[2].split() == ["a" * 30, "0.500", "1.90x", "40.12", "inf"]
+    assert "Left out at this width: budget, range, worst, SSIM, MiB" in " ".join(repr(table).split())
+    monkeypatch.setenv("COLUMNS", "120")
     lines = repr(table).splitlines()
     cells = ["a" * 30, "0.5", "0.500", "1.90x", "1.80-2.10", "40.12", "inf", "40.12", "0.9950", "1.0"]
     assert lines[2].split() == cells

@@ -197,7 +197,7 @@ def test_a_curve_stands_out_under_the_pointer(made, visit):
     assert page.ask(faint) == 0
     page.tab.locator(".chart .mark-symbol.role-mark path").first.hover(force=True)
     page.tab.wait_for_selector("#vg-tooltip-element.visible")
-    assert "PSNR, 10 % quantile" in page.tab.locator("#vg-tooltip-element").inner_text()
+    assert "PSNR, 10 %" in page.tab.locator("#vg-tooltip-element").inner_text()
     assert page.ask(faint) == len(METHODS) - 1
     higher = "document.querySelector('.chart .mark-line path').getAttribute('d')"
     before = page.ask(higher)

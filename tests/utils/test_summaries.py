@@ -12,7 +12,9 @@ from layercache.runtime.report import CacheReport
 from layercache.schedule import ModuleSchedule
 from support.profiles import made_profile
 
-REPORT = CacheReport(0.5, 6, 6, 2, 12, 1, 2**20, ("cond", "uncond"), "scheduler", 3)
+REPORT = CacheReport(
+    0.5, 6, 6, 2, 12, 1, 2**20, ("cond", "uncond"), "scheduler", 3, 1.8, (40.0, 35.0), {"nothing said its step": 3}
+)
 
 
 def summarised():
@@ -27,7 +29,7 @@ def summarised():
         "front": (front, ("1 schedule ", f"{schedule.used:.3f}", "35.0", "7 runs, a note")),
         "empty front": (Front((), (1.0, 0.0, 0.0)), ("no schedules",)),
         "modules": (modules, ("1 modules", "100.0%")),
-        "report": (REPORT, ("12 forwards in 2", "reused: 50.0%", "1.0 MiB", "1 forwards because an anchor")),
+        "report": (REPORT, ("12 forwards in 2", "reused: 50.0%", "1.0 MiB", "1.80x", "35.0", "3 forwards because")),
     }
 
 

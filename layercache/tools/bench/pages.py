@@ -51,8 +51,16 @@ def result_tables(data: Mapping[str, Any]) -> list[FittingTable]:
     return [_plain_table(data["rows"])]
 
 
-def save_result_page(path: str | os.PathLike[str], data: Mapping[str, Any], title: str) -> Path:
+def save_result_page(
+    path: str | os.PathLike[str], data: Mapping[str, Any], title: str, file: Path | None = None
+) -> Path:
     """The page of a result file, with the machine and the command that it names.
+
+    Args:
+        path: of the page.
+        data: what the file holds.
+        title: of the page, where the settings of the results give none.
+        file: the file itself: the front and the pictures beside it are shown too.
 
     Raises:
         MissingExtraError: a package that pages need is missing.
@@ -61,15 +69,16 @@ def save_result_page(path: str | os.PathLike[str], data: Mapping[str, Any], titl
     settings: dict[str, Any] = {"commands": [data["command"]] if data.get("command") else []}
     if {"cpu", "gpu", "threads", "versions"} <= set(data.get("machine") or ()):
         settings["machine"] = data["machine"]
-    kind = kind_of(data)
+    kind, title = kind_of(data), _title(data) or title
     if kind == COMPARISON:
         from layercache.tools.compare.report import save_page
 
-        return save_page(Path(path), _outcomes(data), title, **settings)
+        return save_page(Path(path), _outcomes(data), title, _pictures(data, file), **settings)
     if kind == FRONT:
         from layercache.tools.report.front import rows_from_json, save_front_page
 
-        return save_front_page(path, rows_from_json(data["rows"]), title, notes=_notes(data), **settings)
+        rows, front = rows_from_json(data["rows"]), _front(file)
+        return save_front_page(path, rows, title, front=front, notes=_notes(data), **settings)
     chart = {KERNELS: _kernels_chart, PEERS: _peers_chart}.get(kind)
     blocks: list[pages.Block] = [chart(data)] if chart else []
     blocks += [pages.Table.of(table, table.title or "Figures") for table in result_tables(data)]
@@ -95,6 +104,36 @@ def _outcomes(data: Mapping[str, Any]) -> list[Any]:
     from layercache.tools.compare.run import Outcome
 
     return [Outcome.from_json(outcome) for outcome in data["outcomes"]]
+
+
+def _pictures(data: Mapping[str, Any], file: Path | None) -> list[pages.Block]:
+    """Those that were kept beside a comparison's file."""
+    from layercache.tools.compare.files import ComparisonFiles
+    from layercache.tools.compare.report import folder_pictures
+
+    if file is None or file.name != "compare.json":
+        return []
+    files = ComparisonFiles.read(file.parent)
+    return folder_pictures(files, _outcomes(data), files.captions) if files.has_full_pictures else []
+
+
+def _front(file: Path | None) -> Any:
+    """The front whose schedules the results are of, if it lies beside them."""
+    from layercache.planning.front import Front
+
+    beside = None if file is None else file.with_suffix(".front.json")
+    return Front.load(beside) if beside is not None and beside.exists() else None
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    """Of results of one model at one setting; else empty."""
+    settings = data.get("settings")
+    if not isinstance(settings, dict) or not {"model", "steps", "guidance", "seeds"} <= set(settings):
+        return ""
+    seeds = settings["seeds"]
+    return (
+        f"{settings['model']}, {settings['steps']} steps, guidance {settings['guidance']:g}, {seeds} held-out pictures"
+    )
 
 
 def _notes(data: Mapping[str, Any]) -> list[str]:

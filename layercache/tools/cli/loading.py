@@ -16,6 +16,7 @@ import typer
 
 from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, MissingExtraError, UnsupportedModelError
+from layercache.tools import needs
 from layercache.tools.cli.options import ModelOptions
 
 GGUF, WEIGHTS = ".gguf", (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".bin")
@@ -59,6 +60,7 @@ def load_model(options: ModelOptions) -> Any:
 
     device, dtype = choose_device(options.device), getattr(torch, options.dtype.value)
     check_paths(options)
+    needs.require(options.model)
     with _refusals(f"the model {options.model!r} on {device}", options.model):
         pipe = _new_pipeline(options, device, dtype)
     for text in options.transformer or ():

@@ -76,7 +76,7 @@ def _show_results(printer: Printer, file: Path, results: dict[str, Any], plot: P
         raise FileFormatError(f"{shown(file)} is a file of results, which --page draws, not --plot", argument="plot")
     try:
         tables = result_tables(results)
-        written = save_result_page(page, results, file.stem) if page is not None else None
+        written = save_result_page(page, results, file.stem, file) if page is not None else None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(f"{shown(file)} is no whole file of results: {error}") from error
     printer.say(*tables)
@@ -159,18 +159,26 @@ def _plot(path: Path, title: str, content: Content) -> Path:
     return plots.save_maps(path, [panel])
 
 
-def models(json_to: Json = None) -> None:
-    """List the transformers that are known, and which methods each supports.
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A transformer or a pipeline, or a part of its name, such as Kontext.")
+    ] = None,
+    json_to: Json = None,
+) -> None:
+    """List the transformers that are known, the pipelines that run them, and which methods each supports.
 
     Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
     TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
     single modules: where the table has a dash, the model's description does not say where those are. Another class is
     found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+
+    Example: `layercache models FluxKontextPipeline`
     """
-    from layercache.tools.report.tables import model_rows, models_table
+    from layercache.tools.known_models import named_rows, pipeline_lines
+    from layercache.tools.report.tables import models_table
 
     check_outputs({"json_to": json_to})
     printer = Printer(json_to)
-    rows = model_rows()
-    printer.say(models_table(rows))
+    rows = named_rows(name)
+    printer.say(models_table(rows), "Pipelines of this diffusers:", *pipeline_lines(rows))
     printer.figures({"models": rows})

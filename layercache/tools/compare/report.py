@@ -11,33 +11,42 @@ import numpy as np
 
 from layercache._utils.metrics import stills, summarise
 from layercache._utils.text import shown
-from layercache.tools.compare.run import Comparison, Outcome
+from layercache.tools.compare.files import ComparisonFiles, Outcome
 from layercache.tools.report import pages
 from layercache.tools.report.charts import CurvePoint, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.front import READ_A_CURVE
 from layercache.tools.report.pictures import GAIN, PictureEntry, page_pictures
-from layercache.tools.report.plots import PictureRow, curve_label, math_free, new_figure, save_figure, save_pictures
+from layercache.tools.report.plots import (
+    PictureRow,
+    curve_label,
+    curve_styles,
+    math_free,
+    new_figure,
+    save_figure,
+    save_pictures,
+)
 from layercache.tools.report.words import origin_words
 
 COLUMNS = (
     Column("method", numeric=False),
     Column("budget", 3),
     Column("used", about="share of the block time computed"),
-    Column("speedup", about="against full runs before and after"),
+    Column("speedup", about="median of the repeats, each beside a full run"),
+    Column("range", 4, about="the lowest and the highest speedup of the repeats"),
     Column("PSNR", about="mean, in dB, against the full run"),
-    Column("median", 5, about="of the PSNR"),
+    Column("median", 6, about="of the PSNR"),
     Column("10 %", 1, about="what nine pictures of ten exceed, in dB"),
     Column("SSIM", 2),
-    Column("LPIPS", 4),
-    Column("MiB", 6, about="memory of what is stored"),
-    Column("operators", 7, about="of PyTorch, per step"),
-    Column("reads", 7, about="values read by the host, per step"),
-    Column("setting", 8, numeric=False, wraps=True),
+    Column("LPIPS", 5),
+    Column("MiB", 7, about="memory of what is stored"),
+    Column("operators", 8, about="of PyTorch, per step"),
+    Column("reads", 8, about="values read by the host, per step"),
+    Column("setting", 9, numeric=False, wraps=True),
 )
 CAPTION = (
-    "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup against full runs before and "
-    "after; operators of PyTorch and values read by the host, per step; a dash: not known."
+    "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup: median of the repeats, each "
+    "beside a full run; operators of PyTorch and values read by the host, per step; a dash: not known."
 )
 
 
@@ -52,9 +61,10 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int | 
         psnr = summarise(outcome.psnr)
         table.add_row(
             outcome.method,
-            f"{outcome.budget:g}",
+            "-" if outcome.is_fixed else f"{outcome.budget:g}",
             f"{outcome.used:.3f}",
             f"{outcome.speedup:.2f}x",
+            "{:.2f}-{:.2f}".format(*outcome.speedup_range) if outcome.speedups else "-",
             *(f"{value:.2f}" for value in (psnr.mean, psnr.median, psnr.quantile10)),
             f"{np.mean(outcome.ssim):.4f}",
             *([f"{np.mean(outcome.lpips):.4f}" if outcome.lpips else "-"] * with_lpips),
@@ -78,7 +88,7 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def save_comparison(
-    comparison: Comparison,
+    comparison: ComparisonFiles,
     outcomes: Sequence[Outcome],
     columns: Sequence[str],
     title: str,
@@ -96,8 +106,7 @@ def save_comparison(
     folder = comparison.folder
     plot = save_figure(draw_curves(outcomes, title), folder / "compare.png")
     grid = _save_grid(comparison, outcomes, columns, title)
-    pictures = pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
-    page = save_page(folder / "compare.html", outcomes, title, pictures, commands=commands)
+    page = save_folder_page(folder / "compare.html", comparison, outcomes, columns, title, commands)
     return {"figures": comparison.file, "plot": plot, **({"pictures": grid} if grid else {}), "page": page}
 
 
@@ -107,20 +116,10 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
     axis = figure.subplots()
     good = [outcome for outcome in outcomes if not outcome.error]
     names = list(dict.fromkeys(outcome.method for outcome in good))
-    for number, name in enumerate(names):
+    for name, style in curve_styles(names).items():
         own = sorted((outcome for outcome in good if outcome.method == name), key=lambda o: o.used)
         means = [summarise(outcome.psnr).mean for outcome in own]
-        # ours first and strong; another package's cache is drawn broken
-        look = {"color": f"C{number % 10}", "marker": "osv^D<>"[number // 10 % 7]}
-        look["linestyle"] = "--" if ":" in name else "-"
-        axis.plot(
-            [o.used for o in own],
-            means,
-            markersize=4,
-            linewidth=2.5 if number == 0 else 1.2,
-            label=curve_label(name),
-            **look,
-        )
+        axis.plot([o.used for o in own], means, markersize=4, label=curve_label(name), **style)
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.grid(alpha=0.3)
     if good:
@@ -149,6 +148,34 @@ def save_page(
     return pages.save_page(path, title, blocks, commands=commands, machine=machine)
 
 
+def save_folder_page(
+    path: Path,
+    comparison: ComparisonFiles,
+    outcomes: Sequence[Outcome],
+    columns: Sequence[str],
+    title: str,
+    commands: Sequence[str] | None = None,
+) -> Path:
+    """The page of `save_comparison` alone.
+
+    Raises:
+        FileFormatError: the pictures of the full run are missing or damaged.
+    """
+    pictures = folder_pictures(comparison, outcomes, columns)
+    return save_page(path, outcomes, title, pictures, commands=commands, machine=comparison.machine)
+
+
+def folder_pictures(
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str]
+) -> list[pages.Block]:
+    """Of these outcomes, what the folder holds.
+
+    Raises:
+        FileFormatError: the pictures of the full run are missing or damaged.
+    """
+    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
+
+
 def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str]) -> list[pages.Block]:
     """Full and cached pictures of entries under a slider; nothing where there are none."""
     if not entries:
@@ -156,7 +183,7 @@ def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence
     return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", "Full, cached, difference")]
 
 
-def _entries(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[PictureEntry]:
+def _entries(comparison: ComparisonFiles, outcomes: Sequence[Outcome]) -> list[PictureEntry]:
     """What was kept of every outcome."""
     found = []
     for outcome in outcomes:
@@ -167,7 +194,9 @@ def _entries(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Pictur
     return found
 
 
-def _save_grid(comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str) -> Path | None:
+def _save_grid(
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str], title: str
+) -> Path | None:
     """The first pictures of every method at its smallest share of compute that was reached."""
     rows = [PictureRow("full", stills(comparison.full_pictures()[: len(columns)]))]
     for name in dict.fromkeys(outcome.method for outcome in outcomes):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import html
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from layercache._utils.files import check_output, write_atomically
+from layercache._utils.files import check_output
 from layercache._utils.metrics import summarise
 from layercache._utils.text import shown
 from layercache.errors import MissingExtraError
 from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
 from layercache.tools.report import machine
+from layercache.tools.report.fitting import Column, FittingTable
 
 MOST_LINES = 24
 NUMBERS = ("budget", "used", "speedup", "range", "PSNR", "10 %", "worst", "SSIM", "LPIPS", "MiB")
+# Of those that a narrow terminal may leave out, the highest first.
+IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "MiB": 7}
 DASH = "-"
 
 
@@ -189,16 +193,18 @@ class ComparisonTable(Sequence[Row]):
             FileFormatError: the pictures are not there: the table was loaded from a file that lies apart from them.
             OutputError: it cannot be written.
         """
-        from layercache.tools.compare.report import save_comparison
+        from layercache.tools.compare.report import save_folder_page
 
         check_output(path)
-        files: Any = self.files
-        page = save_comparison(files, self.outcomes, files.captions, self.title)["page"].read_text(encoding="utf-8")
-        return write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+        return save_folder_page(Path(path), self.files, self.outcomes, self.files.captions, self.title or "Comparison")
 
     def __repr__(self) -> str:
         used, cells = self._columns()
-        lines = aligned([["method", *used], *cells[:MOST_LINES]])
+        columns = [Column("method", numeric=False), *(Column(name, IMPORTANCE.get(name, 0)) for name in used)]
+        table = FittingTable(columns, boxed=False, elsewhere=".to_pandas()")
+        for row in cells[:MOST_LINES]:
+            table.add_row(*row)
+        lines = [table.text(shutil.get_terminal_size().columns)]
         if len(cells) > MOST_LINES:
             lines.append(f"... and {len(cells) - MOST_LINES} rows more: .rows, .to_pandas(), .save_html(path)")
         return "\n".join([*([shown(self.title)] if self.title else []), *lines, *self._notes()])
@@ -220,15 +226,6 @@ class ComparisonTable(Sequence[Row]):
         """What failed, a sentence each; the same reason at several budgets once."""
         reasons = dict.fromkeys((row.method, row.error) for row in self.rows if row.error)
         return [shown(f"{method} failed: {error}") for method, error in reasons]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a text table: the first column to the left, the others to the right; nothing is cut."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:

@@ -16,7 +16,8 @@ OURS = ("#1098ad", "#37b24d", "#7950f2")
 OTHERS = ("#e8590c", "#4c6ef5", "#d6336c", "#868e96", "#f08c00", "#ae3ec9", "#a0522d", "#74b816")
 MARKS = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 KINDS = {"computed": "#2b8a3e", "reused": "#74a9d8", "forecast": "#b197d6", "skipped": "#d8c48a", "not run": "#9aa0a6"}
-FIGURES = {"mean": "mean", "median": "median", "10 % quantile": "tenth", "worst": "worst"}
+DATA = "rows"  # name of a plot's figures in its specification
+FIGURES = {"mean": "mean", "median": "median", "10 %": "tenth", "worst": "worst"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
 
     names = sorted(dict.fromkeys(point.name for point in points), key=lambda name: not name.startswith("layercache"))
     look = looks(names)
-    data = alt.InlineData(values=[point.data() for point in points])
     labels = [shown(name) for name in names]
     figure = alt.param(
         name="figure",
@@ -92,7 +92,7 @@ def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
     colour = alt.Color("method:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[n][0] for n in names]))
     axis, scale = alt.Axis(tickMinStep=0.05, format=".2f"), alt.Scale(zero=False, padding=12)
     base = (
-        alt.Chart(data)
+        alt.Chart(alt.NamedData(DATA))
         .transform_calculate(quality="datum[figure]")
         .transform_filter("isValid(datum.quality) && isValid(datum.used)")
         .encode(
@@ -110,7 +110,7 @@ def pareto_chart(points: Sequence[CurvePoint]) -> dict[str, Any]:
         shape=alt.Shape("method:N", legend=legend, scale=alt.Scale(domain=labels, range=[look[n][1] for n in names])),
         tooltip=_tooltips(points),
     )
-    return _specification((line + marks.add_params(hover, chosen)).add_params(figure), 420)
+    return _specification((line + marks.add_params(hover, chosen)).add_params(figure), [p.data() for p in points], 420)
 
 
 def _tooltips(points: Sequence[CurvePoint]) -> list[Any]:
@@ -150,7 +150,7 @@ def cells_chart(
         colour = alt.Color("does:N", title=None, scale=scale)
         tooltip += [alt.Tooltip("does:N", title="the blocks are"), alt.Tooltip("how:N", title="from")]
     chart = (
-        alt.Chart(alt.InlineData(values=[dict(cell) for cell in cells]))
+        alt.Chart(alt.NamedData(DATA))
         .mark_rect(stroke="white", strokeOpacity=0.35, strokeWidth=1)
         .encode(
             x=alt.X("step:O", axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=False)),
@@ -163,7 +163,7 @@ def cells_chart(
         bind = alt.binding_select(options=list(choices), name="schedule: ")
         choice = alt.param(name="choice", value=choices[0], bind=bind)
         chart = chart.add_params(choice).transform_filter("datum.choice == choice")
-    return _specification(chart, max(60, min(640, 26 * len(groups))))
+    return _specification(chart, cells, max(60, min(640, 26 * len(groups))))
 
 
 def bars_chart(rows: Sequence[Mapping[str, Any]], measure: str, from_one: bool = False) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def bars_chart(rows: Sequence[Mapping[str, Any]], measure: str, from_one: bool =
     others = iter(OTHERS)
     colours = [OURS[0] if "layercache" in name else next(others) for name in variants]
     bars = (
-        alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
+        alt.Chart(alt.NamedData(DATA))
         .mark_bar()
         .encode(
             x=alt.X("value:Q", title=measure),
@@ -189,7 +189,7 @@ def bars_chart(rows: Sequence[Mapping[str, Any]], measure: str, from_one: bool =
     if from_one:
         line = alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="#868e96")
         chart = bars + line.encode(x="one:Q")
-    return _specification(chart, max(120, 13 * len(cases) * len(variants) + 20))
+    return _specification(chart, rows, max(120, 13 * len(cases) * len(variants) + 20))
 
 
 def _altair() -> Any:
@@ -199,7 +199,11 @@ def _altair() -> Any:
     return altair
 
 
-def _specification(chart: Any, height: int) -> dict[str, Any]:
-    """As plain data: as wide as the page, without the address of its schema."""
+def _specification(chart: Any, rows: Sequence[Mapping[str, Any]], height: int) -> dict[str, Any]:
+    """As plain data: as wide as the page, without the address of its schema, and with its rows.
+
+    Altair would check every row, which takes seconds of some thousands.
+    """
     data = chart.properties(width="container", height=height).to_dict()
-    return {name: value for name, value in data.items() if name not in ("$schema", "config")}
+    kept = {name: value for name, value in data.items() if name not in ("$schema", "config")}
+    return kept | {"datasets": {**kept.get("datasets", {}), DATA: [dict(row) for row in rows]}}

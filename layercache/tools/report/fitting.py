@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from layercache._utils.text import shown
+from layercache.tools.report.console import PlainConsole
 
 GAP = 2
 # A name is folded, as a last resort, to no fewer characters than this.
 NARROWEST_NAME = 12
-LEFT_OUT = "Left out at this width: {}; a wider terminal or --json has them."
+LEFT_OUT = "Left out at this width: {}; a wider terminal or {} has them."
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class FittingTable:
         boxed: with a line under the headings.
         gap: spaces between columns.
         width: at most so many columns of the terminal, ``None`` for all it has.
+        elsewhere: what else shows the columns that are left out.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class FittingTable:
         boxed: bool = True,
         gap: int = GAP,
         width: int | None = None,
+        elsewhere: str = "--json",
     ):
         self.columns, self.title, self.caption = tuple(columns), shown(title), caption
         self.keys, self.boxed, self.gap, self.width = keys, boxed, gap, width
+        self.elsewhere = elsewhere
         self.rows: list[tuple[Text, ...]] = []
         self.styles: list[str] = []
 
@@ -82,6 +87,13 @@ class FittingTable:
         """Of the columns that are shown at a width, in all parts together."""
         return [self.columns[k].heading for part in self._parts(width) for k in part]
 
+    def text(self, width: int) -> str:
+        """Without colours, at a width."""
+        console = PlainConsole(width=width, file=io.StringIO(), color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, self.width or options.max_width)
         parts = self._parts(width)
@@ -91,7 +103,7 @@ class FittingTable:
             yield self._drawn(part, width, self.title if not number else "")
         missing = [c.heading for k, c in enumerate(self.columns) if all(k not in part for part in parts)]
         notes = [self.caption] * bool(self.caption)
-        notes += [LEFT_OUT.format(", ".join(missing))] * bool(missing)
+        notes += [LEFT_OUT.format(", ".join(missing), self.elsewhere)] * bool(missing)
         if notes:
             yield Group("", *(Text(note, style="italic") for note in notes))
 
@@ -142,7 +154,8 @@ class FittingTable:
         if spare < 0 and not self.columns[part[0]].numeric:
             # a name alone may be folded, a figure never
             sizes[part[0]] = max(NARROWEST_NAME, sizes[part[0]] + spare)
-        for k in part:
+        # whoever lacks little first, so that fewer columns wrap
+        for k in sorted(part, key=lambda k: self._most(k) - sizes[k]):
             more = max(0, min(self._most(k) - sizes[k], spare))
             sizes[k] += more
             spare -= more

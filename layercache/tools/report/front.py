@@ -15,7 +15,7 @@ from layercache.tools.report import pages
 from layercache.tools.report.cells import READ_A_CELL, schedules_chart
 from layercache.tools.report.charts import CurvePoint, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable
-from layercache.tools.report.plots import curve_label, math_free, new_figure, save_figure
+from layercache.tools.report.plots import curve_label, curve_styles, math_free, new_figure, save_figure
 from layercache.tools.report.words import origin_words
 
 COLUMNS = (
@@ -210,11 +210,11 @@ def save_front_page(
 def _draw(rows: Sequence[FrontRow], title: str) -> Any:
     figure = new_figure(7.5, 4.6)
     axis = figure.subplots()
-    for name in dict.fromkeys(row.name for row in rows):
+    for name, style in curve_styles(list(dict.fromkeys(row.name for row in rows))).items():
         own = sorted((row for row in rows if row.name == name), key=lambda row: row.used)
         used = [row.used for row in own]
-        (line,) = axis.plot(used, [row.judged.mean for row in own], marker="o", label=curve_label(name))
-        axis.plot(used, [row.judged.quantile10 for row in own], linestyle=":", marker=".", color=line.get_color())
+        axis.plot(used, [row.judged.mean for row in own], markersize=5, label=curve_label(name), **style)
+        axis.plot(used, [row.judged.quantile10 for row in own], linestyle=":", marker=".", color=style["color"])
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.plot([], [], linestyle=":", color="grey", label="10 % quantile")
     axis.grid(alpha=0.3)

@@ -51,12 +51,15 @@ class Table:
 
     @classmethod
     def of(cls, table: FittingTable, title: str = "", note: str = "") -> Table:
-        """All columns of a table that is printed too; ``note`` in the place of its caption."""
+        """All columns of a table that is printed too, but those of dashes; ``note`` in the place of its caption."""
+        kept = [
+            k for k in range(len(table.columns)) if any(row[k].plain != "-" for row in table.rows) or not table.rows
+        ]
         rows = [
-            Row([cleaned(cell.plain) for cell in cells], style == "red")
+            Row([cleaned(cells[k].plain) for k in kept], style == "red")
             for cells, style in zip(table.rows, table.styles, strict=True)
         ]
-        return cls(table.columns, rows, title or table.title, note or table.caption)
+        return cls([table.columns[k] for k in kept], rows, title or table.title, note or table.caption)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,10 @@ def command_line() -> str:
 @functools.cache
 def _plot_library() -> str:
     """Vega-Embed with all it needs as gzip in base64: 0.4 MB instead of 0.9, and nothing in it that ends a script."""
+    import altair
     import vl_convert
 
-    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
+    # of the Vega-Lite that Altair writes
+    version = "_".join(altair.SCHEMA_VERSION.split(".")[:2])
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", vl_version=version)
     return base64.b64encode(gzip.compress(bundle.encode(), 9, mtime=0)).decode()

@@ -45,15 +45,16 @@ def page_pictures(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[
     Args:
         full: of the full run, ``[n, H, W, C]`` in 0..1.
         entries: one per method and budget, all of them with the same prompts.
-        prompts: at most n, shown in a choice.
+        prompts: of the pictures, shown in a choice; pictures without one are left out.
     """
     full = as_pictures(full)
+    count = min(len(full), len(prompts), *(len(entry.pictures) for entry in entries))
     for size in SIZES:
         encoded = _encoded(full, entries, 0, size)
         if _bytes(encoded) <= MOST_BYTES or size == SIZES[-1]:
             break
     columns, spent = [encoded], _bytes(encoded)
-    for number in range(1, len(prompts)):
+    for number in range(1, count):
         encoded = _encoded(full, entries, number, size)
         spent += _bytes(encoded)
         if spent > MOST_BYTES:

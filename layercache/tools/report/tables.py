@@ -430,8 +430,9 @@ def model_rows() -> list[dict[str, Any]]:
 
 def models_table(rows: Sequence[Mapping[str, Any]]) -> FittingTable:
     """The same as a table."""
-    headings = (("transformer", 0), ("blocks", 2), ("streams", 1), ("TeaCache", 0), ("modules", 0))
-    table = FittingTable([Column(name, importance, numeric=False, wraps=True) for name, importance in headings])
+    importance = {"transformer": 0, "blocks": 2, "streams": 1, "TeaCache": 0, "modules": 0}
+    wrapping = ("transformer", "blocks", "streams")
+    table = FittingTable([Column(name, rank, False, name in wrapping) for name, rank in importance.items()])
     for row in rows:
         lists = [f"{name} (joined)" if name in row["joined"] else name for name in row["block_lists"]]
         name = row["model"] if row["installed"] else f"{row['model']} (not in this diffusers)"
