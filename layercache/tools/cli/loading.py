@@ -124,7 +124,7 @@ def check_paths(options: ModelOptions) -> None:
         path = split_name(text, "transformer")[1]
         _check_there(path, "transformer")
         if path.endswith(GGUF):
-            require("gguf", f"the transformer {path!r}")
+            require("gguf", f"the transformer {path!r}", 'pip install "layercache[gguf]"')
             require("accelerate", f"the transformer {path!r}")
     for text in options.lora or ():
         _check_there(split_weight(text)[0], "lora")
