@@ -252,6 +252,23 @@ def test_a_negative_prompt_that_does_nothing_is_warned_of(flux):
 FRAMES = np.stack([np.full((32, 48, 3), k / 4) for k in range(5)])
 
 
+def test_pixels_of_what_pipelines_give():
+    grey = PIL.Image.new("RGB", (8, 4), (51, 51, 51))
+    video = np.stack([np.full((3, 4, 8), k / 2) for k in range(3)])  # channels first
+    sound = torch.zeros(1, 2, 50)
+    for result, shape, mean in (
+        (SimpleNamespace(images=[grey]), (4, 8, 3), 0.2),
+        (SimpleNamespace(frames=[[grey, grey]]), (2, 4, 8, 3), 0.2),
+        (SimpleNamespace(frames=torch.tensor(video)[None]), (3, 4, 8, 3), 0.5),
+        (SimpleNamespace(frames=np.full((1, 2, 4, 8, 3), 1.5), audio=sound), (2, 4, 8, 3), 1.0),
+    ):
+        pixels = results.pixels_of(result)
+        assert pixels.shape == shape and pixels.mean() == pytest.approx(mean)
+    assert results.sound_of(SimpleNamespace(frames=None, audio=sound)).shape == (50, 2)
+    with pytest.raises(layercache.LayerCacheError, match="no picture and no video, but numbers of shape"):
+        results.pixels_of(SimpleNamespace(images=np.zeros((1, 64, 16))))
+
+
 def test_a_video_as_mp4_gif_and_frames(tmp_path):
     results.save_pixels(FRAMES, tmp_path / "x.mp4", 10.0)
     read = frames_of(tmp_path / "x.mp4")
