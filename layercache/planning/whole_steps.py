@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -89,12 +90,13 @@ class Tried:
     @property
     def point(self) -> Point:
         likely = summarise(self.expected or self.rollout.psnr)
-        made_by = {
+        made_by: dict[str, Any] = {
             "method": "layercache",
             "origin": self.origin,
             "forecast": self.forecast.name,
-            EXPECTED_PSNR: [likely.mean, likely.quantile10],
         }
+        if math.isfinite(likely.mean + likely.quantile10):
+            made_by[EXPECTED_PSNR] = [likely.mean, likely.quantile10]
         schedule = replace(self.rollout.schedule, made_by={**self.rollout.schedule.made_by, **made_by})
         return Point(schedule, f"{self.origin}, {self.forecast.name}", self.rollout.psnr, expected=self.expected)
 
@@ -281,7 +283,7 @@ def _steps_of(schedule: Schedule) -> tuple[int, ...]:
 def dense_starts(count: int, share: float) -> list[int]:
     """How many steps from the first on a path may have to compute, by the share it computes."""
     if share > MIDDLE:
-        return [count // 3, round(0.43 * count)]
+        return [1, round(0.43 * count)]
     return [1, max(1, count // 3)] if share > LOW else [1]
 
 
