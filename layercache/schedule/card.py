@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from layercache._utils.formats import FRONT, MODULES, PROFILE, SCHEDULE
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.fingerprint import COMMAND, Fingerprint
 from layercache.schedule.index_file import CLASSES, FOLDERS, Entry, Index
 
 FILE = "README.md"
@@ -166,7 +166,7 @@ def _measured(fingerprint: Fingerprint) -> list[str]:
         **{
             name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             for name, value in fingerprint.settings.items()
-            if value
+            if value and name != COMMAND
         },
         "layercache": fingerprint.package_version,
     }

@@ -24,6 +24,9 @@ SETTINGS = {
 }
 """What a run is measured with besides the model, by what messages call it; it voids no schedule."""
 
+COMMAND = "command"
+"""Among the settings: the options of the command line that it was made with; not handed on to others."""
+
 
 RANGE = re.compile(r"(\w+) (-?[\d.]+(?:e[+-]?\d+)?)(?: to (-?[\d.]+(?:e[+-]?\d+)?))?")
 """A setting with its number, or from the least to the largest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,7 @@ from layercache._utils.formats import format_of
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError, HubError
 from layercache.schedule import card, index_file
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.fingerprint import COMMAND, Fingerprint
 from layercache.schedule.index_file import Index
 
 
@@ -192,10 +193,19 @@ class Pretrained:
         before = read(card.FILE)
         text = card.card(None if before is None else _text(before, place), index, entry, fingerprint, place)
         return {
-            entry.file: self.to_bytes(),
+            entry.file: _shared(self).to_bytes(),
             index_file.FILE: index.to_json().encode(),
             card.FILE: text.encode(),
         }
+
+
+def _shared(content: Any) -> Any:
+    """What is handed on: without the command that made it, which names files of this machine, and a prompt."""
+    if hasattr(content, "points"):
+        return replace(content, points=tuple(replace(one, schedule=_shared(one.schedule)) for one in content.points))
+    fingerprint = content.fingerprint
+    settings = {name: value for name, value in fingerprint.settings.items() if name != COMMAND}
+    return replace(content, fingerprint=replace(fingerprint, settings=settings))
 
 
 def _choose(source: hub.Source, kind: str, **wanted: float | None) -> str:

@@ -229,7 +229,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flux": ("flux", (*SMALL, *SHORT)),
     "flux-img2img": (
         "flux",
-        (*SMALL, *SHORT, "--pipeline", "FluxImg2ImgPipeline", "--image", PICTURE, "--arg", "strength=1.0"),
+        (*SMALL, *SHORT, "--pipeline", "FluxImg2ImgPipeline", "--image", PICTURE, "--arg", "strength=0.6"),
     ),
     "flux-kontext": (
         "flux",

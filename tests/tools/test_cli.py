@@ -457,7 +457,7 @@ def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypat
     """From two beginnings on, at 60 columns, until nothing is printed to go on with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(small_demo, "set_progress_bar_config", lambda **_: None)
-    fast = ("--steps", STEPS, "--guidance", 2.5)
+    fast = ("--steps", 6, "--guidance", 2.5)
     waiting = [
         ["calibrate", *fast, "-p", "cat", "-p", "coffee", "-o", "a profile.safetensors"],
         ["train-router", *fast, "--rounds", 1, "--batch", 1, "-p", "cat", "-o", "router.json"],
@@ -473,6 +473,14 @@ def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypat
 def test_a_schedule_that_does_not_say_its_model_proposes_no_command(profile_file, tmp_path):
     output = done("plan", profile_file, "--budget", 0.7, "-o", tmp_path / "s.json")
     assert not printed(output) and "with the model it was made for" in " ".join(output.split())
+
+
+def test_what_is_handed_on_says_nothing_of_this_machine(small_demo, tmp_path):
+    _, front = plan_front(tmp_path, "-p", "cat")
+    assert '"command"' in front.read_text()
+    layercache.Front.load(front).save_pretrained(tmp_path / "repo")
+    written = [path.read_text() for path in (tmp_path / "repo").rglob("*") if path.is_file()]
+    assert len(written) == 3 and not any("command" in text for text in written)
 
 
 def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path):

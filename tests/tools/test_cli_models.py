@@ -15,7 +15,7 @@ import torch
 
 import layercache
 from layercache.tools.cli import loading, results
-from layercache.tools.cli.options import CallOptions, ModelOptions
+from layercache.tools.cli.options import CallOptions, Dtype, ModelOptions
 from layercache.tools.cli.pipelines import call_arguments, load_pipeline
 from support import saved_pipelines as saved
 from support.commands import done, frames_of, refused, run
@@ -62,6 +62,11 @@ def test_paths_that_lead_nowhere_or_to_something_else(folder, flux, tmp_path, mo
         (("--model", flux, "--transformer", "none.gguf"), "cannot load the transformer 'none.gguf': there is no such"),
         (("--model", flux, "--lora", "none/lora.safetensors:0.5"), "cannot load the LoRA 'none/lora.safetensors'"),
         (("--model", flux, "--controlnet", "./none"), "cannot load the ControlNet './none'"),
+        (("--model", "demo", "--pipeline", "FluxPipeline"), "Invalid value for --pipeline: the model 'demo' is of one"),
+        (
+            ("--model", "x.safetensors", "--pipeline", "FluxPipeline", "--controlnet", flux),
+            "for --controlnet: the model",
+        ),
     ):
         assert said in generate_on(*words), words
 
@@ -136,7 +141,7 @@ def test_one_file_of_a_transformer(flux, tmp_path):
     write_gguf(tmp_path / "other.gguf", other.state_dict())
     expected = other.state_dict()["transformer_blocks.0.attn.to_q.weight"]
     for path in (tmp_path / "other", file, tmp_path / "other.gguf"):
-        options = ModelOptions(model=str(flux), transformer=[str(path)], dtype=loading.Dtype.float32)
+        options = ModelOptions(model=str(flux), transformer=[str(path)], dtype=Dtype.float32)
         weight = load_pipeline(options).transformer.state_dict()["transformer_blocks.0.attn.to_q.weight"]
         assert torch.allclose(torch.as_tensor(weight).float(), expected, atol=1e-3)
     words = ("--model", flux, "--transformer", tmp_path / "other.gguf", *saved.SMALL, *saved.SHORT)
@@ -160,14 +165,14 @@ def test_loras_and_their_weights(flux, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    plain = ModelOptions(model=str(flux), dtype=loading.Dtype.float32)
+    plain = ModelOptions(model=str(flux), dtype=Dtype.float32)
     pipe = load_pipeline(plain)
     pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     layers = get_peft_model_state_dict(pipe.transformer)
     pipe.save_lora_weights(tmp_path / "style", transformer_lora_layers=layers)
     file = tmp_path / "style" / "pytorch_lora_weights.safetensors"
     for text, weight in ((f"{file}:0.5", 0.5), (str(tmp_path / "style"), 1.0)):
-        found = load_pipeline(ModelOptions(model=str(flux), lora=[text], dtype=loading.Dtype.float32))
+        found = load_pipeline(ModelOptions(model=str(flux), lora=[text], dtype=Dtype.float32))
         (name,) = found.get_active_adapters()
         assert name in ("pytorch_lora_weights", "style")
         module = found.transformer.transformer_blocks[0].attn.to_q
@@ -245,6 +250,23 @@ def test_a_negative_prompt_that_does_nothing_is_warned_of(flux):
 
 
 FRAMES = np.stack([np.full((32, 48, 3), k / 4) for k in range(5)])
+
+
+def test_pixels_of_what_pipelines_give():
+    grey = PIL.Image.new("RGB", (8, 4), (51, 51, 51))
+    video = np.stack([np.full((3, 4, 8), k / 2) for k in range(3)])  # channels first
+    sound = torch.zeros(1, 2, 50)
+    for result, shape, mean in (
+        (SimpleNamespace(images=[grey]), (4, 8, 3), 0.2),
+        (SimpleNamespace(frames=[[grey, grey]]), (2, 4, 8, 3), 0.2),
+        (SimpleNamespace(frames=torch.tensor(video)[None]), (3, 4, 8, 3), 0.5),
+        (SimpleNamespace(frames=np.full((1, 2, 4, 8, 3), 1.5), audio=sound), (2, 4, 8, 3), 1.0),
+    ):
+        pixels = results.pixels_of(result)
+        assert pixels.shape == shape and pixels.mean() == pytest.approx(mean)
+    assert results.sound_of(SimpleNamespace(frames=None, audio=sound)).shape == (50, 2)
+    with pytest.raises(layercache.LayerCacheError, match="no picture and no video, but numbers of shape"):
+        results.pixels_of(SimpleNamespace(images=np.zeros((1, 64, 16))))
 
 
 def test_a_video_as_mp4_gif_and_frames(tmp_path):

@@ -42,4 +42,5 @@ def demo(
     with when_stopped("Stopped; nothing was written."):
         result = run_demo(output, **settings, console=printer.console, pipe=pipe)
     printer.say(result)
+    printer.following(["generate", "--prompt", "cat", "--schedule", output / "searched.json", "--compare"])
     printer.figures(result.figures)

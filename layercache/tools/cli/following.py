@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from layercache.planning.front import Front
     from layercache.schedule.fingerprint import Fingerprint
 
-COMMAND = "command"
-"""Entry of `Fingerprint.settings` that holds the options; none that a run is warned of."""
 LONGEST = 2000  # characters of an option in a file
 
 
 def with_command(fingerprint: Fingerprint, model: ModelOptions, call: CallOptions, prompt: str) -> Fingerprint:
     """A fingerprint that says with which options it was measured, and on which prompt first."""
+    from layercache.schedule.fingerprint import COMMAND
+
     given: dict[str, Any] = {"prompt": prompt}
     for group in (model, call):
         for field in dataclasses.fields(group):
@@ -43,6 +43,8 @@ def front_with_command(front: Front, model: ModelOptions, call: CallOptions, pro
 
 def generate_with(schedule: Path, fingerprint: Fingerprint, *more: str) -> list[object] | None:
     """The command that draws with a schedule; ``None`` where the file does not say of what model it is."""
+    from layercache.schedule.fingerprint import COMMAND
+
     given = fingerprint.settings.get(COMMAND)
     if not isinstance(given, Mapping) or not _is_text(given.get("prompt")):
         return None

@@ -17,7 +17,7 @@ import typer
 from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, MissingExtraError, UnsupportedModelError
 from layercache.tools import needs
-from layercache.tools.cli.options import Dtype, ModelOptions
+from layercache.tools.cli.options import ModelOptions
 
 GGUF, WEIGHTS = ".gguf", (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".bin")
 INSTALL = 'pip install "layercache[diffusers]"'
@@ -113,11 +113,18 @@ def check_paths(options: ModelOptions) -> None:
         LayerCacheError: says what is there, and what to give instead.
     """
     _check_model(options)
+    for name in ("pipeline", "controlnet"):
+        is_file = name == "pipeline" and Path(options.model).is_file() and not options.model.endswith(".json")
+        if getattr(options, name) is not None and not is_file and not _is_pipeline_path(options.model):
+            raise LayerCacheError(
+                f"the model {options.model!r} is of one pipeline, and takes no other; leave it out",
+                argument=name,
+            )
     for text in options.transformer or ():
         path = split_name(text, "transformer")[1]
         _check_there(path, "transformer")
         if path.endswith(GGUF):
-            require("gguf", f"the transformer {path!r}")
+            require("gguf", f"the transformer {path!r}", 'pip install "layercache[gguf]"')
             require("accelerate", f"the transformer {path!r}")
     for text in options.lora or ():
         _check_there(split_weight(text)[0], "lora")
@@ -400,6 +407,3 @@ def missing_package(error: BaseException) -> str | None:
             name = found[1].lower()
             return None if importlib.util.find_spec(name.replace("-", "_")) else name
     return None
-
-
-__all__ = ["Dtype", "check_paths", "choose_device", "is_like_demo", "load_model", "require", "split_name"]

@@ -34,6 +34,7 @@ def pixels_of(result: Any) -> NDArray[Any]:
 
     has_sound = getattr(result, "audio", None) is not None
     pixels = pictures_in(result.frames if has_sound else result)[0]
+    pixels = pixels / 255.0 if pixels.dtype == np.uint8 else pixels  # a pipeline that gives PIL pictures all the same
     if pixels.ndim == 4 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[1] in (1, 3, 4):
         pixels = pixels.transpose(0, 2, 3, 1)  # frames with their channels first
     if pixels.ndim not in (3, 4) or pixels.shape[-1] not in (1, 3, 4):
