@@ -19,7 +19,7 @@ from layercache.schedule.schedule import Schedule
 from support.tiny import tiny_pipeline
 from support.zoo_pipelines import _flux2, _qwen, _sd3, generate
 
-CALL = {"num_inference_steps": 6}
+CALL = {"num_inference_steps": 4}
 
 
 def test_prompts_take_all_settings_in_turns():
