@@ -1,6 +1,8 @@
 PYTHON ?= python3
-# More arguments for the installation of torch, such as an index with another build of it.
+# More arguments for the installation of torch, such as an index with another build of it. Without any, a machine
+# without a GPU takes the build for CPUs from PyTorch's own index, where that answers: a quarter of the size.
 TORCH_ARGS ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --require-virtualenv
@@ -23,12 +25,18 @@ TSAN_OPTIONS := ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/su
 preload = $(foreach library,$(1),$(shell $(CXX) -print-file-name=$(library)))
 sanitized = OMP_NUM_THREADS=$(3) LD_PRELOAD="$(call preload,$(2))" PYTHONPATH=build/$(1) $(BIN)/pytest -p no:cacheprovider
 
+# Printed by Python: the arguments for the build for CPUs, or nothing.
+FIND_CPU_BUILD = import shutil, urllib.request; \
+	any(map(shutil.which, ("nvidia-smi", "rocminfo"))) or urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=5).read(1) \
+	and print("--extra-index-url $(CPU_INDEX)")
+CPU_BUILD = $$($(BIN)/python -c '$(FIND_CPU_BUILD)' 2> /dev/null)
+
 .PHONY: help demo test test-all oldest lint bench sanitize sanitize-threads clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/installed ## Compare full and cached runs of the bundled model
+demo: .venv/demo ## Compare full and cached runs of the bundled model
 	$(BIN)/layercache demo
 
 test: lint ## Lint, then run the daily tests
@@ -71,16 +79,26 @@ bench: .venv/installed ## Run the benchmarks
 
 clean: ## Remove what was built, but keep the environment
 	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f layercache/*.so .venv/installed
+	rm -f layercache/*.so .venv/installed .venv/demo
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 
 # torch comes first and alone, so that nothing installed later asks for another build of it. The build
 # tools come along because an isolated build would fetch them again at every change of the C++ files.
+# Some builds of torch bring its own compiled tests, a sixth of their size, which go.
 .venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch setuptools pybind11
+	$(PIP) install --no-compile -c constraints.txt $(or $(TORCH_ARGS),$(CPU_BUILD)) torch
+	$(PIP) install --no-compile -c constraints.txt setuptools pybind11
+	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/test_*
 	touch $@
 
-.venv/installed: .venv/torch constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+# What runs the library and the demo; modules are compiled as they are imported, most never are.
+.venv/demo: .venv/torch $(SOURCES)
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[demo]"
 	touch $@
+
+.venv/installed: .venv/torch $(SOURCES)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch .venv/demo $@

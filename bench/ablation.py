@@ -17,7 +17,6 @@ from unittest.mock import patch
 import matplotlib.pyplot as plt
 from pareto import add_options, load, samples, write_figures
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from layercache._utils.metrics import summarise
@@ -29,6 +28,7 @@ from layercache.planning.surrogate import FullRuns
 from layercache.planning.universal import Universal
 from layercache.planning.whole_steps import WholeStepSearch, cost_of, runs_per_budget
 from layercache.schedule.schedule import Schedule
+from layercache.tools.report.fitting import Column, FittingTable
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "normal": ("normal", {}),
@@ -111,15 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {args.seeds} other pictures"
     write_figures(args, rows)
     plot(rows, args.out.with_suffix(".png"), title)
-    table = Table(title=f"{title}: PSNR, mean / 10 %")
     counts = list(dict.fromkeys(row["computed"] for row in rows))
-    for heading in ("variant", "generations", *map(str, counts)):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    columns = [Column("variant", numeric=False), *map(Column, ("generations", *map(str, counts)))]
+    table = FittingTable(columns, title=f"{title}: PSNR, mean / 10 %", keys=1)
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         cells = [f"{found.mean:.1f} / {found.quantile10:.1f}" for found in (summarise(row["psnr"]) for row in own)]
         table.add_row(name, f"{own[0]['generations']:.1f}", *cells)
-    Console(width=140).print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

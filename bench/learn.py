@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from pareto import add_options, load, samples, write_figures
 from rich.console import Console
-from rich.table import Table
 
 import layercache
 from layercache.demo.model import CLASS_NAMES
 from layercache.planning.learnt_files import HOME
 from layercache.planning.rollout import Rollouts
+from layercache.tools.report.fitting import Column, FittingTable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,14 +63,13 @@ def main(argv: list[str] | None = None) -> None:
             row["searched"] = judge.run(front.choose(budget).schedule).psnr
         rows.append(row)
     write_figures(args, rows)
-    table = Table(title=f"{args.model}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst")
-    for heading in ("budget", "learnt from 4", "searched"):
-        table.add_column(heading, justify="right")
+    title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst"
+    table = FittingTable([Column(heading) for heading in ("budget", "learnt from 4", "searched")], title=title, keys=1)
     for row in rows:
         found = [row["psnr"], row.get("searched", ())]
         told = [f"{np.mean(v):.1f} / {np.quantile(v, 0.1):.1f} / {min(v):.1f}" if len(v) else "" for v in found]
         table.add_row(f"{row['budget']:.2f}", *told)
-    Console(width=100).print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python bench/pareto.py --steps 30 --guidance 4 --out bench/results/pareto-demo-30-cfg4
 
 Every rival is tuned for every budget on the pictures that the search is fitted to: MeanCache (both forms, three
-gammas), TaylorSeer (orders 1 and 2, every interval, six lengths of warm-up), FBCache and DBCache (thresholds), evenly
-spaced steps that hold the velocity, and as many full steps without a cache. Writes OUT.json (figures, seeds, settings,
-machine), OUT.png and OUT.html, and the front OUT.front.json. The rivals do not depend on the search: with --rivals
-their rows are taken from the results of an earlier run with the same model, steps, guidance and pictures.
+gammas), TaylorSeer (orders 1 and 2, every interval, six lengths of warm-up, four of full steps at the end), FBCache and
+DBCache (thresholds), evenly spaced steps that hold the velocity, and as many full steps without a cache. Writes
+OUT.json (figures, seeds, settings, machine), OUT.png and OUT.html, and the front OUT.front.json. The rivals do not
+depend on the search: with --rivals their rows are taken from the results of an earlier run with the same model, steps,
+guidance and pictures, but for those of --again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,8 @@ from layercache.tools.report.front import FrontRow, front_table, save_front_page
 BATCH = 24
 GAMMAS = (1.0, 2.0, 5.0)
 WARMUPS = (1, 3, 5, 7, 9, 12)
+LAST_STEPS = (0, 1, 3, 5)
+RIVALS = ("MeanCache", "TaylorSeer", "evenly spaced", "FBCache", "DBCache", "fewer steps")
 DYNAMIC = {"fbcache": "FBCache", "dbcache": "DBCache"}
 
 
@@ -84,36 +89,51 @@ def meancache_points(calibration: Rollouts, budget: float, max_length: int = 9) 
     return found
 
 
-def taylorseer_point(calibration: Rollouts, budget: float, order: int) -> Point | None:
-    """The interval and warm-up that are best on the calibration pictures within a budget."""
+def taylorseer_points(calibration: Rollouts, budget: float) -> Iterator[tuple[str, Point]]:
+    """Both orders at a budget, with the interval, warm-up and full steps at the end that are best for order 2."""
+    steps, fingerprint = calibration.num_steps, calibration.fingerprint
     tried = []
-    for warmup in WARMUPS:
-        for interval in range(2, calibration.num_steps):
-            schedule = TaylorSeer(interval=interval, order=order, warmup=warmup).schedule(calibration.fingerprint)
-            if schedule.used <= budget + 1e-9:
-                psnr = calibration.run(schedule).psnr
-                tried.append(Point(schedule, f"interval {interval}, warm-up {warmup}", psnr))
+    for warmup, last in product(WARMUPS, LAST_STEPS):
+        for interval in range(2, steps):
+            method = TaylorSeer(interval=interval, order=2, warmup=warmup, stop=steps - last)
+            if method.schedule(fingerprint).used <= budget + 1e-9:
+                tried.append((_quality(calibration, method), method))
                 break  # longer intervals compute less
-    return max(tried, key=lambda point: quality(point.psnr, TAIL), default=None)
+    tried.sort(key=lambda pair: pair[0], reverse=True)
+    lower = [replace(method, order=1) for _, method in tried[:3]]
+    for order, methods in ((1, lower), (2, [method for _, method in tried[:1]])):
+        if methods:
+            best = max(methods, key=lambda method: _quality(calibration, method))
+            origin = f"interval {best.interval}, warm-up {best.warmup}, last {steps - (best.stop or steps)}"
+            schedule = best.schedule(fingerprint)
+            yield f"TaylorSeer, order {order}", Point(schedule, origin, calibration.run(schedule).psnr)
 
 
-def planned_rivals(calibration: Rollouts, budget: float, count: int) -> Iterator[tuple[str, Point]]:
+def _quality(calibration: Rollouts, method: TaylorSeer) -> float:
+    return quality(calibration.run(method.schedule(calibration.fingerprint)).psnr, TAIL)
+
+
+def planned_rivals(
+    calibration: Rollouts, budget: float, count: int, wanted: Sequence[str]
+) -> Iterator[tuple[str, Point]]:
     """Tuned methods that plan ahead, at a budget."""
-    yield from meancache_points(calibration, budget)
-    for order in (1, 2):
-        point = taylorseer_point(calibration, budget, order)
-        if point is not None:
-            yield f"TaylorSeer, order {order}", point
-    last = calibration.num_steps - 1
-    computed = sorted({round(k * last / max(1, count - 1)) for k in range(count)})
-    rollout = calibration.run(skipping(calibration.fingerprint, computed), HOLD)
-    yield "evenly spaced", Point(rollout.schedule, "holding the velocity", rollout.psnr)
+    if "MeanCache" in wanted:
+        yield from meancache_points(calibration, budget)
+    if "TaylorSeer" in wanted:
+        yield from taylorseer_points(calibration, budget)
+    if "evenly spaced" in wanted:
+        last = calibration.num_steps - 1
+        computed = sorted({round(k * last / max(1, count - 1)) for k in range(count)})
+        rollout = calibration.run(skipping(calibration.fingerprint, computed), HOLD)
+        yield "evenly spaced", Point(rollout.schedule, "holding the velocity", rollout.psnr)
 
 
-def dynamic_rivals(model: CalibratedModel, judge: Rollouts, budget: float) -> Iterator[FrontRow]:
+def dynamic_rivals(model: CalibratedModel, judge: Rollouts, budget: float, wanted: Sequence[str]) -> Iterator[FrontRow]:
     """Tuned methods that decide as they run, at a budget; a picture a call, since a batch would decide together."""
     seeds = [seed for batch in judge.seeds for seed in batch]
     for name, title in DYNAMIC.items():
+        if title not in wanted:
+            continue
         try:
             plan, setting = model.made(name, budget)
         except BudgetError:
@@ -139,7 +159,7 @@ def earlier_rivals(path: Path, args: argparse.Namespace) -> list[FrontRow]:
     return [
         FrontRow(row["name"], row["budget"], row["used"], row["origin"], (), tuple(row["held_out_psnr"]))
         for row in found["rows"]
-        if row["name"] != "layercache"
+        if not row["name"].startswith(("layercache", *args.again))
     ]
 
 
@@ -155,10 +175,15 @@ def fewer_steps(judge: Rollouts, budget: float, count: int) -> FrontRow:
 # --- the comparison ------------------------------------------------------------------------------------------------
 
 
+def command() -> str:
+    """What this process was started with."""
+    return f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:])
+
+
 def write_figures(args: argparse.Namespace, rows: list[dict], **more: object) -> None:
     """OUT.json, with what it takes to get the same again."""
     figures = {
-        "command": f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "command": command(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "machine": machine.machine_info(),
         **more,
@@ -185,6 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rivals = parser.add_mutually_exclusive_group()
     rivals.add_argument("--ours", action="store_true", help="leave out the rivals")
     rivals.add_argument("--rivals", type=Path, default=None, help="results whose rivals are shown")
+    parser.add_argument("--again", nargs="+", choices=RIVALS, default=[], help="of --rivals, those to tune anew")
     return parser.parse_args(argv)
 
 
@@ -202,18 +228,18 @@ def main(argv: list[str] | None = None) -> None:
     calibration = Rollouts(pipe, samples(fitted), list(fitted), **call)
     judge = Rollouts(pipe, samples(held), list(held), **call)
     model = CalibratedModel(pipe, samples(fitted), list(fitted), call, args.budgets)
-    tunes = not (args.ours or args.rivals)
+    wanted = args.again if args.ours or args.rivals else RIVALS
     rows: list[FrontRow] = earlier_rivals(args.rivals, args) if args.rivals else []
     for budget in sorted(args.budgets, reverse=True):
         count = int(budget * args.steps + 1e-9)
         points = [("layercache", front.choose(budget))]
-        points += list(planned_rivals(calibration, budget, count)) if tunes else []
+        points += planned_rivals(calibration, budget, count, wanted)
         for name, point in points:
             psnr = judge.run(point.schedule).psnr
             speedup = front.speedup(point)
             rows.append(FrontRow(name, budget, point.used, point.origin, point.psnr, psnr, speedup, point.expected))
-        if tunes:
-            rows += dynamic_rivals(model, judge, budget)
+        rows += dynamic_rivals(model, judge, budget, wanted)
+        if "fewer steps" in wanted:
             rows.append(fewer_steps(judge, budget, count))
     write_figures(
         args,
@@ -227,8 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     front.save(args.out.with_suffix(".front.json"))
     title = f"{args.model}, {args.steps} steps, guidance {args.guidance:g}, {len(held)} held-out pictures"
     save_front_plot(args.out.with_suffix(".png"), rows, title)
-    save_front_page(args.out.with_suffix(".html"), rows, title)
-    Console(width=140).print(front_table(rows, title))
+    settings = {"front": front, "notes": front.notes, "commands": [command()]}
+    save_front_page(args.out.with_suffix(".html"), rows, title, **settings)
+    Console().print(front_table(rows, title))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from pareto import add_options, load, meancache_points, samples, write_figures
 from rich.console import Console
-from rich.table import Table
 
 from layercache.models.registry import config_hash
 from layercache.planning.rollout import Rollouts
 from layercache.planning.surrogate import FullRuns
 from layercache.planning.universal import ModelRuns, Universal
+from layercache.tools.report.fitting import Column, FittingTable
 
 MEASURES = np.mean, lambda psnr: np.quantile(psnr, 0.1), min
 STEPS, RANK, FIRST_SEED = 100, 16, 3000
@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = judged(args, runs)
     if args.out:
         write_figures(args, rows)
-    table = Table(title=f"{args.target}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst")
-    for heading in ("budget", "universal", "MeanCache, calibrated", "margin"):
-        table.add_column(heading, justify="right")
+    title = f"{args.target}, {args.steps} steps, guidance {args.guidance:g}: PSNR, mean / 10 % / worst"
+    headings = ("budget", "universal", "MeanCache, calibrated", "margin")
+    table = FittingTable([Column(heading) for heading in headings], title=title, keys=1)
     for row in rows:
         rivals = [psnr for name, psnr in row.items() if name.startswith("MeanCache")]
         best = [max(map(f, rivals)) for f in MEASURES]
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         told = [" / ".join(f"{v:.1f}" for v in values) for values in (own, best)]
         margin = " / ".join(f"{a - b:+.1f}" for a, b in zip(own, best, strict=True))
         table.add_row(f"{row['budget']:.2f}", *told, margin)
-    Console(width=100).print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ class OutputError(LayerCacheError, OSError):
     """A file cannot be written where it was asked for: no folder, no permission, a pipe, a full disk."""
 
 
+class HubError(LayerCacheError, OSError):
+    """A repository of the Hugging Face Hub, or a file of it, does not exist, cannot be reached, or refuses access."""
+
+
 class ScheduleError(LayerCacheError, ValueError):
     """A schedule contradicts itself, for example a cell that reads a step which was never computed."""
 

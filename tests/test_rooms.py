@@ -15,7 +15,7 @@ import layercache
 ROOMS = (
     ("tools",),
     ("methods",),
-    ("planning",),
+    ("planning", "metrics"),
     ("runtime",),
     ("models",),
     ("schedule", "backend"),

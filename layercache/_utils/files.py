@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,6 +38,41 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             temporary.chmod(0o666 & ~umask)
             os.replace(temporary, target)
     return Path(path)
+
+
+def saved_anyway(path: str | os.PathLike[str], save: Callable[[Path], object]) -> Path:
+    """Lets ``save`` write a result that took long to a file; where that fails, to another one.
+
+    The other file lies in the folder for temporary files, which may be on another disk, or in the home folder.
+
+    Raises:
+        OutputError: it is not in ``path``; the message says where it is instead, if anywhere.
+    """
+    wanted = Path(path)
+    try:
+        save(wanted)
+    except OSError as error:
+        for folder in (Path(tempfile.gettempdir()), Path.home()):
+            place = _saved_in(folder, wanted, save)
+            if place is not None:
+                raise OutputError(f"{error}; the result is in {shown(place)} instead") from error
+        raise
+    return wanted
+
+
+def _saved_in(folder: Path, wanted: Path, save: Callable[[Path], object]) -> Path | None:
+    """The file of a result under a name of its own in a folder; ``None`` where it cannot be written there either."""
+    try:
+        inside = Path(tempfile.mkdtemp(prefix="layercache-", dir=folder))
+    except OSError:
+        return None
+    place = inside / wanted.name
+    try:
+        save(place)
+    except OSError:
+        shutil.rmtree(inside, ignore_errors=True)
+        return None
+    return place
 
 
 def check_output(path: str | os.PathLike[str], argument: str | None = None) -> None:

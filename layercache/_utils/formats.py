@@ -16,6 +16,7 @@ from layercache.errors import FileFormatError, LayerCacheError, ScheduleMismatch
 SCHEDULE, MODULES = "layercache schedule", "layercache module schedule"
 PROFILE, FRONT = "layercache profile", "layercache front"
 JOURNAL, COMPARISON = "layercache search", "layercache comparison"
+INDEX = "layercache index"
 # What writes files of each kind, and what reads them (where users do).
 KINDS = {
     SCHEDULE: ("'layercache plan' or Schedule.save", "layercache.Schedule.load"),
@@ -24,9 +25,10 @@ KINDS = {
     FRONT: ("'layercache search' or Front.save", "layercache.Front.load"),
     JOURNAL: ("layercache.search(resume=...)", ""),
     COMPARISON: ("'layercache compare'", ""),
+    INDEX: ("save_pretrained or push_to_hub", ""),
 }
-# The first version of each format whose files have a checksum.
-CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 3, COMPARISON: 2}
+# The first version of each format whose files have a checksum; an index is edited by hand.
+CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 3, COMPARISON: 2, INDEX: 1000}
 # What the code that reads entries raises where a whole file was edited.
 DAMAGE = (LayerCacheError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 NEITHER = "is neither JSON nor a file of tensors (safetensors)"

@@ -1,4 +1,4 @@
-"""How close two sets of pictures are: PSNR and SSIM (scikit-image), LPIPS where it can be had offline.
+"""How close two sets of pictures or videos are: PSNR and SSIM (scikit-image), LPIPS where it can be had offline.
 
 A picture is compared with the picture of the same prompt and seed made without a cache, so these are
 fidelity figures: they say how little caching changed, not how good a picture is.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,12 @@ def check_installed() -> None:
 
 
 def as_pictures(images: Any) -> Pictures:
-    """Pictures as a float64 array ``[N, H, W, C]`` in 0..1.
+    """Pictures as a float64 array ``[N, H, W, C]`` in 0..1, videos as ``[N, F, H, W, C]``.
 
     Args:
-        images: a NumPy array ``[N, H, W, C]`` or ``[H, W, C]``, or a sequence of PIL pictures or arrays.
-            Integers of 8 bit are divided by 255, floats must lie in 0..1 already.
+        images: a NumPy array ``[N, H, W, C]``, ``[H, W, C]`` or, of videos, ``[N, F, H, W, C]``; or a sequence of PIL
+            pictures or arrays, or of such sequences, one per video. Integers of 8 bit are divided by 255, floats must
+            lie in 0..1 already.
 
     Raises:
         ValueError: another shape or range.
@@ -93,8 +94,11 @@ def as_pictures(images: Any) -> Pictures:
     array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
     if array.ndim == 3:
         array = array[None]
-    if array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"expected pictures [N, H, W, C] with 1, 3 or 4 channels, got an array {list(array.shape)}")
+    if array.ndim not in (4, 5) or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            "expected pictures [N, H, W, C] or videos [N, F, H, W, C] with 1, 3 or 4 channels, got an array "
+            f"{list(array.shape)}"
+        )
     if array.dtype == np.uint8:
         return array / 255.0
     pictures = array.astype(np.float64)
@@ -107,6 +111,8 @@ def as_pictures(images: Any) -> Pictures:
 def psnr(reference: Any, pictures: Any) -> list[float]:
     """Peak signal-to-noise ratio in dB of every picture; ``inf`` where it equals its reference.
 
+    Of a video it is that of the squared error over all its frames, not a mean of decibels.
+
     Args:
         reference, pictures: see `as_pictures`; both of the same shape.
     """
@@ -118,6 +124,8 @@ def psnr(reference: Any, pictures: Any) -> list[float]:
 def ssim(reference: Any, pictures: Any) -> list[float]:
     """Mean structural similarity of every picture, 1.0 where it equals its reference.
 
+    Of a video it is the mean over its frames.
+
     A flat window of 7x7 pixels per colour channel (scikit-image's default), or the largest odd window
     that fits into a smaller picture.
 
@@ -125,11 +133,12 @@ def ssim(reference: Any, pictures: Any) -> list[float]:
         reference, pictures: see `as_pictures`; both of the same shape, 3 pixels a side at least.
     """
     structural_similarity = _scikit_image().structural_similarity
-    values = []
-    for a, b in _pairs(reference, pictures):
+
+    def similarity(a: Pictures, b: Pictures) -> float:
         window = ssim_window(*a.shape[:2])
-        values.append(float(structural_similarity(a, b, win_size=window, data_range=1.0, channel_axis=-1)))
-    return values
+        return float(structural_similarity(a, b, win_size=window, data_range=1.0, channel_axis=-1))
+
+    return [_mean_of_frames(similarity, a, b) for a, b in _pairs(reference, pictures)]
 
 
 def ssim_window(height: int, width: int) -> int:
@@ -145,7 +154,7 @@ def ssim_window(height: int, width: int) -> int:
 
 
 def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
-    """LPIPS (AlexNet) of every picture, or ``None`` and why it is not available.
+    """LPIPS (AlexNet) of every picture (the mean over the frames of a video), or ``None`` and why there is none.
 
     Nothing is ever downloaded: the ``lpips`` package must be installed and the AlexNet weights must
     already lie where torchvision keeps them.
@@ -162,13 +171,14 @@ def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by names that were deprecated since
         network = package.LPIPS(net=LPIPS_NET, verbose=False).eval()
-    values = []
+
+    def distance(*pair: Pictures) -> float:
+        # the network expects -1..1, channels first
+        a, b = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
+        return float(network(a, b))
+
     with torch.inference_mode():
-        for pair in _pairs(reference, pictures):
-            # the network expects -1..1, channels first
-            a, b = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
-            values.append(float(network(a, b)))
-    return values, ""
+        return [_mean_of_frames(distance, a, b) for a, b in _pairs(reference, pictures)], ""
 
 
 def lpips_unavailable() -> str:
@@ -186,6 +196,18 @@ def lpips_unavailable() -> str:
     if not weights.is_file():
         return f"the AlexNet weights are not at {weights} and layercache downloads nothing"
     return ""
+
+
+def stills(pictures: np.ndarray) -> np.ndarray:
+    """A picture of each to look at, ``[N, H, W, C]``: itself, or the frame in the middle of a video."""
+    return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
+
+
+def _mean_of_frames(figure: Callable[[Pictures, Pictures], float], a: Pictures, b: Pictures) -> float:
+    """A figure of two pictures, or its mean over the frames of two videos."""
+    if a.ndim == 3:
+        return figure(a, b)
+    return math.fsum(figure(one, other) for one, other in zip(a, b, strict=True)) / len(a)
 
 
 def _pairs(reference: Any, pictures: Any) -> list[tuple[Pictures, Pictures]]:

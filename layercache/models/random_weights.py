@@ -42,7 +42,8 @@ def load_random_pipeline(
          "seed": 0}
 
     Components that are not named are ``None``. The pipeline takes any text as a prompt and calls its class with noise
-    of the shapes under "prompt" (without the batch) that depends on the text and nothing else.
+    of the shapes under "prompt" (without the batch) that depends on the text and nothing else; a name that ends with
+    ``_mask`` gets ones. What begins with ``negative_`` is made of the negative prompt where one is given.
 
     Args:
         path: of the file, at most 1 MB.
@@ -172,13 +173,24 @@ def _with_texts(base: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.d
         if prompt is None:
             return base.__call__(self, *args, **kwargs)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        given = {
-            name: torch.stack([_noise(f"{text} {name}", shape) for text in texts]) for name, shape in shapes.items()
-        }
-        moved = {name: tensor.to(self.device, dtype) for name, tensor in given.items()}
-        return base.__call__(self, *args, **kwargs | moved)
+        negative = kwargs.pop("negative_prompt", None)
+        others = texts if negative is None else [negative] * len(texts) if isinstance(negative, str) else list(negative)
+        given = {}
+        for name, shape in shapes.items():
+            own = others if name.startswith("negative_") else texts
+            given[name] = _embedding(own, name, shape).to(self.device, None if name.endswith("_mask") else dtype)
+        if negative is not None and not any(name.startswith("negative_") for name in shapes):
+            kwargs["negative_prompt"] = negative
+        return base.__call__(self, *args, **kwargs | given)
 
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+
+
+def _embedding(texts: Sequence[str], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """What stands for texts in an argument of the call, a row for each of them."""
+    if name.endswith("_mask"):
+        return torch.ones((len(texts), *shape), dtype=torch.long)
+    return torch.stack([_noise(f"{text} {name}", shape) for text in texts])
 
 
 def _noise(text: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -87,6 +87,12 @@ def find_transformer(pipe: Any, name: str = "transformer") -> nn.Module:
     known = experts_of(pipe)
     if known:
         raise UnsupportedModelError(f"the pipeline has no {name!r}; its transformers are {', '.join(known)}")
+    if isinstance(getattr(pipe, "unet", None), nn.Module):
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} denoises with a {type(pipe.unet).__name__}, and layercache caches the blocks of "
+            "transformers: take a pipeline that 'layercache models' lists (for UNets there are other caches, such as "
+            "DeepCache)"
+        )
     raise UnsupportedModelError(
         f"expected a diffusers pipeline with a transformer, or a transformer, got {type(pipe).__name__}"
     )

@@ -127,7 +127,7 @@ class BlockCalls:
     def __init__(self, spec: ModelSpec, order: tuple[str, str] | None):
         self.order = order
         self.single = order is not None or not spec.has_text
-        self._first, self._second = spec.arguments
+        self._first, self._second = spec.arguments[0], spec.arguments[-1]  # of one stream there may be one
         self._image, self._text = spec.streams.index("image"), 1 - spec.streams.index("image")
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:

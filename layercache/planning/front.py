@@ -7,16 +7,19 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from numbers import Real
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from layercache._utils.checksum import sealed_json
-from layercache._utils.files import write_atomically
 from layercache._utils.formats import FRONT, entries, read_json
 from layercache._utils.metrics import Summary, summarise
-from layercache.errors import BudgetError, CalibrationError, FileFormatError
+from layercache._utils.summaries import Rows, Summarised, joined
+from layercache._utils.validate import described
+from layercache.errors import ArgumentError, BudgetError, CalibrationError, FileFormatError
+from layercache.schedule.fingerprint import Fingerprint, settings_line
+from layercache.schedule.pretrained import Pretrained
 from layercache.schedule.schedule import LONGEST_SECONDS, Schedule
 
 FORMAT = FRONT
@@ -73,8 +76,13 @@ def quality(psnr: Sequence[float], tail: float) -> float:
 
 
 def check_one_target(targets: Mapping[str, float | None], ways: Iterable[str], more: str = "") -> None:
-    """Raises `BudgetError` unless exactly one target is given, and names the ``ways`` to do so; ``more`` comes last."""
+    """Raises `BudgetError` unless exactly one target is given, and names the ``ways`` to do so; ``more`` comes last.
+
+    An `ArgumentError` where it is no number.
+    """
     given = [name for name, value in targets.items() if value is not None]
+    for name in given:
+        check_number(name, targets[name], TARGETS[name])
     if len(given) == 1:
         return
     *known, last = [TARGETS[name] for name in ways]
@@ -82,20 +90,28 @@ def check_one_target(targets: Mapping[str, float | None], ways: Iterable[str], m
     raise BudgetError(f"give {wanted}: {', '.join(known)} or {last}{more}")
 
 
-@dataclass(frozen=True)
-class Front:
+def check_number(name: str, value: Any, example: str) -> None:
+    """Raises `ArgumentError` where an argument is no number, and says what to give instead, such as the example."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ArgumentError(f"{name} must be a number, got {described(value)}; give {example}", argument=name)
+
+
+@dataclass(frozen=True, repr=False)
+class Front(Summarised, Pretrained):
     """The Pareto front ``used -> quality`` of everything that was tried; less used comes first.
 
     Attributes:
         points: each of higher `quality` than all that use less.
         seconds: of a step, ``(blocks, everything else, a skipped or reused step's own)``; for speedups.
-        tried: how many runs the search took.
+        tried: how many runs the search took: the full one, and each schedule's; those of a search that was stopped and
+            went on are counted too.
         notes: what the search found out on the way, a sentence each.
 
     Raises:
         CalibrationError: on construction, when seconds are negative or not finite, or a PSNR is not a number.
     """
 
+    KIND: ClassVar[str] = FORMAT
     SOURCE: ClassVar[str] = "layercache.search gives one, layercache.Front.load(path) reads one"
 
     points: tuple[Point, ...]
@@ -150,10 +166,13 @@ class Front:
             percentile: of them that ``min_psnr`` is asked of instead, 0 to 100: with 10, nine pictures in ten reach it.
 
         Raises:
+            ArgumentError: a condition, or ``percentile``, is no number.
             BudgetError: not exactly one condition, or none of the points fulfils it.
         """
         targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
         check_one_target(targets, targets)
+        if percentile is not None:
+            check_number("percentile", percentile, "percentile=10")
         if percentile is not None and not (min_psnr is not None and 0 <= percentile <= 100):
             raise BudgetError(
                 f"percentile is what min_psnr is asked of, from 0 to 100, got {percentile}", argument="percentile"
@@ -187,8 +206,34 @@ class Front:
             )
         return fitting[-1]
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the front as JSON; the file appears whole or not at all."""
+    def _summary(self) -> tuple[str, Rows]:
+        if not self.points:
+            return "Front of no schedules", [("notes", joined(self.notes))]
+        prints, count = self.points[0].schedule.fingerprint, len(self.points)
+        likely = [summarise(point.likely) for point in self.points]
+        ends = [self.points[0], self.points[-1]]
+        speeds = " to ".join(f"{self.speedup(point):.2f}x" for point in ends)
+        tenths = " to ".join(f"{one.quantile10:.1f}" for one in (likely[0], likely[-1]))
+        return (
+            f"Front of {count} schedule{'s' if count > 1 else ''} of {prints.num_steps} steps for {prints.model_class}",
+            [
+                ("computed", f"{' to '.join(f'{p.used:.3f}' for p in ends)} of the block time, speed-up {speeds}"),
+                ("expected", f"PSNR {likely[0].mean:.1f} to {likely[-1].mean:.1f} dB, nine pictures of ten {tenths}"),
+                ("search", joined([f"{self.tried} runs", *self.notes])),
+                ("made with", settings_line(prints)),
+            ],
+        )
+
+    def _fingerprint(self) -> Fingerprint:
+        if not self.points:
+            raise CalibrationError("the front is empty, and of no model; search first (layercache.search)")
+        return self.points[0].schedule.fingerprint
+
+    def _listed(self) -> tuple[float | None, Sequence[float | None]]:
+        best = summarise(self.points[-1].likely)
+        return self.points[0].used, (best.mean, best.quantile10)
+
+    def to_bytes(self) -> bytes:
         data = {
             "format": FORMAT,
             "version": VERSION,
@@ -207,11 +252,10 @@ class Front:
                 for point in self.points
             ],
         }
-        text = sealed_json(json.dumps(data, allow_nan=False) + "\n")
-        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return sealed_json(json.dumps(data, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Front:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a front file.
 
         Warns:
@@ -223,7 +267,7 @@ class Front:
         return cls.from_data(read_json(path, FORMAT, VERSION), os.fspath(path))
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any], name: str) -> Front:
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Self:
         """Of what the JSON holds; ``name`` is used in messages.
 
         Raises:

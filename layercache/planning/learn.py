@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +17,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import progress_bar_settings, scheduler_sigmas, tells_steps
+from layercache._utils.compat import progress_bar_settings, scheduler_sigmas
 from layercache.errors import (
     CacheStateError,
     CalibrationError,
     LayerCacheError,
     LayerCacheWarning,
-    MethodError,
     ScheduleMismatchError,
 )
 from layercache.models.registry import count_blocks, spec_for
@@ -33,11 +33,10 @@ from layercache.planning.learn_fit import COST, Fit, Recorded
 from layercache.planning.learnt_files import Learnt, LearntFiles
 from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
-from layercache.planning.universal import Universal
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
-from layercache.runtime.report import CacheReport
+from layercache.runtime.report import TO_LEARN, CacheReport
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
@@ -109,7 +108,8 @@ def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
 class LearningCache(Router):
     """Records a pipeline's first generations, fits a schedule to them, and caches those that follow.
 
-    Calls with other settings (steps, size, guidance, strength) are recorded and fitted apart from each other.
+    Calls with other settings (steps, size, guidance, strength) are recorded and fitted apart from each other. Where
+    nothing is to be recorded, calls of which nothing was learnt before are run by a substitute.
 
     Attributes:
         known: by the digest of their settings, what is known of calls.
@@ -117,10 +117,11 @@ class LearningCache(Router):
 
     takes_experts = True
 
-    def __init__(self, setting: Setting, target: Target):
+    def __init__(self, setting: Setting, target: Target, substitute: Router | None = None, note: str = ""):
         transformer = setting.transformer
         super().__init__(transformer, spec_for(transformer), [(0, count_blocks(transformer))])
-        self.setting, self.target = setting, target
+        self.setting, self.target, self.substitute = setting, target, substitute
+        self._note = note  # of the substitute; empty once it was given
         self.known: dict[str, CallState] = {}
         self._class = type(setting.pipe)
         self._forwards = self._generations = 0  # of calls that ran in full
@@ -139,7 +140,7 @@ class LearningCache(Router):
             if run is not self._checked:
                 self._checked = run
                 self._check_levels(self._state, scheduler_sigmas(self.identity.scheduler) or ())
-        return self._now
+        return self if self._now is self else self._now.for_call()
 
     @property
     def replaces_velocity(self) -> bool:
@@ -154,24 +155,42 @@ class LearningCache(Router):
 
     def free(self) -> None:
         self.setting.pipe.__class__ = self._class
-        for learned in self.known.values():
-            if learned.cache is not None:
-                learned.cache.free()
+        for router in self._routers:
+            router.free()
 
     def invalidate(self) -> None:
         """The model is another one now: what was recorded of it is dropped; schedules are looked for anew."""
-        for learned in self.known.values():
-            if learned.cache is not None:
-                learned.cache.invalidate()
+        for router in self._routers:
+            router.invalidate()
         self.known, self._newest = {}, {}
+
+    def end_generation(self, completed: bool = True) -> None:
+        for router in self._routers:
+            router.end_generation(completed)
+
+    def finish(self) -> None:
+        for router in self._routers:
+            router.finish()
+
+    def check(self) -> None:
+        for router in self._routers:
+            router.check()
+
+    @property
+    def _routers(self) -> list[Router]:
+        """Those that run calls with what was learnt, or without."""
+        caches: list[Router] = [known.cache for known in self.known.values() if known.cache is not None]
+        return caches if self.substitute is None else [*caches, self.substitute]
 
     def report(self) -> CacheReport:
         """What all calls did since the cache was enabled; those that were recorded computed everything."""
-        caches = [learned.cache for learned in self.known.values() if learned.cache is not None]
-        reports = [cache.report() for cache in caches]
+        reports = [router.report() for router in self._routers]
         forwards = self._forwards + sum(one.forwards for one in reports)
         used = self._forwards + sum(one.forwards * one.used for one in reports)
-        newest = self._now.report() if isinstance(self._now, ScheduleCache) else None
+        newest = self._now.report() if self._now in self._routers else None
+        in_full = Counter({TO_LEARN: self._forwards} if self._forwards else {})
+        for one in reports:
+            in_full.update(one.in_full)
         return CacheReport(
             used=used / forwards if forwards else 1.0,
             computed_cells=self._forwards + sum(one.computed_cells for one in reports),
@@ -183,6 +202,9 @@ class LearningCache(Router):
             branches=tuple(dict.fromkeys(name for one in reports for name in one.branches)),
             source=self._now.identity.source,
             unidentified=sum(one.unidentified for one in reports),
+            speedup=self.measured_speedup,
+            expected_psnr=newest.expected_psnr if newest else None,
+            in_full=in_full,
         )
 
     # --- the pipeline's calls ---
@@ -200,10 +222,11 @@ class LearningCache(Router):
         self._is_busy, self._checked = True, None
         try:
             self._prepare(learned)
-            if learned.cache is None:
+            router = learned.cache or self.substitute
+            if router is None:
                 return self._recorded(learned, original, arguments)
-            self._route_by(learned.cache)
-            self._state = learned
+            self._route_by(router)
+            self._state = None if learned.cache is None else learned
             return original(*args, **kwargs)
         finally:
             self._is_busy, self._state = False, None
@@ -219,6 +242,8 @@ class LearningCache(Router):
             if other.cache is not None:
                 self._state = other
                 return self._route_by(other.cache)
+            if self.substitute is not None:
+                return self._route_by(self.substitute)
             warnings.warn(
                 f"this generation is computed in full, and those that follow it are learnt apart: {error}",
                 LayerCacheWarning,
@@ -282,6 +307,11 @@ class LearningCache(Router):
         if learned.cache is not None or learned.is_full:
             return
         kept = self._take_kept(learned)
+        if learned.cache is None and self.substitute is not None:
+            if self._note:
+                warnings.warn(self._note, LayerCacheWarning, stacklevel=4)
+                self._note = ""
+            return
         if (kept is None or self.target.learn == MORE) and len(learned.recorded) >= self.target.generations:
             found = self._fitted(learned, kept)
             if found is not None:
@@ -331,33 +361,3 @@ class LearningCache(Router):
             sum(point.likely) / len(point.likely),
         )
         return found
-
-
-@make_router.register
-def _(plan: Target, setting: Setting) -> Router:
-    setting.refuse_storage(plan)
-    setting.check_velocities("what is learnt")
-    if plan.learn == 0:
-        return _universal(plan, setting)
-    if setting.pipe is setting.transformer:
-        raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
-    if not tells_steps(setting.scheduler):
-        raise MethodError(
-            f"the steps of {type(setting.scheduler).__name__} cannot be counted, so that no velocities can be "
-            "replaced; take one of diffusers' schedulers"
-        )
-    return LearningCache(setting, plan)
-
-
-def _universal(plan: Target, setting: Setting) -> Router:
-    """The router of a schedule from other models' full runs; where a speedup is wanted, the blocks take all time."""
-    share = plan.budget if plan.speedup is None else 1 / plan.speedup
-    assert share is not None
-    router: Router = make_router(Universal(budget=share), setting)
-    warnings.warn(
-        f"the schedule comes from other models' full runs, and nothing is measured on this "
-        f"{type(setting.transformer).__name__}: look at its pictures, or learn from its first generations (learn=4)",
-        LayerCacheWarning,
-        stacklevel=5,
-    )
-    return router

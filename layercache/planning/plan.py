@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from layercache._utils.metrics import summarise
 from layercache._utils.validate import expect
 from layercache.errors import BudgetError, ScheduleError
 from layercache.planning.fit import fit_residuals
-from layercache.planning.front import Front, check_one_target
+from layercache.planning.front import Front, Point, check_one_target
 from layercache.planning.profile import StabilityProfile, readable
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import FORECASTS, reforecast, secant_coefficients
-from layercache.schedule.schedule import Cell, Schedule
+from layercache.schedule.schedule import EXPECTED_PSNR, Cell, Schedule
 
 SPANS = (1, 2, 3, 4, 5, 6)
 SOLVERS = ("best", "exact", "lagrangian", "removal", "addition")
@@ -132,7 +133,7 @@ def plan(
         method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them.
 
     Raises:
-        ArgumentError: neither a profile nor a front.
+        ArgumentError: neither a profile nor a front, or a target that is no number.
         BudgetError: not exactly one target, or one that is out of range or below what the other settings allow.
         ScheduleError: another setting is out of range.
     """
@@ -140,7 +141,7 @@ def plan(
     _check_target(profile, percentile, budget=budget, full_steps=full_steps, speedup=speedup, min_psnr=min_psnr)
     budget = budget if full_steps is None else _share_of(profile, full_steps)
     if isinstance(profile, Front):
-        return profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile).schedule
+        return _with_expected(profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile))
     config = PlanConfig(
         budget=budget,
         speedup=speedup,
@@ -160,6 +161,15 @@ def plan(
         history=history,
     )
     return _solved(profile, config) if max_cache_bytes is None else _within(profile, config, max_cache_bytes)
+
+
+def _with_expected(point: Point) -> Schedule:
+    """The schedule of a point, with the PSNR that pictures are expected to have in its ``made_by``."""
+    found = summarise(point.likely)
+    psnr = [found.mean, found.quantile10]
+    if point.schedule.expected_psnr or not all(map(math.isfinite, psnr)):
+        return point.schedule
+    return replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr})
 
 
 def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int) -> Schedule:

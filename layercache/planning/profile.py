@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from layercache._utils.checksum import KEY, UNSET, check_bytes, sealed
-from layercache._utils.files import write_atomically
 from layercache._utils.formats import CHECKED_SINCE, PROFILE, check_header, entries, unexpected, what_is
+from layercache._utils.summaries import Rows, Summarised, joined
 from layercache._utils.text import shown
 from layercache.errors import CalibrationError, FileFormatError
 from layercache.models.registry import text_leaves_of
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.fingerprint import Fingerprint, settings_line
 from layercache.schedule.memory_plan import stored_bytes
+from layercache.schedule.pretrained import Pretrained
 from layercache.schedule.schedule import LONGEST_SECONDS, Schedule, check_groups
 
 FORMAT = PROFILE
@@ -57,7 +58,7 @@ def _moments(values: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 @dataclass(frozen=True, repr=False)
-class StabilityProfile:
+class StabilityProfile(Summarised, Pretrained):
     """Errors of forecasts of every group's residual on full-compute runs, and what the groups cost.
 
     Tables hold sums over elements, one entry per sample, branch, step, group, distance to the anchor and
@@ -93,6 +94,7 @@ class StabilityProfile:
             the cell.
     """
 
+    KIND: ClassVar[str] = FORMAT
     SOURCE: ClassVar[str] = (
         "layercache.calibrate(pipe, prompts) measures one, layercache.StabilityProfile.load(path) reads one"
     )
@@ -107,12 +109,25 @@ class StabilityProfile:
     eta: float = 1.0
     stream_bytes: tuple[tuple[int, int], ...] = ()
 
-    def __repr__(self) -> str:
-        prints = self.fingerprint
+    def _summary(self) -> tuple[str, Rows]:
+        prints, blocks = self.fingerprint, sum(self.group_seconds)
+        whole = (blocks + self.fixed_seconds) * 1e3
         return (
-            f"StabilityProfile({prints.model_class}, {prints.num_steps} steps, {len(self.groups)} groups, "
-            f"{len(self.samples)} samples, branches {', '.join(prints.branches)})"
+            f"StabilityProfile of {prints.num_steps} steps of {prints.model_class}, {prints.num_blocks} blocks in "
+            f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}",
+            [
+                ("samples", f"{len(self.samples)}: {joined(self.samples)}"),
+                ("a step", f"{whole:.3g} ms, of which {blocks * 1e3:.3g} ms in the blocks"),
+                ("measured with", settings_line(prints)),
+                ("made by", f"layercache {prints.package_version}"),
+            ],
         )
+
+    def _fingerprint(self) -> Fingerprint:
+        return self.fingerprint
+
+    def _listed(self) -> tuple[float | None, Sequence[float | None]]:
+        return None, (None, None)
 
     def __post_init__(self) -> None:
         check_groups(self.groups, self.fingerprint.num_blocks)
@@ -279,8 +294,7 @@ class StabilityProfile:
         change[0] = np.nan
         return np.where(followed.any(axis=(0, 1)), change, np.nan)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes tables and header as one safetensors file; it appears whole or not at all."""
+    def to_bytes(self) -> bytes:
         header = {
             KEY: UNSET,
             "format": FORMAT,
@@ -296,11 +310,10 @@ class StabilityProfile:
         }
         names = [*_ERRORS, *_NORMS, *(name for name in _OPTIONAL if name in self.tables)]
         tables = {name: np.ascontiguousarray(self.tables[name]) for name in names}
-        content = sealed(save(tables, {"header": json.dumps(header, allow_nan=False)}))
-        return write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        return sealed(save(tables, {"header": json.dumps(header, allow_nan=False)}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a profile file.
 
         Warns:
@@ -325,7 +338,7 @@ class StabilityProfile:
             raise unexpected(path, what_is(path), FORMAT) from error
 
     @classmethod
-    def _from_header(cls, header: Mapping[str, Any], tables: Mapping[str, np.ndarray]) -> StabilityProfile:
+    def _from_header(cls, header: Mapping[str, Any], tables: Mapping[str, np.ndarray]) -> Self:
         return cls(
             fingerprint=Fingerprint.from_json(header["fingerprint"]),
             groups=tuple((int(lo), int(hi)) for lo, hi in header["groups"]),

@@ -207,7 +207,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
             raise
         notes.append(f"{ENDED_EARLY[1]}after {len(search.tried)} schedules")
     points = [tried.point for tried in search.tried]
-    return Front.of(points, (blocks, rest, 0.0), rollouts.runs, notes, config.tail)
+    return Front.of(points, (blocks, rest, 0.0), 1 + len(search.tried), notes, config.tail)
 
 
 def validated(

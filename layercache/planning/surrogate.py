@@ -266,7 +266,19 @@ def starts(table: np.ndarray, sigmas: Sequence[float], count: int, dense: int) -
     paths = [(name, list(path.steps)) for name, path in found if path.feasible]
     paths.append(("evenly", [round(k * (steps - 1) / max(1, count - 1)) for k in range(count)]))
     paths.append(("dense start", list(range(dense))))
+    paths.append(("dense end", _dense_end(steps, count)))
     return [(name, with_count(path, steps, count, dense)) for name, path in paths]
+
+
+def _dense_end(steps: int, count: int) -> list[int]:
+    """Every n-th step and the last ones: as few of these, with the least n, as give ``count`` steps or more."""
+    for interval in range(2, steps + 1):
+        if len(range(0, steps, interval)) <= count:
+            for last in range(steps):
+                path = {*range(0, steps - last, interval), *range(steps - last, steps)}
+                if len(path) >= count:
+                    return sorted(path)
+    return list(range(steps))
 
 
 def explored(

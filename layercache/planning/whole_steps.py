@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from layercache._utils.metrics import summarise
 from layercache.errors import BudgetError, CalibrationError
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Point, quality
@@ -24,7 +25,7 @@ from layercache.planning.surrogate import (
     starts,
     surrogate_of,
 )
-from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import EXPECTED_PSNR, Schedule
 
 TERMS = 3
 SIMULATIONS = 900
@@ -87,7 +88,13 @@ class Tried:
 
     @property
     def point(self) -> Point:
-        made_by = {"method": "layercache", "origin": self.origin, "forecast": self.forecast.name}
+        likely = summarise(self.expected or self.rollout.psnr)
+        made_by = {
+            "method": "layercache",
+            "origin": self.origin,
+            "forecast": self.forecast.name,
+            EXPECTED_PSNR: [likely.mean, likely.quantile10],
+        }
         schedule = replace(self.rollout.schedule, made_by={**self.rollout.schedule.made_by, **made_by})
         return Point(schedule, f"{self.origin}, {self.forecast.name}", self.rollout.psnr, expected=self.expected)
 
@@ -274,7 +281,7 @@ def _steps_of(schedule: Schedule) -> tuple[int, ...]:
 def dense_starts(count: int, share: float) -> list[int]:
     """How many steps from the first on a path may have to compute, by the share it computes."""
     if share > MIDDLE:
-        return [count // 3, round(0.43 * count)]
+        return [1, round(0.43 * count)]
     return [1, max(1, count // 3)] if share > LOW else [1]
 
 

@@ -35,6 +35,7 @@ from layercache.runtime.loop import DenoisingLoop
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
+from layercache.runtime.timing import ForwardTimes
 from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
 
@@ -65,11 +66,14 @@ class Attachment:
         )
         self._tallies: dict[int, StepTally] = {}
         self._heard: list[Any] = []  # schedulers whose steps are heard of
+        self._replacing: list[Any] = []  # those that get their velocities by way of the router
         self._driving: Any = None  # the one that drove the newest forward
         self._parameters = tuple(inspect.signature(type(self.transformer).forward).parameters)[1:]
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
+        self.times = ForwardTimes()
+        self._device = next((one.device for one in self.transformer.parameters()), torch.device("cpu"))
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
@@ -183,6 +187,12 @@ class Attachment:
             tally = self._tallies[id(scheduler)] = StepTally(scheduler)
             self._patch(scheduler, "step", self._counted_step(scheduler.step, tally))
         if self._root.replaces_velocity:
+            self._replace_velocities(scheduler)
+
+    def _replace_velocities(self, scheduler: Any) -> None:
+        """Between the model and this sampler the router may put other velocities."""
+        if all(known is not scheduler for known in self._replacing):
+            self._replacing.append(scheduler)
             self._patch(scheduler, "step", self._sampler_step(scheduler, scheduler.step))
             if len(self._root.spec.leaves) > 1:
                 self._put(scheduler, DEEPCOPY, CopyHook(scheduler, self._hear_copy))
@@ -212,6 +222,7 @@ class Attachment:
             restore(*patched)
         self._classes, self._hooks, self._instance_attributes = [], [], []
         self._heard.clear()
+        self._replacing.clear()
         self._root.free()
 
     def follow(self, router: Router, scheduler: Any) -> None:
@@ -219,6 +230,8 @@ class Attachment:
         router.identity.tallies = self._tallies
         if all(known is not scheduler for known in self._heard):
             self._hear_steps(scheduler)
+        if router.replaces_velocity:
+            self._replace_velocities(scheduler)
 
     def unfollow(self, scheduler: Any) -> None:
         """Nothing uses this sampler any more: its steps are its own again."""
@@ -227,6 +240,7 @@ class Attachment:
             restore(*patched)
         self._instance_attributes = [s for s in self._instance_attributes if s[0] is not scheduler]
         self._heard = [known for known in self._heard if known is not scheduler]
+        self._replacing = [known for known in self._replacing if known is not scheduler]
         self._tallies.pop(id(scheduler), None)
 
     def _follow_replaced(self, scheduler: Any) -> None:
@@ -304,7 +318,7 @@ class Attachment:
             if not self._classes:
                 return original(*args, **kwargs)
             at = self._step_of(scheduler, args, kwargs)
-            router = self._root.for_call()
+            router = self._root.for_sampler(scheduler)
             if at is not None and router.replaces_velocity:
                 given = args[0] if args else kwargs["model_output"]
                 velocity = router.replace_velocity(at, given, step_argument(scheduler, "sample", args, kwargs), output)
@@ -399,6 +413,7 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         branch, step, part = self.said.get()
         router.begin(Forward(branch, step, arguments, dry_run, part))
+        self.times.start(self._device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._holder != get_ident():  # it was refused before it began
@@ -407,7 +422,9 @@ class Attachment:
             router = self.router
             if output is None:
                 self._fail()
-            elif router.has_post_hook and router.is_announced:
+                return
+            self.times.stop(self._device, not router.is_announced or router.computes_all)
+            if router.has_post_hook and router.is_announced:
                 router.after(output, functools.partial(module.forward, *args, **kwargs))
         except BaseException:
             self._fail()

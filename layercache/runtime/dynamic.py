@@ -177,10 +177,10 @@ class DynamicRun:
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self.states.values())
+        return sum(state.nbytes for state in list(self.states.values()))  # another thread may ask for a report
 
     def ended(self) -> EndedRun:
-        return EndedRun(self.sigmas, {name: state.log for name, state in self.states.items()}, self.nbytes)
+        return EndedRun(self.sigmas, {name: state.log for name, state in list(self.states.items())}, self.nbytes)
 
 
 class DynamicRouter(Router):
@@ -299,6 +299,11 @@ class DynamicRouter(Router):
         state.log += [None] * (step - len(state.log)) + [terms]
         self._counts.note(reused=terms is not None)
         return terms is not None
+
+    @property
+    def computes_all(self) -> bool:
+        block_pass = self._kept_pass
+        return not (isinstance(block_pass, _Visit) and block_pass.reuses)
 
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
@@ -421,7 +426,7 @@ class DynamicRouter(Router):
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
         run = self._newest
-        return self._counts.report(saved, run.nbytes, run.logs, self.identity)
+        return self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
 
 
 def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:

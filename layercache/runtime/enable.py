@@ -29,7 +29,7 @@ from layercache.runtime.modules import ModuleScheduleRouter
 from layercache.runtime.planned import PlannedRouter
 from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
-from layercache.runtime.target import GENERATIONS, Target
+from layercache.runtime.target import Target
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -81,7 +81,7 @@ def enable(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> Cache: ...
 
 
@@ -96,9 +96,9 @@ def enable(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> Cache:
-    """Runs a pipeline by ``plan`` from now on, or by what is learnt from its first generations.
+    """Runs a pipeline by ``plan`` from now on; without one, by what is known of the model, or needs no calibration.
 
     Args:
         pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
@@ -114,12 +114,12 @@ def enable(
         storage: of the residuals of blocks: ``"same"`` dtype as the streams, ``"float32"``, or ``"compact"``, which
             halves their memory (`layercache.runtime.storage.Storage`).
         budget, speedup, min_psnr: without a plan, what is wanted: the largest share of the block time that is
-            computed, the speedup of the denoising loop, or the mean PSNR in dB that other pictures should have. The
-            first generations run in full and are recorded, a schedule is fitted to them before the next one, and is
-            kept in the user's data folder (`layercache.planning.learn`).
-        learn: how many generations are recorded; ``"more"``: four more, though a schedule is known, to refine it; 0:
-            none, a schedule made from other models' full runs is taken at once, for a budget or a speedup
-            (`layercache.planning.universal`).
+            computed, the speedup of the denoising loop (1.5 where nothing is said), or the mean PSNR in dB that other
+            pictures should have. What was learnt before of this model, settings and target is taken from the user's
+            data folder, else a method that needs no calibration (`layercache.methods.automatic`).
+        learn: how many generations run in full and are recorded first; a schedule is fitted to them before the next
+            one, and kept in the user's data folder (`layercache.planning.learn`). 4 for ``min_psnr``, else 0 by
+            default; ``"more"``: four more, though a schedule is known, to refine it.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -130,7 +130,7 @@ def enable(
         CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
         MethodError: the method cannot work on this model (one that replaces velocities: a bare transformer with two
             outputs), or ``plan`` is something else.
-        BudgetError: without a plan, not exactly one of budget, speedup and min_psnr, or one that is out of range.
+        BudgetError: several of budget, speedup and min_psnr, one beside a plan, or one that is out of range.
 
     All errors are classes of `layercache.errors`.
     """
@@ -346,7 +346,7 @@ def enabled(
     budget: float | None = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
-    learn: int | str = GENERATIONS,
+    learn: int | str | None = None,
 ) -> AbstractContextManager[Cache]: ...
 
 

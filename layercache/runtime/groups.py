@@ -15,7 +15,7 @@ from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
-from layercache.runtime.report import CacheReport
+from layercache.runtime.report import CacheReport, reasons
 from layercache.runtime.router import Router
 from layercache.runtime.signature import Signature, shapes_of
 from layercache.runtime.state import CacheState, Row
@@ -70,7 +70,7 @@ class ScheduleRouter(Router):
         self._freed: tuple[int, tuple[str, ...]] = 0, ()  # memory and branches, when the cache was disabled
         self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
         self.is_placed = True  # of the present forward, as a member of a batch
-        self._fallback_rows = 0
+        self.fallback_rows = 0
 
     @property
     def graphs(self) -> int:
@@ -177,7 +177,7 @@ class ScheduleRouter(Router):
         if not valid:
             # what the row computes anyway is still stored for the rows to come
             actions = tuple(GroupAction(COMPUTE) if a.kind == REUSE else a for a in actions)
-            self._fallback_rows += 1
+            self.fallback_rows += 1
         elif row.layout.reads:
             state.upload_coefficients()
         return actions
@@ -187,8 +187,20 @@ class ScheduleRouter(Router):
         self._runs[actions] = self._runs.get(actions, 0) + 1
 
     def _count_of(self, reused: bool) -> list[int]:
-        groups = range(len(self.schedule.groups))
-        return [sum(n for row, n in self._runs.items() if (row[g].kind == REUSE) is reused) for g in groups]
+        groups, runs = range(len(self.schedule.groups)), list(self._runs.items())  # another thread may be counting
+        return [sum(n for row, n in runs if (row[g].kind == REUSE) is reused) for g in groups]
+
+    @property
+    def forwards(self) -> int:
+        """Calls of the transformer."""
+        return sum(list(self._runs.values()))
+
+    @property
+    def used(self) -> float:
+        """Share of the block time computed, by the schedule's seconds per group; 1 before a run."""
+        computed = self.computed
+        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
+        return time_share(self.schedule.group_seconds, computed, forwards) if self._runs else 1.0
 
     @property
     def computed(self) -> list[int]:
@@ -253,8 +265,13 @@ class ScheduleRouter(Router):
         self.drop()
         self.states = {}
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of what is stored, or was when the cache was disabled."""
+        return self._memory() if self.states else self._freed[0]
+
     def _memory(self) -> int:
-        return sum(state.nbytes for state in self.states.values()) + self.track.nbytes
+        return sum(state.nbytes for state in list(self.states.values())) + self.track.nbytes
 
     def drop(self) -> None:
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
@@ -319,20 +336,20 @@ class ScheduleRouter(Router):
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""
-        computed, seconds = self.computed, self.schedule.group_seconds
-        forwards = [a + b for a, b in zip(computed, self.cached, strict=True)]
-        cache_bytes, branches = (self._memory(), tuple(self.states)) if self.states else self._freed
         return CacheReport(
-            used=time_share(seconds, computed, forwards) if self._runs else 1.0,
-            computed_cells=sum(computed),
+            used=self.used,
+            computed_cells=sum(self.computed),
             cached_cells=sum(self.cached),
             generations=self.identity.count,
-            forwards=sum(self._runs.values()),
-            fallback_rows=self._fallback_rows,
-            cache_bytes=cache_bytes,
-            branches=branches,
+            forwards=self.forwards,
+            fallback_rows=self.fallback_rows,
+            cache_bytes=self.cache_bytes,
+            branches=tuple(self.states) if self.states else self._freed[1],
             source=self.identity.source,
-            unidentified=self.identity.unidentified,
+            unidentified=self.identity.unidentified.total(),
+            speedup=self.measured_speedup,
+            expected_psnr=self.schedule.expected_psnr,
+            in_full=reasons(self.identity, self.fallback_rows),
         )
 
 

@@ -7,6 +7,7 @@ that moment, the value of the timestep. Where none of them tells, the forward ha
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ class Identity:
         tallies: count the steps of schedulers that do not count them themselves, by the scheduler's id.
         generation: the present one.
         count: generations begun.
-        unidentified: forwards without a place.
+        unidentified: forwards without a place, by the reason.
         reason: why the newest of them has none: `NO_STEP`, `NO_BRANCH` or `RUN_IS_OVER`.
         any_thread: forwards of one loop may come from several threads, as those of a request do.
         source: of the newest generation; ``"none"`` before the first.
@@ -128,7 +129,8 @@ class Identity:
         self.drivers: list[Driver] = [] if scheduler is None else [Driver(scheduler)]
         self.tallies: dict[int, StepTally] = {}
         self.generation: Generation | None = None
-        self.count = self.unidentified = 0
+        self.count = 0
+        self.unidentified: Counter[str] = Counter()
         self.source = "none"
         self.reason = ""
         self.any_thread = False
@@ -330,7 +332,7 @@ class Identity:
 
     def leave_unidentified(self, reason: str) -> None:
         """Counts a forward without a place, and warns of the first."""
-        self.unidentified += 1
+        self.unidentified[reason] += 1
         self.reason = reason
         self._warn(f"a forward was computed in full, because {reason}")
 

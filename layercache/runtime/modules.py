@@ -316,6 +316,10 @@ class ModuleScheduleRouter(ModuleRouter):
         else:
             self.open((GroupAction(COMPUTE),))
 
+    @property
+    def computes_all(self) -> bool:
+        return super().computes_all and (self._computes_all or all(self.schedule.computed[self.step_index]))
+
     def _count(self, reuses: bool, passed_by: set[int], missing: bool) -> None:
         weights = self.schedule.seconds or (1.0,) * len(self.units)
         total = sum(weights)
@@ -358,10 +362,12 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""
-        tensors = [t for stored in self.outputs.values() for output in stored.values() for t in tensors_of(output)]
-        tensors += [t for final in self.finals.values() for t in final]
+        outputs = [output for stored in list(self.outputs.values()) for output in list(stored.values())]
+        tensors = [t for output in outputs for t in tensors_of(output)]
+        tensors += [t for final in list(self.finals.values()) for t in final]
         branches = tuple(self._signatures) or self._branches
-        report = self._counts.report(0.0, sum(tensor.nbytes for tensor in tensors), branches, self.identity)
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        report = self._counts.report(0.0, nbytes, branches, self.identity, self.measured_speedup)
         used = self._seconds["computed"] / self._seconds["all"] if self._seconds["all"] else 1.0
         cells = report.forwards * len(self.units)
         computed = round(used * cells)

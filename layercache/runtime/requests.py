@@ -6,25 +6,29 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
 
 from layercache import ops
 from layercache.errors import CacheStateError
+from layercache.models.registry import config_hash, count_blocks
 from layercache.models.spec import Streams
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.identity import Identity
+from layercache.runtime.report import CacheReport
 from layercache.runtime.router import Router
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.schedule.schedule import Schedule
 
 Rows = tuple[tuple[str, int | None], ...]
 _now: ContextVar[tuple[int, Rows] | None] = ContextVar("layercache requests", default=None)
 
 
 class Requests:
-    """Routers of the requests that share a schedule and a transformer.
+    """Routers of the requests that share a transformer.
 
     Attributes:
         routers: by request, those called last at the end.
@@ -36,7 +40,8 @@ class Requests:
     def __init__(self, root: ScheduleRouter):
         self._root = root
         self.routers: OrderedDict[str, ScheduleRouter] = OrderedDict()
-        self._gone = {"forwards": 0.0, "hits": 0.0, "misses": 0.0, "fallback_rows": 0.0, "saved": 0.0, "spent": 0.0}
+        self._gone = dict.fromkeys(_COUNTED, 0.0)
+        self._counting = Lock()  # a request is counted among those that are under way, or those that have ended
         self.limit_bytes: int | None = None
         self.evictions = 0
         self._batch: tuple[Rows, BatchRouter] | None = None
@@ -45,31 +50,47 @@ class Requests:
         return len(self.routers)
 
     @contextmanager
-    def entered(self, rows: Mapping[str, int | None], scheduler: Any = None) -> Iterator[None]:
+    def entered(
+        self, rows: Mapping[str, int | None], scheduler: Any = None, schedule: Schedule | None = None
+    ) -> Iterator[None]:
         """Within, forwards belong to these requests."""
         if not rows or any(count is not None and count < 1 for count in rows.values()):
             raise CacheStateError(f"a batch needs requests with at least one sample each, got {dict(rows)}")
         for name in rows:
-            self._find(name, scheduler)
+            self._find(name, scheduler, schedule)
         token = _now.set((id(self), tuple(rows.items())))
         try:
             yield
         finally:
             _now.reset(token)
 
-    def _find(self, name: str, scheduler: Any) -> ScheduleRouter:
+    def _find(self, name: str, scheduler: Any = None, schedule: Schedule | None = None) -> ScheduleRouter:
         router = self.routers.get(name)
         if router is None:
-            root = self._root
-            router = self.routers[name] = ScheduleRouter(
-                root.transformer, root.spec, root.schedule, scheduler, storage=root.storage.name
-            )
-            router.attachment = root.attachment
-            router.identity.any_thread = True
-            if scheduler is not None:
-                root.attachment.follow(router, scheduler)
-        elif scheduler is not None and scheduler is not router.identity.scheduler:
+            return self._begin(name, scheduler, self._root.schedule if schedule is None else schedule)
+        if scheduler is not None and scheduler is not router.identity.scheduler:
             raise CacheStateError(f"request {name!r} is under way with another scheduler; forget it first")
+        if schedule is not None and schedule is not router.schedule and schedule != router.schedule:
+            raise CacheStateError(f"request {name!r} is under way with another schedule; forget it first")
+        return router
+
+    def _begin(self, name: str, scheduler: Any, schedule: Schedule) -> ScheduleRouter:
+        """The router of a new request."""
+        root = self._root
+        if schedule is not root.schedule:
+            model = root.transformer
+            schedule.fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
+        router = ScheduleRouter(root.transformer, root.spec, schedule, scheduler, storage=root.storage.name)
+        if router.replaces_velocity and scheduler is None and not root.replaces_velocity:
+            raise CacheStateError(
+                f"the schedule of request {name!r} changes velocities on their way to the sampler: name the one that "
+                "steps it: cache.request(name, scheduler, schedule)"
+            )
+        router.attachment = root.attachment
+        router.identity.any_thread = True
+        if scheduler is not None:
+            root.attachment.follow(router, scheduler)
+        self.routers[name] = router
         return router
 
     def router(self) -> Router:
@@ -78,7 +99,7 @@ class Requests:
         if entered is None or entered[0] != id(self):
             return self._root
         rows = entered[1]
-        members = [(self._find(name, None), count) for name, count in rows]
+        members = [(self._find(name), count) for name, count in rows]
         for name, _ in rows:
             self.routers.move_to_end(name)
         self._evict({name for name, _ in rows})
@@ -91,7 +112,7 @@ class Requests:
     def _evict(self, present: set[str]) -> None:
         if self.limit_bytes is None:
             return
-        held = {name: router.report().cache_bytes for name, router in list(self.routers.items())}
+        held = {name: router.cache_bytes for name, router in list(self.routers.items())}
         total = sum(held.values())
         for name in list(self.routers):
             if total <= self.limit_bytes:
@@ -100,6 +121,15 @@ class Requests:
                 self.routers[name].drop()
                 total -= held[name]
                 self.evictions += 1
+
+    def stepped_by(self, scheduler: Any) -> ScheduleRouter | None:
+        """The router of the request whose forwards were those of the run that this sampler is at."""
+        run = getattr(scheduler, "timesteps", None)
+        for router in list(self.routers.values()):
+            generation = router.generation
+            if run is not None and generation is not None and generation.run is run:
+                return router
+        return None
 
     def end_all(self) -> None:
         """The generations of all requests are over."""
@@ -111,56 +141,86 @@ class Requests:
         return any(router.identity.scheduler is scheduler for router in list(self.routers.values()))
 
     def forget(self, name: str) -> None:
-        router = self.routers.pop(name, None)
+        with self._counting:
+            router = self.routers.pop(name, None)
+            for key, value in _counts(router).items() if router else ():
+                self._gone[key] += value
         if router is None:
-            raise CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
+            raise self._unknown(name)
         self._batch = None
         scheduler = router.identity.scheduler
         if all(other.identity.scheduler is not scheduler for other in (self._root, *self.routers.values())):
             self._root.attachment.unfollow(scheduler)
-        for key, value in _counts(router).items():
-            self._gone[key] += value
         router.check()
 
+    def report(self, name: str) -> CacheReport:
+        """What was computed and reused for one request, until it is forgotten.
+
+        Raises:
+            CacheStateError: there is no such request.
+        """
+        router = self.routers.get(name)
+        if router is None:
+            raise self._unknown(name)
+        return router.report()
+
+    def _unknown(self, name: str) -> CacheStateError:
+        return CacheStateError(f"there is no request {name!r}; known: {', '.join(self.routers) or 'none'}")
+
     def metrics(self) -> dict[str, float]:
-        totals, routers = dict(self._gone), [self._root, *self.routers.values()]
-        for router in routers:
-            for key, value in _counts(router).items():
-                totals[key] += value
-        stored = sum(router.report().cache_bytes for router in routers)
-        time = totals["saved"] + totals["spent"]
+        with self._counting:
+            totals, routers = dict(self._gone), [self._root, *list(self.routers.values())]
+            for router in routers:
+                for key, value in _counts(router).items():
+                    totals[key] += value
+        stored = sum(router.cache_bytes for router in routers)
         return {
             "forwards": totals["forwards"],
+            "generations": totals["generations"],
             "hits": totals["hits"],
             "misses": totals["misses"],
-            "hit_rate": totals["saved"] / time if time else 0.0,
-            "seconds_saved": totals["saved"] / max(1, len(self._root.schedule.fingerprint.branches))
-            if self._root.schedule.is_timed
-            else 0.0,
+            "hit_rate": totals["saved_share"] / totals["forwards"] if totals["forwards"] else 0.0,
+            "seconds_saved": totals["seconds_saved"],
             "fallback_rows": totals["fallback_rows"],
+            "unidentified": totals["unidentified"],
             "bytes": float(stored),
             "requests": float(len(self.routers)),
             "evictions": float(self.evictions),
         }
 
 
+_COUNTED = (
+    "forwards",
+    "generations",
+    "hits",
+    "misses",
+    "fallback_rows",
+    "unidentified",
+    "saved_share",
+    "seconds_saved",
+)
+
+
 def _counts(router: ScheduleRouter) -> dict[str, float]:
-    """Of one router; seconds are those of all branches of a step for every forward."""
-    report, seconds = router.report(), router.schedule.group_seconds
-    cells = zip(router.cached, router.computed, seconds, strict=True)
-    saved, spent = (sum(values) for values in zip(*((c * s, f * s) for c, f, s in cells), strict=True))
+    """Of one router: what `Requests.metrics` adds up; ``saved_share`` is in forwards."""
+    schedule, identity = router.schedule, router.identity
+    saved_share = router.forwards * (1.0 - router.used)
+    # a step's seconds are those of all its branches, each of which is a forward
+    seconds = sum(schedule.group_seconds) / max(1, len(schedule.fingerprint.branches)) if schedule.is_timed else 0.0
     return {
-        "forwards": float(report.forwards),
-        "hits": float(report.cached_cells),
-        "misses": float(report.computed_cells),
-        "fallback_rows": float(report.fallback_rows),
-        "saved": saved,
-        "spent": spent,
+        "forwards": float(router.forwards),
+        "generations": float(identity.count),
+        "hits": float(sum(router.cached)),
+        "misses": float(sum(router.computed)),
+        "fallback_rows": float(router.fallback_rows),
+        "unidentified": float(identity.unidentified.total()),
+        "saved_share": saved_share,
+        "seconds_saved": saved_share * seconds,
     }
 
 
 class ScheduleCache(ScheduleRouter):
-    """Routes a transformer by a schedule, for several requests at a time; ``layercache.enable`` returns one."""
+    """Routes a transformer by a schedule, or by one per request; ``layercache.enable`` returns it."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -169,16 +229,31 @@ class ScheduleCache(ScheduleRouter):
     def for_call(self) -> Router:
         return self.requests.router() if self.requests.routers else self
 
-    def request(self, request_id: str, scheduler: Any = None) -> AbstractContextManager[None]:
+    def for_sampler(self, scheduler: Any) -> Router:
+        router = self.for_call()
+        if router is self and self.requests.routers:  # maybe behind the block of the request
+            return self.requests.stepped_by(scheduler) or router
+        return router
+
+    def request(
+        self, request_id: str, scheduler: Any = None, schedule: Schedule | None = None
+    ) -> AbstractContextManager[None]:
         """Forwards in this ``with`` block belong to a request, which has a place and residuals of its own.
 
-        Requests may be entered again and again, in any order and from several threads; one forward runs at a time.
+        Requests may be entered again and again, in any order and from several threads; one forward runs at a time. A
+        schedule that changes velocities (a searched one, EasyCache's) needs the scheduler.
 
         Args:
             request_id: any name; it is new, or its generation goes on.
             scheduler: the request's own sampler; without one its forwards are counted, one per branch and step.
+            schedule: the request's own, for this model and any number of steps; without one that of the cache.
+
+        Raises:
+            ScheduleMismatchError: the schedule was made for another model.
+            CacheStateError: the request is under way with another scheduler or schedule, or its schedule changes
+                velocities and nothing steps it.
         """
-        return self.requests.entered({request_id: None}, scheduler)
+        return self.requests.entered({request_id: None}, scheduler, schedule)
 
     def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
         """Forwards in this ``with`` block are a batch of several requests, each at its own step.
@@ -188,6 +263,9 @@ class ScheduleCache(ScheduleRouter):
 
         Args:
             rows: requests in the order of the batch, and how many samples of it each has.
+
+        Raises:
+            CacheStateError: their schedules have different groups of blocks, or change velocities; at the forward.
         """
         return self.requests.entered(rows)
 
@@ -203,10 +281,10 @@ class ScheduleCache(ScheduleRouter):
     def metrics(self) -> dict[str, float]:
         """Counts of this cache and all its requests since it was enabled, as plain numbers to export.
 
-        ``forwards``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block time),
-        ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were made
-        without, such as those that follow from step numbers alone), ``fallback_rows``, ``bytes``, ``requests`` (known
-        now), ``evictions``.
+        ``forwards``, ``generations``, ``hits`` and ``misses`` (groups reused and computed), ``hit_rate`` (of the block
+        time), ``seconds_saved`` (block time not spent, by the seconds measured in calibration; 0 of schedules that were
+        made without, such as those that follow from step numbers alone), ``fallback_rows``, ``unidentified`` (both as
+        in `CacheReport`), ``bytes``, ``requests`` (known now), ``evictions``. May be called from any thread.
         """
         return self.requests.metrics()
 
@@ -227,7 +305,10 @@ class BatchRouter(Router):
     """One forward for several requests, whose samples lie one behind the other in the batch."""
 
     def __init__(self, root: ScheduleRouter, members: Sequence[tuple[ScheduleRouter, int]]):
-        super().__init__(root.transformer, root.spec, root.schedule.groups)
+        groups = {router.schedule.groups for router, _ in members}
+        if len(groups) > 1:
+            raise CacheStateError("requests of one batch have schedules with the same groups of blocks, these differ")
+        super().__init__(root.transformer, root.spec, groups.pop())
         self.identity = Identity(root.spec)
         self.attachment = root.attachment
         self.members: list[tuple[ScheduleRouter, slice]] = []

@@ -36,7 +36,9 @@ from layercache.runtime.blocks import (
 from layercache.runtime.forward import Forward, Said, Saying
 from layercache.runtime.identity import Generation, Identity
 from layercache.runtime.identity import Place as ForwardPlace
-from layercache.schedule.memory_plan import CAPTURE, COMPUTE, GroupAction
+from layercache.runtime.report import CacheReport
+from layercache.runtime.timing import ForwardTimes
+from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
 _CLOSED = -1
 _CALL_CODE = nn.Module._call_impl.__code__
@@ -59,6 +61,7 @@ class Attached(Protocol):
     router: Router
     said: ContextVar[Said]
     pipeline: Any
+    times: ForwardTimes
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
 
@@ -202,6 +205,17 @@ class Router:
         return IdentityBlock(block_pass, block, place)
 
     @property
+    def computes_all(self) -> bool:
+        """Whether nothing is reused in the present forward, as far as it has come."""
+        return all(action.kind != REUSE for action in self.actions)
+
+    @property
+    def measured_speedup(self) -> float | None:
+        """Of the transformer's newest forwards; waits for the device (`ForwardTimes.speedup`)."""
+        attachment = getattr(self, "attachment", None)
+        return None if attachment is None else attachment.times.speedup()
+
+    @property
     def graphs(self) -> int:
         """How many graphs a compiled transformer needs under this router."""
         return 1
@@ -278,6 +292,10 @@ class Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
 
+    def for_sampler(self, scheduler: Any) -> Router:
+        """The router of the step that a sampler is about to take."""
+        return self.for_call()
+
     def has_request_of(self, scheduler: Any) -> bool:
         """Whether one of several requests is stepped by this scheduler."""
         return False
@@ -328,6 +346,10 @@ class Router:
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault
+
+    def report(self) -> CacheReport:
+        """What the cache did since it was enabled."""
+        raise NotImplementedError
 
     def find_fault(self) -> NonFiniteResidualError | None:
         """Looks for NaN and infinity in what the present generation has stored; may ask the device."""

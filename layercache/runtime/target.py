@@ -8,35 +8,41 @@ from layercache.errors import ArgumentError, BudgetError
 
 MORE = "more"
 GENERATIONS = 4
+SPEEDUP = 1.5
+"""Of the denoising loop, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is wanted of a schedule that is yet to be found; one of the first three is given.
+    """What is wanted of a schedule that is yet to be found; at most one of the first three is given.
 
     Attributes:
         budget: share of the block time, above 0 and below 1.
-        speedup: of the denoising loop, above 1.
+        speedup: of the denoising loop, above 1; `SPEEDUP` where nothing is said.
         min_psnr: mean PSNR in dB against the full run that other pictures are expected to have.
-        learn: generations that are recorded to find it, or ``"more"``: four further ones. 0: none, what other models'
-            full runs give is taken at once (`layercache.planning.universal`).
+        learn: generations that are recorded to find it, or ``"more"``: four further ones. 0: none, what was learnt
+            before is taken, or what needs no calibration (`layercache.methods.automatic`). ``None``: 4 for a PSNR,
+            which nothing else can promise, and else 0.
 
     Raises:
-        BudgetError: on construction, for none or several targets, or one that is out of range.
+        BudgetError: on construction, for several targets, or one that is out of range.
         ArgumentError: on construction, for another ``learn``.
     """
 
     budget: float | None = None
     speedup: float | None = None
     min_psnr: float | None = None
-    learn: int | str = GENERATIONS
+    learn: int | str | None = None
 
     def __post_init__(self) -> None:
         wanted = {"budget": self.budget, "speedup": self.speedup, "min_psnr": self.min_psnr}
         given = [name for name, value in wanted.items() if value is not None]
-        if len(given) != 1:
-            got = " and ".join(given) or "none of them"
-            raise BudgetError(f"give a plan, or one of speedup=1.8, budget=0.5 and min_psnr=40; got {got}")
+        if len(given) > 1:
+            raise BudgetError(f"give one of speedup=1.8, budget=0.5 and min_psnr=40; got {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "speedup", SPEEDUP)
+        if self.learn is None:
+            object.__setattr__(self, "learn", 0 if self.min_psnr is None else GENERATIONS)
         if self.budget is not None and not 0 < self.budget < 1:
             raise BudgetError(f"a budget is a share above 0 and below 1, got {self.budget}", argument="budget")
         if self.speedup is not None and not self.speedup > 1:
@@ -52,6 +58,11 @@ class Target:
             raise BudgetError(
                 "what a model gives is not known before it has run: min_psnr needs learn=1 or more", argument="min_psnr"
             )
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that is computed, as if all time were spent in the blocks; 1 where a PSNR is wanted."""
+        return 1 / self.speedup if self.speedup is not None else self.budget or 1.0
 
     @property
     def generations(self) -> int:

@@ -220,4 +220,4 @@ class StepRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
         run = self._newest
-        return self._counts.report(1.0, run.nbytes, run.branches, self.identity)
+        return self._counts.report(1.0, run.nbytes, run.branches, self.identity, self.measured_speedup)

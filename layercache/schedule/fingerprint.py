@@ -258,6 +258,17 @@ def check_steps(fingerprint: Fingerprint) -> None:
         raise ScheduleError(f"a schedule needs a step at least, and its noise levels are {list(fingerprint.sigmas)}")
 
 
+def settings_line(fingerprint: Fingerprint) -> str:
+    """What was measured with and which branches there were, in a line; what is not known is left out."""
+    given, known = fingerprint.settings, list[str]()
+    for key, name in SETTINGS.items():
+        if isinstance(given.get(key), (list, tuple)) and key != "adapters":
+            known += map(str, given[key])  # each names itself, such as guidance_scale 4
+        elif given.get(key):
+            known.append(f"{name} {_said(given[key])}")
+    return ", ".join([*known, *([f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else [])])
+
+
 def _listed(differences: Sequence[str]) -> str:
     named = [difference for difference in differences if difference]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

@@ -7,21 +7,22 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from layercache._utils.checksum import sealed_json
-from layercache._utils.files import write_atomically
 from layercache._utils.formats import MODULES, entries, parse_json, read_json
+from layercache._utils.summaries import Rows, Summarised
 from layercache.errors import ScheduleError
-from layercache.schedule.fingerprint import Fingerprint, check_steps
+from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
+from layercache.schedule.pretrained import Pretrained
+from layercache.schedule.schedule import made_by_line
 
 FORMAT, VERSION = MODULES, 2
 REUSED_STEP = "reuse"
 
 
-@dataclass(frozen=True)
-class ModuleSchedule:
+@dataclass(frozen=True, repr=False)
+class ModuleSchedule(Summarised, Pretrained):
     """What to do at every step.
 
     Attributes:
@@ -35,6 +36,8 @@ class ModuleSchedule:
     Raises:
         ScheduleError: on construction, when the parts contradict each other.
     """
+
+    KIND: ClassVar[str] = FORMAT
 
     fingerprint: Fingerprint
     units: tuple[str, ...]
@@ -72,6 +75,27 @@ class ModuleSchedule:
         )
         return spent / (self.num_steps * sum(weights))
 
+    def _summary(self) -> tuple[str, Rows]:
+        prints, reused = self.fingerprint, len(self.reused_steps)
+        kept = f"; {reused} of {self.num_steps} steps take the last hidden state as it is" if reused else ""
+        return (
+            f"ModuleSchedule of {self.num_steps} steps for {prints.model_class}, {len(self.units)} modules",
+            [
+                ("computed", f"{self.used:.1%} of the modules' time{kept}"),
+                ("made by", made_by_line(self.made_by, prints.package_version)),
+                ("made with", settings_line(prints)),
+            ],
+        )
+
+    def _fingerprint(self) -> Fingerprint:
+        return self.fingerprint
+
+    def _listed(self) -> tuple[float | None, Sequence[float | None]]:
+        return self.used, (None, None)
+
+    def to_bytes(self) -> bytes:
+        return self.to_json().encode()
+
     def to_json(self) -> str:
         """The text of its file, with a checksum."""
         head = {
@@ -91,7 +115,7 @@ class ModuleSchedule:
         return sealed_json("{\n" + "\n".join(lines) + '\n  "steps": [\n' + body + "\n  ]\n}\n")
 
     @classmethod
-    def from_json(cls, text: str, name: str = "module schedule") -> ModuleSchedule:
+    def from_json(cls, text: str, name: str = "module schedule") -> Self:
         """Parses what `to_json` wrote; ``name`` is used in messages.
 
         Raises:
@@ -100,7 +124,7 @@ class ModuleSchedule:
         return cls.from_data(parse_json(text, FORMAT, VERSION, name), name)
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any], name: str) -> ModuleSchedule:
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Self:
         """Of what the JSON holds; ``name`` is used in messages.
 
         Raises:
@@ -120,13 +144,8 @@ class ModuleSchedule:
                 dict(data.get("made_by", {})),
             )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes JSON, one line per step; the file appears whole or not at all."""
-        text = self.to_json()
-        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ModuleSchedule:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a file.
 
         Raises:

@@ -8,14 +8,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from layercache._utils.checksum import sealed_json
-from layercache._utils.files import write_atomically
 from layercache._utils.formats import SCHEDULE, entries, parse_json, read_json
+from layercache._utils.summaries import Rows, Summarised, joined
 from layercache.errors import ScheduleError
-from layercache.schedule.fingerprint import Fingerprint, check_steps
+from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
+from layercache.schedule.pretrained import Pretrained
 
 FORMAT = SCHEDULE
 VERSION = 3
@@ -62,8 +62,12 @@ class Velocity:
         return cls(terms, float(data.get("latents", 0.0)))
 
 
-@dataclass(frozen=True)
-class Schedule:
+EXPECTED_PSNR = "expected_psnr"
+"""In `Schedule.made_by`: mean and 10 % quantile in dB."""
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule(Summarised, Pretrained):
     """What to do at every step.
 
     Attributes:
@@ -83,6 +87,7 @@ class Schedule:
         ScheduleError: on construction, when the parts contradict each other.
     """
 
+    KIND: ClassVar[str] = FORMAT
     SOURCE: ClassVar[str] = "layercache.plan(profile, budget=0.6) makes one, layercache.Schedule.load(path) reads one"
 
     fingerprint: Fingerprint
@@ -136,6 +141,14 @@ class Schedule:
     def is_skipped(self, step: int) -> bool:
         """Whether the blocks are passed by: the velocity comes from older ones alone, or another transformer."""
         return _is_skip(self.cells[step])
+
+    @property
+    def expected_psnr(self) -> tuple[float, float] | None:
+        """Mean and 10 % quantile of the PSNR in dB that other pictures should have; ``None`` where it is not known."""
+        match self.made_by.get(EXPECTED_PSNR):
+            case [float() | int() as mean, float() | int() as tenth]:
+                return float(mean), float(tenth)
+        return None
 
     @property
     def takes_experts(self) -> bool:
@@ -209,13 +222,31 @@ class Schedule:
         computed = [sum(cell is None for cell in column) for column in zip(*rows, strict=True)]
         return time_share(self.group_seconds, computed, [len(rows)] * len(computed))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the schedule as JSON, one line per step; the file appears whole or not at all."""
-        text = self.to_json()
-        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    def _summary(self) -> tuple[str, Rows]:
+        prints, own, psnr = self.fingerprint, self.fingerprint.steps, self.expected_psnr
+        skipped = sum(self.is_skipped(step) for step in own)
+        full = sum(all(cell is None for cell in self.cells[step]) for step in own)
+        parts = {"in full": full, "in part": len(own) - full - skipped, "skipped": skipped}
+        counts = ", ".join(f"{count} {name}" for name, count in parts.items() if count)
+        groups = f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}"
+        return (
+            f"Schedule of {prints.num_steps} steps for {prints.model_class}, {prints.num_blocks} blocks in {groups}",
+            [
+                ("computed", f"{self.used:.1%} of the block time; of {len(own)} steps {counts}"),
+                ("expected", "PSNR {:.1f} dB, nine pictures of ten above {:.1f}".format(*psnr) if psnr else ""),
+                ("made by", made_by_line(self.made_by, prints.package_version)),
+                ("made with", settings_line(prints)),
+            ],
+        )
+
+    def _fingerprint(self) -> Fingerprint:
+        return self.fingerprint
+
+    def _listed(self) -> tuple[float | None, Sequence[float | None]]:
+        return self.used, self.expected_psnr or (None, None)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Schedule:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a schedule file.
 
         Warns:
@@ -225,6 +256,9 @@ class Schedule:
             FileFormatError: missing, damaged, changed, of another kind, or written by a newer version.
         """
         return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
+
+    def to_bytes(self) -> bytes:
+        return self.to_json().encode()
 
     def to_json(self) -> str:
         """The text of its file, with a checksum."""
@@ -254,7 +288,7 @@ class Schedule:
         return text + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str, name: str = "schedule") -> Schedule:
+    def from_json(cls, text: str, name: str = "schedule") -> Self:
         """Parses what `to_json` wrote; ``name`` is used in messages.
 
         Raises:
@@ -263,7 +297,7 @@ class Schedule:
         return cls.from_data(parse_json(text, FORMAT, VERSION, name), name)
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any], name: str) -> Schedule:
+    def from_data(cls, data: Mapping[str, Any], name: str) -> Self:
         """Of what the JSON holds.
 
         Raises:
@@ -283,6 +317,13 @@ class Schedule:
                     for velocities in data.get("further_velocities", ())
                 ),
             )
+
+
+def made_by_line(made_by: Mapping[str, Any], version: str) -> str:
+    """How something was made, in a line: the method, what it was asked for, and by which version."""
+    names = ("method", "origin", "solver", "forecast", "budget", "speedup", "note")
+    given = [made_by[name] if name in names[:2] else f"{name} {made_by[name]}" for name in names if made_by.get(name)]
+    return joined([*given, f"layercache {version}"])
 
 
 def time_share(seconds: Sequence[float], counts: Sequence[int], totals: Sequence[int]) -> float:

@@ -1,8 +1,21 @@
-"""What is installed, what works, and which backend every op will use."""
+"""What is installed, what works, and which backend every op will use.
+
+Importing torch takes longer than a person waits for an answer. So its compiled library is loaded, which is what fails
+where torch does not fit the machine, and other packages are looked for; `diagnose` imports everything where it is asked
+to, or where only that tells.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +25,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from layercache._utils.text import shown
+from layercache.tools.needs import EXTRAS, Inspection, inspect_model, installed, known_classes
 from layercache.tools.report.machine import machine_info, package_version
 
 STYLES = {"ok": "green", "optional": "yellow", "broken": "bold red"}
@@ -44,19 +59,29 @@ class OpBackend:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything `diagnose` found."""
+    """Everything `diagnose` found.
+
+    Attributes:
+        checks: one per thing that was looked at.
+        ops: per op and device; empty where that was not asked.
+        machine: for the line below.
+        model: the model that was asked of.
+    """
 
     checks: tuple[Check, ...]
     ops: tuple[OpBackend, ...]
     machine: dict[str, Any]
+    model: Inspection | None = None
 
     @property
     def usable(self) -> bool:
-        """Whether calibrating, planning and generating work here."""
-        return all(check.state != "broken" for check in self.checks)
+        """Whether calibrating, planning and generating work here, with the model that was asked of."""
+        works = all(check.state != "broken" for check in self.checks)
+        return works and (self.model is None or not self.model.lacking)
 
     def to_json(self) -> dict[str, Any]:
         return {
+            **({} if self.model is None else {"model": self.model.to_json()}),
             "usable": self.usable,
             "checks": [asdict(check) for check in self.checks],
             "ops": [asdict(op) for op in self.ops],
@@ -68,32 +93,112 @@ class Diagnosis:
         for check in self.checks:
             # Text, not str: "layercache[demo]" would be taken for markup
             checks.add_row(check.name, Text(check.state, style=STYLES[check.state]), Text(check.detail))
-        ops = Table(box=None, header_style="bold", pad_edge=False)
+        parts: list[RenderableType] = [checks, ""]
+        if self.ops:
+            parts += [self._ops_table(), ""]
+        if self.model is not None:
+            parts += [*_model_lines(self.model), ""]
+        return Group(*parts, self._verdict())
+
+    def _ops_table(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
         for heading in ("op", "device", "backend", "why"):
-            ops.add_column(heading)
+            table.add_column(heading)
         for op in self.ops:
-            ops.add_row(op.op, op.device, op.backend, Text(op.reason))
-        verdict = Text("layercache can be used here.", style="green")
-        if not self.usable:
-            verdict = Text("layercache cannot be used here; mend what is broken first.", style="bold red")
-        return Group(checks, "", ops, "", verdict)
+            table.add_row(op.op, op.device, op.backend, Text(op.reason))
+        return table
+
+    def _verdict(self) -> Text:
+        if self.usable:
+            return Text("layercache can be used here.", style="green")
+        if self.model is not None and self.model.lacking:
+            return Text(f"{shown(self.model.model)} cannot be used as things stand; see above.", style="bold red")
+        return Text("layercache cannot be used here; mend what is broken first.", style="bold red")
 
 
-def diagnose() -> Diagnosis:
-    """Looks at packages, compiled core, GPU, ops and demo model; changes nothing and downloads nothing."""
-    checks = (
-        *(_package(name, needed=True) for name in ("torch", "diffusers", "numpy", "safetensors")),
+def _model_lines(model: Inspection) -> list[Text]:
+    lines = [Text(f"{shown(model.model)}: {shown(model.what)}", style="bold")]
+    for name, cls in model.transformers.items():
+        known = "known to layercache" if cls in known_classes() else "not known to layercache"
+        lines.append(Text(f"{shown(name)}: {shown(cls)}, {known}"))
+    for need in model.needs:
+        mark, style = ("lacking", "bold red") if need.blocks else ("note", "yellow")
+        lines.append(Text.assemble((mark, style), f" {need.sentence}"))
+    return lines if model.needs else [*lines, Text("nothing is lacking", style="green")]
+
+
+def diagnose(model: str | None = None, ops: bool = False) -> Diagnosis:
+    """Looks at packages, compiled core, GPU and demo model; changes nothing and downloads nothing.
+
+    Args:
+        model: also what this one needs (`layercache.tools.needs.inspect_model`).
+        ops: import everything, and ask each op what it will run on.
+    """
+    checks = [
+        _torch(ops),
+        *(_found(name, needed=True) for name in ("diffusers", "numpy", "safetensors")),
         _compiled_core(),
-        _cpu_kernels(),
-        _attempt("ops", _ops_importable),
+        _cpu_kernels(ops),
+        *([_attempt("ops", _ops_importable)] if ops else []),
         _gpu(),
-        _triton(),
-        _package("scikit-image", "skimage", lost="no PSNR and SSIM", mend='pip install "layercache[demo]"'),
-        _package("matplotlib", lost="no figures", mend='pip install "layercache[demo]"'),
-        _lpips(),
+        _triton(ops),
+        *map(_extra, EXTRAS),
+        _lpips(ops),
         _demo_model(),
+    ]
+    asked = "torch" in sys.modules
+    found = machine_info(ask_torch=asked) | {"cpu_features": _cpu_features() if asked else None}
+    return Diagnosis(
+        tuple(checks), _op_backends() if ops else (), found, None if model is None else inspect_model(model)
     )
-    return Diagnosis(checks, _op_backends(), machine_info() | {"cpu_features": _cpu_features()})
+
+
+def _torch(ops: bool) -> Check:
+    """Whether torch is there and its compiled library loads; where that fails, whether importing torch mends it."""
+    found = None if sys.modules.get("torch", "") is None else _torch_folder()
+    if found is None:
+        return Check("torch", "broken", "not installed: pip install torch")
+    if ops:
+        return _package("torch", needed=True)
+    if "torch" not in sys.modules:
+        try:
+            _load_libraries(found)
+        except (OSError, ImportError):
+            # torch knows more places to find the libraries of its GPU build
+            return _package("torch", needed=True)
+    return Check("torch", "ok", package_version("torch") or "version unknown")
+
+
+def _torch_folder() -> Path | None:
+    found = importlib.util.find_spec("torch")
+    return None if found is None or not found.origin else Path(found.origin).parent
+
+
+def _load_libraries(folder: Path) -> None:
+    """Loads what ``import torch`` loads first; the compiled CPU kernels need its OpenMP."""
+    ctypes.CDLL(str(folder / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+    paths = [folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    own = next((path for path in paths if path.is_file()), None)
+    if own is None:
+        raise ImportError("torch has no compiled module for this Python")
+    ctypes.CDLL(str(own))
+
+
+def _found(name: str, module: str = "", *, needed: bool = False) -> Check:
+    """Whether a package is installed; it is not imported."""
+    if installed(module or name):
+        return Check(name, "ok", package_version(name) or "version unknown")
+    return Check(name, "broken" if needed else "optional", f"not installed: pip install {name}")
+
+
+def _extra(extra: str) -> Check:
+    """The packages of an extra."""
+    packages, lost = EXTRAS[extra]
+    missing = [name for name, module in packages.items() if not installed(module)]
+    if missing:
+        detail = f'not installed: {", ".join(missing)}; {lost}: pip install "layercache[{extra}]"'
+        return Check(f"[{extra}]", "optional", detail)
+    return Check(f"[{extra}]", "ok", ", ".join(f"{name} {package_version(name) or ''}".strip() for name in packages))
 
 
 def _attempt(name: str, look: Callable[[], str]) -> Check:
@@ -127,9 +232,12 @@ def _compiled_core() -> Check:
     return Check("compiled core", "ok", Path(str(core.__file__)).name)
 
 
-def _cpu_kernels() -> Check:
+def _cpu_kernels(ops: bool) -> Check:
     name = "CPU kernels"
     try:
+        if not ops and "torch" not in sys.modules and os.environ.get("LAYERCACHE_CPU") != "reference":
+            with contextlib.suppress(ImportError):  # where OpenMP is not found, `native` looks further
+                return Check(name, "ok", importlib.import_module("layercache._cpu").instruction_set())
         from layercache.ops import native
 
         if native.UNAVAILABLE:
@@ -146,6 +254,8 @@ def _ops_importable() -> str:
 
 
 def _gpu() -> Check:
+    if "torch" not in sys.modules and (reason := _no_gpu()):
+        return Check("GPU", "optional", f"{reason}: everything runs on the CPU")
     try:
         import torch
 
@@ -158,12 +268,28 @@ def _gpu() -> Check:
         return Check("GPU", "optional", f"cannot be asked: {type(error).__name__}: {error}")
 
 
-def _triton() -> Check:
+def _no_gpu() -> str:
+    """Why torch will find no GPU, as far as its version file and the system's devices say; empty where it may."""
+    folder = _torch_folder()
+    text = (folder / "version.py").read_text(encoding="utf-8") if folder and (folder / "version.py").is_file() else ""
+    has_driver = shutil.which("nvidia-smi") is not None
+    if text and not re.search(r"^(cuda|hip|xpu)\b.*= '", text, re.MULTILINE):
+        there = ", though there is a driver for one (see TORCH_ARGS in the README)" if has_driver else ""
+        return f"this torch is built without CUDA{there}"
+    devices = any(Path("/dev", name).exists() for name in ("nvidia0", "nvidiactl", "dxg", "kfd", "dri"))
+    return "" if has_driver or devices else "torch sees no CUDA device"
+
+
+def _triton(ops: bool) -> Check:
     lost = "caching on a GPU does not work (on the CPU nothing is lost)"
-    return _package("triton", lost=lost, mend='pip install "layercache[triton]"')
+    if ops or not installed("triton"):
+        return _package("triton", lost=lost, mend='pip install "layercache[triton]"')
+    return _found("triton")
 
 
-def _lpips() -> Check:
+def _lpips(ops: bool) -> Check:
+    if not ops and all(map(installed, ("lpips", "torchvision"))):
+        return Check("LPIPS", "ok", f"lpips {package_version('lpips')}; --ops tells whether its weights are here")
     from layercache._utils.metrics import lpips_unavailable
 
     try:

@@ -23,20 +23,14 @@ from layercache.runtime.attachment import attachment_of
 from layercache.runtime.dynamic import Reader
 from layercache.runtime.policy import DynamicMethod
 from support.marks import slow
-from support.tiny import LAYERS, SlopeTransformer, generate, shifted_sigmas, tiny_pipeline
+from support.tiny import LAYERS, SlopeTransformer, calm_pipeline, generate, shifted_sigmas, tiny_pipeline
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    """Residuals that change slowly enough from step to step that thresholds have something to decide."""
-    pipe = tiny_pipeline()
-    with torch.no_grad():
-        for block in pipe.transformer.transformer_blocks:
-            block.img_mod[1].weight *= 0.3
-            block.txt_mod[1].weight *= 0.3
-    return pipe
+    return calm_pipeline()
 
 
 @pytest.fixture(scope="module")

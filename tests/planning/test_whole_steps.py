@@ -99,7 +99,7 @@ def test_answers_to_drift_are_found():
             trace.add(drift, None if step == 2 else kappa * step * drift + across)
         return Rollout(None, (), (trace,))
 
-    given = SimpleNamespace(full=(full,), num_steps=4)
+    given = SimpleNamespace(full=(full,), num_steps=4, pictures=[[None]])
     answers = Answers.of([answers_of(given, run(1.0, 2.0)), answers_of(given, run(3.0, 8.0))])
     np.testing.assert_allclose(answers.kappa, [[2.0, 2.0, 4.0, 6.0]], rtol=1e-9)
     np.testing.assert_allclose(answers.eta, [[4.0] * 4], rtol=1e-9)
@@ -236,7 +236,7 @@ def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
         assert [(p.psnr, p.expected, p.schedule.velocities) for p in found.points] == [
             (p.psnr, p.expected, p.schedule.velocities) for p in expected.points
         ]
-        assert len(runs) == expected.tried - 1 - schedules
+        assert len(runs) == expected.tried - 1 - schedules and found.tried == expected.tried
     layercache.search(tiny_pipeline(2), prompts, resume=folder, **settings)
     assert len(runs) == expected.tried - 1 - schedules
     with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):

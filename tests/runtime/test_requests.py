@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
-from layercache.errors import CacheStateError, LayerCacheWarning, NonFiniteResidualError
+from layercache.errors import CacheStateError, LayerCacheWarning, NonFiniteResidualError, ScheduleMismatchError
 from layercache.planning.rollout import skipping
 from layercache.schedule.schedule import Schedule
 from support.tiny import fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
@@ -152,6 +152,50 @@ def test_requests_of_a_schedule_that_changes_velocities():
     assert "step" not in vars(pipe.scheduler)
 
 
+def test_requests_with_schedules_of_their_own():
+    """Groups, whole steps, another number of steps: in turns each is what it would be alone, and all are counted."""
+    pipe, own, latents = tiny_pipeline(), {}, {}
+    grouped, short = schedule_for(pipe, mixed_cells()), schedule_for(pipe, mixed_cells(5)[:4] + [(None,) * 3])
+    skipped = skipping(grouped.fingerprint, [0, 1, 3, 5])
+    plans = {"grouped": (grouped, 8), "skipped": (skipped, 8), "short": (short, 5)}
+    for name, (plan, steps) in plans.items():
+        with layercache.enabled(pipe, plan):
+            latents[name] = generate(pipe, steps=steps)
+        own[name] = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
+        own[name].set_progress_bar_config(disable=True)
+    with layercache.enabled(pipe, grouped) as cache:
+        found, turns = {}, {name: threading.Event() for name in plans}
+
+        def work(name: str, after: str) -> None:
+            def next_turn(*_: object) -> dict:
+                turns[after].set()
+                turns[name].wait(0.2)  # not for ever: another may have ended
+                turns[name].clear()
+                return {}
+
+            plan, steps = plans[name]
+            with cache.request(name, own[name].scheduler, plan):
+                found[name] = generate(own[name], steps=steps, callback_on_step_end=next_turn)
+
+        pairs = zip(plans, [*list(plans)[1:], "grouped"], strict=True)
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        metrics = cache.metrics()
+        assert metrics["fallback_rows"] == 0 and metrics["generations"] == 3
+        assert metrics["forwards"] == 2 * (8 + 8 + 5)
+        used = [(8, grouped.used), (8, 0.5), (5, short.used)]
+        assert metrics["hit_rate"] == pytest.approx(sum(n * (1 - share) for n, share in used) / 21)
+        for name in plans:
+            cache.forget(name)
+            assert "step" not in vars(own[name].scheduler)
+        assert torch.equal(generate(pipe), latents["grouped"])
+    for name in plans:
+        assert torch.equal(found[name], latents[name]), name
+
+
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
 def test_a_batch_reuses_what_all_its_requests_reuse(model, lag):
     """A request that begins ``lag`` steps later: each is what it would be alone, reusing only what both reuse."""
@@ -271,11 +315,15 @@ def test_metrics_count_what_happened(model):
         )
         assert metrics["seconds_saved"] == pytest.approx(2 * saved)
         assert metrics["hit_rate"] == pytest.approx(1 - plan.used) and metrics["bytes"] > 0
+        assert (
+            cache.requests.report("b").used == pytest.approx(plan.used) and cache.requests.report("b").forwards == STEPS
+        )
         cache.forget("a")
         after = cache.metrics()
         assert after["requests"] == 1 and after["hits"] == metrics["hits"] and after["bytes"] == metrics["bytes"] / 2
-        with pytest.raises(CacheStateError, match="no request 'a'.*b"):
-            cache.forget("a")
+        for ask in (cache.forget, cache.requests.report):
+            with pytest.raises(CacheStateError, match="no request 'a'.*b"):
+                ask("a")
 
 
 def test_wrong_use(model):
@@ -288,6 +336,23 @@ def test_wrong_use(model):
         with pytest.raises(CacheStateError, match="another scheduler"):
             with cache.request("a", FlowMatchEulerDiscreteScheduler()):
                 pass
+        two = [tuple(row[:2]) for row in mixed_cells(STEPS)]
+        other = Schedule(cache.schedule.fingerprint, ((0, 3), (3, 4)), tuple(two), (1.0, 1.0))
+        with cache.request("other", None, other), cache.request("other", schedule=other):
+            pass
+        with pytest.raises(CacheStateError, match="another schedule"), cache.request("other", None, cache.schedule):
+            pass
+        with pytest.raises(CacheStateError, match="same groups"), cache.batch({"a": 1, "other": 1}), torch.no_grad():
+            model(**Job(0, 2).arguments())
+        cache.forget("other")
+        skipped = skipping(other.fingerprint, [0, 1])
+        with pytest.raises(CacheStateError, match=r"request\(name, scheduler, schedule\)"):
+            with cache.request("skipped", schedule=skipped):
+                pass
+        foreign = replace(other, fingerprint=replace(other.fingerprint, model_class="Another"))
+        with pytest.raises(ScheduleMismatchError, match="Another"), cache.request("foreign", schedule=foreign):
+            pass
+        assert list(cache.requests.routers) == ["a"]
         with cache.request("bad"):
             job = Job(0)
             job.latents[0, 0, 0] = float("nan")

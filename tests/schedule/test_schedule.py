@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         self.open("w").write("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         dataclasses.replace(schedule(), made_by={}).save(path)
     monkeypatch.undo()

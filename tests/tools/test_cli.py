@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,8 +24,11 @@ from layercache.planning.front import Point
 from layercache.schedule.schedule import Schedule
 from layercache.tools import demo, doctor
 from layercache.tools.cli import app, common, pipelines
+from layercache.tools.cli.following import generate_with
+from layercache.tools.cli.options import CallOptions
 from layercache.tools.report.front import order_sentence, rows_of
 from support import tiny
+from support.commands import done, printed
 
 COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
 STEPS = 8
@@ -162,7 +167,7 @@ def test_arguments_the_pipeline_refuses(tiny_demo, tmp_path):
 
 def test_generate_options_that_do_not_fit(tmp_path):
     assert "--schedule" in refused(2, "generate", "-p", "cat", "--compare")
-    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture")
+    assert ".png" in refused(2, "generate", "-p", "cat", "-o", tmp_path / "picture.txt")
 
 
 def test_a_model_that_is_not_there(tmp_path):
@@ -199,13 +204,23 @@ def test_full_disk(schedule_file, monkeypatch):
     assert text == "Error: No space left on device: figures.json."
 
 
-def test_interrupt_is_quiet(schedule_file, monkeypatch):
-    def interrupt(_):
+def test_an_interrupted_command_says_what_was_kept(tiny_demo, schedule_file, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("layercache.tools.report.tables.schedule_sentences", interrupt)
-    result = invoke("show", schedule_file)
-    assert (result.exit_code, result.output) == (130, "")
+    monkeypatch.setattr(type(tiny_demo), "__call__", interrupt)
+    for words, kept in (
+        (("show", schedule_file), "Stopped; nothing was written."),
+        (("generate", "-p", "cat", "--schedule", schedule_file), "Stopped; nothing was written."),
+        (("calibrate", "--steps", STEPS), "Stopped; nothing was written."),
+        (("search", "--steps", STEPS), "kept in front.search; the same command goes on"),
+        (("compare", "--steps", STEPS, "--methods", "uniform"), "is in comparison; the same command"),
+        (("train-router", "--steps", STEPS), "in router.pt; the same command goes on"),
+    ):
+        result = invoke(*words)
+        assert result.exit_code == 130 and kept in " ".join(result.stderr.split()), (words, result.output)
 
 
 def test_debug_brings_the_traceback_back(schedule_file, monkeypatch):
@@ -236,7 +251,7 @@ def test_json_on_standard_output_is_alone(schedule_file):
 
 
 def test_doctor(tmp_path):
-    result = invoke("doctor", "--json", tmp_path / "doctor.json")
+    result = invoke("doctor", "--ops", "--json", tmp_path / "doctor.json")
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert (result.exit_code == 0) == found["usable"]
     assert {"torch", "diffusers", "compiled core", "GPU", "triton"} <= {check["name"] for check in found["checks"]}
@@ -258,9 +273,8 @@ def test_doctor_without_extras(monkeypatch):
     for name in ("skimage", "matplotlib", "triton"):
         monkeypatch.setitem(sys.modules, name, None)
     states = {check.name: check for check in doctor.diagnose().checks}
-    for name in ("scikit-image", "matplotlib", "triton"):
-        assert states[name].state == "optional"
-    assert "layercache[demo]" in states["matplotlib"].detail
+    assert states["triton"].state == states["[demo]"].state == "optional"
+    assert "scikit-image, matplotlib" in states["[demo]"].detail
     assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
 
 
@@ -378,17 +392,18 @@ class FluxLike:
     ],
 )
 def test_guidance_goes_by_the_pipelines_own_name(pipe, expected):
-    assert pipelines.call_arguments(pipe, 4.0, None, None) == expected
+    assert pipelines.call_arguments(pipe, CallOptions(guidance_scale=4.0)) == expected
 
 
 def test_no_second_forward_without_guidance():
-    assert pipelines.call_arguments(QwenLike(), 1.0, 64, None) == {"true_cfg_scale": 1.0, "height": 64}
-    assert pipelines.call_arguments(QwenLike(), None, None, None) == {}
+    found = pipelines.call_arguments(QwenLike(), CallOptions(guidance_scale=1.0, height=64))
+    assert found == {"true_cfg_scale": 1.0, "height": 64}
+    assert pipelines.call_arguments(QwenLike(), CallOptions()) == {}
 
 
 def test_an_option_the_pipeline_lacks():
     with pytest.raises(UnsupportedModelError, match="takes no height"):
-        pipelines.call_arguments(FluxLike(), None, 64, None)
+        pipelines.call_arguments(FluxLike(), CallOptions(height=64))
 
 
 def test_prompts_file(tmp_path):
@@ -436,6 +451,42 @@ def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     shown = invoke("show", profile, "--plot", tmp_path / "profile.png")
     assert shown.exit_code == 0 and "measured on 3 samples" in shown.stdout
     assert (tmp_path / "profile.png").exists()
+
+
+def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypatch):
+    """From two beginnings on, at 60 columns, until nothing is printed to go on with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(small_demo, "set_progress_bar_config", lambda **_: None)
+    fast = ("--steps", STEPS, "--guidance", 2.5)
+    waiting = [
+        ["calibrate", *fast, "-p", "cat", "-p", "coffee", "-o", "a profile.safetensors"],
+        ["train-router", *fast, "--rounds", 1, "--batch", 1, "-p", "cat", "-o", "router.json"],
+    ]
+    ran = []
+    while waiting:
+        words = waiting.pop(0)
+        ran.append(words[0])
+        waiting += printed(done(*words, width=60))
+    assert ran == ["calibrate", "train-router", "search", "plan", "generate", "plan", "generate", "generate"]
+
+
+def test_a_schedule_that_does_not_say_its_model_proposes_no_command(profile_file, tmp_path):
+    output = done("plan", profile_file, "--budget", 0.7, "-o", tmp_path / "s.json")
+    assert not printed(output) and "with the model it was made for" in " ".join(output.split())
+
+
+def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path):
+    """A schedule may come from a stranger."""
+    schedule = tiny.schedule_for(tiny_demo, tiny.mixed_cells(STEPS))
+    given = {"model": "x; rm -rf ~", "prompt": "$(id)", "lora": ["a b", 3], "device": 7, "height": True, "arg": "x=1"}
+    settings = {**schedule.fingerprint.settings, "command": {**given, "dtype": "int4", "output": "/etc/passwd"}}
+    marked = dataclasses.replace(schedule.fingerprint, settings=settings)
+    words = generate_with(tmp_path / "s.json", marked)
+    assert shlex.join(map(str, words)) == (
+        f"generate --model 'x; rm -rf ~' --prompt '$(id)' --schedule {tmp_path / 's.json'}"
+    )
+    settings["command"] = {"prompt": "a\nlayercache demo"}
+    assert generate_with(tmp_path, dataclasses.replace(marked, settings=settings)) is None
 
 
 def test_generate_without_a_schedule(tiny_demo, tmp_path):
@@ -555,7 +606,7 @@ def test_front_from_search_to_picture(small_demo, tmp_path):
     assert [p["used"] for p in points] == [p.used for p in reversed(loaded.points)]
     assert points[0]["held_out"]["mean"] == pytest.approx(loaded.points[-1].validation.mean)
     assert front.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "data:image/png" in front.with_suffix(".html").read_text()
+    assert "What each schedule computes" in front.with_suffix(".html").read_text()
 
     schedule = tmp_path / "schedule.json"
     result = invoke("plan", front, "--budget", 0.5, "-o", schedule)

@@ -13,7 +13,7 @@ import typer
 from layercache.tools.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "examples" / "deep_model", ROOT / ".github")
+FOLDERS = [ROOT / name for name in ("", "docs", "examples", "examples/deep_model", "examples/service", ".github")]
 DOCUMENTS = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which also says what was
 WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in alike".split()

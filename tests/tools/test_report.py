@@ -13,10 +13,20 @@ import pytest
 from layercache.errors import MissingExtraError
 from layercache.planning.profile import StabilityProfile
 from layercache.schedule.fingerprint import Fingerprint
-from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import Schedule, Velocity
+from layercache.tools.bench.measure import Row as KernelRow
+from layercache.tools.bench.measure import Timing
+from layercache.tools.bench.peer_table import Row as PeerRow
+from layercache.tools.bench.peer_table import table as peer_table
+from layercache.tools.bench.results import table as kernel_table
+from layercache.tools.compare.report import comparison_table as compared
+from layercache.tools.compare.run import Outcome
 from layercache.tools.report import machine, plots
 from layercache.tools.report import tables as report
+from layercache.tools.report.fitting import Column, FittingTable
+from layercache.tools.report.front import FrontRow, front_table
 from layercache.tools.report.tables import Measured
+from support.profiles import made_profile
 from support.text import plain_text
 
 SIGMAS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
@@ -222,3 +232,108 @@ def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path, schedule):
         with pytest.raises(MissingExtraError, match=r'pip install "layercache\[demo\]"'):
             call()
     assert not list(tmp_path.iterdir())
+
+
+# --- tables at the width of a terminal ----------------------------------------------------------------------------
+
+LONGEST = "cache-dit:dbcache-taylor"
+
+
+def front_of_long_names() -> FittingTable:
+    psnr = (51.44, 30.79, 103.02)
+    origin = "whole steps, surrogate, steer-all n=4+x+b q=0.5"
+    names = ("layercache", LONGEST, "MeanCache, one-shot")
+    return front_table([FrontRow(name, 0.6, 0.596, origin, psnr, psnr, 11.64, psnr) for name in names], "a title")
+
+
+def comparison_of_long_names() -> FittingTable:
+    figures = {"psnr": (51.44, 30.79), "ssim": (0.9981,), "lpips": (0.0213,), "cache_bytes": 7 * 2**30}
+    setting = "F1B0 threshold 0.2481, whole steps, errors^1"
+    names = ("layercache", LONGEST, "diffusers:taylorseer")
+    return compared(
+        [Outcome(n, setting, 0.75, 0.733, 6.5, 11.36, **figures, operators=13284, reads=0.17) for n in names]
+    )
+
+
+def peers_of_long_names() -> FittingTable:
+    rows = [PeerRow("cache-dit + Taylor", bool(k), True, 120, 3, 210, 11, 60, 0.13128) for k in (0, 0, 1, 1)]
+    return peer_table(rows)
+
+
+def kernels_of_long_names() -> FittingTable:
+    times = {name: Timing(0.0123456, 0.01, 0.02) for name in ("ours", "eager", "compiled", "copy")}
+    host = {"ours": 2.04e-6, "eager": 104.1e-6}
+    counts = {"ours": 1, "eager": 112}
+    sizes = ((1, 4096, 3072), "bfloat16", "cuda", 752974720)
+    row = KernelRow("capture and change, two streams", "capture", *sizes, times, 0.0, True, counts, {}, host)
+    return kernel_table([row])
+
+
+def profile_of_many_groups() -> FittingTable:
+    return report.profile_table(made_profile(steps=12, groups=60, distance=2, span=1))
+
+
+def steps_and_velocities(groups: int) -> FittingTable:
+    """Cells of groups that forecast, and velocities of up to four terms."""
+    steps, edges = 14, tuple((k, k + 1) for k in range(groups))
+    sigmas = tuple(np.linspace(1, 0, steps + 1))
+    prints = Fingerprint("SomeTransformer", "0123456789ab", groups, sigmas, ("cond",), "1.2.3")
+    forecast = tuple({10: 1.25, 8: -0.25} for _ in range(groups))
+    cells = (*((None,) * groups for _ in range(11)), forecast, ({},) * groups, (None,) * groups)
+    velocity = Velocity({11: 1.25, 10: -2.125, 9: 1.5, 8: 0.375}, -0.125)
+    velocities = (*(None for _ in range(12)), velocity, None)
+    return report.schedule_table(Schedule(prints, edges, cells, (1.0,) * groups, velocities=velocities))
+
+
+TABLES = {
+    "front": front_of_long_names,
+    "compare": comparison_of_long_names,
+    "peers": peers_of_long_names,
+    "kernels": kernels_of_long_names,
+    "profile": profile_of_many_groups,
+    "cells": lambda: steps_and_velocities(4),
+    "many cells": lambda: steps_and_velocities(40),
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", TABLES)
+def test_no_number_is_ever_cut(name, width):
+    table = TABLES[name]()
+    text = plain_text(table, width)
+    assert max(map(len, text.splitlines())) <= width
+    shown = table.headings(width)
+    words = text.split()
+    for cells in table.rows:
+        for column, cell in zip(table.columns, cells, strict=True):
+            if column.heading in shown:
+                assert all(word in words for word in cell.plain.split()), (column.heading, cell.plain)
+    missing = [column.heading for column in table.columns if column.heading not in shown]
+    note = " ".join(text.split("Left out at this width:")[-1].split())
+    assert all(heading in note for heading in missing) and ("Left out" in text) == bool(missing)
+    assert {"method", "used", "PSNR"} & {c.heading for c in table.columns} <= set(shown)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("groups", [4, 40])
+def test_every_row_names_its_step_and_sigma(groups, width):
+    text = plain_text(steps_and_velocities(groups), width)
+    for part in text.split("\n\n"):
+        lines = part.splitlines()
+        assert lines[0].split()[:2] == ["step", "sigma"]
+        begun = [line.split()[:2] for line in lines[1:] if line[:4].strip()]
+        assert begun == [[str(step), f"{1 - step / 14:.3f}"] for step in range(14)]
+    assert "1.25·v11" in text.split() and "-0.125·x" in text.split()
+
+
+def test_columns_that_are_not_wanted_go_first():
+    table = FittingTable([Column("name", numeric=False), Column("a", 1), Column("b", 2), Column("c")])
+    table.add_row("x" * 10, "1234", "1234", "1234")
+    assert [table.headings(width) for width in (28, 27, 20, 10)] == [
+        ["name", "a", "b", "c"],
+        ["name", "a", "c"],
+        ["name", "c"],
+        ["name", "c"],
+    ]
+    with pytest.raises(ValueError, match="4 columns, 1 cells"):
+        table.add_row("x")

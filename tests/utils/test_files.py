@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from layercache._utils.files import check_output, check_output_folder, write_atomically
+from layercache._utils.files import check_output, check_output_folder, saved_anyway, write_atomically
 from layercache._utils.text import cleaned, shown
 from layercache.errors import LayerCacheError, OutputError
 
@@ -95,3 +95,27 @@ def test_names_are_shown_as_text():
     assert shown("\x1b]0;x\x07\n\r\x9b") == r"\x1b]0;x\x07\n\r\x9b"
     assert shown("\u202etxt\u2066 \udc80") == r"\u202etxt\u2066 \udc80"
     assert cleaned("two\nlines\x1b") == "two\nlines\\x1b"
+
+
+def test_a_result_goes_elsewhere_where_its_place_is_gone(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    (tmp_path / "file").write_text("in the way")
+    assert saved_anyway(tmp_path / "x.json", write) == tmp_path / "x.json"
+    with pytest.raises(OutputError, match="x.json cannot be written: .*; the result is in (.+) instead") as caught:
+        saved_anyway(tmp_path / "file" / "x.json", write)
+    (kept,) = elsewhere.rglob("x.json")
+    assert kept.read_text() == "new" and str(kept) in str(caught.value)
+
+
+def test_a_result_that_fits_nowhere_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        saved_anyway(tmp_path / "x.json", full)
+    assert caught.value.filename == str(tmp_path / "x.json") and not list(tmp_path.iterdir())

@@ -186,3 +186,15 @@ def test_lpips_with_weights(fake_lpips, pictures):
     reference, noisy = pictures
     assert reason == ""
     assert values == pytest.approx(2 * np.abs(reference - noisy).mean(axis=(1, 2, 3)), rel=1e-5)
+
+
+def test_figures_of_videos_are_over_their_frames(pictures):
+    reference, noisy = (np.stack([one, 0.5 + 0.5 * one]) for one in pictures)  # two videos of three frames
+    noisy[1, 2] = reference[1, 2]
+    error = ((reference - noisy) ** 2).reshape(2, -1).mean(axis=1)
+    assert metrics.psnr(reference, noisy) == pytest.approx(-10 * np.log10(error))
+    frames = [metrics.ssim(a, b) for a, b in zip(reference, noisy, strict=True)]
+    assert metrics.ssim(reference, noisy) == pytest.approx([np.mean(values) for values in frames])
+    as_lists = [[PIL.Image.fromarray((frame * 255).astype(np.uint8)) for frame in video] for video in reference]
+    assert metrics.as_pictures(as_lists) == pytest.approx(reference, abs=1 / 255)
+    assert np.array_equal(metrics.stills(reference), reference[:, 1]) and metrics.stills(pictures[0]) is pictures[0]

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,8 +19,6 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from layercache import backend
 from layercache.tools.bench.measure import keep_memory
+from layercache.tools.bench.peer_table import Row
+from layercache.tools.bench.peer_table import save_plot as save_plot
+from layercache.tools.bench.peer_table import table as table
 from layercache.tools.compare.run import Counter
-from layercache.tools.report.plots import math_free, new_figure, save_figure
 
 WARM, STEPS = 5, 6
 ALWAYS, NEVER = 0.99, 1e-9  # thresholds; cache-dit takes 1 for "without looking"
@@ -92,29 +90,6 @@ class Mode:
     package: str
     blocks: int
     enable: Callable[[Carrier, bool], Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Of one mode and kind of step, with or without our ops.
-
-    Attributes:
-        operators: with an operand as large as the image stream; ``ours`` of them from this package.
-        passes: full-size tensors read and written by them.
-        reads: times that the host read a value of a tensor.
-        breaks: breaks of the graph when the model is compiled whole.
-        seconds: of the step; nothing but the cache runs.
-    """
-
-    mode: str
-    reuses: bool
-    accelerated: bool
-    operators: int
-    ours: int
-    passes: int
-    reads: int
-    breaks: int
-    seconds: float
 
 
 class Traffic(TorchDispatchMode):
@@ -237,53 +212,6 @@ def measure(
                     counted = _counts(mode, reuses, shape, dtype, device)
                 rows.append(Row(mode.name, reuses, fast, *counted, median(seconds[fast])))
     return rows
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Both variants of every mode and kind of step; DBCache has one block in front, Taylor order 1 and one tensor."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("cache")
-    shown.add_column("step")
-    for heading in (
-        "operators",
-        "passes",
-        "reads",
-        "breaks",
-        "ms",
-        "ours: operators",
-        "passes",
-        "reads",
-        "ms",
-        "x",
-    ):
-        shown.add_column(heading, justify="right")
-    for plain, fast in zip(rows[::2], rows[1::2], strict=True):
-        ratio = plain.seconds / fast.seconds
-        shown.add_row(
-            plain.mode,
-            "reusing" if plain.reuses else "computing",
-            *(str(n) for n in (plain.operators, plain.passes, plain.reads, plain.breaks)),
-            f"{plain.seconds * 1e3:.2f}",
-            *(str(n) for n in (fast.operators, fast.passes, fast.reads)),
-            f"{fast.seconds * 1e3:.2f}",
-            f"{ratio:.2f}",
-        )
-    return shown
-
-
-def save_plot(path: str | os.PathLike[str], rows: Sequence[Row], title: str) -> Path:
-    """Times side by side."""
-    figure = new_figure(9, 0.55 * len(rows) + 1.2)
-    axis = figure.subplots()
-    labels = [f"{row.mode}, {'reusing' if row.reuses else 'computing'}" for row in rows[::2]]
-    for offset, (label, own) in enumerate((("as it is", rows[::2]), ("on layercache's ops", rows[1::2]))):
-        places = [k + 0.4 * offset - 0.2 for k in range(len(own))]
-        axis.barh(places, [row.seconds * 1e3 for row in own], height=0.38, label=label)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.set(xlabel="milliseconds of the cache in a step", title=math_free(title))
-    axis.legend()
-    return save_figure(figure, path)
 
 
 def _under(mode: Mode, fast: bool) -> Any:

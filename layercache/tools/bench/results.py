@@ -9,12 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 import layercache
 from layercache.errors import FileFormatError
 from layercache.tools.bench.measure import Row
+from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.machine import machine_info, write_json
 
 # What a measurement depends on; the C++ sources are there in a checkout only.
@@ -49,15 +47,13 @@ def hash_or_none() -> str | None:
         return None
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row]) -> FittingTable:
     """One line per case, all of one shape; what the columns mean is in docs/benchmarks.md."""
     first = rows[0]
-    title = f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}"
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    out.add_column("case", no_wrap=True)
     on_gpu = any(row.host_seconds for row in rows)
-    for name in ("MB", "ms", "GB/s", "copy", "eager", "compile", "calls", *(["host us"] if on_gpu else [])):
-        out.add_column(name, justify="right", no_wrap=True)
+    columns = [Column("case", numeric=False), Column("MB", 6), Column("ms"), Column("GB/s", 4), Column("copy", 2)]
+    columns += [Column("eager"), Column("compile", 1), Column("calls", 3), *[Column("host us", 5)] * on_gpu]
+    out = FittingTable(columns, title=f"{'x'.join(map(str, first.shape))} {first.dtype} on {first.device}", gap=1)
     for row in rows:
         out.add_row(
             row.case,
@@ -69,7 +65,7 @@ def table(rows: Sequence[Row]) -> Table:
             _ratio(row, "compiled"),
             "{ours} : {eager}".format(**(row.launches or row.operators)),
             *([_host(row)] if on_gpu else []),
-            style=None if row.right else "red",
+            style="" if row.right else "red",
         )
     return out
 

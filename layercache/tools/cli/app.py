@@ -26,8 +26,9 @@ from layercache.tools.cli.refit import refit
 from layercache.tools.cli.search import search
 from layercache.tools.cli.show import models, show
 from layercache.tools.cli.train_router import train_router
+from layercache.tools.cli.ui import ui
 
-COMMANDS = (demo, search, plan, generate, refit, calibrate, compare, train_router, show, models, doctor)
+COMMANDS = (demo, search, plan, generate, refit, calibrate, compare, train_router, show, models, doctor, ui)
 PARETO = "--pareto"
 _UsageError: Any = typer.BadParameter.__base__  # typer may bring a click of its own
 _COMMAND = "layercache.command"  # in the context: the command that was given
@@ -58,7 +59,8 @@ class Commands(TyperGroup):
             raise
         except BrokenPipeError:
             raise  # `| head` has seen enough; the framework ends quietly
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            typer.echo(f"\n{cleaned(str(error)) or 'Stopped; nothing was written.'}", err=True)
             raise typer.Exit(130) from None
         except (LayerCacheError, OSError) as error:
             if os.environ.get("LAYERCACHE_DEBUG") == "1":

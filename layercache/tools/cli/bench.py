@@ -14,8 +14,9 @@ import typer
 
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError
-from layercache.tools.cli.common import Device, Dtype, Json, Plot, Printer, check_outputs
-from layercache.tools.cli.pipelines import choose_device
+from layercache.tools.cli.common import Device, Json, Plot, Printer, check_outputs, when_stopped
+from layercache.tools.cli.loading import choose_device
+from layercache.tools.cli.options import Dtype
 
 if TYPE_CHECKING:
     from layercache.tools.bench.case import Case
@@ -82,7 +83,9 @@ def kernels(
     place = torch.device(choose_device(device))
     cases = find_cases(op or ())
     run = _Run(_torch_dtype(dtype), place, rounds, compiled, time_limit, Printer(json_to))
-    run.measure([(case, size) for size in shapes for case in cases])
+    is_kept = json_to not in (None, "-")
+    with when_stopped(f"Stopped. What was measured is in {json_to}." if is_kept else "Stopped; nothing was written."):
+        run.measure([(case, size) for size in shapes for case in cases])
     run.report()
     if run.failures or run.skipped or not all(row.right for row in run.rows):
         raise typer.Exit(1)

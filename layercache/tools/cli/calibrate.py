@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layercache._utils.text import shown
-from layercache.tools.cli.common import (
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Height,
-    Json,
-    Model,
-    Printer,
-    Prompts,
-    PromptsFile,
-    Steps,
-    Width,
-    check_outputs,
-)
+from layercache.tools.cli.common import Json, Printer, Steps, check_outputs, save, when_stopped
+from layercache.tools.cli.following import with_command
+from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options, words_of
 from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, refused_arguments
 
+if TYPE_CHECKING:
+    from layercache.planning.profile import StabilityProfile
+
 DEMO_SAMPLES = 3
+BUDGETS = (0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Partition(str, Enum):
@@ -57,56 +50,74 @@ SensitivityOption = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")]
 
 
+@with_options
 def calibrate(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    prompts_file: PromptsFile = None,
+    model: ModelOptions,
+    prompts: PromptOptions,
+    call: CallOptions,
     samples: Samples = None,
     seed: Seed = 0,
     num_inference_steps: Steps = 30,
-    guidance_scale: Guidance = None,
-    height: Height = None,
-    width: Width = None,
     partition: PartitionOption = Partition.thirds,
     num_groups: Groups = 3,
     sensitivity: SensitivityOption = None,
     output: Output = Path("profile.safetensors"),
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,
 ) -> None:
     """Measure a model once: how much each group of layers changes from step to step, and what it costs.
 
-    Use the steps, size and guidance you will generate with; a schedule holds for these only.
-    Three prompts are enough to begin with.
+    It is for schedules per group of layers, which 'plan' makes in a second; 'search' needs no profile and finds better
+    ones. Use the steps, size and guidance you will generate with; three prompts are enough to begin with.
 
     Example: `layercache calibrate --model Qwen/Qwen-Image --steps 50 --guidance 4 -p "a red fox" -p "an old map"
     -p "a city at night" -o qwen.safetensors`
     """
-    check_outputs({"output": output, "json_to": json_to}, [prompts_file])
-    pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
+    check_outputs({"output": output, "json_to": json_to}, [prompts.prompts_file])
+    pipe, found = load_with_prompts(model, prompts, call)
     # without prompts, one sample of the demo model is a picture of every class
-    entries: list[Any] = found if prompts or prompts_file else [found]
-    count = samples or (len(entries) if prompts or prompts_file else DEMO_SAMPLES)
+    is_given = bool(prompts.prompts or prompts.prompts_file)
+    entries: list[Any] = found if is_given else [found]
+    count = samples or (len(entries) if is_given else DEMO_SAMPLES)
     settings = {
         "num_inference_steps": num_inference_steps,
         "partition": partition.value,
         "num_groups": num_groups,
         "sensitivity": sensitivity.value if sensitivity else None,
-        **call_arguments(pipe, guidance_scale, height, width),
+        **call_arguments(pipe, call),
     }
-    _measure(Printer(json_to), pipe, [entries[k % len(entries)] for k in range(count)], seed, settings, output)
+    chosen = [entries[k % len(entries)] for k in range(count)]
+    with when_stopped("Stopped; nothing was written."):
+        profile = _measure(pipe, chosen, seed, settings)
+    profile = replace(profile, fingerprint=with_command(profile.fingerprint, model, call, found[0]))
+    again = ["search", *words_of(model), *words_of(call), *words_of(prompts), "--steps", num_inference_steps]
+    _report(Printer(json_to), profile, output, again)
 
 
-def _measure(
-    printer: Printer, pipe: Any, prompts: list[Any], seed: int, settings: dict[str, Any], output: Path
-) -> None:
+def _measure(pipe: Any, prompts: list[Any], seed: int, settings: dict[str, Any]) -> StabilityProfile:
     import layercache
-    from layercache.tools.report import tables
 
     with refused_arguments():
-        profile = layercache.calibrate(pipe, prompts, seeds=range(seed, seed + len(prompts)), **settings)
-    profile.save(output)
+        return layercache.calibrate(pipe, prompts, seeds=range(seed, seed + len(prompts)), **settings)
+
+
+def _report(printer: Printer, profile: StabilityProfile, output: Path, search: list[Any]) -> None:
+    from layercache.tools.report import tables
+
+    save(output, profile.save)
     printer.say(tables.profile_sentences(profile), f"profile: {shown(output)}")
-    printer.say(f"next: layercache plan {shown(output)} --budget 0.6", style="dim")
+    printer.following([*search, "--output", output.with_suffix(".front.json")], *_plan(profile, output))
     printer.figures(tables.profile_figures(profile))
+
+
+def _plan(profile: StabilityProfile, output: Path) -> list[list[Any]]:
+    """The command that plans from the profile, for the smallest of some budgets that it can keep to."""
+    import layercache
+    from layercache.errors import LayerCacheError
+
+    for budget in BUDGETS:
+        try:
+            layercache.plan(profile, budget)
+        except LayerCacheError:
+            continue
+        return [["plan", output, "--budget", budget]]
+    return []

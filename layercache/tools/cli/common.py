@@ -7,27 +7,21 @@ an error about an argument can be printed with the option.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from layercache._utils.files import check_output
+from layercache._utils.files import check_output, saved_anyway
 from layercache._utils.text import shown
 from layercache.errors import OutputError
 from layercache.tools.report.console import PlainConsole
 
 PIPE_WIDTH = 120
-
-
-class Dtype(str, Enum):
-    """Number formats a model can be loaded in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 class Effort(str, Enum):
@@ -46,29 +40,11 @@ def _bytes_of(megabytes: float | None) -> int | None:
     return None if megabytes is None or megabytes == float("inf") else int(megabytes * 1e6)
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="'demo' for the bundled model, a Hugging Face model id, a folder with a pipeline, or a .json file that "
-        "describes one with random weights (examples/tiny_flux.json)."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the model ('demo' is always float32).")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")]
-PromptsFile = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
-]
 EffortOption = Annotated[
     Effort, typer.Option("--effort", help="Full generations of the search in all: quick 32, normal 72, thorough 160.")
 ]
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps you will generate with.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture, the others follow.")]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's own default if left out.")
-]
-Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
 Budget = Annotated[
     float | None,
     typer.Option(callback=_check_budget, help="Share of the block time that may be computed, above 0 to 1."),
@@ -77,6 +53,7 @@ Budgets = Annotated[str, typer.Option(help="Shares of the block time, with comma
 MaxCacheBytes = Annotated[
     float | None, typer.Option("--max-cache-mb", min=0.0, callback=_bytes_of, help="Store no more than so many MB.")
 ]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu; a GPU if there is one.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw it, as a PNG.")]
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; '-' prints them and only them.")
@@ -97,13 +74,43 @@ class Printer:
         for part in parts:
             self.console.print(part, style=style)
 
+    def following(self, *commands: Sequence[object]) -> None:
+        """Commands to give next, the first one first; on a line each, however long, so that they can be copied."""
+        for number, words in enumerate(commands):
+            line = shlex.join(shown(word) for word in ("layercache", *words))
+            self.console.print(f"{'or' if number else 'next'}: {line}", style="dim", soft_wrap=True)
+
     def figures(self, data: Any) -> None:
         from layercache.tools.report.machine import print_json, write_json
 
         if self.json_to == "-":
             print_json(data)
         elif self.json_to is not None:
-            self.say(f"figures: {write_json(self.json_to, data)}")
+            self.say(f"figures: {save(Path(self.json_to), lambda path: write_json(path, data))}")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence that says what was kept and how to go on."""
+
+
+@contextmanager
+def when_stopped(kept: str) -> Iterator[None]:
+    """Context in which Ctrl-C says what was kept."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(kept) from error
+
+
+def save(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a result; where that fails after all, it goes to another place, which the error names.
+
+    Raises:
+        OutputError: it could not be written to ``path``.
+    """
+    return saved_anyway(path, write)
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from layercache._utils.files import check_output_folder
-from layercache.tools.cli.common import Budget, Device, Dtype, Json, Printer, check_outputs
+from layercache.tools.cli.common import Budget, Device, Json, Printer, check_outputs, when_stopped
+from layercache.tools.cli.options import ModelOptions
 from layercache.tools.cli.pipelines import load_pipeline
 
 
@@ -36,7 +37,9 @@ def demo(
     check_outputs({"json_to": json_to})
     assert budget is not None  # it has a default
     printer = Printer(json_to)
-    pipe = load_pipeline("demo", device, Dtype.float32)
-    result = run_demo(output, steps=steps, budget=budget, seeds=seeds, quick=quick, console=printer.console, pipe=pipe)
+    pipe = load_pipeline(ModelOptions(device=device))
+    settings: dict[str, Any] = {"steps": steps, "budget": budget, "seeds": seeds, "quick": quick}
+    with when_stopped("Stopped; nothing was written."):
+        result = run_demo(output, **settings, console=printer.console, pipe=pipe)
     printer.say(result)
     printer.figures(result.figures)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.files import check_output_folder
 from layercache._utils.text import shown
-from layercache.tools.cli.common import (
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Height,
-    Json,
-    Model,
-    Printer,
-    Width,
-    check_outputs,
-    check_picture_name,
-)
+from layercache.tools.cli import results
+from layercache.tools.cli.common import Json, Printer, check_outputs, save, when_stopped
 from layercache.tools.cli.files import load_schedule
-from layercache.tools.cli.pipelines import call_arguments, check_demo_prompts, load_pipeline, refused_arguments
+from layercache.tools.cli.options import CallOptions, ModelOptions, with_options
+from layercache.tools.cli.pipelines import (
+    call_arguments,
+    check_demo_prompts,
+    figures_of_call,
+    load_pipeline,
+    refused_arguments,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +31,10 @@ if TYPE_CHECKING:
     from layercache.schedule.module_schedule import ModuleSchedule
     from layercache.schedule.schedule import Schedule
 
+    Plan = Schedule | ModuleSchedule | None
+
 DEFAULT_STEPS = 30
+SHOWN_FRAMES = 4  # of a video, in the comparison
 
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")]
 ScheduleFile = Annotated[
@@ -48,7 +48,15 @@ OwnSteps = Annotated[
     int | None,
     typer.Option("--steps", min=1, help="Denoising steps; those of the schedule if left out, 30 without one."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="What to write: a picture (.png), a video (.mp4, .gif), or a folder of frames; picture.png or video.mp4 "
+        "if left out.",
+    ),
+]
 Compare = Annotated[
     bool, typer.Option("--compare", help="Also draw without a cache; print PSNR, SSIM and times; save both.")
 ]
@@ -56,52 +64,66 @@ Compare = Annotated[
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture ``[H, W, 3]`` in 0..1, how long it took, and what the cache reports."""
+    """One picture ``[H, W, C]`` or video ``[F, H, W, C]`` in 0..1, how long it took, and what the cache reports."""
 
-    picture: np.ndarray
+    pixels: np.ndarray = field(repr=False)
     seconds: float
     cache: CacheReport | None
+    sound: np.ndarray | None = field(repr=False, default=None)
 
 
+@with_options
 def generate(
     prompt: Prompt,
-    model: Model = "demo",
+    model: ModelOptions,
+    call: CallOptions,
     schedule: ScheduleFile = None,
     seed: Seed = 0,
     num_inference_steps: OwnSteps = None,
-    guidance_scale: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    output: Output = Path("picture.png"),
+    output: Output = None,
     compare: Compare = False,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,
 ) -> None:
-    """Draw a picture with a schedule.
+    """Draw a picture or a video with a schedule.
 
     Example: `layercache generate --model Qwen/Qwen-Image --guidance 4 --schedule qwen-60.json
     -p "a red fox" -o fox.png --compare`
     """
     if compare and schedule is None:
         raise typer.BadParameter("--compare needs a --schedule to compare with the full run.")
-    check_picture_name(output, "--output")
-    beside = {"output.comparison": _comparison_file(output)} if compare else {}
-    check_outputs({"output": output, **beside, "json_to": json_to}, [schedule])
-    if compare:
-        _check_extras()
+    _check(output, compare, json_to, schedule)
     plan = load_schedule(schedule) if schedule is not None else None
     steps = num_inference_steps or (plan.num_steps if plan is not None else DEFAULT_STEPS)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, call)
+    place = results.output_for(pipe, output)
+    if output is None:
+        _check(place, compare, json_to, schedule)
     check_demo_prompts(pipe, [prompt])
-    call = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, guidance_scale, height, width)}
+    arguments = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, call)}
     if plan is not None:
         from layercache.planning.samples import call_settings
 
-        plan.fingerprint.warn_of(call_settings(call))
-    drawn, full = _draw_all(pipe, call, seed, plan, compare)
-    figures = {"kind": "generation", "model": model, "seed": seed, **call}
-    _report(Printer(json_to), figures, drawn, full, output)
+        plan.fingerprint.warn_of(call_settings(arguments))
+    with when_stopped("Stopped; nothing was written."):
+        drawn, full = _draw_all(pipe, arguments, seed, plan, compare)
+    figures = {"kind": "generation", "model": model.model, "seed": seed, **figures_of_call(arguments, call)}
+    _report(Printer(json_to), figures, drawn, full, _File(pipe, place, call.frame_rate))
+
+
+def _check(output: Path | None, compare: bool, json_to: str | None, schedule: Path | None) -> None:
+    """Names and places of what is to be written, and the packages that are needed for it."""
+    results.check_name(output)
+    outputs: dict[str, Path | str | None] = {"json_to": json_to}
+    if output is not None:
+        if results.is_folder(output):
+            check_output_folder(output, "output")
+        else:
+            outputs["output"] = output
+        if compare:
+            outputs["output.comparison"] = _comparison_file(output)
+    check_outputs(outputs, [schedule])
+    if compare:
+        _check_extras()
 
 
 def _check_extras() -> None:
@@ -113,9 +135,7 @@ def _check_extras() -> None:
     plots.check_installed()
 
 
-def _draw_all(
-    pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | ModuleSchedule | None, compare: bool
-) -> tuple[Drawn, Drawn | None]:
+def _draw_all(pipe: Any, call: dict[str, Any], seed: int, plan: Plan, compare: bool) -> tuple[Drawn, Drawn | None]:
     """The picture, and that of the full run where they are to be compared."""
     with refused_arguments():
         if compare:
@@ -125,7 +145,7 @@ def _draw_all(
         return drawn, _draw(pipe, call, seed, None, "full run") if compare else None
 
 
-def _draw(pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | ModuleSchedule | None, label: str) -> Drawn:
+def _draw(pipe: Any, call: dict[str, Any], seed: int, plan: Plan, label: str) -> Drawn:
     import torch
 
     import layercache
@@ -135,32 +155,46 @@ def _draw(pipe: Any, call: dict[str, Any], seed: int, plan: Schedule | ModuleSch
     with layercache.enabled(pipe, plan) if plan is not None else nullcontext() as cache:
         start = time.perf_counter()
         # pictures arrive in host memory, so nothing is left running when the call returns
-        picture = pipe(generator=generator, output_type="np", **call).images[0]
+        result = pipe(generator=generator, output_type="np", **call)
         seconds = time.perf_counter() - start
-        return Drawn(picture, seconds, cache.report() if cache is not None else None)
+        pixels, sound = results.pixels_of(result), results.sound_of(result)
+        return Drawn(pixels, seconds, cache.report() if cache is not None else None, sound)
 
 
-def _report(printer: Printer, figures: dict[str, Any], drawn: Drawn, full: Drawn | None, output: Path) -> None:
+@dataclass(frozen=True)
+class _File:
+    """Where a pipeline's result is written."""
+
+    pipe: Any
+    output: Path
+    wanted_rate: float | None
+
+    def save(self, drawn: Drawn) -> dict[str, Path]:
+        """What was written, by what it is."""
+        rate = results.frame_rate_of(self.pipe, self.wanted_rate)
+        written = save(self.output, lambda path: results.save_pixels(drawn.pixels, path, rate))
+        files = {"picture" if drawn.pixels.ndim == 3 else "video": written}
+        heard = drawn.sound
+        if heard is not None:
+            config = getattr(getattr(self.pipe, "vocoder", None), "config", None)
+            sampling = int(getattr(config, "output_sampling_rate", 24000))
+            sound = self.output.with_suffix(".wav")
+            files["sound"] = save(sound, lambda path: results.save_sound(heard, path, sampling))
+        return files
+
+
+def _report(printer: Printer, figures: dict[str, Any], drawn: Drawn, full: Drawn | None, file: _File) -> None:
     from layercache.tools.report.machine import machine_info
 
-    _save_picture(drawn.picture, output)
-    cache = drawn.cache
-    figures |= {"seconds": drawn.seconds, "picture": output, "cache": asdict(cache) if cache is not None else None}
-    printer.say(f"picture: {shown(output)} ({drawn.seconds:.2f} s)")
+    files, cache = file.save(drawn), drawn.cache
+    figures |= {"seconds": drawn.seconds, "cache": asdict(cache) if cache is not None else None, **files}
+    for name, path in files.items():
+        printer.say(f"{name}: {shown(path)} ({drawn.seconds:.2f} s)")
     if cache is not None:
         printer.say(str(cache))
         if full is not None:
-            figures["comparison"] = _compare(printer, drawn, full, cache.used, output)
+            figures["comparison"] = _compare(printer, drawn, full, cache.used, file.output)
     printer.figures(figures | {"machine": machine_info()})
-
-
-def _save_picture(picture: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    from layercache._utils.files import write_atomically
-
-    image = Image.fromarray((picture * 255).round().astype("uint8"))
-    write_atomically(path, lambda temporary: image.save(temporary))
 
 
 def _comparison_file(output: Path) -> Path:
@@ -169,18 +203,28 @@ def _comparison_file(output: Path) -> Path:
 
 
 def _compare(printer: Printer, drawn: Drawn, full: Drawn, used: float, output: Path) -> dict[str, Any]:
-    """Prints the figures of both runs and saves both pictures beside their difference."""
+    """Prints the figures of both runs and saves both pictures, or frames of both videos, beside their difference."""
     from layercache._utils import metrics
     from layercache.tools.report import plots, tables
 
-    psnr, ssim = metrics.psnr(full.picture, drawn.picture), metrics.ssim(full.picture, drawn.picture)
+    psnr, ssim = (compare(full.pixels[None], drawn.pixels[None]) for compare in (metrics.psnr, metrics.ssim))
     measured = [
         tables.Measured("full", 1.0, full.seconds),
         tables.Measured("cached", used, drawn.seconds, tuple(psnr), tuple(ssim)),
     ]
-    beside = _comparison_file(output)
-    panels = [full.picture, drawn.picture, plots.difference(full.picture, drawn.picture)[0]]
+    rows = []
+    for name, before, after in _stills(full.pixels, drawn.pixels):
+        rows.append(plots.PictureRow(name, [before, after, plots.difference(before, after)[0]]))
     titles = ["full", f"cached, {psnr[0]:.1f} dB", f"|difference| x{plots.DIFFERENCE_GAIN:g}"]
-    plots.save_pictures(beside, [plots.PictureRow("", panels)], titles, smallest=256)
+    beside = save(_comparison_file(output), lambda path: plots.save_pictures(path, rows, titles, smallest=256))
     printer.say(tables.comparison_table(measured), f"comparison: {shown(beside)}")
     return {"file": beside, "runs": [row.to_json(full.seconds) for row in measured]}
+
+
+def _stills(full: np.ndarray, drawn: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Pictures of both to look at: themselves, or some frames of a video, over all of it."""
+    if full.ndim == 3:
+        return [("", full, drawn)]
+    last = len(full) - 1
+    chosen = sorted({round(last * k / (SHOWN_FRAMES - 1)) for k in range(SHOWN_FRAMES)})
+    return [(f"frame {k}", full[k], drawn[k]) for k in chosen]

@@ -1,84 +1,46 @@
-"""Pipelines of the commands: loading, prompts, arguments of the call."""
+"""Pipelines of the commands: prompts, pictures and arguments of the call."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from layercache.errors import LayerCacheError, UnsupportedModelError
-from layercache.tools.cli.common import Dtype, read_prompts
+from layercache._utils.text import shown
+from layercache.errors import LayerCacheError, LayerCacheWarning, MissingExtraError, UnsupportedModelError
+from layercache.tools.cli.common import read_prompts
+from layercache.tools.cli.loading import is_like_demo, load_model, split_name
+from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions
 
 DEMO_GUIDANCE = 4.0
+IMAGE_ARGUMENTS = ("image", "control_image", "images", "reference_images")
+"""Arguments of a call that a picture without a name is for; the first that the pipeline has."""
+OWN = ("prompt", "generator", "output_type", "return_dict", "num_inference_steps", "callback", "callback_on_step_end")
+"""Arguments of a call that the commands set themselves."""
+OPTIONS = {"num_inference_steps": "--steps", "prompt": "--prompt"}
 
 
-def choose_device(name: str | None) -> str:
-    """The device that was named, or a GPU if there is one."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if name is None:
-        return "cuda" if available else "cpu"
-    try:
-        wanted = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(f"{name!r} is not a device; use cuda, cuda:1 or cpu.", param_hint="--device") from None
-    if wanted.type == "cuda" and not available:
-        raise typer.BadParameter("torch finds no CUDA GPU here; see layercache doctor.", param_hint="--device")
-    return name
+def load_pipeline(model: ModelOptions, call: CallOptions | None = None) -> Any:
+    """The pipeline of the options; what of the call can be wrong without it is refused before it is loaded."""
+    if call is not None:
+        read_images(call)
+        read_args(call)
+    return load_model(model)
 
 
-def load_pipeline(model: str, device: str | None, dtype: Dtype) -> Any:
-    """The pipeline that ``--model`` names, on its device.
-
-    Raises:
-        LayerCacheError: it cannot be loaded; the message has the first line of the reason.
-    """
-    import torch
-
-    device = choose_device(device)
-    try:
-        if model == "demo":
-            from layercache.demo.pipeline import load_demo_pipeline
-
-            return load_demo_pipeline(device)
-        if model.endswith(".json"):
-            from layercache.models.random_weights import load_random_pipeline
-
-            return load_random_pipeline(model, getattr(torch, dtype.value)).to(device)
-        from diffusers import DiffusionPipeline
-
-        return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        if os.environ.get("LAYERCACHE_DEBUG") == "1":
-            raise
-        raise LayerCacheError(f"cannot load the model {model!r} on {device}: {_reason(model, error)}") from error
-
-
-def _reason(model: str, error: Exception) -> str:
-    """The first line of the error, except where diffusers takes the bundled model for one of the hub's."""
-    if model == "demo":
-        from layercache.demo.pipeline import WEIGHTS
-
-        if not WEIGHTS.is_dir():
-            return f"its weights are not in {WEIGHTS}, reinstall layercache"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def load_with_prompts(
-    model: str, prompts: Sequence[str] | None, prompts_file: Path | None, device: str | None, dtype: Dtype
-) -> tuple[Any, list[str]]:
+def load_with_prompts(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[str]]:
     """A pipeline and the prompts to run it on; without any, the demo model gets the names of all its classes."""
-    found = read_prompts(prompts, prompts_file)
-    if not found and model != "demo":
+    found = read_prompts(prompts.prompts, prompts.prompts_file)
+    if not found and model.model != "demo" and not is_like_demo(model.model):
         raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, call)
     if not found:
         from layercache.demo.model import CLASS_NAMES
 
@@ -105,18 +67,81 @@ def check_demo_prompts(pipe: Any, prompts: Sequence[str]) -> None:
         raise typer.BadParameter(f"{error}.", param_hint="--prompt") from None
 
 
-def call_arguments(pipe: Any, guidance: float | None, height: int | None, width: int | None) -> dict[str, Any]:
-    """Arguments of the pipeline's call, by the names this pipeline has for them."""
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    wanted: dict[str, Any] = {"height": height, "width": width}
-    if guidance is not None:
-        wanted |= _guidance_arguments(pipe, accepted, guidance)
+def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes, by name."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def gives_video(pipe: Any) -> bool:
+    """Whether a pipeline's calls give videos, as far as their arguments say."""
+    return "num_frames" in parameters_of(pipe) or "num_videos_per_prompt" in parameters_of(pipe)
+
+
+# --- arguments of the call ---------------------------------------------------------------------------------------
+
+
+def read_images(call: CallOptions) -> dict[str, list[Any]]:
+    """The pictures of the options by the names they were given; ``""`` of those without one.
+
+    Raises:
+        typer.BadParameter: a file is missing, or no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    found: dict[str, list[Any]] = {}
+    for text in call.image or ():
+        name, path = split_name(text, "")
+        try:
+            with Image.open(path) as picture:
+                found.setdefault(name, []).append(picture.convert("RGB"))
+        except UnidentifiedImageError:
+            raise typer.BadParameter(f"{shown(path)} is no picture.", param_hint="--image") from None
+        except OSError as error:
+            reason = error.strerror or "it is no picture"
+            raise typer.BadParameter(f"{shown(path)} cannot be read: {reason}.", param_hint="--image") from None
+    return found
+
+
+def read_args(call: CallOptions) -> dict[str, Any]:
+    """What ``--arg`` sets: JSON, or else text."""
+    found: dict[str, Any] = {}
+    for text in call.arg or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise typer.BadParameter(f"{shown(text)!r} is not NAME=VALUE.", param_hint="--arg")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
+def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
+    """Arguments of the pipeline's call, by the names this pipeline has for them.
+
+    Raises:
+        UnsupportedModelError: the pipeline lacks one.
+        typer.BadParameter: an argument of ``--arg`` or ``--image`` that it lacks; the message lists its own.
+    """
+    accepted = parameters_of(pipe)
+    wanted: dict[str, Any] = {"height": call.height, "width": call.width, "num_frames": call.num_frames}
+    wanted["negative_prompt"] = call.negative_prompt
+    if call.guidance_scale is not None:
+        guidance = _guidance_arguments(pipe, accepted, call.guidance_scale)
+        wanted = guidance | {name: value for name, value in wanted.items() if value is not None}
     arguments = {name: value for name, value in wanted.items() if value is not None}
     unknown = sorted(set(arguments) - set(accepted))
     if unknown:
         raise UnsupportedModelError(
             f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave the option out", argument=unknown[0]
         )
+    if call.frame_rate is not None and "frame_rate" in accepted:
+        arguments["frame_rate"] = call.frame_rate
+    arguments |= _image_arguments(pipe, accepted, call) | _named_arguments(pipe, accepted, call)
+    needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
+    if missing := [name for name in needed if name not in arguments]:
+        raise typer.BadParameter(f"{type(pipe).__name__} needs a picture ({missing[0]}).", param_hint="--image")
+    _warn_of_idle_prompt(call, accepted, arguments)
     return arguments
 
 
@@ -132,21 +157,86 @@ def _guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, 
     return arguments
 
 
-def quiet_call(pipe: Any, steps: int, guidance: float | None, height: int | None, width: int | None) -> dict[str, Any]:
+def _image_arguments(pipe: Any, accepted: Any, call: CallOptions) -> dict[str, Any]:
+    """Pictures under the names of the call: one, or a list of them."""
+    found: dict[str, Any] = {}
+    for name, pictures in read_images(call).items():
+        target = name or next((known for known in IMAGE_ARGUMENTS if known in accepted), None)
+        if target not in accepted:
+            takes = [known for known in accepted if "image" in known or known in ("mask", "video")]
+            own = f"it takes {', '.join(takes)}" if takes else "it takes none"
+            wanted = f" called {shown(name)}" if name else ""
+            raise typer.BadParameter(f"{type(pipe).__name__} takes no picture{wanted}; {own}.", param_hint="--image")
+        found[str(target)] = pictures[0] if len(pictures) == 1 else pictures
+    return found
+
+
+def _named_arguments(pipe: Any, accepted: Any, call: CallOptions) -> dict[str, Any]:
+    found = read_args(call)
+    own = [name for name in found if name in OWN or name.startswith("callback")]
+    if own:
+        option = OPTIONS.get(own[0])
+        raise typer.BadParameter(
+            f"{own[0]} is set by {option or 'the command itself'}; leave it out.", param_hint="--arg"
+        )
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
+    unknown = [name for name in found if name not in accepted and not takes_all]
+    if unknown:
+        names = [name for name in accepted if name not in (*OWN, "self") and not name.startswith("callback")]
+        raise typer.BadParameter(
+            f"{type(pipe).__name__} takes no {', '.join(map(shown, unknown))}; its arguments are {', '.join(names)}.",
+            param_hint="--arg",
+        )
+    return found
+
+
+def _warn_of_idle_prompt(call: CallOptions, accepted: Any, arguments: Mapping[str, Any]) -> None:
+    """A negative prompt does nothing in a pipeline whose second forward is switched off."""
+    if call.negative_prompt is None or "true_cfg_scale" not in accepted:
+        return
+    scale = arguments.get("true_cfg_scale", accepted["true_cfg_scale"].default)
+    if isinstance(scale, (int, float)) and scale <= 1:
+        import warnings
+
+        warnings.warn(
+            "the negative prompt has no effect on this model unless you add --arg true_cfg_scale=4",
+            LayerCacheWarning,
+            stacklevel=2,
+        )
+
+
+def quiet_call(pipe: Any, steps: int, call: CallOptions) -> dict[str, Any]:
     """Arguments of many calls under one progress bar, with guidance for the demo model where none was given."""
     pipe.set_progress_bar_config(disable=True)
-    guidance = DEMO_GUIDANCE if guidance is None and is_demo(pipe) else guidance
-    return {"num_inference_steps": steps, **call_arguments(pipe, guidance, height, width)}
+    arguments = {"num_inference_steps": steps, **call_arguments(pipe, call)}
+    return ({"guidance_scale": DEMO_GUIDANCE} if is_demo(pipe) else {}) | arguments
+
+
+def figures_of_call(call: Mapping[str, Any], options: CallOptions) -> dict[str, Any]:
+    """The arguments of a call as figures: pictures by their files."""
+    plain = {name: value for name, value in call.items() if _is_plain(value)}
+    return plain | ({"image": list(options.image)} if options.image else {})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Path, dict))
 
 
 @contextmanager
 def refused_arguments() -> Iterator[None]:
-    """Turns the `ValueError` with which a pipeline refuses sizes and prompts into an error for users."""
+    """Turns the errors with which a pipeline refuses sizes, prompts and pictures into an error for users."""
     try:
         yield
     except LayerCacheError:
         raise
-    except ValueError as error:
+    except NameError as error:  # some pipelines import what cleans a prompt only where it is installed
+        name = error.name or ""
+        if not name or importlib.util.find_spec(name) is not None:
+            raise
+        raise MissingExtraError(f"the pipeline needs {name}, which is not installed: pip install {name}") from error
+    except (ValueError, TypeError) as error:
         if os.environ.get("LAYERCACHE_DEBUG") == "1":
             raise
         raise LayerCacheError(f"the pipeline refused its arguments: {error}") from error

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercache._utils.text import shown
-from layercache.tools.cli.common import Budget, Json, MaxCacheBytes, Printer, check_outputs, parse_spans
+from layercache.tools.cli.common import Budget, Json, MaxCacheBytes, Printer, check_outputs, parse_spans, save
 from layercache.tools.cli.files import load_source
+from layercache.tools.cli.following import generate_with
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
@@ -113,9 +114,13 @@ def _write_schedule(printer: Printer, path: Path, settings: dict[str, Any], outp
 
     source = load_source(path)
     schedule = layercache.plan(source, **settings)
-    schedule.save(output)
+    save(output, schedule.save)
     printer.say(tables.schedule_sentences(schedule), *_memory_line(source, schedule), f"schedule: {shown(output)}")
-    printer.say(f"next: layercache generate --schedule {shown(output)} --prompt ... --compare", style="dim")
+    drawing = generate_with(output, schedule.fingerprint, "--compare")
+    if drawing is not None:
+        printer.following(drawing)
+    else:
+        printer.say("Draw with it by 'layercache generate --schedule', with the model it was made for.", style="dim")
     printer.figures(tables.schedule_figures(schedule))
 
 

@@ -13,24 +13,19 @@ from layercache._utils.text import shown
 from layercache.errors import BudgetError
 from layercache.tools.cli.common import (
     Budgets,
-    Device,
-    Dtype,
-    DtypeOption,
     Effort,
     EffortOption,
-    Guidance,
-    Height,
     Json,
     MaxCacheBytes,
-    Model,
     Printer,
-    Prompts,
-    PromptsFile,
     Seed,
-    Width,
     check_outputs,
     parse_budgets,
+    save,
+    when_stopped,
 )
+from layercache.tools.cli.following import budget_of, front_with_command
+from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
 from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, pictures_of, refused_arguments
 
 if TYPE_CHECKING:
@@ -43,11 +38,12 @@ Validation = Annotated[int, typer.Option(min=0, help="Further pictures, with oth
 TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Seconds after which no further schedule is run.")]
 
 
+@with_options
 def search(
+    model: ModelOptions,
+    prompts: PromptOptions,
+    call: CallOptions,
     output: Output = Path("front.json"),
-    model: Model = "demo",
-    prompts: Prompts = None,
-    prompts_file: PromptsFile = None,
     num_inference_steps: Steps = 30,
     effort: EffortOption = Effort.normal,
     samples: Samples = None,
@@ -56,11 +52,6 @@ def search(
     time_limit: TimeLimit = None,
     max_cache_bytes: MaxCacheBytes = None,
     seed: Seed = 1000,
-    guidance_scale: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,
 ) -> None:
     """Find the best schedule for every budget by running a few on the model; costs at most --effort full generations.
@@ -71,20 +62,35 @@ def search(
     Example: `layercache search --model Qwen/Qwen-Image --steps 50 --guidance 4 --prompts-file prompts.txt
     -o front.json`, then `layercache plan front.json --budget 0.5`
     """
-    from layercache.planning.search import ENDED_EARLY
+    folder = _check(output, json_to, prompts.prompts_file)
+    settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "effort": effort.value}
+    settings |= {"budgets": parse_budgets(budgets), "num_inference_steps": num_inference_steps, "resume": folder}
+    pipe, found = load_with_prompts(model, prompts, call)
+    settings |= call_arguments(pipe, call)
+    samples, printer = samples or (16 if effort is Effort.thorough else 8), Printer(json_to)
+    _say_cost(printer, samples, validation, settings)
+    with when_stopped(f"Stopped. What was run is kept in {shown(folder)}; the same command goes on from there."):
+        front = _search(pipe, _pictures(pipe, found, samples, validation, seed) | settings)
+    _save(printer, front_with_command(front, model, call, found[0]), output)
+    _say_end(printer, front, folder)
+
+
+def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path:
+    """Checks where the search writes; the folder from which it could go on."""
+    from layercache.tools.report import pages, plots
 
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
     folder = output.with_suffix(".search")
     check_outputs({**outputs, "json_to": json_to}, [prompts_file])
     check_output_folder(folder, "output")
-    settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "effort": effort.value}
-    settings |= {"budgets": parse_budgets(budgets), "num_inference_steps": num_inference_steps, "resume": folder}
-    pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
-    settings |= call_arguments(pipe, guidance_scale, height, width)
-    samples = samples or (16 if effort is Effort.thorough else 8)
-    printer = Printer(json_to)
-    _say_cost(printer, samples, validation, settings)
-    front = _write_front(printer, pipe, _pictures(pipe, found, samples, validation, seed) | settings, output)
+    plots.check_installed()
+    pages.check_installed()
+    return folder
+
+
+def _say_end(printer: Printer, front: Front, folder: Path) -> None:
+    from layercache.planning.search import ENDED_EARLY
+
     if any(note.startswith(ENDED_EARLY) for note in front.notes):
         printer.say(f"The same command goes on from {shown(folder)}.", style="dim")
     else:
@@ -115,32 +121,30 @@ def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed
     return {"prompts": pictures_of(pipe, prompts, samples), "seeds": range(seed, last), "validation": held_out}
 
 
-def _write_front(printer: Printer, pipe: Any, settings: dict[str, Any], output: Path) -> Front:
+def _search(pipe: Any, settings: dict[str, Any]) -> Front:
     import layercache
-    from layercache.tools.report import plots
 
-    plots.check_installed()
     with refused_arguments():
         front = layercache.search(pipe, **settings)
     if not front.points:
         raise BudgetError(
             "no schedule keeps to these budgets and to the memory allowed; allow more of either", argument="budgets"
         )
-    fingerprint = front.points[0].schedule.fingerprint
-    _save(printer, front, f"{fingerprint.model_class}, {fingerprint.num_steps} steps", output)
     return front
 
 
-def _save(printer: Printer, front: Front, title: str, output: Path) -> None:
+def _save(printer: Printer, front: Front, output: Path) -> None:
     from layercache.tools.report.front import front_table, order_sentence, rows_of, save_front_page, save_front_plot
 
+    fingerprint = front.points[0].schedule.fingerprint
+    title = f"{fingerprint.model_class}, {fingerprint.num_steps} steps"
     rows = rows_of(front)
-    front.save(output)
+    save(output, front.save)
     save_front_plot(output.with_suffix(".png"), rows, title)
-    page = save_front_page(output.with_suffix(".html"), rows, title)
+    page = save_front_page(output.with_suffix(".html"), rows, title, front=front)
     order = [order_sentence(rows)] if len(rows) > 1 else []
     printer.say(
         front_table(rows, title), *order, *map(shown, front.notes), f"front: {shown(output)}", f"page: {shown(page)}"
     )
-    printer.say(f"next: layercache plan {shown(output)} --budget {front.points[0].used:.2f}", style="dim")
+    printer.following(["plan", output, "--budget", budget_of(front)])
     printer.figures({"kind": "front", "runs": front.tried, "points": [row.to_json() for row in rows]})

@@ -16,30 +16,73 @@ if TYPE_CHECKING:
     from layercache.schedule.module_schedule import ModuleSchedule
     from layercache.tools.cli.files import Content
 
+Page = Annotated[Path | None, typer.Option(help="Also write it as a page, with plots and maps to point at (HTML).")]
+
 # What is printed, what its marks mean, and the figures.
 Explained = tuple[tuple[Any, ...], str, dict[str, Any]]
 
 
 def show(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A schedule, a profile or a front.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A schedule, a profile, a front, or a file of results.")
+    ],
     plot: Plot = None,
+    page: Page = None,
     json_to: Json = None,
 ) -> None:
-    """Explain a schedule or a profile in words and as a table of steps by groups; a front as a table of schedules.
+    """Explain a schedule or a profile in words and as a table of steps by groups; a front or results as a table.
 
-    Example: `layercache show schedule.json --plot schedule.png`
+    Example: `layercache show schedule.json --page schedule.html`
     """
-    check_outputs({"plot": plot, "json_to": json_to}, [file])
+    check_outputs({"plot": plot, "page": page, "json_to": json_to}, [file])
+    if page is not None:
+        from layercache.tools.report import pages
+
+        pages.check_installed()
     printer = Printer(json_to)
+    if results := _results(file):
+        _show_results(printer, file, results, plot, page)
+        return
     content = load(file)
     parts, legend, figures = _explain(content)
     if plot is not None:
         _plot(plot, file.name, content)
+    if page is not None:
+        _save_page(page, file.name, content)
     printer.say(*parts)
     printer.say(legend, style="dim")
-    if plot is not None:
-        printer.say(f"plot: {shown(plot)}")
+    printer.say(*(f"{name}: {shown(path)}" for name, path in (("plot", plot), ("page", page)) if path is not None))
     printer.figures(figures)
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """What a file of results holds; empty of any other file."""
+    from layercache._utils.formats import COMPARISON, format_of
+
+    if format_of(file) not in (None, COMPARISON):
+        return {}
+    from layercache.tools.bench.pages import kind_of
+    from layercache.tools.bench.results import read_result
+
+    found = read_result(file) or {}
+    return found if kind_of(found) else {}
+
+
+def _show_results(printer: Printer, file: Path, results: dict[str, Any], plot: Path | None, page: Path | None) -> None:
+    from layercache.errors import FileFormatError
+    from layercache.tools.bench.pages import result_tables, save_result_page
+
+    if plot is not None:
+        raise FileFormatError(f"{shown(file)} is a file of results, which --page draws, not --plot", argument="plot")
+    try:
+        tables = result_tables(results)
+        written = save_result_page(page, results, file.stem, file) if page is not None else None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{shown(file)} is no whole file of results: {error}") from error
+    printer.say(*tables)
+    if written is not None:
+        printer.say(f"page: {shown(written)}")
+    printer.figures(results)
 
 
 def _explain(content: Content) -> Explained:
@@ -59,6 +102,20 @@ def _explain(content: Content) -> Explained:
     return parts, tables.profile_legend(content), tables.profile_figures(content)
 
 
+def _save_page(path: Path, title: str, content: Content) -> Path:
+    from layercache.planning.front import Front
+    from layercache.planning.profile import StabilityProfile
+    from layercache.tools.report import cells
+
+    if isinstance(content, Front):
+        from layercache.tools.report.front import rows_of, save_front_page
+
+        return save_front_page(path, rows_of(content), title, front=content)
+    if isinstance(content, StabilityProfile):
+        return cells.save_profile_page(path, content, title)
+    return cells.save_schedule_page(path, content, title)
+
+
 def _explain_modules(schedule: ModuleSchedule) -> Explained:
     from layercache.tools.report import tables
 
@@ -69,7 +126,7 @@ def _explain_modules(schedule: ModuleSchedule) -> Explained:
         "reused_steps": sorted(schedule.reused_steps),
         "made_by": dict(schedule.made_by),
     }
-    return parts, "Modules that are computed, of each kind; the others take their last output.", figures
+    return parts, tables.MODULE_LEGEND, figures
 
 
 def _explain_front(front: Front) -> Explained:
@@ -102,18 +159,26 @@ def _plot(path: Path, title: str, content: Content) -> Path:
     return plots.save_maps(path, [panel])
 
 
-def models(json_to: Json = None) -> None:
-    """List the transformers that are known, and which methods each supports.
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A transformer or a pipeline, or a part of its name, such as Kontext.")
+    ] = None,
+    json_to: Json = None,
+) -> None:
+    """List the transformers that are known, the pipelines that run them, and which methods each supports.
 
     Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
     TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
     single modules: where the table has a dash, the model's description does not say where those are. Another class is
     found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+
+    Example: `layercache models FluxKontextPipeline`
     """
-    from layercache.tools.report.tables import model_rows, models_table
+    from layercache.tools.known_models import named_rows, pipeline_lines
+    from layercache.tools.report.tables import models_table
 
     check_outputs({"json_to": json_to})
     printer = Printer(json_to)
-    rows = model_rows()
-    printer.say(models_table(rows))
+    rows = named_rows(name)
+    printer.say(models_table(rows), "Pipelines of this diffusers:", *pipeline_lines(rows))
     printer.figures({"models": rows})

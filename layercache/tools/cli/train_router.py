@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,28 +12,25 @@ import typer
 from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Budget,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Height,
     Json,
-    Model,
     Plot,
     Printer,
-    Prompts,
-    PromptsFile,
     Steps,
-    Width,
     batches_of,
     check_outputs,
     check_picture_name,
+    save,
+    when_stopped,
 )
+from layercache.tools.cli.following import generate_with, with_command
+from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
 from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
 
 if TYPE_CHECKING:
     from layercache.methods.l2c import LearnedRouter
     from layercache.schedule.module_schedule import ModuleSchedule
+
+GOES_ON = "the same command goes on from there"
 
 Rounds = Annotated[int, typer.Option(min=1, help="Generations to learn from.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures per generation.")]
@@ -48,10 +46,11 @@ Checkpoint = Annotated[
 ]
 
 
+@with_options
 def train_router(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    prompts_file: PromptsFile = None,
+    model: ModelOptions,
+    prompts: PromptOptions,
+    call: CallOptions,
     rounds: Rounds = 24,
     batch: Batch = 4,
     penalty: Penalty = 1e-4,
@@ -60,14 +59,9 @@ def train_router(
     threshold: Threshold = 0.1,
     budget: Budget = None,
     num_inference_steps: Steps = 30,
-    guidance_scale: Guidance = None,
-    height: Height = None,
-    width: Width = None,
     output: Output = Path("router.json"),
     checkpoint: Checkpoint = None,
     plot: Plot = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.bfloat16,
     json_to: Json = None,
 ) -> None:
     """Train a Learning-to-Cache router: which modules can be left out at every second step.
@@ -78,19 +72,20 @@ def train_router(
     Example: `layercache train-router --rounds 40 --budget 0.7 -o router.json`
     """
     kept = checkpoint or output.with_suffix(".pt")
-    check_outputs({"output": output, "checkpoint": kept, "plot": plot, "json_to": json_to}, [prompts_file])
+    check_outputs({"output": output, "checkpoint": kept, "plot": plot, "json_to": json_to}, [prompts.prompts_file])
     _check_plot(plot)
     from layercache.methods import l2c
 
     settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
-    pipe, found = load_with_prompts(model, prompts, prompts_file, device, dtype)
-    call = _latent_only(pipe, quiet_call(pipe, num_inference_steps, guidance_scale, height, width))
-    samples = batches_of(found, 0, -(-len(found) // batch) * batch, batch)
-    printer = Printer(json_to)
-    with refused_arguments():
-        router = settings.train(pipe, samples, kept, printer.console.is_terminal, **call)
+    pipe, found = load_with_prompts(model, prompts, call)
+    arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call))
+    samples, printer = batches_of(found, 0, -(-len(found) // batch) * batch, batch), Printer(json_to)
+    with refused_arguments(), when_stopped(f"Stopped. The rounds so far are in {shown(kept)}; {GOES_ON}."):
+        router = settings.train(pipe, samples, kept, printer.console.is_terminal, **arguments)
     schedule = router.schedule(threshold if budget is None else None, budget)
-    _report(printer, router, schedule, {"schedule": schedule.save(output), "checkpoint": kept}, plot)
+    schedule = replace(schedule, fingerprint=with_command(schedule.fingerprint, model, call, found[0]))
+    save(output, schedule.save)
+    _report(printer, router, schedule, {"schedule": output, "checkpoint": kept}, plot)
 
 
 def _latent_only(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
@@ -122,4 +117,6 @@ def _report(
         f"the schedule computes {schedule.used:.1%} of the modules' time",
         *(f"{name}: {shown(path)}" for name, path in files.items()),
     )
+    drawing = generate_with(files["schedule"], schedule.fingerprint, "--compare")
+    printer.following(drawing or ["show", files["schedule"]])
     printer.figures({"losses": router.losses, "used": schedule.used, "beta": router.beta.tolist()})

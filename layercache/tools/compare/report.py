@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from layercache._utils.files import write_atomically
-from layercache._utils.metrics import summarise
+from layercache._utils.metrics import stills, summarise
 from layercache._utils.text import shown
-from layercache.tools.compare.run import Comparison, Outcome
-from layercache.tools.report.console import table_html
-from layercache.tools.report.plots import PictureRow, curve_label, math_free, new_figure, save_figure, save_pictures
+from layercache.tools.compare.files import ComparisonFiles, Outcome
+from layercache.tools.report import pages
+from layercache.tools.report.charts import CurvePoint, pareto_chart
+from layercache.tools.report.fitting import Column, FittingTable
+from layercache.tools.report.front import READ_A_CURVE
+from layercache.tools.report.pictures import GAIN, PictureEntry, page_pictures
+from layercache.tools.report.plots import (
+    PictureRow,
+    curve_label,
+    curve_styles,
+    math_free,
+    new_figure,
+    save_figure,
+    save_pictures,
+)
+from layercache.tools.report.words import origin_words
 
-WIDTH = 170
+COLUMNS = (
+    Column("method", numeric=False),
+    Column("budget", 3),
+    Column("used", about="share of the block time computed"),
+    Column("speedup", about="median of the repeats, each beside a full run"),
+    Column("range", 4, about="the lowest and the highest speedup of the repeats"),
+    Column("PSNR", about="mean, in dB, against the full run"),
+    Column("median", 6, about="of the PSNR"),
+    Column("10 %", 1, about="what nine pictures of ten exceed, in dB"),
+    Column("SSIM", 2),
+    Column("LPIPS", 5),
+    Column("MiB", 7, about="memory of what is stored"),
+    Column("operators", 8, about="of PyTorch, per step"),
+    Column("reads", 8, about="values read by the host, per step"),
+    Column("setting", 9, numeric=False, wraps=True),
+)
+CAPTION = (
+    "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup: median of the repeats, each "
+    "beside a full run; operators of PyTorch and values read by the host, per step; a dash: not known."
+)
 
 
-def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int = WIDTH) -> Table:
-    """A row per method and budget; what failed is in `failures`. Below 150 columns the settings are left out."""
+def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int | None = None) -> FittingTable:
+    """A row per method and budget; what failed is in `failures`. A ``width`` below the console's is kept to."""
     with_lpips = any(outcome.lpips for outcome in outcomes)
-    table = Table(title=shown(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    table.caption = (
-        "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup against full runs before and "
-        "after; operators of PyTorch and values read by the host, per step; a dash: not known."
-    )
-    table.add_column("method", no_wrap=True)
-    headings = ["budget", "used", "speedup", "PSNR", "median", "10 %", "SSIM", *["LPIPS"] * with_lpips]
-    for heading in (*headings, "MiB", "operators", "reads"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    with_settings = width >= 150
-    if with_settings:
-        table.add_column("setting", no_wrap=True, overflow="ellipsis", max_width=width - 115)
+    columns = [column for column in COLUMNS if with_lpips or column.heading != "LPIPS"]
+    table = FittingTable(columns, title=title, caption=CAPTION, width=width)
     for outcome in outcomes:
         if outcome.error:
             continue
         psnr = summarise(outcome.psnr)
         table.add_row(
-            shown(outcome.method),
-            f"{outcome.budget:g}",
+            outcome.method,
+            "-" if outcome.is_fixed else f"{outcome.budget:g}",
             f"{outcome.used:.3f}",
             f"{outcome.speedup:.2f}x",
+            "{:.2f}-{:.2f}".format(*outcome.speedup_range) if outcome.speedups else "-",
             *(f"{value:.2f}" for value in (psnr.mean, psnr.median, psnr.quantile10)),
             f"{np.mean(outcome.ssim):.4f}",
             *([f"{np.mean(outcome.lpips):.4f}" if outcome.lpips else "-"] * with_lpips),
             "-" if outcome.cache_bytes is None else f"{outcome.cache_bytes / 2**20:.1f}",
             f"{outcome.operators:.0f}",
             f"{outcome.reads:.2f}",
-            *([shown(outcome.setting)] * with_settings),
+            origin_words(outcome.setting),
         )
     return table
 
@@ -70,13 +88,25 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def save_comparison(
-    comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str
+    comparison: ComparisonFiles,
+    outcomes: Sequence[Outcome],
+    columns: Sequence[str],
+    title: str,
+    commands: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Writes ``compare.png``, ``pictures.png`` and ``compare.html`` beside ``compare.json``; their paths, by name."""
+    """Writes ``compare.png``, ``pictures.png`` and ``compare.html`` beside ``compare.json``; their paths, by name.
+
+    Args:
+        comparison: what was compared.
+        outcomes: of it, those that are shown.
+        columns: names of the first pictures.
+        title: of the page and the plots.
+        commands: that give it again, see `layercache.tools.report.pages.save_page`.
+    """
     folder = comparison.folder
     plot = save_figure(draw_curves(outcomes, title), folder / "compare.png")
     grid = _save_grid(comparison, outcomes, columns, title)
-    page = save_page(folder / "compare.html", outcomes, title, [plot, *([grid] if grid else [])])
+    page = save_folder_page(folder / "compare.html", comparison, outcomes, columns, title, commands)
     return {"figures": comparison.file, "plot": plot, **({"pictures": grid} if grid else {}), "page": page}
 
 
@@ -86,20 +116,10 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
     axis = figure.subplots()
     good = [outcome for outcome in outcomes if not outcome.error]
     names = list(dict.fromkeys(outcome.method for outcome in good))
-    for number, name in enumerate(names):
+    for name, style in curve_styles(names).items():
         own = sorted((outcome for outcome in good if outcome.method == name), key=lambda o: o.used)
         means = [summarise(outcome.psnr).mean for outcome in own]
-        # ours first and strong; another package's cache is drawn broken
-        look = {"color": f"C{number % 10}", "marker": "osv^D<>"[number // 10 % 7]}
-        look["linestyle"] = "--" if ":" in name else "-"
-        axis.plot(
-            [o.used for o in own],
-            means,
-            markersize=4,
-            linewidth=2.5 if number == 0 else 1.2,
-            label=curve_label(name),
-            **look,
-        )
+        axis.plot([o.used for o in own], means, markersize=4, label=curve_label(name), **style)
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.grid(alpha=0.3)
     if good:
@@ -107,30 +127,78 @@ def draw_curves(outcomes: Sequence[Outcome], title: str) -> Any:
     return figure
 
 
-def save_page(path: Path, outcomes: Sequence[Outcome], title: str, pictures: Sequence[Path]) -> Path:
-    """Table and pictures as one HTML file that refers to nothing outside itself."""
-    table, title = table_html(comparison_table(outcomes), WIDTH), shown(title)
-    images = "\n".join(
-        f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,'
-        f'{base64.b64encode(picture.read_bytes()).decode()}">'
-        for picture in pictures
-    )
-    notes = "\n".join(f"<p>{html.escape(line)}</p>" for line in failures(outcomes))
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em auto; max-width: 90em; color: #111; background: #fff }}
-img {{ max-width: 100%; display: block; margin: 1em 0 }} pre {{ overflow-x: auto; font-size: 13px }}</style></head>
-<body><h1>{html.escape(title)}</h1>
-{images}
-{table}
-{notes}</body></html>
-"""
-    return write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+def save_page(
+    path: Path,
+    outcomes: Sequence[Outcome],
+    title: str,
+    pictures: Sequence[pages.Block] = (),
+    *,
+    commands: Sequence[str] | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Path:
+    """Plot, table and pictures (of `pictures_block`) as one HTML file that refers to nothing outside itself."""
+    good = [outcome for outcome in outcomes if not outcome.error]
+    blocks: list[pages.Block] = []
+    if good:
+        points = [CurvePoint(o.method, o.used, o.psnr, o.speedup, origin_words(o.setting)) for o in good]
+        blocks.append(pages.Chart(pareto_chart(points), "Quality per compute", READ_A_CURVE))
+    blocks += [pages.Table.of(comparison_table(outcomes), "Figures"), *pictures]
+    if failed := failures(outcomes):
+        blocks.append(pages.Text(failed, "What could not be compared"))
+    return pages.save_page(path, title, blocks, commands=commands, machine=machine)
 
 
-def _save_grid(comparison: Comparison, outcomes: Sequence[Outcome], columns: Sequence[str], title: str) -> Path | None:
+def save_folder_page(
+    path: Path,
+    comparison: ComparisonFiles,
+    outcomes: Sequence[Outcome],
+    columns: Sequence[str],
+    title: str,
+    commands: Sequence[str] | None = None,
+) -> Path:
+    """The page of `save_comparison` alone.
+
+    Raises:
+        FileFormatError: the pictures of the full run are missing or damaged.
+    """
+    pictures = folder_pictures(comparison, outcomes, columns)
+    return save_page(path, outcomes, title, pictures, commands=commands, machine=comparison.machine)
+
+
+def folder_pictures(
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str]
+) -> list[pages.Block]:
+    """Of these outcomes, what the folder holds.
+
+    Raises:
+        FileFormatError: the pictures of the full run are missing or damaged.
+    """
+    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
+
+
+def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str]) -> list[pages.Block]:
+    """Full and cached pictures of entries under a slider; nothing where there are none."""
+    if not entries:
+        return []
+    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", "Full, cached, difference")]
+
+
+def _entries(comparison: ComparisonFiles, outcomes: Sequence[Outcome]) -> list[PictureEntry]:
+    """What was kept of every outcome."""
+    found = []
+    for outcome in outcomes:
+        pictures = None if outcome.error else comparison.pictures(outcome)
+        if pictures is not None:
+            entry = (outcome.method, outcome.budget, outcome.used, pictures, outcome.psnr, outcome.ssim)
+            found.append(PictureEntry(*entry))
+    return found
+
+
+def _save_grid(
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str], title: str
+) -> Path | None:
     """The first pictures of every method at its smallest share of compute that was reached."""
-    rows = [PictureRow("full", comparison.full_pictures()[: len(columns)])]
+    rows = [PictureRow("full", stills(comparison.full_pictures()[: len(columns)]))]
     for name in dict.fromkeys(outcome.method for outcome in outcomes):
         own = [o for o in outcomes if o.method == name and not o.error and math.isfinite(o.used)]
         if not own:
@@ -139,7 +207,7 @@ def _save_grid(comparison: Comparison, outcomes: Sequence[Outcome], columns: Seq
         pictures = comparison.pictures(least)
         if pictures is not None:
             captions = [f"{value:.1f} dB" for value in least.psnr[: len(columns)]]
-            rows.append(PictureRow(f"{name}\nused {least.used:.2f}", pictures[: len(columns)], captions))
+            rows.append(PictureRow(f"{name}\nused {least.used:.2f}", stills(pictures[: len(columns)]), captions))
     if len(rows) == 1:
         return None
     return save_pictures(comparison.folder / "pictures.png", rows, list(columns), title)

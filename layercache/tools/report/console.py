@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,10 +21,3 @@ class PlainConsole(Console):
         """What a renderable gives, its control characters written as escapes."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=cleaned(segment.text))
-
-
-def table_html(renderable: RenderableType, width: int) -> str:
-    """A table as preformatted HTML that holds no links."""
-    console = PlainConsole(record=True, width=width, file=io.StringIO())
-    console.print(renderable)
-    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from layercache._utils.files import write_atomically
 from layercache._utils.metrics import Summary, summarise
-from layercache._utils.text import shown
 from layercache.planning.front import Front
-from layercache.tools.report.console import table_html
-from layercache.tools.report.plots import curve_label, math_free, new_figure, save_figure
+from layercache.tools.report import pages
+from layercache.tools.report.cells import READ_A_CELL, schedules_chart
+from layercache.tools.report.charts import CurvePoint, pareto_chart
+from layercache.tools.report.fitting import Column, FittingTable
+from layercache.tools.report.plots import curve_label, curve_styles, math_free, new_figure, save_figure
+from layercache.tools.report.words import origin_words
+
+COLUMNS = (
+    Column("method", numeric=False),
+    Column("used", about="share of the block time computed"),
+    Column("speedup", 1, about="of the denoising loop, by measured seconds"),
+    Column("PSNR", about="mean, in dB, against the full run"),
+    Column("median", 4, about="of the PSNR"),
+    Column("10 %", 1, about="what nine pictures of ten exceed, in dB"),
+    Column("expected", 3, about="mean and 10 % of pictures like the calibration's, in dB"),
+    Column("found by", 5, numeric=False, wraps=True),
+)
+READ_A_CURVE = (
+    "Point at a mark for its figures; its curve stands out. A click on the legend keeps a method, with shift several. "
+    "Thick: layercache. Broken: caches of other packages."
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,22 @@ class FrontRow:
         }
 
 
+def rows_from_json(rows: Sequence[Mapping[str, Any]]) -> list[FrontRow]:
+    """Those that `FrontRow.to_json` gave, without the calibration's pictures, which it does not hold."""
+    return [
+        FrontRow(
+            str(row["name"]),
+            float(row["budget"]),
+            float(row["used"]),
+            str(row["origin"]),
+            (),
+            tuple(map(float, row["held_out_psnr"])),
+            None if row.get("speedup") is None else float(row["speedup"]),
+        )
+        for row in rows
+    ]
+
+
 def rows_of(front: Front) -> list[FrontRow]:
     """The points of a front, most compute first."""
     return [
@@ -80,34 +107,26 @@ def rows_of(front: Front) -> list[FrontRow]:
     ]
 
 
-def front_table(rows: Sequence[FrontRow], title: str = "") -> Table:
+def front_table(rows: Sequence[FrontRow], title: str = "") -> FittingTable:
     """PSNR of every method at every budget, on held-out pictures where there are some, else on the calibration's."""
     judged = "held-out" if any(row.held_out for row in rows) else "calibration"
     count = max((row.judged.count for row in rows), default=0)
-    table = Table(
-        title=shown(title),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption=f"PSNR in dB of {count} {judged} pictures against the full run; 'expected': mean and 10 % from "
-        "leaving each calibration picture out.",
-        caption_justify="left",
+    caption = (
+        f"PSNR in dB of {count} {judged} pictures against the full run; 'expected': mean and 10 % from leaving each "
+        "calibration picture out."
     )
-    table.add_column("method", no_wrap=True)
-    for heading in ("used", "speedup", "PSNR", "median", "10 %", "expected"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("found by", overflow="fold")
+    table = FittingTable(COLUMNS, title=title, caption=caption)
     for row in rows:
         summary = row.judged
         table.add_row(
-            shown(row.name),
+            row.name,
             f"{row.used:.3f}",
             f"{row.speedup:.2f}x" if row.speedup else "-",
             f"{summary.mean:.2f}",
             f"{summary.median:.2f}",
             f"{summary.quantile10:.2f}",
             f"{summarise(row.expected).mean:.1f} / {summarise(row.expected).quantile10:.1f}" if row.expected else "-",
-            shown(row.origin),
+            origin_words(row.origin),
         )
     return table
 
@@ -147,31 +166,55 @@ def save_front_plot(path: str | os.PathLike[str], rows: Sequence[FrontRow], titl
     return save_figure(_draw(rows, title), path)
 
 
-def save_front_page(path: str | os.PathLike[str], rows: Sequence[FrontRow], title: str = "") -> Path:
-    """Plot and table as one HTML file that refers to nothing outside itself."""
-    picture = io.BytesIO()
-    _draw(rows, title).savefig(picture, format="png", dpi=120)
-    table = table_html(front_table(rows), 150)
-    heading = html.escape(shown(title) or "Quality per compute")
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em auto; max-width: 75em; color: #111; background: #fff }}
-img {{ max-width: 100% }} pre {{ overflow-x: auto }}</style></head>
-<body><h1>{heading}</h1><img alt="PSNR over the share of compute" src="data:image/png;base64,{encoded}">
-{table}</body></html>
-"""
-    return write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+def save_front_page(
+    path: str | os.PathLike[str],
+    rows: Sequence[FrontRow],
+    title: str = "",
+    *,
+    front: Front | None = None,
+    notes: Sequence[str] = (),
+    commands: Sequence[str] | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Path:
+    """Plot, table and map of the schedules as one HTML file that refers to nothing outside itself.
+
+    Args:
+        path: of the file.
+        rows: what is plotted and listed.
+        title: its heading.
+        front: whose schedules are shown step by step.
+        notes: sentences below the heading; by default those of the front.
+        commands, machine: see `layercache.tools.report.pages.save_page`.
+
+    Raises:
+        MissingExtraError: a package that pages need is missing.
+        OutputError: it cannot be written.
+    """
+    points = [
+        CurvePoint(row.name, row.used, row.held_out or row.likely, row.speedup, origin_words(row.origin))
+        for row in rows
+    ]
+    blocks: list[pages.Block] = [
+        pages.Chart(pareto_chart(points), "Quality per compute", READ_A_CURVE),
+        pages.Table.of(front_table(rows), "Figures"),
+    ]
+    if front is not None and front.points:
+        schedules = {f"used {point.used:.3f}": point.schedule for point in reversed(front.points)}
+        blocks.append(pages.Chart(schedules_chart(schedules), "What each schedule computes", READ_A_CELL))
+    lead = [order_sentence(rows)] if len({row.name for row in rows}) == 1 else []
+    lead += notes or (front.notes if front is not None else ())
+    heading = title or "Quality per compute"
+    return pages.save_page(path, heading, blocks, lead=lead, commands=commands, machine=machine)
 
 
 def _draw(rows: Sequence[FrontRow], title: str) -> Any:
     figure = new_figure(7.5, 4.6)
     axis = figure.subplots()
-    for name in dict.fromkeys(row.name for row in rows):
+    for name, style in curve_styles(list(dict.fromkeys(row.name for row in rows))).items():
         own = sorted((row for row in rows if row.name == name), key=lambda row: row.used)
         used = [row.used for row in own]
-        (line,) = axis.plot(used, [row.judged.mean for row in own], marker="o", label=curve_label(name))
-        axis.plot(used, [row.judged.quantile10 for row in own], linestyle=":", marker=".", color=line.get_color())
+        axis.plot(used, [row.judged.mean for row in own], markersize=5, label=curve_label(name), **style)
+        axis.plot(used, [row.judged.quantile10 for row in own], linestyle=":", marker=".", color=style["color"])
     axis.set(xlabel="share of the block time computed", ylabel="PSNR against the full run (dB)", title=math_free(title))
     axis.plot([], [], linestyle=":", color="grey", label="10 % quantile")
     axis.grid(alpha=0.3)

@@ -49,13 +49,13 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def machine_info() -> dict[str, Any]:
-    """The machine and the versions that figures were measured with."""
+def machine_info(ask_torch: bool = True) -> dict[str, Any]:
+    """The machine and the versions that figures were measured with; threads and GPU only where torch is asked."""
     return {
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
-        **_torch_devices(),
+        **(_torch_devices() if ask_torch else {"threads": None, "gpu": None}),
         "versions": {
             "layercache": __version__,
             "python": platform.python_version(),
@@ -87,7 +87,8 @@ def _torch_devices() -> dict[str, Any]:
 def machine_line(info: Mapping[str, Any]) -> str:
     """One line for below a table."""
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
-    return f"{info['gpu'] or info['cpu']}, {info['threads']} CPU threads; {versions}"
+    threads = f", {info['threads']} CPU threads" if info["threads"] else ""
+    return f"{info['gpu'] or info['cpu']}{threads}; {versions}"
 
 
 def print_json(data: Any) -> None:

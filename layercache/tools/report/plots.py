@@ -16,6 +16,7 @@ from layercache._utils.metrics import as_pictures
 from layercache._utils.text import cleaned, shown
 from layercache.errors import MissingExtraError
 from layercache.schedule.schedule import Cell, Schedule
+from layercache.tools.report.charts import MARKS, looks
 from layercache.tools.report.tables import group_name
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ DPI = 100
 SMALLEST_CELL, LARGEST_CELL = 96, 512
 LABEL_WIDTH, TITLE_HEIGHT, COLUMN_HEIGHT, CAPTION_HEIGHT, GAP = 160, 28, 26, 16, 8
 DIFFERENCE_GAIN = 4.0
+MARKERS = dict(zip(MARKS, "os^DPv><", strict=True))  # as matplotlib calls the marks
 COMPUTED, REUSED, FORECAST, SKIPPED = "#1b7837", "#c7dcef", "#d8c3e8", "#f3ead2"
 
 
@@ -289,6 +291,19 @@ def curve_label(name: str) -> str:
     """A name for a legend, which leaves out names that begin with an underscore."""
     label = math_free(shown(name))
     return f" {label}" if label.startswith("_") else label
+
+
+def curve_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, mark and line of each name's curve, as on a page: ours thick, caches of other packages broken."""
+    return {
+        name: {
+            "color": colour,
+            "marker": MARKERS[mark],
+            "linewidth": 2.5 if name.startswith("layercache") else 1.2,
+            "linestyle": "--" if ":" in name else "-",
+        }
+        for name, (colour, mark) in looks(names).items()
+    }
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from layercache._utils.metrics import Summary, summarise
 from layercache._utils.text import shown
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule, Velocity
+from layercache.tools.report.fitting import Column, FittingTable
+from layercache.tools.report.words import origin_words
 
 if TYPE_CHECKING:
     from layercache.planning.profile import StabilityProfile
@@ -55,21 +55,19 @@ class Measured:
         }
 
 
-def comparison_table(measured: Sequence[Measured]) -> Table:
+def comparison_table(measured: Sequence[Measured]) -> FittingTable:
     """The figures of several runs, one row each; speedups are against the first one."""
     pictures = max(len(row.psnr) for row in measured)
     caption = (
         f"PSNR in dB (mean, median, 10 % quantile) and SSIM (mean) of {pictures} {_plural('picture', pictures)} "
         f"against the first row."
     )
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column("run", no_wrap=True)
-    for heading in ("used", "seconds", "speedup", "PSNR", "median", "10 %", "SSIM"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = [Column("run", numeric=False), Column("used"), Column("seconds", 3), Column("speedup"), Column("PSNR")]
+    table = FittingTable([*columns, Column("median", 4), Column("10 %", 1), Column("SSIM", 2)], caption=caption)
     for row in measured:
         psnr, ssim = _summary(row.psnr), _summary(row.ssim)
         table.add_row(
-            shown(row.name),
+            row.name,
             f"{row.used:.3f}",
             f"{row.seconds:.2f}",
             f"{measured[0].seconds / row.seconds:.2f}x",
@@ -174,7 +172,9 @@ def schedule_sentences(schedule: Schedule) -> str:
     if schedule.branch_cells:
         lines.append(f"- Branch {shown(', '.join(schedule.branch_cells))} has steps of its own; the others are shown.")
     made_by = ", ".join(
-        f"{shown(key)} {shown(_setting(value))}" for key, value in schedule.made_by.items() if value is not None
+        f"{shown(key)} {shown(origin_words(_setting(value)))}"
+        for key, value in schedule.made_by.items()
+        if value is not None
     )
     lines.append(f"Made by layercache {shown(figures['package_version'])}: {made_by or 'unknown'}.")
     return "\n".join(lines)
@@ -247,12 +247,15 @@ def cell_text(cell: Cell, compact: bool = False) -> Text:
     return Text(" ".join(terms).removeprefix("+"), style="magenta")
 
 
-def schedule_table(schedule: Schedule) -> Table:
-    """One line per step, one column per group; `schedule_legend` explains the cells."""
-    compact = _is_compact(schedule.groups)
-    table = _steps_table(schedule.groups)
-    if schedule.velocities:
-        table.add_column("velocity", no_wrap=True)
+def schedule_table(schedule: Schedule, compact: bool | None = None) -> FittingTable:
+    """One line per step, one column per group; `schedule_legend` explains the cells.
+
+    ``compact`` cells take a character or two, which by default is so of many groups.
+    """
+    compact = _is_compact(schedule.groups) if compact is None else compact
+    table = _steps_table(
+        schedule.groups, compact, [Column("velocity", numeric=False, wraps=True)] * bool(schedule.velocities)
+    )
     for step, row in enumerate(schedule.cells):
         runs = step in schedule.fingerprint.steps
         cells = [cell_text(cell, compact) if runs else Text("") for cell in row]
@@ -275,20 +278,18 @@ def module_sentences(schedule: ModuleSchedule) -> str:
     return "\n".join(lines)
 
 
-def module_table(schedule: ModuleSchedule) -> Table:
+def module_table(schedule: ModuleSchedule) -> FittingTable:
     """Steps by kinds of modules: how many are computed."""
     kinds = [_kind_of(name) for name in schedule.units]
     columns = list(dict.fromkeys(kinds))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", "sigma", *columns):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittingTable([Column(heading) for heading in ("step", "sigma", *columns)], keys=2)
     for step, row in enumerate(schedule.computed):
         counts = [
             f"{sum(c for c, own in zip(row, kinds, strict=True) if own == kind)} of {kinds.count(kind)}"
             for kind in columns
         ]
-        shown = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
-        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *shown)
+        cells = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
+        table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
 
@@ -298,9 +299,12 @@ def _kind_of(unit: str) -> str:
     return f"{parts[0]}.{parts[2]}" if len(parts) == 3 else shown(unit)
 
 
-def schedule_legend(schedule: Schedule) -> str:
+MODULE_LEGEND = "Modules that are computed, of each kind; the others take their last output."
+
+
+def schedule_legend(schedule: Schedule, compact: bool | None = None) -> str:
     """How to read `schedule_table`."""
-    return _cell_legend(schedule) + (
+    return _cell_legend(_is_compact(schedule.groups) if compact is None else compact) + (
         " skip (-): no block runs. velocity: what the sampler gets, v5 being what the model gave at step 5 and x the "
         "latents; empty: the model's own."
         if schedule.velocities
@@ -308,8 +312,8 @@ def schedule_legend(schedule: Schedule) -> str:
     )
 
 
-def _cell_legend(schedule: Schedule) -> str:
-    if _is_compact(schedule.groups):
+def _cell_legend(compact: bool) -> str:
+    if compact:
         return (
             "A column is headed by its group's first block. ■: the blocks run. ·: the stored residual (output minus "
             "input) is added again. A number: a forecast from two stored residuals that many steps apart."
@@ -360,13 +364,13 @@ def profile_sentences(profile: StabilityProfile) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.4g} s"
 
 
-def profile_table(profile: StabilityProfile) -> Table:
+def profile_table(profile: StabilityProfile, compact: bool | None = None) -> FittingTable:
     """Relative change of each group's residual since the step before: one line per step, one column per group."""
-    compact = _is_compact(profile.groups)
-    table = _steps_table(profile.groups)
+    compact = _is_compact(profile.groups) if compact is None else compact
+    table = _steps_table(profile.groups, compact)
     for step, row in enumerate(profile.stability()):
         cells = [stability_text(float(value), compact) for value in row]
         table.add_row(str(step), f"{profile.fingerprint.sigmas[step]:.3f}", *cells)
@@ -381,9 +385,10 @@ def stability_text(change: float, compact: bool = False) -> Text:
     return Text(f"{100 * change:.0f}" if compact else f"{change:.1%}", style=style)
 
 
-def profile_legend(profile: StabilityProfile) -> str:
+def profile_legend(profile: StabilityProfile, compact: bool | None = None) -> str:
     """How to read `profile_table`."""
-    heading = "In percent, a column is headed by its group's first block. " if _is_compact(profile.groups) else ""
+    compact = _is_compact(profile.groups) if compact is None else compact
+    heading = "In percent, a column is headed by its group's first block. " if compact else ""
     return (
         f"{heading}How much the residual (output minus input) of each group changed since the step before, relative "
         "L1: where it changes little, caching costs little."
@@ -395,14 +400,11 @@ def _is_compact(groups: Sequence[tuple[int, int]]) -> bool:
     return len(groups) > MOST_WIDE_COLUMNS
 
 
-def _steps_table(groups: Sequence[tuple[int, int]]) -> Table:
-    compact = _is_compact(groups)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0) if compact else (0, 1))
-    table.add_column("step", justify="right")
-    table.add_column("sigma", justify="right")
-    for group in groups:
-        table.add_column(str(group[0]) if compact else group_name(group), justify="right", no_wrap=True)
-    return table
+def _steps_table(groups: Sequence[tuple[int, int]], compact: bool, more: Sequence[Column] = ()) -> FittingTable:
+    """Without rows; groups that do not fit come below, behind step and sigma again."""
+    headings = ["step", "sigma", *(str(group[0]) if compact else group_name(group) for group in groups)]
+    columns = [*map(Column, headings), *more]
+    return FittingTable(columns, keys=2, boxed=False, gap=1 if compact else 2)
 
 
 def model_rows() -> list[dict[str, Any]]:
@@ -426,11 +428,11 @@ def model_rows() -> list[dict[str, Any]]:
     ]
 
 
-def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def models_table(rows: Sequence[Mapping[str, Any]]) -> FittingTable:
     """The same as a table."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("transformer", "blocks", "streams", "TeaCache", "modules"):
-        table.add_column(heading)
+    importance = {"transformer": 0, "blocks": 2, "streams": 1, "TeaCache": 0, "modules": 0}
+    wrapping = ("transformer", "blocks", "streams")
+    table = FittingTable([Column(name, rank, False, name in wrapping) for name, rank in importance.items()])
     for row in rows:
         lists = [f"{name} (joined)" if name in row["joined"] else name for name in row["block_lists"]]
         name = row["model"] if row["installed"] else f"{row['model']} (not in this diffusers)"

@@ -1,0 +1,154 @@
+"""The model that is compared on, and what methods are tuned with: calibration samples and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import layercache
+from layercache.errors import LayerCacheError
+from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, teacache
+from layercache.methods.full_runs import generate_once, magnitude_ratios
+from layercache.planning.front import Front
+from layercache.planning.profile import StabilityProfile
+from layercache.planning.rollout import Rollouts
+from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.tuned import METHODS
+
+
+@dataclass
+class CalibratedModel:
+    """A model, and what is measured on calibration samples for the methods that need it; all of it made on demand.
+
+    Attributes:
+        pipeline: a diffusers pipeline.
+        prompts, seeds: calibration samples, see `layercache.planning.rollout.Rollouts`.
+        call: arguments of every call.
+        budgets: shares of the block time.
+        effort: of the search.
+        search_files: folder of the search, so that it can go on.
+        rounds: generations that Learning-to-Cache learns from.
+    """
+
+    pipeline: Any
+    prompts: Sequence[Any]
+    seeds: Sequence[int]
+    call: Mapping[str, Any]
+    budgets: Sequence[float]
+    effort: str = "normal"
+    search_files: Any = None
+    rounds: int = 12
+    _made: dict[tuple[str, float], tuple[Any, str] | LayerCacheError] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def profile(self) -> StabilityProfile:
+        count = len(self.prompts[0]) if isinstance(self.prompts[0], (list, tuple)) else 1
+        call = {k: v for k, v in self.call.items() if k != "output_type"}
+        # one call measures; its first seed is that of its batch
+        return layercache.calibrate(
+            self.pipeline, self.prompts[:1], seeds=self.seeds[:count][:1], progress=False, **call
+        )
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.profile.fingerprint
+
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        return Rollouts(self.pipeline, self.prompts, self.seeds, **self.call)
+
+    @cached_property
+    def front(self) -> Front:
+        return layercache.search(
+            self.pipeline,
+            self.prompts,
+            seeds=self.seeds,
+            budgets=self.budgets,
+            effort=self.effort,
+            resume=self.search_files,
+            progress=False,
+            **self.call,
+        )
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        """Mean over the branches, as the published ones: guidance amplifies what is computed for one branch alone."""
+        ratios = magnitude_ratios(self.pipeline, self.prompts[0], self.seeds[0], **self._latent_call)
+        return tuple(sum(values) / len(ratios) for values in zip(*ratios.values(), strict=True))
+
+    @cached_property
+    def teacache(self) -> TeaCache:
+        """With the published coefficients of the model's class, else with fitted ones."""
+        name = self.fingerprint.model_class
+        if name in teacache.MODELS:
+            return TeaCache().for_model(name)
+        coefficients, _ = teacache.fit(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+        return TeaCache(coefficients=coefficients)
+
+    @cached_property
+    def rates(self) -> invardiff.Rates:
+        return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+
+    def invardiff(self, quantile: float) -> ModuleSchedule:
+        """One quantile for steps and modules."""
+        settings = InvarDiff(quantile, quantile)
+        cached = invardiff.first_phase(self.rates, settings)
+        again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
+        return invardiff.plan(self.rates, again, settings)
+
+    @cached_property
+    def router(self) -> l2c.LearnedRouter:
+        settings = LearningToCache(rounds=self.rounds)
+        return settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
+
+    @property
+    def _call_seeds(self) -> list[int]:
+        return list(self.seeds[: len(self.prompts)])
+
+    @property
+    def _latent_call(self) -> dict[str, Any]:
+        return {k: v for k, v in self.call.items() if k != "output_type"}
+
+    def made(self, name: str, budget: float) -> tuple[Any, str]:
+        """The plan of one of `METHODS` for a budget and what was set; made once, others of the same settings share it.
+
+        Raises:
+            LayerCacheError: there is no such plan; it is not looked for again.
+        """
+        found = self._made.get((name, budget))
+        if found is None:
+            try:
+                found = METHODS[name](self, budget)
+            except LayerCacheError as error:
+                found = error
+            self._made[name, budget] = found
+        if isinstance(found, LayerCacheError):
+            raise found
+        return found
+
+    def used_by(self, plan: Any) -> float:
+        """Share of the blocks that a plan computes on the first calibration sample."""
+        with layercache.enabled(self.pipeline, plan) as cache:
+            generate_once(self.pipeline, self.prompts[0], self.seeds[0], self._latent_call)
+            return float(cache.report().used)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its settings for one budget.
+
+    Attributes:
+        method: its name.
+        setting: what was set, for people to read.
+        budget: what it was set for; NaN where it runs as it is.
+        attach: a context manager around the generations, which gives the cache or, of another package's, ``None``.
+    """
+
+    method: str
+    setting: str
+    budget: float
+    attach: Callable[[], AbstractContextManager[Any]] = field(repr=False)

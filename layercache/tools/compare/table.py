@@ -1,0 +1,247 @@
+"""The table of a comparison: rows, and the forms they are read in."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from layercache._utils.files import check_output
+from layercache._utils.metrics import summarise
+from layercache._utils.text import shown
+from layercache.errors import MissingExtraError
+from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
+from layercache.tools.report import machine
+from layercache.tools.report.fitting import Column, FittingTable
+
+MOST_LINES = 24
+NUMBERS = ("budget", "used", "speedup", "range", "PSNR", "10 %", "worst", "SSIM", "LPIPS", "MiB")
+# Of those that a narrow terminal may leave out, the highest first.
+IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "MiB": 7}
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget.
+
+    Attributes:
+        method: its name.
+        setting: what was set for the budget.
+        budget: the share of the block time it was tuned to; ``None`` of a method that ran as it is.
+        used: the share that was computed; of another package's cache the share of block calls.
+        speedup: of whole calls against full runs beside them, the median of the repeats.
+        speedup_low, speedup_high: the lowest and the highest of them.
+        seconds: of a picture.
+        psnr_mean, psnr_median, psnr_p10, psnr_worst: in dB against the full run of the same seed: mean of the finite
+            ones, median, the value that nine pictures in ten exceed, and the lowest.
+        ssim, lpips: means; ``lpips`` is ``None`` where its weights are not there.
+        cache_bytes: of what is stored; ``None`` of another package's cache.
+        error: why there are no figures (all are NaN); empty where there are.
+        psnr: of every picture.
+        speedups: of every repeat.
+    """
+
+    method: str
+    setting: str
+    budget: float | None
+    used: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    seconds: float
+    psnr_mean: float
+    psnr_median: float
+    psnr_p10: float
+    psnr_worst: float
+    ssim: float
+    lpips: float | None
+    cache_bytes: int | None
+    error: str
+    psnr: tuple[float, ...] = ()
+    speedups: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Row:
+        """The row of an outcome."""
+        psnr = summarise(outcome.psnr or (math.nan,))
+        low, high = outcome.speedup_range
+        return cls(
+            method=outcome.method,
+            setting=outcome.setting,
+            budget=None if outcome.is_fixed else outcome.budget,
+            used=outcome.used,
+            speedup=outcome.speedup,
+            speedup_low=low,
+            speedup_high=high,
+            seconds=outcome.seconds / max(1, len(outcome.psnr)),
+            psnr_mean=psnr.mean,
+            psnr_median=psnr.median,
+            psnr_p10=psnr.quantile10,
+            psnr_worst=min(outcome.psnr, default=math.nan),
+            ssim=_mean(outcome.ssim),
+            lpips=_mean(outcome.lpips) if outcome.lpips else None,
+            cache_bytes=outcome.cache_bytes,
+            error=outcome.error,
+            psnr=outcome.psnr,
+            speedups=outcome.speedups,
+        )
+
+    @property
+    def cells(self) -> list[str]:
+        """Name, and the numbers of `NUMBERS`, as text."""
+        if self.error:
+            return [shown(self.method), _number(self.budget, "g"), *[DASH] * (len(NUMBERS) - 1)]
+        return [
+            shown(self.method),
+            _number(self.budget, "g"),
+            f"{self.used:.3f}",
+            f"{self.speedup:.2f}x",
+            f"{self.speedup_low:.2f}-{self.speedup_high:.2f}",
+            *(f"{value:.2f}" for value in (self.psnr_mean, self.psnr_p10, self.psnr_worst)),
+            f"{self.ssim:.4f}",
+            _number(self.lpips, ".4f"),
+            DASH if self.cache_bytes is None else f"{self.cache_bytes / 2**20:.1f}",
+        ]
+
+
+class ComparisonTable(Sequence[Row]):
+    """What `layercache.compare` found: a row per method and budget.
+
+    Attributes:
+        rows: in the order in which methods were given, each method's largest budget first.
+        title: what was compared.
+        full_seconds: of a picture of the full run; NaN where it is not known.
+        files: the folder it was measured in.
+    """
+
+    def __init__(self, files: ComparisonFiles, outcomes: Sequence[Outcome], title: str = "", owner: Any = None):
+        self.files, self.outcomes, self.title = files, list(outcomes), title
+        self.rows = tuple(Row.of(outcome) for outcome in outcomes)
+        self._owner = owner  # a temporary folder, which is gone when nobody has the table any more
+
+    @property
+    def full_seconds(self) -> float:
+        return self.files.full_seconds
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def of(self, method: str) -> list[Row]:
+        """The rows of a method."""
+        return [row for row in self.rows if row.method == method]
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a column per attribute of `Row`, but those of single pictures and repeats.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError(
+                'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
+            ) from error
+        columns = [field.name for field in fields(Row) if field.name not in ("psnr", "speedups")]
+        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
+
+    def to_json(self) -> str:
+        """The rows as JSON, with the machine that their times are of; infinities and NaN are strings."""
+        rows = [asdict(row) for row in self.rows]
+        data = {"title": self.title, "full_seconds": self.full_seconds, "machine": self.files.machine, "rows": rows}
+        return machine.json_text(data)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the figures, without the pictures, to a file that `load` reads.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        return self.files.save_as(Path(path), self.outcomes, self.title)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ComparisonTable:
+        """Reads what `save` wrote, or the folder of a comparison, of the command line too.
+
+        Raises:
+            FileFormatError: it is missing, damaged, or something else.
+        """
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        files = ComparisonFiles(folder)
+        data = parsed_file(folder / "compare.json" if path.is_dir() else path)
+        files.take(data)
+        return cls(files, list(files.outcomes.values()), str(data.get("title", "")))
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a page with the table, a plot and the first pictures, which refers to nothing outside itself.
+
+        Raises:
+            MissingExtraError: a package that draws it is not installed.
+            FileFormatError: the pictures are not there: the table was loaded from a file that lies apart from them.
+            OutputError: it cannot be written.
+        """
+        from layercache.tools.compare.report import save_folder_page
+
+        check_output(path)
+        return save_folder_page(Path(path), self.files, self.outcomes, self.files.captions, self.title or "Comparison")
+
+    def __repr__(self) -> str:
+        used, cells = self._columns()
+        columns = [Column("method", numeric=False), *(Column(name, IMPORTANCE.get(name, 0)) for name in used)]
+        table = FittingTable(columns, boxed=False, elsewhere=".to_pandas()")
+        for row in cells[:MOST_LINES]:
+            table.add_row(*row)
+        lines = [table.text(shutil.get_terminal_size().columns)]
+        if len(cells) > MOST_LINES:
+            lines.append(f"... and {len(cells) - MOST_LINES} rows more: .rows, .to_pandas(), .save_html(path)")
+        return "\n".join([*([shown(self.title)] if self.title else []), *lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        used, cells = self._columns()
+        title = f"<caption>{html.escape(shown(self.title))}</caption>" if self.title else ""
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        with_settings = [[*line, shown(row.setting)] for line, row in zip(cells, self.rows, strict=True)]
+        return html_table(["method", *used, "setting"], with_settings, title) + notes
+
+    def _columns(self) -> tuple[list[str], list[list[str]]]:
+        """Headings of the columns that any row has something in, and the rows' cells."""
+        cells = [row.cells for row in self.rows]
+        kept = [k for k, _ in enumerate(NUMBERS, 1) if any(row[k] != DASH for row in cells)]
+        return [NUMBERS[k - 1] for k in kept], [[row[0], *(row[k] for k in kept)] for row in cells]
+
+    def _notes(self) -> list[str]:
+        """What failed, a sentence each; the same reason at several budgets once."""
+        reasons = dict.fromkeys((row.method, row.error) for row in self.rows if row.error)
+        return [shown(f"{method} failed: {error}") for method, error in reasons]
+
+
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A plain table for notebooks."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        side = ' style="text-align: left"', ' style="text-align: right"'
+        return "".join(f"<{tag}{side[k > 0]}>{html.escape(cell)}</{tag}>" for k, cell in enumerate(row))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table>{caption}<thead><tr>{cells('th', headings)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
