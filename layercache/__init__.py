@@ -74,6 +74,8 @@ after_import("diffusers.models.cache_utils", _accept_cache_config)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return importlib.import_module("layercache.metrics")
     if name not in _HOMES:
         raise AttributeError(f"module 'layercache' has no attribute {name!r}")
     if name in ("enable", "enabled"):  # it registers what is run where no plan is given

@@ -207,9 +207,10 @@ def model_identity(pipe: Any) -> list[Any]:
 
 
 def _weights_of(transformer: Any) -> list[Any]:
-    # a number of each: other weights, or an adapter fused into them, change some
+    # a number of each: other weights, or an adapter fused into them, change some; by name, since other caches register
+    # blocks anew
     firsts: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in transformer.parameters():
+    for _, parameter in sorted(transformer.named_parameters(), key=lambda named: named[0]):
         if not parameter.is_meta:
             firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
     weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -89,12 +90,13 @@ class Tried:
     @property
     def point(self) -> Point:
         likely = summarise(self.expected or self.rollout.psnr)
-        made_by = {
+        made_by: dict[str, Any] = {
             "method": "layercache",
             "origin": self.origin,
             "forecast": self.forecast.name,
-            EXPECTED_PSNR: [likely.mean, likely.quantile10],
         }
+        if math.isfinite(likely.mean + likely.quantile10):
+            made_by[EXPECTED_PSNR] = [likely.mean, likely.quantile10]
         schedule = replace(self.rollout.schedule, made_by={**self.rollout.schedule.made_by, **made_by})
         return Point(schedule, f"{self.origin}, {self.forecast.name}", self.rollout.psnr, expected=self.expected)
 

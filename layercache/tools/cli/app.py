@@ -115,8 +115,9 @@ app = typer.Typer(
 
     For your own model: `search` finds the best schedule for every amount of compute by running a few, `plan`
     takes one out, `generate` draws with it, `refit` fits it to changed weights, `compare` runs every method
-    beside it. `calibrate` measures groups of layers, for schedules that `plan` makes without a search. `show`
-    explains a file, `schedule edit` changes one, `doctor` checks your installation, `bench` measures the ops.
+    beside it; `ui` opens a page to play with. `calibrate` measures groups of layers, for schedules that `plan`
+    makes without a search. `show` explains a file, `schedule edit` changes one, `doctor` checks your
+    installation, `bench` measures the ops.
     """,
     epilog="Set LAYERCACHE_DEBUG=1 to see the traceback of an error.",
 )
