@@ -15,7 +15,6 @@ from torch import nn
 
 from layercache.errors import ArgumentError, CalibrationError
 from layercache.schedule.fingerprint import GUIDANCE, SIZES
-from layercache.schedule.fingerprint import call_settings as call_settings
 
 OUTPUTS = ("images", "frames", "videos")
 """Attributes that a pipeline's output may hold its pictures in."""

@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import layercache
 from layercache.errors import ArgumentError, LayerCacheWarning, ScheduleError, ScheduleMismatchError
 from layercache.planning.rollout import Rollouts, psnr_of
-from layercache.planning.samples import call_settings, with_settings
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.planning.samples import with_settings
+from layercache.schedule.fingerprint import Fingerprint, call_settings
 from layercache.schedule.schedule import Schedule
 from support.tiny import tiny_pipeline
 from support.zoo_pipelines import _flux2, _qwen, _sd3, generate
