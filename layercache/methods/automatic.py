@@ -109,6 +109,10 @@ def taylorseer_for(
 @make_router.register
 def _(plan: Target, setting: Setting) -> Router:
     setting.refuse_storage(plan)
+    shared = setting.joined(lambda router: isinstance(router, LearningCache) and router.accepts(plan, setting.pipe))
+    if shared is not None:
+        shared.join(setting.pipe)
+        return shared
     if plan.generations == 0:
         substitute, note = _substitute(plan.share, setting)
         if setting.pipe is not setting.transformer:

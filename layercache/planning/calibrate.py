@@ -15,8 +15,9 @@ from layercache.errors import CacheStateError, CalibrationError
 from layercache.models.registry import experts_of, find_transformer, spec_for
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.samples import Sample, call_settings, samples_of
+from layercache.planning.samples import Sample, samples_of
 from layercache.runtime.attachment import attach, attachment_of
+from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.partition import Partition, cut, cut_by_curves
 
 SENSITIVITIES = ("substitution", "random")

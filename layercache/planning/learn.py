@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from layercache._utils.compat import progress_bar_settings, scheduler_sigmas
@@ -123,7 +124,8 @@ class LearningCache(Router):
         self.setting, self.target, self.substitute = setting, target, substitute
         self._note = note  # of the substitute; empty once it was given
         self.known: dict[str, CallState] = {}
-        self._class = type(setting.pipe)
+        self.pipes = [(setting.pipe, type(setting.pipe))]  # with their classes as they are without this cache
+        self._pipe = setting.pipe  # that was called last
         self._forwards = self._generations = 0  # of calls that ran in full
         self._is_busy = False
         self._newest: dict[str, CallState] = {}  # by the digest of their settings
@@ -151,10 +153,24 @@ class LearningCache(Router):
         self._forwards += self._is_busy
 
     def attached(self) -> None:
-        self.setting.pipe.__class__ = intercepted(self._class, self.call)
+        for number, (pipe, cls) in enumerate(self.pipes):
+            pipe.__class__ = intercepted(cls, self.call)
+            if number:
+                self.attachment.share(pipe, pipe.scheduler)
+
+    def accepts(self, target: Target, pipe: Any) -> bool:
+        """Whether a pipeline for which this is wanted may `join`."""
+        known = any(one is pipe for one, _ in self.pipes)
+        return target == self.target and not known and not isinstance(pipe, nn.Module)
+
+    def join(self, pipe: Any) -> None:
+        """Another pipeline with the same transformer is recorded and cached too, already shared by the attachment."""
+        self.pipes.append((pipe, type(pipe)))
+        pipe.__class__ = intercepted(type(pipe), self.call)
 
     def free(self) -> None:
-        self.setting.pipe.__class__ = self._class
+        for pipe, cls in self.pipes:
+            pipe.__class__ = cls
         for router in self._routers:
             router.free()
 
@@ -211,11 +227,11 @@ class LearningCache(Router):
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline: recorded, or by the schedule for its settings."""
-        pipe = self.setting.pipe
-        arguments = None if self._is_busy else arguments_of_call(self._class, pipe, args, kwargs)
+        pipe, cls = next(known for known in self.pipes if known[0] is original.args[0])  # type: ignore[attr-defined]
+        arguments = None if self._is_busy else arguments_of_call(cls, pipe, args, kwargs)
         if arguments is None:  # it is called from within a call, or wrongly
             return original(*args, **kwargs)
-        model = model_identity(pipe)
+        self._pipe, model = pipe, model_identity(pipe)
         key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
         learned = self._newest.setdefault(key, CallState(key, key))
         self.known[learned.key] = learned
@@ -265,12 +281,12 @@ class LearningCache(Router):
 
     def _route_by(self, router: Router) -> None:
         router.attachment = self.attachment
-        router.identity.follow(self.setting.pipe)
+        router.identity.follow(self._pipe)
         self._now, self.identity = router, router.identity
 
     def _recorded(self, learned: CallState, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        watcher = Recorder(self.transformer, self.spec, self.setting.pipe.scheduler)
-        again = repeatable(arguments, self.setting.pipe)
+        watcher = Recorder(self.transformer, self.spec, self._pipe.scheduler)
+        again = repeatable(arguments, self._pipe)
         callback = arguments.get("callback_on_step_end")
         if callback is not None:
             arguments = arguments | {"callback_on_step_end": watched(callback, watcher.note_change)}
@@ -330,7 +346,7 @@ class LearningCache(Router):
 
     def _take(self, learned: CallState, found: Learnt) -> None:
         schedule = found.point.schedule
-        cache = make_router(schedule, replace(self.setting, scheduler=self.setting.pipe.scheduler))
+        cache = make_router(schedule, replace(self.setting, pipe=self._pipe, scheduler=self._pipe.scheduler))
         assert isinstance(cache, ScheduleCache)
         cache.identity.check = None  # noise levels are looked at before (`_check_levels`)
         learned.cache, learned.point, learned.sigmas = cache, found.point, schedule.fingerprint.sigmas
@@ -339,10 +355,10 @@ class LearningCache(Router):
         """What is found on the recorded calls; ``None``, and full generations from now on, where nothing is."""
         attachment: Any = self.attachment
         attachment.detach()
-        calls, quiet = learned.recorded, bool(progress_bar_settings(self.setting.pipe).get("disable"))
+        calls, quiet = learned.recorded, bool(progress_bar_settings(self._pipe).get("disable"))
         try:
             with tqdm(disable=quiet, bar_format=BAR, total=COST, desc=f"learning from {len(calls)} generations") as bar:
-                found = Fit(self.setting.pipe, calls, self.target, bar, kept).run()
+                found = Fit(self._pipe, calls, self.target, bar, kept).run()
         except LayerCacheError as error:
             learned.is_full, learned.recorded = True, []
             warnings.warn(

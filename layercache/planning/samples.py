@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from layercache.errors import ArgumentError, CalibrationError
-
-GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
+from layercache.schedule.fingerprint import GUIDANCE, SIZES
 
 OUTPUTS = ("images", "frames", "videos")
 """Attributes that a pipeline's output may hold its pictures in."""
@@ -184,26 +183,6 @@ def _guidance_name(accepted: Mapping[str, Any], call: Mapping[str, Any]) -> str:
         return named[0]
     true = accepted.get("true_cfg_scale")
     return "true_cfg_scale" if true is not None and true.default not in (None, 1.0) else "guidance_scale"
-
-
-def call_settings(*calls: Mapping[str, Any]) -> dict[str, Any]:
-    """Guidance and size among the arguments of a pipeline's calls, as `Fingerprint.settings` holds them.
-
-    Where calls differ, from the least to the largest.
-    """
-    guidance, sizes = (
-        [_range(name, [call.get(name) for call in calls]) for name in names] for names in (GUIDANCE, SIZES)
-    )
-    found = {"guidance": [text for text in guidance if text], "size": [text for text in sizes if text]}
-    return {name: texts for name, texts in found.items() if texts}
-
-
-def _range(name: str, values: Sequence[Any]) -> str:
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(numbers) < len(values):  # some call does not say
-        return ""
-    low, high = min(numbers), max(numbers)
-    return f"{name} {low:.6g}" if low == high else f"{name} {low:.6g} to {high:.6g}"
 
 
 def copied(generator: Any) -> Any:

@@ -36,6 +36,7 @@ from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, Fo
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
 from layercache.runtime.timing import ForwardTimes
+from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
 
 PATIENCE = 0.2
@@ -293,6 +294,9 @@ class Attachment:
         """A pipeline's loop runs in its progress bar: where that is left, however it is, the generation is over."""
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
+            if self._classes:
+                # of the pipeline's call, which has put its defaults in place of what it was not given
+                self._root.note_settings(call_settings(sys._getframe(1).f_locals))
             return DenoisingLoop(original(*args, **kwargs), self._end_loop)
 
         return progress_bar

@@ -103,7 +103,7 @@ def enable(
     Args:
         pipe: a diffusers pipeline, or a transformer. With a pipeline the steps are read from its
             scheduler; a bare transformer is counted, one call per branch and step. A second pipeline that shares the
-            transformer joins the cache when the same schedule or planned method is enabled on it. Where a pipeline runs
+            transformer joins the cache when the same schedule, planned method or target is enabled on it. Where it runs
             two transformers in turns (Wan 2.2), schedules and methods that skip whole steps are of both, on one cache.
         plan: a schedule made for this transformer (`layercache.plan`), one of single modules (InvarDiff,
             Learning-to-Cache), or a method that decides as it runs (`layercache.methods`).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class ScheduleRouter(Router):
         self._dry_pass: DryPass | None = None
         self._compiled_shapes: set[Any] = set()
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
+        self._noted: set[str] = set()
         self._runs: dict[tuple[GroupAction, ...], int] = {}
         self._freed: tuple[int, tuple[str, ...]] = 0, ()  # memory and branches, when the cache was disabled
         self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
@@ -137,6 +138,13 @@ class ScheduleRouter(Router):
     def new_track(self, before: VelocityTrack | None = None) -> VelocityTrack:
         """The velocities of one generation, in memory of the last one."""
         return VelocityTrack.of(self.schedule, len(self.spec.leaves), before)
+
+    def note_settings(self, settings: Mapping[str, Any]) -> None:
+        """Warns, once of each, of settings that lie outside of what the schedule was made with."""
+        key = repr(settings)
+        if key not in self._noted:
+            self._noted.add(key)
+            self.schedule.fingerprint.warn_of(settings)
 
     def begin_generation(self, place: ForwardPlace) -> None:
         self.track = self.new_track(self.track)

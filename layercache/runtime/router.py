@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -64,6 +64,8 @@ class Attached(Protocol):
     times: ForwardTimes
 
     def follow(self, router: Router, scheduler: Any) -> None: ...
+
+    def share(self, pipeline: Any, scheduler: Any) -> None: ...
 
     def unfollow(self, scheduler: Any) -> None: ...
 
@@ -246,6 +248,9 @@ class Router:
         if place is None:
             raise CacheStateError(f"every forward that is looked at must have a place: {self.identity.reason}")
         return place
+
+    def note_settings(self, settings: Mapping[str, Any]) -> None:
+        """A pipeline's call has begun its denoising loop, with this guidance and size (`Fingerprint.settings`)."""
 
     def begin_generation(self, place: ForwardPlace) -> None:
         """A generation begins: its state is made."""

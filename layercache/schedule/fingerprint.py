@@ -28,6 +28,9 @@ COMMAND = "command"
 """Among the settings: the options of the command line that it was made with; not handed on to others."""
 
 
+GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
+"""Arguments of a pipeline's call that are settings."""
+
 RANGE = re.compile(r"(\w+) (-?[\d.]+(?:e[+-]?\d+)?)(?: to (-?[\d.]+(?:e[+-]?\d+)?))?")
 """A setting with its number, or from the least to the largest."""
 
@@ -230,6 +233,26 @@ class Fingerprint:
                     f"the noise schedule differs: sigma[{step}] is {here:.5f} here and {planned:.5f} in the schedule "
                     "(resolution, shift or custom sigmas changed?); calibrate and plan with the settings of this run"
                 )
+
+
+def call_settings(*calls: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance and size among the arguments of a pipeline's calls, as `Fingerprint.settings` holds them.
+
+    Where calls differ, from the least to the largest.
+    """
+    guidance, sizes = (
+        [_range(name, [call.get(name) for call in calls]) for name in names] for names in (GUIDANCE, SIZES)
+    )
+    found = {"guidance": [text for text in guidance if text], "size": [text for text in sizes if text]}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _range(name: str, values: Sequence[Any]) -> str:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(values):  # some call does not say
+        return ""
+    low, high = min(numbers), max(numbers)
+    return f"{name} {low:.6g}" if low == high else f"{name} {low:.6g} to {high:.6g}"
 
 
 def check_steps(fingerprint: Fingerprint) -> None:

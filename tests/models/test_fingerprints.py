@@ -12,8 +12,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 import layercache
 from layercache.errors import LayerCacheWarning, ScheduleMismatchError
 from layercache.models.registry import config_hash, count_blocks, fingerprint_of
-from layercache.planning.samples import call_settings
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.schedule.fingerprint import Fingerprint, call_settings
 from layercache.schedule.schedule import Schedule
 from support import tiny
 from support.tiny import SlopeTransformer, tiny_pipeline

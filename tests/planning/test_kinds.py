@@ -12,10 +12,10 @@ from layercache.errors import CalibrationError
 from layercache.planning.rollout import Rollouts, psnr_of, skipping
 from layercache.planning.samples import call_of, count_of, pictures_in, seeds_of
 from layercache.schedule.schedule import Schedule
-from support.zoo_pipelines import PIPELINES, flux_img2img, generate
+from support.zoo_pipelines import PIPELINES, flux_controlnet, flux_img2img, flux_inpaint, generate
 
 KINDS = {name: PIPELINES[name] for name in ("cogvideox, DDIM", "cogvideox, DPM", "sana, DPM")}
-KINDS["flux img2img"] = flux_img2img
+KINDS |= {"img2img": flux_img2img, "inpainting": flux_inpaint, "ControlNet": flux_controlnet}
 
 
 def own_arguments(call: dict) -> tuple[list[dict], dict]:

@@ -127,6 +127,26 @@ def test_other_noise_levels_under_the_same_settings_are_learnt_apart(pipe):
         assert cache.report().generations == 8 and cache.report().fallback_rows == 0
 
 
+def test_two_pipelines_with_one_transformer_learn_together(pipe):
+    other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    other.set_progress_bar_config(disable=True)
+    full = picture(pipe, 2)
+    cache = layercache.enable(pipe, budget=0.5, learn=2)
+    assert layercache.enable(other, budget=0.5, learn=2) is cache
+    with pytest.raises(CacheStateError, match="already enabled"):
+        layercache.enable(other, budget=0.5, learn=2)
+    picture(pipe, 0)
+    picture(other, 1)
+    found = [picture(one, 2) for one in (other, pipe, other)]
+    (known,) = cache.known.values()
+    assert known.cache.report().generations == 3 and known.cache.report().used == 0.5
+    assert not np.array_equal(found[0], full) and all(np.array_equal(found[0], one) for one in found)
+    layercache.disable(other)
+    for one in (pipe, other):
+        assert np.array_equal(picture(one, 2), full) and "step" not in vars(one.scheduler)
+        assert type(one).__call__.__qualname__ == "DemoPipeline.__call__" and "progress_bar" not in vars(one)
+
+
 def test_calls_are_repeated_as_they_were(pipe):
     """Without a generator, with a list of prompts, with a callback, as 8-bit pictures."""
     steps = []

@@ -13,13 +13,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import layercache
 from layercache.errors import ArgumentError, LayerCacheWarning, ScheduleError, ScheduleMismatchError
 from layercache.planning.rollout import Rollouts, psnr_of
-from layercache.planning.samples import call_settings, with_settings
-from layercache.schedule.fingerprint import Fingerprint
+from layercache.planning.samples import with_settings
+from layercache.schedule.fingerprint import Fingerprint, call_settings
 from layercache.schedule.schedule import Schedule
 from support.tiny import tiny_pipeline
 from support.zoo_pipelines import _flux2, _qwen, _sd3, generate
 
-CALL = {"num_inference_steps": 6}
+CALL = {"num_inference_steps": 4}
 
 
 def test_prompts_take_all_settings_in_turns():
@@ -91,6 +91,14 @@ def test_a_schedule_for_several_settings_warns_outside_of_them():
             with layercache.enabled(pipe, plan):
                 found.append(np.asarray(pipe(prompt, generator=generator, **call).images))
         assert psnr_of(*found) == pytest.approx([point.psnr[at]], rel=1e-5)
+    with (
+        layercache.enabled(pipe, point.schedule),
+        pytest.warns(LayerCacheWarning, match="2 to 4, not .*5.*as here") as all_of,
+    ):
+        for _ in range(2):
+            pipe("cat", guidance_scale=5.0, height=64, width=32, output_type="latent", **CALL)
+        pipe("cat", guidance_scale=2.5, height=48, width=32, output_type="latent", **CALL)
+    assert len(all_of) == 1
     refitted = layercache.refit(pipe, point.schedule, ["cat"], guidance=(6,), progress=False, **CALL)
     assert refitted.schedule.fingerprint.settings["guidance"] == ["guidance_scale 6"]
 

@@ -55,6 +55,7 @@ def computed_steps(pipe, call) -> tuple[torch.Tensor, dict[str, set[int]]]:
 
 def test_a_search_is_of_both(made):
     pipe, call = made
+    call |= {"num_inference_steps": 4}
     prompts, rest = samples_of(call)
     front = layercache.search(pipe, prompts, effort="quick", budgets=(0.5,), progress=False, **rest)
     (point,) = front.points

@@ -266,12 +266,35 @@ def schedule_of(pipe, kinds: str, transformer=None, groups=None) -> Schedule:
     return Schedule(fingerprint_of(transformer, sigmas, ("all",)), groups, tuple(rows), (1.0, 1.0))
 
 
-def flux_img2img():
-    """With a VAE, because the picture to start from is encoded."""
+def _flux_with_vae(pipeline: str, **components: Any) -> tuple[Any, dict]:
+    """Of a kind that takes a picture, which is encoded."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8, latent_channels=1)
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    pipe = make("FluxImg2ImgPipeline", "FluxTransformer2DModel", vae=vae)
-    call = {"image": torch.rand(1, 3, 16, 16), "height": 16, "width": 16, "num_inference_steps": STEPS}
-    call |= {"prompt_embeds": noise(1, 6, 32), "pooled_prompt_embeds": noise(1, 32), "output_type": "latent"}
-    return pipe, call
+    pipe = make(pipeline, "FluxTransformer2DModel", vae=vae, **components)
+    call = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe, call | {"prompt_embeds": noise(1, 6, 32), "pooled_prompt_embeds": noise(1, 32)}
+
+
+def flux_img2img():
+    pipe, call = _flux_with_vae("FluxImg2ImgPipeline")
+    return pipe, call | {"image": torch.rand(1, 3, 16, 16)}
+
+
+def flux_inpaint():
+    """Its latents are mixed with the picture's own after every step, so that the sampler's steps are not linear."""
+    pipe, call = _flux_with_vae("FluxInpaintPipeline")
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    return pipe, call | {"image": torch.rand(1, 3, 16, 16), "mask_image": mask}
+
+
+def flux_controlnet():
+    model, _ = build("FluxTransformer2DModel")
+    sizes = {name: getattr(model.config, name) for name in ("attention_head_dim", "num_attention_heads")}
+    controlnet = diffusers.FluxControlNetModel.from_transformer(model, num_layers=1, num_single_layers=1, **sizes)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():  # those that lead out of it begin as zeros
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    pipe, call = _flux_with_vae("FluxControlNetPipeline", controlnet=controlnet)
+    return pipe, call | {"control_image": torch.rand(1, 3, 16, 16)}

@@ -100,10 +100,6 @@ def generate(
         _check(place, compare, json_to, schedule)
     check_demo_prompts(pipe, [prompt])
     arguments = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, call)}
-    if plan is not None:
-        from layercache.planning.samples import call_settings
-
-        plan.fingerprint.warn_of(call_settings(arguments))
     with when_stopped("Stopped; nothing was written."):
         drawn, full = _draw_all(pipe, arguments, seed, plan, compare)
     figures = {"kind": "generation", "model": model.model, "seed": seed, **figures_of_call(arguments, call)}
