@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import layercache
-from layercache.errors import CalibrationError, FileFormatError, LayerCacheWarning, UnsupportedModelError
+from layercache.errors import CalibrationError, FileFormatError, LayerCacheWarning
 from layercache.planning.front import Front, Point
 from layercache.planning.profile import StabilityProfile
 from layercache.schedule.schedule import Schedule
@@ -111,25 +111,3 @@ def test_a_front_with_impossible_seconds_is_refused(profile, seconds):
 def test_a_front_without_a_psnr_is_refused(profile):
     with pytest.raises(CalibrationError, match="not a number"):
         Front((Point(Schedule.compute_all(profile.fingerprint), "", (float("nan"),)),), (1.0, 0.1, 0.0))
-
-
-def test_models_with_two_outputs_are_not_searched(profile):
-    """Before the first forward, in words: the sound has a scheduler of its own."""
-    from diffusers import DiffusionPipeline, LTX2VideoTransformer3DModel
-
-    class Pipeline(DiffusionPipeline):
-        def __init__(self, transformer, scheduler):
-            super().__init__()
-            self.register_modules(transformer=transformer, scheduler=scheduler)
-
-        def __call__(self, **call):
-            raise AssertionError("the pipeline was called")
-
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "cross_attention_dim": 8, "num_layers": 1}
-    sizes |= {"in_channels": 2, "out_channels": 2, "caption_channels": 4, "audio_in_channels": 2}
-    sizes |= {"audio_num_attention_heads": 1, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 4}
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    pipe = Pipeline(LTX2VideoTransformer3DModel(**sizes), FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(UnsupportedModelError, match="two outputs, picture and sound.*not searched.*layercache.plan"):
-        layercache.search(pipe, ["a wave"], progress=False, num_inference_steps=4)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import layercache
 from layercache.errors import MissingExtraError, UnsupportedModelError
-from layercache.models.registry import find_transformer, known_models
+from layercache.models.registry import find_transformer
 from layercache.tools import needs
 from layercache.tools.cli import app
 from layercache.tools.needs import EXTRAS, inspect_model, known_classes, lacking, require
@@ -197,7 +197,7 @@ def test_extras_are_those_of_the_package():
 
 
 def test_known_classes_and_pipelines_are_read_from_the_sources():
-    assert known_classes() == {spec.model_class for spec in known_models()}
+    assert known_classes() == {spec.model_class for spec in SPECS}
     assert {"FluxPipeline", "FluxKontextPipeline"} <= set(pipelines_of("FluxTransformer2DModel"))
     assert {"WanPipeline", "WanImageToVideoPipeline"} <= set(pipelines_of("WanTransformer3DModel"))
     unnamed = [name for name in known_classes() if not pipelines_of(name)]
