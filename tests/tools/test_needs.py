@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import layercache
 from layercache.errors import MissingExtraError, UnsupportedModelError
+from layercache.models.known import SPECS
 from layercache.models.registry import find_transformer
 from layercache.tools import needs
 from layercache.tools.cli import app
