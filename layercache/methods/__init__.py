@@ -16,6 +16,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layercache.methods.automatic import Automatic as Automatic
     from layercache.methods.dicache import DiCache as DiCache
     from layercache.methods.easycache import EasyCache as EasyCache
     from layercache.methods.fbcache import DBCache as DBCache
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "layercache.methods"
 # Loaded on first use, so that one method costs no import of the others.
 _HOMES = {
+    "Automatic": "automatic",
     "DBCache": "fbcache",
     "DiCache": "dicache",
     "EasyCache": "easycache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from threading import Lock, get_ident
@@ -38,6 +39,8 @@ from layercache.runtime.timesteps import StepTally
 from layercache.runtime.timing import ForwardTimes
 from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
+
+_log = logging.getLogger("layercache")
 
 PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
@@ -303,6 +306,7 @@ class Attachment:
 
     def _end_loop(self, completed: bool) -> None:
         if self._classes:
+            _log.debug("a generation %s", "has ended" if completed else "was broken off")
             self._root.for_call().end_generation(completed)
 
     def _counted_step(self, original: Any, tally: StepTally) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
+
+_log = logging.getLogger("layercache")
 
 
 @overload
@@ -146,6 +149,7 @@ def enable(
     attached = attachment_of(transformer)
     if attached is None or attached.root is not router:
         attach(pipe, router)
+        _log.info("%s runs by %s", type(transformer).__name__, type(plan).__name__)
     return router
 
 

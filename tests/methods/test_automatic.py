@@ -25,7 +25,8 @@ def pipe():
     return tiny_pipeline(2)
 
 
-def test_the_first_generation_is_cached(pipe):
+def test_the_first_generation_is_cached(pipe, caplog):
+    caplog.set_level("DEBUG", "layercache")
     full = generate(pipe, steps=12)
     cache = layercache.enable(pipe)
     with pytest.warns(LayerCacheWarning, match="no schedule is known yet for this QwenImageTransformer2DModel"):
@@ -39,6 +40,7 @@ def test_the_first_generation_is_cached(pipe):
         generate(pipe, steps=8)
     layercache.disable(pipe)
     torch.testing.assert_close(generate(pipe, steps=12), full, rtol=0, atol=0)
+    assert caplog.messages == ["QwenImageTransformer2DModel runs by Target", *["a generation has ended"] * 2]
 
 
 def test_what_was_learnt_is_taken_by_the_next_process(pipe):
