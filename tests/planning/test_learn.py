@@ -147,6 +147,19 @@ def test_two_pipelines_with_one_transformer_learn_together(pipe):
         assert type(one).__call__.__qualname__ == "DemoPipeline.__call__" and "progress_bar" not in vars(one)
 
 
+def test_a_second_pipeline_that_nothing_is_enabled_on_runs_in_full(pipe):
+    """As `from_pipe` makes it: transformer and scheduler are those of the first."""
+    other = type(pipe)(pipe.transformer, pipe.class_encoder, pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    full = picture(other, 2, num_inference_steps=6)
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        picture(pipe, 0)
+        cached = picture(pipe, 1)
+        with pytest.warns(LayerCacheWarning, match="computed in full, because.*another pipeline"):
+            found = picture(other, 2, num_inference_steps=6)
+        assert np.array_equal(found, full) and np.array_equal(picture(pipe, 1), cached)
+
+
 def test_calls_are_repeated_as_they_were(pipe):
     """Without a generator, with a list of prompts, with a callback, as 8-bit pictures."""
     steps = []
