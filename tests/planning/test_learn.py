@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch._dynamo.testing import CompileCounter
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
@@ -158,6 +159,16 @@ def test_a_second_pipeline_that_nothing_is_enabled_on_runs_in_full(pipe):
         with pytest.warns(LayerCacheWarning, match="computed in full, because.*another pipeline"):
             found = picture(other, 2, num_inference_steps=6)
         assert np.array_equal(found, full) and np.array_equal(picture(pipe, 1), cached)
+
+
+def test_a_compiled_transformer_is_learnt_from(pipe):
+    full, counter = picture(pipe, 1, num_inference_steps=4), CompileCounter()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    with layercache.enabled(pipe, budget=0.5, learn=1) as cache:
+        np.testing.assert_array_equal(picture(pipe, 1, num_inference_steps=4), full)
+        assert counter.frame_count == 1, "one graph of all steps and branches"
+        (learned,) = cache.known.values()
+        assert learned.recorded[0].full.seconds[0] > 0 and set(learned.recorded[0].full.branches) == {"cond", "uncond"}
 
 
 def test_calls_are_repeated_as_they_were(pipe):
