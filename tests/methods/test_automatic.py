@@ -16,7 +16,7 @@ from layercache.methods import FBCache
 from layercache.methods.automatic import Automatic, taylorseer_for
 from layercache.runtime.timing import ForwardTimes
 from support.tiny import fingerprint, generate, shifted_sigmas, tiny_pipeline
-from support.zoo_pipelines import PIPELINES
+from support.zoo_pipelines import PIPELINES, _wan_two_experts
 from support.zoo_pipelines import generate as generate_any
 
 
@@ -169,3 +169,19 @@ def test_speedup_of_forwards(monkeypatch):
         times.start(cpu)
         times.stop(cpu, full)
     assert times.speedup() == pytest.approx((10.0 - 9.0) / ((1.0 + 6.0 + 9.0) / 3))
+
+
+def test_forwards_are_timed_where_they_run(pipe):
+    """Offloaded weights are elsewhere between forwards."""
+    pipe.transformer.register_parameter("offloaded", torch.nn.Parameter(torch.zeros(1, device="meta")))
+    with pytest.warns(LayerCacheWarning), layercache.enabled(pipe) as cache:
+        generate(pipe)
+        assert cache.report().speedup is not None
+
+
+def test_forwards_of_both_transformers_are_timed():
+    pipe, call = _wan_two_experts()
+    pipe.register_to_config(boundary_ratio=1.0)  # the first runs one step
+    with pytest.warns(LayerCacheWarning), layercache.enabled(pipe) as cache:
+        generate_any(pipe, call)
+        assert cache.report().speedup is not None
