@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import nn
 
 from layercache._utils.compat import tells_steps
 from layercache.errors import LayerCacheWarning, MethodError
@@ -109,18 +110,19 @@ def taylorseer_for(
 @make_router.register
 def _(plan: Target, setting: Setting) -> Router:
     setting.refuse_storage(plan)
+    is_bare = isinstance(setting.pipe, nn.Module)  # compiled or not
     shared = setting.joined(lambda router: isinstance(router, LearningCache) and router.accepts(plan, setting.pipe))
     if shared is not None:
         shared.join(setting.pipe)
         return shared
     if plan.generations == 0:
         substitute, note = _substitute(plan.share, setting)
-        if setting.pipe is not setting.transformer:
+        if not is_bare:
             return LearningCache(setting, plan, substitute, note)
         warnings.warn(note, LayerCacheWarning, stacklevel=4)
         return substitute
     setting.check_velocities("what is learnt")
-    if setting.pipe is setting.transformer:
+    if is_bare:
         raise MethodError("only a pipeline can be learnt from, since its calls are repeated; a bare transformer cannot")
     if not tells_steps(setting.scheduler):
         raise MethodError(

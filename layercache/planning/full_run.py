@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from layercache._utils.compat import scheduler_sigmas
 from layercache._utils.timer import Timer
@@ -68,10 +69,12 @@ class _TimedPass(BlockPass):
     watches = True
 
     def opened(self, group: int) -> None:
-        self.router.clock.mark(("blocks", self.router.step_index))
+        if not is_dynamo_compiling():
+            self.router.clock.mark(("blocks", self.router.step_index))
 
     def computed(self, group: int) -> None:
-        self.router.clock.mark(("rest", self.router.step_index))
+        if not is_dynamo_compiling():
+            self.router.clock.mark(("rest", self.router.step_index))
 
 
 class FullRun(RecordingRouter):
@@ -90,6 +93,7 @@ class FullRun(RecordingRouter):
         super().__init__(transformer, spec, scheduler)
         self.trace, *self.further = (Trace() for _ in spec.leaves)
         self.branches: dict[str, tuple[int, int]] = {}
+        self._bytes = 0, 0
         self.sigmas: tuple[float, ...] = ()
         self.first = 0
         self.clock = Timer(next(self.transformer.parameters()).device)
@@ -101,14 +105,16 @@ class FullRun(RecordingRouter):
 
     def begin(self, forward: Forward) -> None:
         super().begin(forward)
-        self.clock.mark(("rest", self.step_index))
+        is_compiled = forward.dry_run is not None  # a graph has no clocks: all of it counts as blocks
+        self.clock.mark(("blocks" if is_compiled else "rest", self.step_index))
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> None:
         self.clock.mark("outside")
+        self.branches[self.branch] = self._bytes
 
     def look(self, group: int, before: Any, after: Any) -> None:
-        image, text = after
-        self.branches[self.branch] = (image.nbytes, 0 if text is None else text.nbytes)
+        image, text = after  # a compiled graph would be of one branch if it read which one this is
+        self._bytes = (image.nbytes, 0 if text is None else text.nbytes)
 
     def note_step(self, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0) -> None:
         """The sampler of an output is about to take a step."""

@@ -36,7 +36,7 @@ from layercache.planning.samples import pictures_in
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
-from layercache.runtime.identity import Identity
+from layercache.runtime.identity import RUN_IS_OVER, Identity
 from layercache.runtime.report import TO_LEARN, CacheReport
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
@@ -137,6 +137,8 @@ class LearningCache(Router):
     # --- as the executor's router ---
 
     def for_call(self) -> Router:
+        if not self._is_busy and self._now is not self.substitute:
+            return self  # of another pipeline or loop, of whose run only a substitute asks
         if self._state is not None and self._state.cache is self._now:
             run = self.identity.run
             if run is not self._checked:
@@ -150,7 +152,10 @@ class LearningCache(Router):
 
     def begin(self, forward: Forward) -> None:
         """A forward that no other router is for is computed in full."""
-        self._forwards += self._is_busy
+        if self._is_busy:
+            self._forwards += 1
+        else:
+            self.identity.leave_unidentified(RUN_IS_OVER)
 
     def attached(self) -> None:
         for number, (pipe, cls) in enumerate(self.pipes):

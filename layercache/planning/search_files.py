@@ -201,7 +201,8 @@ def identity_of(rollouts: Rollouts) -> str:
 def model_identity(pipe: Any) -> list[Any]:
     """What `digest_of` is to take of a pipeline's transformers with their weights, and its sampler's settings."""
     scheduler, (first, *others) = pipe.scheduler, map(unwrap_compiled, experts_of(pipe).values())
-    settings = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+    configured = getattr(scheduler, "config", {})  # one of the user's own may have none
+    settings = {name: value for name, value in sorted(configured.items()) if not name.startswith("_")}
     turns = [*map(_weights_of, others), expert_settings(pipe)] if others else []
     return [_weights_of(first), [type(scheduler).__name__, settings], *turns]
 

@@ -75,8 +75,8 @@ class Attachment:
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
-        self.times = ForwardTimes()
-        self._device = next((one.device for one in self.transformer.parameters()), torch.device("cpu"))
+        self.times = ForwardTimes() if leader is None else leader.times
+        self._device = torch.device("cpu")  # of the newest forward
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
@@ -417,6 +417,7 @@ class Attachment:
             dry_run = functools.partial(module.forward, *args, **kwargs)
         branch, step, part = self.said.get()
         router.begin(Forward(branch, step, arguments, dry_run, part))
+        self._device = device_of(arguments.get(self._parameters[0]))
         self.times.start(self._device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -446,6 +447,12 @@ def runs_forward(thread: int, module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def device_of(latents: Any) -> torch.device:
+    """Where latents are, a tensor or a list of one per picture: offloaded weights may be elsewhere."""
+    first = latents[0] if isinstance(latents, list) and latents else latents
+    return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
 
 
 def _gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:

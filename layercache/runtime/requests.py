@@ -229,6 +229,10 @@ class ScheduleCache(ScheduleRouter):
     def for_call(self) -> Router:
         return self.requests.router() if self.requests.routers else self
 
+    def note_settings(self, settings: Mapping[str, Any]) -> None:
+        router = self.for_call()
+        super().note_settings(settings) if router is self else router.note_settings(settings)
+
     def for_sampler(self, scheduler: Any) -> Router:
         router = self.for_call()
         if router is self and self.requests.routers:  # maybe behind the block of the request

@@ -16,7 +16,7 @@ from layercache.methods import FBCache
 from layercache.methods.automatic import Automatic, taylorseer_for
 from layercache.runtime.timing import ForwardTimes
 from support.tiny import fingerprint, generate, shifted_sigmas, tiny_pipeline
-from support.zoo_pipelines import PIPELINES
+from support.zoo_pipelines import PIPELINES, _wan_two_experts
 from support.zoo_pipelines import generate as generate_any
 
 
@@ -72,9 +72,11 @@ def test_where_no_universal_schedule_can_be_planned(name):
     assert 0 < (found - full).norm() < 0.1 * full.norm()
 
 
-def test_a_bare_transformer_without_a_scheduler_decides_as_it_runs(pipe):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_bare_transformer_without_a_scheduler_decides_as_it_runs(pipe, is_compiled):
+    transformer = torch.compile(pipe.transformer, backend="eager") if is_compiled else pipe.transformer
     with pytest.warns(LayerCacheWarning, match="FBCache is taken"):
-        cache = layercache.enable(pipe.transformer, budget=0.65)
+        cache = layercache.enable(transformer, budget=0.65)
     assert isinstance(cache.method, FBCache) and cache.method.threshold == pytest.approx(0.075)
     layercache.disable(pipe)
 
@@ -89,6 +91,32 @@ def test_taylorseer_keeps_to_its_budget(pipe, steps, order):
         assert Automatic(budget=budget, groups=((0, 2),)).schedule(prints).velocities == ()
     last = [schedule.is_skipped(k) for k in range(steps - round(steps / 10), steps)]
     assert not any(last)  # of the largest budget
+
+
+class OwnSampler:
+    """Euler's steps, as a pipeline of one's own may take them, with nothing else of diffusers' schedulers."""
+
+    order, begin_index = 1, 0
+
+    def set_timesteps(self, count, device=None, **options):
+        self.sigmas = torch.linspace(1, 0, count + 1)
+        self.timesteps, self.step_index, self.num_inference_steps = 1000 * self.sigmas[:-1], 0, count
+
+    def set_begin_index(self, index):
+        pass
+
+    def step(self, velocity, timestep, latents, return_dict=False, **options):
+        before, after = self.sigmas[self.step_index :][:2]
+        self.step_index += 1
+        return (latents + (after - before) * velocity,)
+
+
+def test_a_sampler_without_a_configuration(pipe):
+    pipe.scheduler = OwnSampler()
+    full = generate(pipe)
+    with pytest.warns(LayerCacheWarning), layercache.enabled(pipe) as cache:
+        assert 0 < (generate(pipe) - full).norm() < 0.1 * full.norm()
+    assert cache.report().used < 0.7
 
 
 def test_budgets_out_of_range():
@@ -143,3 +171,19 @@ def test_speedup_of_forwards(monkeypatch):
         times.start(cpu)
         times.stop(cpu, full)
     assert times.speedup() == pytest.approx((10.0 - 9.0) / ((1.0 + 6.0 + 9.0) / 3))
+
+
+def test_forwards_are_timed_where_they_run(pipe):
+    """Offloaded weights are elsewhere between forwards."""
+    pipe.transformer.register_parameter("offloaded", torch.nn.Parameter(torch.zeros(1, device="meta")))
+    with pytest.warns(LayerCacheWarning), layercache.enabled(pipe) as cache:
+        generate(pipe)
+        assert cache.report().speedup is not None
+
+
+def test_forwards_of_both_transformers_are_timed():
+    pipe, call = _wan_two_experts()
+    pipe.register_to_config(boundary_ratio=1.0)  # the first runs one step
+    with pytest.warns(LayerCacheWarning), layercache.enabled(pipe) as cache:
+        generate_any(pipe, call)
+        assert cache.report().speedup is not None

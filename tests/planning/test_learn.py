@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch._dynamo.testing import CompileCounter
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
@@ -145,6 +146,29 @@ def test_two_pipelines_with_one_transformer_learn_together(pipe):
     for one in (pipe, other):
         assert np.array_equal(picture(one, 2), full) and "step" not in vars(one.scheduler)
         assert type(one).__call__.__qualname__ == "DemoPipeline.__call__" and "progress_bar" not in vars(one)
+
+
+def test_a_second_pipeline_that_nothing_is_enabled_on_runs_in_full(pipe):
+    """As `from_pipe` makes it: transformer and scheduler are those of the first."""
+    other = type(pipe)(pipe.transformer, pipe.class_encoder, pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    full = picture(other, 2, num_inference_steps=6)
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        picture(pipe, 0)
+        cached = picture(pipe, 1)
+        with pytest.warns(LayerCacheWarning, match="computed in full, because.*another pipeline"):
+            found = picture(other, 2, num_inference_steps=6)
+        assert np.array_equal(found, full) and np.array_equal(picture(pipe, 1), cached)
+
+
+def test_a_compiled_transformer_is_learnt_from(pipe):
+    full, counter = picture(pipe, 1, num_inference_steps=4), CompileCounter()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    with layercache.enabled(pipe, budget=0.5, learn=1) as cache:
+        np.testing.assert_array_equal(picture(pipe, 1, num_inference_steps=4), full)
+        assert counter.frame_count == 1, "one graph of all steps and branches"
+        (learned,) = cache.known.values()
+        assert learned.recorded[0].full.seconds[0] > 0 and set(learned.recorded[0].full.branches) == {"cond", "uncond"}
 
 
 def test_calls_are_repeated_as_they_were(pipe):

@@ -16,7 +16,7 @@ from layercache.planning.rollout import Rollouts, psnr_of
 from layercache.planning.samples import with_settings
 from layercache.schedule.fingerprint import Fingerprint, call_settings
 from layercache.schedule.schedule import Schedule
-from support.tiny import tiny_pipeline
+from support.tiny import mixed_cells, schedule_for, tiny_pipeline
 from support.zoo_pipelines import _flux2, _qwen, _sd3, generate
 
 CALL = {"num_inference_steps": 4}
@@ -126,3 +126,20 @@ def test_sizes_with_noise_levels_of_their_own():
             generate(pipe, own | rest | {"height": 256, "width": 256})
     with pytest.raises(ScheduleError, match="2 ranges for 6 noise levels"):
         replace(prints, sigma_range=((0.0, 1.0),) * 2)
+
+
+def test_a_request_is_warned_of_by_its_own_schedule():
+    pipe = tiny_pipeline(3)
+    plan = schedule_for(pipe, mixed_cells(4), ((0, 1), (1, 2), (2, 3)))
+    of_3, of_5 = (
+        replace(plan, fingerprint=replace(plan.fingerprint, settings={"guidance": [f"guidance_scale {scale}"]}))
+        for scale in (3, 5)
+    )
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    with layercache.enabled(pipe, of_5) as cache:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with cache.request("own", schedule=of_3):
+                pipe("cat", **call)
+        with pytest.warns(LayerCacheWarning, match="guidance_scale 5"):
+            pipe("cat", **call)
