@@ -15,9 +15,8 @@ from layercache.errors import CacheStateError, CalibrationError
 from layercache.models.registry import experts_of, find_transformer, spec_for
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.samples import Sample, samples_of
+from layercache.planning.samples import Sample, measured_settings, samples_of
 from layercache.runtime.attachment import attach, attachment_of
-from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.partition import Partition, cut, cut_by_curves
 
 SENSITIVITIES = ("substitution", "random")
@@ -101,7 +100,7 @@ def calibrate(
     groups = cut(partition, lengths)
     observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
     profile = _observe(pipe, observer, todo, progress, "calibrating")
-    settings = {**profile.fingerprint.settings, **call_settings(call)}
+    settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
     return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
 
 

@@ -16,14 +16,14 @@ from layercache.models.registry import expert_settings, find_transformer, finger
 from layercache.planning.fit import Forecast, products_of, solve_velocity
 from layercache.planning.full_run import FullRun, FullSample
 from layercache.planning.sampler import LinearSampler
-from layercache.planning.samples import arguments_of, call_of, pictures_in, seeds_of
+from layercache.planning.samples import arguments_of, call_of, measured_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, near, together
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
 from layercache.runtime.velocity import VelocityTrack
-from layercache.schedule.fingerprint import Fingerprint, call_settings
+from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.memory_plan import stored_bytes
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
@@ -183,7 +183,7 @@ class Rollouts:
     def fingerprint(self) -> Fingerprint:
         steps = range(self.first, self.first + self.num_steps)
         found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
-        calls = call_settings(*({**self.call, **arguments_of(prompt)} for prompt in self.prompts))
+        calls = measured_settings(self.pipeline, *({**self.call, **arguments_of(prompt)} for prompt in self.prompts))
         settings = {**found.settings, **calls, **expert_settings(self.pipeline)}
         return replace(found, settings=settings, sigma_range=self._level_range)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from layercache.errors import ArgumentError, CalibrationError
-from layercache.schedule.fingerprint import GUIDANCE, SIZES
+from layercache.schedule.fingerprint import GUIDANCE, SIZES, call_settings
 
 OUTPUTS = ("images", "frames", "videos")
 """Attributes that a pipeline's output may hold its pictures in."""
@@ -75,6 +75,14 @@ def samples_of(
 def arguments_of(prompt: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call for one sample: those it names, or its prompt."""
     return dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+
+
+def measured_settings(pipe: Any, *calls: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance and size of calls (`call_settings`); what a call does not give has the pipeline's default."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    names = [name for name in (*GUIDANCE, *SIZES) if name in accepted]
+    defaults = {name: accepted[name].default for name in names}
+    return call_settings(*({**defaults, **call} for call in calls))
 
 
 def count_of(prompt: Any, call: Mapping[str, Any]) -> int:

@@ -31,7 +31,7 @@ EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
 ENDED_EARLY = ("the time limit of ", "it was interrupted ")
 """Beginnings of the notes of a front whose search can go on."""
 
-BAR = "searching: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left{postfix}"
+BAR = "searching: {n:.0f} of {total:.0f} generations |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def _fitted_samples(
 
 
 def _say_memory(bar: Any, size: float) -> None:
-    bar.set_postfix_str(f"full runs, which take {size / 1e9:.2g} GB of host memory")
+    bar.set_postfix_str(f"{size / 1e9:.2g} GB of memory")
 
 
 def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) -> Front:
@@ -198,7 +198,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
     search = WholeStepSearch(rollouts, blocks, config.seed, terms, config.tail)
     try:
         for tried in search.run(counts, runs):
-            bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.2f} dB")
+            bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.1f} dB")
             if config.time_limit is not None and time.monotonic() - start > config.time_limit:
                 notes.append(f"{ENDED_EARLY[0]}{config.time_limit:g} s ended it after {len(search.tried)} schedules")
                 break

@@ -136,6 +136,21 @@ def test_guidance_and_size_are_recorded_and_warned_of(tmp_path):
             prints.warn_of(call_settings({"guidance_scale": 5.0}))
 
 
+def test_guidance_by_the_pipelines_own_default_is_recorded():
+    pipe = tiny_pipeline(layers=3)
+    profile = layercache.calibrate(
+        pipe, ["cat"], progress=False, max_distance=2, max_span=1, num_inference_steps=3, height=32
+    )
+    assert profile.fingerprint.settings["guidance"] == ["guidance_scale 4"]
+    assert profile.fingerprint.settings["size"] == ["height 32", "width 32"]
+    schedule = layercache.plan(profile, budget=1.0)
+    with layercache.enabled(pipe, schedule), warnings.catch_warnings():
+        warnings.simplefilter("error", LayerCacheWarning)
+        pipe("cat", num_inference_steps=3)
+        with pytest.raises(LayerCacheWarning, match="guidance_scale 4, not guidance_scale 5"):
+            pipe("cat", num_inference_steps=3, guidance_scale=5.0)
+
+
 def test_a_schedule_of_0_1_runs_on_its_model(tmp_path):
     pipe = tiny_pipeline()
     schedule = tiny.schedule_for(pipe, tiny.mixed_cells())

@@ -1,6 +1,7 @@
 """The front of a search: what it keeps, chooses and writes, on a tiny untrained pipeline."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import layercache
 from layercache.errors import BudgetError, FileFormatError
 from layercache.planning.front import Front, Point, quality
 from layercache.planning.rollout import Rollouts, skipping
+from layercache.planning.search import BAR
 from layercache.tools.report.front import (
     FrontRow,
     front_table,
@@ -136,6 +138,19 @@ def test_table_plot_and_page(front, tmp_path):
     page = save_front_page(tmp_path / "f.html", rows, "<budget>", front=front).read_text()
     assert "&lt;budget&gt;" in page and f"used {front.points[0].used:.3f}" in page
     assert "http://" not in page and "https://" not in page
+
+
+def test_how_all_were_found_stands_once():
+    rows = [FrontRow("layercache", used, used, "whole steps, hold", (40.0,)) for used in (0.6, 0.5)]
+    text = " ".join(plain_text(front_table(rows), width=80).split())
+    assert text.count("velocity held") == 1 and "found by" not in text.replace("All were found by", "")
+    apart = front_table([*rows, replace(rows[0], origin="by hand")])
+    assert [cells[-1].plain for cells in apart.rows][-1] == "by hand"
+
+
+def test_the_bar_of_a_search_fits_a_terminal():
+    text = BAR.format(n=160, total=160, bar="", elapsed="1:00:00", remaining="1:00:00", postfix=", used 0.50: 60.3 dB")
+    assert len(text) <= 80
 
 
 def row(used, psnr, held_out=()):

@@ -115,10 +115,14 @@ def front_table(rows: Sequence[FrontRow], title: str = "") -> FittingTable:
         f"PSNR in dB of {count} {judged} pictures against the full run; 'expected': mean and 10 % from leaving each "
         "calibration picture out."
     )
-    table = FittingTable(COLUMNS, title=title, caption=caption)
+    origins = {row.origin for row in rows}
+    is_shared = len(origins) == 1 and len(rows) > 1
+    if is_shared:
+        caption += f" All were found by: {origin_words(origins.pop())}."
+    table = FittingTable(COLUMNS[:-1] if is_shared else COLUMNS, title=title, caption=caption)
     for row in rows:
         summary = row.judged
-        table.add_row(
+        cells = (
             row.name,
             f"{row.used:.3f}",
             f"{row.speedup:.2f}x" if row.speedup else "-",
@@ -128,6 +132,7 @@ def front_table(rows: Sequence[FrontRow], title: str = "") -> FittingTable:
             f"{summarise(row.expected).mean:.1f} / {summarise(row.expected).quantile10:.1f}" if row.expected else "-",
             origin_words(row.origin),
         )
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
