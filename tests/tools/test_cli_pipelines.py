@@ -20,6 +20,7 @@ from support.commands import done, frames_of, printed, run
 STEPS = 6
 MORE_STEPS = {"wan-2.2": 12, "flux-img2img": 10}  # of which a transformer runs half
 OTHER_METHOD = {"ltx-2": "fbcache", "cogvideox": "fbcache"}  # where whole steps cannot be skipped
+pytestmark = pytest.mark.usefixtures("short_searches")
 VIDEOS = [name for name in saved.MODELS if not name.startswith(("flux", "sd3", "qwen"))]
 
 
