@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 import layercache
+from layercache.planning.search import EFFORTS
 from layercache.schedule.schedule import Schedule
 from support import saved_pipelines as saved
 from support.commands import done, frames_of, printed, run
@@ -69,7 +70,8 @@ def search_words(name: str) -> tuple[object, ...]:
     return ("--steps", steps_of(name), "-p", "a fox", "-p", "a cat", *more)
 
 
-def test_from_a_search_to_a_file_by_the_printed_commands(folder):
+def test_from_a_search_to_a_file_by_the_printed_commands(folder, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "quick", 5)  # two schedules
     whole_way(folder, "wan-i2v")
 
 
