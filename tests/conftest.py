@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ def _seed() -> None:
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is learnt in a test is known to no other."""
     monkeypatch.setenv("LAYERCACHE_HOME", str(tmp_path / "layercache home"))
+
+
+@pytest.fixture(scope="module")
+def short_searches() -> Iterator[None]:
+    """Searches at the lowest effort run a third of the schedules, for tests of everything but how good they are."""
+    from layercache.planning.search import EFFORTS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "quick", 12)
+        yield
 
 
 @pytest.fixture

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import warnings
 
+import diffusers
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
 import layercache
+from layercache._utils.imports import after_import
 from layercache.errors import CacheStateError, LayerCacheWarning, MethodError
 from layercache.methods import FBCache
 from layercache.methods.automatic import Automatic, taylorseer_for
@@ -145,19 +148,26 @@ def test_diffusers_own_way(pipe):
     transformer.disable_cache()
 
 
-def test_the_first_use_of_layercache_may_be_a_config():
+def test_the_first_use_of_layercache_may_be_a_config(monkeypatch):
     """`enable_cache` is looked up before its argument, in whichever order the packages were imported."""
-    code = """
-import layercache
-import diffusers
-model = diffusers.QwenImageTransformer2DModel(
-    num_layers=2, attention_head_dim=16, num_attention_heads=1, joint_attention_dim=8, axes_dims_rope=(4, 6, 6)
-)
-model.enable_cache(layercache.CacheConfig(budget=0.5))
-print(model.is_cache_enabled)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "True", done.stderr
+    name = "diffusers.models.cache_utils"
+    code = "import sys, layercache; print([getattr(finder, 'name', '') for finder in sys.meta_path])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert repr(name) in done.stdout, done.stderr  # it waits for diffusers, which is not imported yet
+    monkeypatch.setattr(diffusers.models, "cache_utils", None)
+    monkeypatch.delitem(sys.modules, name)
+    after_import(name, layercache._accept_cache_config)
+    mixin = importlib.import_module(name).CacheMixin
+    assert mixin not in diffusers.QwenImageTransformer2DModel.__mro__
+
+    class Model(mixin, diffusers.QwenImageTransformer2DModel):
+        """With `enable_cache` as it is behind an import of diffusers that comes second."""
+
+    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 1, "joint_attention_dim": 8}
+    model = Model(**sizes, axes_dims_rope=(4, 6, 6))
+    with pytest.warns(LayerCacheWarning, match="FBCache is taken"):
+        model.enable_cache(layercache.CacheConfig(budget=0.5))
+    assert model.is_cache_enabled
 
 
 def test_speedup_of_forwards(monkeypatch):

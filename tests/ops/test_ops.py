@@ -637,7 +637,7 @@ class TestBytesAndBackends:
     def test_the_cpu_needs_no_triton(self) -> None:
         code = (
             "import sys; sys.modules['triton'] = None\n"
-            "import torch; from layercache import ops\n"
+            "import torch; from layercache import backend, ops\n"
             "x = torch.ones(1, 2, 8); r = torch.empty(1, 2, 8)\n"
             "ops.capture([2 * x], [x], [r]); (y,) = ops.linear_combination([x], [[r]], [1.0])\n"
             "assert torch.equal(y, 2 * x) and ops.backend_for('capture', 'cuda')[0] == 'unavailable'"

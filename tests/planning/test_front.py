@@ -39,7 +39,7 @@ def rollouts(pipe):
 
 
 @pytest.fixture(scope="module")
-def front(pipe):
+def front(pipe, short_searches):
     validation = (["temple"], [9])
     settings = {"seeds": SEEDS, "budgets": (0.75, 0.5), "effort": "quick", "validation": validation, "progress": False}
     return layercache.search(pipe, PROMPTS, **settings, **CALL)

@@ -17,6 +17,8 @@ from support.zoo_pipelines import PIPELINES, flux_controlnet, flux_img2img, flux
 KINDS = {name: PIPELINES[name] for name in ("cogvideox, DDIM", "cogvideox, DPM", "sana, DPM")}
 KINDS |= {"img2img": flux_img2img, "inpainting": flux_inpaint, "ControlNet": flux_controlnet}
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 
 def own_arguments(call: dict) -> tuple[list[dict], dict]:
     """Two samples, the second with weaker prompts, and what they share."""

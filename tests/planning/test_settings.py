@@ -20,6 +20,7 @@ from support.tiny import mixed_cells, schedule_for, tiny_pipeline
 from support.zoo_pipelines import _flux2, _qwen, _sd3, generate
 
 CALL = {"num_inference_steps": 4}
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 
 def test_prompts_take_all_settings_in_turns():

@@ -73,7 +73,7 @@ def test_a_model_is_not_measured_on_itself(pipe):
     assert found != Universal(budget=0.5).schedule_for(prints, sampler, runs)
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(4, 1.0), (20, 3.0), (28, 6.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(4, 1.0), (20, 3.0)])
 def test_a_schedule_follows_steps_and_shift(pipe, steps, shift):
     schedule = Universal(budget=0.5).schedule(fingerprint(pipe.transformer, shifted_sigmas(steps, shift)))
     assert schedule.used == pytest.approx(0.5) and schedule.num_steps == steps and not schedule.is_skipped(0)

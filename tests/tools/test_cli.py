@@ -21,9 +21,10 @@ import layercache
 from layercache.demo import pipeline
 from layercache.errors import BudgetError, UnsupportedModelError
 from layercache.planning.front import Point
+from layercache.planning.search import PICTURES
 from layercache.schedule.schedule import Schedule
 from layercache.tools import demo, doctor
-from layercache.tools.cli import app, common, pipelines
+from layercache.tools.cli import app, common, pipelines, search
 from layercache.tools.cli.following import generate_with
 from layercache.tools.cli.options import CallOptions
 from layercache.tools.report.front import order_sentence, rows_of
@@ -32,6 +33,7 @@ from support.commands import done, printed
 
 COMMANDS = ("demo", "calibrate", "plan", "generate", "show", "doctor")
 STEPS = 8
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 
 def invoke(*arguments: object):
@@ -456,6 +458,9 @@ def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
 def test_every_printed_command_runs_as_it_stands(small_demo, tmp_path, monkeypatch):
     """From two beginnings on, at 60 columns, until nothing is printed to go on with."""
     monkeypatch.chdir(tmp_path)
+    few_pictures = functools.partial(search._pictures, samples=2, validation=1)
+    monkeypatch.setattr(search, "_pictures", lambda pipe, prompts, *_: few_pictures(pipe, prompts, seed=0))
+    monkeypatch.setitem(PICTURES, "normal", 2)
     monkeypatch.setattr(small_demo, "set_progress_bar_config", lambda **_: None)
     fast = ("--steps", 6, "--guidance", 2.5)
     waiting = [
@@ -475,8 +480,8 @@ def test_a_schedule_that_does_not_say_its_model_proposes_no_command(profile_file
     assert not printed(output) and "with the model it was made for" in " ".join(output.split())
 
 
-def test_what_is_handed_on_says_nothing_of_this_machine(small_demo, tmp_path):
-    _, front = plan_front(tmp_path, "-p", "cat")
+def test_what_is_handed_on_says_nothing_of_this_machine(searched, tmp_path):
+    _, front = searched
     assert '"command"' in front.read_text()
     layercache.Front.load(front).save_pretrained(tmp_path / "repo")
     written = [path.read_text() for path in (tmp_path / "repo").rglob("*") if path.is_file()]
@@ -540,12 +545,12 @@ def check_demo(output, figures, seeds: int) -> None:
 
 
 def test_demo_on_a_tiny_model(small_demo, tmp_path):
-    result = demo.run_demo(tmp_path, steps=10, seeds=5, batch=2, calibration_samples=2, pipe=small_demo)
-    check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=5)
+    result = demo.run_demo(tmp_path, steps=10, seeds=3, batch=2, calibration_samples=2, pipe=small_demo)
+    check_demo(tmp_path, json.loads((tmp_path / "report.json").read_text()), seeds=3)
     assert len(result.profile.samples) == 2
     # the seeds that are compared are not among those that were calibrated on
-    assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 5", "seed 6"]
-    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [3, 3, 3, 3]
+    assert [sample.split(":")[0] for sample in result.profile.samples] == ["seed 3", "seed 4"]
+    assert [len(m["seconds_per_batch"]) for m in result.figures["methods"]] == [2, 2, 2, 2]
     assert result.measured[1].psnr == pytest.approx(psnr_one_by_one(small_demo, result), abs=0.05)
 
 
@@ -598,18 +603,22 @@ def test_demo_with_the_bundled_model(tmp_path):
 # --- fronts --------------------------------------------------------------------------------------------------
 
 
-def plan_front(tmp_path, *more):
-    front = tmp_path / "front.json"
-    settings = ("--samples", 2, "--validation", 2, "--budgets", "0.75,0.5", "--steps", STEPS, "--effort", "quick")
-    return invoke("search", "-o", front, *settings, *more), front
-
-
-def test_front_from_search_to_picture(small_demo, tmp_path):
-    result, front = plan_front(tmp_path, "--json", tmp_path / "figures.json")
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, short_searches):
+    """What the command printed, and the front that it wrote, on the model of `small_demo`."""
+    front = tmp_path_factory.mktemp("search") / "front.json"
+    words = ("--samples", 2, "--validation", 2, "--budgets", "0.75,0.5", "--steps", STEPS, "--effort", "quick")
+    with pytest.MonkeyPatch.context() as patch:
+        loaded(patch, tiny.tiny_pipeline(2))
+        result = invoke("search", "-p", "cat", "-o", front, *words, "--json", front.with_name("figures.json"))
     assert result.exit_code == 0, result.output
-    assert "PSNR in dB of 2 held-out pictures" in result.stdout
-    result_of_search = result.stdout
-    points = json.loads((tmp_path / "figures.json").read_text())["points"]
+    return result.stdout, front
+
+
+def test_front_from_search_to_picture(small_demo, searched, tmp_path):
+    result_of_search, front = searched
+    assert "PSNR in dB of 2 held-out pictures" in result_of_search
+    points = json.loads(front.with_name("figures.json").read_text())["points"]
     loaded = layercache.Front.load(front)
     assert [p["used"] for p in points] == [p.used for p in reversed(loaded.points)]
     assert points[0]["held_out"]["mean"] == pytest.approx(loaded.points[-1].validation.mean)
@@ -644,8 +653,8 @@ def test_what_a_search_says_and_leaves(small_demo, tmp_path):
     assert (front.with_suffix(".search") / "runs.json").exists()
 
 
-def test_refit_of_a_schedule_from_a_front(small_demo, tmp_path):
-    _, front = plan_front(tmp_path)
+def test_refit_of_a_schedule_from_a_front(small_demo, searched, tmp_path):
+    _, front = searched
     schedule, refitted = tmp_path / "schedule.json", tmp_path / "refitted.json"
     least = f"{min(layercache.Front.load(front).points[-1].likely) - 1:.2f}"
     assert invoke("plan", front, "--min-psnr", least, "--percentile", 0, "-o", schedule).exit_code == 0

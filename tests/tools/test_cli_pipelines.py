@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 import layercache
+from layercache.planning.search import EFFORTS
 from layercache.schedule.schedule import Schedule
 from support import saved_pipelines as saved
 from support.commands import done, frames_of, printed, run
@@ -20,6 +21,7 @@ from support.commands import done, frames_of, printed, run
 STEPS = 6
 MORE_STEPS = {"wan-2.2": 12, "flux-img2img": 10}  # of which a transformer runs half
 OTHER_METHOD = {"ltx-2": "fbcache", "cogvideox": "fbcache"}  # where whole steps cannot be skipped
+pytestmark = pytest.mark.usefixtures("short_searches")
 VIDEOS = [name for name in saved.MODELS if not name.startswith(("flux", "sd3", "qwen"))]
 
 
@@ -68,7 +70,8 @@ def search_words(name: str) -> tuple[object, ...]:
     return ("--steps", steps_of(name), "-p", "a fox", "-p", "a cat", *more)
 
 
-def test_from_a_search_to_a_file_by_the_printed_commands(folder):
+def test_from_a_search_to_a_file_by_the_printed_commands(folder, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "quick", 5)  # two schedules
     whole_way(folder, "wan-i2v")
 
 

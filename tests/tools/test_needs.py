@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tomllib
@@ -175,11 +174,9 @@ def diagnosed(**more) -> list[str]:
     return run.stdout.strip().split("|")
 
 
-def test_doctor_takes_less_than_two_seconds_and_loads_torch_s_library():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_doctor_loads_torch_s_library_and_no_large_package():
+    """Which would take it seconds; see `DIAGNOSED`."""
     assert diagnosed()[::2] == ["ok", "ok"]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2
 
 
 def test_doctor_finds_a_torch_that_does_not_load(tmp_path):

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from support.marks import slow
-
 ROOT = Path(__file__).resolve().parents[2]
 # Copies leave out what earlier builds left behind: setuptools would pick some of it up again.
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "demo-output")
@@ -200,7 +198,8 @@ def test_another_package_keeps_the_name_kernels(checkout: Path, python: Path, tm
     assert kernels_origin(python, checkout, PYTHONPATH=path).parent == checkout / "kernels"
 
 
-@pytest.mark.parametrize("module", ["layercache.backend", *slow("layercache", "layercache.ops")])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["layercache", "layercache.backend", "layercache.ops"])
 def test_import_without_triton(module: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules['triton'] = None; import {module}"
     run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
