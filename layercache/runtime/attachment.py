@@ -72,7 +72,7 @@ class Attachment:
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
-        self.times = ForwardTimes() if leader is None else leader.times
+        self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self.is_under_way = False

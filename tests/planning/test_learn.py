@@ -17,6 +17,7 @@ from layercache.planning import samples
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn_fit import COST, Fit
 from support.tiny import tiny_pipeline
+from support.zoo_pipelines import _wan_two_experts, generate
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
@@ -169,6 +170,16 @@ def test_a_compiled_transformer_is_learnt_from(pipe):
         assert counter.frame_count == 1, "one graph of all steps and branches"
         (learned,) = cache.known.values()
         assert learned.recorded[0].full.seconds[0] > 0 and set(learned.recorded[0].full.branches) == {"cond", "uncond"}
+
+
+def test_a_call_that_the_first_transformer_has_no_step_of_is_given_all_the_same():
+    pipe, call = _wan_two_experts()
+    pipe.register_to_config(boundary_ratio=1.5)
+    full = generate(pipe, call)
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        with pytest.warns(LayerCacheWarning, match="nothing can be learnt.*no step was run by.*transformer"):
+            found = generate(pipe, call)
+        np.testing.assert_array_equal(found, full)
 
 
 def test_calls_are_repeated_as_they_were(pipe):
