@@ -264,6 +264,7 @@ class LearningCache(Router):
                 self._state = other
                 return self._route_by(other.cache)
             if self.substitute is not None:
+                self._newest[learned.base] = learned  # of the other levels nothing will be learnt
                 return self._route_by(self.substitute)
             warnings.warn(
                 f"this generation is computed in full, and those that follow it are learnt apart: {error}",

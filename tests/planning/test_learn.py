@@ -129,6 +129,17 @@ def test_other_noise_levels_under_the_same_settings_are_learnt_apart(pipe):
         assert cache.report().generations == 8 and cache.report().fallback_rows == 0
 
 
+def test_what_was_learnt_is_taken_again_after_a_call_with_other_noise_levels(pipe):
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        picture(pipe, 0)
+        first = picture(pipe, 2)
+    with layercache.enabled(pipe, budget=0.5):
+        for shift in (3.0, 1.5, 3.0):
+            pipe.scheduler.set_shift(shift)
+            found = picture(pipe, 2)
+            assert np.array_equal(found, first) is (shift == 3.0)
+
+
 def test_two_pipelines_with_one_transformer_learn_together(pipe):
     other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
     other.set_progress_bar_config(disable=True)
