@@ -305,7 +305,7 @@ class LearningCache(Router):
         return result
 
     def _keep(self, learned: CallState, watcher: Recorder, arguments: dict[str, Any], result: Any) -> None:
-        """Adds what was recorded, if the call can be repeated and steered."""
+        """Adds what was recorded, if the call can be repeated and its velocities replaced."""
         try:
             if watcher.obstacle or "generator" not in arguments:
                 raise CalibrationError(
