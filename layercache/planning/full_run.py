@@ -162,6 +162,11 @@ class FullRun(RecordingRouter):
         """Median seconds of a step, in the blocks and in the rest of the model, over the steps that were timed."""
         totals = self.clock.totals()
         steps = [step for step in range(num_steps) if ("blocks", step) in totals]
+        if not steps:
+            raise CalibrationError(
+                f"no step was run by the pipeline's {EXPERTS[0]}, on which steps are timed: let it run one at least "
+                "(boundary_ratio), or take a method that needs no calibration"
+            )
         blocks, rest = ([totals.get((part, step), 0.0) for step in steps] for part in ("blocks", "rest"))
         return median(blocks), median(rest)
 

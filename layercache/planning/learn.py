@@ -264,6 +264,7 @@ class LearningCache(Router):
                 self._state = other
                 return self._route_by(other.cache)
             if self.substitute is not None:
+                self._newest[learned.base] = learned  # of the other levels nothing will be learnt
                 return self._route_by(self.substitute)
             warnings.warn(
                 f"this generation is computed in full, and those that follow it are learnt apart: {error}",
@@ -304,7 +305,7 @@ class LearningCache(Router):
         return result
 
     def _keep(self, learned: CallState, watcher: Recorder, arguments: dict[str, Any], result: Any) -> None:
-        """Adds what was recorded, if the call can be repeated and steered."""
+        """Adds what was recorded, if the call can be repeated and its velocities replaced."""
         try:
             if watcher.obstacle or "generator" not in arguments:
                 raise CalibrationError(

@@ -17,6 +17,7 @@ from layercache.planning import samples
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn_fit import COST, Fit
 from support.tiny import tiny_pipeline
+from support.zoo_pipelines import _wan_two_experts, generate
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
@@ -128,6 +129,17 @@ def test_other_noise_levels_under_the_same_settings_are_learnt_apart(pipe):
         assert cache.report().generations == 8 and cache.report().fallback_rows == 0
 
 
+def test_what_was_learnt_is_taken_again_after_a_call_with_other_noise_levels(pipe):
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        picture(pipe, 0)
+        first = picture(pipe, 2)
+    with layercache.enabled(pipe, budget=0.5):
+        for shift in (3.0, 1.5, 3.0):
+            pipe.scheduler.set_shift(shift)
+            found = picture(pipe, 2)
+            assert np.array_equal(found, first) is (shift == 3.0)
+
+
 def test_two_pipelines_with_one_transformer_learn_together(pipe):
     other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
     other.set_progress_bar_config(disable=True)
@@ -169,6 +181,16 @@ def test_a_compiled_transformer_is_learnt_from(pipe):
         assert counter.frame_count == 1, "one graph of all steps and branches"
         (learned,) = cache.known.values()
         assert learned.recorded[0].full.seconds[0] > 0 and set(learned.recorded[0].full.branches) == {"cond", "uncond"}
+
+
+def test_a_call_that_the_first_transformer_has_no_step_of_is_given_all_the_same():
+    pipe, call = _wan_two_experts()
+    pipe.register_to_config(boundary_ratio=1.5)
+    full = generate(pipe, call)
+    with layercache.enabled(pipe, budget=0.5, learn=1):
+        with pytest.warns(LayerCacheWarning, match="nothing can be learnt.*no step was run by.*transformer"):
+            found = generate(pipe, call)
+        np.testing.assert_array_equal(found, full)
 
 
 def test_calls_are_repeated_as_they_were(pipe):
