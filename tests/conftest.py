@@ -11,15 +11,20 @@ import torch
 
 # Files that take longest, which are begun first, so that no process is left alone with one at the end.
 LONG = (
-    "planning/test_search.py",
     "tools/test_cli.py",
     "kernels/test_compiled_kernels.py",
-    "runtime/test_surroundings.py",
-    "tools/test_compare.py",
     "methods/test_dynamic_methods.py",
-    "planning/test_refit.py",
-    "backend/test_peer_agreement.py",
+    "tools/test_cli_pipelines.py",
+    "runtime/test_surroundings.py",
     "runtime/test_compile.py",
+    "backend/test_backend.py",
+    "ops/test_native.py",
+    "ops/test_ops.py",
+    "core/test_scheduler.py",
+    "models/test_descriptions.py",
+    "planning/test_rollout.py",
+    "planning/test_learn.py",
+    "models/test_models.py",
 )
 
 

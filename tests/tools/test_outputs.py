@@ -3,8 +3,7 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
+from contextlib import contextmanager
 
 import pytest
 import typer
@@ -111,18 +110,24 @@ def test_api_checks_the_files_of_a_search_before_it_runs(folder):
         layercache.search(object(), ["cat"], resume=folder / "search")
 
 
-def _limit():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
+@contextmanager
+def small_files():
+    """Files may have 512 bytes, as where a disk is full."""
+    before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_file_stays(folder):
-    """Files may have 512 bytes, as where a disk is full."""
     (folder / "old.json").write_text("as it was")
     before = sorted(path.name for path in folder.iterdir())
-    command = [sys.executable, "-m", "layercache", "plan", "profile.safetensors", "--budget", "0.7", "-o", "old.json"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_limit, timeout=120)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    with small_files():
+        done = invoke("plan", "profile.safetensors", "--budget", 0.7, "-o", "old.json")
+    assert done.exit_code == 1 and len(done.stderr.strip().splitlines()) == 1, done.output
     assert done.stderr.startswith("Error: old.json cannot be written: File too large")
     assert (folder / "old.json").read_text() == "as it was"
     assert sorted(path.name for path in folder.iterdir()) == before
