@@ -32,7 +32,8 @@ from layercache.models.registry import experts_of, spec_for
 from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, new_said
 from layercache.runtime.groups import require_inference
-from layercache.runtime.loop import DenoisingLoop
+from layercache.runtime.identity import OTHER_LOOP
+from layercache.runtime.loop import DenoisingLoop, LoopOwner
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
@@ -75,6 +76,7 @@ class Attachment:
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
+        self._loop = LoopOwner() if leader is None else leader._loop
         self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
@@ -286,6 +288,8 @@ class Attachment:
     def _at_end(self, original: Any) -> Any:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            if self._is_of_another_loop:
+                return result
             router = self._root.for_call()
             router.end_generation()
             router.finish()
@@ -300,12 +304,12 @@ class Attachment:
             if self._classes:
                 # of the pipeline's call, which has put its defaults in place of what it was not given
                 self._root.note_settings(call_settings(sys._getframe(1).f_locals))
-            return DenoisingLoop(original(*args, **kwargs), self._end_loop)
+            return DenoisingLoop(original(*args, **kwargs), self._loop.begin, self._end_loop)
 
         return progress_bar
 
     def _end_loop(self, completed: bool) -> None:
-        if self._classes:
+        if self._loop.end() and self._classes:
             _log.debug("a generation %s", "has ended" if completed else "was broken off")
             self._root.for_call().end_generation(completed)
 
@@ -319,7 +323,7 @@ class Attachment:
 
     def _sampler_step(self, scheduler: Any, original: Any, output: int = 0) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
-            if not self._classes:
+            if not self._classes or self._is_of_another_loop:
                 return original(*args, **kwargs)
             at = self._step_of(scheduler, args, kwargs)
             router = self._root.for_sampler(scheduler)
@@ -402,7 +406,14 @@ class Attachment:
             self._route_by(router)
         return router
 
+    @property
+    def _is_of_another_loop(self) -> bool:
+        """Whether the cache serves another thread's pipeline at the moment, and no request is named."""
+        return self._loop.is_another and not self._root.in_request
+
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_of_another_loop:
+            return self._root.identity.leave_unidentified(OTHER_LOOP)
         router = self.router_of_call()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         spec = router.spec

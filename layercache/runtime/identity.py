@@ -31,6 +31,10 @@ PROMPTS_ARE_READ = (
     "every call of the transformer waits for the device to compare its prompt with those of other branches, since its "
     "tensors are made anew; " + _NAME_THEM
 )
+OTHER_LOOP = (
+    "another thread's pipeline runs on this transformer; a cache serves one loop at a time, and several by requests: "
+    "`with cache.request(name, scheduler):`"
+)
 RUN_IS_OVER = (
     "the scheduler that the cache follows takes no step: another pipeline or loop uses the transformer too; enable the "
     "same plan on that pipeline as well, or name its scheduler: layercache.enable(transformer, plan, scheduler)"

@@ -93,6 +93,12 @@ class Requests:
         self.routers[name] = router
         return router
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether forwards belong to requests here."""
+        entered = _now.get()
+        return entered is not None and entered[0] == id(self)
+
     def router(self) -> Router:
         """The router of the present forward."""
         entered = _now.get()
@@ -225,6 +231,10 @@ class ScheduleCache(ScheduleRouter):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.requests = Requests(self)
+
+    @property
+    def in_request(self) -> bool:
+        return self.requests.is_entered
 
     def for_call(self) -> Router:
         return self.requests.router() if self.requests.routers else self

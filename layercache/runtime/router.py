@@ -212,6 +212,11 @@ class Router:
         return all(action.kind != REUSE for action in self.actions)
 
     @property
+    def in_request(self) -> bool:
+        """Whether the caller has named the request that its forwards belong to."""
+        return False
+
+    @property
     def measured_speedup(self) -> float | None:
         """Of the transformer's newest forwards; waits for the device (`ForwardTimes.speedup`)."""
         attachment = getattr(self, "attachment", None)

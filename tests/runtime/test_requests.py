@@ -360,3 +360,38 @@ def test_wrong_use(model):
                 model(**job.arguments())
         with pytest.raises(NonFiniteResidualError):
             cache.forget("bad")
+
+
+@pytest.mark.parametrize("plan", ["groups", "velocities", "automatic"])
+def test_another_threads_pipeline_is_computed_in_full(plan):
+    """While a pipeline's loop runs, another one on the same transformer, enabled as well, makes its full picture."""
+    pipe = tiny_pipeline(2)
+    other = DemoPipeline(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    other.set_progress_bar_config(disable=True)
+    expected = generate(other, steps=8, seed=5)
+    cells = tuple((None,) if step % 2 == 0 else ({step - 1: 1.0},) for step in range(8))
+    prints = fingerprint(pipe.transformer, shifted_sigmas(8))
+    plans = {
+        "groups": lambda: Schedule(prints, ((0, 2),), cells, (1.0,)),
+        "velocities": lambda: TaylorSeer(interval=2).schedule(prints),
+        "automatic": lambda: None,
+    }
+    with layercache.enabled(pipe, plans[plan]()):
+        alone = generate(pipe, steps=8)
+    found, threads = [], []
+
+    def begin_the_other(pipe, step, time, values):
+        if step == 3:
+            threads.append(Thread(target=lambda: found.append(generate(other, steps=8, seed=5))))
+            threads[0].start()
+            threads[0].join(60)
+        return values
+
+    cache = layercache.enable(pipe, plans[plan]())
+    assert layercache.enable(other, plans[plan]()) is cache
+    with pytest.warns(LayerCacheWarning, match="another thread's pipeline"):
+        together = generate(pipe, steps=8, callback_on_step_end=begin_the_other)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert (generate(other, steps=8, seed=5) != expected).any()  # by itself it is cached
+    layercache.disable(pipe)
