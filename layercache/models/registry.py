@@ -60,6 +60,11 @@ def spec_for(transformer: nn.Module) -> ModelSpec:
     for cls in type(transformer).__mro__:
         if cls.__name__ in _REGISTRY:
             return _REGISTRY[cls.__name__]
+    if "UNet" in type(transformer).__name__:
+        raise UnsupportedModelError(
+            f"{type(transformer).__name__} is a UNet, whose blocks change the size of what they pass on; layercache "
+            "caches transformers ('layercache models' lists them). For UNets there are other caches, such as DeepCache"
+        )
     raise UnsupportedModelError(
         f"{type(transformer).__name__} is not a transformer layercache knows (see layercache models); let it be found "
         "out with layercache.infer_model(pipe, lambda: pipe(...)), or describe it with "

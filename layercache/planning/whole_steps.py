@@ -271,7 +271,11 @@ def counts_of(budgets: Sequence[float], num_steps: int) -> list[int]:
     """
     counts = sorted({math.floor(budget * num_steps + 1e-9) for budget in budgets if budget < 1}, reverse=True)
     if not counts or counts[-1] < 1:
-        raise BudgetError(f"a budget below 1 and of one of {num_steps} steps at least is needed", argument="budgets")
+        least = math.ceil(100 / num_steps) / 100
+        raise BudgetError(
+            f"budgets of a run of {num_steps} steps lie from {least:g}, which leaves one step to compute, to below 1",
+            argument="budgets",
+        )
     return counts
 
 

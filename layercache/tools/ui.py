@@ -161,6 +161,7 @@ def _settings(gr: Any, runs: SideBySide, prompt: Any) -> list[Any]:
         words = [[name] for name in CLASS_NAMES]
         gr.Examples(words, prompt, label="Words that the bundled model knows", examples_per_page=len(words))
     low, high = runs.budgets
+    low, high = math.floor(low * 100) / 100, math.ceil(high * 100) / 100  # the page writes them out
     high = max(high, low + 0.01)
     fixed = runs.fixed_steps
     budget = gr.Slider(
@@ -172,8 +173,8 @@ def _settings(gr: Any, runs: SideBySide, prompt: Any) -> list[Any]:
         info="" if runs.front is None else "the schedule of the front that is nearest",
     )
     steps = gr.Slider(
-        2 if fixed is None else fixed,
-        MOST_STEPS if fixed is None else fixed + 1,
+        2,
+        max(MOST_STEPS, fixed or 0),
         value=fixed or STEPS,
         step=1,
         label="Steps" if fixed is None else "Steps (those of the front)",

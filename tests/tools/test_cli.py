@@ -328,7 +328,7 @@ def test_no_memory_limit_and_large_numbers(profile_file, tmp_path):
 
 def test_a_search_that_can_find_nothing_says_so(tiny_demo, tmp_path):
     text = refused(1, "search", "--steps", STEPS, "--budgets", 0.01, "-o", tmp_path / "f.json")
-    assert "Invalid value for --budgets: a budget below 1" in text
+    assert "Invalid value for --budgets: budgets of a run of" in text and "which leaves one step" in text
     assert not (tmp_path / "f.json").exists()
 
 

@@ -227,4 +227,6 @@ def test_a_pipeline_with_a_unet_says_what_to_do():
     pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
     with pytest.raises(UnsupportedModelError, match="UNet2DModel.*layercache models"):
         find_transformer(pipe)
+    with pytest.raises(UnsupportedModelError, match="is a UNet.*DeepCache"):
+        layercache.enable(unet)
     assert find_transformer(make("SanaPipeline", "SanaTransformer2DModel")) is not None

@@ -111,6 +111,7 @@ def test_sdist_holds_sources_and_headers(sdist: Path, checkout: Path) -> None:
     expected += [
         *(path for path in (checkout / "csrc").rglob("*") if path.is_file()),
         *(checkout / "kernels").rglob("*.py"),
+        *(checkout / "examples").glob("*.*"),
     ]
     assert {path.relative_to(checkout).as_posix() for path in expected} <= names
 
