@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import Lock, get_ident
 from typing import Any
 
@@ -30,10 +30,10 @@ from layercache._utils.compat import (
 from layercache.errors import CacheStateError, ForeignCacheError
 from layercache.models.registry import experts_of, spec_for
 from layercache.runtime.experts import ExpertRouter
-from layercache.runtime.forward import Forward, Said, Saying, new_said
+from layercache.runtime.forward import Forward, Said, Saying, gives, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.identity import OTHER_LOOP
-from layercache.runtime.loop import DenoisingLoop, LoopOwner
+from layercache.runtime.loop import DenoisingLoop, LoopOwner, runs_forward
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
@@ -76,7 +76,7 @@ class Attachment:
         self._root = router
         self.said = new_said()
         self.has_own_contexts = has_own_contexts(self.transformer)
-        self._loop = LoopOwner() if leader is None else leader._loop
+        self._loop: LoopOwner = LoopOwner() if leader is None else leader._loop
         self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
@@ -177,7 +177,7 @@ class Attachment:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
         if pipeline is not None:
             if hasattr(pipeline, "progress_bar"):
-                self._patch(pipeline, "progress_bar", self._denoising_loop(pipeline.progress_bar))
+                self._patch(pipeline, "progress_bar", self._denoising_loop(pipeline, pipeline.progress_bar))
             if hasattr(pipeline, "maybe_free_model_hooks"):
                 self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None:
@@ -297,20 +297,25 @@ class Attachment:
 
         return maybe_free_model_hooks
 
-    def _denoising_loop(self, original: Any) -> Any:
+    def _denoising_loop(self, pipeline: Any, original: Any) -> Any:
         """A pipeline's loop runs in its progress bar: where that is left, however it is, the generation is over."""
+
+        def begin() -> None:
+            if self._loop.begin():
+                self._root.identity.lead(pipeline)
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
             if self._classes:
                 # of the pipeline's call, which has put its defaults in place of what it was not given
                 self._root.note_settings(call_settings(sys._getframe(1).f_locals))
-            return DenoisingLoop(original(*args, **kwargs), self._loop.begin, self._end_loop)
+            return DenoisingLoop(original(*args, **kwargs), begin, self._end_loop)
 
         return progress_bar
 
     def _end_loop(self, completed: bool) -> None:
         if self._loop.end() and self._classes:
             _log.debug("a generation %s", "has ended" if completed else "was broken off")
+            self._root.identity.is_held = False
             self._root.for_call().end_generation(completed)
 
     def _counted_step(self, original: Any, tally: StepTally) -> Any:
@@ -417,12 +422,12 @@ class Attachment:
         router = self.router_of_call()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         spec = router.spec
-        if spec.bypass and _gives(arguments, spec.bypass):
+        if spec.bypass and gives(arguments, spec.bypass):
             return
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
             router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
-        router.adds = spec.adds is None or _gives(arguments, spec.adds)
+        router.adds = spec.adds is None or gives(arguments, spec.adds)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
@@ -450,28 +455,10 @@ class Attachment:
             self._release()
 
 
-def runs_forward(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside a call of the module now."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def device_of(latents: Any) -> torch.device:
     """Where latents are, a tensor or a list of one per picture: offloaded weights may be elsewhere."""
     first = latents[0] if isinstance(latents, list) and latents else latents
     return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
-
-
-def _gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether a forward is given one of these arguments."""
-    for name in names:  # at every step; a generator would cost more than the rest
-        if arguments.get(name) is not None:
-            return True
-    return False
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

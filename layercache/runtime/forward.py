@@ -81,3 +81,11 @@ class Saying(AbstractContextManager[Any]):
         except ValueError:  # a generator that is closed from another context
             self._said.set(self._before)
         return None if self._inner is None else self._inner.__exit__(*exc)
+
+
+def gives(arguments: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether a forward is given one of these arguments."""
+    for name in names:  # at every step; a generator would cost more than the rest
+        if arguments.get(name) is not None:
+            return True
+    return False

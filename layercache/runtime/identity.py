@@ -116,6 +116,7 @@ class Identity:
         count: generations begun.
         unidentified: forwards without a place, by the reason.
         reason: why the newest of them has none: `NO_STEP`, `NO_BRANCH` or `RUN_IS_OVER`.
+        is_held: the first driver's loop is under way (`lead`).
         any_thread: forwards of one loop may come from several threads, as those of a request do.
         source: of the newest generation; ``"none"`` before the first.
     """
@@ -137,7 +138,7 @@ class Identity:
         self.unidentified: Counter[str] = Counter()
         self.source = "none"
         self.reason = ""
-        self.any_thread = False
+        self.any_thread = self.is_held = False
         self._warned: set[str] = set()
 
     @property
@@ -196,13 +197,24 @@ class Identity:
         return self._by_time(forward)
 
     def current(self) -> Any:
-        """The scheduler to go by now: of several, the one whose timesteps were set last; ``None`` without one."""
-        if len(self.drivers) > 1:
+        """The scheduler to go by now: of several, the one whose timesteps were set last; ``None`` without one.
+
+        While a pipeline's loop runs it is that pipeline's.
+        """
+        if len(self.drivers) > 1 and not self.is_held:
             for driver in list(self.drivers):
                 if driver.has_begun():
                     self.drivers.remove(driver)
                     self.drivers.insert(0, driver)
         return self.scheduler
+
+    def lead(self, pipeline: Any) -> None:
+        """A pipeline's loop begins: its scheduler is gone by until `is_held` is unset."""
+        for driver in [one for one in self.drivers if one.pipeline is pipeline]:
+            driver.has_begun()
+            self.drivers.remove(driver)
+            self.drivers.insert(0, driver)
+            self.is_held = True
 
     # --- the sources ---
 

@@ -1,10 +1,13 @@
-"""A pipeline's progress bar as the beginning and end of its denoising loop."""
+"""Denoising loops of pipelines: their progress bar as beginning and end, and the threads that they run in."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any
+
+from torch import nn
 
 
 class LoopOwner:
@@ -13,10 +16,11 @@ class LoopOwner:
     def __init__(self) -> None:
         self._thread = 0
 
-    def begin(self) -> None:
-        """A loop begins; the cache is its own unless another thread's is under way."""
+    def begin(self) -> bool:
+        """A loop begins; whether the cache is its own, which it is unless another thread's is under way."""
         if not self._thread:
             self._thread = get_ident()
+        return not self.is_another
 
     def end(self) -> bool:
         """A loop has ended; whether the cache was its own."""
@@ -40,7 +44,7 @@ class DenoisingLoop:
         ended: called with whether the loop ran to its end.
     """
 
-    def __init__(self, bar: Any, begun: Callable[[], None], ended: Callable[[bool], None]):
+    def __init__(self, bar: Any, begun: Callable[[], object], ended: Callable[[bool], None]):
         self._bar, self._begun, self._ended = bar, begun, ended
 
     def __getattr__(self, name: str) -> Any:
@@ -65,3 +69,13 @@ class DenoisingLoop:
             completed = True
         finally:
             self._ended(completed)
+
+
+def runs_forward(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is inside a call of the module now."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False

@@ -8,10 +8,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
+from layercache.demo.pipeline import DemoPipeline
 from layercache.errors import CacheStateError, LayerCacheWarning, NonFiniteResidualError, ScheduleMismatchError
+from layercache.methods import TaylorSeer
 from layercache.planning.rollout import skipping
 from layercache.schedule.schedule import Schedule
-from support.tiny import fingerprint, generate, mixed_cells, schedule_for, tiny_pipeline
+from support.tiny import fingerprint, generate, mixed_cells, schedule_for, shifted_sigmas, tiny_pipeline
 from support.zoo import build
 
 STEPS = 8
@@ -382,7 +384,7 @@ def test_another_threads_pipeline_is_computed_in_full(plan):
 
     def begin_the_other(pipe, step, time, values):
         if step == 3:
-            threads.append(Thread(target=lambda: found.append(generate(other, steps=8, seed=5))))
+            threads.append(threading.Thread(target=lambda: found.append(generate(other, steps=8, seed=5))))
             threads[0].start()
             threads[0].join(60)
         return values

@@ -678,5 +678,8 @@ def test_mistakes_with_fronts(tiny_demo, tmp_path, schedule_file, profile_file):
     assert "not whole" in refused(1, "plan", front, "--budget", 0.5)
 
 
-def test_the_search_by_its_old_name_is_refused_with_the_new_one(profile_file):
-    assert "layercache search --help" in refused(2, "plan", profile_file, "--pareto", "--budgets", "0.75")
+def test_the_search_by_its_old_name_still_runs(small_demo, profile_file, tmp_path):
+    more = ("--samples", 1, "--validation", 0, "--steps", STEPS, "--effort", "quick", "-o", tmp_path / "f.json")
+    result = invoke("plan", profile_file, "--pareto", "--budgets", "0.75", *more)
+    assert result.exit_code == 0 and "is 'layercache search' now" in result.output
+    assert layercache.Front.load(tmp_path / "f.json").points

@@ -42,8 +42,9 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] == "plan" and PARETO in args:
-            typer.echo(f"'plan {PARETO}' is a command of its own now: layercache search --help", err=True)
-            raise typer.Exit(2)
+            # until 0.1 the search was an option of 'plan', with a profile; for one release the old form still works
+            typer.echo(f"'layercache plan {PARETO}' is 'layercache search' now, which needs no profile.", err=True)
+            args = ["search", *(word for word in args[1:] if word != PARETO and not word.endswith(".safetensors"))]
         name, command, rest = super().resolve_command(ctx, args)
         ctx.meta[_COMMAND] = command
         return name, command, rest
