@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from layercache._utils.compat import tells_steps
+from layercache._utils.validate import expect
 from layercache.errors import LayerCacheWarning, MethodError
 from layercache.methods.fbcache import FBCache
 from layercache.methods.fixed import TaylorSeer, taylorseer_steps
@@ -26,6 +28,9 @@ from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule
 
 _log = logging.getLogger("layercache")
+
+FEWEST_STEPS = 8
+"""Of a run that is not computed in full: below, single skipped steps are seen (docs/guides/few-steps.md)."""
 
 LAST_STEPS = 0.1
 """Share of the steps that is computed at the end of a run, whose changes show most."""
@@ -42,7 +47,7 @@ class Automatic(PlannedMethod):
     of the steps is computed where it can be. Source: ours; docs/methods.md.
 
     Attributes:
-        budget: largest share of the steps that is computed, two at least.
+        budget: largest share of the steps that is computed, two at least; all in runs of fewer than `FEWEST_STEPS`.
         groups: block ranges whose residuals TaylorSeer forecasts, where velocities cannot be replaced (two outputs, a
             sampler that does not count its steps); then it is taken in any case.
 
@@ -68,17 +73,26 @@ class Automatic(PlannedMethod):
         Raises:
             ArgumentError: no fingerprint.
         """
-        try:
-            if self.groups is None:
-                return Universal(budget=self.budget).schedule(fingerprint)
-        except MethodError as error:
-            _log.info("no universal schedule for this run: %s", error)
-        return self._taylorseer(fingerprint)
+        return self._made(fingerprint, lambda: Universal(budget=self.budget).schedule(fingerprint))
 
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        universal = Universal(budget=self.budget)
+        return self._made(fingerprint, lambda: universal.schedule_of_run(fingerprint, scheduler, first), first)
+
+    def _made(self, fingerprint: Fingerprint, universal: Callable[[], Schedule], first: int = 0) -> Schedule:
+        """The universal schedule, TaylorSeer's where there is none, or all steps of a run that has few."""
+        expect("Automatic.schedule", fingerprint, Fingerprint)
+        if len(fingerprint.steps) - first < FEWEST_STEPS:
+            warnings.warn(
+                f"a run of {len(fingerprint.steps) - first} steps is computed in full, since each changes much: search "
+                "with these steps (layercache.search), or take layercache.methods.Universal",
+                LayerCacheWarning,
+                stacklevel=2,
+            )
+            return Schedule.compute_all(fingerprint)
         try:
             if self.groups is None:
-                return Universal(budget=self.budget).schedule_of_run(fingerprint, scheduler, first)
+                return universal()
         except MethodError as error:
             _log.info("no universal schedule for this run: %s", error)
         return self._taylorseer(fingerprint)
