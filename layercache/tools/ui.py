@@ -153,6 +153,12 @@ def build_page(runs: SideBySide) -> Any:
     return page
 
 
+def budget_range(runs: SideBySide) -> tuple[float, float]:
+    """Lowest and highest budget, with two digits, since the page writes them out."""
+    low, high = math.floor(runs.budgets[0] * 100) / 100, math.ceil(runs.budgets[1] * 100) / 100
+    return low, max(high, low + 0.01)
+
+
 def _settings(gr: Any, runs: SideBySide, prompt: Any) -> list[Any]:
     """Seed, steps, budget, and guidance where the pipeline has it."""
     if is_demo(runs.pipe):
@@ -160,9 +166,7 @@ def _settings(gr: Any, runs: SideBySide, prompt: Any) -> list[Any]:
 
         words = [[name] for name in CLASS_NAMES]
         gr.Examples(words, prompt, label="Words that the bundled model knows", examples_per_page=len(words))
-    low, high = runs.budgets
-    low, high = math.floor(low * 100) / 100, math.ceil(high * 100) / 100  # the page writes them out
-    high = max(high, low + 0.01)
+    low, high = budget_range(runs)
     fixed = runs.fixed_steps
     budget = gr.Slider(
         low,

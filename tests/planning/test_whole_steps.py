@@ -164,7 +164,7 @@ def test_a_time_limit_ends_a_search():
     ("given", "message"),
     [
         ({"effort": "heroic"}, "unknown effort 'heroic'; choose quick, normal, thorough"),
-        ({"budgets": (0.01,)}, "of one of 8 steps at least"),
+        ({"budgets": (0.01,)}, "which leaves one step to compute"),
         ({"max_cache_bytes": 10}, "more than the 10 allowed"),
     ],
 )

@@ -234,9 +234,9 @@ def test_what_was_computed_in_full_is_said(pipe):
     assert "3 of 12 forwards were computed in full because nothing said their step" in str(changed)
 
 
-def test_measure_learns_where_there_is_a_target(pipe):
-    found = layercache.measure(pipe, prompts=["cat"], budget=0.5, repeats=1, **CALL)
-    assert found.used == pytest.approx(0.5) and found.forwards == 12 and found.psnr[0] > 30
+def test_measure_takes_a_target_as_enable_does(pipe):
+    found = layercache.measure(pipe, prompts=["cat"], budget=0.5, repeats=1, **CALL | {"num_inference_steps": 8})
+    assert found.used == pytest.approx(0.5) and found.forwards == 16 and found.psnr[0] > 30
     assert attachment_of(pipe.transformer) is None and type(pipe).__name__ == "DemoPipeline"
     with pytest.raises(MethodError, match="the prompts come behind it"):
         layercache.measure(pipe, ["cat"])

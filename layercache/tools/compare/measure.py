@@ -141,8 +141,8 @@ def measure(
 
     Args:
         pipe: a diffusers pipeline, with no cache enabled.
-        plan: what `layercache.enable` takes: a schedule, or a method of `layercache.methods`. Without one, what a
-            target gives, which is learnt first from generations with other seeds where nothing is known of the model.
+        plan: what `layercache.enable` takes: a schedule, or a method of `layercache.methods`. Without one, what it runs
+            by for a target; what has to be learnt for that is learnt first, from generations with other seeds.
         prompts, seeds, batch: see `layercache.tools.compare.api.compare`.
         budget, speedup, min_psnr: targets in the place of a plan, see `layercache.enable`.
         repeats: pairs of full and cached runs that the speedup is the median of.
