@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +36,7 @@ from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import RUN_IS_OVER, Identity
-from layercache.runtime.report import TO_LEARN, CacheReport
+from layercache.runtime.report import TO_LEARN, CacheReport, Counts, summed
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
@@ -205,28 +204,11 @@ class LearningCache(Router):
 
     def report(self) -> CacheReport:
         """What all calls did since the cache was enabled; those that were recorded computed everything."""
-        reports = [router.report() for router in self._routers]
-        forwards = self._forwards + sum(one.forwards for one in reports)
-        used = self._forwards + sum(one.forwards * one.used for one in reports)
-        newest = self._now.report() if self._now in self._routers else None
-        in_full = Counter({TO_LEARN: self._forwards} if self._forwards else {})
-        for one in reports:
-            in_full.update(one.in_full)
-        return CacheReport(
-            used=used / forwards if forwards else 1.0,
-            computed_cells=self._forwards + sum(one.computed_cells for one in reports),
-            cached_cells=sum(one.cached_cells for one in reports),
-            generations=self._generations + sum(one.generations for one in reports),
-            forwards=forwards,
-            fallback_rows=sum(one.fallback_rows for one in reports),
-            cache_bytes=newest.cache_bytes if newest else 0,
-            branches=tuple(dict.fromkeys(name for one in reports for name in one.branches)),
-            source=self._now.identity.source,
-            unidentified=sum(one.unidentified for one in reports),
-            speedup=self.measured_speedup,
-            expected_psnr=newest.expected_psnr if newest else None,
-            in_full=in_full,
-        )
+        recorded = Counts(self._forwards).report(0.0, 0, (), self._now.identity, self.measured_speedup)
+        in_full = {TO_LEARN: self._forwards} if self._forwards else {}
+        recorded = replace(recorded, generations=self._generations, unidentified=0, in_full=in_full)
+        newest = self._now.report() if self._now in self._routers else recorded
+        return summed([recorded, *(router.report() for router in self._routers)], newest)
 
     # --- the pipeline's calls ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -336,6 +337,10 @@ class ScheduleRouter(Router):
 
     def report(self) -> CacheReport:
         """What the router did since it was enabled."""
+        return replace(self.counted(), speedup=self.measured_speedup)
+
+    def counted(self) -> CacheReport:
+        """The report without the measured speedup, which waits for the device."""
         return CacheReport(
             used=self.used,
             computed_cells=sum(self.computed),
@@ -347,7 +352,6 @@ class ScheduleRouter(Router):
             branches=tuple(self.states) if self.states else self._freed[1],
             source=self.identity.source,
             unidentified=self.identity.unidentified.total(),
-            speedup=self.measured_speedup,
             expected_psnr=self.schedule.expected_psnr,
             in_full=reasons(self.identity, self.fallback_rows),
         )

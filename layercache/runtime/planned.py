@@ -14,7 +14,7 @@ from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.identity import RUN_IS_OVER, Identity
 from layercache.runtime.policy import PlannedMethod
-from layercache.runtime.report import CacheReport, Counts
+from layercache.runtime.report import CacheReport, Counts, summed
 from layercache.runtime.router import Router
 from layercache.schedule.schedule import Schedule
 
@@ -39,6 +39,7 @@ class PlannedRouter(Router):
         self._run: object = None
         self._router: ScheduleRouter | None = None
         self._schedules: dict[Any, Schedule] = {}  # by what they were made for
+        self._past: list[CacheReport] = []  # of the schedules before the present one, as one
 
     def has(self, method: PlannedMethod, storage: str) -> bool:
         """Whether it is what this method is enabled with."""
@@ -60,6 +61,8 @@ class PlannedRouter(Router):
         schedule = self._schedule_of(scheduler, sigmas, step)
         if self._router is None or schedule is not self._router.schedule:
             self.end_generation()
+            self._past += [] if self._router is None else [self._router.counted()]
+            self._past = [summed(self._past, self._past[-1])] if self._past else []
             self._router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
             self._router.identity.drivers = self.identity.drivers
         self._run = run
@@ -113,7 +116,8 @@ class PlannedRouter(Router):
             self._router.check()
 
     def report(self) -> CacheReport:
-        """What was done by the present schedule."""
+        """What was done since the cache was enabled, by all schedules."""
         if self._router is None:
             return Counts().report(0.0, 0, (), self.identity)
-        return self._router.report()
+        newest = self._router.report()
+        return summed([*self._past, newest], newest)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layercache._utils.summaries import Rows, Summarised
@@ -68,6 +69,29 @@ class CacheReport(Summarised):
                 ("in full", in_full),
             ],
         )
+
+
+def summed(reports: Sequence[CacheReport], newest: CacheReport) -> CacheReport:
+    """What several routers did, one after the other; memory, source and expectation are of the newest."""
+    forwards = sum(one.forwards for one in reports)
+    in_full: Counter[str] = Counter()
+    for one in reports:
+        in_full.update(one.in_full)
+    return CacheReport(
+        used=sum(one.forwards * one.used for one in reports) / forwards if forwards else 1.0,
+        computed_cells=sum(one.computed_cells for one in reports),
+        cached_cells=sum(one.cached_cells for one in reports),
+        generations=sum(one.generations for one in reports),
+        forwards=forwards,
+        fallback_rows=sum(one.fallback_rows for one in reports),
+        cache_bytes=newest.cache_bytes,
+        branches=tuple(dict.fromkeys(name for one in reports for name in one.branches)),
+        source=newest.source,
+        unidentified=sum(one.unidentified for one in reports),
+        speedup=newest.speedup,
+        expected_psnr=newest.expected_psnr,
+        in_full=in_full,
+    )
 
 
 @dataclass

@@ -110,3 +110,13 @@ def test_noise_levels_are_read_once_in_a_run(pipe, monkeypatch):
             for _ in range(3):
                 pipe.transformer(**inputs)
         assert len(read) == 1
+
+
+def test_the_report_counts_the_runs_of_all_schedules(pipe):
+    with layercache.enabled(pipe, TaylorSeer(interval=2)) as cache:
+        for steps in (8, 4, 8):
+            generate(pipe, steps=steps)
+        report = cache.report()
+    computed = [sum(not one.is_skipped(k) for k in range(one.num_steps)) for one in cache._schedules.values()]
+    assert report.generations == 3 and report.forwards == 2 * 20
+    assert report.used == pytest.approx((2 * max(computed) + min(computed)) / 20)
