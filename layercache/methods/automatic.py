@@ -36,7 +36,7 @@ LAST_STEPS = 0.1
 """Share of the steps that is computed at the end of a run, whose changes show most."""
 
 THRESHOLDS = {0.2: 0.55, 0.33: 0.22, 0.5: 0.11, 0.6: 0.085, 0.7: 0.065}
-"""FBCache's, by the share of the blocks that was computed with about this one on three models (docs/results.md)."""
+"""FBCache's, by the share of the blocks that each left to compute, about, on three models (bench/results/pareto-*)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
 NOISE = 0.01  # of a random change, relative to the residual
-_STATISTICS = 4  # of one stream and coefficient set: error l1, error l2^2, norm l1, norm l2^2
 
 
 class ObservedPass(BlockPass):

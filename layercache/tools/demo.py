@@ -20,6 +20,7 @@ from layercache._utils import metrics
 from layercache._utils.compat import progress_bar_settings
 from layercache._utils.files import check_output_folder
 from layercache._utils.text import shown
+from layercache._utils.timer import synchronise
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 from layercache.errors import BudgetError, CalibrationError
@@ -293,16 +294,11 @@ def _generate_batch(
 
 def _timed(device: torch.device, call: Callable[[], Any]) -> tuple[Any, float]:
     """Result and wall-clock seconds; work that a GPU still has queued belongs to the one who queued it."""
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     result = call()
-    _synchronise(device)
+    synchronise(device)
     return result, time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _measure(runs: dict[str, _Run]) -> tuple[Measured, ...]:

@@ -183,7 +183,7 @@ def test_the_first_use_of_layercache_may_be_a_config(monkeypatch):
 
 def test_speedup_of_forwards(monkeypatch):
     now = iter([0.0, 9.0, 10.0, 14.0, 20.0, 21.0, 30.0, 35.0])
-    monkeypatch.setattr("layercache.runtime.timing._now", lambda device: next(now))
+    monkeypatch.setattr("layercache.runtime.timing.moment", lambda device: next(now))
     times, cpu = ForwardTimes(), torch.device("cpu")
     assert times.speedup() is None
     times.start(cpu)

@@ -155,12 +155,6 @@ def read_prompts(prompts: Sequence[str] | None, path: Path | None) -> list[str]:
     return [*(prompts or ()), *found]
 
 
-def batches_of(prompts: Sequence[str], first: int, count: int, batch: int) -> list[list[str]]:
-    """Prompts ``first`` to ``first + count``, in turn, as many per call as the batch has."""
-    chosen = [prompts[k % len(prompts)] for k in range(first, first + count)]
-    return [chosen[lo : lo + batch] for lo in range(0, count, batch)]
-
-
 def check_outputs(outputs: Mapping[str, Path | str | None], reads: Sequence[Path | None] = ()) -> None:
     """Refuses what a command could not write, before it does anything.
 

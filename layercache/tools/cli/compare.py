@@ -18,7 +18,6 @@ from layercache.tools.cli.common import (
     EffortOption,
     Json,
     Printer,
-    batches_of,
     check_outputs,
     parse_budgets,
     read_prompts,
@@ -102,14 +101,15 @@ class _Settings:
     request: dict[str, Any]
 
     def comparison(self, pipe: Any, prompts: list[str], call: dict[str, Any], folder: Path) -> Comparison:
+        from layercache.tools.compare.calls import batched
         from layercache.tools.compare.entries import CalibratedModel
         from layercache.tools.compare.run import Comparison
 
         folder.mkdir(parents=True, exist_ok=True)
-        tuned_on = batches_of(prompts, self.seeds, self.calibration, self.batch)
+        tuned_on = batched(prompts, self.seeds, self.calibration, self.batch)
         behind = list(range(self.seeds, self.seeds + self.calibration))
         calibrated = CalibratedModel(pipe, tuned_on, behind, call, self.shares, self.effort, folder / "search")
-        batches, numbers = batches_of(prompts, 0, self.seeds, self.batch), list(range(self.seeds))
+        batches, numbers = batched(prompts, 0, self.seeds, self.batch), list(range(self.seeds))
         return Comparison(calibrated, batches, numbers, folder, request=self.request)
 
 

@@ -16,7 +16,6 @@ from layercache.tools.cli.common import (
     Plot,
     Printer,
     Steps,
-    batches_of,
     check_outputs,
     check_picture_name,
     save,
@@ -75,11 +74,12 @@ def train_router(
     check_outputs({"output": output, "checkpoint": kept, "plot": plot, "json_to": json_to}, [prompts.prompts_file])
     _check_plot(plot)
     from layercache.methods import l2c
+    from layercache.tools.compare.calls import batched
 
     settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
     pipe, found = load_with_prompts(model, prompts, call)
     arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call))
-    samples, printer = batches_of(found, 0, -(-len(found) // batch) * batch, batch), Printer(json_to)
+    samples, printer = batched(found, 0, -(-len(found) // batch) * batch, batch), Printer(json_to)
     with refused_arguments(), when_stopped(f"Stopped. The rounds so far are in {shown(kept)}; {GOES_ON}."):
         router = settings.train(pipe, samples, kept, printer.console.is_terminal, **arguments)
     schedule = router.schedule(threshold if budget is None else None, budget)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from layercache._utils import metrics
 from layercache._utils.compat import progress_bar_settings
+from layercache._utils.timer import synchronise
 from layercache.errors import ArgumentError, CacheStateError, LayerCacheError, UnsupportedModelError
 from layercache.models.registry import find_transformer, spec_for
-from layercache.planning.samples import arguments_of, copied, pictures_in
+from layercache.planning.samples import call_of, pictures_in
 from layercache.runtime.attachment import attachment_of
 
 Pictures = NDArray[np.float32]
@@ -54,16 +55,12 @@ class PictureCalls:
     def run(self, batch: int) -> tuple[Pictures, float]:
         """The pictures of a batch, ``[n, H, W, C]`` or ``[n, frames, H, W, C]`` in 0..1, and the seconds it took."""
         prompts, (lo, hi) = self.prompts[batch], self.batches[batch]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds[lo:hi]]
-        own = arguments_of(prompts[0]) if len(prompts) == 1 else {"prompt": prompts}
-        generator = own.get("generator")  # a sample's own draws the same in every run
-        noise: Any = generators if len(prompts) > 1 else generators[0]
-        call = self.call | own | {"generator": noise if generator is None else copied(generator)}
+        call = call_of(prompts[0] if len(prompts) == 1 else prompts, self.seeds[lo:hi], self.call)
         device = torch.device(getattr(self.pipeline, "device", "cpu"))
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         result = self.pipeline(**call)
-        _synchronise(device)
+        synchronise(device)
         seconds = time.perf_counter() - start
         has_sound = getattr(result, "audio", None) is not None  # what is compared are the frames
         return checked(pictures_in(result.frames if has_sound else result), hi - lo), seconds
@@ -128,15 +125,8 @@ def fidelity(full: Pictures, pictures: Pictures) -> Fidelity:
     """
     if full.shape != pictures.shape:
         raise LayerCacheError(f"the pictures have the shape {list(pictures.shape)}, the full run's {list(full.shape)}")
-    if full.ndim == 4:
-        lpips = metrics.lpips(full, pictures)[0] or ()
-        return Fidelity(tuple(metrics.psnr(full, pictures)), tuple(metrics.ssim(full, pictures)), tuple(lpips))
-    frames = [fidelity(a, b) for a, b in zip(full, pictures, strict=True)]
-    errors = ((full.astype(np.float64) - pictures) ** 2).reshape(len(full), -1).mean(axis=1)
-    with np.errstate(divide="ignore"):
-        psnr = tuple((-10 * np.log10(errors)).tolist())
-    ssim = tuple(float(np.mean(one.ssim)) for one in frames)
-    return Fidelity(psnr, ssim, tuple(float(np.mean(one.lpips)) for one in frames if one.lpips))
+    lpips = metrics.lpips(full, pictures)[0] or ()
+    return Fidelity(tuple(metrics.psnr(full, pictures)), tuple(metrics.ssim(full, pictures)), tuple(lpips))
 
 
 def samples_of(prompts: Any, seeds: Sequence[int] | int | None, batch: int = 1) -> tuple[list[list[Any]], list[int]]:
@@ -219,8 +209,3 @@ def quiet(pipe: Any) -> Iterator[None]:
     finally:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(**{"disable": False, **before})
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

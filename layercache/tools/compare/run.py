@@ -9,14 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layercache._utils import metrics
-from layercache._utils.compat import unwrap_compiled
 from layercache._utils.files import check_output_folder
 from layercache.errors import BudgetError, ScheduleMismatchError
-from layercache.models.registry import config_hash, experts_of, find_transformer, settings_of
-from layercache.planning.search_files import digest_of
+from layercache.models.registry import find_transformer
+from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.attachment import attachment_of
 from layercache.tools.compare.calls import PictureCalls, Pictures, batches_of, fidelity, quiet
 from layercache.tools.compare.entries import Job, Method, Methods, jobs_of, methods_of
@@ -180,31 +177,13 @@ def _settings_of(model: CalibratedModel, calls: PictureCalls) -> dict[str, Any]:
     return {
         "call": {name: _as_text(value) for name, value in sorted(model.call.items())},
         "model": f"{type(pipeline).__name__} {type(transformer).__name__}",
-        "weights": _weights_of(pipeline),
+        "weights": digest_of(model_identity(pipeline)),
         "prompts": [[_prompt_as_text(prompt) for prompt in batch] for batch in calls.prompts],
         "seeds": calls.seeds,
         "calibration_prompts": [[_prompt_as_text(prompt) for prompt in batch] for batch in batches_of(model.prompts)],
         "calibration_seeds": list(model.seeds),
         "effort": model.effort,
     }
-
-
-def _weights_of(pipeline: Any) -> str:
-    """Digest of the sampler's settings and of a number of every weight, in the order of their names.
-
-    Not in their own order: cache-dit registers the blocks anew.
-    """
-    scheduler = pipeline.scheduler
-    models: list[Any] = []
-    for transformer in map(unwrap_compiled, experts_of(pipeline).values()):
-        firsts: dict[torch.device, list[torch.Tensor]] = {}
-        for _, parameter in sorted(transformer.named_parameters(), key=lambda one: one[0]):
-            if not parameter.is_meta:
-                firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
-        weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
-        models.append([str(config_hash(transformer)), settings_of(transformer), weights])
-    config = sorted((name, value) for name, value in getattr(scheduler, "config", {}).items() if name[:1] != "_")
-    return digest_of([*models, type(scheduler).__name__, config])
 
 
 def _prompt_as_text(prompt: Any) -> Any:
