@@ -105,6 +105,10 @@ class NonFiniteWarning(RuntimeWarning):
     """Of a pipeline's finished call, some pictures are NaN; the call gives all of them (`NonFiniteResidualError`)."""
 
 
+class CrewError(LayerCacheError, ConnectionError):
+    """One of the processes that share the samples was ended, stopped answering, or was started wrongly."""
+
+
 class MissingExtraError(LayerCacheError, ImportError):
     """A part of the library needs an optional package that is not installed."""
 

@@ -19,7 +19,7 @@ ROOMS = (
     ("runtime",),
     ("models",),
     ("schedule", "backend"),
-    ("ops",),
+    ("ops", "parallel"),
     ("_utils", "demo"),
     ("errors", "_version"),
 )

@@ -1,0 +1,281 @@
+"""`Crew`: processes that run the same program, share out its samples, and hold the results of all of them.
+
+Every process takes its share of the samples. What is summed over samples is gathered first, as terms, and added in
+sample order by every process, so that the sums have the same bits however many processes there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from layercache._version import __version__
+from layercache.errors import CrewError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+TIMEOUT = 600.0
+"""Seconds that processes wait for each other."""
+
+ATTEMPT = "LAYERCACHE_ATTEMPT"
+"""Environment variable of the number of restarts so far; torch's own is taken where it is not set."""
+
+
+class Crew:
+    """Processes that share out samples; ``Crew()`` is this process alone, which communicates with nobody.
+
+    All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
+
+    Args:
+        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
+            run one generation together, a crew is the group of those with the same place in it.
+
+    Attributes:
+        rank: of this process, from 0.
+        world: how many processes there are.
+
+    Raises:
+        CrewError: by every method that communicates, where another process is gone.
+    """
+
+    def __init__(self, group: Any = None):
+        self.group = group
+        self.rank, self.world = 0, 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._owns_group = False
+        self._shared_error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return "Crew()" if self.world == 1 else f"Crew(rank {self.rank} of {self.world})"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's items: every `world`-th from its rank on."""
+        return list(items[self.rank :: self.world])
+
+    def gather(self, own: Sequence[T]) -> list[T]:
+        """The items of all processes in sample order, of `share`'s own ones, on every process."""
+        if self.world == 1:
+            return list(own)
+        shares = self._exchange(list(own))
+        return [shares[k % self.world][k // self.world] for k in range(sum(map(len, shares)))]
+
+    def agree(self, value: T) -> T:
+        """The leader's value, on every process."""
+        return value if self.world == 1 else self._exchange(value if self.leads else None)[0]
+
+    def map(
+        self,
+        function: Callable[[int], R],
+        tasks: Sequence[int],
+        done: Callable[[int, R], object] | None = None,
+    ) -> list[R]:
+        """Results of all tasks in their order, computed in rounds of one task per process.
+
+        Args:
+            function: gives the result of a task, which is sent to all processes.
+            tasks: numbers of samples, the same on all processes.
+            done: called by the leader with every task and its result, in order, after its round.
+
+        Raises:
+            BaseException: the first that a task raised, in the order of the tasks, on all processes.
+        """
+        results: list[R] = []
+        for start in range(0, len(tasks), self.world):
+            tried = [_outcome(function, task) for task in tasks[start : start + self.world][self.rank :][:1]]
+            outcomes = self.gather(tried)
+            with self.together():
+                for task, (result, error) in zip(tasks[start:], outcomes, strict=False):
+                    if error is not None:
+                        self._shared_error = error
+                        raise error
+                    if done is not None and self.leads:
+                        done(task, result)
+                    results.append(result)
+        return results
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Context whose errors are raised by all processes: by the others where they next communicate, or leave it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.world > 1 and error is not self._shared_error and not isinstance(error, CrewError):
+                self._exchange(None, error)
+            raise
+        if self.world > 1:
+            self._exchange(None)
+
+    def differences(self) -> list[str]:
+        """A sentence for everything that differs between the processes, and lets their results differ in bits."""
+        if self.world == 1:
+            return []
+        found = self._exchange(surroundings())
+        return [
+            f"the processes have different {name}: {', '.join(sorted({str(one[name]) for one in found}))}"
+            for name in found[0]
+            if any(one[name] != found[0][name] for one in found)
+        ]
+
+    def close(self) -> None:
+        """Waits for all processes, and ends the group if `crew_of_environment` made it."""
+        if not self._owns_group:
+            return
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):  # another one is gone already
+            dist.barrier(self.group)
+            dist.destroy_process_group(self.group)
+        self._owns_group = False
+
+    def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
+        """The values of all processes, by rank; raises the first error among them."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        with _no_interrupt():
+            try:
+                dist.all_gather_object(found, _packed(value, error), group=self.group)
+            except RuntimeError as lost:
+                raise CrewError(
+                    f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
+                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
+                ) from lost
+        unpacked = [pickle.loads(one) for one in found]
+        for _, raised in unpacked:
+            if raised is not None:
+                self._shared_error = raised if error is None else error
+                raise self._shared_error
+        return [one for one, _ in unpacked]
+
+
+def crew_of_environment(timeout: float = TIMEOUT) -> Crew:
+    """The crew of the processes that torchrun, or another launcher, started; of this one where nothing says so.
+
+    Its process group is one of its own, on CPUs, beside any that the program makes.
+
+    Args:
+        timeout: seconds that a process waits for another one before it raises `CrewError`.
+
+    Raises:
+        CrewError: RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is missing beside the others, or the processes do not
+            find each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name) for name in names}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return Crew()
+    missing = [name for name in names if not given[name]]
+    if missing:
+        raise CrewError(f"{', '.join(missing)} is not set beside RANK or WORLD_SIZE; start the processes with torchrun")
+    if given["WORLD_SIZE"] == "1":
+        return Crew()
+    attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return crew_at(
+        str(given["MASTER_ADDR"]),
+        int(str(given["MASTER_PORT"])),
+        int(str(given["RANK"])),
+        int(str(given["WORLD_SIZE"])),
+        attempt,
+        # torchrun's agent serves the store on that port already
+        serves=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timeout,
+    )
+
+
+def crew_at(
+    address: str, port: int, rank: int, world: int, attempt: str, serves: bool = True, timeout: float = TIMEOUT
+) -> Crew:
+    """The crew of the processes that meet at an address.
+
+    Args:
+        address, port: of the store in which they find each other.
+        rank, world: of this process, and how many there are.
+        attempt: what tells a restart's addresses from those of the processes that died before it.
+        serves: whether rank 0 is to serve the store.
+        timeout: seconds that a process waits for another one.
+
+    Raises:
+        CrewError: they do not find each other.
+    """
+    import torch.distributed as dist
+
+    wait = datetime.timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(address, port, world, is_master=serves and rank == 0, timeout=wait)
+        prefixed = dist.PrefixStore(f"layercache {attempt}", store)
+        if dist.is_initialized():
+            group = dist.new_group(backend="gloo", timeout=wait)
+        else:
+            dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world, timeout=wait)
+            group = dist.group.WORLD
+    except (RuntimeError, ValueError) as error:
+        raise CrewError(
+            f"process {rank} of {world} did not find the others at {address}:{port} ({str(error).splitlines()[0]})"
+        ) from error
+    crew = Crew(group)
+    crew._owns_group = True
+    return crew
+
+
+def surroundings() -> dict[str, Any]:
+    """What of a process decides about the bits of its results."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "devices": device,
+        "versions of torch": torch.__version__,
+        "versions of layercache": __version__,
+        "numbers of threads": torch.get_num_threads(),
+    }
+
+
+def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseException | None]:
+    try:
+        return function(task), None
+    except CrewError:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+def _packed(value: Any, error: BaseException | None) -> bytes:
+    """A value and an error as bytes; an error that cannot be sent as one that says the same."""
+    if error is not None:
+        try:
+            pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+        except Exception:
+            error = CrewError(f"{type(error).__name__}: {error}")
+    return pickle.dumps((value, error))
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until all processes have communicated: one that left in between would part from the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
