@@ -35,8 +35,9 @@ class Crew:
     All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
 
     Args:
-        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
-            run one generation together, a crew is the group of those with the same place in it.
+        group: a process group of torch.distributed, best one on CPUs (gloo), whose ranks are the crew's. Where several
+            processes run one generation together, a crew is the group of those with the same place in it:
+            ``mesh["samples"].get_group()``.
 
     Attributes:
         rank: of this process, from 0.
