@@ -110,6 +110,8 @@ def _environment(workers: int, threads: int | None) -> Iterator[None]:
     more = {SINGLE_STORE: "1", HOSTED: "1", THREADS: str(threads_of(workers, threads))}
     if sys.platform == "linux":
         more[INTERFACE] = os.environ.get(INTERFACE) or "lo"
+    ignored = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
+    more["PYTHONWARNINGS"] = ",".join(filter(None, ignored))  # of what a process that was killed has left behind
     before = {name: os.environ.get(name) for name in (*more, "TORCHELASTIC_SIGNALS_TO_HANDLE", "LOGLEVEL")}
     loggers = {name: logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(_LOGGERS)}
     levels = {name: logger.level for name, logger in loggers.items()}
