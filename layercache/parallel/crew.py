@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from layercache._version import __version__
-from layercache.errors import CrewError
+from layercache.errors import CalibrationError, CrewError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,10 +69,10 @@ class Crew:
         """Refuses to share out fewer samples than there are processes.
 
         Raises:
-            CrewError: some would have none.
+            CalibrationError: some would have none.
         """
         if count < self.world:
-            raise CrewError(
+            raise CalibrationError(
                 f"{self.world} processes cannot share {count} sample{'s' if count > 1 else ''}: start at most {count}, "
                 "or give more prompts",
                 argument="workers",
