@@ -44,7 +44,7 @@ class Automatic(PlannedMethod):
     """The best schedule that needs no calibration: `Universal`, or where it cannot be planned, `TaylorSeer`.
 
     TaylorSeer of order 2, with the shortest interval, and the longest warm-up, that the budget allows; the last tenth
-    of the steps is computed where it can be. Source: ours; docs/methods.md.
+    of the steps is computed where it can be. Source: ours; docs/methods.md, Without a choice.
 
     Attributes:
         budget: largest share of the steps that is computed, two at least; all in runs of fewer than `FEWEST_STEPS`.

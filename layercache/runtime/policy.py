@@ -204,7 +204,8 @@ class DynamicMethod(ABC):
     Settings are given by name: those of every method, here, would come before those of its own.
 
     Attributes:
-        order: 0 reuses the newest residual; above, it is extended by so many finite differences (methods.md §7, §13).
+        order: 0 reuses the newest residual; above, it is extended by so many finite differences (docs/methods.md,
+            SeaCache).
         sync: ``"step"`` decides from what is seen in the same step: one small transfer from the device per decision.
             ``"lagged"`` decides from what was seen a step before and never waits for the device.
         per_branch: every guidance branch decides for itself; otherwise all follow the first.
