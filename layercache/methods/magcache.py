@@ -70,7 +70,10 @@ class MagCache(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MagCache.schedule", fingerprint, Fingerprint)
         cells = {
-            branch: tuple((cell,) for cell in _cells(values, self.threshold, self.max_consecutive, self.retention))
+            branch: tuple(
+                (cell,)
+                for cell in _cells(values, fingerprint.steps, self.threshold, self.max_consecutive, self.retention)
+            )
             for branch, values in _by_branch(fingerprint, self.ratios).items()
         }
         shared = next(iter(cells.values()))
@@ -111,11 +114,17 @@ def _at_steps(values: Sequence[float], num_steps: int) -> list[float]:
     return [float(values[k]) for k in at]
 
 
-def _cells(ratios: Sequence[float], threshold: float, max_consecutive: int, retention: float) -> list[Cell]:
+def _cells(
+    ratios: Sequence[float], steps: Sequence[int], threshold: float, max_consecutive: int, retention: float
+) -> list[Cell]:
+    """For every step, an empty one where the transformer does not run."""
     product, count, error, anchor = 1.0, 0, 0.0, 0
     cells: list[Cell] = []
-    first = max(1, int(retention * len(ratios) + 0.5))
+    first, run = steps[0] + max(1, int(retention * len(steps) + 0.5)), frozenset(steps)
     for step, gamma in enumerate(ratios):
+        if step not in run:
+            cells.append({})
+            continue
         if step >= first:
             product, count = product * gamma, count + 1
             error += abs(1.0 - product)

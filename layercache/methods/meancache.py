@@ -105,6 +105,9 @@ class MeanCache(PlannedMethod):
         computed, spans = _parse_preset(known[evaluations])
         return cls(tuple(computed), tuple(spans), released=f"{name} {evaluations}")
 
+    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        return self.schedule(fingerprint)  # computed steps are those of a whole run
+
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MeanCache.schedule", fingerprint, Fingerprint)
         num_steps = fingerprint.num_steps

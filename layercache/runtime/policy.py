@@ -166,9 +166,10 @@ class PlannedMethod(ABC):
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
         """The schedule of a run that is about to begin with step ``first``, for methods that look at the sampler too.
 
-        By default that of the whole run: what it would read of steps that are not run is computed instead.
+        By default that of the steps that run. A method whose settings name steps of the whole run gives that of it:
+        what it would read of steps that are not run is computed instead.
         """
-        return self.schedule(fingerprint)
+        return self.schedule(fingerprint.starting_at(first))
 
 
 def by_name(method: type[T]) -> type[T]:
