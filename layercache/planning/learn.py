@@ -347,8 +347,8 @@ class LearningCache(Router):
         waiting = sorted((one for one in self.known.values() if one.recorded), key=lambda one: one.newest)
         for oldest in waiting[:-MOST_SETTINGS]:
             _log.warning(
-                "%d recorded calls are dropped, of the settings that were used longest ago: until %d are there to learn "
-                "from, calls of %d settings are kept",
+                "%d recorded calls are dropped, of the settings used longest ago: until %d are there to learn from, "
+                "calls of %d settings are kept",
                 len(oldest.recorded),
                 self.target.generations,
                 MOST_SETTINGS,
