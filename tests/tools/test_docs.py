@@ -95,7 +95,14 @@ def test_citations_of_the_methods_page_name_its_headings() -> None:
 
 def test_readme_is_short_and_names_the_commands_that_check_it() -> None:
     assert len(README.splitlines()) <= 120
-    assert "    make demo " in README and "    make test " in README
+    assert "    make demo " in README and "    make test " in README and "make demo TORCH_ARGS=" in README
+
+
+def test_the_first_route_shown_is_the_one_that_gives_most() -> None:
+    """A search; a profile is measured faster and gives less."""
+    for text in (README, (ROOT / "docs" / "planning.md").read_text()):
+        assert 0 < text.index("layercache.search(") < text.index("layercache.plan(")
+        assert text.index("layercache.search(") < text.index("profile")
 
 
 def test_the_demo_gave_what_readme_says() -> None:
