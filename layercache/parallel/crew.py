@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from layercache._version import __version__
-from layercache.errors import CrewError
+from layercache.errors import CrewError, LayerCacheError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -252,17 +252,21 @@ def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseExceptio
     except CrewError:
         raise
     except BaseException as error:
-        return None, error
+        return None, sendable(error)
 
 
 def _packed(value: Any, error: BaseException | None) -> bytes:
-    """A value and an error as bytes; an error that cannot be sent as one that says the same."""
-    if error is not None:
-        try:
-            pickle.loads(pickle.dumps(error))  # some errors can be written and not read
-        except Exception:
-            error = CrewError(f"{type(error).__name__}: {error}")
-    return pickle.dumps((value, error))
+    return pickle.dumps((value, error and sendable(error)))
+
+
+def sendable(error: BaseException) -> BaseException:
+    """An error that other processes can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+    except Exception:
+        # no `CrewError`, which says that a process is gone
+        return LayerCacheError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager

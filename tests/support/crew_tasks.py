@@ -50,6 +50,13 @@ def one_fails(crew: Crew, is_last: bool) -> list:
     return [*found, *crew.gather([crew.rank])]
 
 
+def a_task_fails_unsendably(crew: Crew) -> list[int]:
+    def task(number: int) -> int:
+        raise Unsendable(1, 2)
+
+    return crew.map(task, range(3))
+
+
 def leader_cannot_write(crew: Crew) -> list[int]:
     def write(task: int, result: int) -> None:
         raise OSError("the disk is full")
