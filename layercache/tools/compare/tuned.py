@@ -157,3 +157,6 @@ METHODS: dict[str, Maker] = {
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
+
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper")
+"""Methods that all processes of a crew plan together; others are tuned by one of them."""
