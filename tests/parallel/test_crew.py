@@ -20,6 +20,7 @@ TASKS = (
     crew_tasks.leader_cannot_write,
     crew_tasks.interrupted,
     crew_tasks.a_task_fails_unsendably,
+    crew_tasks.gathered_sizes,
     crew_tasks.one_dies,
 )
 
@@ -35,6 +36,10 @@ def test_samples_are_shared_and_gathered_in_their_order(of_three):
         for rank, found in enumerate(results):
             pairs = list(enumerate(squares)) if rank == 0 else []
             assert found == (SAMPLES[rank::world], SAMPLES, 0, squares, pairs, [])
+
+
+def test_values_of_any_length_are_gathered(of_three):
+    assert of_three[7] == [[True] * 6] * 3
 
 
 def test_the_first_error_in_sample_order_is_raised_by_all(of_three):
@@ -58,7 +63,7 @@ def test_ctrl_c_in_one_process_ends_all(of_three):
 
 
 def test_a_process_that_died_is_an_error_of_its_own(of_three):
-    first, died, third = of_three[7]
+    first, died, third = of_three[8]
     assert died is None
     assert "lost the connection" in first and "lost the connection" in third
 
