@@ -190,7 +190,6 @@ class Crew:
                 raise self._shared_error
         return [one for one, _ in unpacked]
 
-
     def _bytes_of_all(self, own: bytes) -> list[bytes]:
         """The bytes of all processes, by rank.
 

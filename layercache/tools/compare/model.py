@@ -80,7 +80,8 @@ class CalibratedModel:
 
     @cached_property
     def rollouts(self) -> Rollouts:
-        return Rollouts(self.pipeline, self.prompts, self.seeds, **self.call)
+        crew = self.crew if len(self.prompts) >= self.crew.world else None  # else every process runs all samples
+        return Rollouts(self.pipeline, self.prompts, self.seeds, crew=crew, **self.call)
 
     @cached_property
     def front(self) -> Front:
@@ -93,10 +94,11 @@ class CalibratedModel:
                 effort=self.effort,
                 resume=self.search_files,
                 progress=False,
+                crew=crew,
                 **self.call,
             )
 
-        return by_first(self.crew, 1, search)
+        return by_first(self.crew, len(self.prompts), search)
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import layercache
 from layercache.errors import BudgetError
 from layercache.methods import (
@@ -46,7 +48,8 @@ def _planned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
 def _meancache(form: str) -> Maker:
     def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
         rollouts = model.rollouts
-        deviation = meancache.stability_deviation([t.taken for t in rollouts.full], rollouts.sigmas)
+        own = [meancache.stability_deviation([trace.taken], rollouts.sigmas) for trace in rollouts.full]
+        deviation = np.stack(rollouts.crew.gather(own), axis=-1).mean(axis=-1)
         tried = []
         for gamma in MEANCACHE_GAMMAS:
             computed, spans = meancache.plan_steps(deviation, int(budget * rollouts.num_steps + 1e-9), gamma=gamma)
