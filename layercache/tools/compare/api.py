@@ -70,7 +70,7 @@ def compare(
             methods, goes on. By default they last as long as the table.
         progress: show a progress bar.
         crew: processes that share out the calls and tune methods side by side, each with the whole pipeline. All of
-            them get the table; the pictures and the folder are the leader's.
+            them get the table; its pictures and the folder are the leader's.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Raises:
@@ -100,11 +100,7 @@ def compare(
     model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
     comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew)
     with tqdm(disable=not (progress and crew.leads), total=comparison.count_jobs(wanted), unit="run") as bar:
-
-        def say(text: str) -> None:
-            bar.set_description_str(shown(text))
-
-        outcomes = comparison.run(wanted, say, bar.update)
+        outcomes = comparison.run(wanted, lambda text: bar.set_description_str(shown(text)), bar.update)
     # read again, so that the table does not hold the model
     files = ComparisonFiles.read(place) if crew.leads else ComparisonFiles(place)
     return ComparisonTable(files, outcomes, _title(pipe, call, len(numbers)), owner)
