@@ -13,8 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from layercache import __version__
+from layercache._utils.processes import AGAIN, HOSTED, leads
 from layercache._utils.text import cleaned, shown
-from layercache.errors import LayerCacheError, LayerCacheWarning
+from layercache.errors import CrewError, LayerCacheError, LayerCacheWarning
 from layercache.tools.cli import bench, schedule
 from layercache.tools.cli.calibrate import calibrate
 from layercache.tools.cli.compare import compare
@@ -27,6 +28,7 @@ from layercache.tools.cli.search import search
 from layercache.tools.cli.show import models, show
 from layercache.tools.cli.train_router import train_router
 from layercache.tools.cli.ui import ui
+from layercache.tools.cli.workers import GIVEN
 
 COMMANDS = (demo, search, plan, generate, refit, calibrate, compare, train_router, show, models, doctor, ui)
 PARETO = "--pareto"
@@ -39,6 +41,11 @@ SAME = {"true_cfg_scale": "guidance_scale"}
 
 class Commands(TyperGroup):
     """Commands whose errors are a sentence instead of a traceback (which ``LAYERCACHE_DEBUG=1`` brings back)."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if parent is None:
+            GIVEN.set(tuple(args))
+        return super().make_context(info_name, args, parent, **extra)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] == "plan" and PARETO in args:
@@ -55,27 +62,35 @@ class Commands(TyperGroup):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except _UsageError as error:
+            if not leads():
+                raise typer.Exit(2) from None
             error.message = cleaned(error.message)
             raise
         except BrokenPipeError:
             raise  # `| head` has seen enough; the framework ends quietly
         except KeyboardInterrupt as error:
-            typer.echo(f"\n{cleaned(str(error)) or 'Stopped; nothing was written.'}", err=True)
+            if leads():
+                typer.echo(f"\n{cleaned(str(error)) or 'Stopped; nothing was written.'}", err=True)
             raise typer.Exit(130) from None
         except (LayerCacheError, OSError) as error:
             if os.environ.get("LAYERCACHE_DEBUG") == "1":
                 raise
+            again = isinstance(error, CrewError)
+            if not leads() or (again and os.environ.get(HOSTED)):
+                raise typer.Exit(AGAIN if again else 1) from None
             from layercache.tools.report.console import PlainConsole
 
             console = PlainConsole(stderr=True)
             console.print(_sentence(error, ctx.meta.get(_COMMAND)), style="red", soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(AGAIN if again else 1) from None
 
 
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """A warning of the library as a sentence; others as Python shows them."""
+    if not leads():
+        return
     if issubclass(category, LayerCacheWarning):
         typer.echo(f"Warning: {cleaned(str(message))}.", err=True)
     else:

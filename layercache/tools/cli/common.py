@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from layercache._utils.files import check_output, saved_anyway
+from layercache._utils.processes import leads
 from layercache._utils.text import shown
 from layercache.errors import OutputError
 from layercache.tools.report.console import PlainConsole
@@ -61,14 +62,14 @@ Json = Annotated[
 
 
 class Printer:
-    """Text for people, and figures as JSON where they were asked for."""
+    """Text for people, and figures as JSON where they were asked for; nothing where another process leads."""
 
     def __init__(self, json_to: str | None):
         self.json_to = json_to
-        self.console = PlainConsole(stderr=json_to == "-")
+        self.console = PlainConsole(stderr=json_to == "-", quiet=not leads())
         if not self.console.is_terminal:
             # into a file or a pipe, tables keep their columns
-            self.console = PlainConsole(stderr=json_to == "-", width=PIPE_WIDTH)
+            self.console = PlainConsole(stderr=json_to == "-", width=PIPE_WIDTH, quiet=not leads())
 
     def say(self, *parts: Any, style: str | None = None) -> None:
         for part in parts:
@@ -83,6 +84,8 @@ class Printer:
     def figures(self, data: Any) -> None:
         from layercache.tools.report.machine import print_json, write_json
 
+        if not leads():
+            return
         if self.json_to == "-":
             print_json(data)
         elif self.json_to is not None:
@@ -105,12 +108,12 @@ def when_stopped(kept: str) -> Iterator[None]:
 
 
 def save(path: Path, write: Callable[[Path], object]) -> Path:
-    """Writes a result; where that fails after all, it goes to another place, which the error names.
+    """Writes a result, if this process leads; where that fails after all, it goes elsewhere, and the error says where.
 
     Raises:
         OutputError: it could not be written to ``path``.
     """
-    return saved_anyway(path, write)
+    return path if not leads() else saved_anyway(path, write)
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
@@ -156,7 +159,7 @@ def read_prompts(prompts: Sequence[str] | None, path: Path | None) -> list[str]:
 
 
 def check_outputs(outputs: Mapping[str, Path | str | None], reads: Sequence[Path | None] = ()) -> None:
-    """Refuses what a command could not write, before it does anything.
+    """Refuses what a command could not write, before it does anything, if this process leads.
 
     Args:
         outputs: the files it writes, by the argument that names each; more than one of an argument are numbered
@@ -166,6 +169,8 @@ def check_outputs(outputs: Mapping[str, Path | str | None], reads: Sequence[Path
     Raises:
         OutputError: a file cannot be written, or is named twice.
     """
+    if not leads():
+        return
     taken = {os.path.realpath(path) for path in reads if path is not None}
     for name, path in outputs.items():
         argument = name.partition(".")[0]

@@ -1,7 +1,8 @@
 """Options of the model and of its call, declared once for every command that runs a model.
 
-A command takes a parameter of the type `ModelOptions`, `CallOptions` or `PromptOptions`; `with_options` puts the
-options of that group in its place on the command line, and hands the command one frozen object.
+A command takes a parameter of the type `ModelOptions`, `CallOptions`, `PromptOptions` or `WorkerOptions` (of the module
+`workers`); `with_options` puts the options of that group in its place on the command line, and hands the command one
+frozen object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+
+from layercache.tools.cli.workers import command_running
 
 MODEL, CALL, PROMPTS = "Model", "Call of the pipeline", "Prompts"
 """Headings in the help of a command."""
@@ -159,7 +162,8 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             name: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
             for name, group in groups.items()
         }
-        function(**made, **values)
+        with command_running():
+            function(**made, **values)
 
     # one kind, for options without a default follow those of a group, which have one
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]

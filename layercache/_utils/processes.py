@@ -1,0 +1,18 @@
+"""What the environment says of this process, where several run the same command."""
+
+from __future__ import annotations
+
+import os
+
+HOSTED = "LAYERCACHE_HOSTED"
+"""Environment variable of processes that a command started to share its samples."""
+
+THREADS = "OMP_NUM_THREADS"
+
+AGAIN = 75
+"""Exit code of a command that failed because another process died: the same command may succeed (EX_TEMPFAIL)."""
+
+
+def leads() -> bool:
+    """Whether this process writes files and shows progress: the first of those that run a command, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
