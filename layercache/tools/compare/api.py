@@ -77,7 +77,8 @@ def compare(
         ArgumentError: prompts, seeds, effort or an argument of the call is not usable.
         BudgetError: a budget is out of range.
         CacheStateError: a cache is enabled on the pipeline.
-        CrewError: there are more processes than calls, or one of them is gone.
+        CalibrationError: there are more processes than calls.
+        CrewError: one of the processes is gone.
         FileFormatError, OutputError, ScheduleMismatchError: the folder cannot be written, or belongs to another model
             or other settings.
         MethodError: a method is unknown, or is none.

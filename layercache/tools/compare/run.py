@@ -52,7 +52,8 @@ class Comparison(ComparisonFiles):
 
     Raises:
         BudgetError: a budget is out of range.
-        CrewError: there are more processes than calls, or one of them is gone.
+        CalibrationError: there are more processes than calls.
+        CrewError: one of the processes is gone.
         LayerCacheError: there is not one seed per picture.
         OutputError: nothing can be written to the folder.
         ScheduleMismatchError: the folder holds a comparison with other settings.
