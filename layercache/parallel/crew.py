@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from layercache._version import __version__
-from layercache.errors import CalibrationError, CrewError
+from layercache.errors import CalibrationError, CrewError, LayerCacheError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = 600.0
 """Seconds that processes wait for each other."""
+
+BLOCK = 4096
+"""Bytes of every process that are exchanged in few rounds; of longer values the rest follows."""
 
 ATTEMPT = "LAYERCACHE_ATTEMPT"
 """Environment variable of the number of restarts so far; torch's own is taken where it is not set."""
@@ -55,6 +58,7 @@ class Crew:
 
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._owns_group = False
+        self._lost: CrewError | None = None
         self._shared_error: BaseException | None = None
 
     def __repr__(self) -> str:
@@ -154,28 +158,66 @@ class Crew:
 
         with contextlib.suppress(RuntimeError):  # another one is gone already
             dist.barrier(self.group)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        if not self._owns_group:
+            return
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(self.group)
-        self._owns_group = False
+        self.group, self._owns_group = None, False
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes, by rank; raises the first error among them."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world
+        if self._lost is not None:
+            raise self._lost
+        own = _packed(value, error)
         with _no_interrupt():
             try:
-                dist.all_gather_object(found, _packed(value, error), group=self.group)
+                found = self._bytes_of_all(own)
             except RuntimeError as lost:
-                raise CrewError(
+                self._lost = CrewError(
                     f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
                     f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
-                ) from lost
+                )
+                self._end_group()  # which others notice that are still connected to this one
+                raise self._lost from lost
         unpacked = [pickle.loads(one) for one in found]
         for _, raised in unpacked:
             if raised is not None:
                 self._shared_error = raised if error is None else error
                 raise self._shared_error
         return [one for one, _ in unpacked]
+
+    def _bytes_of_all(self, own: bytes) -> list[bytes]:
+        """The bytes of all processes, by rank.
+
+        Those of a step are short: the leader gathers them and sends them to all in as many rounds as the number of
+        processes has binary digits. Gloo's gathering on all processes takes a round per process.
+        """
+        import torch
+        import torch.distributed as dist
+
+        leader = dist.get_global_rank(self.group, 0)
+        block = torch.zeros(BLOCK, dtype=torch.uint8)
+        begin = len(own).to_bytes(8, "little") + own[: BLOCK - 8]
+        block[: len(begin)] = torch.frombuffer(bytearray(begin), dtype=torch.uint8)
+        blocks = torch.empty(self.world, BLOCK, dtype=torch.uint8)
+        dist.gather(block, list(blocks) if self.leads else None, dst=leader, group=self.group)
+        dist.broadcast(blocks, src=leader, group=self.group)
+        begins = [bytes(one) for one in blocks.numpy()]
+        lengths = [int.from_bytes(one[:8], "little") for one in begins]
+        rests = [b""] * self.world
+        if (longest := max(lengths) - (BLOCK - 8)) > 0:
+            rest = torch.zeros(longest, dtype=torch.uint8)
+            if own[BLOCK - 8 :]:
+                rest[: len(own) - BLOCK + 8] = torch.frombuffer(bytearray(own[BLOCK - 8 :]), dtype=torch.uint8)
+            found = [torch.empty_like(rest) for _ in range(self.world)]
+            dist.all_gather(found, rest, group=self.group)
+            rests = [bytes(one.numpy()) for one in found]
+        return [(one[8:] + more)[:length] for one, more, length in zip(begins, rests, lengths, strict=True)]
 
 
 def crew_of_environment(timeout: float = TIMEOUT) -> Crew:
@@ -266,17 +308,21 @@ def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseExceptio
     except CrewError:
         raise
     except BaseException as error:
-        return None, error
+        return None, sendable(error)
 
 
 def _packed(value: Any, error: BaseException | None) -> bytes:
-    """A value and an error as bytes; an error that cannot be sent as one that says the same."""
-    if error is not None:
-        try:
-            pickle.loads(pickle.dumps(error))  # some errors can be written and not read
-        except Exception:
-            error = CrewError(f"{type(error).__name__}: {error}")
-    return pickle.dumps((value, error))
+    return pickle.dumps((value, error and sendable(error)))
+
+
+def sendable(error: BaseException) -> BaseException:
+    """An error that other processes can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+    except Exception:
+        # no `CrewError`, which says that a process is gone
+        return LayerCacheError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager
