@@ -84,6 +84,7 @@ class Crew:
         function: Callable[[int], R],
         tasks: Sequence[int],
         done: Callable[[int, R], object] | None = None,
+        keep: bool = True,
     ) -> list[R]:
         """Results of all tasks in their order, computed in rounds of one task per process.
 
@@ -91,6 +92,8 @@ class Crew:
             function: gives the result of a task, which is sent to all processes.
             tasks: numbers of samples, the same on all processes.
             done: called by the leader with every task and its result, in order, after its round.
+            keep: whether results are sent to all processes and returned. Without, they are sent to the leader, for
+                ``done``, and nothing is returned: for results that are large, or many.
 
         Raises:
             BaseException: the first that a task raised, in the order of the tasks, on all processes.
@@ -98,15 +101,16 @@ class Crew:
         results: list[R] = []
         for start in range(0, len(tasks), self.world):
             tried = [_outcome(function, task) for task in tasks[start : start + self.world][self.rank :][:1]]
-            outcomes = self.gather(tried)
+            outcomes = self.gather(tried) if keep or self.world == 1 else self._collect(tried)
             with self.together():
                 for task, (result, error) in zip(tasks[start:], outcomes, strict=False):
                     if error is not None:
-                        self._shared_error = error
+                        self._shared_error = error if keep else None  # what the leader alone has seen is raised by all
                         raise error
                     if done is not None and self.leads:
                         done(task, result)
-                    results.append(result)
+                    if keep:
+                        results.append(result)
         return results
 
     @contextlib.contextmanager
@@ -143,25 +147,38 @@ class Crew:
             dist.destroy_process_group(self.group)
         self._owns_group = False
 
+    def _collect(self, outcomes: Sequence[tuple[Any, BaseException | None]]) -> list[tuple[Any, Any]]:
+        """The outcomes of all processes' tasks, one each at most, in their order, on the leader; none elsewhere."""
+        found = self._communicate([_packed(*outcome) for outcome in outcomes], to_leader=True)
+        return [pickle.loads(one) for share in found for one in share]
+
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes, by rank; raises the first error among them."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world
-        with _no_interrupt():
-            try:
-                dist.all_gather_object(found, _packed(value, error), group=self.group)
-            except RuntimeError as lost:
-                raise CrewError(
-                    f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
-                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
-                ) from lost
-        unpacked = [pickle.loads(one) for one in found]
+        unpacked = [pickle.loads(one) for one in self._communicate(_packed(value, error))]
         for _, raised in unpacked:
             if raised is not None:
                 self._shared_error = raised if error is None else error
                 raise self._shared_error
         return [one for one, _ in unpacked]
+
+    def _communicate(self, content: Any, to_leader: bool = False) -> list[Any]:
+        """What all processes hold, by rank: on all of them, or on the leader, and nothing elsewhere."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world if self.leads or not to_leader else []
+        with _no_interrupt():
+            try:
+                if to_leader:
+                    leader = dist.get_global_rank(self.group, 0)
+                    dist.gather_object(content, found or None, dst=leader, group=self.group)
+                else:
+                    dist.all_gather_object(found, content, group=self.group)
+            except RuntimeError as lost:
+                raise CrewError(
+                    f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
+                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
+                ) from lost
+        return found
 
 
 def crew_of_environment(timeout: float = TIMEOUT) -> Crew:
