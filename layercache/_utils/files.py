@@ -40,6 +40,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     return Path(path)
 
 
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Adds a line to a file and returns when it is on the disk; where that fails, the file may end in part of it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _refusals(path, ""), _target(path).open("ab") as file:
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def saved_anyway(path: str | os.PathLike[str], save: Callable[[Path], object]) -> Path:
     """Lets ``save`` write a result that took long to a file; where that fails, to another one.
 

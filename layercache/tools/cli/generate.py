@@ -172,8 +172,7 @@ class _File:
         files = {"picture" if drawn.pixels.ndim == 3 else "video": written}
         heard = drawn.sound
         if heard is not None:
-            config = getattr(getattr(self.pipe, "vocoder", None), "config", None)
-            sampling = int(getattr(config, "output_sampling_rate", 24000))
+            sampling = results.sampling_rate_of(self.pipe)
             sound = self.output.with_suffix(".wav")
             files["sound"] = save(sound, lambda path: results.save_sound(heard, path, sampling))
         return files
