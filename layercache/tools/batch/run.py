@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 import layercache
 from layercache._utils import metrics
 from layercache._utils.text import shown
+from layercache._version import __version__
 from layercache.errors import CrewError, LayerCacheError, LayerCacheWarning, MissingExtraError, NonFiniteWarning
 from layercache.models.registry import experts_of
 from layercache.parallel.crew import Crew
@@ -28,7 +29,7 @@ from layercache.planning.search_files import digest_of, model_identity
 from layercache.tools.batch.entries import Entry, check_arguments
 from layercache.tools.batch.manifest import Made, Manifest, sha256_of
 from layercache.tools.cli import results
-from layercache.tools.cli.pipelines import gives_video
+from layercache.tools.cli.pipelines import gives_video, refused_arguments
 from layercache.tools.compare.calls import quiet
 
 BAR = "{desc}: {n} of {total} |{bar}| {rate_noinv_fmt}, {elapsed}, {remaining} left{postfix}"
@@ -41,7 +42,7 @@ class Batch:
     """What is in the folder after a run.
 
     Attributes:
-        folder: of the pictures.
+        folder, manifest: of the pictures, and its file that says what is known of each.
         count: how many prompts there are.
         made: how many pictures this run made.
         failures: why there is no picture, by the number of the prompt.
@@ -51,6 +52,7 @@ class Batch:
     """
 
     folder: Path
+    manifest: Path
     count: int
     made: int
     failures: Mapping[int, str]
@@ -105,7 +107,11 @@ def generate_all(
     _check_same(crew, [identity, digest_of([entry.digest for entry in entries]), compare])
     differences = crew.differences()
     with crew.together():
-        manifest = Manifest(Path(folder), identity, about or {}, entries) if crew.leads else None
+        manifest = (
+            Manifest(Path(folder), identity, {**(about or {}), "layercache": __version__}, entries)
+            if crew.leads
+            else None
+        )
         todo = manifest.left(compare) if manifest is not None else []
         if manifest is not None:
             _warn(manifest, differences)
@@ -158,7 +164,7 @@ class _Keeper:
         self.manifest.keep(number, made)
         if made.error is not None:
             self.failed += 1
-            self.bar.set_postfix_str(f", {self.failed} failed", refresh=False)
+            self.bar.set_postfix_str(f"{self.failed} failed", refresh=False)
         self.bar.update()
 
 
@@ -169,7 +175,7 @@ def _batch_of(manifest: Manifest, tried: int, seconds: float) -> Batch:
     used = [line["used"] for line in lines if line.get("used") is not None]
     psnr = tuple(float(line["psnr"]) for line in lines if line.get("psnr") is not None)
     mean = math.fsum(used) / len(used) if used else None
-    return Batch(manifest.folder, len(lines), tried - len(failures), failures, psnr, mean, seconds)
+    return Batch(manifest.folder, manifest.path, len(lines), tried - len(failures), failures, psnr, mean, seconds)
 
 
 # --- one prompt --------------------------------------------------------------------------------------------------
@@ -232,8 +238,8 @@ class _Maker:
         except Exception as error:
             if _stops(error):
                 raise
-            text = f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
-            return Made(inputs=inputs, error=shown(text))
+            text = str(error) if type(error) is LayerCacheError else f"{type(error).__name__}: {error}"
+            return Made(inputs=inputs, error=shown(text[:LONGEST_ERROR]))
 
     def _made(self, entry: Entry, inputs: dict[str, str]) -> Made:
         for name in (name for names in entry.inputs().values() for name in names):
@@ -254,7 +260,8 @@ class _Maker:
                 generator = torch.Generator("cpu").manual_seed(seed)
                 start = time.perf_counter()
                 # pictures arrive in host memory, so nothing is left running when the call returns
-                result = self.pipe(generator=generator, output_type="np", **call)
+                with refused_arguments():
+                    result = self.pipe(generator=generator, output_type="np", **call)
                 seconds = time.perf_counter() - start
                 pixels = results.pixels_of(result)
                 if np.isfinite(pixels).all():

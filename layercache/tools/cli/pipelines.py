@@ -116,8 +116,12 @@ def read_args(call: CallOptions) -> dict[str, Any]:
     return found
 
 
-def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
+def call_arguments(pipe: Any, call: CallOptions, pictures_follow: bool = False) -> dict[str, Any]:
     """Arguments of the pipeline's call, by the names this pipeline has for them.
+
+    Args:
+        pipe, call: the pipeline, and the options.
+        pictures_follow: whether prompts bring pictures of their own, so that none need be among the options.
 
     Raises:
         UnsupportedModelError: the pipeline lacks one.
@@ -139,7 +143,7 @@ def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
         arguments["frame_rate"] = call.frame_rate
     arguments |= _image_arguments(pipe, accepted, call) | _named_arguments(pipe, accepted, call)
     needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
-    if missing := [name for name in needed if name not in arguments]:
+    if not pictures_follow and (missing := [name for name in needed if name not in arguments]):
         raise typer.BadParameter(f"{type(pipe).__name__} needs a picture ({missing[0]}).", param_hint="--image")
     _warn_of_idle_prompt(call, accepted, arguments)
     return arguments
