@@ -8,8 +8,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,20 +105,15 @@ def generate_all(
         maker.check()
         identity = maker.identity()
     _check_same(crew, [identity, digest_of([entry.digest for entry in entries]), compare])
-    differences = crew.differences()
+    differences, about = crew.differences(), {**(about or {}), "layercache": __version__}
     with crew.together():
-        manifest = (
-            Manifest(Path(folder), identity, {**(about or {}), "layercache": __version__}, entries)
-            if crew.leads
-            else None
-        )
+        manifest = Manifest(Path(folder), identity, about, entries) if crew.leads else None
         todo = manifest.left(compare) if manifest is not None else []
         if manifest is not None:
             _warn(manifest, differences)
     todo = crew.agree(todo)
     start = time.perf_counter()
-    with quiet(pipe), warnings.catch_warnings(), _bar(len(entries), len(todo), progress and crew.leads) as bar:
-        warnings.simplefilter("ignore", NonFiniteWarning)  # it is an error of the prompt
+    with quiet(pipe), _warnings_once(), _bar(len(entries), len(todo), progress and crew.leads) as bar:
         crew.map(maker, todo, None if manifest is None else _Keeper(manifest, bar), keep=False)
     with crew.together():
         found = _batch_of(manifest, len(todo), time.perf_counter() - start) if manifest is not None else None
@@ -148,6 +143,23 @@ def _warn(manifest: Manifest, differences: Sequence[str]) -> None:
             LayerCacheWarning,
             stacklevel=3,
         )
+
+
+@contextmanager
+def _warnings_once() -> Iterator[None]:
+    """Context in which a warning of every prompt is shown for the first; one of NaN is an error of its prompt."""
+    seen: set[tuple[type[Warning], str]] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonFiniteWarning)
+        show = warnings.showwarning
+
+        def show_once(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if (category, str(message)) not in seen:
+                seen.add((category, str(message)))
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_once
+        yield
 
 
 def _bar(count: int, left: int, shows: bool) -> tqdm[Any]:
