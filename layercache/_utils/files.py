@@ -7,13 +7,28 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layercache._utils.text import shown
 from layercache.errors import OutputError
 
 NAME_BYTES = 255
+
+_followers: list[Callable[[Path, str | None], object]] = []
+
+
+@contextmanager
+def followed(call: Callable[[Path, str | None], object]) -> Iterator[None]:
+    """Context in which ``call`` is given every path that is written or removed in this process, afterwards.
+
+    Beside it stands the line that was added to the file; ``None`` where it was written whole, or removed.
+    """
+    _followers.append(call)
+    try:
+        yield
+    finally:
+        _followers.remove(call)
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -37,6 +52,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             os.replace(temporary, target)
+        for call in _followers:
+            call(Path(path), None)
     return Path(path)
 
 
@@ -46,10 +63,24 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    with _refusals(path, ""), _target(path).open("ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with _refusals(path, ""):
+        with _target(path).open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        for call in _followers:
+            call(Path(path), line)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Removes a file, or a folder with everything in it, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
+    for call in _followers:
+        call(Path(path), None)
 
 
 def saved_anyway(path: str | os.PathLike[str], save: Callable[[Path], object]) -> Path:

@@ -17,6 +17,7 @@ SCHEDULE, MODULES = "layercache schedule", "layercache module schedule"
 PROFILE, FRONT = "layercache profile", "layercache front"
 JOURNAL, COMPARISON = "layercache search", "layercache comparison"
 INDEX = "layercache index"
+SAMPLE = "layercache sample"
 # What writes files of each kind, and what reads them (where users do).
 KINDS = {
     SCHEDULE: ("'layercache plan' or Schedule.save", "layercache.Schedule.load"),
@@ -26,9 +27,10 @@ KINDS = {
     JOURNAL: ("layercache.search(resume=...)", ""),
     COMPARISON: ("'layercache compare'", ""),
     INDEX: ("save_pretrained or push_to_hub", ""),
+    SAMPLE: ("layercache.calibrate(resume=...)", ""),
 }
 # The first version of each format whose files have a checksum; an index is edited by hand.
-CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 3, COMPARISON: 2, INDEX: 1000}
+CHECKED_SINCE = {SCHEDULE: 3, MODULES: 2, PROFILE: 2, FRONT: 2, JOURNAL: 3, COMPARISON: 2, INDEX: 1000, SAMPLE: 1}
 # What the code that reads entries raises where a whole file was edited.
 DAMAGE = (LayerCacheError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 NEITHER = "is neither JSON nor a file of tensors (safetensors)"

@@ -7,6 +7,8 @@ import os
 HOSTED = "LAYERCACHE_HOSTED"
 """Environment variable of processes that a command started to share its samples."""
 
+THREADS = "OMP_NUM_THREADS"
+
 AGAIN = 75
 """Exit code of a command that failed because another process died: the same command may succeed (EX_TEMPFAIL)."""
 

@@ -64,6 +64,19 @@ class Crew:
         """Whether this process is the one that writes files and shows progress."""
         return self.rank == 0
 
+    def check_samples(self, count: int) -> None:
+        """Refuses to share out fewer samples than there are processes.
+
+        Raises:
+            CrewError: some would have none.
+        """
+        if count < self.world:
+            raise CrewError(
+                f"{self.world} processes cannot share {count} sample{'s' if count > 1 else ''}: start at most {count}, "
+                "or give more prompts",
+                argument="workers",
+            )
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's items: every `world`-th from its rank on."""
         return list(items[self.rank :: self.world])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,12 @@ from tqdm.auto import tqdm
 from layercache._utils.compat import has_foreign_cache, progress_bar_settings, splits_tokens, unwrap_compiled
 from layercache.errors import CacheStateError, CalibrationError
 from layercache.models.registry import experts_of, find_transformer, spec_for
+from layercache.parallel.crew import Crew
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
+from layercache.planning.sample_statistics import CalibrationFiles, SampleStatistics
 from layercache.planning.samples import Sample, measured_settings, samples_of
+from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.schedule.partition import Partition, cut, cut_by_curves
 
@@ -40,6 +45,8 @@ def calibrate(
     transformer: str = "transformer",
     process_group: Any = None,
     progress: bool = True,
+    crew: Crew | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **call: Any,
 ) -> StabilityProfile:
     """Runs full generations and measures every group's residual against forecasts from older ones.
@@ -68,12 +75,20 @@ def calibrate(
         process_group: processes that run the generations together (context parallelism): the sums and the sizes are
             added up over them, seconds are their mean, and all get the same profile.
         progress: show a progress bar.
+        crew: processes that share out the samples, each with the whole pipeline; all of them get the same profile, in
+            which only seconds depend on how many there are.
+        resume: a folder that keeps what was measured on every sample; a calibration that was stopped, or killed, goes
+            on from it. Of ``run`` it is not known what it does: name another folder where that changed.
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
     Raises:
         CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
         UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
         CacheStateError: a cache is enabled on the pipeline, or tokens are split over processes without a process group.
+        CrewError: there are more processes than samples, or one of them is gone.
+        FileFormatError: a file of ``resume`` is damaged.
+        OutputError: no files can be made in ``resume``.
+        ScheduleMismatchError: ``resume`` belongs to another calibration.
     """
     if max_distance < 1 or max_span < 0:
         raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
@@ -90,16 +105,25 @@ def calibrate(
             "calibrate(..., process_group=torch.distributed.group.WORLD)"
         )
     todo = samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
+    crew = crew or Crew()
+    crew.check_samples(len(todo))
     lengths = [len(blocks) for blocks in spec.block_modules(model)]
     scheduler = getattr(pipe, "scheduler", None)
+    files = None
+    if resume is not None:
+        given = [partition, num_groups, max_distance, max_span, eta, sensitivity, transformer, sigmas]
+        about = [given, [name for name, _ in todo], prompts, num_inference_steps, dict(sorted(call.items()))]
+        with crew.together():
+            files = CalibrationFiles(resume, digest_of([model_identity(pipe), *about])) if crew.leads else None
+    passes = _Passes(pipe, todo, progress, crew, files)
     if partition == "measured":
         blocks = [(k, k + 1) for k in range(sum(lengths))]
         observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta, group=process_group)
-        curves = _observe(pipe, observer, todo, progress, "measuring blocks").stability()
+        curves = passes.observe(observer, "blocks", "measuring blocks").stability()
         partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
     groups = cut(partition, lengths)
     observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
-    profile = _observe(pipe, observer, todo, progress, "calibrating")
+    profile = passes.observe(observer, "groups", "calibrating")
     settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
     return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
 
@@ -112,23 +136,57 @@ def _check_uncached(pipe: Any, name: str) -> None:
             raise CacheStateError(f"a cache is enabled on {other}; disable it first, calibration needs full runs")
 
 
-def _observe(pipe: Any, observer: Observer, todo: list[Sample], progress: bool, title: str) -> StabilityProfile:
-    """Runs the samples with the observer attached and collects what it saw."""
-    attachment = attach(pipe, observer)
-    pipeline_bar = progress_bar_settings(pipe)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(**{**pipeline_bar, "disable": True})
-    results = []
-    try:
-        with tqdm(total=len(todo), desc=title, unit="sample", disable=not progress) as bar, torch.no_grad():
+@dataclass(frozen=True)
+class _Passes:
+    """Runs of all samples; what was measured on them is kept in files, by the leader of the crew."""
+
+    pipe: Any
+    todo: list[Sample]
+    progress: bool
+    crew: Crew
+    files: CalibrationFiles | None
+
+    def observe(self, observer: Observer, measured: str, title: str) -> StabilityProfile:
+        """Runs the samples that no file is of with the observer attached, and collects what it saw."""
+        crew, files = self.crew, self.files
+        found: dict[int, SampleStatistics] = {}
+        with crew.together():
+            for number in range(len(self.todo)) if files is not None else ():
+                kept = files.sample(measured, number)  # type: ignore[union-attr]
+                found |= {} if kept is None else {number: kept}
+        found = crew.agree(found)
+        left = [number for number in range(len(self.todo)) if number not in found]
+        shows = self.progress and crew.leads
+        with tqdm(total=len(self.todo), initial=len(found), desc=title, unit="sample", disable=not shows) as bar:
             observer.on_step = lambda step, total: bar.set_postfix_str(f"step {step + 1}/{total}", refresh=False)
-            for name, generate in todo:
+
+            def measure(number: int) -> SampleStatistics:
+                name, generate = self.todo[number]
                 observer.start_sample()
                 generate()
-                results.append(observer.end_sample(name))
+                return observer.end_sample(name)
+
+            def done(number: int, statistics: SampleStatistics) -> None:
+                if files is not None:
+                    files.keep(measured, number, statistics)
                 bar.update()
-    finally:
-        attachment.detach()
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(**{"disable": False, **pipeline_bar})
-    return observer.profile(results, [name for name, _ in todo])
+
+            with self._attached(observer):
+                found |= dict(zip(left, crew.map(measure, left, done), strict=True))
+        with crew.together():
+            return observer.profile([found[number] for number in range(len(found))], [name for name, _ in self.todo])
+
+    @contextmanager
+    def _attached(self, observer: Observer) -> Iterator[None]:
+        """Context in which the pipeline's forwards are observed, without a progress bar of its own."""
+        attachment = attach(self.pipe, observer)
+        pipeline_bar = progress_bar_settings(self.pipe)
+        if hasattr(self.pipe, "set_progress_bar_config"):
+            self.pipe.set_progress_bar_config(**{**pipeline_bar, "disable": True})
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            attachment.detach()
+            if hasattr(self.pipe, "set_progress_bar_config"):
+                self.pipe.set_progress_bar_config(**{"disable": False, **pipeline_bar})

@@ -83,8 +83,8 @@ def products_of(
     features: Sequence[Sequence[torch.Tensor]],
     latents: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-) -> np.ndarray:
-    """Mean products, over the elements, of every picture's velocities, latents and target, ``[P, n + 2, n + 2]``.
+) -> list[np.ndarray]:
+    """Mean products, over the elements, of velocities, latents and target, per sample ``[B, n + 2, n + 2]``.
 
     Args:
         step: for messages.
@@ -96,8 +96,8 @@ def products_of(
         CalibrationError: a velocity or target is not finite.
     """
     samples = list(zip(features, latents, targets, strict=True))
-    found = np.concatenate([inner_products([*own, x, target]) / x[0].numel() for own, x, target in samples])
-    if not np.isfinite(found).all():
+    found = [inner_products([*own, x, target]) / x[0].numel() for own, x, target in samples]
+    if not all(np.isfinite(products).all() for products in found):
         raise CalibrationError(f"a velocity at step {step} is NaN or infinite; no forecast can be fitted to this run")
     return found
 

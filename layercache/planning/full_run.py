@@ -61,6 +61,28 @@ class FullSample:
         """Of latents and velocities."""
         return sum(t.nbytes for trace in self.traces for t in (*trace.latents, *trace.taken))
 
+    @property
+    def facts(self) -> RunFacts:
+        """What is known of it without its tensors."""
+        latents = tuple(trace.latents[0].nbytes for trace in self.traces)
+        return RunFacts(self.num_steps, self.branches, self.seconds, self.sigmas, self.sampler, latents)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What all processes of a crew know of a sample's full run; attributes as of `FullSample`.
+
+    Attributes:
+        latent_bytes: of the latents of each output.
+    """
+
+    num_steps: int
+    branches: Mapping[str, tuple[int, int]]
+    seconds: tuple[float, float]
+    sigmas: tuple[float, ...]
+    sampler: LinearSampler | None
+    latent_bytes: tuple[int, ...]
+
 
 class _TimedPass(BlockPass):
     """Marks where the blocks begin and end in time."""

@@ -19,6 +19,7 @@ from layercache.errors import CalibrationError
 from layercache.models.registry import fingerprint_of, first_tensor
 from layercache.models.spec import ModelSpec, Streams
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.planning.sample_statistics import SampleStatistics
 from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
@@ -27,6 +28,7 @@ from layercache.runtime.velocity import as_rows
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 
+OTHER_LEVELS = "the samples do not share one noise schedule; use one step count and resolution"
 NOISE = 0.01  # of a random change, relative to the residual
 
 
@@ -114,7 +116,7 @@ class Observer(Router):
         if not self.sigmas:
             self.sigmas = tuple(sigmas)
         elif tuple(sigmas) != self.sigmas:
-            raise CalibrationError("the samples do not share one noise schedule; use one step count and resolution")
+            raise CalibrationError(OTHER_LEVELS)
 
     def new_pass(self) -> BlockPass:
         return ObservedPass(self) if self._substitutes is None else super().new_pass()
@@ -200,32 +202,34 @@ class Observer(Router):
             image, text = changed[0], changed[1] if len(changed) == 2 else text
         return image, text
 
-    def end_sample(self, name: str) -> dict[str, Any]:
+    def end_sample(self, name: str) -> SampleStatistics:
         """Fetches a finished sample's statistics from the device."""
         num_steps = self._check_complete(name)
         self._add_up()
         seconds = self.clock.totals()
+        every, groups = range(num_steps), range(len(self.groups))
         shape = (len(self._branches), num_steps, len(self.groups))
         wide = (*shape, self.max_distance + 1, self.max_span + 1)
-        tables = {}
+        tables: dict[str, np.ndarray] = {}
         for stream in ("image", "text"):
             errors, norms = np.zeros((2, *wide)), np.zeros((2, *shape))
             for b, seen in enumerate(self._branches.values()):
                 self._fill(errors[:, b], norms[:, b], seen, stream)
-            tables[stream] = (errors, norms)
-        responses = np.stack([self._responses(seen) for seen in self._branches.values()])
-        reuse = [[b.reuse.get(g, 0.0) for g in range(len(self.groups))] for b in self._branches.values()]
-        found = {
-            "branches": tuple(self._branches),
-            "steps": sorted({step for seen in self._branches.values() for step in seen.sets}),
-            "tables": tables,
-            "seconds": seconds,
-            "reuse": reuse,
-            "responses": responses,
-            "seen": np.stack([self._forecasts(seen) for seen in self._branches.values()]),
-            "grams": np.stack([self._grams(seen) for seen in self._branches.values()]),
-            "stream_bytes": tuple(seen.stream_bytes for seen in self._branches.values()),
-        }
+            tables |= {f"{stream}_errors": errors, f"{stream}_norms": norms}
+        branches = list(self._branches.values())
+        found = SampleStatistics(
+            sigmas=self.sigmas,
+            branches=tuple(self._branches),
+            steps=tuple(sorted({step for seen in branches for step in seen.sets})),
+            stream_bytes=tuple(seen.stream_bytes for seen in branches),
+            **tables,
+            responses=np.stack([self._responses(seen) for seen in branches]),
+            seen=np.stack([self._forecasts(seen) for seen in branches]),
+            grams=np.stack([self._grams(seen) for seen in branches]),
+            reuse_seconds=np.array([[seen.reuse.get(g, 0.0) for g in groups] for seen in branches]),
+            group_seconds=np.array([[seconds.get(("group", g, i), 0.0) for g in groups] for i in every]),
+            fixed_seconds=np.array([seconds.get(("rest", i), 0.0) for i in every]),
+        )
         self._branches = {}
         return found
 
@@ -303,42 +307,43 @@ class Observer(Router):
                 row += 1
             row += not sets
 
-    def profile(self, results: list[dict[str, Any]], samples: list[str]) -> StabilityProfile:
+    def profile(self, results: Sequence[SampleStatistics], samples: Sequence[str]) -> StabilityProfile:
         """Puts the samples together."""
-        branches = results[0]["branches"]
-        if any(result["branches"] != branches for result in results):
+        branches, self.sigmas = results[0].branches, results[0].sigmas
+        if any(result.branches != branches for result in results):
             raise CalibrationError("the samples do not share the same guidance branches; use one guidance setting")
+        if any(result.sigmas != self.sigmas for result in results):
+            raise CalibrationError(OTHER_LEVELS)
 
-        def stack(stream: str, part: int, kind: int) -> np.ndarray:
-            return np.stack([result["tables"][stream][part][kind] for result in results])
+        def stack(name: str, kind: int) -> np.ndarray:
+            return np.stack([getattr(result, name)[kind] for result in results])
 
         tables = {
-            "image_error_l1": stack("image", 0, 0),
-            "image_error_l2": stack("image", 0, 1),
-            "text_error_l1": stack("text", 0, 0),
-            "image_norm_l1": stack("image", 1, 0),
-            "image_norm_l2": stack("image", 1, 1),
-            "text_norm_l1": stack("text", 1, 0),
+            "image_error_l1": stack("image_errors", 0),
+            "image_error_l2": stack("image_errors", 1),
+            "text_error_l1": stack("text_errors", 0),
+            "image_norm_l1": stack("image_norms", 0),
+            "image_norm_l2": stack("image_norms", 1),
+            "text_norm_l1": stack("text_norms", 0),
         }
-        tables["image_gram"] = np.stack([result["grams"] for result in results])
-        seen = np.stack([result["seen"] for result in results])
+        tables["image_gram"] = np.stack([result.grams for result in results])
+        seen = np.stack([result.seen for result in results])
         if (seen != readable(len(self.sigmas) - 1, self.max_distance, self.max_span)).any():
             tables["forecast_seen"] = seen
         if self._sensitivity:
-            responses = np.stack([result["responses"] for result in results])
+            responses = np.stack([result.responses for result in results])
             tables["velocity_response"], tables["substitute_error"] = responses[:, :, 0], responses[:, :, 1]
-        groups = range(len(self.groups))
-        every = [(result["seconds"], step) for result in results for step in result["steps"]]
-        reuse = np.median(np.array([result["reuse"] for result in results]).sum(axis=1), axis=0)
-        computing = [median(s.get(("group", g, i), 0.0) for s, i in every) for g in groups]
-        fixed = median(s.get(("rest", i), 0.0) for s, i in every)
-        largest = max((result["stream_bytes"] for result in results), key=sum_of_pairs)
-        seconds, sizes = self._shared([*computing, *reuse.tolist(), fixed], largest)
+        every = [(result, step) for result in results for step in result.steps]
+        reuse = np.median(np.array([result.reuse_seconds for result in results]).sum(axis=1), axis=0)
+        computing = np.median([result.group_seconds[step] for result, step in every], axis=0)
+        fixed = float(np.median([result.fixed_seconds[step] for result, step in every]))
+        largest = max((result.stream_bytes for result in results), key=sum_of_pairs)
+        seconds, sizes = self._shared([*computing.tolist(), *reuse.tolist(), fixed], largest)
         return StabilityProfile(
             fingerprint=fingerprint_of(self.transformer, self.sigmas, branches, sorted({step for _, step in every})),
             groups=self.groups,
-            group_seconds=tuple(seconds[: len(groups)]),
-            reuse_seconds=tuple(seconds[len(groups) : -1]),
+            group_seconds=tuple(seconds[: len(self.groups)]),
+            reuse_seconds=tuple(seconds[len(self.groups) : -1]),
             fixed_seconds=seconds[-1],
             samples=tuple(samples),
             tables=tables,

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from layercache._utils.validate import expect
 from layercache.errors import ScheduleError
+from layercache.parallel.crew import Crew
 from layercache.planning.front import Point
 from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import count_of, with_settings
@@ -29,6 +30,7 @@ def refit(
     progress: bool = True,
     guidance: Sequence[float] = (),
     sizes: Sequence[Sequence[int]] = (),
+    crew: Crew | None = None,
     **call: Any,
 ) -> Point:
     """A schedule of whole steps with its forecasts fitted anew, for one full run and one cached run per picture.
@@ -44,6 +46,7 @@ def refit(
         progress: show a progress bar, in full generations.
         guidance, sizes: guidance scales and sizes that it is fitted to, as for `layercache.search`; every prompt is run
             with each.
+        crew: processes that share out the samples, each with the whole pipeline; all of them get the same schedule.
 
     Returns:
         the schedule, with what it gave on these pictures, and what it is expected to give on others.
@@ -51,7 +54,7 @@ def refit(
     Raises:
         ArgumentError: no schedule.
         ScheduleError: the schedule reuses residuals of groups.
-        CalibrationError, UnsupportedModelError: as for `Rollouts`.
+        CalibrationError, CrewError, UnsupportedModelError: as for `Rollouts`.
     """
     expect("layercache.refit", schedule, Schedule)
     if schedule.branch_cells or any(cell for row in schedule.cells for cell in row):
@@ -63,8 +66,10 @@ def refit(
     terms = max((len(velocity.terms) for velocity in schedule.velocities if velocity is not None), default=TERMS)
     prompts, seeds = with_settings(pipe, prompts, seeds, guidance, sizes, call)
     pictures = sum(count_of(prompt, call) for prompt in prompts)
-    with tqdm(disable=not progress, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, **call)
+    crew = crew or Crew()
+    shows = progress and crew.leads
+    with tqdm(disable=not shows, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, crew=crew, **call)
         path = path_of(schedule, rollouts.sigmas)
         bar.total = pictures * (1 + path.mean())
         search = WholeStepSearch(rollouts, rollouts.seconds[0], terms=terms)

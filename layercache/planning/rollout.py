@@ -13,8 +13,9 @@ import torch
 
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.models.registry import expert_settings, find_transformer, fingerprint_of, spec_for
+from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast, products_of, solve_velocity
-from layercache.planning.full_run import FullRun, FullSample
+from layercache.planning.full_run import FullRun, FullSample, RunFacts
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.samples import arguments_of, call_of, measured_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
@@ -91,6 +92,9 @@ class Rollouts:
     All samples go through a step together (`layercache.planning.stepper`), so that a coefficient can be fitted to all
     of them before the next step is taken. Each sample is one call of the pipeline and may be a batch.
 
+    The processes of a crew share out the samples: each runs and keeps its own, and what is fitted is solved by all of
+    them from the inner products of all samples, in sample order, so that all have the same schedules.
+
     Args:
         pipe: a diffusers pipeline with a scheduler.
         prompts: one call per entry; an entry may be a list (one call with that batch), or a mapping of arguments of
@@ -102,12 +106,14 @@ class Rollouts:
         files: where full runs are kept, so that a search that was stopped can go on.
         full: the samples' full runs, where they are known; one per entry of ``prompts``, which then are mappings of
             arguments, each with the generator or generators that its call began with.
+        crew: processes that share out the samples.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
-        full: a trace per sample; of a model with several outputs all of them together.
-        outputs: per sample, the traces of each.
-        pictures: of the full runs, per sample.
+        own: numbers of this process's samples, in order.
+        full: a trace per own sample; of a model with several outputs all of them together.
+        outputs: per own sample, the traces of each.
+        pictures: of the full runs, per own sample.
         runs: generations of every sample so far.
         seconds: of a step of a full run: in the blocks, and in the rest of the model.
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
@@ -116,6 +122,7 @@ class Rollouts:
 
     Raises:
         CalibrationError: no prompts, or seeds that do not match.
+        CrewError: there are more processes than samples, or one of them is gone.
         UnsupportedModelError: the pipeline is of no known kind.
     """
 
@@ -130,8 +137,10 @@ class Rollouts:
         files: SearchFiles | None = None,
         full: Sequence[FullSample] | None = None,
         on_memory: Callable[[float], object] | None = None,
+        crew: Crew | None = None,
         **call: Any,
     ):
+        self.crew = crew or Crew()
         self.transformer = find_transformer(pipe)
         self.spec = spec_for(self.transformer)
         if self.transformer is pipe or not hasattr(pipe, "scheduler"):
@@ -146,7 +155,9 @@ class Rollouts:
         self.call = dict(call)
         if "output_type" in inspect.signature(type(pipe).__call__).parameters:
             self.call.setdefault("output_type", "np")
-        self._clones = clones(pipe, len(self.prompts))
+        self.crew.check_samples(len(self.prompts))
+        self.own = self.crew.share(range(len(self.prompts)))
+        self._clones = dict(zip(self.own, clones(pipe, len(self.own)), strict=True))
         if files is not None:
             files.check(self)
         self.branches: tuple[str, ...] = ()
@@ -154,14 +165,25 @@ class Rollouts:
         self.full: tuple[Trace, ...] = ()
         self.outputs: list[tuple[Trace, ...]] = []
         self.pictures: list[np.ndarray] = []
-        self._streams: list[Mapping[str, tuple[int, int]]] = []
+        self._facts: list[RunFacts] = []
         self.seconds = (0.0, 0.0)
         self.first = 0
         self.sigmas: tuple[float, ...] = ()
         self._levels: tuple[float, ...] = ()  # of all steps, mean over the samples
         self._level_range: tuple[tuple[float, float], ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
-        self._take([self._full_run(k, on_memory) for k in range(len(prompts))] if full is None else full)
+        if full is None:
+            own: list[FullSample] = []
+
+            def run_in_full(sample: int) -> RunFacts:
+                own.append(self._full_run(sample, on_memory))
+                return own[-1].facts
+
+            facts = self.crew.map(run_in_full, range(len(prompts)))
+        else:
+            own = self.crew.share(full)
+            facts = [one.facts for one in full]
+        self._take(own, facts)
 
     @property
     def num_steps(self) -> int:
@@ -189,11 +211,9 @@ class Rollouts:
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
-        sizes = [[trace.latents[0].nbytes for trace in traces] for traces in self.outputs]
-        pairs = zip(self._streams, sizes, strict=True)
         return max(
-            stored_bytes(schedule, streams, latents, self.spec.text_leaves, further)
-            for streams, (latents, *further) in pairs
+            stored_bytes(schedule, one.branches, one.latent_bytes[0], self.spec.text_leaves, one.latent_bytes[1:])
+            for one in self._facts
         )
 
     def run(self, schedule: Schedule, forecast: Forecast | None = None, more: Products | None = None) -> Rollout:
@@ -213,13 +233,15 @@ class Rollouts:
                 "own; fit to 'teacher' instead"
             )
         run = RolloutRun(self, schedule, forecast, more or {})
-        routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
-        pictures = self._perform(routers, run.answer, range(len(self.prompts)))
+        clones = self._clones.values()
+        routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in clones]
+        with self.crew.together():
+            pictures = self._perform(routers, run.answer, self.own)
+            psnr = [psnr_of(a, b) for a, b in zip(self.pictures, pictures, strict=True)]
         self.runs += 1
-        return self._rollout_of(run, pictures)
+        return self._rollout_of(run, [value for of_sample in self.crew.gather(psnr) for value in of_sample])
 
-    def _rollout_of(self, run: RolloutRun, pictures: Sequence[np.ndarray]) -> Rollout:
-        psnr = [value for a, b in zip(self.pictures, pictures, strict=True) for value in psnr_of(a, b)]
+    def _rollout_of(self, run: RolloutRun, psnr: Sequence[float]) -> Rollout:
         first, *further = (
             (*[None] * self.first, *(velocity and velocity.shifted(self.first) for velocity in of_output))
             for of_output in run.velocities
@@ -229,27 +251,28 @@ class Rollouts:
         schedule = replace(run.schedule, velocities=first, further_velocities=tuple(further))
         return Rollout(schedule, tuple(psnr), tuple(map(together, zip(*run.traces, strict=True))), run.products)
 
-    def _take(self, found: Sequence[FullSample]) -> None:
-        """Keeps the full runs."""
+    def _take(self, own: Sequence[FullSample], facts: Sequence[RunFacts]) -> None:
+        """Keeps the full runs of this process's samples, and what is known of all."""
         self.runs += 1
-        levels = np.array([one.sigmas for one in found if len(one.sigmas) == len(found[0].sigmas)])
+        first = facts[0]
+        levels = np.array([one.sigmas for one in facts if len(one.sigmas) == len(first.sigmas)])
         low, high = levels.min(axis=0), levels.max(axis=0)
         # other sizes may have other noise levels
-        self._levels = found[0].sigmas if (low == high).all() else tuple(levels.mean(axis=0).tolist())
+        self._levels = first.sigmas if (low == high).all() else tuple(levels.mean(axis=0).tolist())
         self._level_range = () if (low == high).all() else tuple(zip(low.tolist(), high.tolist(), strict=True))
-        self.first = len(self._levels) - 1 - found[0].num_steps
+        self.first = len(self._levels) - 1 - first.num_steps
         self.sigmas = self._levels[self.first :]
-        if len(levels) < len(found) or any(one.num_steps != found[0].num_steps for one in found):
+        if len(levels) < len(facts) or any(one.num_steps != first.num_steps for one in facts):
             raise CalibrationError(
-                f"the samples take {', '.join(str(one.num_steps) for one in found)} steps; a schedule is for one number"
+                f"the samples take {', '.join(str(one.num_steps) for one in facts)} steps; a schedule is for one number"
             )
-        self.outputs = [one.traces for one in found]
-        self.full, self.pictures = tuple(map(together, self.outputs)), [one.pictures for one in found]
-        self.branches = tuple(dict.fromkeys(name for one in found for name in one.branches))
-        self._streams = [one.branches for one in found]
-        self.seconds = (median(one.seconds[0] for one in found), median(one.seconds[1] for one in found))
-        samplers = tuple(one.sampler for one in found if one.sampler is not None)
-        self.samplers = samplers if len(samplers) == len(found) else None
+        self.outputs = [one.traces for one in own]
+        self.full, self.pictures = tuple(map(together, self.outputs)), [one.pictures for one in own]
+        self.branches = tuple(dict.fromkeys(name for one in facts for name in one.branches))
+        self._facts = list(facts)
+        self.seconds = (median(one.seconds[0] for one in facts), median(one.seconds[1] for one in facts))
+        samplers = tuple(one.sampler for one in facts if one.sampler is not None)
+        self.samplers = samplers if len(samplers) == len(facts) else None
 
     def _full_run(self, sample: int, on_memory: Callable[[float], object] | None) -> FullSample:
         """The full run of a sample: from the files of a search that was stopped, or made now."""
@@ -286,17 +309,15 @@ class Rollouts:
         samples: Sequence[int],
     ) -> list[np.ndarray]:
         """Generations of samples side by side, each by its own router; ``answer`` says which velocities are taken."""
-        calls, outputs = self._calls(), len(self.spec.leaves)
+        outputs = len(self.spec.leaves)
+        calls = [call_of(self.prompts[k], self.seeds[k], self.call) for k in samples]
         attachment = attach(self.pipeline, routers[0])
-        runs = [_pausable(self._clones[k], calls[k], outputs) for k in samples]
+        runs = [_pausable(self._clones[k], call, outputs) for k, call in zip(samples, calls, strict=True)]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:
             attachment.detach()
         return [pictures_in(result, len(self.seeds[k])) for result, k in zip(results, samples, strict=True)]
-
-    def _calls(self) -> list[dict[str, Any]]:
-        return [call_of(prompt, seeds, self.call) for prompt, seeds in zip(self.prompts, self.seeds, strict=True)]
 
 
 class RolloutRun:
@@ -306,11 +327,12 @@ class RolloutRun:
     """
 
     def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
-        self.samplers, self.note_cost, self.num_steps = rollouts.samplers, rollouts.note_cost, rollouts.num_steps
+        self.crew, self.note_cost, self.num_steps = rollouts.crew, rollouts.note_cost, rollouts.num_steps
+        self.samplers, self.numbers = self.crew.share(rollouts.samplers or ()), rollouts.own
         self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
         # of every output, each sample's
         self.full = list(zip(*rollouts.outputs, strict=True))
-        self.traces = [tuple(Trace() for _ in rollouts.prompts) for _ in self.full]
+        self.traces = [tuple(Trace() for _ in rollouts.own) for _ in self.full]
         self.velocities: list[list[Velocity | None]] = [[] for _ in self.full]
         self.more, self.products = more, dict[int, np.ndarray]()
 
@@ -336,7 +358,7 @@ class RolloutRun:
 
     def _check_beginnings(self, output: int) -> None:
         """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
-        for number, (trace, full) in enumerate(zip(self.traces[output], self.full[output], strict=True)):
+        for number, trace, full in zip(self.numbers, self.traces[output], self.full[output], strict=True):
             here = trace.latents[0].float()
             if not (near(full.latents[0], here).float() - here).norm() <= SAME_BEGINNING * here.norm():
                 raise CalibrationError(
@@ -356,11 +378,12 @@ class RolloutRun:
         features = [[trace.raw[k] for k in sources] for trace in among]
         latents = [trace.latents[step] for trace in among]
         if forecast.target == "steer":
-            triples = zip(self.samplers or (), own, full, strict=True)
+            triples = zip(self.samplers, own, full, strict=True)
             targets = [sampler.wanted(trace, one, step) for sampler, trace, one in triples]
         else:
             targets = [near(one.taken[step], x) for one, x in zip(full, latents, strict=True)]
-        products = products_of(step, features, latents, targets)  # type: ignore[arg-type]
+        found = products_of(step, features, latents, targets)  # type: ignore[arg-type]
+        products = np.concatenate(self.crew.gather(found))
         place = output * self.num_steps + step
         if place in self.more:
             products = np.concatenate([self.more[place], products])
@@ -368,10 +391,11 @@ class RolloutRun:
         return solve_velocity(forecast, sources, products)
 
     def _has_drifted(self, step: int, output: int) -> bool:
-        return any(
-            not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step]))
-            for trace, full in zip(self.traces[output], self.full[output], strict=True)
-        )
+        pairs = zip(self.traces[output], self.full[output], strict=True)
+        own = [
+            not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step])) for trace, full in pairs
+        ]
+        return any(self.crew.gather(own))
 
 
 def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float = 1.0) -> Schedule:

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from layercache.errors import ArgumentError, BudgetError
+from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point
 from layercache.planning.rollout import Rollouts, skipping, with_terms_of
@@ -94,6 +95,7 @@ def search(
     progress: bool = True,
     guidance: Sequence[float] = (),
     sizes: Sequence[Sequence[int]] = (),
+    crew: Crew | None = None,
     **call: Any,
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, for a fixed number of full generations in all.
@@ -123,12 +125,13 @@ def search(
         guidance, sizes: guidance scales, and ``(height, width)`` or ``(height, width, frames)`` in pixels, that one
             schedule is fitted to: the pictures have them in turns. The schedule knows their range, and a run outside of
             it is warned of.
+        crew: processes that share out the samples, each with the whole pipeline; all of them get the same front.
 
     Raises:
         ArgumentError: an unknown effort, or more settings than pictures.
         BudgetError: a budget is out of range, the pictures cost more than the effort allows, or no schedule keeps to
             the memory.
-        CalibrationError: as for `Rollouts`.
+        CalibrationError, CrewError: as for `Rollouts`.
         FileFormatError: a file of ``resume`` is damaged.
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another search.
@@ -148,15 +151,17 @@ def search(
     steps = steps_of(pipe, call)
     # refused before anything runs
     cost = EFFORTS[effort] if steps is None or not pictures else search_cost(pictures, steps, budgets, effort)[0]
-    files = None if resume is None else SearchFiles(resume)
-    with tqdm(disable=not progress, bar_format=BAR, total=cost) as bar:
+    crew = crew or Crew()
+    files = None if resume is None else SearchFiles(resume, crew)
+    with tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=partial(_say_memory, bar), **call)
+        say = partial(_say_memory, bar)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, crew=crew, **call)
         front = _searched(rollouts, config, start, bar)
     if validation is None:
         return front
     others = with_settings(pipe, *validation, guidance, sizes, call)
-    return replace(front, points=tuple(validated(front.points, pipe, *others, **call)))
+    return replace(front, points=tuple(validated(front.points, pipe, *others, crew=crew, **call)))
 
 
 def _fitted_samples(
@@ -196,12 +201,15 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
     blocks, rest = rollouts.seconds
     terms = fitting_terms(rollouts, counts, config.max_cache_bytes)
     search = WholeStepSearch(rollouts, blocks, config.seed, terms, config.tail)
+    crew = rollouts.crew
     try:
-        for tried in search.run(counts, runs):
-            bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.1f} dB")
-            if config.time_limit is not None and time.monotonic() - start > config.time_limit:
-                notes.append(f"{ENDED_EARLY[0]}{config.time_limit:g} s ended it after {len(search.tried)} schedules")
-                break
+        with crew.together():
+            for tried in search.run(counts, runs):
+                bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.1f} dB")
+                limit = config.time_limit
+                if limit is not None and crew.agree(time.monotonic() - start > limit):
+                    notes.append(f"{ENDED_EARLY[0]}{limit:g} s ended it after {len(search.tried)} schedules")
+                    break
     except KeyboardInterrupt:
         if not search.tried:
             raise
@@ -213,7 +221,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
 def validated(
     points: Sequence[Point], pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None, **call: Any
 ) -> Iterator[Point]:
-    """The points with their PSNR on other samples: nothing is fitted here."""
+    """The points with their PSNR on other samples, which are given as to `Rollouts`: nothing is fitted here."""
     rollouts = Rollouts(pipe, prompts, seeds, **call)
     for point in points:
         yield replace(point, held_out=rollouts.run(point.schedule).psnr)

@@ -23,6 +23,7 @@ from layercache._utils.formats import JOURNAL, going_on, read_json
 from layercache._utils.text import shown
 from layercache.errors import CalibrationError, FileFormatError, ScheduleMismatchError
 from layercache.models.registry import config_hash, expert_settings, experts_of, settings_of
+from layercache.parallel.crew import Crew
 from layercache.planning.full_run import FullSample
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace
@@ -98,20 +99,27 @@ class SearchFiles:
     Everything is written whole as soon as it is there, so that a search that is killed at any moment goes on with the
     same results and repeats at most the sample or the schedule that was running.
 
+    Of a crew's processes the leader writes the runs, and says which there are; each keeps the full runs of its own
+    samples, those on another machine where the folder is there too.
+
     Args:
         folder: made if it is not there.
+        crew: processes that search together.
 
     Raises:
         FileFormatError: a file in it is damaged.
         OutputError: no files can be made in it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        check_output_folder(folder, "resume")
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], crew: Crew | None = None):
+        self.folder, self.crew = Path(folder), crew or Crew()
         self.search, self.runs = "", list[KeptRun]()
-        if (self.folder / RUNS).exists():
-            self.search, self.runs = read_runs(self.folder / RUNS)
+        with self.crew.together():
+            if self.crew.leads:
+                check_output_folder(folder, "resume")
+                if (self.folder / RUNS).exists():
+                    self.search, self.runs = read_runs(self.folder / RUNS)
+        self.search, self.runs = self.crew.agree((self.search, self.runs))
 
     def check(self, rollouts: Rollouts) -> None:
         """Refuses files of another search, or begins.
@@ -119,7 +127,12 @@ class SearchFiles:
         Raises:
             ScheduleMismatchError: they are of another model, other samples or settings.
         """
-        found = identity_of(rollouts)
+        with self.crew.together():
+            if self.crew.leads:
+                self._check(identity_of(rollouts))
+        self.search = self.crew.agree(self.search)
+
+    def _check(self, found: str) -> None:
         if self.search not in ("", found):
             raise ScheduleMismatchError(
                 f"{self.folder} belongs to a search with another model, other samples or settings; name another "
@@ -133,7 +146,9 @@ class SearchFiles:
 
     def add(self, run: KeptRun) -> None:
         self.runs.append(run)
-        self._write()
+        with self.crew.together():
+            if self.crew.leads:
+                self._write()
 
     def run(self, computed: tuple[int, ...], forecast: str) -> KeptRun | None:
         """What a run of these steps with this forecast gave, if it was made."""
@@ -166,6 +181,8 @@ class SearchFiles:
             return FullSample(trace, pictures, branches, (blocks, rest), sigmas, steps_of or None, tuple(further))
 
     def keep_sample(self, number: int, found: FullSample) -> None:
+        if not self.folder.exists():
+            return  # on another machine than the leader's
         outputs = ["", *(f"output {k} " for k in range(1, len(found.traces)))]
         tensors: dict[str, torch.Tensor] = {}
         for prefix, trace in zip(outputs, found.traces, strict=True):
@@ -200,7 +217,10 @@ def identity_of(rollouts: Rollouts) -> str:
 
 def model_identity(pipe: Any) -> list[Any]:
     """What `digest_of` is to take of a pipeline's transformers with their weights, and its sampler's settings."""
-    scheduler, (first, *others) = pipe.scheduler, map(unwrap_compiled, experts_of(pipe).values())
+    scheduler, (first, *others) = (
+        getattr(pipe, "scheduler", None),
+        map(unwrap_compiled, experts_of(pipe).values() or [pipe]),
+    )
     configured = getattr(scheduler, "config", {})  # one of the user's own may have none
     settings = {name: value for name, value in sorted(configured.items()) if not name.startswith("_")}
     turns = [*map(_weights_of, others), expert_settings(pipe)] if others else []

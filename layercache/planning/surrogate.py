@@ -67,13 +67,15 @@ class FullRuns:
         Raises:
             CalibrationError: a full run is not finite.
         """
-        # a sampler that is not linear is not steered, and simulated as if it took Euler's steps
-        known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(rollouts.full)
-        found, samplers = list[np.ndarray](), list[LinearSampler]()
-        for sampler, trace, pictures in zip(known, rollouts.full, rollouts.pictures, strict=True):
+        own = list[np.ndarray]()
+        for trace, pictures in zip(rollouts.full, rollouts.pictures, strict=True):
             vectors = [pictures_of(v, len(pictures)) for v in (trace.latents[0], *trace.taken)]
-            found += list(inner_products(vectors) / vectors[0].shape[1])
-            samplers += [sampler] * len(pictures)
+            own.append(inner_products(vectors) / vectors[0].shape[1])
+        of_samples = rollouts.crew.gather(own)
+        # a sampler that is not linear is not steered, and simulated as if it took Euler's steps
+        known = rollouts.samplers or [LinearSampler.euler(rollouts.sigmas)] * len(of_samples)
+        samplers = [sampler for sampler, grams in zip(known, of_samples, strict=True) for _ in grams]
+        found = [gram for grams in of_samples for gram in grams]
         bad = [str(picture) for picture, gram in enumerate(found) if not np.isfinite(gram).all()]
         if bad:
             raise CalibrationError(
@@ -139,19 +141,16 @@ def answers_of(rollouts: Rollouts, run: Rollout) -> Measured | None:
 
     Between computed steps they are interpolated.
     """
-    pairs = list(zip(run.traces, rollouts.full, map(len, rollouts.pictures), strict=True))
-    steps, found = [], []
-    for step in range(rollouts.num_steps):
-        if run.traces[0].raw[step] is None:
-            continue
-        answers = torch.cat([_answer(trace, full, step, count) for trace, full, count in pairs], dim=1)
-        if bool(torch.isfinite(answers).all()):  # else some picture has not drifted yet
-            steps.append(step)
-            found.append(answers.cpu().numpy())
-    if not steps:
+    computed = [step for step in range(rollouts.num_steps) if run.traces[0].raw[step] is not None]
+    own = [
+        np.stack([_answer(trace, full, step, len(pictures)).cpu().numpy() for step in computed])
+        for trace, full, pictures in zip(run.traces, rollouts.full, rollouts.pictures, strict=True)
+    ]
+    answers = np.concatenate(rollouts.crew.gather(own), axis=2)  # [steps, 2, P]
+    drifted = np.isfinite(answers).all(axis=(1, 2))  # all pictures
+    if not drifted.any():
         return None
-    every = np.arange(rollouts.num_steps)
-    tables = np.array(found)  # [steps, 2, P]
+    every, steps, tables = np.arange(rollouts.num_steps), np.array(computed)[drifted], answers[drifted]
     kappa, log_eta = (np.stack([np.interp(every, steps, column) for column in tables[:, k].T]) for k in (0, 1))
     return kappa, log_eta
 

@@ -12,7 +12,7 @@ SHAPE = (2, 16, 8)
 
 
 def fit_velocity(forecast, step, sources, *tensors):
-    return solve_velocity(forecast, sources, products_of(step, *tensors))
+    return solve_velocity(forecast, sources, np.concatenate(products_of(step, *tensors)))
 
 
 def tensors(count, seed=0):

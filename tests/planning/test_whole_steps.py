@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, ScheduleMismatchError
+from layercache.parallel.crew import Crew
 from layercache.planning import search_files
 from layercache.planning.rollout import Rollout, Rollouts
 from layercache.planning.search import EFFORTS, fitting_terms
@@ -99,7 +100,7 @@ def test_answers_to_drift_are_found():
             trace.add(drift, None if step == 2 else kappa * step * drift + across)
         return Rollout(None, (), (trace,))
 
-    given = SimpleNamespace(full=(full,), num_steps=4, pictures=[[None]])
+    given = SimpleNamespace(full=(full,), num_steps=4, pictures=[[None]], crew=Crew())
     answers = Answers.of([answers_of(given, run(1.0, 2.0)), answers_of(given, run(3.0, 8.0))])
     np.testing.assert_allclose(answers.kappa, [[2.0, 2.0, 4.0, 6.0]], rtol=1e-9)
     np.testing.assert_allclose(answers.eta, [[4.0] * 4], rtol=1e-9)

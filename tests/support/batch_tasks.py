@@ -85,7 +85,7 @@ def command(crew: Crew, folder: Path) -> tuple[int, str, str]:
     """The command line in all processes, with a prompt that fails; its exit code and what it prints."""
     (folder / "prompts.txt").write_text("cat\nunicorn\ncoffee\n")
     demo.load_demo_pipeline = lambda device=None: tiny.tiny_pipeline(2)
-    generate_many.crew_for = lambda options, samples: crew  # which these processes have already
+    generate_many.crew_for = lambda options, samples, files: crew  # which these processes have already
     found = run("generate", "--prompts-file", folder / "prompts.txt", "--steps", 2, "-o", folder / "command")
     return found.exit_code, found.stdout, found.stderr
 

@@ -241,7 +241,7 @@ def test_a_line_that_was_changed_is_said_and_its_picture_made_again(tmp_path, re
     noise(tmp_path)
     text = (tmp_path / NAME).read_text()
     (tmp_path / NAME).write_text(text.replace('"two"', '"zwei"'))
-    with pytest.warns(LayerCacheWarning, match="1 lines of .* were changed"):
+    with pytest.warns(LayerCacheWarning, match="1 line of .* changed after"):
         assert noise(tmp_path) == ["two"]
     assert content_of(tmp_path) == reference
     (tmp_path / NAME).write_text(text.replace('"version": 1', '"version": 2', 1))

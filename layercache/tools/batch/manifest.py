@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 from layercache._utils.checksum import parsed_line, sealed_line
 from layercache._utils.files import append_line, check_output_folder, write_atomically
 from layercache._utils.text import shown
-from layercache.errors import FileFormatError, OutputError, ScheduleMismatchError
+from layercache.errors import FileFormatError, LayerCacheWarning, OutputError, ScheduleMismatchError
 from layercache.tools.batch.entries import Entry
 
 NAME, FORMAT, VERSION = "manifest.jsonl", "layercache pictures", 1
@@ -67,7 +68,6 @@ class Manifest:
     Attributes:
         head: the first line.
         lines: the newest line of every picture, by its number.
-        changed: how many lines were left out because they had been changed.
 
     Raises:
         FileFormatError: the manifest has no usable first line.
@@ -80,14 +80,14 @@ class Manifest:
         self.folder, self.path, self.entries = Path(folder), Path(folder) / NAME, list(entries)
         self.head = {"format": FORMAT, "version": VERSION, "identity": dict(identity), **about}
         self.lines: dict[int, dict[str, Any]] = {}
-        self.changed, self._is_tidy = 0, False
+        self._is_tidy = False
         if self.path.exists():
             self._read(identity)
         if not self._is_tidy:
             self._write()
 
     def _read(self, identity: Mapping[str, str]) -> None:
-        head, lines, self.changed, self._is_tidy = read_manifest(self.path)
+        head, lines, _, self._is_tidy = read_manifest(self.path)
         others = [OTHERS[name] for name, digest in identity.items() if head["identity"].get(name) != digest]
         if others:
             raise ScheduleMismatchError(
@@ -112,25 +112,10 @@ class Manifest:
             self._write()
 
     def left(self, compare: bool) -> list[int]:
-        """Numbers of what is to be made: not there, failed, changed since, or without a PSNR where one is wanted."""
-        with ThreadPoolExecutor(READERS) as threads:
-            is_there = list(threads.map(self._is_there, range(len(self.entries))))
-        return [
-            number
-            for number, there in enumerate(is_there)
-            if not there or (compare and self.lines[number].get("psnr") is None)
-        ]
-
-    def _is_there(self, number: int) -> bool:
-        line = self.lines.get(number)
-        if line is None or line.get("error") or not line.get("files"):
-            return False
-        known = {self.folder / name: digest for name, digest in line["files"].items()}
-        if any(sha256_of(path) != digest for path, digest in known.items()):
-            return False
-        # of an input that is not here, on a machine that has no more to make of it, nothing is known
-        place, inputs = self.entries[number].folder, line.get("inputs", {})
-        return all(sha256_of(place / name) in (None, digest) for name, digest in inputs.items())
+        """Numbers of what is to be made: not there, failed, or without a PSNR where one is wanted."""
+        lines = [self.lines.get(number, {}) for number in range(len(self.entries))]
+        is_there = [bool(line.get("files")) and (not compare or line.get("psnr") is not None) for line in lines]
+        return [number for number, there in enumerate(is_there) if not there]
 
     def keep(self, number: int, made: Made) -> None:
         """Writes the files of a picture, each whole, then its line.
@@ -169,9 +154,48 @@ class Manifest:
             self._write()
 
     def _write(self) -> None:
-        text = "".join(map(sealed_line, (self.head, *(self.lines[number] for number in sorted(self.lines)))))
-        write_atomically(self.path, lambda path: path.write_bytes(text.encode()))
+        _write(self.path, self.head, self.lines)
         self._is_tidy = True
+
+
+def forget_changed(folder: Path, entries: Sequence[Entry]) -> None:
+    """Leaves out of a folder's manifest the pictures whose files are missing or were changed, or their inputs were.
+
+    Warns:
+        LayerCacheWarning: lines of the manifest were changed.
+
+    Raises:
+        FileFormatError: the manifest has no usable first line.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return
+    head, lines, changed, _ = read_manifest(path)
+    if changed:
+        warnings.warn(
+            f"{changed} line{'s' if changed > 1 else ''} of {shown(path)} changed after being written; what they are "
+            "of is made again",
+            LayerCacheWarning,
+            stacklevel=3,
+        )
+
+    def is_as_noted(number: int) -> bool:
+        files = {folder / name: digest for name, digest in lines[number].get("files", {}).items()}
+        if any(sha256_of(file) != digest for file, digest in files.items()):
+            return False
+        inputs = lines[number].get("inputs", {}) if number < len(entries) else {}
+        # an input that is not here any more, or never was on this machine, is none to make the picture from again
+        return all(sha256_of(entries[number].folder / name) in (None, digest) for name, digest in inputs.items())
+
+    with ThreadPoolExecutor(READERS) as threads:
+        kept = {number for number, is_kept in zip(lines, threads.map(is_as_noted, lines), strict=True) if is_kept}
+    if changed or len(kept) < len(lines):
+        _write(path, head, {number: line for number, line in lines.items() if number in kept})
+
+
+def _write(path: Path, head: Mapping[str, Any], lines: Mapping[int, Mapping[str, Any]]) -> None:
+    text = "".join(map(sealed_line, (head, *(lines[number] for number in sorted(lines)))))
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int, bool]:

@@ -22,12 +22,12 @@ import layercache
 from layercache._utils import metrics
 from layercache._utils.text import shown
 from layercache._version import __version__
-from layercache.errors import CrewError, LayerCacheError, LayerCacheWarning, MissingExtraError, NonFiniteWarning
+from layercache.errors import CrewError, LayerCacheError, MissingExtraError, NonFiniteWarning
 from layercache.models.registry import experts_of
 from layercache.parallel.crew import Crew
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.tools.batch.entries import Entry, check_arguments
-from layercache.tools.batch.manifest import Made, Manifest, sha256_of
+from layercache.tools.batch.manifest import Made, Manifest, forget_changed, sha256_of
 from layercache.tools.cli import results
 from layercache.tools.cli.pipelines import gives_video, refused_arguments
 from layercache.tools.compare.calls import quiet
@@ -73,6 +73,7 @@ def generate_all(
     about: Mapping[str, Any] | None = None,
     crew: Crew | None = None,
     progress: bool = True,
+    look: bool = True,
 ) -> Batch:
     """A picture or video of every prompt, each in a file of its own, with a manifest.
 
@@ -92,6 +93,7 @@ def generate_all(
         about: settings that are kept in the manifest for people to read.
         crew: processes that share the prompts; only the leader writes files.
         progress: whether to show a bar.
+        look: whether to look for files in the folder that are missing or were changed, as `forget_changed` does.
 
     Raises:
         CrewError: a process was lost, or has another model or other prompts.
@@ -107,10 +109,12 @@ def generate_all(
     _check_same(crew, [identity, digest_of([entry.digest for entry in entries]), compare])
     differences, about = crew.differences(), {**(about or {}), "layercache": __version__}
     with crew.together():
+        if look and crew.leads:
+            forget_changed(Path(folder), entries)
         manifest = Manifest(Path(folder), identity, about, entries) if crew.leads else None
         todo = manifest.left(compare) if manifest is not None else []
         if manifest is not None:
-            _warn(manifest, differences)
+            manifest.note("differences", differences)
     todo = crew.agree(todo)
     start = time.perf_counter()
     with quiet(pipe), _warnings_once(), _bar(len(entries), len(todo), progress and crew.leads) as bar:
@@ -129,19 +133,6 @@ def _check_same(crew: Crew, own: Any) -> None:
         raise CrewError(
             f"process {others[0]} has another model, schedule, or other prompts or arguments than process 0; give all "
             "of them the same files"
-        )
-
-
-def _warn(manifest: Manifest, differences: Sequence[str]) -> None:
-    for sentence in differences:
-        warnings.warn(f"{sentence}, so that pictures may differ in their last bits", LayerCacheWarning, stacklevel=3)
-    manifest.note("differences", differences)
-    if manifest.changed:
-        warnings.warn(
-            f"{manifest.changed} lines of {shown(manifest.path)} were changed after they were written; their pictures "
-            "are made again",
-            LayerCacheWarning,
-            stacklevel=3,
         )
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercache._utils.files import check_output_folder, remove
 from layercache._utils.text import shown
-from layercache.tools.cli.common import Json, Printer, Steps, check_outputs, save, when_stopped
+from layercache.tools.cli.common import Json, Printer, Steps, check_outputs, read_prompts, save, when_stopped
 from layercache.tools.cli.following import with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options, words_of
 from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, refused_arguments
+from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
     from layercache.planning.profile import StabilityProfile
@@ -55,6 +57,7 @@ def calibrate(
     model: ModelOptions,
     prompts: PromptOptions,
     call: CallOptions,
+    workers: WorkerOptions,
     samples: Samples = None,
     seed: Seed = 0,
     num_inference_steps: Steps = 30,
@@ -67,30 +70,46 @@ def calibrate(
     """Measure a model once: how much each group of layers changes from step to step, and what it costs.
 
     It is for schedules per group of layers, which 'plan' makes in a second; 'search' needs no profile and finds better
-    ones. Use the steps, size and guidance you will generate with; three prompts are enough to begin with.
+    ones. Use the steps, size and guidance you will generate with; three prompts are enough to begin with. Stopped or
+    killed, the same command goes on from the folder beside the profile (.samples).
 
     Example: `layercache calibrate --model Qwen/Qwen-Image --steps 50 --guidance 4 -p "a red fox" -p "an old map"
     -p "a city at night" -o qwen.safetensors`
     """
-    check_outputs({"output": output, "json_to": json_to}, [prompts.prompts_file])
+    kept = _check(output, json_to, prompts.prompts_file)
+    given = read_prompts(prompts.prompts, prompts.prompts_file)
+    count = samples or len(given) or DEMO_SAMPLES
+    crew = crew_for(workers, samples=count, files=[kept])
     pipe, found = load_with_prompts(model, prompts, call)
     # without prompts, one sample of the demo model is a picture of every class
-    is_given = bool(prompts.prompts or prompts.prompts_file)
-    entries: list[Any] = found if is_given else [found]
-    count = samples or (len(entries) if is_given else DEMO_SAMPLES)
+    entries: list[Any] = given or [found]
     settings = {
         "num_inference_steps": num_inference_steps,
         "partition": partition.value,
         "num_groups": num_groups,
         "sensitivity": sensitivity.value if sensitivity else None,
+        "crew": crew,
+        "resume": kept,
         **call_arguments(pipe, call),
     }
     chosen = [entries[k % len(entries)] for k in range(count)]
-    with when_stopped("Stopped; nothing was written."):
+    with when_stopped(f"Stopped. Finished samples are kept in {shown(kept)}; the same command goes on from there."):
         profile = _measure(pipe, chosen, seed, settings)
+    if not crew.leads:
+        return
     profile = replace(profile, fingerprint=with_command(profile.fingerprint, model, call, found[0]))
+    save(output, profile.save)
+    remove(kept)
     again = ["search", *words_of(model), *words_of(call), *words_of(prompts), "--steps", num_inference_steps]
     _report(Printer(json_to), profile, output, again)
+
+
+def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path:
+    """Checks where the command writes; the folder from which it could go on."""
+    check_outputs({"output": output, "json_to": json_to}, [prompts_file])
+    folder = output.with_suffix(".samples")
+    check_output_folder(folder, "output")
+    return folder
 
 
 def _measure(pipe: Any, prompts: list[Any], seed: int, settings: dict[str, Any]) -> StabilityProfile:
@@ -103,7 +122,6 @@ def _measure(pipe: Any, prompts: list[Any], seed: int, settings: dict[str, Any])
 def _report(printer: Printer, profile: StabilityProfile, output: Path, search: list[Any]) -> None:
     from layercache.tools.report import tables
 
-    save(output, profile.save)
     printer.say(tables.profile_sentences(profile), f"profile: {shown(output)}")
     printer.following([*search, "--output", output.with_suffix(".front.json")], *_plan(profile, output))
     printer.figures(tables.profile_figures(profile))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercache.tools.cli.options import CallOptions, Dtype, ModelOptions, words_of
+from layercache.tools.cli.workers import differences
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
@@ -28,7 +29,8 @@ def with_command(fingerprint: Fingerprint, model: ModelOptions, call: CallOption
             value = getattr(group, field.name)
             if value != field.default and value not in (None, []):
                 given[field.name] = value.value if isinstance(value, Dtype) else value
-    return replace(fingerprint, settings={**fingerprint.settings, COMMAND: given})
+    more = {"processes": list(found)} if (found := differences()) else {}
+    return replace(fingerprint, settings={**fingerprint.settings, COMMAND: given, **more})
 
 
 def front_with_command(front: Front, model: ModelOptions, call: CallOptions, prompt: str) -> Front:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from layercache._utils.files import check_output_folder
-from layercache._utils.processes import leads
+from layercache._utils.processes import HOSTED, leads
 from layercache._utils.text import shown
 from layercache.tools.cli.common import Printer, check_outputs, read_prompts, when_stopped
 from layercache.tools.cli.files import load_schedule
@@ -56,11 +57,15 @@ def check_one(workers: WorkerOptions) -> None:
 
 def draw_many(given: ManyPrompts, default_steps: int) -> None:
     """Makes what is not there yet of all prompts, and says what there is; exit code 1 where any failed."""
+    from layercache.tools.batch.manifest import NAME, forget_changed
+
     _check(given)
     entries = _read_entries(given.file, given.seed)
     plan = load_schedule(given.schedule) if given.schedule is not None else None
     steps = given.steps or (plan.num_steps if plan is not None else default_steps)
-    crew = crew_for(given.workers, len(entries))
+    if leads() and not os.environ.get(HOSTED):  # else the process that started this one has, where the files are
+        forget_changed(given.folder, entries)
+    crew = crew_for(given.workers, len(entries), files=[given.folder / NAME])
     pipe = load_pipeline(given.model, given.call)
     pictures_follow = any(entry.inputs() for entry in entries)
     call = {"num_inference_steps": steps, **call_arguments(pipe, given.call, pictures_follow)}
@@ -81,6 +86,7 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
             frame_rate=given.call.frame_rate,
             about=about,
             crew=crew,
+            look=False,
         )
     _report(Printer(given.json_to), batch, about["settings"])
     if batch.failures:

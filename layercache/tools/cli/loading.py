@@ -35,12 +35,17 @@ UNKNOWN = {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError",
 
 
 def choose_device(name: str | None) -> str:
-    """The device that was named, or a GPU if there is one."""
+    """The device that was named, or a GPU if there is one: that of this process, where several share a machine.
+
+    Raises:
+        LayerCacheError: there are fewer GPUs than processes.
+        typer.BadParameter: it is no device, or not here.
+    """
     import torch
 
     available = torch.cuda.is_available()
     if name is None:
-        return "cuda" if available else "cpu"
+        return "cpu" if not available else _own_gpu(torch.cuda)
     try:
         wanted = torch.device(name)
     except RuntimeError:
@@ -48,6 +53,20 @@ def choose_device(name: str | None) -> str:
     if wanted.type == "cuda" and not available:
         raise typer.BadParameter("torch finds no CUDA GPU here; see layercache doctor.", param_hint="--device")
     return name
+
+
+def _own_gpu(cuda: Any) -> str:
+    """The GPU of this process, which becomes its current one."""
+    here, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if here == 1:
+        return "cuda"
+    if here > cuda.device_count():
+        raise LayerCacheError(
+            f"{here} processes want a GPU each, and there are {cuda.device_count()}; take fewer, or --device cpu",
+            argument="workers",
+        )
+    cuda.set_device(rank)
+    return f"cuda:{rank}"
 
 
 def load_model(options: ModelOptions) -> Any:

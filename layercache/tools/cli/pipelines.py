@@ -24,6 +24,7 @@ IMAGE_ARGUMENTS = ("image", "control_image", "images", "reference_images")
 """Arguments of a call that a picture without a name is for; the first that the pipeline has."""
 OWN = ("prompt", "generator", "output_type", "return_dict", "num_inference_steps", "callback", "callback_on_step_end")
 """Arguments of a call that the commands set themselves."""
+BATCH = 4  # pictures in a call of the demo model
 OPTIONS = {"num_inference_steps": "--steps", "prompt": "--prompt"}
 
 
@@ -247,6 +248,14 @@ def refused_arguments() -> Iterator[None]:
 
 
 def pictures_of(pipe: Any, prompts: Sequence[str], count: int) -> list[Any]:
-    """Prompts of so many pictures, in turn: a call each, or one call where the model is small (the demo's)."""
+    """Prompts of so many pictures, in turn: a call each, or calls of four where the model is small (the demo's).
+
+    How many there are in a call decides about the last bits of the result, so that it is the same for any crew.
+    """
     names = [prompts[k % len(prompts)] for k in range(count)]
-    return [names] if is_demo(pipe) else names
+    return [names[k : k + BATCH] for k in range(0, count, BATCH)] if is_demo(pipe) else names
+
+
+def count_calls(model: ModelOptions, pictures: int) -> int:
+    """How many calls `pictures_of` makes of so many pictures."""
+    return -(-pictures // BATCH) if model.model == "demo" or is_like_demo(model.model) else pictures

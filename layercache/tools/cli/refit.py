@@ -12,7 +12,14 @@ from layercache._utils.text import shown
 from layercache.tools.cli.common import Json, Printer, Seed, check_outputs, save, when_stopped
 from layercache.tools.cli.following import generate_with, with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
-from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, pictures_of, refused_arguments
+from layercache.tools.cli.pipelines import (
+    call_arguments,
+    count_calls,
+    load_with_prompts,
+    pictures_of,
+    refused_arguments,
+)
+from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
     from layercache.planning.front import Point
@@ -31,6 +38,7 @@ def refit(
     model: ModelOptions,
     prompts: PromptOptions,
     call: CallOptions,
+    workers: WorkerOptions,
     output: Output = Path("refitted.json"),
     num_inference_steps: Steps = None,
     samples: Samples = 8,
@@ -47,12 +55,15 @@ def refit(
 
     check_outputs({"output": output, "json_to": json_to}, [schedule, prompts.prompts_file])
     plan = layercache.Schedule.load(schedule)
+    crew = crew_for(workers, samples=count_calls(model, samples))
     pipe, found = load_with_prompts(model, prompts, call)
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps or plan.num_steps}
-    settings |= call_arguments(pipe, call)
+    settings |= {"crew": crew, **call_arguments(pipe, call)}
     with when_stopped("Stopped; nothing was written."), refused_arguments():
         pictures, seeds = pictures_of(pipe, found, samples), range(seed, seed + samples)
         point = layercache.refit(pipe, plan, pictures, seeds=seeds, **settings)
+    if not crew.leads:
+        return
     fingerprint = with_command(point.schedule.fingerprint, model, call, found[0])
     _report(Printer(json_to), replace(point, schedule=replace(point.schedule, fingerprint=fingerprint)), output)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercache._utils.files import check_output_folder
+from layercache._utils.files import check_output_folder, remove
 from layercache._utils.text import shown
 from layercache.errors import BudgetError
 from layercache.tools.cli.common import (
@@ -26,7 +25,14 @@ from layercache.tools.cli.common import (
 )
 from layercache.tools.cli.following import budget_of, front_with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
-from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, pictures_of, refused_arguments
+from layercache.tools.cli.pipelines import (
+    call_arguments,
+    count_calls,
+    load_with_prompts,
+    pictures_of,
+    refused_arguments,
+)
+from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
     from layercache.planning.front import Front
@@ -43,6 +49,7 @@ def search(
     model: ModelOptions,
     prompts: PromptOptions,
     call: CallOptions,
+    workers: WorkerOptions,
     output: Output = Path("front.json"),
     num_inference_steps: Steps = 30,
     effort: EffortOption = Effort.normal,
@@ -65,12 +72,15 @@ def search(
     folder = _check(output, json_to, prompts.prompts_file)
     settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "effort": effort.value}
     settings |= {"budgets": parse_budgets(budgets), "num_inference_steps": num_inference_steps, "resume": folder}
-    pipe, found = load_with_prompts(model, prompts, call)
-    settings |= call_arguments(pipe, call)
     samples, printer = samples or (16 if effort is Effort.thorough else 8), Printer(json_to)
+    crew = crew_for(workers, samples=count_calls(model, samples), files=[folder])
+    pipe, found = load_with_prompts(model, prompts, call)
+    settings |= {"crew": crew, **call_arguments(pipe, call)}
     _say_cost(printer, samples, validation, settings)
     with when_stopped(f"Stopped. What was run is kept in {shown(folder)}; the same command goes on from there."):
         front = _search(pipe, _pictures(pipe, found, samples, validation, seed) | settings)
+    if not crew.leads:
+        return
     _save(printer, front_with_command(front, model, call, found[0]), output)
     _say_end(printer, front, folder)
 
@@ -94,7 +104,7 @@ def _say_end(printer: Printer, front: Front, folder: Path) -> None:
     if any(note.startswith(ENDED_EARLY) for note in front.notes):
         printer.say(f"The same command goes on from {shown(folder)}.", style="dim")
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def _say_cost(printer: Printer, samples: int, validation: int, settings: dict[str, Any]) -> None:
