@@ -38,9 +38,9 @@ class Crew:
     All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
 
     Args:
-        group: a process group of torch.distributed, best one on CPUs (gloo), whose ranks are the crew's. Where several
-            processes run one generation together, a crew is the group of those with the same place in it:
-            ``mesh["samples"].get_group()``.
+        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
+            run one generation together, a crew is the group of those with the same place in it, such as
+            ``mesh["samples"].get_group()`` where processes began with ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Attributes:
         rank: of this process, from 0.
@@ -102,6 +102,7 @@ class Crew:
         function: Callable[[int], R],
         tasks: Sequence[int],
         done: Callable[[int, R], object] | None = None,
+        keep: bool = True,
     ) -> list[R]:
         """Results of all tasks in their order, computed in rounds of one task per process.
 
@@ -109,6 +110,8 @@ class Crew:
             function: gives the result of a task, which is sent to all processes.
             tasks: numbers of samples, the same on all processes.
             done: called by the leader with every task and its result, in order, after its round.
+            keep: whether results are sent to all processes and returned. Without, they are sent to the leader, for
+                ``done``, and nothing is returned: for results that are large, or many.
 
         Raises:
             BaseException: the first that a task raised, in the order of the tasks, on all processes.
@@ -116,15 +119,16 @@ class Crew:
         results: list[R] = []
         for start in range(0, len(tasks), self.world):
             tried = [_outcome(function, task) for task in tasks[start : start + self.world][self.rank :][:1]]
-            outcomes = self.gather(tried)
+            outcomes = self.gather(tried) if keep or self.world == 1 else self._collect(tried)
             with self.together():
                 for task, (result, error) in zip(tasks[start:], outcomes, strict=False):
                     if error is not None:
-                        self._shared_error = error
+                        self._shared_error = error if keep else None  # what the leader alone has seen is raised by all
                         raise error
                     if done is not None and self.leads:
                         done(task, result)
-                    results.append(result)
+                    if keep:
+                        results.append(result)
         return results
 
     @contextlib.contextmanager
@@ -169,14 +173,36 @@ class Crew:
             dist.destroy_process_group(self.group)
         self.group, self._owns_group = None, False
 
+    def _collect(self, outcomes: Sequence[tuple[Any, BaseException | None]]) -> list[tuple[Any, Any]]:
+        """The outcomes of all processes' tasks, one each at most, in their order, on the leader; none elsewhere."""
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.world if self.leads else None
+        with self._connected():
+            leader = dist.get_global_rank(self.group, 0)
+            dist.gather_object([_packed(*outcome) for outcome in outcomes], found, dst=leader, group=self.group)
+        return [pickle.loads(one) for share in found or () for one in share]
+
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes, by rank; raises the first error among them."""
+        own = _packed(value, error)
+        with self._connected():
+            found = self._bytes_of_all(own)
+        unpacked = [pickle.loads(one) for one in found]
+        for _, raised in unpacked:
+            if raised is not None:
+                self._shared_error = raised if error is None else error
+                raise self._shared_error
+        return [one for one, _ in unpacked]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Context of a collective call, whose failure means that another process is gone."""
         if self._lost is not None:
             raise self._lost
-        own = _packed(value, error)
         with _no_interrupt():
             try:
-                found = self._bytes_of_all(own)
+                yield
             except RuntimeError as lost:
                 self._lost = CrewError(
                     f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
@@ -184,12 +210,6 @@ class Crew:
                 )
                 self._end_group()  # which others notice that are still connected to this one
                 raise self._lost from lost
-        unpacked = [pickle.loads(one) for one in found]
-        for _, raised in unpacked:
-            if raised is not None:
-                self._shared_error = raised if error is None else error
-                raise self._shared_error
-        return [one for one, _ in unpacked]
 
     def _bytes_of_all(self, own: bytes) -> list[bytes]:
         """The bytes of all processes, by rank.

@@ -16,16 +16,17 @@ def shared(crew: Crew) -> tuple:
     own = crew.share(SAMPLES)
     seen: list[tuple[int, int]] = []
     squares = crew.map(lambda k: k * k, range(7), lambda k, value: seen.append((k, value)))
-    return own, crew.gather(own), crew.agree(crew.rank), squares, seen, crew.differences()
+    kept = crew.map(lambda k: -k, range(7), lambda k, value: seen.append((k, value)), keep=False)
+    return own, crew.gather(own), crew.agree(crew.rank), squares, seen, kept, crew.differences()
 
 
-def two_tasks_fail(crew: Crew) -> list[int]:
+def two_tasks_fail(crew: Crew, keep: bool = True) -> list[int]:
     def task(number: int) -> int:
         if number in (3, 4):
             raise CalibrationError(f"sample {number} is bad", argument="prompts")
         return number
 
-    return crew.map(task, range(6))
+    return crew.map(task, range(6), keep=keep)
 
 
 def gathered_sizes(crew: Crew) -> list[bool]:

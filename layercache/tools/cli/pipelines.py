@@ -29,13 +29,13 @@ BATCH = 4  # pictures in a call of the demo model
 OPTIONS = {"num_inference_steps": "--steps", "prompt": "--prompt"}
 
 
-def load_pipeline(model: ModelOptions, call: CallOptions | None = None) -> Any:
+def load_pipeline(model: ModelOptions, call: CallOptions | None = None, pictures_follow: bool = False) -> Any:
     """The pipeline of the options; what of the call can be wrong without it is refused before it is loaded."""
     if call is None:
         return load_model(model)
     read_images(call)
     read_args(call)
-    return load_model(model, lambda cls: check_call(cls, call))
+    return load_model(model, lambda cls: check_call(cls, call, pictures_follow))
 
 
 def load_with_prompts(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[str]]:
@@ -119,13 +119,17 @@ def read_args(call: CallOptions) -> dict[str, Any]:
     return found
 
 
-def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
+def call_arguments(pipe: Any, call: CallOptions, pictures_follow: bool = False) -> dict[str, Any]:
     """Arguments of the pipeline's call, by the names this pipeline has for them.
+
+    Args:
+        pipe, call: the pipeline, and the options.
+        pictures_follow: whether prompts bring pictures of their own, so that none need be among the options.
 
     Raises:
         UnsupportedModelError, typer.BadParameter: as `check_call`.
     """
-    check_call(type(pipe), call)
+    check_call(type(pipe), call, pictures_follow)
     accepted = parameters_of(pipe)
     wanted: dict[str, Any] = {"height": call.height, "width": call.width, "num_frames": call.num_frames}
     wanted["negative_prompt"] = call.negative_prompt
@@ -143,8 +147,12 @@ def call_arguments(pipe: Any, call: CallOptions) -> dict[str, Any]:
     return arguments
 
 
-def check_call(cls: type, call: CallOptions) -> None:
+def check_call(cls: type, call: CallOptions, pictures_follow: bool = False) -> None:
     """Refuses what a pipeline of this class would refuse of its call, whatever its weights are.
+
+    Args:
+        cls, call: the class, and the options.
+        pictures_follow: whether prompts bring pictures of their own, so that none need be among the options.
 
     Raises:
         UnsupportedModelError: the class takes no such option.
@@ -159,7 +167,7 @@ def check_call(cls: type, call: CallOptions) -> None:
     pictures = _check_images(cls, accepted, call)
     _check_args(cls, accepted, call)
     needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
-    if missing := [name for name in needed if name not in {*pictures, *read_args(call)}]:
+    if not pictures_follow and (missing := [name for name in needed if name not in {*pictures, *read_args(call)}]):
         raise typer.BadParameter(f"{cls.__name__} needs a picture ({missing[0]}).", param_hint="--image")
 
 
