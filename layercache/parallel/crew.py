@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from layercache._version import __version__
-from layercache.errors import CalibrationError, CrewError
+from layercache.errors import CalibrationError, CrewError, LayerCacheError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -275,7 +275,7 @@ def _packed(value: Any, error: BaseException | None) -> bytes:
         try:
             pickle.loads(pickle.dumps(error))  # some errors can be written and not read
         except Exception:
-            error = CrewError(f"{type(error).__name__}: {error}")
+            error = LayerCacheError(f"{type(error).__name__}: {error}")
     return pickle.dumps((value, error))
 
 
