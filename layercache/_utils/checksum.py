@@ -29,6 +29,21 @@ def sealed_json(text: str) -> str:
     return f'{{\n  "{KEY}": "{_digest_of(json.loads(text))}",\n{body}'
 
 
+def sealed_line(data: Mapping[str, Any]) -> str:
+    """Entries as a line of JSON that ends with their checksum, for files that grow."""
+    return json.dumps({**data, KEY: _digest_of(data)}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parsed_line(line: bytes) -> dict[str, Any] | None:
+    """The entries of a line of `sealed_line`; ``None`` where it was cut off or changed."""
+    try:
+        data = json.loads(line)
+        is_whole = isinstance(data, dict) and data.pop(KEY, None) == _digest_of(data)
+    except (ValueError, RecursionError):
+        return None
+    return data if is_whole else None
+
+
 def check_json(data: Mapping[str, Any], is_expected: bool, name: str) -> None:
     """Checks the entries of a JSON file.
 

@@ -15,12 +15,15 @@ from layercache.errors import OutputError
 
 NAME_BYTES = 255
 
-_followers: list[Callable[[Path], object]] = []
+_followers: list[Callable[[Path, str | None], object]] = []
 
 
 @contextmanager
-def followed(call: Callable[[Path], object]) -> Iterator[None]:
-    """Context in which ``call`` is given every path that is written or removed in this process, afterwards."""
+def followed(call: Callable[[Path, str | None], object]) -> Iterator[None]:
+    """Context in which ``call`` is given every path that is written or removed in this process, afterwards.
+
+    Beside it stands the line that was added to the file; ``None`` where it was written whole, or removed.
+    """
     _followers.append(call)
     try:
         yield
@@ -50,8 +53,23 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             temporary.chmod(0o666 & ~umask)
             os.replace(temporary, target)
         for call in _followers:
-            call(Path(path))
+            call(Path(path), None)
     return Path(path)
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Adds a line to a file and returns when it is on the disk; where that fails, the file may end in part of it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _refusals(path, ""):
+        with _target(path).open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        for call in _followers:
+            call(Path(path), line)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -62,7 +80,7 @@ def remove(path: str | os.PathLike[str]) -> None:
         with suppress(OSError):
             os.unlink(path)
     for call in _followers:
-        call(Path(path))
+        call(Path(path), None)
 
 
 def saved_anyway(path: str | os.PathLike[str], save: Callable[[Path], object]) -> Path:

@@ -25,6 +25,9 @@ R = TypeVar("R")
 TIMEOUT = 600.0
 """Seconds that processes wait for each other."""
 
+BLOCK = 4096
+"""Bytes of every process that are exchanged in few rounds; of longer values the rest follows."""
+
 ATTEMPT = "LAYERCACHE_ATTEMPT"
 """Environment variable of the number of restarts so far; torch's own is taken where it is not set."""
 
@@ -35,9 +38,9 @@ class Crew:
     All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
 
     Args:
-        group: a process group of torch.distributed, best one on CPUs (gloo), whose ranks are the crew's. Where several
-            processes run one generation together, a crew is the group of those with the same place in it:
-            ``mesh["samples"].get_group()``.
+        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
+            run one generation together, a crew is the group of those with the same place in it, such as
+            ``mesh["samples"].get_group()`` where processes began with ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Attributes:
         rank: of this process, from 0.
@@ -55,6 +58,7 @@ class Crew:
 
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._owns_group = False
+        self._lost: CrewError | None = None
         self._shared_error: BaseException | None = None
 
     def __repr__(self) -> str:
@@ -98,6 +102,7 @@ class Crew:
         function: Callable[[int], R],
         tasks: Sequence[int],
         done: Callable[[int, R], object] | None = None,
+        keep: bool = True,
     ) -> list[R]:
         """Results of all tasks in their order, computed in rounds of one task per process.
 
@@ -105,6 +110,8 @@ class Crew:
             function: gives the result of a task, which is sent to all processes.
             tasks: numbers of samples, the same on all processes.
             done: called by the leader with every task and its result, in order, after its round.
+            keep: whether results are sent to all processes and returned. Without, they are sent to the leader, for
+                ``done``, and nothing is returned: for results that are large, or many.
 
         Raises:
             BaseException: the first that a task raised, in the order of the tasks, on all processes.
@@ -112,15 +119,16 @@ class Crew:
         results: list[R] = []
         for start in range(0, len(tasks), self.world):
             tried = [_outcome(function, task) for task in tasks[start : start + self.world][self.rank :][:1]]
-            outcomes = self.gather(tried)
+            outcomes = self.gather(tried) if keep or self.world == 1 else self._collect(tried)
             with self.together():
                 for task, (result, error) in zip(tasks[start:], outcomes, strict=False):
                     if error is not None:
-                        self._shared_error = error
+                        self._shared_error = error if keep else None  # what the leader alone has seen is raised by all
                         raise error
                     if done is not None and self.leads:
                         done(task, result)
-                    results.append(result)
+                    if keep:
+                        results.append(result)
         return results
 
     @contextlib.contextmanager
@@ -154,28 +162,82 @@ class Crew:
 
         with contextlib.suppress(RuntimeError):  # another one is gone already
             dist.barrier(self.group)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        if not self._owns_group:
+            return
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(self.group)
-        self._owns_group = False
+        self.group, self._owns_group = None, False
+
+    def _collect(self, outcomes: Sequence[tuple[Any, BaseException | None]]) -> list[tuple[Any, Any]]:
+        """The outcomes of all processes' tasks, one each at most, in their order, on the leader; none elsewhere."""
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.world if self.leads else None
+        with self._connected():
+            leader = dist.get_global_rank(self.group, 0)
+            dist.gather_object([_packed(*outcome) for outcome in outcomes], found, dst=leader, group=self.group)
+        return [pickle.loads(one) for share in found or () for one in share]
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes, by rank; raises the first error among them."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world
-        with _no_interrupt():
-            try:
-                dist.all_gather_object(found, _packed(value, error), group=self.group)
-            except RuntimeError as lost:
-                raise CrewError(
-                    f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
-                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
-                ) from lost
+        own = _packed(value, error)
+        with self._connected():
+            found = self._bytes_of_all(own)
         unpacked = [pickle.loads(one) for one in found]
         for _, raised in unpacked:
             if raised is not None:
                 self._shared_error = raised if error is None else error
                 raise self._shared_error
         return [one for one, _ in unpacked]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Context of a collective call, whose failure means that another process is gone."""
+        if self._lost is not None:
+            raise self._lost
+        with _no_interrupt():
+            try:
+                yield
+            except RuntimeError as lost:
+                self._lost = CrewError(
+                    f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
+                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
+                )
+                self._end_group()  # which others notice that are still connected to this one
+                raise self._lost from lost
+
+    def _bytes_of_all(self, own: bytes) -> list[bytes]:
+        """The bytes of all processes, by rank.
+
+        Those of a step are short: the leader gathers them and sends them to all in as many rounds as the number of
+        processes has binary digits. Gloo's gathering on all processes takes a round per process.
+        """
+        import torch
+        import torch.distributed as dist
+
+        leader = dist.get_global_rank(self.group, 0)
+        block = torch.zeros(BLOCK, dtype=torch.uint8)
+        begin = len(own).to_bytes(8, "little") + own[: BLOCK - 8]
+        block[: len(begin)] = torch.frombuffer(bytearray(begin), dtype=torch.uint8)
+        blocks = torch.empty(self.world, BLOCK, dtype=torch.uint8)
+        dist.gather(block, list(blocks) if self.leads else None, dst=leader, group=self.group)
+        dist.broadcast(blocks, src=leader, group=self.group)
+        begins = [bytes(one) for one in blocks.numpy()]
+        lengths = [int.from_bytes(one[:8], "little") for one in begins]
+        rests = [b""] * self.world
+        if (longest := max(lengths) - (BLOCK - 8)) > 0:
+            rest = torch.zeros(longest, dtype=torch.uint8)
+            if own[BLOCK - 8 :]:
+                rest[: len(own) - BLOCK + 8] = torch.frombuffer(bytearray(own[BLOCK - 8 :]), dtype=torch.uint8)
+            found = [torch.empty_like(rest) for _ in range(self.world)]
+            dist.all_gather(found, rest, group=self.group)
+            rests = [bytes(one.numpy()) for one in found]
+        return [(one[8:] + more)[:length] for one, more, length in zip(begins, rests, lengths, strict=True)]
 
 
 def crew_of_environment(timeout: float = TIMEOUT) -> Crew:
@@ -266,17 +328,21 @@ def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseExceptio
     except CrewError:
         raise
     except BaseException as error:
-        return None, error
+        return None, sendable(error)
 
 
 def _packed(value: Any, error: BaseException | None) -> bytes:
-    """A value and an error as bytes; an error that cannot be sent as one that says the same."""
-    if error is not None:
-        try:
-            pickle.loads(pickle.dumps(error))  # some errors can be written and not read
-        except Exception:
-            error = LayerCacheError(f"{type(error).__name__}: {error}")
-    return pickle.dumps((value, error))
+    return pickle.dumps((value, error and sendable(error)))
+
+
+def sendable(error: BaseException) -> BaseException:
+    """An error that other processes can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+    except Exception:
+        # no `CrewError`, which says that a process is gone
+        return LayerCacheError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager

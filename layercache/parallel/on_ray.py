@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layercache._utils.files import followed, saved_anyway, write_atomically
+from layercache._utils.files import append_line, followed, saved_anyway, write_atomically
 from layercache._utils.processes import HOSTED
 from layercache.errors import CrewError, MissingExtraError
 from layercache.parallel.crew import ATTEMPT, TIMEOUT, Crew, crew_at
@@ -228,9 +228,10 @@ class _Attempt:
                 stream = sys.stdout if number == 1 else sys.stderr
                 stream.write(text)
                 stream.flush()
+            elif name == "append":
+                append_line(*values)
             else:
-                path, content = values
-                _write_here(path, content)
+                _write_here(*values)
 
     def end(self) -> None:
         """Ends all processes."""
@@ -286,7 +287,7 @@ class _Desk:
         self.items: list[tuple[Any, ...]] = []
 
     def put(self, *item: Any) -> None:
-        """Of a process: ``("print", 1 or 2, text)``, or ``("write", path, content or None)``."""
+        """Of a process: ``("print", 1 or 2, text)``, ``("append", path, line)``, ``("write", path, bytes or None)``."""
         self.items.append(item)
 
     def take(self) -> list[tuple[Any, ...]]:
@@ -347,10 +348,13 @@ def _folder_of(place: _Place, sent: list[Any] | None) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
-    def send(path: Path) -> None:
+    def send(path: Path, line: str | None) -> None:
         absolute = os.path.abspath(path)
         there = os.path.relpath(absolute, root)
         wanted = absolute if there.startswith("..") else str(_below(Path(Path(place.folder).anchor), f"/{there}"))
+        if line is not None:
+            ray.get(place.desk.put.remote("append", wanted, line))
+            return
         content = Path(absolute).read_bytes() if os.path.isfile(absolute) else None
         ray.get(place.desk.put.remote("write", wanted, content))
 

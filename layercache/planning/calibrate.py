@@ -52,7 +52,7 @@ def calibrate(
     """Runs full generations and measures every group's residual against forecasts from older ones.
 
     One sample is one call. Residuals of the last ``max_distance + max_span`` steps are kept per branch
-    and group, no more; the statistics stay on the device until a sample ends. Source: methods.md §1.4.
+    and group, no more; the statistics stay on the device until a sample ends (docs/methods.md, Errors of a forecast).
 
     Args:
         pipe: a diffusers pipeline, or a transformer.
@@ -69,7 +69,7 @@ def calibrate(
         eta: damping of the secant.
         sensitivity: also measure what a group's error does to the velocity, by changing its residual and running the
             groups behind it, about one more full run per sample: ``"substitution"`` puts the residual of the step
-            before in its place, ``"random"`` adds noise of a hundredth of its size (methods.md §1.5, options A, B).
+            before in its place, ``"random"`` adds noise of a hundredth of its size.
         transformer: of a pipeline with several, the component to measure (Wan 2.2: ``"transformer_2"`` runs the later
             steps). The profile says at which steps it runs; the others run undisturbed.
         process_group: processes that run the generations together (context parallelism): the sums and the sizes are

@@ -105,7 +105,7 @@ def search(
     Schedules are of whole steps: some are computed, in the others the velocity is a combination of earlier ones. Paths
     are found in a surrogate made of the full runs' inner products, a few of each budget are run, and their forecasts
     fitted as they run, pictures weighted by what they miss (`layercache.planning.whole_steps`). They are compared by
-    what they are expected to give on other pictures (`Point.expected`). Source: ours, methods.md §17.
+    what they are expected to give on other pictures (`Point.expected`). Source: ours; docs/planning.md.
 
     Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
 

@@ -201,6 +201,9 @@ class Setting:
 
         Args:
             is_same: whether a router has this plan.
+
+        Raises:
+            CacheStateError: it stores residuals in another way.
         """
         attachment = attachment_of(self.transformer)
         if attachment is None or self.scheduler is None or not is_same(attachment.root):
@@ -208,6 +211,13 @@ class Setting:
         pipeline = None if isinstance(self.pipe, nn.Module) else self.pipe
         if attachment.root.identity.follows(pipeline, self.scheduler):
             return None
+        if attachment.root.storage_name != self.storage:
+            raise CacheStateError(
+                f"a layercache cache is already enabled on this transformer, and stores residuals as "
+                f"{attachment.root.storage_name!r}: give this pipeline storage={attachment.root.storage_name!r} too, "
+                "or call layercache.disable first",
+                argument="storage",
+            )
         attachment.share(pipeline, self.scheduler)
         return attachment.root
 
@@ -279,7 +289,7 @@ def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
-    shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan, setting.storage))
+    shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan))
     return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 
 from layercache.errors import CalibrationError, CrewError
-from layercache.parallel.crew import Crew
+from layercache.parallel.crew import BLOCK, Crew
 
 SAMPLES = [f"sample {k}" for k in range(7)]
 
@@ -16,16 +16,26 @@ def shared(crew: Crew) -> tuple:
     own = crew.share(SAMPLES)
     seen: list[tuple[int, int]] = []
     squares = crew.map(lambda k: k * k, range(7), lambda k, value: seen.append((k, value)))
-    return own, crew.gather(own), crew.agree(crew.rank), squares, seen, crew.differences()
+    kept = crew.map(lambda k: -k, range(7), lambda k, value: seen.append((k, value)), keep=False)
+    return own, crew.gather(own), crew.agree(crew.rank), squares, seen, kept, crew.differences()
 
 
-def two_tasks_fail(crew: Crew) -> list[int]:
+def two_tasks_fail(crew: Crew, keep: bool = True) -> list[int]:
     def task(number: int) -> int:
         if number in (3, 4):
             raise CalibrationError(f"sample {number} is bad", argument="prompts")
         return number
 
-    return crew.map(task, range(6))
+    return crew.map(task, range(6), keep=keep)
+
+
+def gathered_sizes(crew: Crew) -> list[bool]:
+    """Values of all lengths around that of a block, those of other processes longer or shorter."""
+    found = []
+    for size in (0, BLOCK - 200, BLOCK - 8, BLOCK, BLOCK + 1, 5 * BLOCK):
+        values = [bytes([k]) * (size if k == 1 else k) for k in range(crew.world)]
+        found.append(crew.gather([values[crew.rank]]) == values)
+    return found
 
 
 class Unsendable(Exception):
@@ -48,6 +58,13 @@ def one_fails(crew: Crew, is_last: bool) -> list:
     except Exception as error:
         found.append(type(error).__name__)
     return [*found, *crew.gather([crew.rank])]
+
+
+def a_task_fails_unsendably(crew: Crew) -> list[int]:
+    def task(number: int) -> int:
+        raise Unsendable(1, 2)
+
+    return crew.map(task, range(3))
 
 
 def leader_cannot_write(crew: Crew) -> list[int]:

@@ -15,6 +15,7 @@ from layercache._utils.text import shown
 from layercache.tools.cli import results
 from layercache.tools.cli.common import Json, Printer, check_outputs, save, when_stopped
 from layercache.tools.cli.files import load_schedule
+from layercache.tools.cli.generate_many import ManyPrompts, check_one, draw_many
 from layercache.tools.cli.options import CallOptions, ModelOptions, with_options
 from layercache.tools.cli.pipelines import (
     call_arguments,
@@ -23,6 +24,7 @@ from layercache.tools.cli.pipelines import (
     load_pipeline,
     refused_arguments,
 )
+from layercache.tools.cli.workers import WorkerOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,14 +38,25 @@ if TYPE_CHECKING:
 DEFAULT_STEPS = 30
 SHOWN_FRAMES = 4  # of a video, in the comparison
 
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Draw many: a text file with one prompt per line, or JSON lines (.jsonl) with an object of the call's "
+        'arguments each: {"prompt": "a fox", "seed": 3, "negative_prompt": "blur", "image": "first.png"}.',
+    ),
+]
 ScheduleFile = Annotated[
     Path | None,
     typer.Option(
         exists=True, dir_okay=False, help="A schedule from 'plan' or 'train-router'; nothing is cached without."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Seed of the starting noise; of many prompts of the first one, the others follow.")
+]
 OwnSteps = Annotated[
     int | None,
     typer.Option("--steps", min=1, help="Denoising steps; those of the schedule if left out, 30 without one."),
@@ -54,11 +67,15 @@ Output = Annotated[
         "--output",
         "-o",
         help="What to write: a picture (.png), a video (.mp4, .gif), or a folder of frames; picture.png or video.mp4 "
-        "if left out.",
+        "if left out. Of many prompts a folder, 'pictures' if left out, in which the same command goes on.",
     ),
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="Also draw without a cache; print PSNR, SSIM and times; save both.")
+    bool,
+    typer.Option(
+        "--compare",
+        help="Also draw without a cache; print PSNR, SSIM and times; save both. Of many prompts note PSNR and times.",
+    ),
 ]
 
 
@@ -74,9 +91,11 @@ class Drawn:
 
 @with_options
 def generate(
-    prompt: Prompt,
     model: ModelOptions,
     call: CallOptions,
+    workers: WorkerOptions,
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
     schedule: ScheduleFile = None,
     seed: Seed = 0,
     num_inference_steps: OwnSteps = None,
@@ -84,13 +103,19 @@ def generate(
     compare: Compare = False,
     json_to: Json = None,
 ) -> None:
-    """Draw a picture or a video with a schedule.
+    """Draw a picture or a video with a schedule; or one of every prompt of a file, with a manifest, into a folder.
 
     Example: `layercache generate --model Qwen/Qwen-Image --guidance 4 --schedule qwen-60.json
     -p "a red fox" -o fox.png --compare`
     """
     if compare and schedule is None:
         raise typer.BadParameter("--compare needs a --schedule to compare with the full run.")
+    if prompts_file is not None and prompt is None:
+        steps, places = num_inference_steps, (output, compare, json_to)
+        return draw_many(ManyPrompts(prompts_file, model, call, workers, schedule, seed, steps, *places), DEFAULT_STEPS)
+    if prompt is None or prompts_file is not None:
+        raise typer.BadParameter("give a --prompt, or a --prompts-file.", param_hint="--prompt")
+    check_one(workers)
     _check(output, compare, json_to, schedule)
     plan = load_schedule(schedule) if schedule is not None else None
     steps = num_inference_steps or (plan.num_steps if plan is not None else DEFAULT_STEPS)
@@ -172,8 +197,7 @@ class _File:
         files = {"picture" if drawn.pixels.ndim == 3 else "video": written}
         heard = drawn.sound
         if heard is not None:
-            config = getattr(getattr(self.pipe, "vocoder", None), "config", None)
-            sampling = int(getattr(config, "output_sampling_rate", 24000))
+            sampling = results.sampling_rate_of(self.pipe)
             sound = self.output.with_suffix(".wav")
             files["sound"] = save(sound, lambda path: results.save_sound(heard, path, sampling))
         return files

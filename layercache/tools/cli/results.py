@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,12 @@ def frame_rate_of(pipe: Any, wanted: float | None) -> float:
         return float(own.default)
     name = type(pipe).__name__
     return next((rate for start, rate in FRAME_RATES.items() if name.startswith(start)), FRAME_RATE)
+
+
+def sampling_rate_of(pipe: Any) -> int:
+    """Samples per second of the sound that a pipeline makes."""
+    config = getattr(getattr(pipe, "vocoder", None), "config", None)
+    return int(getattr(config, "output_sampling_rate", 24000))
 
 
 # --- where it is written -----------------------------------------------------------------------------------------
@@ -134,24 +142,49 @@ def save_pixels(pixels: NDArray[Any], output: Path, frame_rate: float) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    from PIL import Image
-
     from layercache._utils.files import write_atomically
 
-    frames = (pixels * 255).round().astype("uint8")
-    frames = frames[None] if frames.ndim == 3 else frames
-    pictures = [Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames]
     if is_folder(output):
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate(_as_pictures(_as_frames(pixels))):
             write_atomically(output / f"{number:04d}.png", picture.save)
         return output
-    if output.suffix.lower() in VIDEO_ENDINGS:
-        return write_atomically(output, lambda path: _write_video(path, frames, frame_rate))
-    first, rest = pictures[0], pictures[1:]
+    return write_atomically(output, lambda path: _write_pixels(pixels, path, frame_rate))
+
+
+def encoded(write: Callable[[Path], object], ending: str) -> bytes:
+    """What a function writes into a file with this ending, such as ``.png``."""
+    with tempfile.TemporaryDirectory(prefix="layercache-") as folder:
+        path = Path(folder) / f"result{ending}"
+        write(path)
+        return path.read_bytes()
+
+
+def encoded_pixels(pixels: NDArray[Any], ending: str, frame_rate: float) -> bytes:
+    """A picture ``[H, W, C]`` or a video ``[F, H, W, C]`` in 0..1 as a file with this ending holds it."""
+    return encoded(lambda path: _write_pixels(pixels, path, frame_rate), ending)
+
+
+def _as_frames(pixels: NDArray[Any]) -> NDArray[Any]:
+    frames = (pixels * 255).round().astype("uint8")
+    return frames[None] if frames.ndim == 3 else frames
+
+
+def _as_pictures(frames: NDArray[Any]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames]
+
+
+def _write_pixels(pixels: NDArray[Any], path: Path, frame_rate: float) -> None:
+    frames = _as_frames(pixels)
+    if path.suffix.lower() in VIDEO_ENDINGS:
+        _write_video(path, frames, frame_rate)
+        return
+    first, *rest = _as_pictures(frames)
     more: dict[str, Any] = (
         {"save_all": True, "append_images": rest, "duration": 1000 / frame_rate, "loop": 0} if rest else {}
     )
-    return write_atomically(output, lambda path: first.save(path, **more))
+    first.save(path, **more)
 
 
 def _write_video(path: Path, frames: NDArray[Any], frame_rate: float) -> None:
@@ -168,17 +201,23 @@ def _write_video(path: Path, frames: NDArray[Any], frame_rate: float) -> None:
 
 def save_sound(samples: NDArray[Any], output: Path, rate: int) -> Path:
     """Writes sound ``[T, channels]`` in -1..1 as a WAV file of 16 bit."""
+    from layercache._utils.files import write_atomically
+
+    return write_atomically(output, lambda path: _write_sound(samples, path, rate))
+
+
+def encoded_sound(samples: NDArray[Any], rate: int) -> bytes:
+    """The same as a WAV file holds it."""
+    return encoded(lambda path: _write_sound(samples, path, rate), ".wav")
+
+
+def _write_sound(samples: NDArray[Any], path: Path, rate: int) -> None:
     import wave
 
     import numpy as np
 
-    from layercache._utils.files import write_atomically
-
-    def write(path: Path) -> None:
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(samples.shape[1])
-            file.setsampwidth(2)
-            file.setframerate(rate)
-            file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-
-    return write_atomically(output, write)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())

@@ -1,0 +1,1 @@
+"""Many prompts: a picture or video of each, in a folder that goes on where it was stopped."""
