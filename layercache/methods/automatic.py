@@ -127,6 +127,8 @@ def taylorseer_for(
 def _(plan: Target, setting: Setting) -> Router:
     setting.refuse_storage(plan)
     is_bare = isinstance(setting.pipe, nn.Module)  # compiled or not
+    if not is_bare:
+        setting.refuse_options_of_loops("layercache.enable(pipe) without a plan")
     shared = setting.joined(lambda router: isinstance(router, LearningCache) and router.accepts(plan, setting.pipe))
     if shared is not None:
         shared.join(setting.pipe)

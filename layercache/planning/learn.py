@@ -234,7 +234,11 @@ class LearningCache(Router):
         learnt = sum(one.cache is not None for one in self.known.values())
         waiting = [len(one.recorded) for one in self.known.values() if one.recorded]
         recorded = f"; {joined(waiting)} of {self.target.generations} calls recorded of others" if waiting else ""
-        other = "" if self.substitute is None else f", else by {type(self.substitute).__name__}"
+        other = (
+            ""
+            if self.substitute is None
+            else f", else by {type(getattr(self.substitute, 'method', self.substitute)).__name__}"
+        )
         return f"{len(self.known)} known, {learnt} by a learnt schedule{other}{recorded}"
 
     def report(self) -> CacheReport:

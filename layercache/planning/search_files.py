@@ -244,7 +244,8 @@ def _firsts(transformer: Any) -> list[torch.Tensor]:
     for _, parameter in sorted(transformer.named_parameters(), key=lambda named: named[0]):
         if parameter.is_meta or not parameter.numel():
             continue
-        device, is_plain = parameter.device, type(parameter) is torch.nn.Parameter  # else it is quantised or sharded
+        device = parameter.device
+        is_plain = type(parameter) is torch.nn.Parameter and parameter.element_size() > 1  # not quantised or sharded
         first = parameter.as_strided((1,), (1,)) if is_plain else parameter.detach().flatten()[:1].float()
         at = places[device] = places.get(device, -1) + 1
         numbers, firsts = found.setdefault((device, first.dtype), ([], []))

@@ -229,6 +229,18 @@ class Setting:
                 "leave it out"
             )
 
+    def refuse_options_of_loops(self, name: str) -> None:
+        """Raises `CacheStateError` where a pipeline is given what only a plan, or a loop of one's own, makes use of."""
+        own = getattr(self.pipe, "scheduler", None)
+        given = {"num_steps": self.num_steps, "process_group": self.process_group}
+        given["scheduler"] = None if self.scheduler is own else self.scheduler
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise CacheStateError(
+                f"{name} takes no {' and '.join(unused)}, for the pipeline says its steps and each process decides for "
+                "itself: leave it out, or enable a schedule or a method with it",
+                argument=unused[0],
+            )
+
 
 @functools.singledispatch
 def make_router(plan: Any, setting: Setting) -> Any:

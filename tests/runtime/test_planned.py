@@ -118,6 +118,15 @@ def test_a_second_pipeline_joins(pipe):
     assert "step" not in vars(pipe.scheduler) and "step" not in vars(other.scheduler)
 
 
+@pytest.mark.parametrize("option", ["storage", "num_steps", "process_group", "scheduler"])
+def test_options_that_nothing_without_a_plan_makes_use_of_are_refused(pipe, option):
+    value = {"storage": "float32", "num_steps": 4}.get(option, FlowMatchEulerDiscreteScheduler(shift=2.0))
+    for target in ({}, {"learn": 4}):
+        with pytest.raises(CacheStateError, match=option):
+            layercache.enable(pipe, **{option: value}, **target)
+    assert type(pipe).__name__ == "DemoPipeline" and "step" not in vars(pipe.scheduler)
+
+
 def test_a_second_pipeline_with_another_storage_is_refused(pipe):
     """It would join a cache whose residuals are stored in another way than it asks for."""
     other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
