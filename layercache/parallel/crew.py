@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from layercache._version import __version__
-from layercache.errors import CrewError
+from layercache.errors import CalibrationError, CrewError, LayerCacheError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,8 +35,9 @@ class Crew:
     All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
 
     Args:
-        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
-            run one generation together, a crew is the group of those with the same place in it.
+        group: a process group of torch.distributed, best one on CPUs (gloo), whose ranks are the crew's. Where several
+            processes run one generation together, a crew is the group of those with the same place in it:
+            ``mesh["samples"].get_group()``.
 
     Attributes:
         rank: of this process, from 0.
@@ -68,10 +69,10 @@ class Crew:
         """Refuses to share out fewer samples than there are processes.
 
         Raises:
-            CrewError: some would have none.
+            CalibrationError: some would have none.
         """
         if count < self.world:
-            raise CrewError(
+            raise CalibrationError(
                 f"{self.world} processes cannot share {count} sample{'s' if count > 1 else ''}: start at most {count}, "
                 "or give more prompts",
                 argument="workers",
@@ -291,7 +292,7 @@ def _packed(value: Any, error: BaseException | None) -> bytes:
         try:
             pickle.loads(pickle.dumps(error))  # some errors can be written and not read
         except Exception:
-            error = CrewError(f"{type(error).__name__}: {error}")
+            error = LayerCacheError(f"{type(error).__name__}: {error}")
     return pickle.dumps((value, error))
 
 

@@ -82,10 +82,11 @@ def calibrate(
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
     Raises:
-        CalibrationError: no samples, an incomplete run, or a statistic that is not finite (names the cell).
+        CalibrationError: no samples, fewer than processes, an incomplete run, or a statistic that is not finite (names
+            the cell).
         UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
         CacheStateError: a cache is enabled on the pipeline, or tokens are split over processes without a process group.
-        CrewError: there are more processes than samples, or one of them is gone.
+        CrewError: a process of the crew is gone.
         FileFormatError: a file of ``resume`` is damaged.
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another calibration.

@@ -121,8 +121,8 @@ class Rollouts:
         sigmas: N + 1 noise levels of the N steps that are taken, mean over the samples.
 
     Raises:
-        CalibrationError: no prompts, or seeds that do not match.
-        CrewError: there are more processes than samples, or one of them is gone.
+        CalibrationError: no prompts, seeds that do not match, or more processes than samples.
+        CrewError: a process of the crew is gone.
         UnsupportedModelError: the pipeline is of no known kind.
     """
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from layercache.errors import ArgumentError, BudgetError
+from layercache._utils.compat import splits_tokens
+from layercache.errors import ArgumentError, BudgetError, CacheStateError
+from layercache.models.registry import find_transformer
 from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast
 from layercache.planning.front import Front, Point
@@ -131,6 +133,7 @@ def search(
         ArgumentError: an unknown effort, or more settings than pictures.
         BudgetError: a budget is out of range, the pictures cost more than the effort allows, or no schedule keeps to
             the memory.
+        CacheStateError: a time limit, where the tokens are split over several processes.
         CalibrationError, CrewError: as for `Rollouts`.
         FileFormatError: a file of ``resume`` is damaged.
         OutputError: no files can be made in ``resume``.
@@ -146,6 +149,11 @@ def search(
         tail=tail,
         seed=seed,
     )
+    if time_limit is not None and splits_tokens(find_transformer(pipe)):
+        raise CacheStateError(
+            "the tokens are split over several processes (context parallelism), whose clocks would not end the search "
+            "at the same schedule; leave out time_limit"
+        )
     prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
     pictures = sum(count_of(prompt, call) for prompt in prompts)
     steps = steps_of(pipe, call)

@@ -46,7 +46,7 @@ def test_the_first_error_in_sample_order_is_raised_by_all(of_three):
 
 def test_an_error_in_one_process_is_raised_by_all_which_go_on_together(of_three):
     names = [found[0] for found in of_three[3]]
-    assert names == ["CrewError", "Unsendable", "CrewError"]
+    assert names == ["LayerCacheError", "Unsendable", "LayerCacheError"]
     assert [found[0] for found in of_three[4]] == ["ValueError"] * 3
     assert all(found[1:] == [0, 1, 2] for found in of_three[3] + of_three[4])
     assert [str(error) for error in of_three[5]] == ["the disk is full"] * 3

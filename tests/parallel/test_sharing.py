@@ -47,5 +47,5 @@ def test_errors_are_the_same_in_every_process(alone, shared):
     *named, (kind, few) = shared["refused"][0]
     assert named == alone["refused"][:2]
     assert all("unicorn" in text for _, text in named)
-    assert kind == "CrewError" and "cannot share 1 sample" in few
+    assert kind == "CalibrationError" and "cannot share 1 sample" in few
     assert all(found == shared["refused"][0] for found in shared["refused"])

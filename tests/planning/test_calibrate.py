@@ -1,5 +1,6 @@
 """Calibration against a literal, slow transcription, and what it refuses."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import layercache
-from layercache.errors import CalibrationError, FileFormatError, ScheduleError
+from layercache.errors import CalibrationError, FileFormatError, ScheduleError, ScheduleMismatchError
 from layercache.models.spec import ModelSpec
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile, readable
@@ -158,6 +159,49 @@ def test_bare_transformer():
     assert errors[3, :, 1, 0].min() > 1e-3
     coefficients = secant_coefficients(sigmas, 3, 2, 1)
     assert sum(coefficients.values()) == pytest.approx(1)
+
+
+def calls_of(pipe, monkeypatch, fails_at=None):
+    """The seeds of the pipeline's calls from now on."""
+    seeds, original = [], type(pipe).__call__
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        seeds.append(kwargs["generator"].initial_seed())
+        if len(seeds) == fails_at:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "__call__", call)
+    return seeds
+
+
+def test_a_stopped_calibration_goes_on(tmp_path, monkeypatch):
+    """Of both passes over the samples; what is measured, the seconds of finished samples too, is what it was."""
+    pipe, settings = tiny_pipeline(), {"partition": "measured", "num_groups": 2}
+    wanted = calibrate(pipe, resume=tmp_path / "kept", **settings)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        seeds = calls_of(pipe, patched, fails_at=4)
+        calibrate(pipe, resume=tmp_path / "stopped", **settings)
+    assert seeds == [0, 1, 0, 1]
+    seeds = calls_of(pipe, monkeypatch)
+    found = calibrate(pipe, resume=tmp_path / "stopped", **settings)
+    assert seeds == [1]
+    assert found.groups == wanted.groups and found.samples == wanted.samples
+    assert all(np.array_equal(found.tables[name], table) for name, table in wanted.tables.items())
+    again = calibrate(pipe, resume=tmp_path / "stopped", **settings)
+    assert again.to_bytes() == found.to_bytes() and seeds == [1]
+
+
+def test_files_of_another_calibration_are_refused(tmp_path, pipe):
+    calibrate(pipe, resume=tmp_path)
+    for other in ({"num_inference_steps": 5}, {"seeds": [1, 2]}, {"max_span": 1}, {"guidance_scale": 2.0}):
+        with pytest.raises(ScheduleMismatchError, match="a calibration of another model, other samples or settings"):
+            calibrate(pipe, resume=tmp_path, **other)
+    (file,) = tmp_path.glob("*-001.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(FileFormatError, match="cannot go on"):
+        calibrate(pipe, resume=tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

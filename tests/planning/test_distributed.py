@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import layercache
 from layercache import ops
 from layercache.methods.fbcache import FBCache
 from layercache.ops.pending import Pending
-from support import zoo
+from layercache.planning.search import EFFORTS
+from support import planning_tasks, zoo
 from support.distributed_worker import (
     CALIBRATED,
     DIM,
@@ -42,15 +45,17 @@ from support.distributed_worker import (
 pytestmark = pytest.mark.slow
 
 
-def both(folder: Path, *tasks: str) -> dict[str, list[dict]]:
-    """What each of two processes gives, by task."""
+def both(folder: Path, *tasks: str, world: int = 2) -> dict[str, list[dict]]:
+    """What each of two processes gives, or of so many, by task."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "support.distributed_worker", str(folder), *tasks]
+    command = [sys.executable, "-m", "support.distributed_worker", str(world), str(folder), *tasks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return {task: [torch.load(folder / f"{task}-{rank}.pt") for rank in range(2)] for task in tasks}
+    return {
+        task: [torch.load(folder / f"{task}-{rank}.pt", weights_only=False) for rank in range(world)] for task in tasks
+    }
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,7 @@ def test_a_group_of_one_changes_nothing(group_of_one, monkeypatch, sync):
         transformer, method = model(), FBCache(threshold=METHOD.threshold, sync=sync)
         with layercache.enabled(transformer, method, num_steps=STEPS, process_group=group) as cache:
             outputs.append(run(transformer, *shaped(0)))
-            assert 1 < sum(cache.decisions["all"]) < STEPS
+            assert 1 < sum(next(iter(cache.decisions.values()))) < STEPS
         assert torch.equal(outputs[-1], outputs[0])
 
 
@@ -182,6 +187,24 @@ def test_calibrated_under_diffusers_own_parallelism(profiles_in_parallel, kind, 
     assert first.stream_bytes == alone.stream_bytes
     for key, table in alone.tables.items():
         np.testing.assert_allclose(first.tables[key], table, rtol=2e-3, atol=1e-6 * np.abs(table).max(), err_msg=key)
+
+
+def test_samples_are_shared_beside_split_tokens(tmp_path):
+    """Two pairs of processes: a crew is the processes with the same place in a pair."""
+    found = both(tmp_path, "sharing", world=4)["sharing"]
+    assert [part["crew"] for part in found] == [f"Crew(rank {rank} of 2)" for rank in (0, 0, 1, 1)]
+    assert all(part[key] == found[0][key] for part in found for key in ("front", "profile"))
+    assert all("clocks" in part["refusal"] for part in found)
+    settings = {"num_inference_steps": 5, **planning_tasks.CALL}
+    alone = layercache.calibrate(planning_tasks.pipeline(), planning_tasks.PROMPTS, **settings)
+    np.testing.assert_allclose(found[0]["errors"], alone.relative_errors(), rtol=2e-3, atol=1e-6)
+    with mock.patch.dict(EFFORTS, quick=8):
+        front = layercache.search(
+            planning_tasks.pipeline(), planning_tasks.PROMPTS, budgets=(0.4,), effort="quick", **settings
+        )
+    here, there = (json.loads(points[0]) for points in (planning_tasks.without_seconds(front), found[0]["front"]))
+    assert here["schedule"]["cells"] == there["schedule"]["cells"]
+    np.testing.assert_allclose(there["psnr"], here["psnr"], atol=0.05)
 
 
 def check_collectives(part: dict, at_the_end: int) -> None:

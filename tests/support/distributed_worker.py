@@ -1,4 +1,4 @@
-"""What one of the two processes of test_distributed.py does; ``python distributed_worker.py rank folder task``."""
+"""What the processes of test_distributed.py do; ``python -m support.distributed_worker world folder task``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import traceback
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,17 @@ from diffusers.hooks import tensor_parallel
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import layercache
 from layercache import register_model
 from layercache.errors import CacheStateError
 from layercache.methods.fbcache import FBCache
 from layercache.models.spec import ModelSpec
+from layercache.parallel.crew import Crew
+from layercache.planning.search import EFFORTS
 from layercache.schedule.schedule import Schedule
-from support import zoo
+from support import planning_tasks, zoo
 from support.operators import Operator, Operators
 from support.tiny import LAYERS, SlopeTransformer, fingerprint
 
@@ -62,7 +66,7 @@ def whole(seed: int = 0):
     transformer = model()
     with layercache.enabled(transformer, METHOD, num_steps=STEPS) as cache:
         outputs = run(transformer, *shaped(seed))
-        return outputs, cache.decisions["all"]
+        return outputs, next(iter(cache.decisions.values()))
 
 
 def shaped(seed: int):
@@ -71,12 +75,14 @@ def shaped(seed: int):
     return image, text
 
 
-def work(rank: int, folder: str, *tasks: str) -> None:
+def work(rank: int, world: int, folder: str, *tasks: str) -> None:
     """Each task in a process group of its own; what it gives goes to ``folder/task-rank.pt``."""
     torch.set_num_threads(1)
     for task in tasks:
-        store = dist.FileStore(f"{folder}/{task}-store", 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+        store = dist.FileStore(f"{folder}/{task}-store", world)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        )
         try:
             torch.save(globals()[task](rank), f"{folder}/{task}-{rank}.pt")
             dist.barrier()
@@ -93,7 +99,7 @@ def shard(rank: int, group) -> dict:
     try:
         with layercache.enabled(transformer, METHOD, num_steps=STEPS, process_group=group) as cache:
             outputs = run(transformer, part, text)
-            return {"outputs": outputs, "decisions": cache.decisions["all"], "collectives": len(reduced)}
+            return {"outputs": outputs, "decisions": next(iter(cache.decisions.values())), "collectives": len(reduced)}
     finally:
         dist.all_reduce = original
 
@@ -113,7 +119,7 @@ def replicas(rank: int) -> dict:
     with layercache.enabled(transformer, METHOD, num_steps=STEPS) as cache:
         for _ in range(1 + 3 * rank):
             outputs = run(transformer, image, text)
-            decisions = cache.decisions["all"]
+            decisions = next(iter(cache.decisions.values()))
             cache.reset()
     return {"outputs": outputs, "decisions": decisions}
 
@@ -297,14 +303,34 @@ def calibrated_runs(name: str, kind: str) -> dict:
     return {"refusal": refusal, "collectives": len(reduced), "profile": pickle.dumps(profile)}
 
 
-def work_in_two(folder: str, *tasks: str) -> int:
-    """The tasks in two processes, which share what is imported; how many of the two failed."""
+def sharing(rank: int) -> dict:
+    """Samples are shared by two pairs of processes, each of which splits the tokens of its own; the search of one."""
+    torch.accelerator.device_count = lambda: 1
+    pipe, settings = planning_tasks.pipeline(), {"num_inference_steps": 5, **planning_tasks.CALL}
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("samples", "ring", "ulysses"))
+    config = ContextParallelConfig(ulysses_degree=2, mesh=mesh)
+    pipe.transformer.enable_parallelism(config=config)
+    crew, tokens = Crew(mesh["samples"].get_group()), mesh["ulysses"].get_group()
+    found: dict = {"crew": repr(crew)}
+    search = {"budgets": (0.4,), "effort": "quick", "crew": crew, **settings}
+    with mock.patch.dict(EFFORTS, quick=8):
+        found["front"] = planning_tasks.without_seconds(layercache.search(pipe, planning_tasks.PROMPTS, **search))
+    try:
+        layercache.search(pipe, planning_tasks.PROMPTS, time_limit=5.0, **search)
+    except CacheStateError as error:
+        found["refusal"] = str(error)
+    profile = layercache.calibrate(pipe, planning_tasks.PROMPTS, crew=crew, process_group=tokens, **settings)
+    return found | {"profile": planning_tasks.contents_of(profile), "errors": profile.relative_errors()}
+
+
+def work_in(world: int, folder: str, *tasks: str) -> int:
+    """The tasks in so many processes, which share what is imported; how many of them failed."""
     children = []
-    for rank in range(2):
+    for rank in range(world):
         child = os.fork()
         if not child:
             try:
-                work(rank, folder, *tasks)
+                work(rank, world, folder, *tasks)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -314,4 +340,4 @@ def work_in_two(folder: str, *tasks: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(work_in_two(*sys.argv[1:]))
+    sys.exit(work_in(int(sys.argv[1]), *sys.argv[2:]))

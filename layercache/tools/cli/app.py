@@ -75,7 +75,7 @@ class Commands(TyperGroup):
         except (LayerCacheError, OSError) as error:
             if os.environ.get("LAYERCACHE_DEBUG") == "1":
                 raise
-            again = isinstance(error, CrewError)
+            again = isinstance(error, CrewError) and error.argument is None
             if not leads() or (again and os.environ.get(HOSTED)):
                 raise typer.Exit(AGAIN if again else 1) from None
             from layercache.tools.report.console import PlainConsole

@@ -73,7 +73,8 @@ def search(
     settings: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes, "effort": effort.value}
     settings |= {"budgets": parse_budgets(budgets), "num_inference_steps": num_inference_steps, "resume": folder}
     samples, printer = samples or (16 if effort is Effort.thorough else 8), Printer(json_to)
-    crew = crew_for(workers, samples=count_calls(model, samples), files=[folder])
+    shared = min(count_calls(model, count) for count in (samples, validation or samples))
+    crew = crew_for(workers, samples=shared, files=[folder])
     pipe, found = load_with_prompts(model, prompts, call)
     settings |= {"crew": crew, **call_arguments(pipe, call)}
     _say_cost(printer, samples, validation, settings)
