@@ -177,7 +177,7 @@ def capture_reference(a: Capture) -> Tensor | None:
     Returns:
         None, or fp32 [streams, 7 or 4], per sample [streams * batch, 7 or 4] (fp64 for fp64 input).
 
-    Source: methods.md §15 P1. Bytes: see `minimum_bytes`.
+    Source: docs/methods.md, Formulas of the ops. Bytes: see `minimum_bytes`.
     """
     rows = []
     count = statistics_count(a.previous, a.statistics)

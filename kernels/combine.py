@@ -270,7 +270,7 @@ def linear_combination_reference(a: Combination) -> list[Tensor]:
     Returns:
         New contiguous tensors in the dtype of the bases, or ``results``.
 
-    Source: methods.md §15 P2, P3, P7 (gate). Bytes: see `minimum_bytes`.
+    Source: docs/methods.md, Formulas of the ops. Bytes: see `minimum_bytes`.
     """
     values = a.coefficients.tolist() if isinstance(a.coefficients, Tensor) else [float(c) for c in a.coefficients]
     results = new_like(a.bases) if a.results is None else list(a.results)
@@ -301,7 +301,7 @@ def linear_map_reference(a: LinearMap) -> None:
 
     All inputs are read before an output is written, so an output may be one of its own stream's inputs.
 
-    Source: methods.md §15 P4, P5, P7, P8, P11, P12. Bytes: see `map_minimum_bytes`.
+    Source: docs/methods.md, Formulas of the ops. Bytes: see `map_minimum_bytes`.
     """
     rows = a.matrix.tolist() if isinstance(a.matrix, Tensor) else a.matrix
     for s, (stream, written) in enumerate(zip(a.inputs, a.outputs, strict=True)):

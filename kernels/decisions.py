@@ -148,7 +148,7 @@ def row_statistics_reference(a: Tensor, b: Tensor, per_sample: bool = False) -> 
     Returns:
         fp32 [1 or batch, 3] (fp64 for fp64). The deviation is that of a sample, NaN for a single row.
 
-    Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
+    Source: docs/methods.md, MagCache. Bytes: 2 S.
     """
     x, y = a.double(), b.double()
     ratio, angle = x.norm(dim=-1) / y.norm(dim=-1), 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
@@ -177,7 +177,7 @@ def decide_reference(
         polynomial: coefficients of p, highest power first.
         threshold: the bound.
 
-    Source: TeaCache; methods.md §15 P6d.
+    Source: docs/methods.md, TeaCache.
     """
     ratio = numerator.view(()) / denominator.view(())
     change = torch.full_like(ratio, polynomial[0]) + 0.0 * ratio

@@ -86,7 +86,7 @@ def guidance_reference(cond: Tensor, uncond: Tensor, scale: float, rescale: bool
     Returns:
         A new contiguous tensor in the dtype of cond.
 
-    Source: Qwen-Image's true CFG; methods.md §15 P5c. Bytes: 3 S.
+    Source: Qwen-Image's true CFG; docs/methods.md, Formulas of the ops. Bytes: 3 S.
     """
     accumulator = accumulator_dtype(cond.dtype)
     c, u = cond.to(accumulator), uncond.to(accumulator)

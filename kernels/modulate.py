@@ -293,8 +293,8 @@ def modulate_reference(a: Modulation) -> tuple[Tensor, Tensor | None]:
         z, and the eight statistics of a pair (see `statistics`) of z as stored and ``previous``: fp32
         [segments + 1, 8], or None.
 
-    Source: TeaCache, SpectralCache; methods.md §15 P10, P2n. Bytes: 2 S, 3 S with ``previous``; each residual and
-    ``stream`` one more.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 2 S, 3 S with ``previous``; each residual and ``stream`` one
+    more.
     """
     x, residuals, accumulator = a.x, a.residuals, accumulator_dtype(a.x.dtype)
     values = a.coefficients.tolist() if isinstance(a.coefficients, Tensor) else a.coefficients

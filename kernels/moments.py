@@ -239,7 +239,8 @@ def gram_reference(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         fp32 [n, n] (fp64 for fp64 input), symmetric.
 
-    Source: methods.md §15 P6, §17. Bytes: every tensor once in, n S (for more than eight tensors the GPU reads more).
+    Source: docs/methods.md, Fitted forecasts. Bytes: every tensor once in, n S (the GPU reads more for more
+    than eight tensors).
     """
     flat = [t.reshape(-1) for t in tensors]
     total = torch.zeros((len(flat), len(flat)), dtype=torch.float64, device=tensors[0].device)
@@ -259,7 +260,7 @@ def linear_sums_reference(tensors: Sequence[Tensor], matrix: Matrix) -> Tensor:
     Returns:
         fp32 [outputs, 2] (fp64 for fp64 input).
 
-    Source: methods.md §15 P6b, P8. Bytes: every tensor once in.
+    Source: docs/methods.md, Formulas of the ops. Bytes: every tensor once in.
     """
     flat = [t.reshape(-1) for t in tensors]
     sums = torch.zeros((len(matrix), 2), dtype=torch.float64, device=tensors[0].device)
@@ -286,7 +287,7 @@ def align_reference(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: S
         probes: p_a and p_b, residuals of the probe blocks at the newest and the second newest computed step.
         residuals: r_a and r_b, residuals of all blocks at those steps.
 
-    Source: DiCache; methods.md §15 P8. Bytes: 8 S.
+    Source: docs/methods.md, DiCache. Bytes: 8 S.
     """
     sums = linear_sums_reference([y, x, probes[1], probes[0]], ALIGNMENT)
     ratio = sums[0, 0] / sums[1, 0]

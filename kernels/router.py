@@ -179,7 +179,7 @@ def router_lerp_reference(
     Returns:
         A new contiguous tensor in the dtype of f.
 
-    Source: Learning-to-Cache; methods.md §4, §15 P9. Bytes: 3 S, 4 S with a residual.
+    Source: docs/methods.md, Learning-to-Cache. Bytes: 3 S, 4 S with a residual.
     """
     accumulator = accumulator_dtype(fresh.dtype)
     f, c = fresh.to(accumulator), cached.to(accumulator)
@@ -202,7 +202,7 @@ def router_lerp_backward_reference(
     Returns:
         df in the dtype of f, contiguous; dbeta in the dtype and shape of beta.
 
-    Source: methods.md §15 P9. Bytes: 4 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 4 S.
     """
     accumulator = accumulator_dtype(fresh.dtype)
     inner = grad.to(accumulator)

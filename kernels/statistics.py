@@ -225,7 +225,7 @@ def pair_statistics_reference(a: Sequence[Tensor], b: Sequence[Tensor], per_samp
     Returns:
         fp32 [pairs, 8], per sample [pairs * batch, 8] (fp64 for fp64 input).
 
-    Source: methods.md §15 P6. Bytes: every tensor once in (2S), see `pair_minimum_bytes`.
+    Source: docs/methods.md, Formulas of the ops. Bytes: every tensor once in (2S), see `pair_minimum_bytes`.
     """
     pairs = [(x, y) for pair in zip(a, b, strict=True) for x, y in (zip(*pair, strict=True) if per_sample else [pair])]
     return torch.stack([pair_sums(x, y).to(accumulator_dtype(x.dtype)) for x, y in pairs])
@@ -358,7 +358,7 @@ def combination_error_reference(
     Returns:
         fp32 [sets, 4] (fp64 for fp64 input).
 
-    Source: methods.md §15 P6b. Bytes: see `combination_minimum_bytes` and `combination_launch_bytes`.
+    Source: docs/methods.md, Formulas of the ops. Bytes: see `combination_minimum_bytes` and `combination_launch_bytes`.
     """
     accumulator = accumulator_dtype(target.dtype)
     flat = [tensor.reshape(-1) for tensor in (*terms, target)]

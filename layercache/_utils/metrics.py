@@ -6,6 +6,7 @@ fidelity figures: they say how little caching changed, not how good a picture is
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import warnings
@@ -165,12 +166,9 @@ def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
     reason = lpips_unavailable()
     if reason:
         return None, reason
-    import lpips as package
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision by names that were deprecated since
-        network = package.LPIPS(net=LPIPS_NET, verbose=False).eval()
+    network = _lpips_network()
 
     def distance(*pair: Pictures) -> float:
         # the network expects -1..1, channels first
@@ -179,6 +177,15 @@ def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
 
     with torch.inference_mode():
         return [_mean_of_frames(distance, a, b) for a, b in _pairs(reference, pictures)], ""
+
+
+@functools.cache
+def _lpips_network() -> Any:
+    import lpips as package
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision by names that were deprecated since
+        return package.LPIPS(net=LPIPS_NET, verbose=False).eval()
 
 
 def lpips_unavailable() -> str:

@@ -34,7 +34,7 @@ def changes(previous: Sequence[Tensor], current: Sequence[Tensor], kind: str = "
     Raises:
         OpInputError: unknown kind, or tensors that do not fit.
 
-    Source: methods.md §15 P6. Bytes: 2 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 2 S.
     """
     if kind not in KINDS:
         raise OpInputError(f"unknown kind {kind!r} of change; choose {', '.join(KINDS)}")
@@ -74,7 +74,7 @@ def probe(
     Returns:
         ``output - before``, and ``sum|residual - previous| / sum|previous|`` on the device, or ``None``.
 
-    Source: methods.md §5.3, §15 P1. Bytes: 4 S, where subtraction and comparison apart take 10 S.
+    Source: docs/methods.md, FBCache and DBCache. Bytes: 4 S, where subtraction and comparison apart take 10 S.
     """
     if residual is None:
         residual = torch.empty_like(output, memory_format=torch.contiguous_format)
@@ -132,7 +132,7 @@ class TaylorForecaster:
         order: derivatives kept, 0 to 5.
         dtype: of the stored derivatives; the tensor's own if left out.
 
-    Source: TaylorSeer; methods.md §7. Bytes: update ``(2 order + 2) S``, approximation ``(order + 2) S``; one launch.
+    Source: docs/methods.md, TaylorSeer. Bytes: update ``(2 order + 2) S``, approximation ``(order + 2) S``; one launch.
     """
 
     def __init__(self, order: int = 1, dtype: torch.dtype | None = None):
@@ -197,7 +197,7 @@ class NewtonForecaster(TaylorForecaster):
 
     where ``x_q`` are the positions of the older updates, the newest first.
 
-    Source: methods.md §15 P7, §15.4 (ours). Bytes: as `TaylorForecaster`.
+    Source: docs/methods.md, Secant forecast. Bytes: as `TaylorForecaster`.
     """
 
     def reset(self) -> None:

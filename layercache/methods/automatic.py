@@ -44,7 +44,7 @@ class Automatic(PlannedMethod):
     """The best schedule that needs no calibration: `Universal`, or where it cannot be planned, `TaylorSeer`.
 
     TaylorSeer of order 2, with the shortest interval, and the longest warm-up, that the budget allows; the last tenth
-    of the steps is computed where it can be. Source: ours; docs/methods.md.
+    of the steps is computed where it can be. Source: ours; docs/methods.md, Without a choice.
 
     Attributes:
         budget: largest share of the steps that is computed, two at least; all in runs of fewer than `FEWEST_STEPS`.
@@ -77,14 +77,16 @@ class Automatic(PlannedMethod):
 
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
         universal = Universal(budget=self.budget)
-        return self._made(fingerprint, lambda: universal.schedule_of_run(fingerprint, scheduler, first), first)
+        return self._made(
+            fingerprint.starting_at(first), lambda: universal.schedule_of_run(fingerprint, scheduler, first)
+        )
 
-    def _made(self, fingerprint: Fingerprint, universal: Callable[[], Schedule], first: int = 0) -> Schedule:
+    def _made(self, fingerprint: Fingerprint, universal: Callable[[], Schedule]) -> Schedule:
         """The universal schedule, TaylorSeer's where there is none, or all steps of a run that has few."""
         expect("Automatic.schedule", fingerprint, Fingerprint)
-        if len(fingerprint.steps) - first < FEWEST_STEPS:
+        if len(fingerprint.steps) < FEWEST_STEPS:
             warnings.warn(
-                f"a run of {len(fingerprint.steps) - first} steps is computed in full, since each changes much: search "
+                f"a run of {len(fingerprint.steps)} steps is computed in full, since each changes much: search "
                 "with these steps (layercache.search), or take layercache.methods.Universal",
                 LayerCacheWarning,
                 stacklevel=2,
@@ -125,6 +127,8 @@ def taylorseer_for(
 def _(plan: Target, setting: Setting) -> Router:
     setting.refuse_storage(plan)
     is_bare = isinstance(setting.pipe, nn.Module)  # compiled or not
+    if not is_bare:
+        setting.refuse_options_of_loops("layercache.enable(pipe) without a plan")
     shared = setting.joined(lambda router: isinstance(router, LearningCache) and router.accepts(plan, setting.pipe))
     if shared is not None:
         shared.join(setting.pipe)

@@ -1,4 +1,4 @@
-"""DiCache: a shallow probe says when to compute, and along which line to extend (methods.md §9)."""
+"""DiCache: a shallow probe says when to compute, and along which line to extend (arXiv 2508.17356)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class _AlignedDecider(Decider):
 class DiCache(DynamicMethod):
     """Runs ``probe_blocks`` blocks, decides by their change, and extends the residual by how far they have moved.
 
-    ``h = h_0 + R_b + gamma (R_a - R_b)``, gamma = clip(|p - p_b| / |p_a - p_b|, 1, 1.5). Source: methods.md §9.
+    ``h = h_0 + R_b + gamma (R_a - R_b)``, gamma = clip(|p - p_b| / |p_a - p_b|, 1, 1.5).
+    Source: docs/methods.md, DiCache.
 
     Attributes:
         threshold: of the added-up change.

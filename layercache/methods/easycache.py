@@ -1,4 +1,4 @@
-"""EasyCache: how fast the velocity has been turning with the latents says how far it has turned since (§10)."""
+"""EasyCache: how fast the velocity has been turning with the latents says how far it has turned since."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EasyCache(StepMethod):
     ``k = |v_a - v_b| / |x_a - x_b|`` of the last two computed steps; a skipped step takes ``v = x + (v_a - x_a)``. With
     Euler steps that is ``v_a`` times the product of ``1 + sigma[j+1] - sigma[j]`` over the steps since, which is how it
     is done here: nothing but one velocity is stored. v is the velocity after guidance, so that one decision holds for
-    all branches. Source: methods.md §10.
+    all branches. Source: docs/methods.md, EasyCache.
 
     Attributes:
         threshold: tau.

@@ -1,4 +1,4 @@
-"""FBCache and DBCache: the change of the first blocks' residual stands for that of the others (methods.md §5)."""
+"""FBCache and DBCache: the change of the first blocks' residual stands for that of the others."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _ProbeDecider(Decider):
 class FBCache(DynamicMethod):
     """First-block cache: reuses while the first block's residual has changed by at most ``threshold``.
 
-    Source: ParaAttention, diffusers' FirstBlockCache; methods.md §5.
+    Source: docs/methods.md, FBCache and DBCache.
 
     Attributes:
         threshold: relative L1 change.
@@ -102,7 +102,7 @@ class _DualDecider(_ProbeDecider):
 class DBCache(FBCache):
     """Dual-block cache: the first ``front`` blocks are the probe, the last ``back`` always run and repair.
 
-    Source: cache-dit; methods.md §5.
+    Source: docs/methods.md, FBCache and DBCache.
 
     Attributes:
         front, back: Fn and Bn.

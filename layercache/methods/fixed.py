@@ -24,7 +24,7 @@ from layercache.schedule.schedule import Cell, Schedule, Velocity
 class Uniform(PlannedMethod):
     """Computes every ``interval``-th step and holds the velocity in between: the floor for every other method.
 
-    Source: FORA's rule on whole steps; methods.md §11 (uniform "every n-th").
+    Source: docs/methods.md, FORA.
 
     Attributes:
         interval: 1 computes everything.
@@ -56,7 +56,7 @@ class Uniform(PlannedMethod):
 def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: int | None = None) -> list[int]:
     """The steps that diffusers' TaylorSeer computes: ``i < warmup``, every ``interval``-th from there, ``i >= stop``.
 
-    Source: methods.md §7.
+    Source: docs/methods.md, TaylorSeer.
 
     Raises:
         ArgumentError: no number of steps.
@@ -79,7 +79,7 @@ def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: i
 class TaylorSeer(PlannedMethod):
     """Forecasts by a Taylor series in the step number between periodic full steps.
 
-    Source: methods.md §7.
+    Source: docs/methods.md, TaylorSeer.
 
     Attributes:
         interval: steps from one full step to the next.
@@ -128,7 +128,7 @@ class SmoothCache:
 
     SmoothCache's rule, with the profile's groups in the place of its module types: from a computed step the longest
     run is taken whose last step has a relative L1 error of at most alpha; first and last step are computed.
-    Source: methods.md §11.
+    Source: docs/methods.md, SmoothCache.
 
     Attributes:
         alpha: bound of the error ``|r_old - r_new| / |r_new|``.

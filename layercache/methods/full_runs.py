@@ -124,7 +124,7 @@ def input_output_changes(
 
 
 def magnitude_ratios(pipe: Any, prompt: Any, seed: int = 0, **call: Any) -> dict[str, tuple[float, ...]]:
-    """MagCache's ratios of one full run, per branch and step; 1 at step 0. Source: methods.md §8."""
+    """MagCache's ratios of one full run, per branch and step; 1 at step 0. Source: docs/methods.md, MagCache."""
     transformer = transformer_of(pipe)
     router = _Magnitudes(transformer, spec_for(transformer), getattr(pipe, "scheduler", None))
     _run(pipe, router, [prompt], [seed], call)

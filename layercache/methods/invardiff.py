@@ -1,4 +1,4 @@
-"""InvarDiff: where features change by a nearly constant rate, on a few runs, fixes one plan (methods.md §3)."""
+"""InvarDiff: where features change by a nearly constant rate, on a few runs, fixes one plan (arXiv 2512.05134)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from layercache.schedule.module_schedule import ModuleSchedule
 
 TINY = 1e-8
 
-# quantiles of FLUX.1-dev at 28 steps, and of DiT-XL/2 at 50 (methods.md §3.6)
+# quantiles of FLUX.1-dev at 28 steps, and of DiT-XL/2 at 50 (docs/methods.md, InvarDiff)
 PROFILES: dict[str, dict[str, Any]] = {
     "flux-fast": {"nonskip": 0.10, "step_quantile": 0.70, "module_quantiles": 0.68},
     "flux-medium-1": {
@@ -183,7 +183,7 @@ def measure(
         cached: of a first phase, which steps ``[N]`` and modules ``[N, U]`` would be reused: distances are then taken
             from what would be there (the resampling correction).
 
-    Source: methods.md §3.3, §3.4.
+    Source: docs/methods.md, InvarDiff.
 
     Raises:
         MethodError: no prompts, or seeds that do not match.
@@ -225,7 +225,7 @@ def measure(
 class InvarDiff:
     """Reuses steps and modules whose rate of change lies below a quantile.
 
-    Source: methods.md §3.
+    Source: docs/methods.md, InvarDiff.
 
     Attributes:
         step_quantile: share of the steps, about, whose final hidden state is reused.
@@ -290,7 +290,7 @@ class InvarDiff:
 def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
     """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none before ``first``, nor the last.
 
-    Source: methods.md §3.3.
+    Source: docs/methods.md, InvarDiff.
     """
     inner = rho[1:-1]
     if quantile <= 0 or not inner.size:
@@ -331,7 +331,7 @@ def _modules(rates: Rates, settings: InvarDiff, first: int) -> np.ndarray:
 def plan(rates: Rates, corrected: Rates, settings: InvarDiff) -> ModuleSchedule:
     """The final plan: steps of the first phase, modules of the corrected rates; after a reused step all are computed.
 
-    Source: methods.md §3.4.
+    Source: docs/methods.md, InvarDiff.
 
     Raises:
         ArgumentError: no rates, or no settings.

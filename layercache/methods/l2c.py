@@ -1,4 +1,4 @@
-"""Learning-to-Cache: one learned number per module and cache step says whether its last output will do (methods.md §4).
+"""Learning-to-Cache: one learned number per module and cache step says whether its last output will do.
 
 Every second step is a cache step: 1, 3, 5, or shifted 2, 4, 6. While a router is trained, a module gives
 ``beta * fresh + (1 - beta) * cached`` there, ``beta = sigmoid(theta)``, and theta is moved so that the frozen model's
@@ -45,9 +45,9 @@ FORMAT = "layercache router"
 class LearningToCache:
     """Learns by gradient descent which modules to cache at every second step.
 
-    Source: methods.md §4 (the flow-matching form and the cost weights are ours).
+    Source: docs/methods.md, Learning-to-Cache.
 
-    The published rates (1e-3 to 1e-2, over tens of thousands of updates) and penalties (1e-6 to 5e-6, methods.md §4.5)
+    The published rates (1e-3 to 1e-2, over tens of thousands of updates) and penalties (1e-6 to 5e-6)
     are for data sets of noised pictures; these are for a few dozen generations.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""MagCache: residuals shrink and grow along a curve that one run shows; skips while that error is small (§8)."""
+"""MagCache: residuals shrink and grow along a curve that one run shows; skips while that error is small."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layercache.runtime.policy import PlannedMethod, by_name, check_range
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule
 
-# published ratios of the residual's magnitude to that of the step before, step 0 first (methods.md §8)
+# published ratios of the residual's magnitude to that of the step before, step 0 first (docs/methods.md, MagCache)
 FLUX_28 = (
     *(1, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
     *(1.00781, 1, 1.00781, 1, 1.00781, 1, 1, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062),
@@ -37,7 +37,7 @@ class MagCache(PlannedMethod):
     """Decides from ratios of magnitude alone, ahead of the run and per guidance branch.
 
     While skipping, ``P`` is the product of the ratios since the last computed step and the error grows by ``|1 - P|``.
-    Source: methods.md §8.
+    Source: docs/methods.md, MagCache.
 
     Attributes:
         ratios: of every step; by branch, one list for all, the name of published ones (`RATIOS`), or ``"auto"``: those
@@ -70,7 +70,10 @@ class MagCache(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MagCache.schedule", fingerprint, Fingerprint)
         cells = {
-            branch: tuple((cell,) for cell in _cells(values, self.threshold, self.max_consecutive, self.retention))
+            branch: tuple(
+                (cell,)
+                for cell in _cells(values, fingerprint.steps, self.threshold, self.max_consecutive, self.retention)
+            )
             for branch, values in _by_branch(fingerprint, self.ratios).items()
         }
         shared = next(iter(cells.values()))
@@ -111,11 +114,17 @@ def _at_steps(values: Sequence[float], num_steps: int) -> list[float]:
     return [float(values[k]) for k in at]
 
 
-def _cells(ratios: Sequence[float], threshold: float, max_consecutive: int, retention: float) -> list[Cell]:
+def _cells(
+    ratios: Sequence[float], steps: Sequence[int], threshold: float, max_consecutive: int, retention: float
+) -> list[Cell]:
+    """For every step, an empty one where the transformer does not run."""
     product, count, error, anchor = 1.0, 0, 0.0, 0
     cells: list[Cell] = []
-    first = max(1, int(retention * len(ratios) + 0.5))
+    first, run = steps[0] + max(1, int(retention * len(steps) + 0.5)), frozenset(steps)
     for step, gamma in enumerate(ratios):
+        if step not in run:
+            cells.append({})
+            continue
         if step >= first:
             product, count = product * gamma, count + 1
             error += abs(1.0 - product)

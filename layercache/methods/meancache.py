@@ -1,7 +1,7 @@
 """MeanCache (arXiv 2601.19961): whole steps skipped, velocities extended by an average-velocity JVP.
 
 Everything it caches is a velocity after guidance, and everything it computes from them is linear, so its forecasts
-are coefficients of the velocities the model gave: no latents are logged. Source: methods.md §2.
+are coefficients of the velocities the model gave: no latents are logged. Source: docs/methods.md, MeanCache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMS = ("recursive", "one-shot")
 SPANS = (1, 2, 3, 4, 5, 6)
 
 # Released schedules for 50 steps, by model and evaluations: computed steps, "a-b" one after the other, "K:s" step s
-# behind an interval with span K (methods.md §2.6).
+# behind an interval with span K (docs/methods.md, MeanCache).
 PRESETS: dict[str, dict[int, str]] = {
     "qwen-image": {
         25: "0-16 1:24 1:32 1:40 5:43 5:45 5:47 48-49",
@@ -53,7 +53,7 @@ Linear = dict[int, float]
 class MeanCache(PlannedMethod):
     """Computes some steps and extrapolates between them by an average-velocity JVP.
 
-    Source: methods.md §2.3 and §2.5.
+    Source: docs/methods.md, MeanCache.
 
     Attributes:
         computed: the steps the network is called at, ascending, step 0 first.
@@ -91,7 +91,7 @@ class MeanCache(PlannedMethod):
     def preset(cls, name: str, evaluations: int) -> MeanCache:
         """A released schedule for 50 steps (`PRESETS`), in the recursive form it was made for.
 
-        Source: methods.md §2.6.
+        Source: docs/methods.md, MeanCache.
 
         Raises:
             ScheduleError: unknown name or number of evaluations.
@@ -104,6 +104,9 @@ class MeanCache(PlannedMethod):
             )
         computed, spans = _parse_preset(known[evaluations])
         return cls(tuple(computed), tuple(spans), released=f"{name} {evaluations}")
+
+    def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        return self.schedule(fingerprint)  # computed steps are those of a whole run
 
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MeanCache.schedule", fingerprint, Fingerprint)
@@ -149,7 +152,7 @@ def lexicographic_steps(errors: np.ndarray, budget: int) -> list[int]:
         errors: ``[N, max_length + 1]``, of reusing step t's velocity up to step ``t + n``; infinite where not allowed.
         budget: network evaluations.
 
-    Source: methods.md §2.4.
+    Source: docs/methods.md, LeMiCa.
 
     Raises:
         ArgumentError: no such table.
@@ -214,7 +217,7 @@ def stability_deviation(
     """``L_K(t, s) = mean |u(t, s) - (v[t] + (s - t) JVP_K)|`` of full runs, ``[N, max_length + 1, len(spans)]``.
 
     Entry ``[t, n]`` is the interval from step t to step t + n (at most N); 0 where n = 1, infinite where the interval
-    or the span does not exist. Averaged over the samples. Source: methods.md §2.3.
+    or the span does not exist. Averaged over the samples. Source: docs/methods.md, MeanCache.
 
     Args:
         velocities: per sample, of every step.
@@ -264,7 +267,7 @@ def plan_steps(
         budget: network evaluations.
         gamma: every deviation counts with this power; large values avoid single bad intervals.
 
-    Source: methods.md §2.4.
+    Source: docs/methods.md, MeanCache.
 
     Raises:
         ArgumentError: no such table.

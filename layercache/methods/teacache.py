@@ -1,4 +1,4 @@
-"""TeaCache and SpectralCache: the change of the first block's modulated input, added up (methods.md §6 and §12)."""
+"""TeaCache and SpectralCache: the change of the first block's modulated input, added up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layercache import ops
 from layercache.errors import MethodError
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run, by_name, check_range, ratio
 
-# degree 4, highest power first, as published (methods.md §6)
+# degree 4, highest power first, as published (docs/methods.md, TeaCache)
 COEFFICIENTS = {
     "flux": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     "hunyuan-video": (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
@@ -93,7 +93,7 @@ class _ModulatedDecider(Decider):
 class TeaCache(DynamicMethod):
     """Reuses the residual of all blocks until the changes of the modulated input add up to ``threshold``.
 
-    Source: methods.md §6.
+    Source: docs/methods.md, TeaCache.
 
     Attributes:
         threshold: of the sum.
@@ -181,7 +181,7 @@ class _SpectralDecider(_ModulatedDecider):
 class SpectralCache(TeaCache):
     """TeaCache with a threshold that is strict at both ends, a limit of skips in a row, and two channel ranges.
 
-    Source: methods.md §12.
+    Source: docs/methods.md, SpectralCache.
 
     Attributes:
         least, most: the threshold is multiplied by ``least`` at the ends and by ``most`` in the middle of the run.
@@ -220,7 +220,7 @@ def fit(pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, d
     """TeaCache's coefficients for a model, from full runs: ``(coefficients, pairs [n, 2])``.
 
     A least-squares polynomial from the relative L1 change of the modulated input to that of the image stream behind
-    the last block, over steps, branches and prompts. Source: methods.md §6.
+    the last block, over steps, branches and prompts. Source: docs/methods.md, TeaCache.
 
     Args:
         pipe: a diffusers pipeline.

@@ -64,7 +64,7 @@ def linear_combination(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P2, P3, P7. Bytes: (terms + 2) S; codes count half of 16-bit terms.
+    Source: docs/methods.md, Formulas of the ops. Bytes: (terms + 2) S; codes count half of 16-bit terms.
     """
     given = bases, residuals, coefficients, results, gates, scales
     found = COMBINATION_KERNELS.again(given)
@@ -144,7 +144,7 @@ def linear_map(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P4, P5, P7, P11, P12. Bytes: every input once in, every output once out.
+    Source: docs/methods.md, Formulas of the ops. Bytes: every input once in, every output once out.
     """
     given = inputs, outputs, matrix, factors, scales
     if MAP_KERNELS.again(given) is NotImplemented:

@@ -25,7 +25,7 @@ def finite_difference(newer: Tensor, older: Tensor, inverse_step: float) -> Tens
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P4. Bytes: 3 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 3 S.
     """
     slope = torch.empty_like(newer, memory_format=torch.contiguous_format)
     linear_map([[newer, older]], [[slope]], [[1.0, -1.0]], [inverse_step])
@@ -47,7 +47,7 @@ def capture_slope(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P1 + P4. Bytes: 5 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 5 S.
     """
     matrix: list[list[float | None]] = [[1.0, -1.0, None], [1.0, -1.0, -1.0]]
     linear_map([[output, before, older]], [[residual, slope]], matrix, [1.0, inverse_step])
@@ -65,7 +65,7 @@ def taylor_update(feature: Tensor, derivatives: Sequence[Tensor], inverse_steps:
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: TaylorSeer; methods.md §15 P7. Bytes: (2m + 2) S.
+    Source: docs/methods.md, TaylorSeer. Bytes: (2m + 2) S.
     """
     order = len(derivatives) - 1
     if len(inverse_steps) != order:
@@ -84,7 +84,7 @@ def taylor_update(feature: Tensor, derivatives: Sequence[Tensor], inverse_steps:
 
 
 def taylor_coefficients(order: int, offset: float) -> list[float]:
-    """``offset^q / q!`` for q from 0 to ``order``. Source: methods.md §15 P7."""
+    """``offset^q / q!`` for q from 0 to ``order``. Source: docs/methods.md, Formulas of the ops."""
     return [offset**q / math.factorial(q) for q in range(order + 1)]
 
 
@@ -112,7 +112,7 @@ def taylor_forecast(derivatives: Sequence[Tensor], coefficients: Sequence[float]
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P7. Bytes: (m + 2) S. To add the forecast to a stream, gated or not, use
+    Source: docs/methods.md, Formulas of the ops. Bytes: (m + 2) S. To add the forecast to a stream, gated or not, use
     ``linear_combination([x], [derivatives], coefficients, gates=[gate])``: (m + 3) S.
     """
     forecast = torch.empty_like(derivatives[0], memory_format=torch.contiguous_format)
@@ -142,7 +142,7 @@ def mean_velocity(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: MeanCache; methods.md §2, §15 P5, P12. Bytes: 5 S, one more with ``sigma_step``.
+    Source: docs/methods.md, MeanCache. Bytes: 5 S, one more with ``sigma_step``.
     """
     slope = weight * inverse_step
     mean = [1.0, slope, -slope, -weight]
@@ -164,7 +164,7 @@ def accumulate(total: Tensor, residual: Tensor, weight: float) -> None:
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P11. Bytes: 3 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 3 S.
     """
     linear_map([[total, residual]], [[total]], [[1.0, weight]])
 
@@ -175,7 +175,7 @@ def euler_step(latent: Tensor, velocity: Tensor, sigma_step: float, dtype: torch
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P12. Bytes: about 3 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: about 3 S.
     """
     moved = torch.empty_like(latent, memory_format=torch.contiguous_format)
     for_model = torch.empty_like(moved, dtype=dtype)
@@ -190,6 +190,6 @@ def add_forecast(stream: Tensor, derivatives: Sequence[Tensor], coefficients: Se
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P7. Bytes: (m + 3) S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: (m + 3) S.
     """
     return linear_combination([stream], [list(derivatives)], coefficients, gates=[gate])[0]

@@ -74,8 +74,8 @@ def modulate(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: TeaCache, SpectralCache; methods.md §15 P10, P2n. Bytes: 2 S, with ``previous`` 3 S; every residual and
-    ``stream`` one more.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 2 S, with ``previous`` 3 S; every residual and ``stream`` one
+    more.
     """
     given = x, scale, shift, residuals, coefficients, previous, segments, eps, weight, bias, result, stream, scales
     found = MODULATE_KERNELS.again(given)
@@ -164,7 +164,7 @@ def combine_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: bool =
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P5c. Bytes: 3 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 3 S.
     """
     given = cond, uncond, scale, rescale
     found = GUIDANCE_KERNELS.again(given)
@@ -194,7 +194,7 @@ def row_statistics(a: Tensor, b: Tensor, per_sample: bool = False) -> Tensor:
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: MagCache's calibration; methods.md §15 P6r. Bytes: 2 S.
+    Source: docs/methods.md, MagCache. Bytes: 2 S.
     """
     given = a, b, per_sample
     found = ROW_KERNELS.again(given)
@@ -233,7 +233,7 @@ def decide(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: TeaCache; methods.md §15 P6d.
+    Source: docs/methods.md, TeaCache.
     """
     given = numerator, denominator, accumulated, flag, polynomial, threshold
     if DECIDE_KERNELS.again(given) is NotImplemented:

@@ -60,7 +60,7 @@ def capture(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P1. Bytes: 3S, with ``previous`` 4S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 3S, with ``previous`` 4S.
     """
     given = outputs, inputs, residuals, flag, previous, statistics, per_sample
     found = CAPTURE_KERNELS.again(given)

@@ -35,7 +35,7 @@ def router_lerp(
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: Learning-to-Cache; methods.md §4, §15 P9. Bytes: 3 S, with a residual 4 S; backward 4 S.
+    Source: docs/methods.md, Learning-to-Cache. Bytes: 3 S, with a residual 4 S; backward 4 S.
     """
     given = fresh, cached, beta, gate, residual
     found = FORWARD_KERNELS.again(given)

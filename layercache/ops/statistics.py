@@ -45,7 +45,7 @@ def pair_statistics(a: Sequence[Tensor], b: Sequence[Tensor], per_sample: bool =
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P6, P6s. Bytes: 2S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: 2S.
     """
     given = a, b, per_sample
     found = PAIR_KERNELS.again(given)
@@ -77,7 +77,7 @@ def combination_error(target: Tensor, terms: Sequence[Tensor], coefficients: Coe
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P6b. Bytes: (terms + 1) S at least; ten sets on one common term read 12 S.
+    Source: docs/methods.md, Formulas of the ops. Bytes: (terms + 1) S at least; ten sets on one common term read 12 S.
     """
     rows = _check_errors(target, terms, coefficients)[2]
     if through_registry([target, *terms]):  # there are too many numbers to go through all arguments
@@ -108,7 +108,7 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: methods.md §15 P6, §17. Bytes: n S; more than eight tensors are read several times on the GPU.
+    Source: docs/methods.md, Fitted forecasts. Bytes: n S; more than eight tensors are read several times on the GPU.
     """
     found = GRAM_KERNELS.again((tensors,))
     return GRAM_KERNELS.first((tensors,)) if found is NotImplemented else found
@@ -141,7 +141,7 @@ def align(x: Tensor, y: Tensor, probes: Sequence[Tensor], residuals: Sequence[Te
     Raises:
         OpInputError: names the argument, what it is, and what it should be.
 
-    Source: DiCache; methods.md §15 P8. Bytes: 8 S.
+    Source: docs/methods.md, DiCache. Bytes: 8 S.
     """
     given = x, y, probes, residuals
     found = ALIGN_KERNELS.again(given)

@@ -25,6 +25,9 @@ R = TypeVar("R")
 TIMEOUT = 600.0
 """Seconds that processes wait for each other."""
 
+BLOCK = 4096
+"""Bytes of every process that are exchanged in few rounds; of longer values the rest follows."""
+
 ATTEMPT = "LAYERCACHE_ATTEMPT"
 """Environment variable of the number of restarts so far; torch's own is taken where it is not set."""
 
@@ -35,9 +38,9 @@ class Crew:
     All processes must make the same calls in the same order. An error inside `together` is raised by all of them.
 
     Args:
-        group: a process group of torch.distributed, best one on CPUs (gloo), whose ranks are the crew's. Where several
-            processes run one generation together, a crew is the group of those with the same place in it:
-            ``mesh["samples"].get_group()``.
+        group: a process group of torch.distributed on CPUs (gloo), whose ranks are the crew's. Where several processes
+            run one generation together, a crew is the group of those with the same place in it, such as
+            ``mesh["samples"].get_group()`` where processes began with ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Attributes:
         rank: of this process, from 0.
@@ -55,6 +58,7 @@ class Crew:
 
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._owns_group = False
+        self._lost: CrewError | None = None
         self._shared_error: BaseException | None = None
 
     def __repr__(self) -> str:
@@ -158,41 +162,82 @@ class Crew:
 
         with contextlib.suppress(RuntimeError):  # another one is gone already
             dist.barrier(self.group)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        if not self._owns_group:
+            return
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(self.group)
-        self._owns_group = False
+        self.group, self._owns_group = None, False
 
     def _collect(self, outcomes: Sequence[tuple[Any, BaseException | None]]) -> list[tuple[Any, Any]]:
         """The outcomes of all processes' tasks, one each at most, in their order, on the leader; none elsewhere."""
-        found = self._communicate([_packed(*outcome) for outcome in outcomes], to_leader=True)
-        return [pickle.loads(one) for share in found for one in share]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.world if self.leads else None
+        with self._connected():
+            leader = dist.get_global_rank(self.group, 0)
+            dist.gather_object([_packed(*outcome) for outcome in outcomes], found, dst=leader, group=self.group)
+        return [pickle.loads(one) for share in found or () for one in share]
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """The values of all processes, by rank; raises the first error among them."""
-        unpacked = [pickle.loads(one) for one in self._communicate(_packed(value, error))]
+        own = _packed(value, error)
+        with self._connected():
+            found = self._bytes_of_all(own)
+        unpacked = [pickle.loads(one) for one in found]
         for _, raised in unpacked:
             if raised is not None:
                 self._shared_error = raised if error is None else error
                 raise self._shared_error
         return [one for one, _ in unpacked]
 
-    def _communicate(self, content: Any, to_leader: bool = False) -> list[Any]:
-        """What all processes hold, by rank: on all of them, or on the leader, and nothing elsewhere."""
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world if self.leads or not to_leader else []
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Context of a collective call, whose failure means that another process is gone."""
+        if self._lost is not None:
+            raise self._lost
         with _no_interrupt():
             try:
-                if to_leader:
-                    leader = dist.get_global_rank(self.group, 0)
-                    dist.gather_object(content, found or None, dst=leader, group=self.group)
-                else:
-                    dist.all_gather_object(found, content, group=self.group)
+                yield
             except RuntimeError as lost:
-                raise CrewError(
+                self._lost = CrewError(
                     f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
                     f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
-                ) from lost
-        return found
+                )
+                self._end_group()  # which others notice that are still connected to this one
+                raise self._lost from lost
+
+    def _bytes_of_all(self, own: bytes) -> list[bytes]:
+        """The bytes of all processes, by rank.
+
+        Those of a step are short: the leader gathers them and sends them to all in as many rounds as the number of
+        processes has binary digits. Gloo's gathering on all processes takes a round per process.
+        """
+        import torch
+        import torch.distributed as dist
+
+        leader = dist.get_global_rank(self.group, 0)
+        block = torch.zeros(BLOCK, dtype=torch.uint8)
+        begin = len(own).to_bytes(8, "little") + own[: BLOCK - 8]
+        block[: len(begin)] = torch.frombuffer(bytearray(begin), dtype=torch.uint8)
+        blocks = torch.empty(self.world, BLOCK, dtype=torch.uint8)
+        dist.gather(block, list(blocks) if self.leads else None, dst=leader, group=self.group)
+        dist.broadcast(blocks, src=leader, group=self.group)
+        begins = [bytes(one) for one in blocks.numpy()]
+        lengths = [int.from_bytes(one[:8], "little") for one in begins]
+        rests = [b""] * self.world
+        if (longest := max(lengths) - (BLOCK - 8)) > 0:
+            rest = torch.zeros(longest, dtype=torch.uint8)
+            if own[BLOCK - 8 :]:
+                rest[: len(own) - BLOCK + 8] = torch.frombuffer(bytearray(own[BLOCK - 8 :]), dtype=torch.uint8)
+            found = [torch.empty_like(rest) for _ in range(self.world)]
+            dist.all_gather(found, rest, group=self.group)
+            rests = [bytes(one.numpy()) for one in found]
+        return [(one[8:] + more)[:length] for one, more, length in zip(begins, rests, lengths, strict=True)]
 
 
 def crew_of_environment(timeout: float = TIMEOUT) -> Crew:
@@ -283,17 +328,21 @@ def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseExceptio
     except CrewError:
         raise
     except BaseException as error:
-        return None, error
+        return None, sendable(error)
 
 
 def _packed(value: Any, error: BaseException | None) -> bytes:
-    """A value and an error as bytes; an error that cannot be sent as one that says the same."""
-    if error is not None:
-        try:
-            pickle.loads(pickle.dumps(error))  # some errors can be written and not read
-        except Exception:
-            error = LayerCacheError(f"{type(error).__name__}: {error}")
-    return pickle.dumps((value, error))
+    return pickle.dumps((value, error and sendable(error)))
+
+
+def sendable(error: BaseException) -> BaseException:
+    """An error that other processes can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+    except Exception:
+        # no `CrewError`, which says that a process is gone
+        return LayerCacheError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def _run(argv: tuple[str, ...]) -> int:
     """
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, _interrupt_once)
-    code = exit_code_of(lambda: _run_python(argv))
+    code = exit_code_of(lambda: run_python(argv))
     if code == AGAIN:
         raise SystemExit(AGAIN)
     return code
@@ -190,7 +190,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
     return 0
 
 
-def _run_python(argv: tuple[str, ...]) -> dict[str, Any]:
+def run_python(argv: Sequence[str]) -> dict[str, Any]:
+    """Runs a command line of Python in this process: ``("-m", module, ...)``, or a script and its arguments."""
     if argv[0] == "-m":
         sys.argv = list(argv[1:])
         return runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

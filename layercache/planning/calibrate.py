@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def calibrate(
     """Runs full generations and measures every group's residual against forecasts from older ones.
 
     One sample is one call. Residuals of the last ``max_distance + max_span`` steps are kept per branch
-    and group, no more; the statistics stay on the device until a sample ends. Source: methods.md §1.4.
+    and group, no more; the statistics stay on the device until a sample ends (docs/methods.md, Errors of a forecast).
 
     Args:
         pipe: a diffusers pipeline, or a transformer.
@@ -69,7 +70,7 @@ def calibrate(
         eta: damping of the secant.
         sensitivity: also measure what a group's error does to the velocity, by changing its residual and running the
             groups behind it, about one more full run per sample: ``"substitution"`` puts the residual of the step
-            before in its place, ``"random"`` adds noise of a hundredth of its size (methods.md §1.5, options A, B).
+            before in its place, ``"random"`` adds noise of a hundredth of its size.
         transformer: of a pipeline with several, the component to measure (Wan 2.2: ``"transformer_2"`` runs the later
             steps). The profile says at which steps it runs; the others run undisturbed.
         process_group: processes that run the generations together (context parallelism): the sums and the sizes are
@@ -91,42 +92,57 @@ def calibrate(
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another calibration.
     """
-    if max_distance < 1 or max_span < 0:
-        raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {max_distance}, {max_span}")
+    model = _checked(pipe, transformer, process_group, (max_distance, max_span), sensitivity)
+    todo = samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
+    (crew := crew or Crew()).check_samples(len(todo))
+    given = [partition, num_groups, max_distance, max_span, eta, sensitivity, transformer, sigmas]
+    about = [given, [name for name, _ in todo], prompts, num_inference_steps, dict(sorted(call.items()))]
+    with crew.together():
+        files = _files(resume, pipe, about) if crew.leads else None
+    passes, spec = _Passes(pipe, todo, progress, crew, files), spec_for(model)
+    of_all = {"sigmas": sigmas, "scheduler": getattr(pipe, "scheduler", None), "eta": eta, "group": process_group}
+    observer_of: Callable[..., Observer] = partial(Observer, model, spec, **of_all)
+    groups = _groups(passes, observer_of, [len(blocks) for blocks in spec.block_modules(model)], partition, num_groups)
+    profile = passes.observe(observer_of(groups, max_distance, max_span, sensitivity), "groups", "calibrating")
+    settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
+    return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
+
+
+def _checked(
+    pipe: Any, transformer: str, group: Any, reach: tuple[int, int], sensitivity: str | None
+) -> torch.nn.Module:
+    """The model; refuses settings that nothing can be measured with, and a model that is cached or split."""
+    if reach[0] < 1 or reach[1] < 0:
+        raise CalibrationError(f"max_distance must be at least 1 and max_span at least 0: {reach[0]}, {reach[1]}")
     if sensitivity not in (None, *SENSITIVITIES):
         raise CalibrationError(
             f"unknown sensitivity {sensitivity!r}; choose {' or '.join(SENSITIVITIES)}", argument="sensitivity"
         )
     model = find_transformer(pipe, transformer)
-    spec = spec_for(model)
+    spec_for(model)
     _check_uncached(pipe, transformer)
-    if process_group is None and splits_tokens(model):
+    if group is None and splits_tokens(model):
         raise CacheStateError(
             "the tokens are split over several processes (context parallelism), of which each sees its own alone; give "
             "calibrate(..., process_group=torch.distributed.group.WORLD)"
         )
-    todo = samples_of(pipe, prompts, run, samples, sigmas, seeds, num_inference_steps, call)
-    crew = crew or Crew()
-    crew.check_samples(len(todo))
-    lengths = [len(blocks) for blocks in spec.block_modules(model)]
-    scheduler = getattr(pipe, "scheduler", None)
-    files = None
-    if resume is not None:
-        given = [partition, num_groups, max_distance, max_span, eta, sensitivity, transformer, sigmas]
-        about = [given, [name for name, _ in todo], prompts, num_inference_steps, dict(sorted(call.items()))]
-        with crew.together():
-            files = CalibrationFiles(resume, digest_of([model_identity(pipe), *about])) if crew.leads else None
-    passes = _Passes(pipe, todo, progress, crew, files)
+    return model
+
+
+def _groups(
+    passes: _Passes, observer_of: Callable[..., Observer], lengths: list[int], partition: Partition, num_groups: int
+) -> tuple[tuple[int, int], ...]:
+    """Groups of the blocks, whose lists are of these lengths; by ``"measured"`` from a pass of its own."""
     if partition == "measured":
-        blocks = [(k, k + 1) for k in range(sum(lengths))]
-        observer = Observer(model, spec, blocks, sigmas, scheduler, 1, 0, eta, group=process_group)
+        observer = observer_of([(k, k + 1) for k in range(sum(lengths))], 1, 0)
         curves = passes.observe(observer, "blocks", "measuring blocks").stability()
         partition = cut_by_curves(curves[~np.isnan(curves).any(axis=1)], num_groups)
-    groups = cut(partition, lengths)
-    observer = Observer(model, spec, groups, sigmas, scheduler, max_distance, max_span, eta, sensitivity, process_group)
-    profile = passes.observe(observer, "groups", "calibrating")
-    settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
-    return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
+    return cut(partition, lengths)
+
+
+def _files(resume: str | os.PathLike[str] | None, pipe: Any, about: list[Any]) -> CalibrationFiles | None:
+    """Files of a calibration that can be stopped; ``about``, the model and its weights tell it from others."""
+    return None if resume is None else CalibrationFiles(resume, digest_of([model_identity(pipe), *about]))
 
 
 def _check_uncached(pipe: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Coefficients of a velocity forecast, fitted to what would have been right (methods.md §17, ours)."""
+"""Coefficients of a velocity forecast, fitted to what would have been right (ours)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ class Forecast:
 
     ``v = F_0 + sum_k d_k (F_k - F_0) + b F_0 + a x``: F are the newest velocities the model gave, newest first (a
     computed step's own is its F_0), x the latents of the step. The ridge pulls d, b and a to 0, that is to F_0.
-    Source: methods.md §17.1; the free sum of the coefficients (b) and the latents (a) are ours, as measured in
-    ``bench/results``.
+    Source: docs/methods.md, Fitted forecasts.
 
     Attributes:
         target: ``"none"``: the newest velocity as it is; ``"open"``: the full run's velocity, from the full run's
@@ -171,7 +170,7 @@ def fit_residuals(
 
     ``r = F_0 + sum_k d_k (F_k - F_0) + b F_0`` as for velocities, F being the residuals of the newest computed steps of
     the group; least squares over samples, elements and (where they share cells) branches of the image stream, from the
-    profile's inner products. The text stream takes the same coefficients. Source: methods.md §17.1, "open" (ours).
+    profile's inner products. The text stream takes the same coefficients. Source: docs/methods.md, Fitted forecasts.
 
     Args:
         profile: what the schedule was planned from.

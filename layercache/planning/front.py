@@ -145,7 +145,7 @@ class Front(Summarised, Pretrained):
         return cls(tuple(kept), (blocks, fixed, reuse), tried, tuple(notes))
 
     def speedup(self, point: Point) -> float:
-        """Expected speedup of the denoising loop, by the measured seconds (methods.md §1.6)."""
+        """Expected speedup of the denoising loop, by the measured seconds (docs/methods.md, Budget and speedup)."""
         blocks, fixed, reuse = self.seconds
         return (fixed + blocks) / (fixed + point.used * blocks + (1 - point.used) * reuse)
 

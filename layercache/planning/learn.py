@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from layercache._utils.compat import progress_bar_settings, scheduler_sigmas
+from layercache._utils.summaries import Rows, joined
 from layercache.errors import (
     CacheStateError,
     CalibrationError,
@@ -36,13 +37,18 @@ from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import RUN_IS_OVER, Identity
+from layercache.runtime.planned import PlannedRouter
 from layercache.runtime.report import TO_LEARN, CacheReport, Counts, summed
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.router import Router
 from layercache.runtime.target import MORE, Target
 from layercache.schedule.fingerprint import SIGMA_TOLERANCE
+from layercache.schedule.schedule import Schedule
 
 BAR = "{desc}: {n:.1f} of {total:.1f} full generations |{bar}| {elapsed}, {remaining} left"
+
+MOST_SETTINGS = 8
+"""Settings whose recorded calls are kept, until there are enough; those of the one used longest ago are dropped."""
 
 _log = logging.getLogger("layercache")
 
@@ -56,6 +62,7 @@ class CallState:
         base: of the settings and the model.
         sigmas: noise levels of all these calls; empty before the first.
         recorded: calls so far.
+        newest: which of all calls in full the newest recorded one was.
         cache: that runs the schedule, once there is one.
         point: the schedule, and what it gave.
         is_full: whether calls are to run in full from now on, since no schedule can be found.
@@ -65,6 +72,7 @@ class CallState:
     base: str
     sigmas: tuple[float, ...] = ()
     recorded: list[Recorded] = field(default_factory=list)
+    newest: int = 0
     cache: ScheduleCache | None = None
     point: Point | None = None
     is_full: bool = False
@@ -116,6 +124,7 @@ class LearningCache(Router):
     """
 
     takes_experts = True
+    schedule_source = "cache.schedule gives what the newest call ran by; enable that"
 
     def __init__(self, setting: Setting, target: Target, substitute: Router | None = None, note: str = ""):
         transformer = setting.transformer
@@ -201,6 +210,36 @@ class LearningCache(Router):
         """Those that run calls with what was learnt, or without."""
         caches: list[Router] = [known.cache for known in self.known.values() if known.cache is not None]
         return caches if self.substitute is None else [*caches, self.substitute]
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the newest call ran by, learnt or of the substitute.
+
+        Raises:
+            CacheStateError: it was computed in full, to learn from it, or nothing has run yet.
+        """
+        if isinstance(self._now, (ScheduleCache, PlannedRouter)):
+            return self._now.schedule
+        raise CacheStateError("the newest call ran by no schedule: what is not learnt yet is computed in full")
+
+    def _summary(self) -> tuple[str, Rows]:
+        wanted = {name: getattr(self.target, name) for name in ("budget", "speedup", "min_psnr")}
+        goal = next(f"{name}={value:g}" for name, value in wanted.items() if value is not None)
+        counts, rows = self.report()._summary()
+        title = f"LearningCache on a {type(self.transformer).__name__}, {goal}, learn={self.target.learn}"
+        return f"{title}: {counts.partition(': ')[2]}", [("settings", self._known_settings()), *rows]
+
+    def _known_settings(self) -> str:
+        """How many settings the calls had, and how far each has come."""
+        learnt = sum(one.cache is not None for one in self.known.values())
+        waiting = [len(one.recorded) for one in self.known.values() if one.recorded]
+        recorded = f"; {joined(waiting)} of {self.target.generations} calls recorded of others" if waiting else ""
+        other = (
+            ""
+            if self.substitute is None
+            else f", else by {type(getattr(self.substitute, 'method', self.substitute)).__name__}"
+        )
+        return f"{len(self.known)} known, {learnt} by a learnt schedule{other}{recorded}"
 
     def report(self) -> CacheReport:
         """What all calls did since the cache was enabled; those that were recorded computed everything."""
@@ -296,13 +335,29 @@ class LearningCache(Router):
             full = watcher.sample(pictures_in(result))
             if full.sampler is None:
                 raise CalibrationError("the sampler adds noise of its own, or its steps are not linear in the velocity")
-            self._of_levels(learned, full.sigmas).recorded.append(Recorded(arguments, full))
+            found = self._of_levels(learned, full.sigmas)
+            found.recorded.append(Recorded(arguments, full))
+            found.newest = self._generations
+            self._drop_oldest()
         except CalibrationError as error:
             warnings.warn(
                 f"nothing can be learnt from this generation, which was computed in full: {error}",
                 LayerCacheWarning,
                 stacklevel=6,
             )
+
+    def _drop_oldest(self) -> None:
+        """Recorded calls are as large as their latents; of settings that never come to enough of them they go."""
+        waiting = sorted((one for one in self.known.values() if one.recorded), key=lambda one: one.newest)
+        for oldest in waiting[:-MOST_SETTINGS]:
+            _log.warning(
+                "%d recorded calls are dropped, of the settings used longest ago: until %d are there to learn from, "
+                "calls of %d settings are kept",
+                len(oldest.recorded),
+                self.target.generations,
+                MOST_SETTINGS,
+            )
+            oldest.recorded = []
 
     # --- fits ---
 

@@ -93,12 +93,13 @@ class Observer(Router):
         transformer: nn.Module,
         spec: ModelSpec,
         groups: Sequence[tuple[int, int]],
-        sigmas: Sequence[float] | None,
-        scheduler: Any,
         max_distance: int,
         max_span: int,
-        eta: float,
         sensitivity: str | None = None,
+        *,
+        sigmas: Sequence[float] | None,
+        scheduler: Any,
+        eta: float,
         group: Any = None,
     ):
         super().__init__(transformer, spec, groups)

@@ -109,7 +109,7 @@ def plan(
 
     From a front the best of what `layercache.search` found is taken, and only the targets count. From a profile: the
     error of caching group g at step i, m steps after its anchor and with span K, is ``(|sigma[i+1] - sigma[i]| *
-    error(i, g, m, K)) ** gamma``; its sum is kept low. Source: methods.md §1.5 (option D), §1.6, §1.7.
+    error(i, g, m, K)) ** gamma``; its sum is kept low. Source: docs/methods.md, Choice of cells.
 
     Args:
         profile: what to plan from.
@@ -127,7 +127,7 @@ def plan(
         gamma, kappa: above 1, single large errors weigh more; standard deviations over the samples added to the mean.
         text_weight: weight of the text stream's error.
         sensitivity: weigh errors by their effect on the velocity; by default if that was measured.
-        per_branch: decide for every guidance branch on its own, which guidance amplifies (methods.md §17.2).
+        per_branch: decide for every guidance branch on its own, whose difference guidance amplifies.
         forecast: of cached cells: ``"secant"``, ``"fitted"``, ``"newton"``, ``"taylor"`` or ``"hold"``.
         order: of all but the secant: so many residuals more than one are combined.
         method: ``"removal"``, ``"addition"``, ``"exact"``, ``"lagrangian"`` or the ``"best"`` of them.
@@ -272,7 +272,9 @@ def weighted_errors(
     sensitivity: bool = False,
     branch: int | None = None,
 ) -> np.ndarray:
-    """The solver's table ``D [N, G, M+1, K+1]`` of methods.md §1.5, with sensitivity (else 1) and step weight 1.
+    """The solver's table ``D [N, G, M+1, K+1]``, with sensitivity or else 1.
+
+    Source: docs/methods.md, Effect on the velocity.
 
     Of one guidance branch, or the mean over all.
     """

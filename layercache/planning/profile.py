@@ -78,7 +78,8 @@ class StabilityProfile(Summarised, Pretrained):
       where a branch had the step and both anchors of the forecast, else 0; other entries count for nothing. Steps at
       which no branch was called are those that the fingerprint's ``steps`` lack.
 
-    Entries whose anchors would lie before step 0 are 0, never read (`readable`). Source: methods.md §1.4.
+    Entries whose anchors would lie before step 0 are 0, never read (`readable`).
+    Source: docs/methods.md, Errors of a forecast.
 
     Attributes:
         group_seconds: seconds of computing each group once in every branch, ``[G]``.
@@ -180,7 +181,7 @@ class StabilityProfile(Summarised, Pretrained):
 
         ``(S1(dv) / S1(v)) / (S1(error) / S1(residual))``, mean over samples and branches; 1 at step 0, and where no
         branch was called at the step before.
-        Source: methods.md §1.5, options A and B.
+        Source: docs/methods.md, Effect on the velocity.
 
         Raises:
             CalibrationError: it was not measured.
@@ -222,7 +223,8 @@ class StabilityProfile(Summarised, Pretrained):
 
         ``image + text_weight * text``, the text left out for the last group (its text is discarded);
         mean over samples and branches (or over the samples of one branch) plus ``kappa`` standard deviations. A
-        residual of norm 0 and an entry that does not exist give infinity. Source: methods.md §1.4.
+        residual of norm 0 and an entry that does not exist give infinity.
+        Source: docs/methods.md, Errors of a forecast.
         """
         error = self._relative("image")
         if text_weight:
@@ -274,7 +276,7 @@ class StabilityProfile(Summarised, Pretrained):
     def cache_bytes(self, schedule: Schedule) -> int:
         """Memory of the residuals a schedule stores, all branches together, at the batch of the largest sample.
 
-        Exactly what is allocated. Source: methods.md §1.9 (slots by liveness).
+        Exactly what is allocated. Source: docs/methods.md, Stored residuals.
 
         Raises:
             CalibrationError: the profile was written before sizes were kept.

@@ -105,7 +105,7 @@ def search(
     Schedules are of whole steps: some are computed, in the others the velocity is a combination of earlier ones. Paths
     are found in a surrogate made of the full runs' inner products, a few of each budget are run, and their forecasts
     fitted as they run, pictures weighted by what they miss (`layercache.planning.whole_steps`). They are compared by
-    what they are expected to give on other pictures (`Point.expected`). Source: ours, methods.md §17.
+    what they are expected to give on other pictures (`Point.expected`). Source: ours; docs/planning.md.
 
     Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
 
@@ -141,24 +141,11 @@ def search(
         UnsupportedModelError: the model is of an unknown class.
     """
     start = time.monotonic()
-    config = SearchConfig(
-        budgets=tuple(budgets),
-        effort=effort,
-        time_limit=time_limit,
-        max_cache_bytes=max_cache_bytes,
-        tail=tail,
-        seed=seed,
-    )
-    if time_limit is not None and splits_tokens(find_transformer(pipe)):
-        raise CacheStateError(
-            "the tokens are split over several processes (context parallelism), whose clocks would not end the search "
-            "at the same schedule; leave out time_limit"
-        )
+    limits: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
+    config = SearchConfig(budgets=tuple(budgets), effort=effort, tail=tail, seed=seed, **limits)
+    _check_time_limit(pipe, time_limit)
     prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
-    pictures = sum(count_of(prompt, call) for prompt in prompts)
-    steps = steps_of(pipe, call)
-    # refused before anything runs
-    cost = EFFORTS[effort] if steps is None or not pictures else search_cost(pictures, steps, budgets, effort)[0]
+    cost = _cost_ahead(pipe, prompts, config, call)
     crew = crew or Crew()
     files = None if resume is None else SearchFiles(resume, crew)
     with tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
@@ -170,6 +157,26 @@ def search(
         return front
     others = with_settings(pipe, *validation, guidance, sizes, call)
     return replace(front, points=tuple(validated(front.points, pipe, *others, crew=crew, **call)))
+
+
+def _cost_ahead(pipe: Any, prompts: Sequence[Any], config: SearchConfig, call: Mapping[str, Any]) -> float:
+    """Full generations that the search costs in all; at most, where the number of steps is not known ahead.
+
+    Raises:
+        BudgetError: as for `search_cost`.
+    """
+    pictures, steps = sum(count_of(prompt, call) for prompt in prompts), steps_of(pipe, call)
+    if steps is None or not pictures:
+        return EFFORTS[config.effort]
+    return search_cost(pictures, steps, config.budgets, config.effort)[0]
+
+
+def _check_time_limit(pipe: Any, time_limit: float | None) -> None:
+    if time_limit is not None and splits_tokens(find_transformer(pipe)):
+        raise CacheStateError(
+            "the tokens are split over several processes (context parallelism), whose clocks would not end the search "
+            "at the same schedule; leave out time_limit"
+        )
 
 
 def _fitted_samples(

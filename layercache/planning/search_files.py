@@ -228,14 +228,33 @@ def model_identity(pipe: Any) -> list[Any]:
 
 
 def _weights_of(transformer: Any) -> list[Any]:
-    # a number of each: other weights, or an adapter fused into them, change some; by name, since other caches register
-    # blocks anew
-    firsts: dict[torch.device, list[torch.Tensor]] = {}
+    return [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), _firsts(transformer)]
+
+
+@torch.no_grad()
+def _firsts(transformer: Any) -> list[torch.Tensor]:
+    """A number of each parameter, by device: other weights, or an adapter fused into them, change some.
+
+    They are read at every call: counters of versions do not see what is written through ``parameter.data``, as PEFT
+    does where it fuses a LoRA. A device is asked once, by a few launches.
+    """
+    places: dict[torch.device, int] = {}
+    found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+    # by name, since other caches register blocks anew
     for _, parameter in sorted(transformer.named_parameters(), key=lambda named: named[0]):
-        if not parameter.is_meta:
-            firsts.setdefault(parameter.device, []).append(parameter.detach().flatten()[:1].float())
-    weights = [torch.cat(found).cpu() for found in firsts.values()]  # one transfer of a device
-    return [type(transformer).__name__, str(config_hash(transformer)), settings_of(transformer), weights]
+        if parameter.is_meta or not parameter.numel():
+            continue
+        device = parameter.device
+        is_plain = type(parameter) is torch.nn.Parameter and parameter.element_size() > 1  # not quantised or sharded
+        first = parameter.as_strided((1,), (1,)) if is_plain else parameter.detach().flatten()[:1].float()
+        at = places[device] = places.get(device, -1) + 1
+        numbers, firsts = found.setdefault((device, first.dtype), ([], []))
+        numbers.append(at)
+        firsts.append(first)
+    weights = {device: torch.empty(count + 1) for device, count in places.items()}
+    for (device, _), (numbers, firsts) in found.items():
+        weights[device][numbers] = torch.cat(firsts).float().cpu()
+    return list(weights.values())
 
 
 def digest_of(value: Any) -> str:

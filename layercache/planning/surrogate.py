@@ -217,8 +217,8 @@ def deviations(runs: FullRuns, max_length: int, max_span: int = 6) -> np.ndarray
 
     Entry ``[t, n, K]`` is the root mean square over the pictures of ``|mean_i (v_i - v_t - (sigma_i - sigma_t) D_K)|``,
     i from t to t + n - 1, D_K the secant over the K steps before t, none for K = 0. As MeanCache's stability deviation
-    (methods.md §2.3), in the norm that inner products give. Infinite where there is no such interval or secant.
-    An interval of one step has none to forecast, and 0.
+    (docs/methods.md, MeanCache), in the norm that inner products give. Infinite where there is no such interval or
+    secant. An interval of one step has none to forecast, and 0.
     """
     sigmas, steps = runs.sigmas, runs.num_steps
     lengths = np.diff(np.asarray(sigmas))

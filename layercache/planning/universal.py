@@ -146,8 +146,7 @@ class Universal(PlannedMethod):
         return self.schedule_for(fingerprint, LinearSampler.euler(_run_of(fingerprint)))
 
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
-        if first:
-            fingerprint = replace(fingerprint, steps_run=tuple(range(first, fingerprint.num_steps)))
+        fingerprint = fingerprint.starting_at(first)
         sampler = LinearSampler.of(scheduler, len(_run_of(fingerprint)) - 1)
         if sampler is None:
             raise MethodError(

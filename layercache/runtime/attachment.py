@@ -487,7 +487,8 @@ def attach(target: Any, router: Router) -> Attachment:
     for module in (router.transformer, *map(unwrap_compiled, further_experts(target, router))):
         if attachment_of(module) is not None:
             raise CacheStateError(
-                "a layercache cache is already enabled on this transformer; call layercache.disable first"
+                "a layercache cache is already enabled on this transformer; call layercache.disable first (a second "
+                "pipeline joins it with the same plan or target alone)"
             )
         if has_foreign_cache(module):
             raise CacheStateError(

@@ -187,6 +187,7 @@ class DynamicRouter(Router):
     """Routes a transformer by a `DynamicMethod`; this is what ``layercache.enable`` returns for one."""
 
     keeps_items = True
+    schedule_source = "cache.export_schedule() gives what was decided, once a generation has run"
 
     def __init__(
         self,

@@ -201,6 +201,9 @@ class Setting:
 
         Args:
             is_same: whether a router has this plan.
+
+        Raises:
+            CacheStateError: it stores residuals in another way.
         """
         attachment = attachment_of(self.transformer)
         if attachment is None or self.scheduler is None or not is_same(attachment.root):
@@ -208,6 +211,13 @@ class Setting:
         pipeline = None if isinstance(self.pipe, nn.Module) else self.pipe
         if attachment.root.identity.follows(pipeline, self.scheduler):
             return None
+        if attachment.root.storage_name != self.storage:
+            raise CacheStateError(
+                f"a layercache cache is already enabled on this transformer, and stores residuals as "
+                f"{attachment.root.storage_name!r}: give this pipeline storage={attachment.root.storage_name!r} too, "
+                "or call layercache.disable first",
+                argument="storage",
+            )
         attachment.share(pipeline, self.scheduler)
         return attachment.root
 
@@ -217,6 +227,18 @@ class Setting:
             raise CacheStateError(
                 f"storage={self.storage!r} is for residuals of groups; {type(plan).__name__} stores others, "
                 "leave it out"
+            )
+
+    def refuse_options_of_loops(self, name: str) -> None:
+        """Raises `CacheStateError` where a pipeline is given what only a plan, or a loop of one's own, makes use of."""
+        own = getattr(self.pipe, "scheduler", None)
+        given = {"num_steps": self.num_steps, "process_group": self.process_group}
+        given["scheduler"] = None if self.scheduler is own else self.scheduler
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise CacheStateError(
+                f"{name} takes no {' and '.join(unused)}, for the pipeline says its steps and each process decides for "
+                "itself: leave it out, or enable a schedule or a method with it",
+                argument=unused[0],
             )
 
 
@@ -279,7 +301,7 @@ def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
-    shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan, setting.storage))
+    shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan))
     return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
 
 

@@ -74,6 +74,10 @@ class ScheduleRouter(Router):
         self.fallback_rows = 0
 
     @property
+    def storage_name(self) -> str:
+        return self.storage.name
+
+    @property
     def graphs(self) -> int:
         """One per distinct row (actions and number of terms), one that allocates, one that computes everything."""
         layouts = [self._lay_out(name) for name in ("", *self.schedule.branch_cells)]

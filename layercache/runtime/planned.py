@@ -24,6 +24,8 @@ MOST_SCHEDULES = 8  # kept, of runs with other steps, noise levels or samplers
 class PlannedRouter(Router):
     """Makes the schedule of the run that the pipeline is at, and routes by it until the noise levels change."""
 
+    schedule_source = "cache.schedule gives what it runs by, once a generation has begun"
+
     def __init__(
         self, transformer: nn.Module, spec: ModelSpec, method: PlannedMethod, scheduler: Any, storage: str = "same"
     ):
@@ -41,9 +43,13 @@ class PlannedRouter(Router):
         self._schedules: dict[Any, Schedule] = {}  # by what they were made for
         self._past: list[CacheReport] = []  # of the schedules before the present one, as one
 
-    def has(self, method: PlannedMethod, storage: str) -> bool:
+    def has(self, method: PlannedMethod) -> bool:
         """Whether it is what this method is enabled with."""
-        return type(self.method) is type(method) and self.method == method and self._storage == storage
+        return type(self.method) is type(method) and self.method == method
+
+    @property
+    def storage_name(self) -> str:
+        return self._storage
 
     def for_call(self) -> Router:
         scheduler, run = self.identity.current(), self.identity.run

@@ -166,9 +166,10 @@ class PlannedMethod(ABC):
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
         """The schedule of a run that is about to begin with step ``first``, for methods that look at the sampler too.
 
-        By default that of the whole run: what it would read of steps that are not run is computed instead.
+        By default that of the steps that run. A method whose settings name steps of the whole run gives that of it:
+        what it would read of steps that are not run is computed instead.
         """
-        return self.schedule(fingerprint)
+        return self.schedule(fingerprint.starting_at(first))
 
 
 def by_name(method: type[T]) -> type[T]:
@@ -204,7 +205,8 @@ class DynamicMethod(ABC):
     Settings are given by name: those of every method, here, would come before those of its own.
 
     Attributes:
-        order: 0 reuses the newest residual; above, it is extended by so many finite differences (methods.md §7, §13).
+        order: 0 reuses the newest residual; above, it is extended by so many finite differences (docs/methods.md,
+            SeaCache).
         sync: ``"step"`` decides from what is seen in the same step: one small transfer from the device per decision.
             ``"lagged"`` decides from what was seen a step before and never waits for the device.
         per_branch: every guidance branch decides for itself; otherwise all follow the first.

@@ -21,6 +21,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from layercache._utils.compat import HOOK_REGISTRY, stream_splits
+from layercache._utils.summaries import Rows, Summarised
 from layercache.errors import CacheStateError, NonFiniteResidualError, NonFiniteWarning
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.blocks import (
@@ -39,6 +40,7 @@ from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport
 from layercache.runtime.timing import ForwardTimes
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.schedule.schedule import Schedule
 
 _CLOSED = -1
 _CALL_CODE = nn.Module._call_impl.__code__
@@ -70,7 +72,7 @@ class Attached(Protocol):
     def unfollow(self, scheduler: Any) -> None: ...
 
 
-class Router:
+class Router(Summarised):
     """Decides what the routed block lists yield. Subclasses say what happens at the end of a group.
 
     Attributes:
@@ -84,10 +86,12 @@ class Router:
         keeps_items: whether what stands for the blocks depends on the actions alone, and may serve again.
         has_post_hook: whether `after` does anything.
         fault: NaN or infinity in what the last generation stored.
+        schedule_source: where a schedule that does the same comes from, for messages.
         takes_experts: whether it decides about whole steps, of all transformers that a pipeline runs in turns.
     """
 
     takes_experts = False
+    schedule_source = "layercache.plan, layercache.search or method.schedule(fingerprint) make one"
     adds = True
     keeps_items = False
     fault: NonFiniteResidualError | None = None
@@ -223,6 +227,11 @@ class Router:
         return None if attachment is None else attachment.times.speedup()
 
     @property
+    def storage_name(self) -> str:
+        """In which numbers residuals of groups are stored (`layercache.runtime.storage.Storage`)."""
+        return "same"
+
+    @property
     def graphs(self) -> int:
         """How many graphs a compiled transformer needs under this router."""
         return 1
@@ -295,6 +304,30 @@ class Router:
             raise CacheStateError(f"a branch has a name, got {branch!r}", argument="branch")
         return Saying(self.attachment.said, Said(branch, index, part))
 
+    def request(
+        self, request_id: str, scheduler: Any = None, schedule: Schedule | None = None
+    ) -> AbstractContextManager[None]:
+        """Forwards of one of several requests; what serves them is the cache of a schedule (`ScheduleCache`).
+
+        Raises:
+            CacheStateError: this is another cache; the message says how to get a schedule.
+        """
+        raise self._serves_none()
+
+    def batch(self, rows: Mapping[str, int]) -> AbstractContextManager[None]:
+        """A batch of several requests, as `request`."""
+        raise self._serves_none()
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, as `request`."""
+        raise self._serves_none()
+
+    def _serves_none(self) -> CacheStateError:
+        return CacheStateError(
+            f"a {type(self).__name__} runs one generation at a time; many requests at once are served by the cache of "
+            f"a schedule, cache = layercache.enable(pipe, schedule): {self.schedule_source}"
+        )
+
     def for_call(self) -> Router:
         """The router of the forward that is about to start: this one, or that of the request it belongs to."""
         return self
@@ -357,6 +390,14 @@ class Router:
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
         raise NotImplementedError
+
+    def _summary(self) -> tuple[str, Rows]:
+        by = f" by {type(self.method).__name__}" if hasattr(self, "method") else ""
+        title = f"{type(self).__name__} on a {type(self.transformer).__name__}{by}"
+        if type(self).report is Router.report:  # it is no cache
+            return title, []
+        counts, rows = self.report()._summary()
+        return f"{title}: {counts.partition(': ')[2]}", rows
 
     def find_fault(self) -> NonFiniteResidualError | None:
         """Looks for NaN and infinity in what the present generation has stored; may ask the device."""

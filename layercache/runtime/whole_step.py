@@ -71,6 +71,7 @@ class StepRouter(Router):
     """Skips whole steps by a `StepMethod`; this is what ``layercache.enable`` returns for one."""
 
     takes_experts = True
+    schedule_source = "cache.export_schedule() gives what was decided, once a generation has run"
 
     def __init__(self, transformer: nn.Module, spec: ModelSpec, method: StepMethod, scheduler: Any):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from layercache.errors import LayerCacheWarning, ScheduleError, ScheduleMismatchError
@@ -119,6 +119,10 @@ class Fingerprint:
     def steps(self) -> tuple[int, ...]:
         """The steps at which the transformer runs."""
         return self.steps_run or tuple(range(self.num_steps))
+
+    def starting_at(self, first: int) -> Fingerprint:
+        """Of a run that begins with this step (img2img), if it is not the first one."""
+        return replace(self, steps_run=tuple(range(first, self.num_steps))) if first else self
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {

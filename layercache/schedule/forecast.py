@@ -31,7 +31,7 @@ def secant_coefficients(
     ``c = eta * (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])``, limited to 4 because
     rounding noise of the stored residuals grows with it. Exact for residuals linear in sigma.
     Two evaluations at one sigma (second-order samplers have them) give no slope: the newer one is reused.
-    Source: methods.md §1.3 (ours).
+    Source: docs/methods.md, Secant forecast.
 
     Raises:
         ScheduleError: the steps are out of order, or a noise level is not finite.
@@ -53,7 +53,7 @@ def newton_forecast(sigmas: Sequence[float], step: int, anchors: Sequence[int]) 
 
     ``c_k = prod_{j != k} (sigma[step] - sigma[j]) / (sigma[k] - sigma[j])``; exact for polynomials of degree
     ``len(anchors) - 1``. Where rounding noise would grow by more than a secant's may (sum of ``|c_k|`` above 9), the
-    oldest anchor is left out. Source: methods.md §15 P7 (Newton variant), §15.4 (ours).
+    oldest anchor is left out. Source: docs/methods.md, Secant forecast.
 
     Args:
         sigmas: noise levels.
@@ -82,7 +82,7 @@ def taylor_forecast(step: int, anchors: Sequence[int], order: int) -> dict[int, 
     """TaylorSeer's forecast as coefficients of the stored residuals: ``sum_q F_q x^q / q!``, ``x = step - anchors[0]``.
 
     ``F_q`` are its finite differences: at every anchor each order is divided by the distance, in steps, to the anchor
-    before, which equals derivatives for even spacing only. Source: methods.md §7.
+    before, which equals derivatives for even spacing only. Source: docs/methods.md, TaylorSeer.
 
     Args:
         step: the cached step.

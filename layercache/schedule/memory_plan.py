@@ -130,7 +130,7 @@ def lay_out(
 
     The text residual is stored only where a run that reads it is followed by a computed group, or where the head reads
     the text stream too (``text_leaves``). Consecutive reused groups are one run unless ``joined`` is false.
-    Source: methods.md §1.9 (``keep``), design.md, rules of the hot path 2 and 4.
+    Source: docs/methods.md, Stored residuals.
     """
     num_groups, cells = len(schedule.groups), schedule.cells_of(branch)
     last_image: dict[tuple[int, int], int] = {}

@@ -19,7 +19,7 @@ def cut(partition: Partition, list_lengths: Sequence[int]) -> tuple[tuple[int, i
 
     ``thirds``: boundaries at ``round(L/3)`` and ``round(2L/3)``; ``sixth``: at ``L//6`` and ``L - L//6``;
     ``whole``: one group. In a model with several block lists the boundary nearest to each transition is
-    moved onto it. Source: methods.md §1.2 (ours). (``measured`` is cut by `cut_by_curves`.)
+    moved onto it. Source: docs/methods.md, Groups of blocks. (``measured`` is cut by `cut_by_curves`.)
 
     Args:
         partition: a name, or block ranges that tile the blocks.
@@ -66,7 +66,7 @@ def cut_by_curves(curves: np.ndarray, num_groups: int) -> tuple[tuple[int, int],
         curves: error of each block at each step, ``[N, L]``, finite.
         num_groups: number of contiguous groups, at most ``L``.
 
-    Exact, by dynamic programming over the boundaries. Source: methods.md §1.2 item 3 (ours).
+    Exact, by dynamic programming over the boundaries. Source: docs/methods.md, Groups of blocks.
     """
     steps, blocks = curves.shape
     if not 1 <= num_groups <= blocks:

@@ -38,7 +38,7 @@ class Velocity:
     """How the velocity that the sampler gets at a step is put together: ``sum_k c_k v[k] + latents * x``.
 
     ``v[k]`` is what the model itself (guidance included) gave at step k, the step's own number standing for the
-    fresh one; ``x`` are the latents the step starts from. Source: methods.md §17 (ours).
+    fresh one; ``x`` are the latents the step starts from. Source: docs/methods.md, Fitted forecasts.
 
     Attributes:
         terms: ``{step: coefficient}``.

@@ -115,7 +115,7 @@ def check_resources(launch: Launch, kernel: dict[str, Any]) -> None:
 
 
 def check_bytes_in_flight(launch: Launch, kernel: dict[str, Any], arch: str) -> None:
-    """32 KB of loads per multiprocessor hide the latency of memory (kernels.md §4.2, §5.1)."""
+    """32 KB of loads per multiprocessor hide the latency of memory."""
     warps, registers = kernel["warps"], -(-kernel["resources"]["REG"] // 8) * 8
     most_warps = 48 if arch == "120" else 64
     blocks = min(65536 // (32 * warps * registers), most_warps // warps)

@@ -46,7 +46,9 @@ def test_the_first_generation_is_cached(pipe, caplog):
     assert caplog.messages == ["QwenImageTransformer2DModel runs by Target", *["a generation has ended"] * 2]
 
 
-def test_what_was_learnt_is_taken_by_the_next_process(pipe):
+def test_what_was_learnt_is_taken_by_the_next_process(pipe, caplog):
+    caplog.set_level("INFO", "layercache")
+
     def draw(pipe, seed):
         generator = torch.Generator().manual_seed(seed)
         return pipe("cat", num_inference_steps=6, generator=generator, output_type="np").images
@@ -56,6 +58,7 @@ def test_what_was_learnt_is_taken_by_the_next_process(pipe):
             learnt = draw(pipe, seed)
         report = cache.report()
         assert len(report.in_full) == 1 and report.in_full.popitem()[1] == 2 * 6 * 2
+    assert sum(text.startswith("learnt from 2 generations: ") for text in caplog.messages) == 1
     other = tiny_pipeline(2)
     with layercache.enabled(other) as cache, warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,14 +68,18 @@ def test_what_was_learnt_is_taken_by_the_next_process(pipe):
 
 
 @pytest.mark.parametrize("name", ["cogvideox, DDIM", "cogvideox, DPM", "mochi", "pixart", "wan, UniPC"])
-def test_where_no_universal_schedule_can_be_planned(name):
+def test_where_no_universal_schedule_can_be_planned(name, caplog):
     """Other noise levels, samplers that add noise or count no steps: reused all the same, close to the full run."""
+    caplog.set_level("INFO", "layercache")
     pipe, call = PIPELINES[name]()
     full = generate_any(pipe, call)
     with pytest.warns(LayerCacheWarning), layercache.enabled(pipe, budget=0.7) as cache:
         found = generate_any(pipe, call)
     assert cache.report().used <= 0.7 and not cache.report().fallback_rows
     assert 0 < (found - full).norm() < 0.1 * full.norm()
+    why = [message for message in caplog.messages if message.startswith("no universal schedule for this run: ")]
+    other = cache.schedule.made_by["method"] == "taylorseer"
+    assert len(why) == (other and cache.substitute.method.groups is None)  # else none was tried
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -1,4 +1,4 @@
-"""Decisions and results of the dynamic methods against literal NumPy transcriptions of methods.md §5, §6, §9, §10, §12.
+"""Decisions and results of the dynamic methods against literal NumPy transcriptions of the published rules.
 
 The cached run is watched by plain hooks; the transcription then decides from what was seen, and has to decide alike.
 """

@@ -1,4 +1,4 @@
-"""Uniform skips, TaylorSeer, SmoothCache and MagCache against literal transcriptions of methods.md §7, §8, §11."""
+"""Uniform skips, TaylorSeer, SmoothCache and MagCache against literal transcriptions of the published rules."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def test_steps_that_are_not_run_are_left_out(pipe, groups):
 
 
 def taylor_literal(features, computed, order):
-    """The recursion of §7 on arrays, step by step."""
+    """TaylorSeer's recursion on arrays, step by step."""
     factors, last, results = [], None, []
     for i, feature in enumerate(features):
         if i in computed:
@@ -96,7 +96,7 @@ def test_taylorseer_per_block(pipe):
 
 
 def smooth_literal(error, alpha, longest):
-    """``error[j][i]``: of step i + j from i, as in §11."""
+    """``error[j][i]``: of step i + j from i, as SmoothCache measures it."""
     steps, i = len(error[1]) + 1, 0
     compute = [False] * steps
     while i < steps:

@@ -1,4 +1,4 @@
-"""MeanCache against the published update written out with latents and logs, and its identities (methods.md §2)."""
+"""MeanCache against the published update written out with latents and logs, and its identities."""
 
 import itertools
 
@@ -100,7 +100,7 @@ def linear_velocities(beta=2.0):
 @pytest.mark.parametrize("span", [2, 3, 4])
 @pytest.mark.parametrize("length", [2, 3, 4])
 def test_interval_is_exact_exactly_where_span_equals_length(span, length):
-    """For velocities linear in sigma on a uniform grid, with Euler displacements (methods.md §2.3)."""
+    """For velocities linear in sigma on a uniform grid, with Euler displacements (docs/methods.md, MeanCache)."""
     table = meancache.stability_deviation([linear_velocities()], UNIFORM, 4, (span,))
     h, beta, start = 1 / STEPS, 2.0, 6
     expected = abs(beta * h * ((length - 1) / 2 - length * (span - 1) / (2 * span)))

@@ -240,7 +240,7 @@ class TestForecasts:
 
     @pytest.mark.parametrize("latent_dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_mean_velocity(self, latent_dtype: torch.dtype) -> None:
-        """``v + (s-t)/(t-r) ((x_t - x_r)/(t-r) - v_r)`` and the Euler step with it (methods.md §2)."""
+        """``v + (s-t)/(t-r) ((x_t - x_r)/(t-r) - v_r)`` and the Euler step with it (docs/methods.md, MeanCache)."""
         v, v_r = (torch.randn(2, 16, 24).bfloat16() for _ in range(2))
         x, x_r = (torch.randn(2, 16, 24).to(latent_dtype) for _ in range(2))
         t, r, s = 0.6, 0.7, 0.5

@@ -20,6 +20,8 @@ TASKS = (
     partial(crew_tasks.one_fails, is_last=True),
     crew_tasks.leader_cannot_write,
     crew_tasks.interrupted,
+    crew_tasks.a_task_fails_unsendably,
+    crew_tasks.gathered_sizes,
     crew_tasks.one_dies,
 )
 
@@ -37,6 +39,10 @@ def test_samples_are_shared_and_gathered_in_their_order(of_three):
             assert found == (SAMPLES[rank::world], SAMPLES, 0, squares, pairs, [], [])
 
 
+def test_values_of_any_length_are_gathered(of_three):
+    assert of_three[8] == [[True] * 6] * 3
+
+
 def test_the_first_error_in_sample_order_is_raised_by_all(of_three):
     with pytest.raises(CalibrationError) as alone:
         crew_tasks.two_tasks_fail(Crew())
@@ -50,6 +56,7 @@ def test_an_error_in_one_process_is_raised_by_all_which_go_on_together(of_three)
     assert [found[0] for found in of_three[4]] == ["ValueError"] * 3
     assert all(found[1:] == [0, 1, 2] for found in of_three[3] + of_three[4])
     assert [str(error) for error in of_three[5]] == ["the disk is full"] * 3
+    assert [str(error) for error in of_three[7]] == ["Unsendable: 1 and 2"] * 3
 
 
 def test_ctrl_c_in_one_process_ends_all(of_three):
@@ -57,7 +64,7 @@ def test_ctrl_c_in_one_process_ends_all(of_three):
 
 
 def test_a_process_that_died_is_an_error_of_its_own(of_three):
-    first, died, third = of_three[7]
+    first, died, third = of_three[9]
     assert died is None
     assert "lost the connection" in first and "lost the connection" in third
 

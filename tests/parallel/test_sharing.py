@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
 
 from layercache.parallel.crew import Crew
-from support import planning_tasks
+from support import compare_tasks, planning_tasks
 from support.crews import run_crew
 
 TASKS = {
@@ -28,8 +29,10 @@ def alone():
 def shared(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharing")
     journal = partial(planning_tasks.journal, folder=str(folder / "search"))
-    tasks = {**TASKS, "refused": planning_tasks.refused, "journal": journal}
-    return dict(zip(tasks, run_crew(list(tasks.values()), request.param, folder), strict=True))
+    methods = compare_tasks.METHODS | (compare_tasks.MORE if request.param == 3 else {})
+    compared = partial(compare_tasks.compared, folder=str(folder), methods=methods)
+    tasks = {**TASKS, "refused": planning_tasks.refused, "journal": journal, "compare": compared}
+    return {"methods": methods} | dict(zip(tasks, run_crew(list(tasks.values()), request.param, folder), strict=True))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -49,3 +52,13 @@ def test_errors_are_the_same_in_every_process(alone, shared):
     assert all("unicorn" in text for _, text in named)
     assert kind == "CalibrationError" and "cannot share 1 sample" in few
     assert all(found == shared["refused"][0] for found in shared["refused"])
+
+
+def test_comparisons_and_their_files_have_the_same_bytes(shared, tmp_path):
+    outcomes, files = compare_tasks.compared(Crew(), str(tmp_path), shared["methods"])
+    errors = [error for outcome in outcomes if (error := json.loads(outcome)["error"])]
+    assert errors == ["RuntimeError: no temples", "ZeroDivisionError: in one of them"]
+    assert len(files) == 1 + len(outcomes) - 2  # full pictures, and those of what did not fail
+    leader, *others = shared["compare"]
+    assert leader == (outcomes, files)
+    assert all(found == (outcomes, {}) for found in others)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
-from layercache.planning import samples
+from layercache.planning import learn, samples
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn_fit import COST, Fit
 from support.tiny import tiny_pipeline
@@ -103,6 +103,21 @@ def test_calls_with_other_settings_are_learnt_apart(pipe):
             picture(pipe, 0, num_inference_steps=steps)
         assert sorted(learned.point.schedule.num_steps for learned in cache.known.values()) == [5, 6]
         assert cache.report().generations == 4
+
+
+def test_recorded_calls_of_settings_that_are_never_learnt_are_bounded(pipe, monkeypatch, caplog):
+    monkeypatch.setattr(learn, "MOST_SETTINGS", 2)
+    with layercache.enabled(pipe, budget=0.5, learn=2) as cache:
+        recorded = []
+        for steps in (4, 5, 4, 6, 7, 5):  # twice with 4, whose third would be learnt from
+            picture(pipe, 0, num_inference_steps=steps)
+            recorded.append(sorted(len(one.sigmas) - 1 for one in cache.known.values() if one.recorded))
+        assert recorded == [[4], [4, 5], [4, 5], [4, 6], [6, 7], [5, 7]]
+        text = repr(cache)
+    dropped = [record.getMessage().partition(" recorded calls are dropped") for record in caplog.records]
+    assert [count for count, *_ in dropped] == ["1", "2", "1"]
+    assert len(text.splitlines()) <= 5 and "budget=0.5, learn=2: 62 forwards" in text
+    assert "4 known, 0 by a learnt schedule; 1, 1 of 2 calls recorded of others" in text
 
 
 def test_other_noise_levels_under_the_same_settings_are_learnt_apart(pipe):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layercache
-from layercache.errors import BudgetError, ScheduleError
-from layercache.planning.front import Front
+from layercache.errors import ArgumentError, BudgetError, ScheduleError
+from layercache.planning.front import Front, Point
 from layercache.planning.plan import weighted_errors
 from layercache.schedule.forecast import secant_coefficients
 from support.profiles import made_profile
@@ -39,6 +39,20 @@ def test_plans_keep_their_promises(seed, budget, groups, spans):
             expected = secant_coefficients(profile.fingerprint.sigmas, step, anchor, base[0] if base else None)
             assert cell == expected
             assert spans or not base
+
+
+def test_a_target_that_is_no_number_is_refused_with_one_to_give():
+    profile = made_profile()
+    front = Front((Point(layercache.plan(profile, 0.7), "a", (30.0, 40.0)),), (1.0, 0.1, 0.0))
+    for plan_of in (profile, front):
+        for target, found in (
+            ({"budget": "0.6"}, "the text '0.6'"),
+            ({"speedup": "2"}, "the text"),
+            ({"budget": True}, "bool"),
+        ):
+            (name,) = target
+            with pytest.raises(ArgumentError, match=f"{name} must be a number, got {found}.*; give {name}="):
+                layercache.plan(plan_of, **target)
 
 
 def test_error_table_is_the_formula():

@@ -206,6 +206,25 @@ def test_memory_limits_the_terms(rollouts):
     assert (one, three) == (1, 3)
 
 
+def test_weights_are_known_by_a_number_of_each_parameter():
+    """By name, device and, however it was written, the number that is there now; half precision beside fp32."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "bca"})
+    model["c"].bfloat16()
+    model["c"].register_parameter("scale", torch.nn.Parameter(torch.full((2,), 6.0).to(torch.float8_e4m3fn)))
+    model["a"].register_parameter("empty", torch.nn.Parameter(torch.zeros(0)))
+    model["a"].register_parameter("offloaded", torch.nn.Parameter(torch.zeros(1, device="meta")))
+    with torch.no_grad():
+        for value, name in enumerate(("a.bias", "a.weight", "b.bias", "b.weight", "c.bias", "c.weight")):
+            model.get_parameter(name).fill_(9.0).flatten()[0] = value
+        model["b"].weight = torch.nn.Parameter(model["b"].weight.t())
+    (found,) = search_files._firsts(model)
+    assert found.tolist() == [0, 1, 2, 3, 4, 6, 5] and found.dtype == torch.float32
+    model["c"].weight.data += 1  # as an adapter is fused: no counter of versions sees it
+    model["b"].bias.data = torch.full((2,), 7.0)
+    (found,) = search_files._firsts(model)
+    assert found.tolist() == [0, 1, 7, 3, 4, 6, 6]
+
+
 class Killed(BaseException):
     pass
 

@@ -250,7 +250,7 @@ def recorded(pipe, prompts, seeds):
 
 
 def rates_literal(z, cached=None):
-    """§3.3 and §3.4 on one list of outputs."""
+    """InvarDiff's two phases on one list of outputs."""
     s1 = lambda x: np.abs(x + 1e-8).sum()  # noqa: E731
     rho = np.ones(STEPS)
     reference, norm, flag = z[0], None, False

@@ -1,6 +1,7 @@
 """Methods that plan ahead, enabled by their settings alone; and what all caches have in common."""
 
 import importlib.metadata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ import layercache
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, LayerCacheWarning, MethodError
 from layercache.methods import FBCache, MagCache, MeanCache, TaylorSeer, Uniform, installed
+from layercache.methods.automatic import Automatic
 from layercache.models.registry import fingerprint_of
 from layercache.runtime import planned
 from layercache.runtime.cache import Cache
 from layercache.tools.compare.entries import known_methods
 from support.tiny import generate, tiny_pipeline
+from support.zoo_pipelines import flux_img2img
+from support.zoo_pipelines import generate as generate_any
 
 METHODS = [
     Uniform(interval=2),
@@ -59,6 +63,23 @@ def test_all_caches_answer_the_same_questions(pipe):
             assert isinstance(cache, Cache)
             generate(pipe, steps=4)
             assert cache.report().forwards > 0
+            kind, *facts = repr(cache).splitlines()
+            assert kind.startswith(f"{type(cache).__name__} on a QwenImageTransformer2DModel") and "8 forwards" in kind
+            assert 1 <= len(facts) <= 4 and "groups" in facts[0]
+
+
+@pytest.mark.parametrize("plan", [FBCache(), layercache.methods.EasyCache(), Uniform(), None])
+def test_requests_need_a_schedule(pipe, plan):
+    """What serves none says how to get a schedule that does the same, and that one serves them."""
+    cache = layercache.enable(pipe, plan)
+    for call in (lambda: cache.request("a"), lambda: cache.batch({"a": 1}), lambda: cache.forget("a")):
+        with pytest.raises(CacheStateError, match=r"enable\(pipe, schedule\): cache\.(schedule|export_schedule\(\)) g"):
+            call()
+    generate(pipe, steps=8)
+    schedule = cache.schedule if plan is None or isinstance(plan, Uniform) else cache.export_schedule()
+    layercache.disable(pipe)
+    with layercache.enabled(pipe, schedule) as cache, cache.request("a", FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        assert "a" in cache.requests.routers
 
 
 def prints_of(pipe):
@@ -95,6 +116,52 @@ def test_a_second_pipeline_joins(pipe):
             assert torch.equal(generate(one), found)
     layercache.disable(other)
     assert "step" not in vars(pipe.scheduler) and "step" not in vars(other.scheduler)
+
+
+@pytest.mark.parametrize("option", ["storage", "num_steps", "process_group", "scheduler"])
+def test_options_that_nothing_without_a_plan_makes_use_of_are_refused(pipe, option):
+    value = {"storage": "float32", "num_steps": 4}.get(option, FlowMatchEulerDiscreteScheduler(shift=2.0))
+    for target in ({}, {"learn": 4}):
+        with pytest.raises(CacheStateError, match=option):
+            layercache.enable(pipe, **{option: value}, **target)
+    assert type(pipe).__name__ == "DemoPipeline" and "step" not in vars(pipe.scheduler)
+
+
+def test_a_second_pipeline_with_another_storage_is_refused(pipe):
+    """It would join a cache whose residuals are stored in another way than it asks for."""
+    other = type(pipe)(pipe.transformer, pipe.class_encoder, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    grouped = TaylorSeer(interval=3, groups=((0, 2), (2, 4)))
+    for plan in (grouped, grouped.schedule(prints_of(pipe))):
+        cache = layercache.enable(pipe, plan, storage="float32")
+        with pytest.raises(CacheStateError, match="stores residuals as .float32.: give .* storage=.float32. too"):
+            layercache.enable(other, plan)
+        assert "step" not in vars(other.scheduler)
+        assert layercache.enable(other, plan, storage="float32") is cache
+        layercache.disable(pipe)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Uniform(interval=3),
+        TaylorSeer(interval=2, order=2),
+        MagCache(ratios=[1.0, 1.01] * 6, threshold=0.2),
+        Automatic(budget=0.5, groups=((0, 4),)),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_run_that_begins_in_the_middle_is_planned_for_the_steps_that_run(method):
+    pipe, call = flux_img2img()
+    call |= {"num_inference_steps": 12, "strength": 0.75}
+    with layercache.enabled(pipe, method) as cache:
+        generate_any(pipe, call)
+        report, schedule = cache.report(), cache.schedule
+    assert schedule.fingerprint.steps == tuple(range(3, 12)) and not schedule.is_skipped(3)
+    assert report.fallback_rows == 0 and report.used == pytest.approx(schedule.used) and schedule.used < 0.7
+    whole = replace(schedule.fingerprint, steps_run=())
+    shifted = method.schedule(replace(whole, sigmas=whole.sigmas[3:]))  # as of a run of nine steps
+    if method.name != "magcache":  # whose ratios are those of a step
+        assert [schedule.is_skipped(3 + step) for step in range(9)] == [shifted.is_skipped(step) for step in range(9)]
 
 
 def test_noise_levels_are_read_once_in_a_run(pipe, monkeypatch):

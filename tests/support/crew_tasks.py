@@ -6,7 +6,7 @@ import os
 import signal
 
 from layercache.errors import CalibrationError, CrewError
-from layercache.parallel.crew import Crew
+from layercache.parallel.crew import BLOCK, Crew
 
 SAMPLES = [f"sample {k}" for k in range(7)]
 
@@ -29,6 +29,15 @@ def two_tasks_fail(crew: Crew, keep: bool = True) -> list[int]:
     return crew.map(task, range(6), keep=keep)
 
 
+def gathered_sizes(crew: Crew) -> list[bool]:
+    """Values of all lengths around that of a block, those of other processes longer or shorter."""
+    found = []
+    for size in (0, BLOCK - 200, BLOCK - 8, BLOCK, BLOCK + 1, 5 * BLOCK):
+        values = [bytes([k]) * (size if k == 1 else k) for k in range(crew.world)]
+        found.append(crew.gather([values[crew.rank]]) == values)
+    return found
+
+
 class Unsendable(Exception):
     """Cannot be read again once written, for want of its second argument."""
 
@@ -49,6 +58,13 @@ def one_fails(crew: Crew, is_last: bool) -> list:
     except Exception as error:
         found.append(type(error).__name__)
     return [*found, *crew.gather([crew.rank])]
+
+
+def a_task_fails_unsendably(crew: Crew) -> list[int]:
+    def task(number: int) -> int:
+        raise Unsendable(1, 2)
+
+    return crew.map(task, range(3))
 
 
 def leader_cannot_write(crew: Crew) -> list[int]:

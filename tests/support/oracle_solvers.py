@@ -15,7 +15,7 @@ INFINITY = math.inf
 
 
 def shortest_path(errors: np.ndarray, budget: int, gamma: float) -> tuple[float, list[int]]:
-    """MeanCache's peak-suppressed shortest path (methods.md §2.4): cost and computed steps."""
+    """MeanCache's peak-suppressed shortest path (docs/methods.md, MeanCache): cost and computed steps."""
     steps, longest = errors.shape[0], errors.shape[1] - 1
     best = {(0, 0): (0.0, [])}
     for count in range(1, budget + 1):

@@ -217,7 +217,7 @@ def test_arguments_by_name_are_json_or_text(flux):
 
 def test_arguments_that_the_pipeline_lacks_are_refused_with_its_own(folder, flux):
     text = generate_on("--model", flux, "--arg", "strenght=1")
-    assert "FluxPipeline takes no strenght; its arguments are prompt_2," in text and "max_sequence_length" in text
+    assert "FluxPipeline takes no strenght. Its arguments are prompt_2," in text and "max_sequence_length" in text
     assert "num_inference_steps is set by --steps" in generate_on("--model", flux, "--arg", "num_inference_steps=3")
     assert "'strength' is not NAME=VALUE" in generate_on("--model", flux, "--arg", "strength")
     assert "takes no num_frames" in generate_on("--model", flux, "--num-frames", 5)
@@ -226,6 +226,29 @@ def test_arguments_that_the_pipeline_lacks_are_refused_with_its_own(folder, flux
     )
     text = generate_on("--model", saved.saved_in(folder, "wan-i2v"), *saved.SMALL)
     assert "WanImageToVideoPipeline needs a picture (image)" in text
+
+
+def test_what_the_class_tells_is_refused_before_anything_is_loaded(folder, flux, monkeypatch):
+    """A large model takes minutes to load, and a name of the call is wrong whatever its weights are."""
+    monkeypatch.setattr(loading, "_new_pipeline", lambda *_: pytest.fail("something was loaded"))
+    described = Path(__file__).parents[2] / "examples" / "tiny_flux.json"
+    deep = described.with_name("deep_model")
+    misspelt = ("--arg", "max_sequence_lenght=8", "--arg", "gudance_scale=2")
+    for model, cls in ((flux, "FluxPipeline"), (described, "FluxPipeline")):
+        said = generate_on("--model", model, *misspelt)
+        assert f"{cls} takes no max_sequence_lenght, gudance_scale. Did you mean max_sequence_length or" in said
+        assert "or guidance_scale? Its arguments are" in said
+    for words, said in (
+        (("--model", saved.saved_in(folder, "wan-i2v")), "WanImageToVideoPipeline needs a picture (image)"),
+        (("--model", flux, "--num-frames", 5), "takes no num_frames"),
+        (("--model", flux, "--scheduler", "EulerSampler"), "no scheduler 'EulerSampler'"),
+        (("--model", deep, "--negative-prompt", "x"), "DemoPipeline takes no negative_prompt"),
+        (("--model", "demo", "--arg", "guidance=2"), "Did you mean guidance_scale?"),
+    ):
+        assert said in generate_on(*words), words
+    index = json.loads((flux / "model_index.json").read_text())
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda name: index)  # as of the Hub
+    assert "FluxPipeline takes no steps" in generate_on("--model", "some/flux", "--arg", "steps=8")
 
 
 def test_pictures_go_by_the_names_of_the_call(folder, flux):

@@ -17,6 +17,9 @@ FOLDERS = [ROOT / name for name in ("", "docs", "examples", "examples/deep_model
 DOCUMENTS = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which also says what was
 WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in alike".split()
+METHODS = ROOT / "docs" / "methods.md"
+CODE = ("layercache", "kernels", "csrc", "bench", "examples", "tests")
+SOURCES = (".py", ".pyi", ".cpp", ".h", ".hpp")
 README = (ROOT / "README.md").read_text()
 
 
@@ -71,9 +74,37 @@ def test_words_of_the_field(path: Path) -> None:
     assert not found
 
 
+def test_citations_of_the_methods_page_name_its_headings() -> None:
+    """``docs/methods.md, Heading`` in docstrings and comments, also across lines; the ops it lists are there."""
+    headings = re.findall(r"^##+ (.+)$", prose(METHODS), re.MULTILINE)
+    cited = re.compile(r"methods\.md(?:, (?:" + "|".join(map(re.escape, headings)) + r")(?![ \w]))?")
+    found = 0
+    for path in sorted(path for name in CODE for path in (ROOT / name).rglob("*") if path.suffix in SOURCES):
+        if path == Path(__file__):
+            continue
+        text = re.sub(r"\n\s*(?://|#|\*)?\s*", " ", path.read_text())
+        for citation in cited.finditer(text):
+            around = text[citation.start() - 5 : citation.end() + 40]
+            assert around.startswith("docs/methods.md, ") and "," in citation.group(), f"{name_of(path)}: {around}"
+            found += 1
+        assert "\N{SECTION SIGN}" not in text, name_of(path)
+    assert found > 60
+    ops = prose(METHODS).partition("### Formulas of the ops")[2].partition("## Papers")[0]
+    for cell in re.findall(r"^\| (`.+?) \|", ops, re.MULTILINE):
+        for name in cell.replace("`", "").split(", "):
+            pkgutil.resolve_name(f"layercache.ops.{name}")
+
+
 def test_readme_is_short_and_names_the_commands_that_check_it() -> None:
     assert len(README.splitlines()) <= 120
-    assert "    make demo " in README and "    make test " in README
+    assert "    make demo " in README and "    make test " in README and "make demo TORCH_ARGS=" in README
+
+
+def test_the_first_route_shown_is_the_one_that_gives_most() -> None:
+    """A search; a profile is measured faster and gives less."""
+    for text in (README, (ROOT / "docs" / "planning.md").read_text()):
+        assert 0 < text.index("layercache.search(") < text.index("layercache.plan(")
+        assert text.index("layercache.search(") < text.index("profile")
 
 
 def test_the_demo_gave_what_readme_says() -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from layercache.tools.needs import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Copies leave out what earlier builds left behind: setuptools would pick some of it up again.
@@ -151,13 +157,38 @@ def test_installed_wheel_is_complete(installed: Path, python: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_demo_runs_from_the_wheel_without_a_compiler(installed: Path, python: Path, tmp_path: Path) -> None:
-    if not (ROOT / "layercache" / "cli.py").exists():
-        pytest.skip("the command line is not written yet")
+def test_demo_runs_from_the_wheel_with_what_make_demo_installs(installed: Path, python: Path, tmp_path: Path) -> None:
+    """Without a compiler, and without the optional packages of other extras."""
     (tmp_path / "bin").mkdir()
-    place = {"PYTHONPATH": str(installed), "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+    (tmp_path / "site").mkdir()
+    missing = [module for extra, (modules, _) in EXTRAS.items() if extra != "demo" for module in modules.values()]
+    missing.remove("jinja2")  # torch brings it,
+    missing.remove("imageio")  # and scikit-image this
+    missing += ["peft", "cache_dit"]
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    (tmp_path / "site" / "sitecustomize.py").write_text(hide)
+    place = {"PYTHONPATH": f"{tmp_path / 'site'}:{installed}", "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
     run(python, "-m", "layercache", "demo", "--quick", "--output", "shown", cwd=tmp_path, **place)
     assert any((tmp_path / "shown").iterdir())
+
+
+def names_in(requirements: Iterable[str]) -> set[str]:
+    return {re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in requirements}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_installs_the_runtime_alone(tmp_path: Path) -> None:
+    """Exactly what it asks pip for, by name: nothing of the tests, the pages or the comparison may come along."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    commands = run("make", "-nB", "demo", "TORCH_ARGS=--quiet", cwd=tmp_path).splitlines()
+    asked = [shlex.split(line.partition(" install ")[2]) for line in commands if " install " in line]
+    names = {word for words in asked for word in words if word[0] != "-"}
+    assert names == {"torch", "setuptools", "pybind11", ".[demo]", "constraints.txt"}
+    installed = names_in([*project["dependencies"], *project["optional-dependencies"]["demo"]])
+    runtime = {"torch", "diffusers", "numpy", "safetensors", "typer", "rich", "tqdm", "platformdirs"}
+    assert installed == runtime | {"scikit-image", "matplotlib", "pillow"}
 
 
 @pytest.fixture(scope="module")

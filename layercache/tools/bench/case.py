@@ -53,8 +53,8 @@ class Case:
         name: of the form.
         op: name in ``layercache.ops``.
         tensors: inputs of full size.
-        ours, eager: the op, and the usual PyTorch (methods.md §15.2, "Unfused").
-        passes: full-size tensors that must be moved, in S of methods.md §15.
+        ours, eager: the op, and the usual PyTorch (docs/methods.md, Formulas of the ops).
+        passes: full-size tensors that must be moved, in S of docs/methods.md, Formulas of the ops.
         codes: full-size tensors of one byte per number that must be moved besides.
         outputs: full-size tensors written to.
         derive: from the result of ``ours`` what ``eager`` returns; not timed.

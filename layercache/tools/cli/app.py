@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that help and mistakes in the arguments are a
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
         except _UsageError as error:
             if not leads():
-                raise typer.Exit(2) from None
+                raise _ended_behind(2) from None
             error.message = cleaned(error.message)
             raise
         except BrokenPipeError:
@@ -77,12 +78,22 @@ class Commands(TyperGroup):
                 raise
             again = isinstance(error, CrewError) and error.argument is None
             if not leads() or (again and os.environ.get(HOSTED)):
-                raise typer.Exit(AGAIN if again else 1) from None
+                raise _ended_behind(AGAIN if again else 1) from None
             from layercache.tools.report.console import PlainConsole
 
             console = PlainConsole(stderr=True)
             console.print(_sentence(error, ctx.meta.get(_COMMAND)), style="red", soft_wrap=True)
             raise typer.Exit(AGAIN if again else 1) from None
+
+
+def _ended_behind(code: int) -> typer.Exit:
+    """The end of a process whose error another one prints.
+
+    As soon as a process has ended, torchrun ends all of them, and the one that prints it must come before that.
+    """
+    if not os.environ.get(HOSTED):
+        time.sleep(1.0)
+    return typer.Exit(code)
 
 
 def _show_warning(

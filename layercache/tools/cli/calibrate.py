@@ -93,7 +93,9 @@ def calibrate(
         **call_arguments(pipe, call),
     }
     chosen = [entries[k % len(entries)] for k in range(count)]
-    with when_stopped(f"Stopped. Finished samples are kept in {shown(kept)}; the same command goes on from there."):
+    with when_stopped(
+        f"Stopped. Finished samples are kept in {shown(kept)}; the same command goes on from there.", kept
+    ):
         profile = _measure(pipe, chosen, seed, settings)
     if not crew.leads:
         return

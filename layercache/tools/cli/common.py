@@ -23,6 +23,7 @@ from layercache.errors import OutputError
 from layercache.tools.report.console import PlainConsole
 
 PIPE_WIDTH = 120
+NOTHING_WRITTEN = "Stopped; nothing was written."
 
 
 class Effort(str, Enum):
@@ -97,14 +98,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def when_stopped(kept: str) -> Iterator[None]:
-    """Context in which Ctrl-C says what was kept."""
+def when_stopped(kept: str, folder: Path | None = None) -> Iterator[None]:
+    """Context in which Ctrl-C says what was kept, in a folder where one is given and there is something in it."""
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt as error:
-        raise Interrupted(kept) from error
+        is_empty = folder is not None and not folder.exists()
+        raise Interrupted(NOTHING_WRITTEN if is_empty else kept) from error
 
 
 def save(path: Path, write: Callable[[Path], object]) -> Path:

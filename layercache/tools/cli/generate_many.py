@@ -66,8 +66,8 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
     if leads() and not os.environ.get(HOSTED):  # else the process that started this one has, where the files are
         forget_changed(given.folder, entries)
     crew = crew_for(given.workers, len(entries), files=[given.folder / NAME])
-    pipe = load_pipeline(given.model, given.call)
     pictures_follow = any(entry.inputs() for entry in entries)
+    pipe = load_pipeline(given.model, given.call, pictures_follow)
     call = {"num_inference_steps": steps, **call_arguments(pipe, given.call, pictures_follow)}
     settings = {"model": given.model.model, "schedule": given.schedule and given.schedule.name}
     about = {"settings": settings | figures_of_call(call, given.call)}

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,12 @@ def _own_gpu(cuda: Any) -> str:
     return f"cuda:{rank}"
 
 
-def load_model(options: ModelOptions) -> Any:
+def load_model(options: ModelOptions, check: Callable[[type], None] | None = None) -> Any:
     """The pipeline that the options name, on its device.
+
+    Args:
+        options: of the model.
+        check: called with the pipeline's class before anything is loaded, to refuse what does not go with it.
 
     Raises:
         LayerCacheError: it cannot be loaded; the message says what it is and what to do.
@@ -81,6 +85,7 @@ def load_model(options: ModelOptions) -> Any:
     check_paths(options)
     needs.require(options.model)
     with _refusals(f"the model {options.model!r} on {device}", options.model):
+        _check_class(options, check)
         pipe = _new_pipeline(options, device, dtype)
     for text in options.transformer or ():
         name, path = split_name(text, "transformer")
@@ -120,6 +125,19 @@ def _new_pipeline(options: ModelOptions, device: str, dtype: Any) -> Any:
         with _refusals(f"the ControlNet {options.controlnet!r}", options.controlnet):
             more["controlnet"] = AutoModel.from_pretrained(options.controlnet, dtype=dtype)
     return cls.from_pretrained(options.model, dtype=dtype, **more).to(device)
+
+
+def _check_class(options: ModelOptions, check: Callable[[type], None] | None) -> None:
+    """Refuses what can be known not to go with the pipeline's class, which is named where its weights are."""
+    if options.scheduler is not None:
+        _scheduler_class(options.scheduler)
+    cls = pipeline_class(options)
+    if cls is None:
+        return
+    if options.lora and not hasattr(cls, "load_lora_weights"):
+        raise UnsupportedModelError(f"{cls.__name__} takes no LoRA", argument="lora")
+    if check is not None:
+        check(cls)
 
 
 # --- what a path is ----------------------------------------------------------------------------------------------
@@ -238,6 +256,25 @@ def _is_pipeline_path(model: str) -> bool:
     return not (model == "demo" or model.endswith(".json") or is_like_demo(model) or Path(model).is_file())
 
 
+def pipeline_class(options: ModelOptions) -> type | None:
+    """The class of the pipeline that will be loaded; ``None`` where that is known behind loading only."""
+    if options.model == "demo" or is_like_demo(options.model):
+        from layercache.demo.pipeline import DemoPipeline
+
+        return DemoPipeline
+    import diffusers
+
+    if options.model.endswith(".json"):
+        found = getattr(diffusers, needs.inspect_model(options.model).pipeline, None)
+    else:
+        require("transformers", f"the model {options.model!r}")
+        found = _pipeline_class(options)
+        if found is diffusers.DiffusionPipeline:
+            found = getattr(diffusers, str(found.load_config(options.model).get("_class_name")), None)
+    is_own = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_own else None
+
+
 # --- classes of diffusers ----------------------------------------------------------------------------------------
 
 
@@ -308,9 +345,7 @@ def _set_scheduler(pipe: Any, name: str | None) -> None:
     """Another sampler, with the settings of the pipeline's own; of flow matching where that is."""
     if name is None:
         return
-    from diffusers import SchedulerMixin
-
-    cls, before = _named(name, SchedulerMixin, "scheduler", "UniPCMultistepScheduler"), pipe.scheduler
+    cls, before = _scheduler_class(name), pipe.scheduler
     config, accepted = dict(before.config), inspect.signature(cls.__init__).parameters
     if type(before).__name__.startswith("FlowMatch") and "use_flow_sigmas" in accepted:
         config |= {
@@ -319,6 +354,12 @@ def _set_scheduler(pipe: Any, name: str | None) -> None:
             "flow_shift": config.get("shift", 1.0),
         }
     pipe.register_modules(scheduler=cls.from_config(config))
+
+
+def _scheduler_class(name: str) -> Any:
+    from diffusers import SchedulerMixin
+
+    return _named(name, SchedulerMixin, "scheduler", "UniPCMultistepScheduler")
 
 
 def _load_loras(pipe: Any, loras: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ BATCH = 4  # pictures in a call of the demo model
 OPTIONS = {"num_inference_steps": "--steps", "prompt": "--prompt"}
 
 
-def load_pipeline(model: ModelOptions, call: CallOptions | None = None) -> Any:
+def load_pipeline(model: ModelOptions, call: CallOptions | None = None, pictures_follow: bool = False) -> Any:
     """The pipeline of the options; what of the call can be wrong without it is refused before it is loaded."""
-    if call is not None:
-        read_images(call)
-        read_args(call)
-    return load_model(model)
+    if call is None:
+        return load_model(model)
+    read_images(call)
+    read_args(call)
+    return load_model(model, lambda cls: check_call(cls, call, pictures_follow))
 
 
 def load_with_prompts(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[str]]:
@@ -125,9 +127,9 @@ def call_arguments(pipe: Any, call: CallOptions, pictures_follow: bool = False) 
         pictures_follow: whether prompts bring pictures of their own, so that none need be among the options.
 
     Raises:
-        UnsupportedModelError: the pipeline lacks one.
-        typer.BadParameter: an argument of ``--arg`` or ``--image`` that it lacks; the message lists its own.
+        UnsupportedModelError, typer.BadParameter: as `check_call`.
     """
+    check_call(type(pipe), call, pictures_follow)
     accepted = parameters_of(pipe)
     wanted: dict[str, Any] = {"height": call.height, "width": call.width, "num_frames": call.num_frames}
     wanted["negative_prompt"] = call.negative_prompt
@@ -135,19 +137,46 @@ def call_arguments(pipe: Any, call: CallOptions, pictures_follow: bool = False) 
         guidance = _guidance_arguments(pipe, accepted, call.guidance_scale)
         wanted = guidance | {name: value for name, value in wanted.items() if value is not None}
     arguments = {name: value for name, value in wanted.items() if value is not None}
-    unknown = sorted(set(arguments) - set(accepted))
-    if unknown:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave the option out", argument=unknown[0]
-        )
+    _refuse_options(type(pipe), accepted, arguments)
     if call.frame_rate is not None and "frame_rate" in accepted:
         arguments["frame_rate"] = call.frame_rate
-    arguments |= _image_arguments(pipe, accepted, call) | _named_arguments(pipe, accepted, call)
-    needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
-    if not pictures_follow and (missing := [name for name in needed if name not in arguments]):
-        raise typer.BadParameter(f"{type(pipe).__name__} needs a picture ({missing[0]}).", param_hint="--image")
+    for name, pictures in read_images(call).items():
+        arguments[name or _image_argument(accepted)] = pictures[0] if len(pictures) == 1 else pictures
+    arguments |= read_args(call)
     _warn_of_idle_prompt(call, accepted, arguments)
     return arguments
+
+
+def check_call(cls: type, call: CallOptions, pictures_follow: bool = False) -> None:
+    """Refuses what a pipeline of this class would refuse of its call, whatever its weights are.
+
+    Args:
+        cls, call: the class, and the options.
+        pictures_follow: whether prompts bring pictures of their own, so that none need be among the options.
+
+    Raises:
+        UnsupportedModelError: the class takes no such option.
+        typer.BadParameter: an argument of ``--arg`` or ``--image`` that it lacks, or a picture is missing; the message
+            lists its own.
+    """
+    accepted = inspect.signature(cls.__call__).parameters
+    given = {name for name in ("height", "width", "num_frames", "negative_prompt") if getattr(call, name) is not None}
+    if call.guidance_scale is not None and "true_cfg_scale" not in accepted:
+        given.add("guidance_scale")
+    _refuse_options(cls, accepted, given)
+    pictures = _check_images(cls, accepted, call)
+    _check_args(cls, accepted, call)
+    needed = [name for name in accepted if "image" in name and accepted[name].default is inspect.Parameter.empty]
+    if not pictures_follow and (missing := [name for name in needed if name not in {*pictures, *read_args(call)}]):
+        raise typer.BadParameter(f"{cls.__name__} needs a picture ({missing[0]}).", param_hint="--image")
+
+
+def _refuse_options(cls: type, accepted: Any, given: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(accepted))
+    if unknown:
+        raise UnsupportedModelError(
+            f"{cls.__name__} takes no {', '.join(unknown)}; leave the option out", argument=unknown[0]
+        )
 
 
 def _guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, Any]:
@@ -162,21 +191,25 @@ def _guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, 
     return arguments
 
 
-def _image_arguments(pipe: Any, accepted: Any, call: CallOptions) -> dict[str, Any]:
-    """Pictures under the names of the call: one, or a list of them."""
-    found: dict[str, Any] = {}
-    for name, pictures in read_images(call).items():
-        target = name or next((known for known in IMAGE_ARGUMENTS if known in accepted), None)
+def _image_argument(accepted: Any) -> str:
+    """What a picture without a name is for; empty where the call takes none."""
+    return next((known for known in IMAGE_ARGUMENTS if known in accepted), "")
+
+
+def _check_images(cls: type, accepted: Any, call: CallOptions) -> list[str]:
+    """The names of the call that pictures are given for."""
+    names = [split_name(text, "")[0] for text in call.image or ()]
+    found = [name or _image_argument(accepted) for name in names]
+    for name, target in zip(names, found, strict=True):
         if target not in accepted:
             takes = [known for known in accepted if "image" in known or known in ("mask", "video")]
             own = f"it takes {', '.join(takes)}" if takes else "it takes none"
             wanted = f" called {shown(name)}" if name else ""
-            raise typer.BadParameter(f"{type(pipe).__name__} takes no picture{wanted}; {own}.", param_hint="--image")
-        found[str(target)] = pictures[0] if len(pictures) == 1 else pictures
+            raise typer.BadParameter(f"{cls.__name__} takes no picture{wanted}; {own}.", param_hint="--image")
     return found
 
 
-def _named_arguments(pipe: Any, accepted: Any, call: CallOptions) -> dict[str, Any]:
+def _check_args(cls: type, accepted: Any, call: CallOptions) -> None:
     found = read_args(call)
     own = [name for name in found if name in OWN or name.startswith("callback")]
     if own:
@@ -188,11 +221,12 @@ def _named_arguments(pipe: Any, accepted: Any, call: CallOptions) -> dict[str, A
     unknown = [name for name in found if name not in accepted and not takes_all]
     if unknown:
         names = [name for name in accepted if name not in (*OWN, "self") and not name.startswith("callback")]
+        close = [close for name in unknown for close in difflib.get_close_matches(name, names, n=2)]
+        meant = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
         raise typer.BadParameter(
-            f"{type(pipe).__name__} takes no {', '.join(map(shown, unknown))}; its arguments are {', '.join(names)}.",
+            f"{cls.__name__} takes no {', '.join(map(shown, unknown))}.{meant} Its arguments are {', '.join(names)}.",
             param_hint="--arg",
         )
-    return found
 
 
 def _warn_of_idle_prompt(call: CallOptions, accepted: Any, arguments: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from layercache.parallel.crew import Crew
 
 PANEL = "Workers"
+COMMAND = ("-m", "layercache")
 LARGEST = 64 << 20  # bytes of a file that is sent to other machines
 
 GIVEN: ContextVar[Sequence[str]] = ContextVar("the words of the command line", default=())
@@ -177,7 +178,7 @@ def _launch(options: WorkerOptions, files: list[str | os.PathLike[str]]) -> int:
     if options.ray is None:
         from layercache.parallel.launching import launch_here
 
-        return launch_here(("-m", "layercache", *words), workers, options.restarts, options.threads)
+        return launch_here((*COMMAND, *words), workers, options.restarts, options.threads)
     from layercache.parallel.on_ray import launch_on_ray
 
     try:
@@ -199,12 +200,11 @@ def _launch(options: WorkerOptions, files: list[str | os.PathLike[str]]) -> int:
 
 def run_words(words: Sequence[str], crew: Crew) -> int:
     """Runs a command line as one of a crew's processes, and gives its exit code."""
-    from layercache.parallel.launching import exit_code_of
-    from layercache.tools.cli.app import app
+    from layercache.parallel.launching import exit_code_of, run_python
 
     token = _CREW.set(crew)
     try:
-        code = exit_code_of(functools.partial(app, list(words), prog_name="layercache"))
+        code = exit_code_of(functools.partial(run_python, (*COMMAND, *words)))
     finally:
         _CREW.reset(token)
     if code == AGAIN:

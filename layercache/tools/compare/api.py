@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from layercache._utils import metrics
 from layercache._utils.text import shown
 from layercache.errors import ArgumentError
+from layercache.parallel.crew import Crew
 from layercache.planning.search import EFFORTS
 from layercache.tools.compare.calls import batched, batches_of, check_pipeline, samples_of
 from layercache.tools.compare.entries import methods_of
@@ -38,6 +39,7 @@ def compare(
     repeats: int = REPEATS,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    crew: Crew | None = None,
     **call: Any,
 ) -> ComparisonTable:
     """Runs caching methods on the same prompts and seeds, each as close to each budget as it can be tuned.
@@ -67,12 +69,16 @@ def compare(
         folder: where outcomes and pictures are kept, so that a comparison that was stopped, or is asked for more
             methods, goes on. By default they last as long as the table.
         progress: show a progress bar.
+        crew: processes that share out the calls and tune methods side by side, each with the whole pipeline. All of
+            them get the table; its pictures and the folder are the leader's.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Raises:
         ArgumentError: prompts, seeds, effort or an argument of the call is not usable.
         BudgetError: a budget is out of range.
         CacheStateError: a cache is enabled on the pipeline.
+        CalibrationError: there are more processes than calls.
+        CrewError: one of the processes is gone.
         FileFormatError, OutputError, ScheduleMismatchError: the folder cannot be written, or belongs to another model
             or other settings.
         MethodError: a method is unknown, or is none.
@@ -84,6 +90,7 @@ def compare(
     wanted = methods_of(methods)
     _check_numbers(budgets, calibration, repeats, effort)
     calls, numbers = samples_of(_prompts_for(pipe, prompts), seeds, batch)
+    crew = crew or Crew()
     owner = tempfile.TemporaryDirectory(prefix="layercache-") if folder is None else None
     place = Path(owner.name if owner is not None else os.fspath(folder or ""))
     shares = tuple(float(budget) for budget in budgets)
@@ -92,15 +99,12 @@ def compare(
     tuned_on = _calibration_calls(calls, calibration_prompts, calibration, batch)
     behind = list(range(first, first + calibration))
     model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
-    comparison = Comparison(model, calls, numbers, place, repeats=repeats)
-    with tqdm(disable=not progress, total=comparison.count_jobs(wanted), unit="run") as bar:
-
-        def say(text: str) -> None:
-            bar.set_description_str(shown(text))
-
-        outcomes = comparison.run(wanted, say, bar.update)
+    comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew)
+    with tqdm(disable=not (progress and crew.leads), total=comparison.count_jobs(wanted), unit="run") as bar:
+        outcomes = comparison.run(wanted, lambda text: bar.set_description_str(shown(text)), bar.update)
     # read again, so that the table does not hold the model
-    return ComparisonTable(ComparisonFiles.read(place), outcomes, _title(pipe, call, len(numbers)), owner)
+    files = ComparisonFiles.read(place) if crew.leads else ComparisonFiles(place)
+    return ComparisonTable(files, outcomes, _title(pipe, call, len(numbers)), owner)
 
 
 def _calibration_calls(calls: Sequence[Sequence[Any]], own: Any, count: int, batch: int) -> list[Any]:

@@ -19,6 +19,7 @@ from layercache import errors
 from layercache._utils.checksum import sealed_json
 from layercache._utils.files import write_atomically
 from layercache._utils.formats import COMPARISON, going_on, parse_json
+from layercache._utils.metrics import stills
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError, LayerCacheError
 from layercache.tools.compare.calls import Pictures
@@ -222,18 +223,19 @@ class ComparisonFiles:
         same = digest is None or digest == hashlib.sha256(content).hexdigest()
         return pictures if same and pictures.ndim == 4 and len(pictures) else None
 
-    def keep_full(self, pictures: Pictures, seconds: Sequence[float]) -> None:
+    def keep_full(self, pictures: Pictures, seconds: float) -> None:
+        """Keeps the first pictures of the full run, and the seconds that each took."""
         self._keep(pictures, self._full_file)
-        self.full_seconds = sum(seconds) / len(pictures)
+        self.full_seconds = seconds
 
     def keep(self, outcome: Outcome, pictures: Pictures) -> None:
+        """Keeps the first pictures of an entry."""
         self._keep(pictures, self._picture_file(outcome))
 
     def _keep(self, pictures: Pictures, path: Path) -> None:
-        """Writes the first pictures, or a frame of the first videos, as a NumPy file, and notes its digest."""
-        pictures = pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
+        """Writes the first pictures as a NumPy file, and notes its digest."""
         content = io.BytesIO()
-        np.save(content, pictures[: min(SHOWN, max(1, MOST_BYTES // pictures[0].nbytes))])
+        np.save(content, first_stills(pictures))
         self._digests[path.name] = hashlib.sha256(content.getvalue()).hexdigest()
         write_atomically(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
@@ -257,6 +259,18 @@ class ComparisonFiles:
         }
         text = sealed_json(machine.json_text(data))
         return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def first_stills(pictures: Pictures, number: int = 0) -> Pictures:
+    """What is kept of a call's pictures: those among the first of all, or the frames in the middle of such videos.
+
+    Args:
+        pictures: of the call, ``[n, H, W, C]`` or ``[n, frames, H, W, C]``.
+        number: of the first of them.
+    """
+    frames = stills(pictures)
+    most = min(SHOWN, max(1, MOST_BYTES // frames[0].nbytes))
+    return np.ascontiguousarray(frames[: max(0, most - number)])
 
 
 def finished(

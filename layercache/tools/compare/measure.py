@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 import layercache
 from layercache._utils import metrics
 from layercache._utils.metrics import Summary, summarise
@@ -180,7 +182,7 @@ def measure(
         again = _again(pipe, cache) if plan is None else lambda: layercache.enabled(pipe, plan)
         trial = run_trial(pictures, again, repeats)
     text = described_plan(plan) if plan is not None else ", ".join(f"{name} {value:g}" for name, value in given.items())
-    return _measurement(text or "what enable(pipe) takes", trial, fidelity(full, trial.pictures))
+    return _measurement(text or "what enable(pipe) takes", trial, fidelity(full, np.concatenate(trial.looks)))
 
 
 def _measurement(text: str, trial: Trial, close: Fidelity) -> Measurement:

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import layercache
-from layercache.errors import LayerCacheError
+from layercache.errors import CrewError, LayerCacheError
 from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, teacache
 from layercache.methods.full_runs import generate_once, magnitude_ratios
+from layercache.parallel.crew import Crew, sendable
+from layercache.parallel.part import by_first
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import Rollouts
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
-from layercache.tools.compare.tuned import METHODS
+from layercache.tools.compare.tuned import METHODS, TOGETHER
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -32,6 +36,8 @@ class CalibratedModel:
         effort: of the search.
         search_files: folder of the search, so that it can go on.
         rounds: generations that Learning-to-Cache learns from.
+        crew: processes that compare together. What is measured is the same on all of them, and made when all ask for
+            it; `tune` alone shares out.
     """
 
     pipeline: Any
@@ -42,15 +48,30 @@ class CalibratedModel:
     effort: str = "normal"
     search_files: Any = None
     rounds: int = 12
+    crew: Crew = field(default_factory=Crew, repr=False)
     _made: dict[tuple[str, float], tuple[Any, str] | LayerCacheError] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def profile(self) -> StabilityProfile:
-        count = len(self.prompts[0]) if isinstance(self.prompts[0], (list, tuple)) else 1
-        call = {k: v for k, v in self.call.items() if k != "output_type"}
-        # one call measures; its first seed is that of its batch
+        """Raises every time what it raised once."""
+        return found_or_raised(self._profile)
+
+    @cached_property
+    def _profile(self) -> StabilityProfile | Exception:
+        try:
+            with self.crew.together():
+                # plans depend on the seconds, which are one process's, measured while the others wait
+                found = self._calibrated() if self.crew.leads else None
+            return self.crew.agree(found)  # type: ignore[return-value]
+        except CrewError:
+            raise
+        except Exception as error:
+            return error
+
+    def _calibrated(self) -> StabilityProfile:
+        """One call measures; its first seed is that of its batch."""
         return layercache.calibrate(
-            self.pipeline, self.prompts[:1], seeds=self.seeds[:count][:1], progress=False, **call
+            self.pipeline, self.prompts[:1], seeds=self.seeds[:1], progress=False, **self._latent_call
         )
 
     @property
@@ -59,20 +80,25 @@ class CalibratedModel:
 
     @cached_property
     def rollouts(self) -> Rollouts:
-        return Rollouts(self.pipeline, self.prompts, self.seeds, **self.call)
+        crew = self.crew if len(self.prompts) >= self.crew.world else None  # else every process runs all samples
+        return Rollouts(self.pipeline, self.prompts, self.seeds, crew=crew, **self.call)
 
     @cached_property
     def front(self) -> Front:
-        return layercache.search(
-            self.pipeline,
-            self.prompts,
-            seeds=self.seeds,
-            budgets=self.budgets,
-            effort=self.effort,
-            resume=self.search_files,
-            progress=False,
-            **self.call,
-        )
+        def search(crew: Crew) -> Front:
+            return layercache.search(
+                self.pipeline,
+                self.prompts,
+                seeds=self.seeds,
+                budgets=self.budgets,
+                effort=self.effort,
+                resume=self.search_files,
+                progress=False,
+                crew=crew,
+                **self.call,
+            )
+
+        return by_first(self.crew, len(self.prompts), search)
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:
@@ -119,22 +145,47 @@ class CalibratedModel:
         Raises:
             LayerCacheError: there is no such plan; it is not looked for again.
         """
-        found = self._made.get((name, budget))
-        if found is None:
-            try:
-                found = METHODS[name](self, budget)
-            except LayerCacheError as error:
-                found = error
-            self._made[name, budget] = found
-        if isinstance(found, LayerCacheError):
-            raise found
-        return found
+        if (name, budget) not in self._made:
+            self._made[name, budget] = self._plan_of(name, budget)
+        return found_or_raised(self._made[name, budget])
+
+    def tune(self, wanted: Sequence[tuple[str, float]]) -> None:
+        """Makes plans for `made`, of names in `METHODS` and budgets, a plan per process; others are left to it."""
+        todo = [one for one in dict.fromkeys(wanted) if one[0] in METHODS and one[0] not in TOGETHER]
+        todo = [one for one in todo if one not in self._made]
+        if self.crew.world == 1 or not todo:
+            return
+        _ = self._profile  # what is measured together is there before processes part
+        found = self.crew.map(lambda number: self._plan_if_any(*todo[number]), range(len(todo)))
+        self._made |= {one: plan for one, plan in zip(todo, found, strict=True) if plan is not None}
+
+    def _plan_of(self, name: str, budget: float) -> tuple[Any, str] | LayerCacheError:
+        try:
+            return METHODS[name](self, budget)
+        except CrewError:
+            raise
+        except LayerCacheError as error:
+            return error
+
+    def _plan_if_any(self, name: str, budget: float) -> tuple[Any, str] | LayerCacheError | None:
+        """``None`` of an error that is another package's, and may be any."""
+        try:
+            found = self._plan_of(name, budget)
+        except Exception:
+            return None
+        return sendable(found) if isinstance(found, LayerCacheError) else found  # type: ignore[return-value]
 
     def used_by(self, plan: Any) -> float:
         """Share of the blocks that a plan computes on the first calibration sample."""
         with layercache.enabled(self.pipeline, plan) as cache:
             generate_once(self.pipeline, self.prompts[0], self.seeds[0], self._latent_call)
             return float(cache.report().used)
+
+
+def found_or_raised(found: T | Exception) -> T:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 @dataclass(frozen=True)

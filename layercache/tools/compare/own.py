@@ -42,12 +42,14 @@ class Method:
         identity: digest of what it is; what was kept of another one under this name is not taken for its own.
         make: plans or tunes it for a budget, and may raise.
         is_fixed: whether it runs as it is, once, whatever the budgets are.
+        tuned_as: the method of `METHODS` whose plan it runs; empty where it makes its own.
     """
 
     name: str
     identity: str
     make: Callable[[CalibratedModel, float], Entry] = field(repr=False)
     is_fixed: bool = False
+    tuned_as: str = ""
 
 
 def method_of(name: str, value: Any) -> Method:
@@ -97,9 +99,11 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 def _named(name: str, known: str) -> Method:
     if known in METHODS:
-        return Method(name, known, partial(_planned, name, lambda model, budget: model.made(known, budget)))
+        make = partial(_planned, name, lambda model, budget: model.made(known, budget))
+        return Method(name, known, make, tuned_as=known)
     if known in PEERS:
-        return Method(name, known, lambda model, budget: _renamed(name, PEERS[known](model, budget)))
+        ours = known.removeprefix("diffusers:")
+        return Method(name, known, partial(_peer, name, known), tuned_as=ours if ours in METHODS else "")
     entry = _entry_points().get(known)
     if entry is None:
         raise unknown([known])
@@ -160,7 +164,8 @@ def _enabled(name: str, plan: Any, setting: str, model: CalibratedModel, budget:
     return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan))
 
 
-def _renamed(name: str, entry: Entry) -> Entry:
+def _peer(name: str, known: str, model: CalibratedModel, budget: float) -> Entry:
+    entry = PEERS[known](model, budget)
     return Entry(name, entry.setting, entry.budget, entry.attach)
 
 

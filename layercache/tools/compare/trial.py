@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercache.models.registry import find_transformer
+from layercache.parallel.crew import Crew
 from layercache.runtime.attachment import MethodPatch
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import PictureCalls, Pictures
@@ -20,6 +21,7 @@ from layercache.tools.compare.peers import block_calls
 
 _READS = ("item", "tolist", "__bool__", "__float__", "__int__")
 Attach = Callable[[], AbstractContextManager[Any]]
+Look = Callable[[int, Pictures], Any]
 
 
 class Counter(TorchDispatchMode):
@@ -54,26 +56,65 @@ class Counter(TorchDispatchMode):
         return read
 
 
+@dataclass(frozen=True)
+class BatchRun:
+    """A cached run of a batch.
+
+    Attributes:
+        look: what was taken of its pictures.
+        seconds: of the call.
+        report: of our cache, of this run alone; ``None`` of another package's.
+        block_calls: of another package's cache.
+    """
+
+    look: Any
+    seconds: float
+    report: CacheReport | None
+    block_calls: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the leader measured.
+
+    Attributes:
+        pairs: seconds of a full run and of the cached run beside it, of the same batch.
+        seconds: of a picture, in the cached runs of the pairs.
+        operators, reads: per step of the first batch; NaN where they were not counted.
+        full_block_calls: calls of the blocks in a full run; NaN of our caches, where they are not counted.
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    seconds: float
+    operators: float
+    reads: float
+    full_block_calls: float
+
+
 @dataclass
 class Trial:
     """What a cache gave.
 
     Attributes:
-        pictures: of all batches.
+        batches: a run of every batch, in their order.
+        timing: of full and cached runs in turns.
+        reports: of our caches, at the end of every run of this process; what it counts is of that run alone.
         seconds: of all batches, each run once.
-        pairs: seconds of a full run and of the cached run beside it, of the same batch.
-        used: share of the blocks' time computed; of another package's cache the share of block calls.
-        reports: of our caches, at the end of every run; what it counts is of that run alone.
-        operators, reads: per step of the first batch; NaN where they were not counted.
     """
 
-    pictures: Pictures
+    batches: list[BatchRun]
+    timing: Timing
+    reports: list[CacheReport]
     seconds: float
-    pairs: tuple[tuple[float, float], ...]
-    used: float
-    reports: list[CacheReport] = field(default_factory=list)
-    operators: float = float("nan")
-    reads: float = float("nan")
+
+    @property
+    def looks(self) -> list[Any]:
+        """What was taken of the pictures, by batch."""
+        return [run.look for run in self.batches]
+
+    @property
+    def pairs(self) -> tuple[tuple[float, float], ...]:
+        return self.timing.pairs
 
     @property
     def speedups(self) -> tuple[float, ...]:
@@ -87,39 +128,31 @@ class Trial:
     @property
     def cache_bytes(self) -> int | None:
         """Memory of what was stored at most; ``None`` of another package's cache."""
-        return max((report.cache_bytes for report in self.reports), default=None)
+        return max((run.report.cache_bytes for run in self.batches if run.report is not None), default=None)
+
+    @property
+    def used(self) -> float:
+        """Share of the blocks' time computed; of another package's cache the share of block calls."""
+        reports = [run.report for run in self.batches if run.report is not None]
+        if not reports:
+            return sum(run.block_calls for run in self.batches) / len(self.batches) / self.timing.full_block_calls
+        forwards = sum(report.forwards for report in reports)
+        return sum(report.used * report.forwards for report in reports) / forwards if forwards else float("nan")
 
 
 class _Runs:
-    """Runs of a cache and full runs, and what they add up to."""
+    """Runs of a cache and full runs of this process, and what they gave."""
 
-    def __init__(self, calls: PictureCalls, attach: Attach):
-        self.calls, self.attach = calls, attach
+    def __init__(self, calls: PictureCalls, attach: Attach, look: Look):
+        self.calls, self.attach, self.look = calls, attach, look
         self.transformer = find_transformer(calls.pipeline)
         self.is_foreign = False
         self.reports: list[CacheReport] = []
-        self.block_calls, self.full_block_calls = [0, 0], [0, 0]  # so many in so many generations
-
-    def cached(self, batch: int) -> tuple[Pictures, float]:
-        with self.attach() as cache:
-            if cache is None:
-                with block_calls(self.transformer) as counted:
-                    found = self.calls.run(batch)
-                _add(self.block_calls, counted[0])
-                return found
-            before = cache.report()
-            found = self.calls.run(batch)
-            self.reports.append(_since(before, cache.report()))
-            return found
-
-    def full(self, batch: int) -> float:
-        """Seconds of a full run; hooks that count the blocks are on both sides or on none."""
-        if not self.is_foreign:
-            return self.calls.run(batch)[1]
-        with block_calls(self.transformer) as counted:
-            seconds = self.calls.run(batch)[1]
-        _add(self.full_block_calls, counted[0])
-        return seconds
+        self.found: dict[int, BatchRun] = {}
+        self.errors: dict[int, Exception] = {}
+        self.pairs: list[tuple[float, float]] = []
+        self.pictures = 0  # of the pairs
+        self.full_block_calls = [0, 0]  # so many in so many generations
 
     def warm_up(self, counts: bool) -> tuple[float, float]:
         """A first run, whose time does not count; operators and reads per step, where they are to be counted."""
@@ -132,41 +165,120 @@ class _Runs:
                 self.calls.run(0)
         return counter.operators / max(1, steps[0]), counter.reads / max(1, steps[0])
 
-    @property
-    def used(self) -> float:
-        if self.is_foreign:
-            (cached, runs), (full, full_runs) = self.block_calls, self.full_block_calls
-            return (cached / runs) / (full / full_runs) if full else float("nan")
-        forwards = sum(report.forwards for report in self.reports)
-        return sum(report.used * report.forwards for report in self.reports) / forwards if forwards else float("nan")
+    def run(self, batch: int) -> BatchRun:
+        """The run of a batch, if it was made or failed already; or a run now."""
+        if batch in self.errors:
+            raise self.errors[batch]
+        if batch not in self.found:
+            self._cached(batch)
+        return self.found[batch]
+
+    def try_run(self, batch: int) -> None:
+        """Runs a batch ahead of its turn; `run` raises what it raised."""
+        try:
+            self.run(batch)
+        except Exception as error:
+            self.errors[batch] = error
+
+    def try_pair(self, batch: int, full_first: bool) -> None:
+        """A full and a cached run of a batch, one right behind the other; `run` raises what they raised."""
+        if self.errors:
+            return
+        try:
+            full = self._full(batch) if full_first else 0.0
+            own = self._cached(batch)
+            self.pairs.append((full or self._full(batch), own))
+        except Exception as error:
+            self.errors[batch] = error
+        low, high = self.calls.batches[batch]
+        self.pictures += high - low
+
+    def timing(self, counted: tuple[float, float]) -> Timing:
+        seconds = sum(cached for _, cached in self.pairs) / max(1, self.pictures)
+        calls, runs = self.full_block_calls
+        return Timing(tuple(self.pairs), seconds, *counted, calls / runs if calls else float("nan"))
+
+    def _cached(self, batch: int) -> float:
+        """Seconds of a cached run; the first one of a batch is kept."""
+        calls, report = 0, None
+        with self.attach() as cache:
+            if cache is None:
+                with block_calls(self.transformer) as counted:
+                    pictures, seconds = self.calls.run(batch)
+                calls = counted[0]
+            else:
+                before = cache.report()
+                pictures, seconds = self.calls.run(batch)
+                report = _since(before, cache.report())
+                self.reports.append(report)
+        if batch not in self.found:
+            self.found[batch] = BatchRun(self.look(batch, pictures), seconds, report, calls)
+        return seconds
+
+    def _full(self, batch: int) -> float:
+        """Seconds of a full run; hooks that count the blocks are on both sides or on none."""
+        if not self.is_foreign:
+            return self.calls.run(batch)[1]
+        with block_calls(self.transformer) as counted:
+            seconds = self.calls.run(batch)[1]
+        self.full_block_calls[0] += counted[0]
+        self.full_block_calls[1] += 1
+        return seconds
 
 
-def run_trial(calls: PictureCalls, attach: Attach, repeats: int, counts: bool = False) -> Trial:
+def run_trial(
+    calls: PictureCalls,
+    attach: Attach,
+    repeats: int,
+    counts: bool = False,
+    look: Look = lambda batch, pictures: pictures,
+    crew: Crew | None = None,
+    alone: bool = False,
+) -> Trial:
     """Runs a cache on all pictures, and full runs in turns with it.
 
     Each repeat is a full run and a cached run of the same batch, one right behind the other; which of them comes first
     alternates, so that a machine that grows slower or faster does not favour either. Batches take turns.
+
+    The processes of a crew share out the batches. Times are the leader's, of its own batches.
 
     Args:
         calls: the pictures; they were run in full before, so that full runs are warm.
         attach: a context manager around a generation, see `layercache.tools.compare.model.Entry`.
         repeats: pairs of runs whose times are compared, at least 1.
         counts: also count operators and reads, in the run that warms the cache up.
+        look: what is taken of a batch's pictures; it is sent to all processes.
+        crew: processes that share out the batches, at most one per batch.
+        alone: the other processes wait while the leader times (`shares_device`).
+
+    Raises:
+        BaseException: the error of the first batch that failed, on all processes.
     """
-    runs = _Runs(calls, attach)
-    operators, reads = runs.warm_up(counts)
-    number = len(calls.batches)
-    pictures, seconds, pairs = [], 0.0, []
-    for turn in range(max(number, repeats)):
-        batch, is_pair = turn % number, turn < repeats
-        full = runs.full(batch) if is_pair and turn % 2 == 0 else 0.0
-        found, own = runs.cached(batch)
-        if is_pair:
-            pairs.append((full or runs.full(batch), own))
-        if turn < number:
-            pictures.append(found)
-            seconds += own
-    return Trial(np.concatenate(pictures), seconds, tuple(pairs), runs.used, runs.reports, operators, reads)
+    crew = crew or Crew()
+    runs = _Runs(calls, attach, look)
+    own = crew.share(range(len(calls.batches)))
+    counted = float("nan"), float("nan")
+    with crew.together():
+        if crew.leads:
+            counted = runs.warm_up(counts)
+    for turn in range(repeats):
+        with crew.together():  # in every turn, so that none waits for longer than that
+            if crew.leads:
+                runs.try_pair(own[turn % len(own)], turn % 2 == 0)
+            elif not alone and turn < len(own):
+                runs.try_run(own[turn])
+    batches = crew.map(runs.run, range(len(calls.batches)))
+    timing = crew.agree(runs.timing(counted))
+    seconds = timing.seconds * calls.batches[-1][1] if alone else sum(run.seconds for run in batches)
+    return Trial(batches, timing, runs.reports, seconds)
+
+
+def shares_device(pipeline: Any, crew: Crew) -> bool:
+    """Whether other processes run on what the leader runs on, its GPU or its machine's CPUs, and disturb its times."""
+    device = torch.device(getattr(pipeline, "device", "cpu"))
+    name = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
+    places = crew.gather([f"{platform.node()} {name}"])
+    return places.count(places[0]) > 1
 
 
 @contextmanager
@@ -186,11 +298,6 @@ def steps_taken(pipeline: Any) -> Iterator[list[int]]:
     finally:
         del vars(scheduler)["step"]
         vars(scheduler).update(before)
-
-
-def _add(total: list[int], calls: int) -> None:
-    total[0] += calls
-    total[1] += 1
 
 
 def _since(before: CacheReport, after: CacheReport) -> CacheReport:

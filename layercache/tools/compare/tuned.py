@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import layercache
 from layercache.errors import BudgetError
 from layercache.methods import (
@@ -46,7 +48,8 @@ def _planned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
 def _meancache(form: str) -> Maker:
     def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
         rollouts = model.rollouts
-        deviation = meancache.stability_deviation([t.taken for t in rollouts.full], rollouts.sigmas)
+        own = [meancache.stability_deviation([trace.taken], rollouts.sigmas) for trace in rollouts.full]
+        deviation = np.stack(rollouts.crew.gather(own), axis=-1).mean(axis=-1)
         tried = []
         for gamma in MEANCACHE_GAMMAS:
             computed, spans = meancache.plan_steps(deviation, int(budget * rollouts.num_steps + 1e-9), gamma=gamma)
@@ -157,3 +160,6 @@ METHODS: dict[str, Maker] = {
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
+
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper")
+"""Methods that all processes of a crew plan together; others are tuned by one of them."""
