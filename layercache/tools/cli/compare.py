@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercache._utils.files import check_output_folder
+from layercache._utils.processes import is_alone, leads
 from layercache._utils.text import shown
 from layercache.tools.cli.common import (
     Budgets,
@@ -26,8 +27,10 @@ from layercache.tools.cli.common import (
 from layercache.tools.cli.finished import request_of
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options, words_of
 from layercache.tools.cli.pipelines import gives_video, load_with_prompts, quiet_call, refused_arguments
+from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
+    from layercache.parallel.crew import Crew
     from layercache.tools.compare.run import Comparison, Outcome
 
 SHOWN = 8
@@ -51,6 +54,7 @@ def compare(
     model: ModelOptions,
     prompts: PromptOptions,
     call: CallOptions,
+    workers: WorkerOptions,
     methods: Methods = "all",
     budgets: Budgets = "0.75,0.5,0.33",
     seeds: Seeds = 12,
@@ -70,14 +74,20 @@ def compare(
 
     Example: `layercache compare --methods layercache,meancache,fbcache,diffusers:fbcache --budgets 0.6,0.4`
     """
-    check_output_folder(output, "output")
+    if leads():
+        check_output_folder(output, "output")
     check_outputs({"json_to": json_to}, [prompts.prompts_file])
     names, shares, printer = _method_names(methods), parse_budgets(budgets), Printer(json_to)
     counts = {"seeds": seeds, "batch": batch, "calibration": calibration, "steps": num_inference_steps}
     given = {**counts, "effort": effort.value, "prompts": read_prompts(prompts.prompts, prompts.prompts_file)}
     request = request_of(model, call, given)
     title = f"{model.model}, {num_inference_steps} steps, {seeds} pictures"
-    if not retry and (before := _finished(output, names, shares, request)) is not None:
+    before = None if retry or not leads() else _finished(output, names, shares, request)
+    # the processes of one command end together; of one that would start them, nothing is started
+    if before is None or not is_alone():
+        crew = crew_for(workers, samples=-(-seeds // batch) if batch else None, files=[output])
+        before = crew.agree(before)
+    if before is not None:
         return _say_again(printer, before, title, output)
     pipe, found = load_with_prompts(model, prompts, call)
     batch = batch or (1 if call.image or gives_video(pipe) else 4)
@@ -85,7 +95,8 @@ def compare(
     arguments = quiet_call(pipe, num_inference_steps, call)
     again = shlex.join(["layercache", "compare", *words_of(model), "-o", shown(output)])
     with when_stopped(f"Stopped. What was measured is in {shown(output)}; the same command ({again} ...) goes on."):
-        outcomes = _run(printer, settings.comparison(pipe, found, arguments, output), names, title, retry)
+        comparison = settings.comparison(pipe, found, arguments, output, crew)
+        outcomes = _run(printer, comparison, names, title, retry)
     printer.figures({"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
@@ -100,17 +111,16 @@ class _Settings:
     batch: int
     request: dict[str, Any]
 
-    def comparison(self, pipe: Any, prompts: list[str], call: dict[str, Any], folder: Path) -> Comparison:
+    def comparison(self, pipe: Any, prompts: list[str], call: dict[str, Any], folder: Path, crew: Crew) -> Comparison:
         from layercache.tools.compare.calls import batched
         from layercache.tools.compare.entries import CalibratedModel
         from layercache.tools.compare.run import Comparison
 
-        folder.mkdir(parents=True, exist_ok=True)
         tuned_on = batched(prompts, self.seeds, self.calibration, self.batch)
         behind = list(range(self.seeds, self.seeds + self.calibration))
         calibrated = CalibratedModel(pipe, tuned_on, behind, call, self.shares, self.effort, folder / "search")
         batches, numbers = batched(prompts, 0, self.seeds, self.batch), list(range(self.seeds))
-        return Comparison(calibrated, batches, numbers, folder, request=self.request)
+        return Comparison(calibrated, batches, numbers, folder, request=self.request, crew=crew)
 
 
 def _finished(
@@ -159,8 +169,11 @@ def _run(printer: Printer, comparison: Comparison, names: list[str], title: str,
     from layercache.tools.compare.report import comparison_table, failures, save_comparison
 
     count = len(list(jobs_of(methods_of(names), comparison.model.budgets)))
-    with refused_arguments(), tqdm(total=count, bar_format=BAR, leave=False) as bar:
+    leads = comparison.crew.leads
+    with refused_arguments(), tqdm(total=count, bar_format=BAR, leave=False, disable=not leads) as bar:
         outcomes = comparison.run(names, lambda text: bar.set_postfix_str(shown(text)), bar.update, retry)
+    if not leads:
+        return outcomes
     prompts = [prompt for batch in comparison.prompts for prompt in batch][:SHOWN]
     files = save_comparison(comparison, outcomes, [textwrap.shorten(prompt, 16) for prompt in prompts], title)
     printer.say(comparison_table(outcomes, title, printer.console.width), *failures(outcomes), "")
