@@ -111,7 +111,6 @@ def _connected(ray: Any, place: str, cpus: int) -> Iterator[None]:
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if place == LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens at the machine's own address
         settings |= {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
     try:
         ray.init(address=place, **settings)
