@@ -58,7 +58,8 @@ def launch_on_ray(
         cpus: of each process, and its number of threads; 1, or embedded the cores divided by ``workers``, by default.
         restarts: how often all of them are started again where one died.
         runtime_env: of the actors, as Ray takes it.
-        files: files and folders that the processes read; sent to other machines before every start.
+        files: files and folders that the processes read, as far as they are there; sent to other machines before
+            every start.
         timeout: seconds that a process waits for another one.
 
     Raises:
@@ -78,9 +79,10 @@ def launch_on_ray(
             ray.exceptions.OutOfMemoryError,
             ray.exceptions.ObjectLostError,
         )
-        reason = ""
+        options = {**needs, "runtime_env": dict(runtime_env or {})}
+        reason, launch = "", uuid.uuid4().hex[:12]
         for number in range(restarts + 1):
-            attempt = _Attempt(ray, place == LOCAL, threads, timeout, {**needs, "runtime_env": dict(runtime_env or {})})
+            attempt = _Attempt(ray, place == LOCAL, threads, timeout, options, launch)
             try:
                 return attempt.results(function, workers, number, files)
             except died as error:
@@ -169,6 +171,7 @@ class _Attempt:
         threads: of each process.
         timeout: seconds that a process waits for another one.
         options: of the actors.
+        launch: the same of all starts of one call, and of no other.
     """
 
     ray: Any
@@ -176,6 +179,7 @@ class _Attempt:
     threads: int
     timeout: float
     options: dict[str, Any]
+    launch: str
     hosts: list[Any] = field(default_factory=list)
     desk: Any = None
 
@@ -202,6 +206,7 @@ class _Attempt:
             environment={"COLUMNS": str(size.columns), "LINES": str(size.lines)} | self._interface(),
             is_terminal=sys.stderr.isatty(),
             desk=self.desk,
+            launch=self.launch,
         )
         sent = ray.put(_contents(files)) if not all(sees for *_, sees in places) else None
         waiting = {
@@ -285,6 +290,7 @@ class _Place:
     environment: dict[str, str]
     is_terminal: bool
     desk: Any
+    launch: str
 
 
 class _Desk:
@@ -345,7 +351,11 @@ def _folder_of(place: _Place, sent: list[Any] | None) -> Iterator[None]:
         return
     import ray
 
-    root = Path(tempfile.mkdtemp(prefix="layercache-"))
+    temporary, prefix = Path(tempfile.gettempdir()), f"layercache-{place.launch}-"
+    for number in range(place.attempt):  # of processes that were killed
+        for left in temporary.glob(f"{prefix}{number}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    root = Path(tempfile.mkdtemp(prefix=f"{prefix}{place.attempt}-"))
     inside = _below(root, place.folder)
     inside.mkdir(parents=True)
     os.chdir(inside)

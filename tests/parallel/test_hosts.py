@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+import tempfile
 
 import pytest
 
@@ -228,7 +229,7 @@ if __name__ == "__main__":
         launch_on_ray(function, 2, address="local", gpus=1)
     except CrewError as error:
         print(error)
-    print(json.dumps(launch_on_ray(function, 2, address="local", files=["inside"])))
+    print(json.dumps(launch_on_ray(function, 2, address="local", files=["inside", "missing"])))
 """
 
 
@@ -238,7 +239,9 @@ def test_on_other_machines_files_are_sent_to_and_fro(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside/given.txt").write_text("a prompt")
     (tmp_path / "far.py").write_text(FAR)
-    with running([*alone(), sys.executable, "far.py"], tmp_path) as process:
+    (tmp_path / "temporary").mkdir()
+    folders = {"TMPDIR": str(tmp_path / "temporary"), "RAY_TMPDIR": tempfile.gettempdir()}  # sockets have short names
+    with running([*alone(), sys.executable, "far.py"], tmp_path, **folders) as process:
         text = ended(process)
     assert "2 processes with 1 GPU each need 2, and the Ray cluster has 0" in text
     assert text.count("process 0 has") == 1 and "process 1 has" not in text
@@ -246,3 +249,4 @@ def test_on_other_machines_files_are_sent_to_and_fro(tmp_path):
     found = json.loads((tmp_path / "inside/squares.json").read_text())
     assert (found["found"], found["attempt"], found["given"]) == (SQUARES, 1, "a prompt")
     assert found["folder"] != str(tmp_path) and found["folder"].endswith(str(tmp_path))
+    assert not list((tmp_path / "temporary").iterdir())

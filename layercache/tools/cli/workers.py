@@ -92,7 +92,7 @@ def crew_for(
     _check(options)
     if not os.environ.get(HOSTED) and (options.ray is not None or (options.workers or 1) > 1):
         _check_samples(options.workers or 1, samples)
-        raise typer.Exit(_launch(options, [path for path in files if path is not None and os.path.exists(path)]))
+        raise typer.Exit(_launch(options, [path for path in files if path is not None]))
     _set_threads(options.threads)
     given = _CREW.get()
     crew = given or crew_of_environment()
