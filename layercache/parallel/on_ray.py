@@ -387,5 +387,7 @@ class _Sent(io.TextIOBase):
         return self.is_terminal
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):  # some try whether a stream takes bytes
+            raise TypeError(f"text is expected, not {type(text).__name__}")
         self.desk.put.remote("print", self.number, text)
         return len(text)

@@ -29,10 +29,18 @@ def alone():
 def shared(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharing")
     journal = partial(planning_tasks.journal, folder=str(folder / "search"))
+    begun = str(folder / "begun alone")
+    planning_tasks.searched(Crew(), begun, time_limit=0.0)
+    going_on = {
+        "begun alone": partial(planning_tasks.searched, folder=begun),
+        "begun by all": partial(planning_tasks.searched, folder=str(folder / "begun by all"), time_limit=0.0),
+        "samples": partial(planning_tasks.calibrated, resume=str(folder / "samples")),
+    }
     methods = compare_tasks.METHODS | (compare_tasks.MORE if request.param == 3 else {})
     compared = partial(compare_tasks.compared, folder=str(folder), methods=methods)
-    tasks = {**TASKS, "refused": planning_tasks.refused, "journal": journal, "compare": compared}
-    return {"methods": methods} | dict(zip(tasks, run_crew(list(tasks.values()), request.param, folder), strict=True))
+    tasks = {**TASKS, **going_on, "refused": planning_tasks.refused, "journal": journal, "compare": compared}
+    found = dict(zip(tasks, run_crew(list(tasks.values()), request.param, folder), strict=True))
+    return {"methods": methods, "folder": folder} | found
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -44,6 +52,17 @@ def test_results_have_the_same_bytes(alone, shared, name):
 def test_journals_have_the_same_bytes(shared, tmp_path):
     wanted = planning_tasks.journal(Crew(), str(tmp_path / "search"))
     assert all(found == wanted for found in shared["journal"])
+
+
+def test_another_number_of_processes_goes_on(alone, shared):
+    """With a search that one process, or several, began; and with a calibration that lacks a sample."""
+    assert all(found == alone["search"] for found in shared["begun alone"])
+    assert planning_tasks.searched(Crew(), str(shared["folder"] / "begun by all")) == alone["search"]
+    samples = shared["folder"] / "samples"
+    (samples / "groups-001.safetensors").unlink()
+    first = (samples / "groups-000.safetensors").stat().st_mtime_ns
+    assert planning_tasks.calibrated(Crew(), resume=samples) == alone["calibrate"]
+    assert (samples / "groups-000.safetensors").stat().st_mtime_ns == first
 
 
 def test_errors_are_the_same_in_every_process(alone, shared):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from layercache.demo import pipeline as demo
+from layercache.errors import ScheduleMismatchError
 from layercache.parallel.crew import Crew
 from layercache.tools.batch.entries import numbered
 from layercache.tools.batch.manifest import NAME, parsed_line
@@ -70,6 +71,15 @@ def cached(crew: Crew, folder: Path) -> Batch:
     entries = numbered(["cat", "coffee", "unicorn", "rocket", "flower"])
     place = folder / f"cached-{crew.world}"
     return generate_all(pipe, entries, place, QUICK, schedule=schedule, compare=True, crew=crew, progress=False)
+
+
+def others(crew: Crew, folder: Path) -> str:
+    """Each process has prompts of its own."""
+    try:
+        make = generate_all(NoisePipeline(), numbered(PROMPTS, seed=crew.rank), folder / "others", QUICK, crew=crew)
+    except ScheduleMismatchError as error:
+        return str(error)
+    return repr(make)
 
 
 def stopped(crew: Crew, folder: Path) -> str:

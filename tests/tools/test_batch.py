@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import layercache
+from layercache._utils.files import followed
 from layercache.demo import pipeline
 from layercache.errors import (
     ArgumentError,
@@ -49,8 +50,9 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crew")
-    tasks = (batch_tasks.cached, batch_tasks.stopped, batch_tasks.command, batch_tasks.leader_killed)
-    return folder, run_crew([partial(task, folder=folder) for task in tasks], 2, folder)
+    names = ("cached", "stopped", "command", "others", "leader_killed")
+    found = run_crew([partial(getattr(batch_tasks, name), folder=folder) for name in names], 2, folder)
+    return folder, dict(zip(names, found, strict=True))
 
 
 # --- processes, and interruptions ----------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def test_two_processes_make_the_same_as_one(of_two):
         f"0000{k}-{name}.png" for k, name in ((0, "cat"), (1, "coffee"), (3, "rocket"), (4, "flower"))
     ]
     assert alone.count == 5 and alone.made == 4 and "'unicorn' is not one of" in alone.failures[2]
-    for batch in results_of_two[0]:
+    for batch in results_of_two["cached"]:
         assert (batch.made, batch.failures, batch.psnr, batch.used) == (4, alone.failures, alone.psnr, alone.used)
 
 
@@ -88,8 +90,8 @@ def test_a_picture_is_that_of_its_prompt_and_seed_alone(of_two):
 @pytest.mark.parametrize(("name", "left"), [("stopped", PROMPTS[3:]), ("killed", PROMPTS[4:])])
 def test_what_two_processes_left_is_made_by_one(of_two, reference, name, left):
     folder, results_of_two = of_two
-    assert results_of_two[1] == ["stopped"] * 2
-    died, lost = results_of_two[3]
+    assert results_of_two["stopped"] == ["stopped"] * 2
+    died, lost = results_of_two["leader_killed"]
     assert died is None and isinstance(lost, CrewError)
     assert noise(folder / name) == left
     assert content_of(folder / name) == reference
@@ -97,9 +99,15 @@ def test_what_two_processes_left_is_made_by_one(of_two, reference, name, left):
 
 def test_the_command_of_two_processes_speaks_once(of_two):
     folder, results_of_two = of_two
-    (code, output, _), other = results_of_two[2]
+    (code, output, _), other = results_of_two["command"]
     assert code == 1 and other == (1, "", "") and "(2 of 3; 2 made now" in output and "1 failed" in output
     assert [line.get("file") for line in lines_of(folder / "command")] == ["00000-cat.png", None, "00002-coffee.png"]
+
+
+def test_processes_with_other_prompts_are_refused(of_two):
+    folder, results_of_two = of_two
+    assert all(found.startswith("process 1 has another model") for found in results_of_two["others"])
+    assert not (folder / "others").exists()
 
 
 def test_ctrl_c_loses_what_was_in_flight_and_no_more(tmp_path, reference):
@@ -298,6 +306,27 @@ def test_the_manifest_ends_in_the_order_of_the_prompts(tmp_path):
     manifest.keep(4, Made(error="no"))
     again = Manifest(tmp_path, {"model": "a"}, {"settings": {"steps": 3}}, entries)
     assert again.left(False) == [4, 5, 6] and again.head["settings"] == {"steps": 2}
+
+
+def test_a_leader_on_another_machine_sends_what_it_writes(tmp_path, reference):
+    """It has the manifest alone to go on from; lines are sent as they are added, never all of them again."""
+    here, there, sent = tmp_path / "here", tmp_path / "there", []
+
+    def send(path, line):
+        copy = here / path.relative_to(there)
+        copy.parent.mkdir(exist_ok=True)
+        sent.append(len(line.encode()) if line is not None else path.stat().st_size if path.name == NAME else 0)
+        with copy.open("wb" if line is None else "ab") as file:
+            file.write(path.read_bytes() if line is None else line.encode())
+
+    with followed(send):
+        for _ in range(2):
+            make(NoisePipeline(), numbered(PROMPTS[:5], 3), there, look=False)
+            for path in there.glob("*.png"):
+                path.unlink()
+        make(pipe := NoisePipeline(), numbered(PROMPTS, 3), there, look=False)
+    assert pipe.seen == PROMPTS[5:] and content_of(here) == reference
+    assert sum(sent) == (there / NAME).stat().st_size
 
 
 # --- videos --------------------------------------------------------------------------------------------------------

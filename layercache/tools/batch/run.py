@@ -22,7 +22,13 @@ import layercache
 from layercache._utils import metrics
 from layercache._utils.text import shown
 from layercache._version import __version__
-from layercache.errors import CrewError, LayerCacheError, MissingExtraError, NonFiniteWarning
+from layercache.errors import (
+    CrewError,
+    LayerCacheError,
+    MissingExtraError,
+    NonFiniteWarning,
+    ScheduleMismatchError,
+)
 from layercache.models.registry import experts_of
 from layercache.parallel.crew import Crew
 from layercache.planning.search_files import digest_of, model_identity
@@ -96,10 +102,10 @@ def generate_all(
         look: whether to look for files in the folder that are missing or were changed, as `forget_changed` does.
 
     Raises:
-        CrewError: a process was lost, or has another model or other prompts.
+        CrewError: a process was lost.
         LayerCacheError: an argument or the schedule does not fit the pipeline.
         OutputError: a file cannot be written.
-        ScheduleMismatchError: the folder holds other pictures.
+        ScheduleMismatchError: the folder holds other pictures, or a process has another model or other prompts.
     """
     crew = crew or Crew()
     maker = _Maker(pipe, entries, dict(call or {}), schedule, compare, frame_rate)
@@ -130,7 +136,7 @@ def _check_same(crew: Crew, own: Any) -> None:
     found = crew.gather([own])
     others = [rank for rank, one in enumerate(found) if one != found[0]]
     if others:
-        raise CrewError(
+        raise ScheduleMismatchError(
             f"process {others[0]} has another model, schedule, or other prompts or arguments than process 0; give all "
             "of them the same files"
         )

@@ -130,7 +130,8 @@ def _join(crew: Crew, is_own: bool) -> None:
         running.enter_context(crew.together())
     restarts = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if crew.leads and restarts != "0":
-        typer.echo(f"A process died; all were started again (restart {restarts}).", err=True)
+        # behind the progress bar of the one before
+        typer.echo(f"\nA process died; all were started again (restart {restarts}).", err=True)
     found = tuple(crew.differences())
     _DIFFERENCES.set(found)
     for sentence in found:
@@ -174,17 +175,28 @@ def _set_threads(threads: int | None) -> None:
 
 def _launch(options: WorkerOptions, files: list[str | os.PathLike[str]]) -> int:
     """Runs the same command line in other processes, and gives its exit code."""
-    words, workers = tuple(GIVEN.get()), options.workers or 1
-    if options.ray is None:
-        from layercache.parallel.launching import launch_here
+    words = tuple(GIVEN.get())
+    try:
+        return _launch_on_ray(options, words, files) if options.ray is not None else _launch_here(options, words)
+    except CrewError as error:
+        if error.argument is None:
+            typer.echo(err=True)  # behind the progress bar
+        raise
 
-        return launch_here((*COMMAND, *words), workers, options.restarts, options.threads)
+
+def _launch_here(options: WorkerOptions, words: Sequence[str]) -> int:
+    from layercache.parallel.launching import launch_here
+
+    return launch_here((*COMMAND, *words), options.workers or 1, options.restarts, options.threads)
+
+
+def _launch_on_ray(options: WorkerOptions, words: Sequence[str], files: list[str | os.PathLike[str]]) -> int:
     from layercache.parallel.on_ray import launch_on_ray
 
     try:
         codes = launch_on_ray(
             functools.partial(run_words, words),
-            workers,
+            options.workers or 1,
             address=options.ray,
             gpus=options.gpus_per_worker,
             cpus=options.threads,
