@@ -22,8 +22,8 @@ from layercache.errors import CalibrationError, CrewError, LayerCacheError
 T = TypeVar("T")
 R = TypeVar("R")
 
-TIMEOUT = 600.0
-"""Seconds that processes wait for each other."""
+TIMEOUT = 3600.0
+"""Seconds that processes wait for each other, longer than one sample takes; one that died is noticed at once."""
 
 BLOCK = 4096
 """Bytes of every process that are exchanged in few rounds; of longer values the rest follows."""

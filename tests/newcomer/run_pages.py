@@ -211,7 +211,9 @@ def run_page(page: str, home: Path) -> list[str]:
         lines = lines_of(done.output)
         if done.status:
             problems.append(f"{page}, block {number}:\n{block.text}\n" + "\n".join(lines[-40:]))
-        own = [line for line in lines if "Warning: " not in line and not line.startswith(("[transformers]", "front:"))]
+        # commands to give next stand on a line each, however long, to be copied
+        others = ("[transformers]", "front:", "next: ", "or: ")
+        own = [line for line in lines if "Warning: " not in line and not line.startswith(others)]
         wide = [line for line in own if len(line) > COLUMNS]
         if block.kind == "console" and wide:
             problems.append(f"{page}, block {number} prints lines of more than {COLUMNS} columns: {wide[0]!r}")
