@@ -126,7 +126,7 @@ def _figures_of(committed: dict[str, Any]) -> list[str]:
     ]
     return [
         f"sends {max(size for _, size, _ in work['calibrate']['intervals']) / 1e6:.1f} MB once",
-        f"{exchanges} exchanges, two for every step that is fitted, of {size:.0f} bytes",
+        f"{exchanges} exchanges, one for every step that is fitted and a few for every run, of {size:.0f} bytes",
         f"take {np.median(times['512']):.1f} ms for one of 512 bytes",
         f"and {np.median(times['16384']):.1f} ms for one of 16 kB",
         f"99 % are below {low:.0f} and {high:.0f} ms",
