@@ -115,15 +115,21 @@ def _connected(ray: Any, place: str, cpus: int) -> Iterator[None]:
     try:
         ray.init(address=place, **settings)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise CrewError(
-            f"Ray cannot be reached at {place!r} ({_first_line(error)}); 'ray start --head' starts a cluster, 'local' "
-            "needs none",
-            argument="ray",
-        ) from error
+        reason = f"Ray cannot be reached at {place!r} ({_first_line(error)})"
+        if _wants_token(error):
+            advice = "it wants a token: set RAY_AUTH_MODE=token, as on its machines, which have the token in ~/.ray"
+        else:
+            advice = "'ray start --head' starts a cluster, 'local' needs none"
+        raise CrewError(f"{reason}; {advice}", argument="ray") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _wants_token(error: BaseException | None) -> bool:
+    """Whether a cluster refused a connection without its token."""
+    return error is not None and ("AuthToken" in str(error) or _wants_token(error.__cause__ or error.__context__))
 
 
 def _resources(ray: Any, workers: int, gpus: float | None, cpus: int) -> dict[str, float]:
@@ -131,12 +137,13 @@ def _resources(ray: Any, workers: int, gpus: float | None, cpus: int) -> dict[st
     found = ray.cluster_resources()
     has = {"GPU": float(found.get("GPU", 0)), "CPU": float(found.get("CPU", 0))}
     wants = {"GPU": gpus if gpus is not None else float(has["GPU"] > 0), "CPU": float(cpus)}
-    for name, argument in (("GPU", "gpus_per_worker"), ("CPU", "threads")):
+    for name in wants:
         if wants[name] * workers > has[name]:
+            each = f"{wants[name]:g} {name}{'' if wants[name] == 1 else 's'}"
             raise CrewError(
-                f"{workers} processes with {wants[name]:g} {name}s each need {wants[name] * workers:g}, and the Ray "
-                f"cluster has {has[name]:g}; take fewer processes",
-                argument=argument,
+                f"{workers} processes with {each} each need {wants[name] * workers:g}, and the Ray cluster has "
+                f"{has[name]:g}; take fewer processes",
+                argument="workers",
             )
     return {"num_gpus": wants["GPU"], "num_cpus": wants["CPU"]}
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
 
 import pytest
 
-from layercache.errors import LayerCacheError
+from layercache.errors import LayerCacheError, LayerCacheWarning
 from layercache.parallel import on_ray
+from layercache.parallel.crew import Crew
 from layercache.parallel.launching import launch_here, threads_of
 from layercache.tools.cli.common import Printer, save
+from layercache.tools.cli.following import with_command
 from layercache.tools.cli.loading import choose_device
-from layercache.tools.cli.workers import LARGEST, _named_files
+from layercache.tools.cli.options import CallOptions, ModelOptions
+from layercache.tools.cli.workers import LARGEST, WorkerOptions, _named_files, command_running, crew_for
 from support import hosted_task
 from support.commands import refused, run
 from support.hosts import ROOT, alone, arrays_of, command, ended, gone_or_killed, ranks_of, running, wait_until
+from support.profiles import made_profile
 
 CALIBRATE = ("calibrate", "--steps", 6, "--samples", 6, "-p", "cat", "-p", "coffee", "-o", "profile.safetensors")
 SQUARES = [0, 1, 4, 9, 16, 25]
@@ -90,6 +95,31 @@ def test_files_of_the_command_line_are_sent_but_no_large_ones(monkeypatch, tmp_p
     assert found == ["prompts.txt", "mask.png"]
     sent = on_ray._contents([*found, "journal"])
     assert {name: len(content) for name, content in sent.items()} == {"prompts.txt": 3, "mask.png": 4, "journal/000": 4}
+
+
+class OtherThreads(Crew):
+    """A crew whose processes were given other numbers of threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = 2
+
+    def together(self):
+        return contextlib.nullcontext()
+
+    def differences(self):
+        return ["the processes have different numbers of threads: 1, 2"]
+
+
+def test_what_differs_between_the_processes_is_warned_of_and_kept(monkeypatch):
+    monkeypatch.setattr("layercache.parallel.crew.crew_of_environment", OtherThreads)
+    fingerprint = made_profile(steps=4).fingerprint
+    with command_running():
+        with pytest.warns(LayerCacheWarning, match="different numbers of threads: 1, 2"):
+            crew_for(WorkerOptions(), samples=2)
+        marked = with_command(fingerprint, ModelOptions(), CallOptions(), "cat")
+    assert marked.settings["processes"] == ["the processes have different numbers of threads: 1, 2"]
+    assert "processes" not in with_command(fingerprint, ModelOptions(), CallOptions(), "cat").settings
 
 
 # --- on this machine -----------------------------------------------------------------------------------------------
@@ -210,7 +240,7 @@ def test_on_other_machines_files_are_sent_to_and_fro(tmp_path):
     (tmp_path / "far.py").write_text(FAR)
     with running([*alone(), sys.executable, "far.py"], tmp_path) as process:
         text = ended(process)
-    assert "2 processes with 1 GPUs each need 2, and the Ray cluster has 0" in text
+    assert "2 processes with 1 GPU each need 2, and the Ray cluster has 0" in text
     assert text.count("process 0 has") == 1 and "process 1 has" not in text
     assert text.splitlines()[-1] == json.dumps([SQUARES, SQUARES])
     found = json.loads((tmp_path / "inside/squares.json").read_text())
