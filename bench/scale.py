@@ -37,7 +37,7 @@ from layercache.parallel.crew import BLOCK, Crew, crew_of_environment
 from layercache.tools.report.machine import machine_info, write_json
 
 STEP = 0.3
-"""Seconds of a step of one sample, all forwards of guidance together: Qwen-Image on one GPU."""
+"""Seconds of a step of one sample, all forwards of guidance together."""
 SMALL = 512
 """Bytes of a value whose exchange takes no second round."""
 SIZES = (SMALL, 2048, 16384)
@@ -191,45 +191,49 @@ class NotedCrew(Crew):
         finally:
             del transformer.forward
 
-    def work(self, name: str, samples: int, branches: int = 2) -> Work:
-        """What was noted since the last time."""
+    def calibration(self, samples: int, branches: int = 2) -> Work:
+        """What was noted since the last time, of samples one after the other."""
+        rows, self.noted = [(forwards / branches, size) for forwards, size, _ in self.noted], []
+        counts = Counter((steps * self.world / samples, size) for steps, size in rows)
+        return Work("calibrate", samples, [(*key, count) for key, count in sorted(counts.items())])
+
+    def steps_together(self, name: str, samples: int, branches: int = 2) -> Work:
+        """What was noted since the last time, of samples that take their steps together."""
         own = -(-samples // self.world)
-        rows = [(forwards / branches / own, size, host) for forwards, size, host in self.noted]
+        rows, self.noted = [(forwards / branches / own, size, host) for forwards, size, host in self.noted], []
         usual = statistics.median([host / steps for steps, _, host in rows if steps] or [0.0])
         host = sum(max(0.0, host - usual * steps) for steps, _, host in rows)
         counts = Counter((round(steps, 3), -(-size // own)) for steps, size, _ in rows)
-        self.noted = []
         return Work(name, samples, [(*key, count) for key, count in sorted(counts.items())], host)
 
 
 def pipeline() -> Any:
-    """The bundled model with two of its blocks: what is noted does not depend on their number."""
+    """The bundled model with three of its blocks, one for each group: what is noted does not depend on their number."""
     from layercache.demo.pipeline import load_demo_pipeline
 
     pipe = load_demo_pipeline("cpu")
-    del pipe.transformer.transformer_blocks[2:]
+    del pipe.transformer.transformer_blocks[3:]
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def noted_work(crew: NotedCrew, steps: int) -> list[Work]:
-    """A calibration, a fit of a schedule to samples, and searches, shared by two processes."""
+    """A calibration, a fit of a schedule to samples, and a search, shared by two processes."""
     import layercache
     from layercache.demo.model import CLASS_NAMES
     from layercache.methods import Uniform
 
     pipe, found = pipeline(), []
     settings: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": steps, "progress": False}
-    prompts = list(CLASS_NAMES) * 2
+    prompts = list(CLASS_NAMES)
     with crew.watching(pipe.transformer):
         profile = layercache.calibrate(pipe, prompts[:4], crew=crew, **settings)
-        found.append(crew.work("calibrate", 4))
+        found.append(crew.calibration(4))
         schedule = Uniform(interval=2).schedule(profile.fingerprint)
         layercache.refit(pipe, schedule, prompts[:4], crew=crew, **settings)
-        found.append(crew.work("refit", 4))
-        for effort, pictures in (("normal", 8), ("thorough", 16)):
-            layercache.search(pipe, prompts[:pictures], effort=effort, crew=crew, **settings)
-            found.append(crew.work(f"search, {effort}", pictures))
+        found.append(crew.steps_together("refit", 4))
+        layercache.search(pipe, prompts[:8], crew=crew, **settings)
+        found.append(crew.steps_together("search", 8))
     return found
 
 
@@ -268,7 +272,9 @@ def _measuring(rank: int, port: int, folder: Path, steps: int, count: int) -> No
     crew = crew_of_environment()
     times = {str(size): exchanges(crew, size, count) for size in SIZES}
     noted = NotedCrew(crew.group)
+    start = time.perf_counter()
     work = noted_work(noted, steps)
+    print(f"process {rank}: {time.perf_counter() - start:.0f} s of work", flush=True)
     largest = max(size for one in work for _, size, _ in one.intervals)
     ring = {str(size): passes(crew, size, count) for size in (SIZES[-1], largest)}
     if crew.leads:
@@ -299,20 +305,24 @@ def measure(steps: int, count: int) -> dict[str, Any]:
 class Network:
     """Seconds of an exchange of many processes, drawn from those of two.
 
-    Short values go to the leader and from it to all in rounds whose number is that of the binary digits of the number
-    of processes; two processes take two rounds. Of longer ones the rest goes around, in a round per process.
+    Short values go to the leader, and a block per process from it to all, in as many rounds as the number of processes
+    has binary digits; two processes take two rounds. Of longer values the rest goes around, in a round per process.
     """
 
     def __init__(self, measured: dict[str, Any], world: int, seed: int, slower: float = 1.0):
         self.world, self.slower, self.numbers = world, slower, np.random.default_rng(seed)
         self.small = np.array(measured["exchange"][str(SMALL)]) / 2
         self.ring = {int(size): np.array(times) for size, times in measured["pass"].items()}
+        least, most = min(self.ring), max(self.ring)
+        slope = (np.median(self.ring[most]) - np.median(self.ring[least])) / max(1, most - least)
+        self.byte_seconds = max(0.0, float(slope))
 
     def __call__(self, size: int) -> float:
         if self.world == 1:
             return 0.0
         rounds = 1 + math.ceil(math.log2(self.world))
         seconds = self.numbers.choice(self.small, rounds).sum()
+        seconds += (rounds - 1) * (self.world - 2) * BLOCK * self.byte_seconds  # two processes' are in the measured
         if size > BLOCK - 8:
             nearest = min((one for one in self.ring if one >= size), default=max(self.ring))
             seconds += self.numbers.choice(self.ring[nearest], self.world - 1).sum() * max(1.0, size / nearest)
@@ -351,9 +361,7 @@ def simulated(measured: dict[str, Any], work: Work, world: int, samples: int, ar
     meeting = Meeting(world, Network(measured, world, args.seed, args.slower))
     run = partial(processes_of, work, samples=samples, step=args.step, spread=args.spread)
     seconds = max(on_threads(lambda crew: run(crew=crew), meeting))
-    alone = samples * work.steps * args.step + (
-        work.host_seconds * samples / work.samples if work.name != "calibrate" else 0.0
-    )
+    alone = samples * (work.steps * args.step + work.host_seconds / work.samples)
     bound = samples / math.ceil(samples / world)
     return {
         "work": work.name,
@@ -371,9 +379,20 @@ def all_rows(measured: dict[str, Any], args: argparse.Namespace) -> list[dict[st
     rows = []
     for data in measured["work"]:
         work = Work(**data)
-        for samples in [work.samples] if work.name.startswith("search") else args.samples:
+        for samples in [work.samples] if work.name == "search" else args.samples:
             for world in (world for world in args.processes if world <= samples):
                 rows.append(simulated(measured, work, world, samples, args))
+    return rows
+
+
+def variations(measured: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """As many processes as samples, with shorter steps, slower exchanges, and steps whose time varies."""
+    rows = []
+    for change in ({"step": 0.05}, {"slower": 5.0}, {"spread": 0.02}):
+        changed = argparse.Namespace(**vars(args) | change)
+        for work in (Work(**data) for data in measured["work"]):
+            samples = work.samples if work.name == "search" else max(args.samples)
+            rows.append(change | simulated(measured, work, samples, samples, changed))
     return rows
 
 
@@ -411,13 +430,14 @@ def say(measured: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
         count = sum(count for _, _, count in work.intervals)
         size = sum(size * count for _, size, count in work.intervals) / count
         print(
-            f"{work.name}: {work.steps:.0f} steps of a sample, {count} exchanges of {size:.0f} bytes per sample, "
-            f"{work.host_seconds:.1f} s beside the model with {work.samples} samples"
+            f"{work.name} of {work.samples} samples: {work.steps:.0f} steps of each, {count} exchanges of {size:.0f} "
+            f"bytes per sample, {work.host_seconds:.1f} s beside the model"
         )
     for row in rows:
         print(
             f"{row['work']:<18} {row['samples']:>3} samples {row['processes']:>3} processes {row['seconds']:>9.1f} s "
             f"{row['speedup']:>6.2f}x  efficiency {row['efficiency']:.3f}, {row['of_the_bound']:.3f} of the bound"
+            + "".join(f", {name} {row[name]:g}" for name in ("step", "slower", "spread") if name in row)
         )
 
 
@@ -441,13 +461,15 @@ def main() -> None:
         measured = measure(args.steps, args.exchanges) | {"machine": machine_info()}
     else:
         measured = json.loads(args.given.read_text())["measured"]
-    rows = all_rows(measured, args)
+    rows, more = all_rows(measured, args), variations(measured, args)
     settings = {name: getattr(args, name) for name in ("step", "spread", "slower", "seed")}
     if args.json is not None:
-        write_json(args.json, {"kind": "scale", "settings": settings, "rows": rows, "measured": measured})
+        write_json(
+            args.json, {"kind": "scale", "settings": settings, "rows": rows, "variations": more, "measured": measured}
+        )
     if args.plot is not None:
         draw(rows, args.plot, args.step)
-    say(measured, rows)
+    say(measured, [*rows, *more])
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ class RolloutRun:
     def _fit(self, step: int, forecast: Forecast, output: int) -> Velocity | None:
         own, full = self.traces[output], self.full[output]
         runs = own[0].raw[step] is not None
-        if runs and not (forecast.target == "steer" and forecast.everywhere and self._has_drifted(step, output)):
+        if runs and not (forecast.target == "steer" and forecast.everywhere and self._may_have_drifted(step, output)):
             return None
         sources = [k for k in range(step, -1, -1) if own[0].raw[k] is not None][: forecast.terms]
         if forecast.target == "none":
@@ -383,19 +383,28 @@ class RolloutRun:
         else:
             targets = [near(one.taken[step], x) for one, x in zip(full, latents, strict=True)]
         found = products_of(step, features, latents, targets)  # type: ignore[arg-type]
-        products = np.concatenate(self.crew.gather(found))
+        flags = self._drifted(step, output) if runs else [True] * len(found)
+        drifted, terms = zip(*self.crew.gather(list(zip(flags, found, strict=True))), strict=True)
+        if runs and not any(drifted):
+            return None
+        products = np.concatenate(terms)
         place = output * self.num_steps + step
         if place in self.more:
             products = np.concatenate([self.more[place], products])
         self.products[place] = products
         return solve_velocity(forecast, sources, products)
 
-    def _has_drifted(self, step: int, output: int) -> bool:
+    def _may_have_drifted(self, step: int, output: int) -> bool:
+        """Whether a sample has left its full run; one that skipped a step is looked at when its terms are gathered."""
+        if any(raw is None for raw in self.traces[output][0].raw[:step]):
+            return True
+        return any(self.crew.gather(self._drifted(step, output)))
+
+    def _drifted(self, step: int, output: int) -> list[bool]:
         pairs = zip(self.traces[output], self.full[output], strict=True)
-        own = [
+        return [
             not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step])) for trace, full in pairs
         ]
-        return any(self.crew.gather(own))
 
 
 def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float = 1.0) -> Schedule:

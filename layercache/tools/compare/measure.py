@@ -181,6 +181,7 @@ def measure(
         full, _ = pictures.run_all()
         again = _again(pipe, cache) if plan is None else lambda: layercache.enabled(pipe, plan)
         trial = run_trial(pictures, again, repeats)
+        assert trial is not None  # there is no other process
     text = described_plan(plan) if plan is not None else ", ".join(f"{name} {value:g}" for name, value in given.items())
     return _measurement(text or "what enable(pipe) takes", trial, fidelity(full, np.concatenate(trial.looks)))
 

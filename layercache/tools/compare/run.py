@@ -169,7 +169,8 @@ class Comparison(ComparisonFiles):
             self.full[batch], seconds = self.calls.run(batch)
             return first_stills(self.full[batch], self.calls.batches[batch][0]), seconds
 
-        found = self.crew.map(run, range(len(self.calls.batches)))
+        found: list[tuple[Pictures, float]] = []
+        self.crew.map(run, range(len(self.calls.batches)), lambda batch, one: found.append(one), keep=False)
         with self.crew.together():
             if self.crew.leads:
                 seconds = sum(seconds for _, seconds in found) / len(self.calls.seeds)
@@ -186,37 +187,41 @@ class Comparison(ComparisonFiles):
 
     def _settle(self, job: Job) -> None:
         """Runs a job and keeps what it gave."""
-        outcome, pictures = self._outcome_of(job)
-        outcome = self.outcomes[job.key] = self.crew.agree(outcome)
+        found = self._outcome_of(job)
+        outcome, method = self.crew.agree(found[0]), job.method
+        assert outcome is not None  # the leader's
+        budget = outcome.used if method.is_fixed else job.budget
+        outcome = replace(outcome, budget=budget, is_fixed=method.is_fixed, identity=method.identity)
+        self.outcomes[job.key] = outcome
         with self.crew.together():
             if self.crew.leads:
-                if pictures is not None:
-                    self.keep(outcome, pictures)
+                if found[1] is not None:
+                    self.keep(outcome, found[1])
                 self.save()
 
-    def _outcome_of(self, job: Job) -> tuple[Outcome, Pictures | None]:
-        """What a job gave, and its first pictures; an error of one process is the outcome of all."""
-        method, pictures = job.method, None
+    def _outcome_of(self, job: Job) -> tuple[Outcome | None, Pictures | None]:
+        """What a job gave, and its first pictures, on the leader; an error of one process is raised in all of them."""
+        method = job.method
         try:
             with quiet(self.model.pipeline):
                 with self.crew.together():
                     entry = method.make(self.model, job.budget)
-                outcome, pictures = self._judge(entry)
+                return self._judge(entry)
         except CrewError:
             raise  # the other processes are gone, whatever the method is
         except Exception as error:  # of another package, or of a method of one's own, it may be any
-            outcome = Outcome(method.name, "", job.budget, error=f"{type(error).__name__}: {error}")
+            return Outcome(method.name, "", job.budget, error=f"{type(error).__name__}: {error}"), None
         finally:
             _restore(self.model.pipeline)
-        budget = outcome.used if method.is_fixed else job.budget
-        return replace(outcome, budget=budget, is_fixed=method.is_fixed, identity=method.identity), pictures
 
-    def _judge(self, entry: Entry) -> tuple[Outcome, Pictures]:
+    def _judge(self, entry: Entry) -> tuple[Outcome | None, Pictures | None]:
         def look(batch: int, pictures: Pictures) -> tuple[Fidelity, Pictures]:
             return fidelity(self.full[batch], pictures), first_stills(pictures, self.calls.batches[batch][0])
 
         crew, alone = self.crew, self._times_alone
         trial = run_trial(self.calls, entry.attach, self.repeats, counts=True, look=look, crew=crew, alone=alone)
+        if trial is None:
+            return None, None
         close = [fidelity for fidelity, _ in trial.looks]
         outcome = Outcome(
             entry.method,

@@ -234,20 +234,21 @@ def run_trial(
     look: Look = lambda batch, pictures: pictures,
     crew: Crew | None = None,
     alone: bool = False,
-) -> Trial:
+) -> Trial | None:
     """Runs a cache on all pictures, and full runs in turns with it.
 
     Each repeat is a full run and a cached run of the same batch, one right behind the other; which of them comes first
     alternates, so that a machine that grows slower or faster does not favour either. Batches take turns.
 
-    The processes of a crew share out the batches. Times are the leader's, of its own batches.
+    The processes of a crew share out the batches. Times are the leader's, of its own batches, and so is the result;
+    the others get ``None``.
 
     Args:
         calls: the pictures; they were run in full before, so that full runs are warm.
         attach: a context manager around a generation, see `layercache.tools.compare.model.Entry`.
         repeats: pairs of runs whose times are compared, at least 1.
         counts: also count operators and reads, in the run that warms the cache up.
-        look: what is taken of a batch's pictures; it is sent to all processes.
+        look: what is taken of a batch's pictures; it is sent to the leader.
         crew: processes that share out the batches, at most one per batch.
         alone: the other processes wait while the leader times (`shares_device`).
 
@@ -267,8 +268,11 @@ def run_trial(
                 runs.try_pair(own[turn % len(own)], turn % 2 == 0)
             elif not alone and turn < len(own):
                 runs.try_run(own[turn])
-    batches = crew.map(runs.run, range(len(calls.batches)))
-    timing = crew.agree(runs.timing(counted))
+    batches: list[BatchRun] = []
+    crew.map(runs.run, range(len(calls.batches)), lambda batch, run: batches.append(run), keep=False)
+    if not crew.leads:
+        return None
+    timing = runs.timing(counted)
     seconds = timing.seconds * calls.batches[-1][1] if alone else sum(run.seconds for run in batches)
     return Trial(batches, timing, runs.reports, seconds)
 
