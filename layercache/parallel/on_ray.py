@@ -1,7 +1,7 @@
 """Processes on a Ray cluster, or on an embedded Ray of this machine, that share out samples.
 
 Where a process dies, all are started again, and go on from what the function kept on the disk. Files are those of the
-driver, the process that calls `launch_on_ray`: what the processes read is sent to them, and what they write (by
+driver, the process that calls `launch_on_ray`: what the processes read is sent to them, and what the leader writes (by
 `layercache._utils.files`) is sent back, so that the machines need no disk in common.
 """
 
@@ -332,7 +332,7 @@ class _Host:
         import torch
 
         torch.set_num_threads(place.threads)
-        with _folder_of(place, sent):
+        with _folder_of(place, sent, leads=rank == 0):
             crew = Crew()
             if place.world > 1:
                 crew = crew_at(place.address, place.port, rank, place.world, str(place.attempt), timeout=place.timeout)
@@ -343,8 +343,12 @@ class _Host:
 
 
 @contextlib.contextmanager
-def _folder_of(place: _Place, sent: list[Any] | None) -> Iterator[None]:
-    """Context whose current folder is the driver's, or stands for it on another machine."""
+def _folder_of(place: _Place, sent: list[Any] | None, leads: bool) -> Iterator[None]:
+    """Context whose current folder is the driver's, or stands for it on another machine.
+
+    What the leader writes there is sent to the driver; what the others write are copies of their own samples, to go on
+    from, which are large.
+    """
     if sent is None:
         os.chdir(place.folder)
         yield
@@ -376,7 +380,7 @@ def _folder_of(place: _Place, sent: list[Any] | None) -> Iterator[None]:
         ray.get(place.desk.put.remote("write", wanted, content))
 
     try:
-        with followed(send):
+        with followed(send) if leads else contextlib.nullcontext():
             yield
     finally:
         os.chdir(tempfile.gettempdir())
