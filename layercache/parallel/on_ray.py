@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 from layercache._utils.files import append_line, followed, saved_anyway, write_atomically
 from layercache._utils.processes import HOSTED
-from layercache.errors import CrewError, MissingExtraError
+from layercache.errors import CrewError, LayerCacheWarning, MissingExtraError
 from layercache.parallel.crew import ATTEMPT, TIMEOUT, Crew, crew_at
 from layercache.parallel.launching import INTERFACE, gave_up, threads_of
 
@@ -30,6 +31,7 @@ R = TypeVar("R")
 
 LOCAL = "local"
 POLL = 0.2  # seconds between two looks at what the processes wrote and printed
+PATIENCE = 60.0  # seconds in which processes that nobody keeps waiting have started
 LOOPBACK = "127.0.0.1"
 
 
@@ -79,7 +81,7 @@ def launch_on_ray(
             ray.exceptions.OutOfMemoryError,
             ray.exceptions.ObjectLostError,
         )
-        options = {**needs, "runtime_env": dict(runtime_env or {})}
+        options: dict[str, Any] = {**needs, **({"runtime_env": dict(runtime_env)} if runtime_env else {})}
         reason, launch = "", uuid.uuid4().hex[:12]
         for number in range(restarts + 1):
             attempt = _Attempt(ray, place == LOCAL, threads, timeout, options, launch)
@@ -193,7 +195,14 @@ class _Attempt:
         with tempfile.TemporaryDirectory(prefix="layercache-") as folder:
             mark, content = Path(folder, "mark"), str(uuid.uuid4())
             mark.write_text(content)
-            places = ray.get([host.place.remote(str(mark), content) for host in self.hosts])
+            asked = [host.place.remote(str(mark), content) for host in self.hosts]
+            if len(ray.wait(asked, num_returns=workers, timeout=PATIENCE)[0]) < workers:
+                warnings.warn(
+                    f"the Ray cluster has not started all of {workers} processes yet; others may be using its machines",
+                    LayerCacheWarning,
+                    stacklevel=3,
+                )
+            places = ray.get(asked)
         size = shutil.get_terminal_size()
         place = _Place(
             address=LOOPBACK if self.is_local else places[0][0],
