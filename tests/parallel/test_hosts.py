@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +22,10 @@ from layercache.tools.cli.options import CallOptions, ModelOptions
 from layercache.tools.cli.workers import LARGEST, WorkerOptions, _named_files, command_running, crew_for
 from support import hosted_task
 from support.commands import refused, run
-from support.hosts import ROOT, alone, arrays_of, command, ended, gone_or_killed, ranks_of, running, wait_until
+from support.hosts import ROOT, alone, arrays_of, command, ended, gone_or_killed, ranks_once, running
 from support.profiles import made_profile
 
-CALIBRATE = ("calibrate", "--steps", 6, "--samples", 6, "-p", "cat", "-p", "coffee", "-o", "profile.safetensors")
+CALIBRATE = ("calibrate", "--steps", 8, "--samples", 8, "-p", "cat", "-p", "coffee", "-o", "profile.safetensors")
 SQUARES = [0, 1, 4, 9, 16, 25]
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
@@ -146,8 +147,7 @@ def test_ten_restarts_in_a_row_meet_no_addresses_of_the_dead(tmp_path, capfd):
 def test_deaths_beyond_the_restarts_are_one_sentence(tmp_path):
     words = (*CALIBRATE[:-1], tmp_path / "profile.safetensors", "--workers", 2, "--restarts", 0)
     with running(command(*words), tmp_path) as process:
-        wait_until(lambda: len(list(tmp_path.glob("profile.samples/*"))) >= 2, process)
-        ranks_of(process)[1].kill()
+        ranks_once(lambda: _kept(tmp_path) >= 2, process)[1].kill()
         text = ended(process)
     assert process.returncode == 75
     assert text.splitlines()[-1].startswith("Error: process ")
@@ -163,6 +163,11 @@ def reference(tmp_path_factory):
     return arrays_of(folder / "profile.safetensors")
 
 
+def _kept(folder: Path) -> int:
+    """Samples that a calibration has finished and kept so far."""
+    return len([*folder.glob("profile.samples/[!.]*")])
+
+
 HOSTS = {"here": ("--workers", 2), "ray": ("--workers", 2, "--ray", "local")}
 
 
@@ -171,10 +176,7 @@ HOSTS = {"here": ("--workers", 2), "ray": ("--workers", 2, "--ray", "local")}
 def test_a_killed_process_changes_no_bit(host, reference, tmp_path):
     before = alone() if host == "ray" else ()
     with running([*before, *command(*CALIBRATE, *HOSTS[host])], tmp_path) as process:
-        wait_until(lambda: len(list(tmp_path.glob("profile.samples/*"))) >= 2, process)
-        ranks = ranks_of(process)
-        assert len(ranks) == 2
-        ranks[1].kill()
+        ranks_once(lambda: _kept(tmp_path) >= 2, process)[1].kill()
         text = ended(process)
     assert process.returncode == 0, text
     assert "A process died; all were started again (restart 1)." in text
@@ -188,15 +190,14 @@ def test_a_killed_process_changes_no_bit(host, reference, tmp_path):
 def test_with_a_killed_driver_all_end_and_the_same_command_goes_on(host, reference, tmp_path):
     before = alone() if host == "ray" else ()
     with running([*before, *command(*CALIBRATE, *HOSTS[host])], tmp_path) as process:
-        wait_until(lambda: len(list(tmp_path.glob("profile.samples/*"))) >= 2, process)
-        ranks = ranks_of(process)
+        ranks = ranks_once(lambda: _kept(tmp_path) >= 2, process)
         process.kill()
         gone_or_killed(ranks)
-    kept = len(list(tmp_path.glob("profile.samples/*")))
-    assert 2 <= kept < 6
+    kept = _kept(tmp_path)
+    assert 2 <= kept < 8
     with running(command(*CALIBRATE, "--workers", 1), tmp_path) as process:
         text = ended(process)
-    assert f"{kept}/6" in text  # what the bar begins with
+    assert f"{kept}/8" in text  # what the bar begins with
     assert arrays_of(tmp_path / "profile.safetensors") == reference
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -76,9 +76,23 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that share out the samples, in no order."""
     found = []
     for one in _family(process.pid):
-        words = " ".join(one.cmdline())
-        if "multiprocessing.spawn" in words or words.startswith("ray::_Host"):
-            found.append(one)
+        with suppress(psutil.Error):  # gone by now
+            words = " ".join(one.cmdline())
+            if "multiprocessing.spawn" in words or words.startswith("ray::_Host"):
+                found.append(one)
+    return found
+
+
+def ranks_once(condition: Callable[[], bool], process: subprocess.Popen[str], count: int = 2) -> list[psutil.Process]:
+    """The processes that share out the samples, as soon as something is so; they are sought before."""
+    found: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        found[:] = ranks_of(process)
+        return len(found) == count
+
+    wait_until(are_there, process)
+    wait_until(condition, process)
     return found
 
 
