@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,8 +29,12 @@ SINGLE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable of torch: each start has a store of its own, so that none reads the addresses of the dead."""
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
+PATIENCE = 60.0
+"""Seconds in which the other processes end behind one that failed; as a rule they have raised the same error."""
+
+WAITED = "waited"
 _LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
-_ORPHANED = 0.5  # seconds after which a process ends whose parent is gone
+_LOOK = 0.5  # seconds between two looks of a process at whether the others are there
 
 
 def launch_here(argv: Sequence[str], workers: int, restarts: int = 3, threads: int | None = None) -> int:
@@ -72,11 +77,21 @@ def launch_here(argv: Sequence[str], workers: int, restarts: int = 3, threads: i
             logs_specs=DefaultLogsSpecs(log_dir=logs, local_ranks_filter={0}),
             **more,
         )
+        waited = Path(logs, WAITED)
         try:
-            codes = elastic_launch(config, _run)(tuple(argv))
+            codes = elastic_launch(config, _run)(tuple(argv), logs, PATIENCE)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise CrewError(gave_up(f"process {rank} of {workers} {_end_of(failure.exitcode)}", restarts)) from None
+            number, failure = error.get_first_failure()
+            if not waited.exists():
+                what = f"process {number} of {workers} {_end_of(failure.exitcode)}"
+                raise CrewError(gave_up(what, restarts)) from None
+        if waited.exists():
+            rank, code = waited.read_text().split()
+            raise CrewError(
+                f"process {rank} of {workers} ended with exit code {code}, and others waited for it in vain; give the "
+                "command without --workers to see why",
+                argument="workers",
+            )
     return next((codes[rank] for rank in sorted(codes) if codes[rank]), 0)
 
 
@@ -156,16 +171,22 @@ def _interrupts_passed() -> Iterator[None]:
 # --- one process -------------------------------------------------------------------------------------------------
 
 
-def _run(argv: tuple[str, ...]) -> int:
+def _run(argv: tuple[str, ...], folder: str, patience: float) -> int:
     """One process of `launch_here`: runs the command line, and gives its exit code.
 
     An error that a restart may mend ends the process; the launcher then starts all of them again.
     """
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if Path(folder, WAITED).exists():
+        return 1
+    failed, ended = Path(folder, f"failed-{os.environ['TORCHELASTIC_RESTART_COUNT']}"), threading.Event()
+    threading.Thread(target=_watch, args=(os.getppid(), failed, patience, ended), daemon=True).start()
     signal.signal(signal.SIGINT, _interrupt_once)
     code = exit_code_of(lambda: run_python(argv))
+    ended.set()
     if code == AGAIN:
         raise SystemExit(AGAIN)
+    if code:
+        failed.write_text(f"{os.environ['RANK']} {code}")
     return code
 
 
@@ -199,10 +220,16 @@ def run_python(argv: Sequence[str]) -> dict[str, Any]:
     return runpy.run_path(argv[0], run_name="__main__")
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process as soon as its parent, which started it, is gone."""
+def _watch(parent: int, failed: Path, patience: float, ended: threading.Event) -> None:
+    """Ends this process as soon as its parent is gone, or where it waits for one that has failed."""
+    since = float("inf")
     while os.getppid() == parent:
-        time.sleep(_ORPHANED)
+        time.sleep(_LOOK)
+        if not ended.is_set() and failed.exists():
+            since = min(since, time.monotonic())
+            if time.monotonic() - since > patience:
+                failed.with_name(WAITED).write_text(failed.read_text())
+                os._exit(AGAIN)
     os._exit(1)
 
 

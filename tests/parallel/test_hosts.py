@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from layercache.errors import LayerCacheError, LayerCacheWarning
+from layercache.errors import CrewError, LayerCacheError, LayerCacheWarning
 from layercache.parallel import on_ray
 from layercache.parallel.crew import Crew
 from layercache.parallel.launching import launch_here, threads_of
@@ -152,6 +152,15 @@ def test_deaths_beyond_the_restarts_are_one_sentence(tmp_path):
     assert process.returncode == 75
     assert text.splitlines()[-1].startswith("Error: process ")
     assert "the same command goes on from what is finished" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_process_that_failed_alone(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)\n")
+    monkeypatch.setattr("layercache.parallel.launching.PATIENCE", 1.0)
+    with pytest.raises(CrewError, match="process 1 of 2 ended with exit code 3, and others waited"):
+        launch_here([str(script)], 2)
 
 
 @pytest.fixture(scope="module")
