@@ -28,6 +28,9 @@ TIMEOUT = 3600.0
 BLOCK = 4096
 """Bytes of every process that are exchanged in few rounds; of longer values the rest follows."""
 
+MEETING = 600.0
+"""Seconds that they wait for the last of them to start."""
+
 ATTEMPT = "LAYERCACHE_ATTEMPT"
 """Environment variable of the number of restarts so far; torch's own is taken where it is not set."""
 
@@ -206,7 +209,7 @@ class Crew:
             except RuntimeError as lost:
                 self._lost = CrewError(
                     f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
-                    f"stopped answering ({str(lost).splitlines()[0]}); give the same command again"
+                    f"stopped answering ({_first_sentence(lost)}); give the same command again"
                 )
                 self._end_group()  # which others notice that are still connected to this one
                 raise self._lost from lost
@@ -291,22 +294,26 @@ def crew_at(
     """
     import torch.distributed as dist
 
-    wait = datetime.timedelta(seconds=timeout)
+    wait, meeting = (datetime.timedelta(seconds=seconds) for seconds in (timeout, min(timeout, MEETING)))
     try:
-        store = dist.TCPStore(address, port, world, is_master=serves and rank == 0, timeout=wait)
-        prefixed = dist.PrefixStore(f"layercache {attempt}", store)
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=wait)
         else:
+            store = dist.TCPStore(address, port, world, is_master=serves and rank == 0, timeout=meeting)
+            prefixed = dist.PrefixStore(f"layercache {attempt}", store)
             dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world, timeout=wait)
             group = dist.group.WORLD
     except (RuntimeError, ValueError) as error:
         raise CrewError(
-            f"process {rank} of {world} did not find the others at {address}:{port} ({str(error).splitlines()[0]})"
+            f"process {rank} of {world} did not find the others at {address}:{port} ({_first_sentence(error)})"
         ) from error
     crew = Crew(group)
     crew._owns_group = True
     return crew
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def surroundings() -> dict[str, Any]:
