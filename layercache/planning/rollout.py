@@ -29,6 +29,7 @@ from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 if TYPE_CHECKING:
     from layercache.planning.search_files import SearchFiles
+    from layercache.planning.simulated import Simulated
 
 PSNR_LIMIT = 100.0
 SAME_BEGINNING = 0.02
@@ -196,13 +197,20 @@ class Rollouts:
             for streams, (latents, *further) in pairs
         )
 
-    def run(self, schedule: Schedule, forecast: Forecast | None = None, more: Products | None = None) -> Rollout:
+    def run(
+        self,
+        schedule: Schedule,
+        forecast: Forecast | None = None,
+        more: Products | None = None,
+        beside: Simulated | None = None,
+    ) -> Rollout:
         """Runs a schedule on all samples.
 
         Args:
             schedule: its velocities are taken as they are, unless they are to be fitted.
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
             more: of other pictures on which the same steps were fitted (`Rollout.products`), which count as these do.
+            beside: other pictures, simulated as these run, which count as these do; of a model with one output.
 
         Raises:
             CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler whose steps are not linear.
@@ -212,7 +220,7 @@ class Rollouts:
                 "velocities can only be steered where the sampler's steps are linear in them, without noise of their "
                 "own; fit to 'teacher' instead"
             )
-        run = RolloutRun(self, schedule, forecast, more or {})
+        run = RolloutRun(self, schedule, forecast, more or {}, beside)
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in self._clones]
         pictures = self._perform(routers, run.answer, range(len(self.prompts)))
         self.runs += 1
@@ -305,14 +313,21 @@ class RolloutRun:
     Traces, and what is fitted, count steps from the first that the runs take.
     """
 
-    def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        schedule: Schedule,
+        forecast: Forecast | None,
+        more: Products,
+        beside: Simulated | None = None,
+    ):
         self.samplers, self.note_cost, self.num_steps = rollouts.samplers, rollouts.note_cost, rollouts.num_steps
         self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
         # of every output, each sample's
         self.full = list(zip(*rollouts.outputs, strict=True))
         self.traces = [tuple(Trace() for _ in rollouts.prompts) for _ in self.full]
         self.velocities: list[list[Velocity | None]] = [[] for _ in self.full]
-        self.more, self.products = more, dict[int, np.ndarray]()
+        self.more, self.beside, self.products = more, beside, dict[int, np.ndarray]()
 
     def answer(self, step: int, items: list[tuple[Any, ...]]) -> list[Any]:
         runs, output = not self.schedule.is_skipped(step), items[0][2] if len(items[0]) > 2 else 0
@@ -324,12 +339,16 @@ class RolloutRun:
         at = step - self.first
         if at == 0:
             self._check_beginnings(output)
+        if runs and self.beside is not None:
+            self.beside.compute(at)
         if self.forecast is None:
             planned = self.schedule.velocity(step, output)
             rule = None if planned is None else planned.shifted(-self.first)
         else:
             rule = self._fit(at, self.forecast, output)
         self.velocities[output].append(rule)
+        if self.beside is not None:
+            self.beside.take(at, rule)
         for trace in traces:
             trace.taken.append(trace.combined(rule, at))
         return [trace.taken[at] for trace in traces]
@@ -364,6 +383,8 @@ class RolloutRun:
         place = output * self.num_steps + step
         if place in self.more:
             products = np.concatenate([self.more[place], products])
+        if self.beside is not None:
+            products = np.concatenate([products, self.beside.products(step, sources)])
         self.products[place] = products
         return solve_velocity(forecast, sources, products)
 
