@@ -15,8 +15,8 @@ from layercache.planning.full_run import FullSample
 from layercache.planning.learnt_files import Learnt
 from layercache.planning.refit import path_of
 from layercache.planning.rollout import Rollouts
-from layercache.planning.surrogate import Answers
-from layercache.planning.whole_steps import Tried, WholeStepSearch
+from layercache.planning.surrogate import Answers, FullRuns
+from layercache.planning.whole_steps import LOW, Tried, WholeStepSearch
 from layercache.runtime.target import Target
 
 COST = 3.0
@@ -77,11 +77,18 @@ class Fit:
             )
         return count
 
-    def _search(self, cost: float, answers: Answers | None = None) -> WholeStepSearch:
-        """On as many of the calls as can be run for this cost each."""
-        calls = self.calls[: max(1, math.floor(self.left / cost + 1e-9))]
+    def _rollouts(self, calls: list[Recorded]) -> Rollouts:
         full = [call.full for call in calls]
-        rollouts = Rollouts(self.pipe, [call.arguments for call in calls], on_cost=self.bar.update, full=full)
+        return Rollouts(self.pipe, [call.arguments for call in calls], on_cost=self.bar.update, full=full)
+
+    def _search(self, cost: float, answers: Answers | None = None, simulates: bool = False) -> WholeStepSearch:
+        """On as many of the calls as can be run for this cost each; the others may be simulated beside them."""
+        most = max(1, math.floor(self.left / cost + 1e-9))
+        calls, rest = self.calls[:most], self.calls[most:]
+        rollouts = self._rollouts(calls)
+        if simulates and rest:
+            others = FullRuns.of(self._rollouts(rest))
+            return WholeStepSearch(rollouts, self.seconds[0], tail=TAIL, others=others)
         if answers is not None:
             pictures = rollouts.num_pictures
             answers = Answers(answers.kappa[:pictures], answers.eta[:pictures])
@@ -97,6 +104,8 @@ class Fit:
     def _at(self, count: int) -> list[Tried]:
         """Schedules with so many computed steps."""
         share = count / self.num_steps
+        if self.kept is None and LOW < share <= self.left / 2 and self._can_simulate():
+            return self._of_two(count)
         search = self._search(share)
         if self.kept is not None and (path := path_of(self.kept.point.schedule, search.rollouts.sigmas)).sum() == count:
             self._spend(search, count)
@@ -105,6 +114,21 @@ class Fit:
         runs = min(MOST_RUNS, max(1, math.floor(self.left / (len(search.rollouts.prompts) * share) + 1e-9)))
         self._spend(search, count, runs)
         return list(search.run([count], [runs]))
+
+    def _can_simulate(self) -> bool:
+        """Whether pictures can be simulated as others run: of one output, with answers of other models."""
+        full = self.calls[0].full
+        return not full.further and full.sampler is not None and Answers.usual(full.sigmas, 1) is not None
+
+    def _of_two(self, count: int) -> list[Tried]:
+        """A path that computes the first steps and one that need not: which is better, only the model tells."""
+        search = self._search(2 * count / self.num_steps, simulates=True)
+        self._spend(search, count, 2)
+        found = list(search.run([count], [1]))
+        path = search.free_path(count)
+        if (path == found[0].computed).all():
+            return found
+        return [*found, search.run_path(path, search.forecast_of(count), "whole steps, surrogate from any start")]
 
     def _for_quality(self, least: float) -> Tried:
         """The schedule of least compute that other pictures are expected to have this mean PSNR with."""

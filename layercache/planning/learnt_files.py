@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from layercache._utils.files import write_atomically
 from layercache.errors import FileFormatError, LayerCacheError, LayerCacheWarning
 from layercache.planning.front import Front, Point
-from layercache.planning.rollout import Products
+from layercache.planning.rollout_run import Products
 
 HOME = "LAYERCACHE_HOME"
 """Environment variable that names another folder."""

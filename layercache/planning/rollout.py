@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
 from layercache.models.registry import expert_settings, find_transformer, fingerprint_of, spec_for
 from layercache.parallel.crew import Crew
-from layercache.planning.fit import Forecast, products_of, solve_velocity
+from layercache.planning.fit import Forecast
 from layercache.planning.full_run import FullRun, FullSample, RunFacts
+from layercache.planning.rollout_run import Products, RolloutRun
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.samples import arguments_of, call_of, measured_settings, pictures_in, seeds_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
-from layercache.planning.trace import Trace, near, together
+from layercache.planning.trace import Trace, together
 from layercache.runtime.attachment import attach
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.router import Router
@@ -30,13 +30,11 @@ from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 if TYPE_CHECKING:
     from layercache.planning.search_files import SearchFiles
+    from layercache.planning.simulated import Simulated
 
 PSNR_LIMIT = 100.0
-SAME_BEGINNING = 0.02
-"""Share of their norm by which latents may differ that are the same, but for an encoder's rounding."""
 ELEMENTS = 1 << 22
 """That are compared at a time."""
-Products = Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -216,13 +214,20 @@ class Rollouts:
             for one in self._facts
         )
 
-    def run(self, schedule: Schedule, forecast: Forecast | None = None, more: Products | None = None) -> Rollout:
+    def run(
+        self,
+        schedule: Schedule,
+        forecast: Forecast | None = None,
+        more: Products | None = None,
+        beside: Simulated | None = None,
+    ) -> Rollout:
         """Runs a schedule on all samples.
 
         Args:
             schedule: its velocities are taken as they are, unless they are to be fitted.
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
             more: of other pictures on which the same steps were fitted (`Rollout.products`), which count as these do.
+            beside: other pictures, simulated as these run, which count as these do; of a model with one output.
 
         Raises:
             CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler whose steps are not linear.
@@ -232,7 +237,7 @@ class Rollouts:
                 "velocities can only be steered where the sampler's steps are linear in them, without noise of their "
                 "own; fit to 'teacher' instead"
             )
-        run = RolloutRun(self, schedule, forecast, more or {})
+        run = RolloutRun(self, schedule, forecast, more or {}, beside)
         clones = self._clones.values()
         routers = [RolloutRouter(self.transformer, self.spec, schedule, clone.scheduler) for clone in clones]
         with self.crew.together():
@@ -318,93 +323,6 @@ class Rollouts:
         finally:
             attachment.detach()
         return [pictures_in(result, len(self.seeds[k])) for result, k in zip(results, samples, strict=True)]
-
-
-class RolloutRun:
-    """One run of a schedule on all samples: takes the velocities, fits them where that is asked for.
-
-    Traces, and what is fitted, count steps from the first that the runs take.
-    """
-
-    def __init__(self, rollouts: Rollouts, schedule: Schedule, forecast: Forecast | None, more: Products):
-        self.crew, self.note_cost, self.num_steps = rollouts.crew, rollouts.note_cost, rollouts.num_steps
-        self.samplers, self.numbers = self.crew.share(rollouts.samplers or ()), rollouts.own
-        self.schedule, self.forecast, self.first = schedule, forecast, rollouts.first
-        # of every output, each sample's
-        self.full = list(zip(*rollouts.outputs, strict=True))
-        self.traces = [tuple(Trace() for _ in rollouts.own) for _ in self.full]
-        self.velocities: list[list[Velocity | None]] = [[] for _ in self.full]
-        self.more, self.products = more, dict[int, np.ndarray]()
-
-    def answer(self, step: int, items: list[tuple[Any, ...]]) -> list[Any]:
-        runs, output = not self.schedule.is_skipped(step), items[0][2] if len(items[0]) > 2 else 0
-        if runs and not output:
-            self.note_cost()
-        traces = self.traces[output]
-        for trace, (velocity, latents, *_) in zip(traces, items, strict=True):
-            trace.add(latents, velocity.clone() if runs else None)
-        at = step - self.first
-        if at == 0:
-            self._check_beginnings(output)
-        if self.forecast is None:
-            planned = self.schedule.velocity(step, output)
-            rule = None if planned is None else planned.shifted(-self.first)
-        else:
-            rule = self._fit(at, self.forecast, output)
-        self.velocities[output].append(rule)
-        for trace in traces:
-            trace.taken.append(trace.combined(rule, at))
-        return [trace.taken[at] for trace in traces]
-
-    def _check_beginnings(self, output: int) -> None:
-        """Raises `CalibrationError` where a sample does not begin with the latents of its full run."""
-        for number, trace, full in zip(self.numbers, self.traces[output], self.full[output], strict=True):
-            here = trace.latents[0].float()
-            if not (near(full.latents[0], here).float() - here).norm() <= SAME_BEGINNING * here.norm():
-                raise CalibrationError(
-                    f"sample {number} did not begin with the latents of its full run: the pipeline takes its noise "
-                    "from something else than its generator"
-                )
-
-    def _fit(self, step: int, forecast: Forecast, output: int) -> Velocity | None:
-        own, full = self.traces[output], self.full[output]
-        runs = own[0].raw[step] is not None
-        if runs and not (forecast.target == "steer" and forecast.everywhere and self._may_have_drifted(step, output)):
-            return None
-        sources = [k for k in range(step, -1, -1) if own[0].raw[k] is not None][: forecast.terms]
-        if forecast.target == "none":
-            return Velocity({sources[0]: 1.0})
-        among = full if forecast.target == "open" else own
-        features = [[trace.raw[k] for k in sources] for trace in among]
-        latents = [trace.latents[step] for trace in among]
-        if forecast.target == "steer":
-            triples = zip(self.samplers, own, full, strict=True)
-            targets = [sampler.wanted(trace, one, step) for sampler, trace, one in triples]
-        else:
-            targets = [near(one.taken[step], x) for one, x in zip(full, latents, strict=True)]
-        found = products_of(step, features, latents, targets)  # type: ignore[arg-type]
-        flags = self._drifted(step, output) if runs else [True] * len(found)
-        drifted, terms = zip(*self.crew.gather(list(zip(flags, found, strict=True))), strict=True)
-        if runs and not any(drifted):
-            return None
-        products = np.concatenate(terms)
-        place = output * self.num_steps + step
-        if place in self.more:
-            products = np.concatenate([self.more[place], products])
-        self.products[place] = products
-        return solve_velocity(forecast, sources, products)
-
-    def _may_have_drifted(self, step: int, output: int) -> bool:
-        """Whether a sample has left its full run; one that skipped a step is looked at when its terms are gathered."""
-        if any(raw is None for raw in self.traces[output][0].raw[:step]):
-            return True
-        return any(self.crew.gather(self._drifted(step, output)))
-
-    def _drifted(self, step: int, output: int) -> list[bool]:
-        pairs = zip(self.traces[output], self.full[output], strict=True)
-        return [
-            not torch.equal(trace.latents[step], near(full.latents[step], trace.latents[step])) for trace, full in pairs
-        ]
 
 
 def skipping(fingerprint: Fingerprint, computed: Sequence[int], seconds: float = 1.0) -> Schedule:

@@ -85,6 +85,13 @@ class FullRuns:
             )
         return cls(rollouts.sigmas, factors_of(np.stack(found)), tuple(samplers), tuple(range(len(found))))
 
+    def joined(self, others: FullRuns) -> FullRuns:
+        """These and others between the same noise levels."""
+        rank = max(self.vectors.shape[2], others.vectors.shape[2])
+        vectors = [np.pad(v, ((0, 0), (0, 0), (rank - v.shape[2], 0))) for v in (self.vectors, others.vectors)]
+        folds = (*self.folds, *(max(self.folds) + 1 + fold for fold in others.folds))
+        return FullRuns(self.sigmas, np.concatenate(vectors), self.samplers + others.samplers, folds)
+
     def __len__(self) -> int:
         return len(self.vectors)
 
@@ -199,17 +206,21 @@ def expected_psnr(surrogate: Surrogate, computed: np.ndarray, psnr: Sequence[flo
     fitted to. By how much, the surrogate tells: it simulates the path with each picture in and out of the fit.
 
     Args:
-        surrogate: of the same pictures, each once.
+        surrogate: of the same pictures, each once, and of others, to which the forecasts were fitted as well.
         computed: the path, ``[N]``.
-        psnr: that its run gave, ``[P]``.
+        psnr: that its run gave, of the first pictures.
 
     Returns:
-        psnr less the surrogate's difference, per picture, at most `PSNR_LIMIT`; empty of a single picture.
+        psnr less the surrogate's difference, per picture, at most `PSNR_LIMIT`; empty of a single picture. The others
+        are taken to have been simulated as much too well, or too badly, as the first pictures in the mean.
     """
-    if len(psnr) < 2:
+    fitted = surrogate.simulate(computed[None])[0]
+    if len(fitted) < 2:
         return ()
-    fitted, left_out = (surrogate.simulate(computed[None], leave_out=leave_out)[0] for leave_out in (False, True))
-    return tuple(np.minimum(np.asarray(psnr) - (fitted - left_out), PSNR_LIMIT).tolist())
+    left_out = surrogate.simulate(computed[None], leave_out=True)[0]
+    beyond = np.asarray(psnr) - fitted[: len(psnr)]
+    beyond = np.concatenate([beyond, np.full(len(fitted) - len(psnr), beyond.mean())])
+    return tuple(np.minimum(left_out + beyond, PSNR_LIMIT).tolist())
 
 
 def deviations(runs: FullRuns, max_length: int, max_span: int = 6) -> np.ndarray:
@@ -278,6 +289,19 @@ def _dense_end(steps: int, count: int) -> list[int]:
                 if len(path) >= count:
                     return sorted(path)
     return list(range(steps))
+
+
+def regular_paths(steps: int, count: int) -> list[np.ndarray]:
+    """Paths of ``count`` computed steps: the first and last ones, any number of each, and others evenly between."""
+    found = []
+    for first in range(1, count + 1):
+        for last in range(count - first + 1):
+            between, length = count - first - last, steps - last - first
+            path = np.zeros(steps, dtype=bool)
+            path[:first] = path[steps - last :] = True
+            path[[first + (k + 1) * length // (between + 1) for k in range(between)]] = True
+            found.append(path)
+    return list({path.tobytes(): path for path in found if path.sum() == count}.values())
 
 
 def explored(

@@ -15,6 +15,7 @@ from layercache.planning.fit import Forecast
 from layercache.planning.front import Point, quality
 from layercache.planning.rollout import Products, Rollout, Rollouts, skipping
 from layercache.planning.search_files import KeptRun
+from layercache.planning.simulated import Simulated
 from layercache.planning.surrogate import (
     Answers,
     FullRuns,
@@ -23,13 +24,14 @@ from layercache.planning.surrogate import (
     deviations,
     expected_psnr,
     explored,
+    regular_paths,
     starts,
     surrogate_of,
 )
 from layercache.schedule.schedule import EXPECTED_PSNR, Schedule
 
 TERMS = 3
-SIMULATIONS = 900
+SIMULATIONS, SIMULATIONS_FREE = 900, 2500  # the latter of paths whose first steps need not be computed
 DIFFERENCE = 2  # exchanges between two paths that are both run
 TAIL = 0.5
 STRESS, STRESS_LOW = (1.0, 2.0, 4.0), (1.0, 2.0)  # factors of the answer to drift, the latter up to a share of LOW
@@ -117,6 +119,8 @@ class WholeStepSearch:
         tail: weight of the 10 % quantile beside the mean.
         answers: to drift, that are taken for the model's own until it has shown some; by default those that other
             models have shown, where noise levels are those of flow matching.
+        others: full runs of further pictures, which are simulated as those of the rollouts run, and count as much. They
+            need ``answers``, or noise levels of flow matching.
     """
 
     def __init__(
@@ -127,15 +131,17 @@ class WholeStepSearch:
         terms: int = TERMS,
         tail: float = TAIL,
         answers: Answers | None = None,
+        others: FullRuns | None = None,
     ):
-        self.rollouts, self.seconds, self.seed, self.tail = rollouts, seconds, seed, tail
-        self.assumed = answers or Answers.usual(rollouts.sigmas, rollouts.num_pictures)
+        self.rollouts, self.seconds, self.seed, self.tail, self.others = rollouts, seconds, seed, tail, others
+        own = FullRuns.of(rollouts)
+        self.full_runs = own if others is None else own.joined(others)
+        self.assumed = answers or Answers.usual(rollouts.sigmas, len(self.full_runs))
         self.base = (
             Forecast("steer", terms=terms)
             if rollouts.samplers
             else Forecast("teacher", terms=terms, everywhere=False)  # what steering would take is not known
         )
-        self.full_runs = FullRuns.of(rollouts)
         self.tried: list[Tried] = []
 
     def run(self, counts: Sequence[int], runs: Sequence[int]) -> Iterator[Tried]:
@@ -163,7 +169,24 @@ class WholeStepSearch:
             raise CalibrationError("how the model answers drift is not known before a run")
         path = self._explore(answers, forecast, count, safe_start(count, count / self.rollouts.num_steps), ())
         surrogate = surrogate_of(self.full_runs, answers, forecast)
-        return path, tuple(surrogate.simulate(path[None], leave_out=self.rollouts.num_pictures > 1)[0].tolist())
+        return path, tuple(surrogate.simulate(path[None], leave_out=len(self.full_runs) > 1)[0].tolist())
+
+    def free_path(self, count: int) -> np.ndarray:
+        """The surrogate's best path of so many computed steps, with other models' answers, however it begins.
+
+        Where the model answers drift in its first steps more than those did, it is worse than one that computes these.
+        """
+        assert self.assumed is not None
+        forecast = self.forecast_of(count)
+        surrogate = surrogate_of(self.full_runs, self.assumed, forecast, self._stress(count, self.assumed))
+        begins = [path for _, path in starts(self.table, self.rollouts.sigmas, count, 1)]
+        begins += regular_paths(self.rollouts.num_steps, count)
+        return np.asarray(explored(surrogate, self.full_runs, begins, 1, SIMULATIONS_FREE, self.seed, self.tail)[0])
+
+    def _stress(self, count: int, answers: Answers) -> tuple[float, ...]:
+        stress = stress_of(count / self.rollouts.num_steps)
+        # the model's own answers may as well be smaller than those assumed
+        return (0.5, *stress) if answers is self.assumed else stress
 
     def _note_cost(self, count: int) -> None:
         for _ in range(count):
@@ -187,7 +210,7 @@ class WholeStepSearch:
 
     def _made(self, schedule: Schedule, forecast: Forecast, more: Products | None) -> tuple[Rollout, Measured | None]:
         """A run of the schedule, without its traces, and the answers to drift that it showed."""
-        rollout = self.rollouts.run(schedule, forecast, more)
+        rollout = self.rollouts.run(schedule, forecast, more, self._beside())
         shown = answers_of(self.rollouts, rollout)
         if self.rollouts.files is not None:
             velocities = tuple(map(rollout.schedule.velocity, range(schedule.num_steps)))
@@ -196,6 +219,13 @@ class WholeStepSearch:
                 KeptRun(_steps_of(schedule), forecast.name, rollout.psnr, velocities, shown, further)
             )
         return replace(rollout, traces=()), shown
+
+    def _beside(self) -> Simulated | None:
+        """The pictures that are simulated."""
+        answers, own = self.answers, self.rollouts.num_pictures
+        if self.others is None or answers is None:
+            return None
+        return Simulated(self.others, Answers(answers.kappa[own:], answers.eta[own:]))
 
     def _kept(self, schedule: Schedule, forecast: Forecast) -> tuple[Rollout, Measured | None] | None:
         """What the same run gave in a search that was stopped."""
@@ -215,6 +245,11 @@ class WholeStepSearch:
     def _answers(self, *more: Measured | None) -> Answers | None:
         """To drift, of all runs so far and these; ``None`` where none has shown any."""
         shown = [one for one in (*(one.answers for one in self.tried), *more) if one is not None]
+        simulated = len(self.full_runs) - self.rollouts.num_pictures
+        if simulated:  # what the others have shown in the middle
+            middle = [[np.tile(np.median(v, axis=0), (simulated, 1)) for v in one] for one in shown]
+            pairs = zip(shown, middle, strict=True)
+            shown = [(np.concatenate([k, a]), np.concatenate([e, b])) for (k, e), (a, b) in pairs]
         if shown and self.assumed is not None:
             shown.append((self.assumed.kappa, np.log(self.assumed.eta)))
         return Answers.of(shown)
@@ -244,10 +279,7 @@ class WholeStepSearch:
         self, answers: Answers, forecast: Forecast, count: int, dense: int, own: Sequence[Tried]
     ) -> np.ndarray:
         """The surrogate's best path that differs from those of this budget that were run."""
-        stress = stress_of(count / self.rollouts.num_steps)
-        if answers is self.assumed:
-            stress = (0.5, *stress)  # the model's own answers may as well be smaller
-        surrogate = surrogate_of(self.full_runs, answers, forecast, stress)
+        surrogate = surrogate_of(self.full_runs, answers, forecast, self._stress(count, answers))
         begins = [path for _, path in starts(self.table, self.rollouts.sigmas, count, dense)]
         begins += [one.computed for one in own if one.computed[:dense].all()]
         paths = explored(surrogate, self.full_runs, begins, dense, SIMULATIONS, self.seed, self.tail)

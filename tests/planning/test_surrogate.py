@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layercache import _core
-from layercache.planning.surrogate import expected_psnr
+from layercache.planning.surrogate import expected_psnr, regular_paths
 from support.weighted_fit import weighted
 
 
@@ -123,7 +123,16 @@ def test_what_is_expected_of_others_is_the_run_less_what_its_own_fit_gave():
     fitted, left_out = (surrogate.simulate(path[None], leave_out=how)[0] for how in (False, True))
     found = expected_psnr(surrogate, path, (30.0, 99.9, 40.0))
     np.testing.assert_allclose(found, np.minimum(np.array([30.0, 99.9, 40.0]) - (fitted - left_out), 100.0))
-    assert (fitted != left_out).all() and expected_psnr(surrogate, path, (30.0,)) == ()
+    assert (fitted != left_out).all()
+    first = expected_psnr(surrogate, path, (30.0,))  # the others, that were not run, are as far off as it
+    np.testing.assert_allclose(first, np.minimum(left_out + (30.0 - fitted[0]), 100.0))
+    alone = _core.Surrogate(vectors_of(*full_runs(1)), np.ones((1, 9)), np.ones((1, 9)), *euler(1))
+    assert expected_psnr(alone, path, (30.0,)) == ()
+
+
+def test_regular_paths_are_dense_at_both_ends_and_even_between():
+    found = ["".join(".x"[int(computed)] for computed in path) for path in regular_paths(7, 3)]
+    assert sorted(found) == ["x....xx", "x..x..x", "x..x.x.", "xx....x", "xx..x..", "xxx...."]
 
 
 def test_computing_everything_is_the_full_run():
