@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 HOSTED = "LAYERCACHE_HOSTED"
 """Environment variable of processes that a command started to share its samples."""
@@ -21,3 +23,14 @@ def leads() -> bool:
 def is_alone() -> bool:
     """Whether no other process runs the same command."""
     return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def cpu_model() -> str:
+    """Name of the processor as its maker calls it, where the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

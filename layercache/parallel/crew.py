@@ -10,14 +10,14 @@ import contextlib
 import datetime
 import os
 import pickle
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from layercache._utils.processes import cpu_model
 from layercache._version import __version__
-from layercache.errors import CalibrationError, CrewError, LayerCacheError
+from layercache.errors import CalibrationError, CrewError, LayerCacheError, ScheduleMismatchError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -122,11 +122,9 @@ class Crew:
         results: list[R] = []
         for start in range(0, len(tasks), self.world):
             tried = [_outcome(function, task) for task in tasks[start : start + self.world][self.rank :][:1]]
-            outcomes = self.gather(tried) if keep or self.world == 1 else self._collect(tried)
             with self.together():
-                for task, (result, error) in zip(tasks[start:], outcomes, strict=False):
+                for task, (result, error) in zip(tasks[start:], self._outcomes(tried, keep), strict=False):
                     if error is not None:
-                        self._shared_error = error if keep else None  # what the leader alone has seen is raised by all
                         raise error
                     if done is not None and self.leads:
                         done(task, result)
@@ -145,6 +143,19 @@ class Crew:
             raise
         if self.world > 1:
             self._exchange(None)
+
+    def check_same(self, own: Any, what: str) -> None:
+        """Refuses processes of which one holds something else than the first, such as another model.
+
+        Raises:
+            ScheduleMismatchError: names the process, and ``what`` differs.
+        """
+        found = self.gather([own])
+        others = [rank for rank, one in enumerate(found) if one != found[0]]
+        if others:
+            raise ScheduleMismatchError(
+                f"process {others[0]} has {what} than process 0; give all of them the same, and start again"
+            )
 
     def differences(self) -> list[str]:
         """A sentence for everything that differs between the processes, and lets their results differ in bits."""
@@ -176,36 +187,46 @@ class Crew:
             dist.destroy_process_group(self.group)
         self.group, self._owns_group = None, False
 
-    def _collect(self, outcomes: Sequence[tuple[Any, BaseException | None]]) -> list[tuple[Any, Any]]:
-        """The outcomes of all processes' tasks, one each at most, in their order, on the leader; none elsewhere."""
+    def _outcomes(self, own: Sequence[tuple[Any, BaseException | None]], keep: bool) -> list[tuple[Any, Any]]:
+        """The outcomes of all processes' tasks, one each at most, in their order; unless kept, on the leader alone."""
+        if self.world == 1:
+            return list(own)
+        sent = [(result, error and sendable(error)) for result, error in own]
+        if keep:
+            return self.gather(sent)
         import torch.distributed as dist
 
         found: list[Any] | None = [None] * self.world if self.leads else None
-        with self._connected():
+        with self._connected() as interrupts:
             leader = dist.get_global_rank(self.group, 0)
-            dist.gather_object([_packed(*outcome) for outcome in outcomes], found, dst=leader, group=self.group)
+            dist.gather_object([pickle.dumps(one) for one in sent], found, dst=leader, group=self.group)
+        if interrupts:
+            raise KeyboardInterrupt
         return [pickle.loads(one) for share in found or () for one in share]
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
-        """The values of all processes, by rank; raises the first error among them."""
-        own = _packed(value, error)
-        with self._connected():
+        """The values of all processes, by rank; raises the first error among them, which goes before a Ctrl-C here."""
+        own = pickle.dumps((value, error and sendable(error)))
+        with self._connected() as interrupts:
             found = self._bytes_of_all(own)
         unpacked = [pickle.loads(one) for one in found]
         for _, raised in unpacked:
             if raised is not None:
                 self._shared_error = raised if error is None else error
                 raise self._shared_error
+        self._shared_error = None  # it holds the frames that raised it
+        if interrupts:
+            raise KeyboardInterrupt
         return [one for one, _ in unpacked]
 
     @contextlib.contextmanager
-    def _connected(self) -> Iterator[None]:
-        """Context of a collective call, whose failure means that another process is gone."""
+    def _connected(self) -> Iterator[list[int]]:
+        """Context of a collective call, whose failure means that another process is gone; gives `_no_interrupt`'s."""
         if self._lost is not None:
             raise self._lost
-        with _no_interrupt():
+        with _no_interrupt() as interrupts:
             try:
-                yield
+                yield interrupts
             except RuntimeError as lost:
                 self._lost = CrewError(
                     f"process {self.rank} of {self.world} lost the connection to another one, which was ended or "
@@ -320,9 +341,9 @@ def surroundings() -> dict[str, Any]:
     """What of a process decides about the bits of its results."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "devices": device,
+        "devices": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPUs",
+        "CPUs": cpu_model(),
         "versions of torch": torch.__version__,
         "versions of layercache": __version__,
         "numbers of threads": torch.get_num_threads(),
@@ -335,11 +356,7 @@ def _outcome(function: Callable[[int], R], task: int) -> tuple[Any, BaseExceptio
     except CrewError:
         raise
     except BaseException as error:
-        return None, sendable(error)
-
-
-def _packed(value: Any, error: BaseException | None) -> bytes:
-    return pickle.dumps((value, error and sendable(error)))
+        return None, error
 
 
 def sendable(error: BaseException) -> BaseException:
@@ -353,16 +370,18 @@ def sendable(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until all processes have communicated: one that left in between would part from the others."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _no_interrupt() -> Iterator[list[int]]:
+    """Context in which Ctrl-C is noted in the list that it gives: a process that left an exchange would part from all.
+
+    Where Ctrl-C is ignored, it stays so.
+    """
     caught: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield caught
+        return
     before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
-        yield
+        yield caught
     finally:
         signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt

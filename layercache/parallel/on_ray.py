@@ -192,7 +192,7 @@ class _Attempt:
         ray = self.ray
         self.desk = ray.remote(_Desk).options(num_cpus=0).remote()
         self.hosts = [ray.remote(_Host).options(**self.options).remote() for _ in range(workers)]
-        with tempfile.TemporaryDirectory(prefix="layercache-") as folder:
+        with tempfile.TemporaryDirectory(prefix=".layercache-", dir=os.getcwd()) as folder:
             mark, content = Path(folder, "mark"), str(uuid.uuid4())
             mark.write_text(content)
             asked = [host.place.remote(str(mark), content) for host in self.hosts]
@@ -373,10 +373,9 @@ def _folder_of(place: _Place, sent: list[Any] | None, leads: bool) -> Iterator[N
     inside.mkdir(parents=True)
     os.chdir(inside)
     for name, content in ray.get(sent[0]).items():
-        if not os.path.isabs(name) or not os.path.exists(name):
-            path = Path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
     def send(path: Path, line: str | None) -> None:
         absolute = os.path.abspath(path)

@@ -19,6 +19,7 @@ from layercache.models.registry import experts_of, find_transformer, spec_for
 from layercache.parallel.crew import Crew
 from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
+from layercache.planning.rollout import OTHER
 from layercache.planning.sample_statistics import CalibrationFiles, SampleStatistics
 from layercache.planning.samples import Sample, measured_settings, samples_of
 from layercache.planning.search_files import digest_of, model_identity
@@ -97,8 +98,7 @@ def calibrate(
     (crew := crew or Crew()).check_samples(len(todo))
     given = [partition, num_groups, max_distance, max_span, eta, sensitivity, transformer, sigmas]
     about = [given, [name for name, _ in todo], prompts, num_inference_steps, dict(sorted(call.items()))]
-    with crew.together():
-        files = _files(resume, pipe, about) if crew.leads else None
+    files = _files(resume, pipe, about, crew)
     passes, spec = _Passes(pipe, todo, progress, crew, files), spec_for(model)
     of_all = {"sigmas": sigmas, "scheduler": getattr(pipe, "scheduler", None), "eta": eta, "group": process_group}
     observer_of: Callable[..., Observer] = partial(Observer, model, spec, **of_all)
@@ -140,9 +140,14 @@ def _groups(
     return cut(partition, lengths)
 
 
-def _files(resume: str | os.PathLike[str] | None, pipe: Any, about: list[Any]) -> CalibrationFiles | None:
-    """Files of a calibration that can be stopped; ``about``, the model and its weights tell it from others."""
-    return None if resume is None else CalibrationFiles(resume, digest_of([model_identity(pipe), *about]))
+def _files(resume: str | os.PathLike[str] | None, pipe: Any, about: list[Any], crew: Crew) -> CalibrationFiles | None:
+    """Files of a calibration that can be stopped, for the leader; ``about``, the model and its weights identify it."""
+    if resume is None and crew.world == 1:
+        return None
+    with crew.together():
+        identity = digest_of([model_identity(pipe), *about])
+        crew.check_same(identity, OTHER)
+        return CalibrationFiles(resume, identity) if resume is not None and crew.leads else None
 
 
 def _check_uncached(pipe: Any, name: str) -> None:

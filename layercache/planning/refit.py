@@ -68,7 +68,7 @@ def refit(
     pictures = sum(count_of(prompt, call) for prompt in prompts)
     crew = crew or Crew()
     shows = progress and crew.leads
-    with tqdm(disable=not shows, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
+    with crew.together(), tqdm(disable=not shows, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, crew=crew, **call)
         path = path_of(schedule, rollouts.sigmas)
         bar.total = pictures * (1 + path.mean())

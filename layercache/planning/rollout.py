@@ -18,6 +18,7 @@ from layercache.planning.full_run import FullRun, FullSample, RunFacts
 from layercache.planning.rollout_run import Products, RolloutRun
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.samples import arguments_of, call_of, measured_settings, pictures_in, seeds_of
+from layercache.planning.search_files import identity_of
 from layercache.planning.stepper import PausableRun, clones, paused_at_steps, run_in_step
 from layercache.planning.trace import Trace, together
 from layercache.runtime.attachment import attach
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from layercache.planning.simulated import Simulated
 
 PSNR_LIMIT = 100.0
+OTHER = "another model, or other samples or settings,"
 ELEMENTS = 1 << 22
 """That are compared at a time."""
 
@@ -156,6 +158,8 @@ class Rollouts:
         self.crew.check_samples(len(self.prompts))
         self.own = self.crew.share(range(len(self.prompts)))
         self._clones = dict(zip(self.own, clones(pipe, len(self.own)), strict=True))
+        if self.crew.world > 1:
+            self.crew.check_same(identity_of(self), OTHER)
         if files is not None:
             files.check(self)
         self.branches: tuple[str, ...] = ()

@@ -148,7 +148,7 @@ def search(
     cost = _cost_ahead(pipe, prompts, config, call)
     crew = crew or Crew()
     files = None if resume is None else SearchFiles(resume, crew)
-    with tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
+    with crew.together(), tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
         say = partial(_say_memory, bar)
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, crew=crew, **call)
@@ -226,6 +226,7 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
                     notes.append(f"{ENDED_EARLY[0]}{limit:g} s ended it after {len(search.tried)} schedules")
                     break
     except KeyboardInterrupt:
+        del search.tried[min(crew.gather([len(search.tried)])) :]  # what all processes have
         if not search.tried:
             raise
         notes.append(f"{ENDED_EARLY[1]}after {len(search.tried)} schedules")

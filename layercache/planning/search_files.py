@@ -172,6 +172,8 @@ class SearchFiles:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads(file.metadata()["full run"])
+            if about.get("search", self.search) != self.search:
+                return None  # of an earlier search, on a machine that had other samples then
             trace, *further = (_trace_in(tensors, prefix) for prefix in about.get("outputs", [""]))
             branches = {name: (int(image), int(text)) for name, (image, text) in about["branches"].items()}
             blocks, rest = map(float, about["seconds"])
@@ -195,6 +197,7 @@ class SearchFiles:
                 "weights": torch.from_numpy(found.sampler.weights),
             }
         about = {"branches": found.branches, "seconds": found.seconds, "sigmas": found.sigmas, "outputs": outputs}
+        about["search"] = self.search
         # safetensors refuses tensors that share memory
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         write_atomically(self._path(number), lambda path: save_file(tensors, path, {"full run": json.dumps(about)}))

@@ -150,7 +150,7 @@ class WholeStepSearch:
         for count, number in sorted(zip(counts, runs, strict=True)):
             own: list[Tried] = []
             for k in range(number):
-                path, forecast, origin = self._next(count, k, number, own)
+                path, forecast, origin = self.rollouts.crew.agree(self._next(count, k, number, own))
                 if any(one.forecast == forecast and (one.computed == path).all() for one in own):
                     self._note_cost(count)  # there is no other path
                     continue

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from layercache.errors import CalibrationError, CrewError
+from layercache.errors import CalibrationError, CrewError, ScheduleMismatchError
 from layercache.parallel.crew import Crew, crew_of_environment
 from support import crew_tasks
 from support.crew_tasks import SAMPLES
@@ -22,6 +22,8 @@ TASKS = (
     crew_tasks.interrupted,
     crew_tasks.a_task_fails_unsendably,
     crew_tasks.gathered_sizes,
+    crew_tasks.all_are_interrupted,
+    crew_tasks.others_differ,
     crew_tasks.one_dies,
 )
 
@@ -63,8 +65,18 @@ def test_ctrl_c_in_one_process_ends_all(of_three):
     assert of_three[6] == ["interrupted"] * 3
 
 
+def test_ctrl_c_in_all_processes_leaves_them_in_step(of_three):
+    assert of_three[9] == [["interrupted", 0, 1, 2]] * 3
+
+
+def test_processes_with_another_model_are_refused(of_three):
+    for error in of_three[10]:
+        assert isinstance(error, ScheduleMismatchError)
+        assert str(error).startswith("process 2 has another model than process 0")
+
+
 def test_a_process_that_died_is_an_error_of_its_own(of_three):
-    first, died, third = of_three[9]
+    first, died, third = of_three[11]
     assert died is None
     assert "lost the connection" in first and "lost the connection" in third
 

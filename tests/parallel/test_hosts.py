@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -241,6 +243,20 @@ if __name__ == "__main__":
         print(error)
     print(json.dumps(launch_on_ray(function, 2, address="local", files=["inside", "missing"])))
 """
+
+
+@pytest.mark.slow
+@needs_ray
+def test_the_recipe_of_the_page_runs_as_it_stands(tmp_path):
+    (recipe,) = re.findall(r"^layercache (.*--ray local.*)$", (ROOT / "docs/distributed.md").read_text(), re.M)
+    with running([*alone(), *command(*shlex.split(recipe))], tmp_path) as process:
+        text = ended(process)
+    assert process.returncode == 0, text
+    profile = tmp_path / "profile.safetensors"
+    wanted = tmp_path / "wanted.safetensors"
+    with running(command("calibrate", "--samples", 2, "--steps", 8, "-o", wanted), tmp_path) as process:
+        ended(process)
+    assert arrays_of(profile) == arrays_of(wanted)
 
 
 @pytest.mark.slow

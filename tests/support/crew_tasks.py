@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 
 from layercache.errors import CalibrationError, CrewError
 from layercache.parallel.crew import BLOCK, Crew
@@ -83,6 +85,26 @@ def interrupted(crew: Crew) -> str:
     except KeyboardInterrupt:
         return "interrupted"
     return "went on"
+
+
+def all_are_interrupted(crew: Crew) -> list:
+    """Ctrl-C comes to all: one computes and ends, the others wait for it, and hear of their own afterwards."""
+    found: list = []
+    try:
+        with crew.together():
+            if crew.rank == 0:
+                time.sleep(1.0)
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            crew.gather([1])
+    except KeyboardInterrupt:
+        found.append("interrupted")
+    return [*found, *crew.gather([crew.rank])]
+
+
+def others_differ(crew: Crew) -> None:
+    crew.check_same("a model" if crew.rank < 2 else "another", "another model")
 
 
 def one_dies(crew: Crew) -> str:

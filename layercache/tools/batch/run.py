@@ -27,7 +27,6 @@ from layercache.errors import (
     LayerCacheError,
     MissingExtraError,
     NonFiniteWarning,
-    ScheduleMismatchError,
 )
 from layercache.models.registry import experts_of
 from layercache.parallel.crew import Crew
@@ -112,7 +111,8 @@ def generate_all(
     with crew.together():
         maker.check()
         identity = maker.identity()
-    _check_same(crew, [identity, digest_of([entry.digest for entry in entries]), compare])
+    own = [identity, digest_of([entry.digest for entry in entries]), compare]
+    crew.check_same(own, "another model, schedule, or other prompts or arguments")
     differences, about = crew.differences(), {**(about or {}), "layercache": __version__}
     with crew.together():
         if look and crew.leads:
@@ -130,16 +130,6 @@ def generate_all(
     agreed = crew.agree(found)
     assert agreed is not None
     return agreed
-
-
-def _check_same(crew: Crew, own: Any) -> None:
-    found = crew.gather([own])
-    others = [rank for rank, one in enumerate(found) if one != found[0]]
-    if others:
-        raise ScheduleMismatchError(
-            f"process {others[0]} has another model, schedule, or other prompts or arguments than process 0; give all "
-            "of them the same files"
-        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercache._utils.files import check_output_folder, remove
+from layercache._utils.processes import leads
 from layercache._utils.text import shown
 from layercache.tools.cli.common import Json, Printer, Steps, check_outputs, read_prompts, save, when_stopped
 from layercache.tools.cli.following import with_command
@@ -110,7 +111,8 @@ def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path
     """Checks where the command writes; the folder from which it could go on."""
     check_outputs({"output": output, "json_to": json_to}, [prompts_file])
     folder = output.with_suffix(".samples")
-    check_output_folder(folder, "output")
+    if leads():
+        check_output_folder(folder, "output")
     return folder
 
 

@@ -52,7 +52,7 @@ def choose_device(name: str | None) -> str:
         raise typer.BadParameter(f"{name!r} is not a device; use cuda, cuda:1 or cpu.", param_hint="--device") from None
     if wanted.type == "cuda" and not available:
         raise typer.BadParameter("torch finds no CUDA GPU here; see layercache doctor.", param_hint="--device")
-    return name
+    return _own_gpu(torch.cuda) if wanted.type == "cuda" and wanted.index is None else name
 
 
 def _own_gpu(cuda: Any) -> str:

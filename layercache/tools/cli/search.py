@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercache._utils.files import check_output_folder, remove
+from layercache._utils.processes import leads
 from layercache._utils.text import shown
 from layercache.errors import BudgetError
 from layercache.tools.cli.common import (
@@ -93,7 +94,8 @@ def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path
     outputs = {"output": output, "output.plot": output.with_suffix(".png"), "output.page": output.with_suffix(".html")}
     folder = output.with_suffix(".search")
     check_outputs({**outputs, "json_to": json_to}, [prompts_file])
-    check_output_folder(folder, "output")
+    if leads():
+        check_output_folder(folder, "output")
     plots.check_installed()
     pages.check_installed()
     return folder

@@ -32,6 +32,7 @@ LARGEST = 64 << 20  # bytes of a file that is sent to other machines
 GIVEN: ContextVar[Sequence[str]] = ContextVar("the words of the command line", default=())
 _RUNNING: ContextVar[contextlib.ExitStack | None] = ContextVar("what ends with the command", default=None)
 _CREW: ContextVar[Crew | None] = ContextVar("the crew that runs the command line", default=None)
+_HAS_JOINED: ContextVar[bool] = ContextVar("whether the processes of the command are in step", default=False)
 _DIFFERENCES: ContextVar[Sequence[str]] = ContextVar("what differs between its processes", default=())
 
 
@@ -124,6 +125,7 @@ def _join(crew: Crew, is_own: bool) -> None:
     from layercache.parallel.crew import ATTEMPT
 
     running = _RUNNING.get()
+    _HAS_JOINED.set(True)
     if running is not None:
         if is_own:
             running.callback(crew.close)
@@ -214,11 +216,15 @@ def run_words(words: Sequence[str], crew: Crew) -> int:
     """Runs a command line as one of a crew's processes, and gives its exit code."""
     from layercache.parallel.launching import exit_code_of, run_python
 
-    token = _CREW.set(crew)
+    token, joined = _CREW.set(crew), _HAS_JOINED.set(False)
     try:
         code = exit_code_of(functools.partial(run_python, (*COMMAND, *words)))
+        if code and not _HAS_JOINED.get():  # refused before the others could be asked, who wait
+            with contextlib.suppress(SystemExit), crew.together():
+                raise SystemExit(code)
     finally:
         _CREW.reset(token)
+        _HAS_JOINED.reset(joined)
     if code == AGAIN:
         raise CrewError("the connection to another process was lost")
     return code

@@ -17,6 +17,7 @@ from layercache.parallel.part import by_first
 from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import Rollouts
+from layercache.planning.search import ENDED_EARLY
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.compare.tuned import METHODS, TOGETHER
@@ -86,7 +87,7 @@ class CalibratedModel:
     @cached_property
     def front(self) -> Front:
         def search(crew: Crew) -> Front:
-            return layercache.search(
+            front = layercache.search(
                 self.pipeline,
                 self.prompts,
                 seeds=self.seeds,
@@ -97,6 +98,9 @@ class CalibratedModel:
                 crew=crew,
                 **self.call,
             )
+            if any(note.startswith(ENDED_EARLY[1]) for note in front.notes):
+                raise KeyboardInterrupt  # which a search takes for its own end alone
+            return front
 
         return by_first(self.crew, len(self.prompts), search)
 

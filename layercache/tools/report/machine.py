@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layercache._utils.files import write_atomically
+from layercache._utils.processes import cpu_model
 from layercache._version import __version__
 
 PACKAGES = ("torch", "diffusers", "triton", "numpy", "scikit-image")
@@ -62,17 +63,6 @@ def machine_info(ask_torch: bool = True) -> dict[str, Any]:
             **{name: package_version(name) for name in PACKAGES},
         },
     }
-
-
-def cpu_model() -> str:
-    """Name of the processor as its maker calls it, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _torch_devices() -> dict[str, Any]:
