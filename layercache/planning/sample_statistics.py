@@ -83,6 +83,29 @@ class SampleStatistics:
         return sealed(save(arrays, {"header": json.dumps(header, allow_nan=False)}))
 
 
+def read_sample(path: str | os.PathLike[str]) -> tuple[str, SampleStatistics]:
+    """What identifies a calibration, and a sample's statistics, from its file.
+
+    Raises:
+        FileFormatError: it is damaged, changed, or something else.
+    """
+    name = os.fspath(path)
+    with going_on(path, SAMPLE):
+        with safe_open(name, "numpy") as file:
+            header = json.loads((file.metadata() or {})["header"])
+            check_header(header, SAMPLE, VERSION, name)
+            arrays = {key: file.get_tensor(key) for key in _ARRAYS}
+        check_bytes(Path(path).read_bytes(), KEY in header, True, shown(name))
+        found = SampleStatistics(
+            sigmas=tuple(map(float, header["sigmas"])),
+            branches=tuple(map(str, header["branches"])),
+            steps=tuple(map(int, header["steps"])),
+            stream_bytes=tuple((int(image), int(text)) for image, text in header["stream_bytes"]),
+            **arrays,
+        )
+        return str(header["calibration"]), found
+
+
 class CalibrationFiles:
     """A folder with a file per sample of a calibration, each written whole as soon as the sample is done.
 
@@ -108,25 +131,14 @@ class CalibrationFiles:
         path = self._path(measured, number)
         if not path.exists():
             return None
-        with going_on(path, SAMPLE):
-            with safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {})["header"])
-                check_header(header, SAMPLE, VERSION, str(path))
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            check_bytes(path.read_bytes(), KEY in header, True, shown(str(path)))
-            if header["calibration"] != self.calibration:
-                raise ScheduleMismatchError(
-                    f"{shown(str(self.folder))} belongs to a calibration of another model, other samples or settings; "
-                    "name another folder, or remove it",
-                    argument="resume",
-                )
-            return SampleStatistics(
-                sigmas=tuple(map(float, header["sigmas"])),
-                branches=tuple(map(str, header["branches"])),
-                steps=tuple(map(int, header["steps"])),
-                stream_bytes=tuple((int(image), int(text)) for image, text in header["stream_bytes"]),
-                **arrays,
+        calibration, found = read_sample(path)
+        if calibration != self.calibration:
+            raise ScheduleMismatchError(
+                f"{shown(str(self.folder))} belongs to a calibration of another model, other samples or settings; "
+                "name another folder, or remove it",
+                argument="resume",
             )
+        return found
 
     def keep(self, measured: str, number: int, found: SampleStatistics) -> None:
         content = found.to_bytes(self.calibration)

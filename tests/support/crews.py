@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing as mp
 import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from layercache.parallel.crew import Crew, crew_of_environment
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which torch has one thread, as in the processes of a crew: other numbers give other bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 LIMIT = 120.0  # seconds after which processes that have not ended are ended
 

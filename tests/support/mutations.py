@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from layercache._utils.checksum import sealed_json
-from layercache._utils.formats import COMPARISON, FRONT, JOURNAL, MODULES, PROFILE, SCHEDULE
+from layercache._utils.formats import COMPARISON, FRONT, JOURNAL, MODULES, PROFILE, SAMPLE, SCHEDULE
 from layercache.planning.front import Front, Point
 from layercache.planning.plan import plan
 from layercache.planning.profile import StabilityProfile
+from layercache.planning.sample_statistics import SampleStatistics, read_sample
 from layercache.planning.search_files import VERSION as JOURNAL_VERSION
 from layercache.planning.search_files import read_runs
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -85,7 +86,21 @@ def formats(folder: Path) -> list[Format]:
     comparison |= {"outcomes": [outcome]}
     for name, load, data in ((JOURNAL, _runs, journal), (COMPARISON, read_comparison, comparison)):
         found.append(Format(name, load, sealed_json(json.dumps(data) + "\n").encode()))
-    return found
+    return [*found, Format(SAMPLE, _sample, _statistics().to_bytes("0123"))]
+
+
+def _statistics() -> SampleStatistics:
+    random_ = np.random.default_rng(0)
+    known = {"sigmas": (1.0, 0.5, 0.0), "branches": ("a",), "steps": (0, 1), "stream_bytes": ((64, 32),)}
+    names = [field.name for field in fields(SampleStatistics) if field.name not in known]
+    return SampleStatistics(**known, **{name: random_.random((2, 1, 2)) for name in names})  # type: ignore[arg-type]
+
+
+def _sample(path: Path) -> Any:
+    """What `read_sample` found, as values that can be compared."""
+    calibration, found = read_sample(path)
+    values = [getattr(found, field.name) for field in fields(found)]
+    return calibration, [(v.dtype.str, v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values]
 
 
 def _runs(path: Path) -> Any:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 import layercache
 from layercache.errors import LayerCacheError
 from layercache.parallel.crew import Crew
@@ -23,7 +21,6 @@ CALL = {"guidance_scale": 4.0, "progress": False}
 
 
 def pipeline() -> Any:
-    torch.set_num_threads(1)
     return tiny_pipeline(4)
 
 

@@ -32,11 +32,17 @@ from layercache.tools.cli import results
 from support import batch_tasks, tiny
 from support.batch_tasks import PROMPTS, QUICK, NoisePipeline, at, content_of, interrupt, lines_of, noise
 from support.commands import done, refused, run
-from support.crews import run_crew
+from support.crews import one_thread, run_crew
 
 
 def make(pipe, entries, folder, call=QUICK, **more):
     return generate_all(pipe, entries, folder, call, progress=False, **more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
