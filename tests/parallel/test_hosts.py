@@ -205,6 +205,9 @@ def test_with_a_killed_driver_all_end_and_the_same_command_goes_on(host, referen
         process.kill()
         gone_or_killed(ranks)
     kept = _kept(tmp_path)
+    if not kept:  # Ray ends its processes some seconds later, when they may be done
+        assert host == "ray" and arrays_of(tmp_path / "profile.safetensors") == reference
+        return
     assert 2 <= kept < 8
     with running(command(*CALIBRATE, "--workers", 1), tmp_path) as process:
         text = ended(process)
