@@ -17,7 +17,7 @@ AGAIN = 75
 
 def leads() -> bool:
     """Whether this process writes files and shows progress: the first of those that run a command, or the only one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return is_alone() or os.environ.get("RANK", "0") == "0"
 
 
 def is_alone() -> bool:

@@ -173,9 +173,9 @@ class _Passes:
         crew, files = self.crew, self.files
         found: dict[int, SampleStatistics] = {}
         with crew.together():
-            for number in range(len(self.todo)) if files is not None else ():
-                kept = files.sample(measured, number)  # type: ignore[union-attr]
-                found |= {} if kept is None else {number: kept}
+            if files is not None:
+                kept = {number: files.sample(measured, number) for number in range(len(self.todo))}
+                found = {number: sample for number, sample in kept.items() if sample is not None}
         found = crew.agree(found)
         left = [number for number in range(len(self.todo)) if number not in found]
         shows = self.progress and crew.leads
