@@ -77,6 +77,7 @@ def test_every_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert (choose_device(None), choose_device("cpu"), chosen) == ("cuda:1", "cpu", [1])
+    assert (choose_device("cuda"), choose_device("cuda:0")) == ("cuda:1", "cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(LayerCacheError, match="4 processes want a GPU each, and there are 2"):
         choose_device(None)

@@ -261,3 +261,7 @@ def test_a_killed_search_goes_on_to_the_same_front(tmp_path, monkeypatch):
     assert len(runs) == expected.tried - 1 - schedules
     with pytest.raises(ScheduleMismatchError, match="belongs to a search with another model"):
         layercache.search(tiny_pipeline(2), ["cat"], resume=folder, **settings)
+    files = search_files.SearchFiles(folder)
+    assert files.sample(0) is not None
+    files.search = "another"  # as where another machine keeps full runs of an earlier search
+    assert files.sample(0) is None
