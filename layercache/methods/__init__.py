@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.spectrum import Spectrum as Spectrum
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
     from layercache.methods.universal import Universal as Universal
@@ -46,6 +47,7 @@ _HOMES = {
     "MeanCache": "meancache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
+    "Spectrum": "spectrum",
     "TaylorSeer": "fixed",
     "TeaCache": "teacache",
     "Uniform": "fixed",

@@ -19,6 +19,7 @@ from layercache.methods import (
     MeanCache,
     SmoothCache,
     SpectralCache,
+    Spectrum,
     TaylorSeer,
     Uniform,
     Universal,
@@ -126,6 +127,22 @@ def _dual(model: CalibratedModel, threshold: float) -> Any:
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=threshold)
 
 
+def _spectrum(residuals: bool = False) -> Maker:
+    """By the growth of windows that begin with 2 steps, as published, or with 1 where those compute too little."""
+
+    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+        prints = model.fingerprint
+        groups = ((0, prints.num_blocks),) if residuals else None
+        method = Spectrum(growth=0.0, warmup=max(1, round(0.1 * prints.num_steps)), groups=groups)
+        if method.schedule(prints).used < budget - 0.05:
+            method = replace(method, window=1.0)
+        tuned = by_threshold(lambda _, value: replace(method, growth=value), 1e-3, 100.0, 12, "growth")
+        plan, setting = tuned(model, budget)
+        return plan, f"window {method.window:g}, {setting}"
+
+    return make
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
@@ -141,6 +158,8 @@ METHODS: dict[str, Maker] = {
     "taylorseer-blocks": _interval(
         lambda model, n: TaylorSeer(interval=n, groups=tuple((k, k + 1) for k in range(model.fingerprint.num_blocks)))
     ),
+    "spectrum": _spectrum(),
+    "spectrum-residual": _spectrum(residuals=True),
     "smoothcache": by_threshold(lambda model, a: SmoothCache(alpha=a).schedule(model.profile), 1e-3, 3.0, 12),
     "magcache": by_threshold(
         lambda model, t: MagCache(ratios=model.magnitudes, threshold=t, max_consecutive=5, retention=0.1),
