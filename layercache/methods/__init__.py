@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layercache.methods.automatic import Automatic as Automatic
     from layercache.methods.dicache import DiCache as DiCache
+    from layercache.methods.dpcache import DPCache as DPCache
     from layercache.methods.easycache import EasyCache as EasyCache
     from layercache.methods.fbcache import DBCache as DBCache
     from layercache.methods.fbcache import FBCache as FBCache
@@ -38,6 +39,7 @@ ENTRY_POINTS = "layercache.methods"
 _HOMES = {
     "Automatic": "automatic",
     "DBCache": "fbcache",
+    "DPCache": "dpcache",
     "DiCache": "dicache",
     "EasyCache": "easycache",
     "FBCache": "fbcache",

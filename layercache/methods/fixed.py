@@ -50,7 +50,7 @@ class Uniform(PlannedMethod):
         steps = len(fingerprint.steps)
         first, last = self.warmup, steps - self.cooldown
         computed = [k for k in range(steps) if k < first or k >= last or (k - first + 1) % self.interval == 0]
-        cells = list(_forecasts(fingerprint, computed, 0))
+        cells = list(forecasts(fingerprint, computed, 0))
         return schedule_of(fingerprint, cells, {"method": self.name, "interval": self.interval})
 
 
@@ -115,7 +115,7 @@ class TaylorSeer(PlannedMethod):
         expect("TaylorSeer.schedule", fingerprint, Fingerprint)
         computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)
         metadata = {"method": self.name, "interval": self.interval, "order": self.order}
-        return schedule_of(fingerprint, list(_forecasts(fingerprint, computed, self.order)), metadata, self.groups)
+        return schedule_of(fingerprint, list(forecasts(fingerprint, computed, self.order)), metadata, self.groups)
 
 
 @by_name
@@ -199,7 +199,7 @@ def schedule_of(
     return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), metadata, velocities)
 
 
-def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
+def forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
     """For every step, an empty one where the transformer does not run; ``computed`` counts the steps where it does."""
     full = [fingerprint.steps[k] for k in computed]
     for step in range(fingerprint.num_steps):

@@ -13,6 +13,7 @@ from layercache.errors import BudgetError
 from layercache.methods import (
     DBCache,
     DiCache,
+    DPCache,
     EasyCache,
     FBCache,
     MagCache,
@@ -23,6 +24,7 @@ from layercache.methods import (
     TaylorSeer,
     Uniform,
     Universal,
+    dpcache,
     meancache,
 )
 from layercache.runtime.policy import PlannedMethod
@@ -60,6 +62,19 @@ def _meancache(form: str) -> Maker:
         return schedule, f"gamma {gamma:g}"
 
     return make
+
+
+def _dpcache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    """As published, with longer ways from step to step where so few steps need them."""
+    rollouts = model.rollouts
+    steps, order = rollouts.num_steps, DPCache.order
+    count = int(budget * steps + 1e-9)
+    if count <= order:
+        raise BudgetError(f"order {order} computes {order + 1} steps at the beginning, more than {budget:g} of {steps}")
+    longest = max(int(dpcache.LONGEST * steps), -(-(steps - order) // (count - order)))
+    own = [dpcache.path_costs([trace.taken], longest=longest) for trace in rollouts.full]
+    computed = dpcache.plan_steps(np.mean(rollouts.crew.gather(own), axis=0), count)
+    return DPCache(tuple(computed)).schedule(rollouts.fingerprint), f"order {order}"
 
 
 def _interval(build: Callable[[CalibratedModel, int], PlannedMethod]) -> Maker:
@@ -148,6 +163,7 @@ METHODS: dict[str, Maker] = {
     "layercache-planned": _planned,
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
+    "dpcache": _dpcache,
     "universal": lambda model, budget: (
         Universal(budget=budget).schedule(model.fingerprint),
         "full runs of other models",
@@ -180,5 +196,5 @@ METHODS: dict[str, Maker] = {
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper")
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "dpcache")
 """Methods that all processes of a crew plan together; others are tuned by one of them."""

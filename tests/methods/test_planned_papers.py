@@ -1,0 +1,119 @@
+"""DPCache, ProCache and ERTACache against literal transcriptions of what was published."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from layercache.errors import ArgumentError, BudgetError, MethodError, ScheduleError
+from layercache.methods import DPCache, dpcache
+from layercache.models.registry import fingerprint_of
+from support.tiny import shifted_sigmas, tiny_pipeline
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(layers=4)
+
+
+def prints(pipe, steps=STEPS):
+    return fingerprint_of(pipe.transformer, shifted_sigmas(steps), ("cond", "uncond"))
+
+
+def run_of(steps=STEPS, seed=0, size=30):
+    """Velocities that turn slowly, of one sample."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn((steps, size), generator=generator).cumsum(0).cumsum(0))
+
+
+def dpcache_derivatives(history, order):
+    found = [history[-1][0]]
+    if order:
+        at, before = history[-1][1], history[-2][1]
+        lower, older = dpcache_derivatives(history, order - 1), dpcache_derivatives(history[:-1], order - 1)
+        found = [*lower, (lower[-1] - older[-1]) / (at - before)]
+    return found
+
+
+def dpcache_tensor(h, order, reach):
+    """The released calibration: accumulated error from key step j, with i before it, up to k."""
+    n = len(h)
+
+    def taylor(history, target):
+        d = dpcache_derivatives(history, order)
+        return sum(f * (target - history[-1][1]) ** q / math.factorial(q) for q, f in enumerate(d))
+
+    mean = np.mean(h[-order - 1 :], axis=0)
+    last = 0.8 * taylor([(h[m], m) for m in range(n - 1 - order, n)], n) + 0.2 * mean
+    cost = np.full((n, n + 1, n + 1), np.inf)
+    for j in range(order):
+        cost[: j + 1, j, j + 1] = 0
+    for j in range(order, n):
+        for i in range(max(0, j - reach), j):
+            if i < order - 1:
+                continue
+            total, history = 0.0, [(h[m], m) for m in range(i - (order - 1), i + 1)] + [(h[j], j)]
+            for k in range(j + 1, n + 1):
+                total += np.abs(taylor(history, k) - (last if k == n else h[k])).mean()
+                cost[i, j, k] = total
+    return cost
+
+
+def dpcache_path(cost, budget, first, reach):
+    n = len(cost)
+    fixed = {*range(first), 0, n}
+    cost = cost.copy()
+    for j in range(n + 1):
+        for i in range(j + 1, n + 1):
+            if fixed & set(range(j + 1, i)):
+                cost[:, j, i] = np.inf
+    best, path = {(0, 0): 0.0}, {}
+    for k in range(1, budget + 1):
+        for i in range(k, n + 1):
+            for j in range(max(k - 1, i - reach), i):
+                if (k - 1, j) not in best:
+                    continue
+                older = 0 if j == 0 else j - 1 if {j, j - 1} <= fixed else path[k - 1, j]
+                total = best[k - 1, j] + cost[older, j, i]
+                if total < best.get((k, i), np.inf):
+                    best[k, i], path[k, i] = total, j
+    steps = [n]
+    for k in range(budget, 0, -1):
+        steps.append(path[k, steps[-1]])
+    return steps[:0:-1]
+
+
+@pytest.mark.parametrize("order, budget, reach", [(2, 6, 4), (1, 5, 6), (3, 7, 4)])
+def test_dpcache_takes_the_published_path(order, budget, reach):
+    runs = [run_of(seed=seed) for seed in range(3)]
+    costs = dpcache.path_costs(runs, order, reach)
+    literal = np.mean([dpcache_tensor([v.double().numpy() for v in run], order, reach) for run in runs], axis=0)
+    near = np.abs(np.subtract.outer(np.arange(STEPS + 1), np.arange(STEPS + 1))) <= reach
+    np.testing.assert_allclose(costs[:, near], literal[:, near], rtol=1e-4)
+    found = dpcache.plan_steps(costs, budget)
+    assert found == dpcache_path(literal, budget, 3, reach) and len(found) == budget
+    assert dpcache.plan_steps(costs, budget, last=1)[-1] == STEPS - 1
+
+
+def test_dpcache_runs_its_path(pipe):
+    """Velocities between the steps are TaylorSeer's of order 2; refusals say what is wrong."""
+    schedule = DPCache((0, 1, 2, 5, 9)).schedule(prints(pipe))
+    assert [k for k in range(STEPS) if not schedule.is_skipped(k)] == [0, 1, 2, 5, 9]
+    h = np.random.default_rng(0).normal(size=(STEPS, 4))
+    d = dpcache_derivatives([(h[k], k) for k in (2, 5, 9)], 2)
+    expected = d[0] + 2 * d[1] + 2 * d[2]
+    np.testing.assert_allclose(sum(c * h[k] for k, c in schedule.velocity(11).terms.items()), expected)
+    assert DPCache((0, 1, 2), groups=((0, 4),)).schedule(prints(pipe)).cells[3][0].keys() == {0, 1, 2}
+    short = dpcache.path_costs([run_of()], longest=2)
+    for make, error, message in (
+        (lambda: dpcache.plan_steps(short, 4), BudgetError, "longest"),
+        (lambda: dpcache.path_costs([run_of(3)]), ArgumentError, "all steps"),
+        (lambda: DPCache((1, 2)), ScheduleError, "ascend from 0"),
+        (lambda: DPCache((0,), order=0), MethodError, "order"),
+        (lambda: DPCache((0, 20)).schedule(prints(pipe)), ScheduleError, "below 12"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
