@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.procache import ProCache as ProCache
     from layercache.methods.spectrum import Spectrum as Spectrum
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
@@ -47,6 +48,7 @@ _HOMES = {
     "LearningToCache": "l2c",
     "MagCache": "magcache",
     "MeanCache": "meancache",
+    "ProCache": "procache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
     "Spectrum": "spectrum",

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import layercache
 from layercache.errors import ArgumentError, BudgetError, MethodError, ScheduleError
-from layercache.methods import DPCache, dpcache
+from layercache.methods import DPCache, ProCache, dpcache, procache
 from layercache.models.registry import fingerprint_of
-from support.tiny import shifted_sigmas, tiny_pipeline
+from layercache.schedule.memory_plan import stored_bytes
+from support.tiny import generate, shifted_sigmas, tiny_pipeline
 
 STEPS = 12
 
@@ -114,6 +116,92 @@ def test_dpcache_runs_its_path(pipe):
         (lambda: DPCache((1, 2)), ScheduleError, "ascend from 0"),
         (lambda: DPCache((0,), order=0), MethodError, "order"),
         (lambda: DPCache((0, 20)).schedule(prints(pipe)), ScheduleError, "below 12"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+
+
+PUBLISHED = {  # 1 computes, 2 computes the deep blocks, 0 reuses
+    "dit-xl-2": "10201020102010201020102010210210210210101010101010",
+    "flux": "10210210210210210210210210101010101010101010101010",
+    "flux-taylor": "10202010202010202010202010202010202102021020210202",
+    "pixart-alpha": "10210210210210210210",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_procache_presets_are_the_released_patterns(pipe, name):
+    """Behind the first three steps, which the code for FLUX computes, and with Taylor forecasts instead of 2."""
+    method = ProCache.preset(name)
+    schedule = method.schedule(prints(pipe, len(PUBLISHED[name])))
+    assert schedule.groups == (((0, 3), (3, 4)) if method.selective else ((0, 4),))
+    for step, (kind, row) in enumerate(zip(PUBLISHED[name], schedule.cells, strict=True)):
+        if step < method.warmup or kind == "1":
+            assert row == (None,) * len(row)
+        else:
+            assert row[0] is not None and (row[-1] is None) == (kind == "2" and method.selective)
+            assert all(cell is None or len(cell) == min(step, method.order + 1) for cell in row)
+
+
+@pytest.mark.parametrize("computed, shortest, longest", [(13, 2, 5), (11, 3, 6), (30, 1, 3), (50, None, None)])
+def test_procache_candidates_keep_to_the_constraints(computed, shortest, longest):
+    found = procache.sample_intervals(50, computed, shortest=shortest, longest=longest)
+    assert found == procache.sample_intervals(50, computed) and len(set(found)) == len(found) <= 5
+    assert len(found) == (1 if computed == 50 else 5)
+    for intervals in found:
+        assert sum(intervals) == 50 and len(intervals) == computed
+        assert list(intervals) == sorted(intervals, reverse=True)
+        assert (shortest or 1) <= intervals[-1] and intervals[0] <= (longest or 1)
+
+
+def residuals_put_back(pipe, schedule, steps):
+    """The run in which hooks put stored residuals of groups in the place of what their blocks gave."""
+    stored, start, calls, hooks = {}, {}, [0], []
+    for group, (lo, hi) in enumerate(schedule.groups):
+
+        def before(module, args, kwargs, group=group):
+            start[group] = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+
+        def after(module, args, output, group=group):
+            step, branch = divmod(calls[0], 2)
+            calls[0] += group == len(schedule.groups) - 1
+            cell = schedule.cells[step][group]
+            if cell is None:
+                stored[branch, group, step] = [b - a for a, b in zip(start[group], output, strict=True)]
+                return output
+            sums = [sum(c * stored[branch, group, k][stream] for k, c in cell.items()) for stream in (0, 1)]
+            return tuple(a + b for a, b in zip(start[group], sums, strict=True))
+
+        hooks.append(pipe.transformer.transformer_blocks[lo].register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(pipe.transformer.transformer_blocks[hi - 1].register_forward_hook(after))
+    try:
+        return generate(pipe, steps=steps), stored[0, 0, 0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_procache_runs(pipe):
+    """Residuals of shallow and deep blocks as hooks put them back, in memory that is planned, and the neutral run."""
+    with layercache.enabled(pipe, ProCache((4, 3, 2))) as cache:
+        found = generate(pipe, steps=9)
+        schedule, report = cache.schedule, cache.report()
+    expected, (text, image) = residuals_put_back(pipe, schedule, 9)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert report.used == schedule.used == (3 * 4 + 2 * 1) / (9 * 4)
+    streams = dict.fromkeys(("cond", "uncond"), (image.nbytes, text.nbytes))
+    assert report.cache_bytes == stored_bytes(schedule, streams)
+    with layercache.enabled(pipe, schedule):
+        assert torch.equal(generate(pipe, steps=9), found)
+    with layercache.enabled(pipe, ProCache((1,) * 4)):
+        neutral = generate(pipe, steps=4)
+    assert torch.equal(neutral, generate(pipe, steps=4))
+    for make, error, message in (
+        (lambda: ProCache(()), ScheduleError, "numbers of steps"),
+        (lambda: ProCache((2,), depth=2), MethodError, "depth"),
+        (lambda: ProCache((2, 2)).schedule(prints(pipe)), ScheduleError, "sample_intervals"),
+        (lambda: ProCache.preset("sdxl"), MethodError, "dit-xl-2"),
+        (lambda: procache.sample_intervals(10, 2, longest=4), BudgetError, "add up"),
     ):
         with pytest.raises(error, match=message):
             make()

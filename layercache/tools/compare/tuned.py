@@ -18,6 +18,7 @@ from layercache.methods import (
     FBCache,
     MagCache,
     MeanCache,
+    ProCache,
     SmoothCache,
     SpectralCache,
     Spectrum,
@@ -26,6 +27,7 @@ from layercache.methods import (
     Universal,
     dpcache,
     meancache,
+    procache,
 )
 from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -75,6 +77,25 @@ def _dpcache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
     own = [dpcache.path_costs([trace.taken], longest=longest) for trace in rollouts.full]
     computed = dpcache.plan_steps(np.mean(rollouts.crew.gather(own), axis=0), count)
     return DPCache(tuple(computed)).schedule(rollouts.fingerprint), f"order {order}"
+
+
+def _procache(taylor: bool = False) -> Maker:
+    """The best, on the calibration pictures, of the candidates that compute most of what the budget allows."""
+
+    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+        rollouts = model.rollouts
+        steps = rollouts.num_steps
+        settings: dict[str, Any] = {"order": 2, "selective": False, "warmup": max(1, round(0.06 * steps))}
+        for count in range(steps, 0, -1):
+            drawn = [ProCache(one, **settings if taylor else {}) for one in procache.sample_intervals(steps, count)]
+            schedules = [method.schedule(rollouts.fingerprint) for method in drawn]
+            schedules = [one for one in schedules if one.used <= budget + 1e-9]
+            if schedules:
+                best = max(schedules, key=lambda one: rollouts.run(one).quality)
+                return best, f"{count} intervals"
+        raise BudgetError(f"no intervals of {steps} steps keep to a budget of {budget:g}")
+
+    return make
 
 
 def _interval(build: Callable[[CalibratedModel, int], PlannedMethod]) -> Maker:
@@ -164,6 +185,8 @@ METHODS: dict[str, Maker] = {
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
     "dpcache": _dpcache,
+    "procache": _procache(),
+    "procache-taylor": _procache(taylor=True),
     "universal": lambda model, budget: (
         Universal(budget=budget).schedule(model.fingerprint),
         "full runs of other models",
@@ -196,5 +219,8 @@ METHODS: dict[str, Maker] = {
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "dpcache")
+TOGETHER = (
+    *("layercache", "layercache-planned", "meancache", "meancache-paper"),
+    *("dpcache", "procache", "procache-taylor"),
+)
 """Methods that all processes of a crew plan together; others are tuned by one of them."""
