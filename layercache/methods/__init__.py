@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from layercache.methods.dicache import DiCache as DiCache
     from layercache.methods.dpcache import DPCache as DPCache
     from layercache.methods.easycache import EasyCache as EasyCache
+    from layercache.methods.ertacache import ERTACache as ERTACache
     from layercache.methods.fbcache import DBCache as DBCache
     from layercache.methods.fbcache import FBCache as FBCache
     from layercache.methods.fixed import SmoothCache as SmoothCache
@@ -42,6 +43,7 @@ _HOMES = {
     "DBCache": "fbcache",
     "DPCache": "dpcache",
     "DiCache": "dicache",
+    "ERTACache": "ertacache",
     "EasyCache": "easycache",
     "FBCache": "fbcache",
     "InvarDiff": "invardiff",

@@ -8,8 +8,9 @@ import torch
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, MethodError, ScheduleError
-from layercache.methods import DPCache, ProCache, dpcache, procache
+from layercache.methods import DPCache, ERTACache, ProCache, dpcache, ertacache, procache
 from layercache.models.registry import fingerprint_of
+from layercache.planning.rollout import Rollouts
 from layercache.schedule.memory_plan import stored_bytes
 from support.tiny import generate, shifted_sigmas, tiny_pipeline
 
@@ -205,3 +206,119 @@ def test_procache_runs(pipe):
     ):
         with pytest.raises(error, match=message):
             make()
+
+
+def ertacache_fit(runs, threshold):
+    """Policy, shares and closed form of the paper, over runs of (latents, velocities) as arrays."""
+    steps = len(runs[0][0])
+    computed, phi, k_i, b_i = [0], [1.0] * steps, [0.0] * steps, [-2.0] * steps
+    for i in range(1, steps):
+        cached = [x[i] + v[computed[-1]] - x[computed[-1]] for x, v in runs]
+        change = [
+            np.abs((v[computed[-1]] - x[computed[-1]]) - (v[i] - x[i])).sum() / np.abs(v[i] - x[i]).sum()
+            for x, v in runs
+        ]
+        if np.mean(change) >= threshold:
+            computed.append(i)
+            continue
+        errors = [c - v[i] for c, (_, v) in zip(cached, runs, strict=True)]
+        missed = [np.abs(e).sum() / np.abs(v[i] - v[i - 1]).sum() for e, (_, v) in zip(errors, runs, strict=True)]
+        phi[i] = np.clip(1 - np.mean(missed), 0, 1)
+        c, e = np.concatenate(cached), np.concatenate(errors)
+        k_i[i] = 4 * ((c * e).mean() - c.mean() * e.mean()) / c.var()
+        b_i[i] = 4 * (e.mean() - 0.5) - k_i[i] * c.mean()
+    return computed, phi, k_i, b_i
+
+
+class ErtaLoop:
+    """The paper's loop: cached residuals, shortened steps, what remains of the time shared out."""
+
+    def __init__(self, method, sigmas):
+        self.method, self.sigmas, self.left = method, sigmas, sigmas[0]
+
+    def euler(self, i, x, velocity):
+        """The latents behind step i; ``velocity`` is called where the model runs."""
+        m, last = self.method, i == len(self.sigmas) - 2
+        dt = self.left * (self.sigmas[i] - self.sigmas[i + 1]) / self.sigmas[i]
+        if i in m.computed:
+            v = velocity(x)
+            self.residual = v - x
+        else:
+            v = x + self.residual
+            v = v - ((m.slopes[i] * v + m.intercepts[i]) / 4 + 0.5)
+            dt = dt if last else dt * m.shares[i]
+        self.left -= dt
+        return x - dt * v
+
+
+def test_ertacache_is_fitted_as_published():
+    runs = [(run_of(seed=seed), run_of(seed=seed + 9)) for seed in range(3)]
+    table = np.mean([ertacache.reuse_statistics(*run) for run in runs], axis=0)
+    arrays = [tuple(np.stack([t.double().numpy() for t in side]) for side in run) for run in runs]
+    for threshold in (0.3, 0.8):
+        found = ertacache.fit(table, threshold)
+        expected = ertacache_fit(arrays, threshold)
+        assert list(found.computed) == expected[0] and 1 < len(found.computed) < STEPS
+        for name, values in zip(("shares", "slopes", "intercepts"), expected[1:], strict=True):
+            np.testing.assert_allclose(getattr(found, name), values, rtol=1e-4, atol=1e-5)
+    assert ertacache.fit(table, 0.0).computed == tuple(range(STEPS))
+
+
+def test_ertacache_runs(pipe):
+    """The published loop, with velocities as they come from the model; a schedule holds all of it."""
+    rng = np.random.default_rng(0)
+    method = ERTACache(
+        (0, 1, 4), *(tuple(rng.uniform(low, high, 6)) for low, high in ((0.5, 1.0), (-0.4, 0.4), (-2.3, -1.7)))
+    )
+    sigmas, inner, seen = shifted_sigmas(6), pipe.scheduler.step, []
+    loop = ErtaLoop(method, sigmas)
+
+    def step(velocity, timestep, latents, **kwargs):
+        i = len(seen)
+        seen.append(i)
+        after = loop.euler(i, latents.double(), lambda x: velocity.double())
+        return inner(((after - latents) / (sigmas[i + 1] - sigmas[i])).float(), timestep, latents, **kwargs)
+
+    pipe.scheduler.step = step
+    expected = generate(pipe, ["cat"], 6)
+    del pipe.scheduler.step
+    with layercache.enabled(pipe, method) as cache:
+        found = generate(pipe, ["cat"], 6)
+        schedule, report = cache.schedule, cache.report()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert loop.left == pytest.approx(0.0, abs=1e-9)
+    assert report.cache_bytes == stored_bytes(schedule, {}, found.nbytes) == found.nbytes
+    reread = layercache.Schedule.from_json(schedule.to_json())
+    assert reread.velocities == schedule.velocities and schedule.velocity(2).offset
+    with layercache.enabled(pipe, reread):
+        assert torch.equal(generate(pipe, ["cat"], 6), found)
+    rollouts = Rollouts(pipe, ["cat"], seeds=[0], num_inference_steps=6, guidance_scale=4.0)
+    assert torch.equal(rollouts.run(schedule).traces[0].taken[2], taken(pipe, schedule, 2))
+    with layercache.enabled(pipe, ERTACache(tuple(range(4)), (0.5,) * 4, (1.0,) * 4, (0.0,) * 4)):
+        neutral = generate(pipe, ["cat"], 4)
+    assert torch.equal(neutral, generate(pipe, ["cat"], 4))
+    for make, error, message in (
+        (lambda: ERTACache((1,)), ScheduleError, "ascend"),
+        (lambda: ERTACache((0,), (1.5,)), MethodError, "shares"),
+        (lambda: ERTACache((0,), slopes=(0.0,)), MethodError, "intercepts"),
+        (lambda: ERTACache((0,), (1.0,) * 5).schedule(prints(pipe)), ScheduleError, "5 steps"),
+        (lambda: ERTACache((0,)).schedule_of_run(prints(pipe), None, 0), MethodError, "Euler"),
+        (lambda: ertacache.reuse_statistics(run_of(3), run_of(4)), ArgumentError, "same steps"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+
+
+def taken(pipe, schedule, wanted):
+    """What the sampler was given at a step of the cached run of one picture."""
+    given, inner = [], pipe.scheduler.step
+
+    def step(velocity, *args, **kwargs):
+        given.append(velocity.clone())
+        return inner(velocity, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    with layercache.enabled(pipe, schedule):
+        generate(pipe, ["cat"], 6)
+    del pipe.scheduler.step
+    return given[wanted]

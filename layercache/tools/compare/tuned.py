@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import layercache
-from layercache.errors import BudgetError
+from layercache._utils.compat import takes_euler_steps
+from layercache.errors import BudgetError, MethodError
 from layercache.methods import (
     DBCache,
     DiCache,
@@ -26,6 +27,7 @@ from layercache.methods import (
     Uniform,
     Universal,
     dpcache,
+    ertacache,
     meancache,
     procache,
 )
@@ -77,6 +79,16 @@ def _dpcache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
     own = [dpcache.path_costs([trace.taken], longest=longest) for trace in rollouts.full]
     computed = dpcache.plan_steps(np.mean(rollouts.crew.gather(own), axis=0), count)
     return DPCache(tuple(computed)).schedule(rollouts.fingerprint), f"order {order}"
+
+
+def _ertacache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    rollouts = model.rollouts
+    if rollouts.samplers is None or not takes_euler_steps(model.pipeline.scheduler):
+        raise MethodError("ERTACache shortens Euler steps, which the pipeline's scheduler does not take")
+    own = [ertacache.reuse_statistics(trace.latents, trace.taken) for trace in rollouts.full]
+    table = np.mean(rollouts.crew.gather(own), axis=0)
+    tuned = by_threshold(lambda _, value: ertacache.fit(table, value).schedule(rollouts.fingerprint), 1e-3, 10.0, 12)
+    return tuned(model, budget)
 
 
 def _procache(taylor: bool = False) -> Maker:
@@ -185,6 +197,7 @@ METHODS: dict[str, Maker] = {
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
     "dpcache": _dpcache,
+    "ertacache": _ertacache,
     "procache": _procache(),
     "procache-taylor": _procache(taylor=True),
     "universal": lambda model, budget: (
@@ -221,6 +234,6 @@ METHODS: dict[str, Maker] = {
 
 TOGETHER = (
     *("layercache", "layercache-planned", "meancache", "meancache-paper"),
-    *("dpcache", "procache", "procache-taylor"),
+    *("dpcache", "ertacache", "procache", "procache-taylor"),
 )
 """Methods that all processes of a crew plan together; others are tuned by one of them."""
