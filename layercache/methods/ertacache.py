@@ -1,9 +1,10 @@
-"""ERTACache: steps reused where full runs say so, taken shorter there, and corrected by a fitted error."""
+"""ERTACache: reuse where full runs say so, less a fitted error, in steps that are shorter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,13 +25,14 @@ TINY = 1e-30  # what did not change at all makes every error infinite
 
 @dataclass(frozen=True)
 class ERTACache(PlannedMethod):
-    """Reuses the difference of velocity and latents, in steps that are shortened and velocities that are corrected.
+    """Reuses the difference of velocity and latents, less its error, at steps that full runs have shown.
 
-    Source: docs/methods.md, ERTACache. `fit` makes it from full runs.
+    `fit` makes it from full runs. Reused steps are shortened where the pipeline is called with the noise levels of
+    `levels`; else they stay as they are. Source: docs/methods.md, ERTACache.
 
     Attributes:
         computed: the steps that are computed, ascending, step 0 first.
-        shares: per step, how much of the sampler's step is taken where it is reused (phi); empty: all of it.
+        shares: per step, how much of it is taken where it is reused (phi), which `levels` is made of; empty: all.
         slopes, intercepts: per step, K and B of the error ``(K v + B) / 4 + 1 / 2`` that is taken off a reused
             velocity v; empty: none is.
 
@@ -60,57 +62,63 @@ class ERTACache(PlannedMethod):
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
         if not takes_euler_steps(scheduler):
             raise MethodError(
-                f"{self.name} shortens Euler steps, which {type(scheduler).__name__} does not take; use a pipeline "
-                "with FlowMatchEulerDiscreteScheduler, or another method"
+                f"{self.name} extends velocities along Euler steps, which {type(scheduler).__name__} does not take; "
+                "use a pipeline with FlowMatchEulerDiscreteScheduler, or another method"
             )
         return self.schedule(fingerprint)  # steps are those of a whole run
 
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
-        """For Euler steps between the run's noise levels."""
+        """For Euler steps between the noise levels that the run has, its own or those of `levels`."""
         expect("ERTACache.schedule", fingerprint, Fingerprint)
         steps = fingerprint.num_steps
-        lengths = {len(values) for values in (self.shares, self.slopes) if values}
-        if self.computed[-1] >= steps or lengths - {steps} or fingerprint.steps_run:
-            raise ScheduleError(
-                f"this was fitted to whole runs of {next(iter(lengths), self.computed[-1] + 1)} steps, this run has "
-                f"{len(fingerprint.steps)}; fit it to runs like this one"
-            )
-        velocities: list[Velocity | None] = []
-        for step, (terms, offset) in enumerate(self._velocities(fingerprint.sigmas)):
-            is_own = terms == {step: 1.0} and not offset
-            velocities.append(None if is_own else Velocity(terms, offset=offset))
+        self._check_steps(len(fingerprint.steps))
+        velocities = tuple(self._velocities(fingerprint.sigmas))
         cells: list[tuple[Cell, ...]] = [(None,) if step in self.computed else ({},) for step in range(steps)]
         blocks = ((0, fingerprint.num_blocks),)
-        return Schedule(fingerprint, blocks, tuple(cells), (1.0,), {"method": self.name}, tuple(velocities))
+        return Schedule(fingerprint, blocks, tuple(cells), (1.0,), {"method": self.name}, velocities)
 
-    def _velocities(self, sigmas: Sequence[float]) -> list[tuple[dict[int, float], float]]:
-        """Per step, coefficients of computed velocities, and what is added, so that Euler steps are as fitted.
+    def levels(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """The noise levels of a run whose reused steps are shortened, from those of a run as it is; as many.
 
-        A shortened step is the sampler's whole step with a smaller velocity. What remains of the way is shared out to
-        the steps to come as the sampler's own steps are, which makes all of them longer by one factor.
+        What remains of the way behind a shortened step is shared out to the steps to come as the run's own steps are.
+        The last step takes all of it. A scheduler that shifts the ``sigmas=`` of a call has to be given others, which
+        it shifts to these.
+
+        Raises:
+            ScheduleError: this was fitted to runs of another number of steps.
         """
-        found: list[tuple[dict[int, float], float]] = []
-        stretch, anchor = 1.0, 0
-        along, beside = 0.0, 0.0  # displacement since the anchor, in its velocity and in ones
-        for step in range(len(sigmas) - 1):
-            gap, is_last = sigmas[step + 1] - sigmas[step], step == len(sigmas) - 2
-            share = 1.0
-            if step in self.computed:
-                anchor, along, beside = step, 0.0, 0.0
-                scale, ones = 1.0, 0.0
-            else:
-                share = self.shares[step] if self.shares and not is_last else 1.0
-                slope, intercept = (self.slopes[step], self.intercepts[step]) if self.slopes else (0.0, -2.0)
-                # v = x + (v_anchor - x_anchor), less its error
-                kept = 1.0 - slope / 4
-                scale, ones = kept * (1.0 + along), kept * beside - (intercept / 4 + 0.5)
-            scale, ones = stretch * share * scale, stretch * share * ones
-            along, beside = along + gap * scale, beside + gap * ones
-            found.append(({anchor: scale}, ones))
+        self._check_steps(len(sigmas) - 1)
+        found, longer = [float(sigmas[0])], 1.0
+        for step, (here, there) in enumerate(pairwise(sigmas)):
+            is_last = step == len(sigmas) - 2
+            share = self.shares[step] if self.shares and not is_last and step not in self.computed else 1.0
+            found.append(found[-1] - longer * share * (here - there))
             if share != 1.0:
-                ahead = sigmas[step + 1] - sigmas[-1]
-                stretch *= (ahead - (1.0 - share) * gap) / ahead
-        return found
+                longer *= 1.0 + (1.0 - share) * (here - there) / (there - sigmas[-1])
+        return (*found[:-1], float(sigmas[-1]))
+
+    def _check_steps(self, steps: int) -> None:
+        lengths = {len(values) for values in (self.shares, self.slopes) if values}
+        if self.computed[-1] >= steps or lengths - {steps}:
+            raise ScheduleError(
+                f"this was fitted to runs of {next(iter(lengths), self.computed[-1] + 1)} steps, this run has {steps}; "
+                "fit it to runs like this one"
+            )
+
+    def _velocities(self, sigmas: Sequence[float]) -> Iterator[Velocity | None]:
+        """``x + (v[a] - x[a])`` less its error, along Euler steps: a multiple of v[a], and a number."""
+        anchor = 0
+        along, beside = 0.0, 0.0  # displacement since the anchor, in its velocity and in ones
+        for step, (here, there) in enumerate(pairwise(sigmas)):
+            if step in self.computed:
+                anchor, along, beside = step, there - here, 0.0
+                yield None
+                continue
+            slope, intercept = (self.slopes[step], self.intercepts[step]) if self.slopes else (0.0, -2.0)
+            kept = 1.0 - slope / 4
+            scale, ones = kept * (1.0 + along), kept * beside - (intercept / 4 + 0.5)
+            along, beside = along + (there - here) * scale, beside + (there - here) * ones
+            yield Velocity({anchor: scale}, offset=ones)
 
 
 def reuse_statistics(latents: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor]) -> np.ndarray:

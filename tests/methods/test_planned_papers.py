@@ -1,6 +1,7 @@
 """DPCache, ProCache and ERTACache against literal transcriptions of what was published."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,19 +237,19 @@ class ErtaLoop:
     def __init__(self, method, sigmas):
         self.method, self.sigmas, self.left = method, sigmas, sigmas[0]
 
-    def euler(self, i, x, velocity):
-        """The latents behind step i; ``velocity`` is called where the model runs."""
+    def take(self, i, x, model):
+        """Latents behind step i and the velocity taken; ``model`` is called with latents and time where it runs."""
         m, last = self.method, i == len(self.sigmas) - 2
         dt = self.left * (self.sigmas[i] - self.sigmas[i + 1]) / self.sigmas[i]
         if i in m.computed:
-            v = velocity(x)
+            v = model(x, self.left)
             self.residual = v - x
         else:
             v = x + self.residual
             v = v - ((m.slopes[i] * v + m.intercepts[i]) / 4 + 0.5)
             dt = dt if last else dt * m.shares[i]
         self.left -= dt
-        return x - dt * v
+        return x - dt * v, v
 
 
 def test_ertacache_is_fitted_as_published():
@@ -264,36 +265,60 @@ def test_ertacache_is_fitted_as_published():
     assert ertacache.fit(table, 0.0).computed == tuple(range(STEPS))
 
 
+def erta_method(steps, computed, seed=0):
+    rng = np.random.default_rng(seed)
+    ranges = (0.0, 1.0), (-0.4, 0.4), (-2.3, -1.7)
+    return ERTACache(computed, *(tuple(rng.uniform(low, high, steps)) for low, high in ranges))
+
+
+@pytest.mark.parametrize("computed", [(0, 1, 4, 5, 8), (0, 2, 3, 11)])
+def test_ertacache_levels_and_velocities_are_those_of_the_published_loop(pipe, computed):
+    method, sigmas = erta_method(STEPS, computed), shifted_sigmas(STEPS)
+    levels = method.levels(sigmas)
+    schedule = method.schedule(replace(prints(pipe), sigmas=levels))
+    loop, given = ErtaLoop(method, sigmas), {}
+    x = y = np.random.default_rng(1).normal(size=9)
+    for i in range(STEPS):
+        assert loop.left == pytest.approx(levels[i])
+        x, _ = loop.take(i, x, lambda x, t: np.sin(3 * x + t) - x * t)
+        if not schedule.is_skipped(i):
+            given[i] = u = np.sin(3 * y + levels[i]) - y * levels[i]
+        else:
+            rule = schedule.velocity(i)
+            u = sum(c * given[k] for k, c in rule.terms.items()) + rule.offset
+        y = y + (levels[i + 1] - levels[i]) * u
+        np.testing.assert_allclose(y, x, rtol=1e-9)
+    assert levels[-1] == 0.0 and loop.left == pytest.approx(0.0, abs=1e-12)
+    assert ERTACache(computed).levels(sigmas) == pytest.approx(sigmas)
+
+
 def test_ertacache_runs(pipe):
-    """The published loop, with velocities as they come from the model; a schedule holds all of it."""
-    rng = np.random.default_rng(0)
-    method = ERTACache(
-        (0, 1, 4), *(tuple(rng.uniform(low, high, 6)) for low, high in ((0.5, 1.0), (-0.4, 0.4), (-2.3, -1.7)))
-    )
-    sigmas, inner, seen = shifted_sigmas(6), pipe.scheduler.step, []
-    loop = ErtaLoop(method, sigmas)
+    """On the shortened levels, which the call is given; a schedule holds all of it, and rollouts take the same."""
+    method, sigmas = erta_method(6, (0, 1, 4)), shifted_sigmas(6)
+    levels = np.array(method.levels(sigmas))
+    call = {"sigmas": (levels / (3 - 2 * levels))[:-1].tolist()}  # the scheduler shifts by 3
+    loop, inner, seen = ErtaLoop(method, sigmas), pipe.scheduler.step, []
 
     def step(velocity, timestep, latents, **kwargs):
-        i = len(seen)
-        seen.append(i)
-        after = loop.euler(i, latents.double(), lambda x: velocity.double())
-        return inner(((after - latents) / (sigmas[i + 1] - sigmas[i])).float(), timestep, latents, **kwargs)
+        seen.append(loop.take(len(seen), latents.double(), lambda x, t: velocity.double())[1])
+        return inner(seen[-1].float(), timestep, latents, **kwargs)
 
     pipe.scheduler.step = step
-    expected = generate(pipe, ["cat"], 6)
+    expected = generate(pipe, ["cat"], 6, **call)
     del pipe.scheduler.step
     with layercache.enabled(pipe, method) as cache:
-        found = generate(pipe, ["cat"], 6)
+        found = generate(pipe, ["cat"], 6, **call)
         schedule, report = cache.schedule, cache.report()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert loop.left == pytest.approx(0.0, abs=1e-9)
+    assert report.used == 0.5 and report.fallback_rows == 0
     assert report.cache_bytes == stored_bytes(schedule, {}, found.nbytes) == found.nbytes
     reread = layercache.Schedule.from_json(schedule.to_json())
     assert reread.velocities == schedule.velocities and schedule.velocity(2).offset
     with layercache.enabled(pipe, reread):
-        assert torch.equal(generate(pipe, ["cat"], 6), found)
+        assert torch.equal(generate(pipe, ["cat"], 6, **call), found)
     rollouts = Rollouts(pipe, ["cat"], seeds=[0], num_inference_steps=6, guidance_scale=4.0)
-    assert torch.equal(rollouts.run(schedule).traces[0].taken[2], taken(pipe, schedule, 2))
+    own = method.schedule(rollouts.fingerprint)
+    assert torch.equal(rollouts.run(own).traces[0].taken[2], taken(pipe, own, 2))
     with layercache.enabled(pipe, ERTACache(tuple(range(4)), (0.5,) * 4, (1.0,) * 4, (0.0,) * 4)):
         neutral = generate(pipe, ["cat"], 4)
     assert torch.equal(neutral, generate(pipe, ["cat"], 4))
