@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -69,16 +70,23 @@ def _meancache(form: str) -> Maker:
 
 
 def _dpcache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-    """As published, with longer ways from step to step where so few steps need them."""
+    """As published for FLUX.1 or, with the last step, for Wan 2.1; longer ways where so few steps need them."""
     rollouts = model.rollouts
     steps, order = rollouts.num_steps, DPCache.order
     count = int(budget * steps + 1e-9)
     if count <= order:
         raise BudgetError(f"order {order} computes {order + 1} steps at the beginning, more than {budget:g} of {steps}")
-    longest = max(int(dpcache.LONGEST * steps), -(-(steps - order) // (count - order)))
+    ways = max(1, count - order - 1)  # to choose, behind the first steps, where the last one is computed
+    longest = max(int(dpcache.LONGEST * steps), math.ceil((steps - order) / ways))
     own = [dpcache.path_costs([trace.taken], longest=longest) for trace in rollouts.full]
-    computed = dpcache.plan_steps(np.mean(rollouts.crew.gather(own), axis=0), count)
-    return DPCache(tuple(computed)).schedule(rollouts.fingerprint), f"order {order}"
+    costs = np.mean(rollouts.crew.gather(own), axis=0)
+    tried = []
+    for last in (0, 1) if count > order + 1 else (0,):
+        computed = dpcache.plan_steps(costs, count, last=last)
+        schedule = DPCache(tuple(computed)).schedule(rollouts.fingerprint)
+        tried.append((rollouts.run(schedule).quality, last, schedule))
+    _, last, schedule = max(tried, key=lambda entry: entry[:2])
+    return schedule, f"order {order}, last {last}"
 
 
 def _ertacache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
