@@ -113,7 +113,8 @@ class TaylorSeer(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("TaylorSeer.schedule", fingerprint, Fingerprint)
         computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)
-        metadata = {"method": self.name, "interval": self.interval, "order": self.order}
+        metadata: dict[str, Any] = {"method": self.name, "interval": self.interval, "order": self.order}
+        metadata |= {"warmup": self.warmup} | ({} if self.stop is None else {"stop": self.stop})
         if self.groups is None:
             return _whole_steps(fingerprint, computed, self.order, metadata)
         ranges = tuple((int(lo), int(hi)) for lo, hi in self.groups)

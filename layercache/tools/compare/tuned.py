@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import layercache
-from layercache.errors import BudgetError
 from layercache.methods import (
     DBCache,
     DiCache,
@@ -24,15 +22,12 @@ from layercache.methods import (
     Universal,
     meancache,
 )
-from layercache.runtime.policy import PlannedMethod
-from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.tuning import Maker, by_interval, by_threshold
 
 if TYPE_CHECKING:
     from layercache.tools.compare.model import CalibratedModel
 
 MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
-
-Maker = Callable[["CalibratedModel", float], tuple[Any, str]]
 
 
 def _layercache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
@@ -61,65 +56,6 @@ def _meancache(form: str) -> Maker:
     return make
 
 
-def _interval(build: Callable[[CalibratedModel, int], PlannedMethod]) -> Maker:
-    """The shortest interval between full steps that keeps to the budget."""
-
-    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-        for interval in range(1, model.fingerprint.num_steps + 1):
-            plan = build(model, interval).schedule(model.fingerprint)
-            if plan.used <= budget + 1e-9:
-                return plan, f"interval {interval}"
-        raise BudgetError(f"no interval keeps to a budget of {budget:g}")
-
-    return make
-
-
-def by_threshold(
-    build: Callable[[CalibratedModel, float], Any], low: float, high: float, rounds: int = 8, setting: str = "threshold"
-) -> Maker:
-    """The largest share within the budget, by bisection of a setting on one calibration sample.
-
-    Args:
-        build: the plan for a value of the setting; larger values compute less.
-        low, high: its range.
-        rounds: plans that are tried behind the one of ``high``, each for a generation where it decides as it runs.
-        setting: its name, for people.
-    """
-
-    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-        def share_at(value: float) -> float:
-            plan = _schedule_of(model, build(model, value))
-            return plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else model.used_by(plan)
-
-        least, most, best = low, high, (share_at(high), high)
-        if best[0] > budget + 1e-9:
-            raise BudgetError(
-                f"no {setting} up to {high:g} brings it down to {budget:g}: there it computes {best[0]:.3f} still"
-            )
-        for _ in range(rounds):
-            value = (least * most) ** 0.5
-            used = share_at(value)
-            if used <= budget + 1e-9:
-                most = value
-                best = max(best, (used, value), key=lambda one: one[0])
-            else:
-                least = value
-        return _schedule_of(model, build(model, best[1])), f"{setting} {best[1]:.4g}"
-
-    return make
-
-
-def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
-    """The schedule of a method that plans ahead; other plans as they are."""
-    return plan.schedule(model.fingerprint) if isinstance(plan, PlannedMethod) else plan
-
-
-def tuned_by_knob(method: type) -> Maker:
-    """A config class of a method, tuned by its own knob (`layercache.methods.policy.DynamicMethod.knob`)."""
-    setting, low, high = method.knob  # type: ignore[attr-defined]
-    return by_threshold(lambda model, value: method(**{setting: value}), low, high, setting=setting)
-
-
 def _dual(model: CalibratedModel, threshold: float) -> Any:
     """Of thresholds below 1, at which every step would be reused."""
     front = max(1, min(8, model.fingerprint.num_blocks // 8))
@@ -135,10 +71,10 @@ METHODS: dict[str, Maker] = {
         Universal(budget=budget).schedule(model.fingerprint),
         "full runs of other models",
     ),
-    "uniform": _interval(lambda model, n: Uniform(interval=n)),
-    "taylorseer": _interval(lambda model, n: TaylorSeer(interval=n)),
-    "taylorseer-2": _interval(lambda model, n: TaylorSeer(interval=n, order=2)),
-    "taylorseer-blocks": _interval(
+    "uniform": by_interval(lambda model, n: Uniform(interval=n)),
+    "taylorseer": by_interval(lambda model, n: TaylorSeer(interval=n)),
+    "taylorseer-2": by_interval(lambda model, n: TaylorSeer(interval=n, order=2)),
+    "taylorseer-blocks": by_interval(
         lambda model, n: TaylorSeer(interval=n, groups=tuple((k, k + 1) for k in range(model.fingerprint.num_blocks)))
     ),
     "smoothcache": by_threshold(lambda model, a: SmoothCache(alpha=a).schedule(model.profile), 1e-3, 3.0, 12),
