@@ -161,7 +161,7 @@ def _mean(values: torch.Tensor) -> float:
     return float(values.mean(dtype=torch.float64))
 
 
-def fit(statistics: np.ndarray, threshold: float = 0.6) -> ERTACache:
+def fit(statistics: np.ndarray, threshold: float = 0.6, first: int = 1, last: int = 0) -> ERTACache:
     """The settings for runs like those measured.
 
     Step by step the newest computed one is reused while the relative change of ``v - x`` stays below the threshold.
@@ -169,6 +169,7 @@ def fit(statistics: np.ndarray, threshold: float = 0.6) -> ERTACache:
     Args:
         statistics: from `reuse_statistics`, averaged over runs.
         threshold: lambda; larger values reuse more.
+        first, last: steps at the beginning and the end that are computed in any case.
 
     Source: docs/methods.md, ERTACache.
 
@@ -180,7 +181,7 @@ def fit(statistics: np.ndarray, threshold: float = 0.6) -> ERTACache:
     computed, shares, slopes, intercepts = [0], [1.0], [0.0], [-2.0]
     for step in range(1, len(table)):
         entry = table[computed[-1], step]
-        if not entry[CHANGE] < threshold:
+        if step < first or step >= len(table) - last or not entry[CHANGE] < threshold:
             computed.append(step)
             shares, slopes, intercepts = [*shares, 1.0], [*slopes, 0.0], [*intercepts, -2.0]
             continue

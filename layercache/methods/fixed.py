@@ -114,7 +114,8 @@ class TaylorSeer(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("TaylorSeer.schedule", fingerprint, Fingerprint)
         computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)
-        metadata = {"method": self.name, "interval": self.interval, "order": self.order}
+        metadata: dict[str, Any] = {"method": self.name, "interval": self.interval, "order": self.order}
+        metadata |= {"warmup": self.warmup} | ({} if self.stop is None else {"stop": self.stop})
         return schedule_of(fingerprint, list(forecasts(fingerprint, computed, self.order)), metadata, self.groups)
 
 

@@ -20,16 +20,19 @@ LEAST_RIDGE = 1e-6  # below, fits to fewer steps than polynomials are not unique
 LARGEST_DEGREE = 15
 
 
-def spectrum_steps(num_steps: int, window: float = 2.0, growth: float = 0.75, warmup: int = 5) -> list[int]:
+def spectrum_steps(
+    num_steps: int, window: float = 2.0, growth: float = 0.75, warmup: int = 5, stop: int | None = None
+) -> list[int]:
     """The steps that are computed: the first ones, then one at the end of every window, each longer by ``growth``.
 
     A step is computed where the steps skipped in a row, plus one, are ``floor(window)``, and then the window grows.
+    From ``stop`` on all are.
     Source: docs/methods.md, Spectrum.
     """
     computed: list[int] = []
     skipped = 0
     for step in range(num_steps):
-        if step < warmup:
+        if step < warmup or (stop is not None and step >= stop):
             computed.append(step)
         elif skipped + 1 >= math.floor(window):
             computed.append(step)
@@ -87,6 +90,7 @@ class Spectrum(PlannedMethod):
         ridge: of the fit (lambda).
         blend: share of the fit in a forecast (w), the rest being the first difference; 1 as in the paper.
         history: newest computed steps that are fitted to, and stored.
+        stop: from this step on everything is computed.
         groups: block ranges whose residuals are forecast; by default the velocity is, which stores next to nothing.
 
     Raises:
@@ -100,6 +104,7 @@ class Spectrum(PlannedMethod):
     ridge: float = 0.1
     blend: float = 0.5
     history: int = 100
+    stop: int | None = None
     groups: tuple[tuple[int, int], ...] | None = None
 
     name: ClassVar[str] = "spectrum"
@@ -124,17 +129,19 @@ class Spectrum(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("Spectrum.schedule", fingerprint, Fingerprint)
         cells: list[Cell] = [{}] * fingerprint.num_steps
+        ends = len(fingerprint.steps) if self.stop is None else self.stop
         for turn in fingerprint.turns:
-            for step, cell in zip(turn, self._cells(turn), strict=True):
+            stop = ends - fingerprint.steps.index(turn[0])
+            for step, cell in zip(turn, self._cells(turn, stop), strict=True):
                 cells[step] = cell
-        settings = {name: value for name, value in asdict(self).items() if name != "groups"}
+        settings = {name: value for name, value in asdict(self).items() if name != "groups" and value is not None}
         return schedule_of(fingerprint, cells, {"method": self.name, **settings}, self.groups)
 
-    def _cells(self, steps: Sequence[int]) -> list[Cell]:
+    def _cells(self, steps: Sequence[int], stop: int) -> list[Cell]:
         """Of the steps that one transformer runs in a row, counted from the first of them."""
         cells: list[Cell] = []
         anchors: list[int] = []  # newest first
-        computed = set(spectrum_steps(len(steps), self.window, self.growth, self.warmup))
+        computed = set(spectrum_steps(len(steps), self.window, self.growth, self.warmup, stop))
         for k in range(len(steps)):
             if k in computed:
                 anchors = [k, *anchors][: self.history]

@@ -263,6 +263,7 @@ def test_ertacache_is_fitted_as_published():
         for name, values in zip(("shares", "slopes", "intercepts"), expected[1:], strict=True):
             np.testing.assert_allclose(getattr(found, name), values, rtol=1e-4, atol=1e-5)
     assert ertacache.fit(table, 0.0).computed == tuple(range(STEPS))
+    assert ertacache.fit(table, np.inf, first=3, last=2).computed == (0, 1, 2, STEPS - 2, STEPS - 1)
 
 
 def erta_method(steps, computed, seed=0):

@@ -85,6 +85,9 @@ def test_forecasts_are_those_of_the_released_loop(pipe, method):
         else:
             literal.take(step, features[step])
     assert len(spectrum_steps(50)) == 14 and len(spectrum_steps(50, growth=3.0)) == 10
+    stopped = replace(method, stop=45).schedule(prints(pipe, 50))
+    assert [stopped.is_skipped(k) for k in range(45, 50)] == [False] * 5
+    assert stopped.velocities[:45] == schedule.velocities[:45]
 
 
 def test_a_run_takes_these_velocities_and_the_memory_that_is_planned(pipe):

@@ -23,7 +23,8 @@ from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 from layercache.tools.compare.model import CalibratedModel, Entry
 from layercache.tools.compare.peers import PEERS
-from layercache.tools.compare.tuned import METHODS, Maker, tuned_by_knob
+from layercache.tools.compare.tuned import METHODS
+from layercache.tools.compare.tuning import Maker, tuned_by_knob
 
 KINDS = (DynamicMethod, StepMethod, PlannedMethod)
 LONGEST_SETTING = 80
