@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.seacache import SeaCache as SeaCache
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
     from layercache.methods.universal import Universal as Universal
@@ -44,6 +45,7 @@ _HOMES = {
     "LearningToCache": "l2c",
     "MagCache": "magcache",
     "MeanCache": "meancache",
+    "SeaCache": "seacache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
     "TaylorSeer": "fixed",

@@ -41,11 +41,18 @@ class Observation:
         start: image stream in front of the first block, ``[B, S, D]``.
         probe: behind the probe blocks; ``start`` where there are none.
         modulation: gives scale, shift and eps of the first block's modulated input (`ModelSpec.modulation`).
+        latents: gives the transformer's first argument with its channels last, ``[B, ..., C]``
+            (`layercache.models.positions.on_grid`).
+        grid: gives the tokens of the picture along time, height and width (`layercache.models.positions.token_grid`).
+        timestep: that the transformer is given, in its own unit; ``None`` where it is given none.
     """
 
     start: torch.Tensor
     probe: torch.Tensor
     modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]]
+    latents: Callable[[], torch.Tensor] | None = None
+    grid: Callable[[], tuple[int, ...]] | None = None
+    timestep: torch.Tensor | None = None
 
 
 class Decider(ABC):

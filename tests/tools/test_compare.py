@@ -131,10 +131,10 @@ def test_a_damaged_file_is_refused(model, tmp_path):
         Comparison(model, PROMPTS, [1], tmp_path / "other")
 
 
-TUNED = ("dbcache", "dicache", "fbcache", "fbcache-1", "invardiff", "l2c", "spectralcache", "teacache")
+TUNED = ("dbcache", "dicache", "fbcache", "fbcache-1", "invardiff", "l2c", "seacache", "spectralcache", "teacache")
 
 
-PLANNED = [name for name in METHODS if name not in (*TUNED, "easycache", "layercache", "uniform")]
+PLANNED = [name for name in METHODS if name not in (*TUNED, "seacache-1", "easycache", "layercache", "uniform")]
 
 
 @pytest.mark.parametrize("name", [*PLANNED, *slow(*TUNED)])

@@ -17,6 +17,7 @@ from layercache.methods import (
     FBCache,
     MagCache,
     MeanCache,
+    SeaCache,
     SmoothCache,
     SpectralCache,
     TaylorSeer,
@@ -24,6 +25,7 @@ from layercache.methods import (
     Universal,
     meancache,
 )
+from layercache.models.registry import find_transformer, spec_for
 from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.module_schedule import ModuleSchedule
 
@@ -126,6 +128,16 @@ def _dual(model: CalibratedModel, threshold: float) -> Any:
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=threshold)
 
 
+def _seacache(order: int) -> Callable[[CalibratedModel, float], Any]:
+    """On the modulated input, where the model shows it."""
+
+    def build(model: CalibratedModel, threshold: float) -> Any:
+        shown = spec_for(find_transformer(model.pipeline)).modulation is not None
+        return SeaCache(threshold=threshold, order=order, indicator="modulated" if shown else "latents")
+
+    return build
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
@@ -155,6 +167,8 @@ METHODS: dict[str, Maker] = {
     "spectralcache": by_threshold(
         lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
+    "seacache": by_threshold(_seacache(0), 1e-3, 10.0),
+    "seacache-1": by_threshold(_seacache(1), 1e-3, 10.0),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
