@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
     from layercache.methods.seacache import SeaCache as SeaCache
+    from layercache.methods.sencache import SenCache as SenCache
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
     from layercache.methods.universal import Universal as Universal
@@ -46,6 +47,7 @@ _HOMES = {
     "MagCache": "magcache",
     "MeanCache": "meancache",
     "SeaCache": "seacache",
+    "SenCache": "sencache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
     "TaylorSeer": "fixed",

@@ -18,6 +18,7 @@ from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import MASKS, DBCache, FBCache, steps_mask
 from layercache.methods.seacache import SeaCache
+from layercache.methods.sencache import SenCache
 from layercache.methods.teacache import COEFFICIENTS, IDENTITY, SpectralCache, TeaCache, fit
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.dynamic import Reader
@@ -276,6 +277,7 @@ EVERY = [
     SpectralCache(threshold=0.3, coefficients=IDENTITY),
     SeaCache(threshold=0.2, order=1),
     SeaCache(threshold=0.5, indicator="latents"),
+    SenCache(threshold=0.3, sensitivities=((0.5, 0.5, 1.0),)),
     DiCache(threshold=0.15, retention=0.1),
     DiCache(threshold=0.15, retention=0.1, per_branch=False),
     EasyCache(threshold=0.3, warmup=3),
@@ -387,6 +389,8 @@ def test_numbers_that_are_not_finite_are_never_small(pipe):
         (lambda: SpectralCache(least=2.0), "most"),
         (lambda: SeaCache(indicator="output"), "indicator"),
         (lambda: SeaCache(power=0.0), "power"),
+        (lambda: SenCache(early_share=1.5), "early_share"),
+        (lambda: SenCache(sensitivities=((0.5, 1.0, -1.0),)), "rows"),
         (lambda: DiCache(mode="delta"), "mode"),
         (lambda: DiCache(order=1), "order"),
         (lambda: DiCache(retention=2), "retention"),
@@ -415,7 +419,7 @@ def test_settings_without_their_name_are_refused(kind, given, text):
     assert str(caught.value).startswith(f"give the settings of {kind.__name__} by name, such as {text}")
 
 
-@pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, SeaCache, DiCache, EasyCache])
+@pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, SeaCache, SenCache, DiCache, EasyCache])
 def test_methods_are_copied_shown_and_changed_as_dataclasses(kind):
     method = kind(threshold=0.7)
     assert pickle.loads(pickle.dumps(method)) == copy.deepcopy(method) == method

@@ -8,6 +8,7 @@ from diffusers import SeaCacheConfig
 import layercache
 from layercache.errors import MethodError, UnsupportedModelError
 from layercache.methods.seacache import SeaCache
+from layercache.methods.sencache import SenCache, fit
 from layercache.models.positions import on_grid, token_grid
 from layercache.runtime.policy import Run
 from support.marks import slow
@@ -101,7 +102,81 @@ def test_seacache_decides_as_diffusers_does(threshold):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-NEUTRAL = [SeaCache(threshold=0.0)]
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
+# of a model that answers to both; rows are looked up by the nearest timestep
+SENSITIVITIES = ((1.0, 0.5, 1.0), (0.7, 0.3, 0.6), (0.4, 0.4, 0.8), (0.1, 0.9, 1.5))
+
+
+def sencache_literal(a, m):
+    """Of the branch that is run first; the others follow it."""
+    computed, row, reference = [], 0, None
+    for i in range(STEPS):
+        x, t = a["x"][i], a["t"][i].max()
+        compute = i in (0, STEPS - 1) or row == m.max_consecutive
+        if not compute:
+            x_a, t_a = reference
+            _, j_x, j_t = min(m.sensitivities, key=lambda entry: abs(entry[0] - t_a))
+            score = j_x * np.linalg.norm(x - x_a) + j_t * np.sqrt(x.size) * abs(t - t_a)
+            limit = m.early_threshold if i < round(m.early_share * STEPS) else m.threshold
+            compute = not score < limit * np.sqrt(x.size)
+        if compute:
+            row, reference = 0, (x, t)
+        else:
+            row += 1
+        computed.append(compute)
+    return computed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SenCache(threshold=0.12, sensitivities=SENSITIVITIES),
+        SenCache(threshold=0.3, early_threshold=0.1, early_share=0.5, max_consecutive=3, sensitivities=SENSITIVITIES),
+    ],
+)
+def test_sencache(pipe, method):
+    seen, cache, _ = watched(pipe, method)
+    expected = tuple(sencache_literal(seen["cond"], method))
+    assert cache.decisions == {"cond": expected, "uncond": expected} and set(expected) == {True, False}
+    for a in seen.values():
+        residual = None
+        for i, computed in enumerate(expected):
+            if computed:
+                residual = a["h"][i] - a["h0"][i]
+            np.testing.assert_allclose(a["h"][i], a["h0"][i] + residual, atol=2e-5)
+
+
+def test_sensitivities_are_finite_differences_along_the_steps(pipe):
+    call, calls = CALL | {"num_inference_steps": 4}, []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    pipe("cat", generator=torch.Generator().manual_seed(3), **call)
+    hook.remove()
+    expected = []
+    with torch.no_grad():
+        for (before, output), (after, _) in zip(calls[0::2], calls[2::2], strict=False):
+            x, t = ({name: after[name]} for name in ("hidden_states", "timestep"))
+            dx = (after["hidden_states"] - before["hidden_states"]).norm()
+            dt = (after["timestep"] - before["timestep"]).abs().max()
+            moved = (pipe.transformer(**{**before, **x})[0] - output).norm() / dx
+            later = (pipe.transformer(**{**before, **t})[0] - output).norm() / dt / output.numel() ** 0.5
+            expected.append((before["timestep"].max().item(), moved.item(), later.item()))
+    found = fit(pipe, ["cat"], [3], **call)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+    assert len(found) == 3
+    twice = fit(pipe, ["cat", "cat"], [3, 3], **call)
+    np.testing.assert_allclose(twice, found, rtol=1e-5)
+    with pytest.raises(MethodError, match="more steps"):
+        fit(pipe, ["cat"], **CALL | {"num_inference_steps": 1})
+    with pytest.raises(MethodError, match="sencache.fit"):
+        layercache.enable(pipe, SenCache())
+
+
+NEUTRAL = [
+    SeaCache(threshold=0.0),
+    SenCache(threshold=0.0, early_threshold=0.0, sensitivities=SENSITIVITIES),
+]
 
 
 @pytest.mark.parametrize("method", NEUTRAL, ids=lambda m: m.name)
@@ -122,6 +197,13 @@ def test_memory_of_seacache(pipe):
     with layercache.enabled(pipe, SeaCache(threshold=0.2, order=1)) as cache:
         generate(pipe, steps=STEPS)
     assert cache.report().cache_bytes == 2 * 3 * stream_bytes(pipe)
+
+
+def test_memory_of_sencache(pipe):
+    """A residual per branch, and the latents of two steps of the branch that decides."""
+    with layercache.enabled(pipe, SenCache(threshold=0.3, sensitivities=SENSITIVITIES)) as cache:
+        latents = generate(pipe, steps=STEPS)
+    assert cache.report().cache_bytes == 2 * stream_bytes(pipe) + 2 * latents.numel() * latents.element_size()
 
 
 def test_where_the_tokens_of_a_picture_lie():

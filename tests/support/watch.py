@@ -34,6 +34,7 @@ class Watch:
             self._start = output
 
         def temb(module, args, output):
+            self.note("t", args[0])
             shift, scale, _ = first.img_mod(output).chunk(2, dim=-1)[0].chunk(3, dim=-1)
             normed = torch.nn.functional.layer_norm(self._start, self._start.shape[-1:], eps=1e-6)
             self.note("M", normed * (1 + scale[:, None]) + shift[:, None])

@@ -18,6 +18,7 @@ from layercache.methods import (
     MagCache,
     MeanCache,
     SeaCache,
+    SenCache,
     SmoothCache,
     SpectralCache,
     TaylorSeer,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from layercache.tools.compare.model import CalibratedModel
 
 MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
+SENCACHE_LONGEST = 10  # as many in a row as its code allows at most
 
 Maker = Callable[["CalibratedModel", float], tuple[Any, str]]
 
@@ -138,6 +140,22 @@ def _seacache(order: int) -> Callable[[CalibratedModel, float], Any]:
     return build
 
 
+def _sencache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    """With both thresholds in the paper's proportion, and the fewest skips in a row that allow the budget."""
+    for longest in range(2, SENCACHE_LONGEST + 1):
+
+        def build(model: CalibratedModel, threshold: float, longest: int = longest) -> Any:
+            early, rows = threshold / 10, model.sensitivities
+            return SenCache(threshold=threshold, early_threshold=early, max_consecutive=longest, sensitivities=rows)
+
+        try:
+            plan, setting = by_threshold(build, 1e-4, 100.0)(model, budget)
+        except BudgetError:
+            continue
+        return plan, f"{setting}, {longest} in a row"
+    raise BudgetError(f"no threshold brings it down to {budget:g} with up to {SENCACHE_LONGEST} skips in a row")
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
@@ -169,6 +187,7 @@ METHODS: dict[str, Maker] = {
     ),
     "seacache": by_threshold(_seacache(0), 1e-3, 10.0),
     "seacache-1": by_threshold(_seacache(1), 1e-3, 10.0),
+    "sencache": _sencache,
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
