@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.precisecache import PreciseCache as PreciseCache
     from layercache.methods.seacache import SeaCache as SeaCache
     from layercache.methods.sencache import SenCache as SenCache
     from layercache.methods.teacache import SpectralCache as SpectralCache
@@ -46,6 +47,7 @@ _HOMES = {
     "LearningToCache": "l2c",
     "MagCache": "magcache",
     "MeanCache": "meancache",
+    "PreciseCache": "precisecache",
     "SeaCache": "seacache",
     "SenCache": "sencache",
     "SmoothCache": "fixed",

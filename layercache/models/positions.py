@@ -82,11 +82,12 @@ def _unknown(what: str) -> UnsupportedModelError:
 
 def _patches(config: Mapping[str, Any]) -> Grid:
     """Latents per token along time, height and width."""
-    given = config.get("patch_size") or 1
+    given = config.get("patch_size") or config.get("all_patch_size", (1,))[0]
+    time = config.get("patch_size_t") or config.get("temporal_patch_size") or config.get("all_f_patch_size", (1,))[0]
     if isinstance(given, int):
-        return (config.get("patch_size_t") or config.get("temporal_patch_size") or 1, given, given)
+        return time, given, given
     sides = tuple(int(side) for side in given)
-    return sides if len(sides) > 2 else (config.get("patch_size_t") or 1, *sides)
+    return sides if len(sides) > 2 else (time, *sides)
 
 
 def _channel_axes(latents: torch.Tensor, config: Mapping[str, Any]) -> Iterator[int]:
@@ -119,3 +120,78 @@ def _grid_of_ids(ids: torch.Tensor) -> Grid:
     places = (ids[0] if ids.dim() == 3 else ids).tolist()
     own = [place for place in places if place[0] == places[0][0]]
     return len({place[1] for place in own}), len({place[2] for place in own})
+
+
+def shrunk(
+    name: str, arguments: Mapping[str, Any], config: Mapping[str, Any], factors: tuple[int, int]
+) -> tuple[dict[str, Any], float]:
+    """Arguments of a forward on a smaller picture, and its share of the tokens; every so-manieth token is kept.
+
+    Tokens are left out and not averaged, so that the noise keeps its level. Their positions are those of a picture of
+    that size; references and what a ControlNet adds are left out.
+
+    Args:
+        name: of the latents among the arguments.
+        factors: by which time, and height and width, are divided, as far as there are tokens.
+
+    Raises:
+        UnsupportedModelError: latents of several sizes.
+    """
+    given = one_tensor(arguments[name])
+    if given.dim() > 3:
+        channels = next(_channel_axes(given, config))
+        axes = [axis for axis in range(1, given.dim()) if axis != channels]
+        patches = _patches(config)[-len(axes) :]
+        grid = tuple(math.ceil(given.shape[axis] / p) for axis, p in zip(axes, patches, strict=True))
+    else:
+        axes, patches = [], ()
+        grid = _said_grid(arguments) or (given.shape[1],)
+    by = (factors[0], factors[1], factors[1])[-len(grid) :]
+    small = tuple(max(1, tokens // factor) for tokens, factor in zip(grid, by, strict=True))
+    kept = [_spaced(tokens, fewer) for tokens, fewer in zip(grid, small, strict=True)]
+    if axes:
+        for axis, patch, places in zip(axes, patches, kept, strict=True):
+            within = (places[:, None] * patch + torch.arange(patch)).flatten().clamp(max=given.shape[axis] - 1)
+            given = given.index_select(axis, within.to(given.device))
+    else:
+        given = given[:, _flat(kept, grid).to(given.device)]
+    latents = list(given) if isinstance(arguments[name], (list, tuple)) else given
+    corner = _flat([torch.arange(fewer) for fewer in small], grid)
+    share = math.prod(small) / math.prod(grid)
+    found = {**arguments, **_shrunk_places(arguments, small, corner), name: latents}
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > math.prod(grid):  # of text and picture
+        text = torch.arange(mask.shape[1] - math.prod(grid))
+        found["attention_mask"] = mask[:, torch.cat([text, corner + len(text)]).to(mask.device)]
+    return found, share
+
+
+def _spaced(tokens: int, fewer: int) -> torch.Tensor:
+    """So many of the tokens along an axis, evenly spaced."""
+    return ((torch.arange(fewer) + 0.5) * tokens / fewer).long()
+
+
+def _flat(places: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """Numbers in the stream of the tokens at these places along each axis."""
+    found = torch.zeros(1, dtype=torch.long)
+    for along, side in zip(places, grid, strict=True):
+        found = (found[:, None] * side + along).flatten()
+    return found
+
+
+def _shrunk_places(arguments: Mapping[str, Any], small: Grid, corner: torch.Tensor) -> dict[str, Any]:
+    """The arguments that say where tokens lie, for a picture of fewer: those of a corner of the larger one."""
+    found: dict[str, Any] = {name: None for name in arguments if "controlnet" in name}
+    for name, value in arguments.items():
+        if name == "img_shapes":
+            nested = isinstance(value[0][0], Sequence)
+            found[name] = [[small] if nested else small for _ in value]
+        elif name == "img_ids" and isinstance(value, torch.Tensor):
+            found[name] = value.index_select(-2, corner.to(value.device))
+        elif name in ("num_frames", "height", "width") and len(small) == 3:
+            found[name] = small[("num_frames", "height", "width").index(name)]
+        elif name == "image_rotary_emb" and value is not None:
+            found[name] = tuple(one.index_select(0, corner.to(one.device)) for one in value)
+        elif name == "visual_rope_pos":
+            found[name] = [one[:fewer] for one, fewer in zip(value, small, strict=True)]
+    return found

@@ -6,13 +6,15 @@ import torch
 from diffusers import SeaCacheConfig
 
 import layercache
-from layercache.errors import MethodError, UnsupportedModelError
+from layercache.demo.model import CLASS_NAMES, TEXT_TOKENS
+from layercache.errors import MethodError, NonFiniteWarning, UnsupportedModelError
+from layercache.methods.precisecache import PreciseCache
 from layercache.methods.seacache import SeaCache
 from layercache.methods.sencache import SenCache, fit
 from layercache.models.positions import on_grid, token_grid
 from layercache.runtime.policy import Run
 from support.marks import slow
-from support.tiny import calm_pipeline, generate, shifted_sigmas
+from support.tiny import LAYERS, calm_pipeline, generate, shifted_sigmas
 from support.watch import STEPS, mean1, watched
 from support.zoo_pipelines import PIPELINES
 
@@ -173,7 +175,153 @@ def test_sensitivities_are_finite_differences_along_the_steps(pipe):
         layercache.enable(pipe, SenCache())
 
 
+def low(output, radius):
+    """The low frequencies of ``[B, side, side, C]``."""
+    side = output.shape[1]
+    places = np.fft.fftfreq(side) * side
+    kept = places[:, None] ** 2 + places[None, :] ** 2 <= (radius * side) ** 2
+    return np.fft.ifftn(np.fft.fftn(output, axes=(1, 2)) * kept[None, ..., None], axes=(1, 2)).real
+
+
+def precisecache_literal(pipe, m, inputs, residuals):
+    """Rows of computed blocks, by a trial on every ``m.shrink[1]``-th token in each direction."""
+    side = SIDE // m.shrink[1]
+    at = (np.arange(side) * m.shrink[1] + m.shrink[1] // 2).astype(int)
+    tokens = (at[:, None] * SIDE + at[None, :]).ravel()
+    rows, total, largest, before, left, pivotal = [], 0.0, 0.0, None, m.window, None
+    for i in range(STEPS):
+        small = {"hidden_states": inputs[i]["hidden_states"][:, tokens], "img_shapes": [[(1, side, side)]] * 2}
+        with torch.no_grad():
+            output = pipe.transformer(**{**inputs[i], **small})[0].double().numpy()
+        now = low(output.reshape(2, side, side, -1), m.radius)
+        if before is not None:
+            total += np.linalg.norm(now - before)
+            largest = max(largest, np.linalg.norm(now - before))
+        if before is not None and total < m.alpha * largest:
+            rows.append((False,) * LAYERS)
+        elif m.cached_blocks and left < m.window:
+            rows.append(pivotal)
+            total, left = 0.0, left + 1
+        else:
+            rows.append((True,) * LAYERS)
+            sizes = [np.linalg.norm(residuals[i][block]) for block in range(LAYERS)]
+            smallest = np.argsort(sizes)[: round(m.cached_blocks * LAYERS)]
+            total, left, pivotal = 0.0, 0, tuple(block not in smallest for block in range(LAYERS))
+        before = now
+    return rows
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PreciseCache(alpha=0.9, window=2, shrink=(2, 2), radius=0.3),
+        PreciseCache(alpha=2.0, cached_blocks=0.0),
+    ],
+)
+def test_precisecache(pipe, method):
+    inputs, streams, residuals = [], [], []
+
+    def begin(module, args, kwargs):
+        inputs.append(kwargs)
+        streams.append({})
+        residuals.append({})
+
+    def watch(block):
+        def hook(module, args, kwargs, output):
+            before, after = kwargs["hidden_states"], output[1]
+            if after.shape[1] == SIDE * SIDE:  # no trial
+                streams[-1][block] = before.double().numpy(), after.double().numpy()
+                residuals[-1][block] = streams[-1][block][1] - streams[-1][block][0]
+
+        return hook
+
+    def end(module, args):
+        if args[0].shape[1] == SIDE * SIDE:
+            streams[-1]["end"] = args[0].double().numpy()
+
+    model = pipe.transformer
+    hooks = [model.norm_out.register_forward_pre_hook(end)]
+    hooks += [b.register_forward_hook(watch(k), with_kwargs=True) for k, b in enumerate(model.transformer_blocks)]
+    with layercache.enabled(pipe, method) as cache:
+        hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+        generate(pipe, steps=STEPS)
+    for hook in hooks:
+        hook.remove()
+    expected = precisecache_literal(pipe, method, inputs[0::2], residuals[0::2])
+    kinds = {sum(row) for row in expected}
+    assert kinds == ({0, 4, 6} if method.cached_blocks else {0, 6})
+    found = cache.rows["cond"]
+    assert found == tuple(expected if method.cached_blocks else [(all(row),) for row in expected])
+    assert cache.rows["uncond"] == found and cache.decisions["cond"] == tuple(any(row) for row in expected)
+    for branch in (0, 1):
+        newest = {}
+        for row, seen, own in zip(expected, streams[branch::2], residuals[branch::2], strict=True):
+            newest |= own
+            assert set(own) == {block for block in range(LAYERS) if row[block]}
+            for block in range(LAYERS):
+                if row[block] and block and not row[block - 1]:  # what the left out blocks add lies between
+                    first = max((k for k in range(block) if row[k]), default=None)
+                    if first is not None:
+                        between = sum(newest[k] for k in range(first + 1, block))
+                        np.testing.assert_allclose(seen[block][0], seen[first][1] + between, atol=5e-5)
+            if any(row) and not row[-1]:
+                first = max(k for k in range(LAYERS) if row[k])
+                between = sum(newest[k] for k in range(first + 1, LAYERS))
+                np.testing.assert_allclose(seen["end"], seen[first][1] + between, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", [PreciseCache(alpha=0.9, window=2, shrink=(2, 2)), *slow(PreciseCache(alpha=1.5))])
+def test_rows_as_a_schedule_give_the_same_bits(pipe, full, method):
+    with layercache.enabled(pipe, method) as cache:
+        first = generate(pipe, steps=STEPS)
+        assert torch.equal(generate(pipe, steps=STEPS), first)
+        rows, report = cache.rows, cache.report()
+    schedule = layercache.Schedule.from_json(cache.export_schedule().to_json())
+    with layercache.enabled(pipe, schedule) as replayed:
+        assert torch.equal(generate(pipe, steps=STEPS), first) and not torch.equal(first, full)
+    assert torch.equal(generate(pipe, steps=STEPS), full)
+    # trials of a branch of two, each as large as its share of the tokens
+    trials = 0.5 / method.shrink[1] ** 2
+    assert report.used == pytest.approx(np.mean([np.mean(own) for own in rows.values()]) + trials)
+    assert replayed.report().used == pytest.approx(report.used - trials)
+
+
+def test_rows_of_another_batch_and_of_a_bad_sample(pipe):
+    """Nothing of a generation is read in the next; one picture that is NaN is left out of the decisions."""
+    method = PreciseCache(alpha=0.9, window=2, shrink=(2, 2))
+    with layercache.enabled(pipe, method) as cache:
+        single = generate(pipe, prompts=["rocket"], steps=STEPS, seed=7)
+        alone = cache.rows["cond"]
+        generate(pipe, steps=STEPS)
+        assert torch.equal(generate(pipe, prompts=["rocket"], steps=STEPS, seed=7), single)
+        embedding = pipe.class_encoder.embedding.weight
+        with torch.no_grad():
+            kept = embedding[CLASS_NAMES.index("cat")].clone()
+            embedding[CLASS_NAMES.index("cat")] = float("nan")
+        try:
+            with pytest.warns(NonFiniteWarning):
+                broken = generate(pipe, prompts=["rocket", "cat"], steps=STEPS, seed=7)
+        finally:
+            with torch.no_grad():
+                embedding[CLASS_NAMES.index("cat")] = kept
+        assert cache.rows["cond"] == alone
+        torch.testing.assert_close(broken[:1], single, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_of_precisecache():
+    assert PreciseCache.preset("flash") == PreciseCache() and PreciseCache.preset("base").alpha == 0.5
+    assert PreciseCache.preset("turbo").groups(6) == ((0, 6),) and len(PreciseCache().groups(6)) == 6
+    assert eval(repr(method := PreciseCache(alpha=0.3))) == method != PreciseCache()
+    for settings in ({"alpha": -1.0}, {"cached_blocks": 2.0}, {"shrink": (0, 4)}, {"shrink": (4,)}, {"window": -1}):
+        with pytest.raises(MethodError, match=next(iter(settings))):
+            PreciseCache(**settings)
+    with pytest.raises(MethodError, match="preset"):
+        PreciseCache.preset("fast")
+
+
 NEUTRAL = [
+    PreciseCache(alpha=0.0, cached_blocks=0.0),
+    PreciseCache(alpha=0.0, window=0),
     SeaCache(threshold=0.0),
     SenCache(threshold=0.0, early_threshold=0.0, sensitivities=SENSITIVITIES),
 ]
@@ -187,23 +335,23 @@ def test_at_the_neutral_setting_everything_is_computed(pipe, full, method):
 
 
 def stream_bytes(pipe, tokens=SIDE * SIDE):
-    """Of the image stream of two pictures."""
+    """Of a stream of two pictures."""
     config = pipe.transformer.config
     return 2 * tokens * config.num_attention_heads * config.attention_head_dim * 4
 
 
-def test_memory_of_seacache(pipe):
-    """Two residuals and what the input was before, per branch."""
-    with layercache.enabled(pipe, SeaCache(threshold=0.2, order=1)) as cache:
-        generate(pipe, steps=STEPS)
-    assert cache.report().cache_bytes == 2 * 3 * stream_bytes(pipe)
-
-
-def test_memory_of_sencache(pipe):
-    """A residual per branch, and the latents of two steps of the branch that decides."""
-    with layercache.enabled(pipe, SenCache(threshold=0.3, sensitivities=SENSITIVITIES)) as cache:
-        latents = generate(pipe, steps=STEPS)
-    assert cache.report().cache_bytes == 2 * stream_bytes(pipe) + 2 * latents.numel() * latents.element_size()
+def test_memory_is_what_is_reported(pipe):
+    image, text = stream_bytes(pipe), stream_bytes(pipe, TEXT_TOKENS)
+    methods = {
+        SeaCache(threshold=0.2, order=1): lambda latents: 2 * 3 * image,  # two residuals and the input before, a branch
+        SenCache(threshold=0.3, sensitivities=SENSITIVITIES): lambda latents: 2 * image + 2 * latents,
+        # of the text nothing behind the last block; low frequencies on every fourth token
+        PreciseCache(shrink=(2, 2)): lambda latents: 2 * (LAYERS * image + (LAYERS - 1) * text) + latents // 4,
+    }
+    for method, expected in methods.items():
+        with layercache.enabled(pipe, method) as cache:
+            latents = generate(pipe, steps=STEPS)
+        assert cache.report().cache_bytes == expected(latents.numel() * latents.element_size())
 
 
 def test_where_the_tokens_of_a_picture_lie():

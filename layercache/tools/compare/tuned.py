@@ -17,6 +17,7 @@ from layercache.methods import (
     FBCache,
     MagCache,
     MeanCache,
+    PreciseCache,
     SeaCache,
     SenCache,
     SmoothCache,
@@ -188,6 +189,10 @@ METHODS: dict[str, Maker] = {
     "seacache": by_threshold(_seacache(0), 1e-3, 10.0),
     "seacache-1": by_threshold(_seacache(1), 1e-3, 10.0),
     "sencache": _sencache,
+    "precisecache": by_threshold(lambda model, a: PreciseCache(alpha=a), 1e-3, 100.0, setting="alpha"),
+    "precisecache-steps": by_threshold(
+        lambda model, a: PreciseCache(alpha=a, cached_blocks=0.0), 1e-3, 100.0, setting="alpha"
+    ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
