@@ -5,7 +5,7 @@
 >>> layercache.enable(pipe, TaylorSeer(interval=4))
 
 Methods of other packages join by an entry point in the group ``layercache.methods``: its name is the method's, its
-object the config class, a subclass of one of the three kinds in `layercache.methods.policy`. `layercache compare` then
+object the config class, a subclass of one of the four kinds in `layercache.methods.policy`. `layercache compare` then
 knows it by that name.
 """
 

@@ -314,7 +314,9 @@ class DynamicRouter(Router):
         def latents() -> torch.Tensor:
             return on_grid(given, arguments, model_config(model))
 
-        return Observation(start, probe, modulation, latents, grid, time if isinstance(time, torch.Tensor) else None)
+        if isinstance(time, (int, float)):
+            time = torch.tensor(float(time), device=start.device)
+        return Observation(start, probe, modulation, latents, grid, time)
 
     def decides_to_reuse(self, observation: Observation) -> bool:
         """Looks, decides, and notes what was decided."""

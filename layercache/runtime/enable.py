@@ -65,7 +65,12 @@ def enable(pipe: Any, plan: StepMethod, scheduler: Any = None) -> StepRouter: ..
 
 @overload
 def enable(
-    pipe: Any, plan: RowMethod, scheduler: Any = None, num_steps: int | None = None, *, storage: str = "same"
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
 ) -> RowRouter: ...
 
 
@@ -320,8 +325,8 @@ def _(plan: DynamicMethod, setting: Setting) -> DynamicRouter:
 
 @make_router.register
 def _(plan: RowMethod, setting: Setting) -> RowRouter:
-    model, steps = setting.transformer, setting.num_steps
-    return RowRouter(model, spec_for(model), plan, setting.scheduler, steps, setting.storage)
+    model, group = setting.transformer, setting.process_group
+    return RowRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
 
 
 def disable(pipe: Any) -> None:
@@ -365,7 +370,12 @@ def enabled(pipe: Any, plan: StepMethod, scheduler: Any = None) -> AbstractConte
 
 @overload
 def enabled(
-    pipe: Any, plan: RowMethod, scheduler: Any = None, num_steps: int | None = None, *, storage: str = "same"
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
 ) -> AbstractContextManager[RowRouter]: ...
 
 

@@ -17,6 +17,7 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.positions import on_grid, shrunk
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams
+from layercache.runtime.dynamic import Reader
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
@@ -27,6 +28,7 @@ from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
 from layercache.runtime.state import MAX_TERMS
 from layercache.runtime.storage import Buffer, Storage, check_alike
+from layercache.runtime.timing import device_of
 from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -104,6 +106,7 @@ class RowRouter(Router):
         method: RowMethod,
         scheduler: Any = None,
         num_steps: int | None = None,
+        process_group: Any = None,
         storage: str = "same",
     ):
         self.groups = method.groups(count_blocks(transformer))
@@ -116,7 +119,7 @@ class RowRouter(Router):
         self.method, self.storage = method, Storage(storage, may_wait=True)
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
-        self._num_steps = num_steps
+        self._num_steps, self._reader = num_steps, Reader("step", process_group)
         self._run: RowRun | None = None
         self._state: RowState
         self._key = ""
@@ -185,15 +188,14 @@ class RowRouter(Router):
         step, decider = place.step, run.decider
         trial = self._trial(forward) if self.method.trial and decider.wants_trial(step) else None
         if trial is not None:
+            if run.excluded.is_due and len(trial) > 1:
+                run.excluded.look(trial)
             trial = run.excluded.without(trial)
         complete = len(run.sizes) == len(self.groups)
         sizes = torch.stack([run.sizes[group] for group in range(len(self.groups))]) if complete else None
         run.sizes = {}
-        statistics = decider.observe(step, trial, sizes)
-        numbers = None if statistics is None else statistics.flatten().tolist()
+        numbers = self._reader.read(decider.observe(step, trial, sizes))
         run.excluded.note(numbers)
-        if trial is not None and run.excluded.is_due and len(trial) > 1:
-            run.excluded.look(trial)
         run.computed, run.step = decider.choose(step, numbers), step
         run.measured = place.key if decider.wants_sizes(step) else ""
 
@@ -207,7 +209,8 @@ class RowRouter(Router):
         config = model_config(self.transformer)
         arguments, share = shrunk(self._stream, forward.arguments, config, self.method.trial)
         try:
-            output = self.transformer.forward(**arguments)
+            with self.attachment.times.beside(device_of(arguments[self._stream])):
+                output = self.transformer.forward(**arguments)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise UnsupportedModelError(
                 f"{self.method.name} runs the model on a smaller picture too, which {self.spec.model_class} cannot do "
@@ -250,7 +253,9 @@ class RowRouter(Router):
                 self.storage.allocate(buffer, stream)
         self.storage.store(streams, bases, buffers[: len(streams)], self._flag_for(image_out))
         if run.measured == self._key:
-            squares = ops.pair_statistics([image_out], [image_in], per_sample=True)[:, 3]
+            wider = torch.promote_types(image_in.dtype, image_out.dtype)  # another under torch.autocast
+            pair = [image_out.to(wider)], [image_in.to(wider)]
+            squares = ops.pair_statistics(*pair, per_sample=True)[:, 3]
             run.sizes[group] = run.excluded.without(squares).sum()
 
     def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
