@@ -210,7 +210,7 @@ def precisecache_literal(pipe, m, inputs, residuals):
     "method",
     [
         PreciseCache(alpha=0.9, window=2, shrink=(2, 2), radius=0.3),
-        PreciseCache(alpha=2.0, cached_blocks=0.0),
+        *slow(PreciseCache(alpha=2.0, cached_blocks=0.0)),
     ],
 )
 def test_precisecache(pipe, method):
