@@ -5,7 +5,7 @@
 >>> layercache.enable(pipe, TaylorSeer(interval=4))
 
 Methods of other packages join by an entry point in the group ``layercache.methods``: its name is the method's, its
-object the config class, a subclass of one of the three kinds in `layercache.methods.policy`. `layercache compare` then
+object the config class, a subclass of one of the four kinds in `layercache.methods.policy`. `layercache compare` then
 knows it by that name.
 """
 
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.precisecache import PreciseCache as PreciseCache
     from layercache.methods.procache import ProCache as ProCache
+    from layercache.methods.seacache import SeaCache as SeaCache
+    from layercache.methods.sencache import SenCache as SenCache
     from layercache.methods.spectrum import Spectrum as Spectrum
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
@@ -51,6 +54,9 @@ _HOMES = {
     "MagCache": "magcache",
     "MeanCache": "meancache",
     "ProCache": "procache",
+    "PreciseCache": "precisecache",
+    "SeaCache": "seacache",
+    "SenCache": "sencache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
     "Spectrum": "spectrum",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import layercache
 from layercache.errors import CrewError, LayerCacheError
-from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, teacache
+from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, sencache, teacache
 from layercache.methods.full_runs import generate_once, magnitude_ratios
 from layercache.parallel.crew import Crew, sendable
 from layercache.parallel.part import by_first
@@ -120,6 +120,10 @@ class CalibratedModel:
             return TeaCache().for_model(name)
         coefficients, _ = teacache.fit(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
         return TeaCache(coefficients=coefficients)
+
+    @cached_property
+    def sensitivities(self) -> sencache.Sensitivities:
+        return sencache.fit(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
 
     @cached_property
     def rates(self) -> invardiff.Rates:

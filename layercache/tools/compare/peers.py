@@ -114,7 +114,7 @@ SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")
 
 
 def _seacache(model: CalibratedModel, budget: float) -> Entry:
-    """Threshold by bisection: none of ours takes its decisions."""
+    """Threshold by bisection; `SeaCache(indicator="latents", order=1, max_consecutive=2)` decides as it does."""
     transformer = model.pipeline.transformer
     if type(transformer).__name__ not in SEACACHE_CLASSES:
         raise MethodError(f"SeaCache of diffusers covers {' and '.join(SEACACHE_CLASSES)} only")

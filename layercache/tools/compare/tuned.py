@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import layercache
+from layercache.errors import BudgetError
 from layercache.methods import (
     DBCache,
     DiCache,
@@ -15,6 +16,9 @@ from layercache.methods import (
     FBCache,
     MagCache,
     MeanCache,
+    PreciseCache,
+    SeaCache,
+    SenCache,
     SmoothCache,
     SpectralCache,
     TaylorSeer,
@@ -22,13 +26,15 @@ from layercache.methods import (
     Universal,
     meancache,
 )
+from layercache.models.registry import find_transformer, spec_for
 from layercache.tools.compare.tuned_paths import tuned_dpcache, tuned_ertacache, tuned_procache, tuned_spectrum
-from layercache.tools.compare.tuning import Maker, by_interval, by_threshold
+from layercache.tools.compare.tuning import Build, Maker, by_interval, by_threshold
 
 if TYPE_CHECKING:
     from layercache.tools.compare.model import CalibratedModel
 
 MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
+SENCACHE_LONGEST = 10  # as many in a row as its code allows at most
 
 
 def _layercache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
@@ -61,6 +67,32 @@ def _dual(model: CalibratedModel, threshold: float) -> Any:
     """Of thresholds below 1, at which every step would be reused."""
     front = max(1, min(8, model.fingerprint.num_blocks // 8))
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=threshold)
+
+
+def _seacache(order: int) -> Build:
+    """On the modulated input, where the model shows it."""
+
+    def build(model: CalibratedModel, threshold: float) -> Any:
+        shown = spec_for(find_transformer(model.pipeline)).modulation is not None
+        return SeaCache(threshold=threshold, order=order, indicator="modulated" if shown else "latents")
+
+    return build
+
+
+def _sencache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    """With both thresholds in the paper's proportion, and the fewest skips in a row that allow the budget."""
+    for longest in range(2, SENCACHE_LONGEST + 1):
+
+        def build(model: CalibratedModel, threshold: float, longest: int = longest) -> Any:
+            early, rows = threshold / 10, model.sensitivities
+            return SenCache(threshold=threshold, early_threshold=early, max_consecutive=longest, sensitivities=rows)
+
+        try:
+            plan, setting = by_threshold(build, 1e-4, 100.0)(model, budget)
+        except BudgetError:
+            continue
+        return plan, f"{setting}, {longest} in a row"
+    raise BudgetError(f"no threshold brings it down to {budget:g} with up to {SENCACHE_LONGEST} skips in a row")
 
 
 METHODS: dict[str, Maker] = {
@@ -97,6 +129,13 @@ METHODS: dict[str, Maker] = {
     "teacache": by_threshold(lambda model, t: replace(model.teacache, threshold=t), 1e-3, 10.0),
     "spectralcache": by_threshold(
         lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
+    ),
+    "seacache": by_threshold(_seacache(0), 1e-3, 10.0),
+    "seacache-1": by_threshold(_seacache(1), 1e-3, 10.0),
+    "sencache": _sencache,
+    "precisecache": by_threshold(lambda model, a: PreciseCache(alpha=a), 1e-3, 100.0, setting="alpha"),
+    "precisecache-steps": by_threshold(
+        lambda model, a: PreciseCache(alpha=a, cached_blocks=0.0), 1e-3, 100.0, setting="alpha"
     ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
