@@ -27,7 +27,13 @@ class PlannedRouter(Router):
     schedule_source = "cache.schedule gives what it runs by, once a generation has begun"
 
     def __init__(
-        self, transformer: nn.Module, spec: ModelSpec, method: PlannedMethod, scheduler: Any, storage: str = "same"
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        method: PlannedMethod,
+        scheduler: Any,
+        storage: str = "same",
+        offload: int = 0,
     ):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         if scheduler is None:
@@ -37,7 +43,7 @@ class PlannedRouter(Router):
             )
         self.method, self.takes_experts = method, method.replaces_velocity
         self.identity = Identity(spec, scheduler)
-        self._storage = storage
+        self._storage, self.offload = storage, offload
         self._run: object = None
         self._router: ScheduleRouter | None = None
         self._schedules: dict[Any, Schedule] = {}  # by what they were made for
@@ -69,7 +75,7 @@ class PlannedRouter(Router):
             self.end_generation()
             self._past += [] if self._router is None else [self._router.counted()]
             self._past = [summed(self._past, self._past[-1])] if self._past else []
-            self._router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
+            self._router = ScheduleRouter(self.transformer, self.spec, schedule, None, self._storage, self.offload)
             self._router.identity.drivers = self.identity.drivers
         self._run = run
         return self._router
