@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from layercache.methods.automatic import Automatic as Automatic
     from layercache.methods.dicache import DiCache as DiCache
     from layercache.methods.easycache import EasyCache as EasyCache
+    from layercache.methods.fastercache import FasterCache as FasterCache
     from layercache.methods.fbcache import DBCache as DBCache
     from layercache.methods.fbcache import FBCache as FBCache
     from layercache.methods.fixed import SmoothCache as SmoothCache
@@ -40,6 +41,7 @@ _HOMES = {
     "DiCache": "dicache",
     "EasyCache": "easycache",
     "FBCache": "fbcache",
+    "FasterCache": "fastercache",
     "InvarDiff": "invardiff",
     "LearningToCache": "l2c",
     "MagCache": "magcache",

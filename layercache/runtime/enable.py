@@ -26,10 +26,10 @@ from layercache.models.registry import (
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
-from layercache.runtime.modules import ModuleScheduleRouter
+from layercache.runtime.modules import ModuleScheduleRouter, module_units
 from layercache.runtime.offload import check_offload
 from layercache.runtime.planned import PlannedRouter
-from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, PlannedModules, StepMethod
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.target import Target
 from layercache.runtime.whole_step import StepRouter
@@ -326,6 +326,9 @@ def _(plan: StepMethod, setting: Setting) -> StepRouter:
 @make_router.register
 def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
+    if isinstance(plan, PlannedModules):
+        setting.refuse_storage(plan)
+        module_units(model, spec_for(model))  # refuses a model whose modules are not known
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
     shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan))

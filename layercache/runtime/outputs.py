@@ -8,6 +8,7 @@ import torch
 
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.runtime.offload import HostTensor, Transfers
+from layercache.runtime.velocity import combine
 
 Stored = torch.Tensor | HostTensor
 Output = Any
@@ -43,6 +44,13 @@ def fetched(output: Output, transfers: Transfers) -> Output:
         transfers.unstage(tensor)
         return tensor
     return tuple(fetched(one, transfers) for one in output) if isinstance(output, tuple) else output
+
+
+def extended(new: Output, old: Output, weight: float) -> Output:
+    """``new + weight (new - old)`` of every tensor."""
+    if isinstance(new, torch.Tensor):
+        return combine([new, old], [1.0 + weight, -weight], None)
+    return tuple(extended(*pair, weight) for pair in zip(new, old, strict=True)) if isinstance(new, tuple) else new
 
 
 def leaves(output: Output) -> tuple[Stored, ...]:

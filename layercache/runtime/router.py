@@ -346,8 +346,8 @@ class Router(Summarised):
         """A forward is about to start; implementations call `open`, or leave the blocks as they are."""
         raise NotImplementedError
 
-    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
-        """The announced forward gave ``output``; ``rerun`` runs the same one again."""
+    def after(self, output: Any, rerun: Callable[[], Any]) -> Any:
+        """The announced forward gave ``output``; ``rerun`` runs the same one again. What is returned replaces it."""
 
     @property
     def replaces_velocity(self) -> bool:

@@ -14,6 +14,7 @@ from layercache.methods import (
     DBCache,
     DiCache,
     EasyCache,
+    FasterCache,
     FBCache,
     MagCache,
     MeanCache,
@@ -126,6 +127,12 @@ def _dual(model: CalibratedModel, threshold: float) -> Any:
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=threshold)
 
 
+def _fastercache(model: CalibratedModel, share: float) -> ModuleSchedule:
+    """From this share before the end on; measured seconds of the modules say what it computes."""
+    rates = model.rates
+    return FasterCache(start=1.0 - share).module_schedule(model.fingerprint, rates.units, rates.seconds)
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
@@ -156,6 +163,7 @@ METHODS: dict[str, Maker] = {
         lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
