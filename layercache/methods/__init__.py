@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layercache.methods.automatic import Automatic as Automatic
+    from layercache.methods.cachequant import CacheQuant as CacheQuant
     from layercache.methods.dicache import DiCache as DiCache
     from layercache.methods.easycache import EasyCache as EasyCache
     from layercache.methods.fastercache import FasterCache as FasterCache
@@ -37,6 +38,7 @@ ENTRY_POINTS = "layercache.methods"
 # Loaded on first use, so that one method costs no import of the others.
 _HOMES = {
     "Automatic": "automatic",
+    "CacheQuant": "cachequant",
     "DBCache": "fbcache",
     "DiCache": "dicache",
     "EasyCache": "easycache",

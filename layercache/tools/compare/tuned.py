@@ -11,6 +11,7 @@ import numpy as np
 import layercache
 from layercache.errors import BudgetError
 from layercache.methods import (
+    CacheQuant,
     DBCache,
     DiCache,
     EasyCache,
@@ -164,10 +165,11 @@ METHODS: dict[str, Maker] = {
     ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
+    "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper")
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "cachequant")
 """Methods that all processes of a crew plan together; others are tuned by one of them."""
