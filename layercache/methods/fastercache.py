@@ -32,7 +32,8 @@ class FasterCache(PlannedModules):
         start: share of the steps before anything is reused.
         interval: attention is computed at every so-manieth step; 1 computes it always.
         weight: of the difference, at the last step.
-        guidance_interval: both branches run at every so-manieth step, with attention computed; 1 runs them always.
+        guidance_interval: both branches run at every so-manieth step, with attention computed; 1 runs them always (for
+            models without a second branch).
         low_factor, high_factor: by which the bands of the difference grow at every step.
         low_until: share of the steps after which the low band does not grow any more.
         high_from: share of the steps from which the high band grows.

@@ -299,6 +299,7 @@ class ScheduleRouter(Router):
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
         for state in self.states.values():
             state.free()
+        self.track.reset()
         self.track = self.new_track()
 
     @property

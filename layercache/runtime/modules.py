@@ -287,7 +287,7 @@ class ModuleScheduleRouter(ModuleRouter):
             self._valid[branch], self._older_valid[branch] = set(), set()
             self._final_valid.discard(branch)
             self._branches_from.forget(branch)
-        self._arguments = arguments
+        self._arguments = arguments if self.has_post_hook else {}
         # branches behind the first run at steps that compute every module, or not at all: they read nothing
         self._keeps = not self.schedule.derived or self._branches_from.is_first(self._place)
         self._derives = self.schedule.derives(step) and self._branches_from.is_derived(self._place)
@@ -355,13 +355,13 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def after(self, output: Any, rerun: Callable[[], Any]) -> Any:
         """Gives a branch that did not run its output, and keeps that of one that did for the others."""
-        if self._derives:
-            weights = self.schedule.derived[self.step_index]
-            assert weights is not None
-            return self._branches_from.derived(self._place, output, weights)
-        self._branches_from.record(self._place, output, self._arguments)
-        self._arguments = {}
-        return None
+        arguments, self._arguments = self._arguments, {}
+        if not self._derives:
+            self._branches_from.record(self._place, output, arguments)
+            return None
+        weights = self.schedule.derived[self.step_index]
+        assert weights is not None
+        return self._branches_from.derived(self._place, output, weights)
 
     def _copied(self, output: Output, before: Output | None) -> Output:
         """A copy of an output, in the memory of the one before."""

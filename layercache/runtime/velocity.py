@@ -140,6 +140,9 @@ class VelocityTrack:
 
     def reset(self) -> None:
         """No stored velocity is valid any more; the memory stays."""
+        for slot in self.slots:
+            if isinstance(slot, HostTensor):
+                slot.drop()
         self.held = [None] * len(self.held)
         self.step = self.taken = -1
         for track in self.further:

@@ -26,7 +26,7 @@ from layercache.methods import (
     Universal,
     meancache,
 )
-from layercache.runtime.policy import PlannedMethod
+from layercache.runtime.policy import PlannedMethod, PlannedModules
 from layercache.schedule.module_schedule import ModuleSchedule
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ def by_threshold(
 
 def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
     """The schedule of a method that plans ahead; other plans as they are."""
-    return plan.schedule(model.fingerprint) if isinstance(plan, PlannedMethod) else plan
+    is_planned = isinstance(plan, PlannedMethod) and not isinstance(plan, PlannedModules)
+    return plan.schedule(model.fingerprint) if is_planned else plan
 
 
 def tuned_by_knob(method: type) -> Maker:
