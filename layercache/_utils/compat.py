@@ -181,13 +181,26 @@ def model_arguments(transformer: nn.Module) -> frozenset[str]:
 
 
 def quantisation_of(transformer: nn.Module) -> str | None:
-    """The method that a model's weights are quantised by, as its configuration names it."""
+    """The method that a model's weights are quantised by, as its configuration, or the class of its weights, says."""
     config = getattr(transformer, "config", None)
     found = config.get("quantization_config") if isinstance(config, Mapping) else None
     if found is None:
-        return None
+        return _quantised_weights(transformer)
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
     return str(getattr(method, "value", method or "quantised"))
+
+
+_QUANTISERS = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "optimum": "quanto", "diffusers": "gguf"}
+
+
+def _quantised_weights(transformer: nn.Module) -> str | None:
+    """By whom weights were quantised in place, whose classes are of the packages that did it."""
+    for parameter in transformer.parameters():
+        if (package := type(parameter).__module__.partition(".")[0]) in _QUANTISERS:
+            return _QUANTISERS[package]
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in transformer.modules()):
+        return "torch.ao"
+    return None
 
 
 def adapters_of(transformer: nn.Module) -> list[str]:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layercache.methods.automatic import Automatic as Automatic
+    from layercache.methods.cachequant import CacheQuant as CacheQuant
     from layercache.methods.dicache import DiCache as DiCache
     from layercache.methods.dpcache import DPCache as DPCache
     from layercache.methods.easycache import EasyCache as EasyCache
     from layercache.methods.ertacache import ERTACache as ERTACache
+    from layercache.methods.fastercache import FasterCache as FasterCache
     from layercache.methods.fbcache import DBCache as DBCache
     from layercache.methods.fbcache import FBCache as FBCache
     from layercache.methods.fixed import SmoothCache as SmoothCache
@@ -43,12 +45,14 @@ ENTRY_POINTS = "layercache.methods"
 # Loaded on first use, so that one method costs no import of the others.
 _HOMES = {
     "Automatic": "automatic",
+    "CacheQuant": "cachequant",
     "DBCache": "fbcache",
     "DPCache": "dpcache",
     "DiCache": "dicache",
     "ERTACache": "ertacache",
     "EasyCache": "easycache",
     "FBCache": "fbcache",
+    "FasterCache": "fastercache",
     "InvarDiff": "invardiff",
     "LearningToCache": "l2c",
     "MagCache": "magcache",

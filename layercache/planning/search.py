@@ -98,6 +98,7 @@ def search(
     guidance: Sequence[float] = (),
     sizes: Sequence[Sequence[int]] = (),
     crew: Crew | None = None,
+    reference: Any = None,
     **call: Any,
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, for a fixed number of full generations in all.
@@ -128,6 +129,8 @@ def search(
             schedule is fitted to: the pictures have them in turns. The schedule knows their range, and a run outside of
             it is warned of.
         crew: processes that share out the samples, each with the whole pipeline; all of them get the same front.
+        reference: the pipeline with unquantised weights, where those of ``pipe`` are quantised: all is fitted to its
+            full runs, so that the error of quantisation is corrected too; for one full run of ``pipe`` more.
 
     Raises:
         ArgumentError: an unknown effort, or more settings than pictures.
@@ -147,16 +150,17 @@ def search(
     prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
     cost = _cost_ahead(pipe, prompts, config, call)
     crew = crew or Crew()
+    shared: dict[str, Any] = {"crew": crew, "reference": reference}
     files = None if resume is None else SearchFiles(resume, crew)
     with crew.together(), tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
         say = partial(_say_memory, bar)
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, crew=crew, **call)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, **shared, **call)
         front = _searched(rollouts, config, start, bar)
     if validation is None:
         return front
-    others = with_settings(pipe, *validation, guidance, sizes, call)
-    return replace(front, points=tuple(validated(front.points, pipe, *others, crew=crew, **call)))
+    others, drawn = with_settings(pipe, *validation, guidance, sizes, call)
+    return replace(front, points=tuple(validated(front.points, pipe, others, drawn, **shared, **call)))
 
 
 def _cost_ahead(pipe: Any, prompts: Sequence[Any], config: SearchConfig, call: Mapping[str, Any]) -> float:

@@ -436,17 +436,18 @@ class Attachment:
         self._device = device_of(arguments.get(self._parameters[0]))
         self.times.start(self._device)
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._holder != get_ident():  # it was refused before it began
-            return
+            return None
         try:
             router = self.router
             if output is None:
                 self._fail()
-                return
+                return None
             self.times.stop(self._device, not router.is_announced or router.computes_all)
             if router.has_post_hook and router.is_announced:
-                router.after(output, functools.partial(module.forward, *args, **kwargs))
+                return router.after(output, functools.partial(module.forward, *args, **kwargs))
+            return None
         except BaseException:
             self._fail()
             raise

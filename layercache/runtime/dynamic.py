@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
 from layercache.runtime.blocks import BlockPass, BlockProxy, Place
 from layercache.runtime.forward import Forward
+from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
@@ -26,7 +27,7 @@ from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
-from layercache.runtime.storage import Buffer, Storage, check_alike
+from layercache.runtime.storage import Buffer, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -79,8 +80,17 @@ class BranchState:
     grid: Grid | None = None
 
     @property
+    def residuals(self) -> list[list[Buffer]]:
+        """What is stored, by stream."""
+        return [list(own) for own in zip(*self.stored, strict=True)]
+
+    @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for one in self.stored for buffer in one) + self.decider.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(buffer.host_bytes for one in self.stored for buffer in one)
 
 
 class _Visit(BlockPass):
@@ -164,6 +174,7 @@ class EndedRun:
     sigmas: tuple[float, ...] | None = None
     logs: dict[str, list[Cell]] = field(default_factory=dict)
     nbytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass
@@ -184,8 +195,13 @@ class DynamicRun:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in list(self.states.values()))  # another thread may ask for a report
 
+    @property
+    def host_bytes(self) -> int:
+        return sum(state.host_bytes for state in list(self.states.values()))
+
     def ended(self) -> EndedRun:
-        return EndedRun(self.sigmas, {name: state.log for name, state in list(self.states.items())}, self.nbytes)
+        logs = {name: state.log for name, state in list(self.states.items())}
+        return EndedRun(self.sigmas, logs, self.nbytes, self.host_bytes)
 
 
 class DynamicRouter(Router):
@@ -203,6 +219,7 @@ class DynamicRouter(Router):
         num_steps: int | None = None,
         process_group: Any = None,
         storage: str = "same",
+        offload: int = 0,
     ):
         count = count_blocks(transformer)
         super().__init__(transformer, spec, [(0, count)])
@@ -223,7 +240,8 @@ class DynamicRouter(Router):
         self.probe, self.skip_from = method.probe, method.skip_from
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
-        self.storage = Storage(storage, may_wait=method.sync == "step")
+        self.offload = offload
+        self.storage = make_storage(storage, method.sync == "step", offload)
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._run: DynamicRun | None = None
         self._forward: Forward | None = None
@@ -249,6 +267,8 @@ class DynamicRouter(Router):
         if state is None or state.signature.changes(forward.arguments):
             state = self._start_branch(run, place, forward)
         self._state, self._step, self._forward = state, place.step, forward
+        if self.storage.offloads:  # on its way while the probe runs, should it be reused
+            self.storage.expect([state.residuals] if state.stored else ())
         self.open((GroupAction(COMPUTE),))
 
     def shut(self) -> None:
@@ -273,6 +293,7 @@ class DynamicRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
+        self.storage.release()
         self._ended = run.ended()
         self.__dict__.pop("_state", None)
 
@@ -361,11 +382,11 @@ class DynamicRouter(Router):
     def keep(self, streams: list[torch.Tensor], base: list[torch.Tensor]) -> None:
         state = self._state
         is_full = len(state.stored) == self.method.depth
-        buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
+        buffers = state.stored.pop() if is_full else [self.storage.new_buffer() for _ in streams]
         for stream, before, buffer in zip(streams, base, buffers, strict=True):
             check_alike(before, stream)
             if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
-                self.storage.allocate(buffer, stream)
+                self.storage.make_room(buffer, stream)
         state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
@@ -457,7 +478,8 @@ class DynamicRouter(Router):
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
         run = self._newest
-        return self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
+        report = self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
+        return replace(report, host_bytes=run.host_bytes, staged_bytes=self.storage.staged_bytes)
 
 
 def _no_modulation() -> Modulated:

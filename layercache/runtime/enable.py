@@ -26,9 +26,10 @@ from layercache.models.registry import (
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
-from layercache.runtime.modules import ModuleScheduleRouter
+from layercache.runtime.modules import ModuleScheduleRouter, module_units
+from layercache.runtime.offload import check_offload
 from layercache.runtime.planned import PlannedRouter
-from layercache.runtime.policy import DynamicMethod, PlannedMethod, RowMethod, StepMethod
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, PlannedModules, RowMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
 from layercache.runtime.rows import RowRouter
 from layercache.runtime.target import Target
@@ -41,7 +42,9 @@ _log = logging.getLogger("layercache")
 
 
 @overload
-def enable(pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same") -> ScheduleCache: ...
+def enable(
+    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
+) -> ScheduleCache: ...
 
 
 @overload
@@ -52,15 +55,19 @@ def enable(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> DynamicRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same") -> PlannedRouter: ...
+def enable(
+    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
+) -> PlannedRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: StepMethod, scheduler: Any = None) -> StepRouter: ...
+def enable(pipe: Any, plan: StepMethod, scheduler: Any = None, *, offload: bool | int = False) -> StepRouter: ...
 
 
 @overload
@@ -71,11 +78,15 @@ def enable(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> RowRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> ModuleScheduleRouter: ...
+def enable(
+    pipe: Any, plan: ModuleSchedule, scheduler: Any = None, *, offload: bool | int = False
+) -> ModuleScheduleRouter: ...
 
 
 @overload
@@ -86,6 +97,8 @@ def enable(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> Cache: ...
 
 
@@ -97,6 +110,7 @@ def enable(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> Cache: ...
 
 
@@ -112,6 +126,7 @@ def enable(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> Cache:
     """Runs a pipeline by ``plan`` from now on; without one, by what is known of the model, or needs no calibration.
 
@@ -135,6 +150,11 @@ def enable(
         learn: how many generations run in full and are recorded first; a schedule is fitted to them before the next
             one, and kept in the user's data folder (`layercache.planning.learn`). 4 for ``min_psnr``, else 0 by
             default; ``"more"``: four more, though a schedule is known, to refine it.
+        offload: keeps everything that is stored between steps (residuals, velocities, outputs of modules) in host
+            memory, pinned where there is CUDA; it is brought back just before it is read. A number of at least 2:
+            residuals come back in so many slices of the tokens, so that the device never holds a whole one of them.
+            What a dynamic method remembers to decide by stays on the device. Not for a transformer that is compiled
+            whole.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -142,7 +162,8 @@ def enable(
     Raises:
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
-        CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
+        CacheStateError: a cache is already enabled, the schedule changes velocities and there is no scheduler, or
+            ``offload`` is neither a truth value nor a number of slices.
         MethodError: the method cannot work on this model (one that replaces velocities: a bare transformer with two
             outputs), or ``plan`` is something else.
         BudgetError: several of budget, speedup and min_psnr, one beside a plan, or one that is out of range.
@@ -156,7 +177,7 @@ def enable(
         raise BudgetError("give a plan, or a target to find one for, not both (layercache.plan takes targets)")
     transformer = find_transformer(pipe)
     scheduler = getattr(pipe, "scheduler", None) if scheduler is None else scheduler
-    setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage)
+    setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage, check_offload(offload))
     router = make_router(plan, setting)
     attached = attachment_of(transformer)
     if attached is None or attached.root is not router:
@@ -175,6 +196,7 @@ class Setting:
     num_steps: int | None = None
     process_group: Any = None
     storage: str = "same"
+    offload: int = 0
 
     def check_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Raises `ScheduleMismatchError` unless the schedule was made for this model."""
@@ -223,6 +245,12 @@ class Setting:
         pipeline = None if isinstance(self.pipe, nn.Module) else self.pipe
         if attachment.root.identity.follows(pipeline, self.scheduler):
             return None
+        if attachment.root.offload != self.offload:
+            raise CacheStateError(
+                f"a layercache cache is already enabled on this transformer, with offload={attachment.root.offload}: "
+                "give this pipeline the same, or call layercache.disable first",
+                argument="offload",
+            )
         if attachment.root.storage_name != self.storage:
             raise CacheStateError(
                 f"a layercache cache is already enabled on this transformer, and stores residuals as "
@@ -282,7 +310,7 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     if shared is not None:
         return shared
     transformer, scheduler = setting.transformer, setting.scheduler
-    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
+    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage, setting.offload)
     if any(plan.velocities):
         setting.check_velocities("this schedule")
         setting.check_experts(plan)
@@ -298,35 +326,43 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
 def _(plan: ModuleSchedule, setting: Setting) -> ModuleScheduleRouter:
     setting.refuse_storage(plan)
     setting.check_fingerprint(plan.fingerprint)
-    return ModuleScheduleRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+    model = setting.transformer
+    return ModuleScheduleRouter(model, spec_for(model), plan, setting.scheduler, setting.offload)
 
 
 @make_router.register
 def _(plan: StepMethod, setting: Setting) -> StepRouter:
     setting.refuse_storage(plan)
     setting.check_velocities(type(plan).__name__)
-    return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+    return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler, setting.offload)
 
 
 @make_router.register
 def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
+    if isinstance(plan, PlannedModules):
+        setting.refuse_storage(plan)
+        module_units(model, spec_for(model))  # refuses a model whose modules are not known
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
     shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan))
-    return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
+    return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage, setting.offload)
 
 
 @make_router.register
 def _(plan: DynamicMethod, setting: Setting) -> DynamicRouter:
     model, group = setting.transformer, setting.process_group
-    return DynamicRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
+    return DynamicRouter(
+        model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage, setting.offload
+    )
 
 
 @make_router.register
 def _(plan: RowMethod, setting: Setting) -> RowRouter:
     model, group = setting.transformer, setting.process_group
-    return RowRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
+    return RowRouter(
+        model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage, setting.offload
+    )
 
 
 def disable(pipe: Any) -> None:
@@ -343,7 +379,7 @@ def disable(pipe: Any) -> None:
 
 @overload
 def enabled(
-    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same"
+    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
 ) -> AbstractContextManager[ScheduleCache]: ...
 
 
@@ -355,17 +391,21 @@ def enabled(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> AbstractContextManager[DynamicRouter]: ...
 
 
 @overload
 def enabled(
-    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same"
+    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
 ) -> AbstractContextManager[PlannedRouter]: ...
 
 
 @overload
-def enabled(pipe: Any, plan: StepMethod, scheduler: Any = None) -> AbstractContextManager[StepRouter]: ...
+def enabled(
+    pipe: Any, plan: StepMethod, scheduler: Any = None, *, offload: bool | int = False
+) -> AbstractContextManager[StepRouter]: ...
 
 
 @overload
@@ -376,11 +416,15 @@ def enabled(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> AbstractContextManager[RowRouter]: ...
 
 
 @overload
-def enabled(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> AbstractContextManager[ModuleScheduleRouter]: ...
+def enabled(
+    pipe: Any, plan: ModuleSchedule, scheduler: Any = None, *, offload: bool | int = False
+) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
 @overload
@@ -391,6 +435,8 @@ def enabled(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> AbstractContextManager[Cache]: ...
 
 
@@ -402,6 +448,7 @@ def enabled(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> AbstractContextManager[Cache]: ...
 
 

@@ -13,6 +13,7 @@ import torch
 from layercache.errors import MethodError
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
+from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule, Velocity
 
 SYNCS = ("step", "lagged")
@@ -232,6 +233,33 @@ class PlannedMethod(ABC):
         what it would read of steps that are not run is computed instead.
         """
         return self.schedule(fingerprint.starting_at(first))
+
+
+class PlannedModules(PlannedMethod):
+    """Settings of a method whose schedule of modules follows from the steps of a run alone."""
+
+    @property
+    def replaces_velocity(self) -> bool:
+        return False
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        """Raises `MethodError`: its schedule is of modules, which a fingerprint does not name."""
+        raise MethodError(
+            f"the schedule of {type(self).__name__} is of single modules: enable the method itself, or take "
+            "module_schedule(fingerprint, units)"
+        )
+
+    @abstractmethod
+    def module_schedule(
+        self, fingerprint: Fingerprint, units: Sequence[str], seconds: Sequence[float] = ()
+    ) -> ModuleSchedule:
+        """The schedule for this model and run.
+
+        Args:
+            fingerprint: of model and run.
+            units: names of the model's modules (`layercache.runtime.modules.module_units`).
+            seconds: measured, of each; equal without.
+        """
 
 
 def by_name(method: type[T]) -> type[T]:

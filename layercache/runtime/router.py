@@ -87,12 +87,14 @@ class Router(Summarised):
         has_post_hook: whether `after` does anything.
         fault: NaN or infinity in what the last generation stored.
         schedule_source: where a schedule that does the same comes from, for messages.
+        offload: in how many slices what is stored in host memory comes back; 0 where it stays on the device.
         takes_experts: whether it decides about whole steps, of all transformers that a pipeline runs in turns.
     """
 
     takes_experts = False
     schedule_source = "layercache.plan, layercache.search or method.schedule(fingerprint) make one"
     adds = True
+    offload = 0
     keeps_items = False
     fault: NonFiniteResidualError | None = None
     rewritten: frozenset[int] = frozenset()
@@ -344,8 +346,8 @@ class Router(Summarised):
         """A forward is about to start; implementations call `open`, or leave the blocks as they are."""
         raise NotImplementedError
 
-    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
-        """The announced forward gave ``output``; ``rerun`` runs the same one again."""
+    def after(self, output: Any, rerun: Callable[[], Any]) -> Any:
+        """The announced forward gave ``output``; ``rerun`` runs the same one again. What is returned replaces it."""
 
     @property
     def replaces_velocity(self) -> bool:

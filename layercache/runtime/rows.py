@@ -19,6 +19,7 @@ from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.dynamic import Reader
 from layercache.runtime.forward import Forward
+from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import RowDecider, RowMethod, Run
@@ -27,7 +28,7 @@ from layercache.runtime.router import Router
 from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
 from layercache.runtime.state import MAX_TERMS
-from layercache.runtime.storage import Buffer, Storage, check_alike
+from layercache.runtime.storage import Buffer, check_alike
 from layercache.runtime.timing import device_of
 from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule
@@ -54,6 +55,10 @@ class RowState:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for group in self.stored for buffer in group)
 
+    @property
+    def host_bytes(self) -> int:
+        return sum(buffer.host_bytes for group in self.stored for buffer in group)
+
 
 @dataclass(frozen=True)
 class EndedRowRun:
@@ -62,6 +67,7 @@ class EndedRowRun:
     sigmas: tuple[float, ...] | None = None
     logs: dict[str, list[Row]] = field(default_factory=dict)
     nbytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass
@@ -91,7 +97,9 @@ class RowRun:
         return sum(state.nbytes for state in list(self.states.values())) + self.decider.nbytes
 
     def ended(self) -> EndedRowRun:
-        return EndedRowRun(self.sigmas, {name: state.log for name, state in list(self.states.items())}, self.nbytes)
+        states = list(self.states.items())
+        held = sum(state.host_bytes for _, state in states)
+        return EndedRowRun(self.sigmas, {name: state.log for name, state in states}, self.nbytes, held)
 
 
 class RowRouter(Router):
@@ -108,6 +116,7 @@ class RowRouter(Router):
         num_steps: int | None = None,
         process_group: Any = None,
         storage: str = "same",
+        offload: int = 0,
     ):
         self.groups = method.groups(count_blocks(transformer))
         super().__init__(transformer, spec, self.groups)
@@ -116,13 +125,15 @@ class RowRouter(Router):
                 f"{method.name} must know the number of steps: enable it on the pipeline, or give num_steps"
             )
         self.keeps_items = len(self.groups) == 1  # else there are too many rows to keep something for each
-        self.method, self.storage = method, Storage(storage, may_wait=True)
+        self.method, self.offload = method, offload
+        self.storage = make_storage(storage, True, offload)
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self._num_steps, self._reader = num_steps, Reader("step", process_group)
         self._run: RowRun | None = None
         self._state: RowState
         self._key = ""
+        self._launches: dict[int, list[list[list[Buffer]]]] = {}
         self._ended = EndedRowRun()
         self._rows: Counter[tuple[bool, ...]] = Counter()
         self._trials = 0.0  # in forwards
@@ -159,7 +170,11 @@ class RowRouter(Router):
         cells = (None if own else {anchor: 1.0} for own, anchor in zip(computed, state.anchors, strict=True))
         state.log.append(tuple(cells))  # type: ignore[arg-type]
         state.anchors = [place.step if own else anchor for own, anchor in zip(computed, state.anchors, strict=True)]
-        self.open(self._actions(computed))
+        actions = self._actions(computed)
+        self._launches = self._launches_of(actions, state)
+        if self.storage.offloads:
+            self.storage.expect([one for launches in self._launches.values() for one in launches])
+        self.open(actions)
 
     def begin_generation(self, place: ForwardPlace) -> None:
         sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
@@ -178,7 +193,8 @@ class RowRouter(Router):
             run.decider = self._new_decider(run.sigmas)
             run.step, run.sizes, run.excluded = -1, {}, Excluded()
         streams = 2 if self.spec.has_text else 1
-        state = RowState([[Buffer() for _ in range(streams)] for _ in self.groups], [None] * len(self.groups), log)
+        stored = [[self.storage.new_buffer() for _ in range(streams)] for _ in self.groups]
+        state = RowState(stored, [None] * len(self.groups), log)
         state.signature.changes(forward.arguments)
         run.states[place.key] = state
         return state
@@ -236,6 +252,18 @@ class RowRouter(Router):
             stop += 1
         return range(group, stop)
 
+    def _launches_of(self, actions: Sequence[GroupAction], state: RowState) -> dict[int, list[list[list[Buffer]]]]:
+        """By the group that ends a run of reused ones: the residuals that are added, per launch and stream."""
+        found: dict[int, list[list[list[Buffer]]]] = {}
+        first = 0
+        for group, action in enumerate(actions):
+            if action.kind == REUSE and action.ends_run:
+                parts = [state.stored[lo : min(lo + MAX_TERMS, group + 1)] for lo in range(first, group + 1, MAX_TERMS)]
+                found[group] = [[[own[k] for own in part] for k in range(1 + action.text)] for part in parts]
+            if action.kind != REUSE or action.ends_run:
+                first = group + 1
+        return found
+
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
@@ -250,7 +278,7 @@ class RowRouter(Router):
         for stream, base, buffer in zip(streams, bases, buffers, strict=False):
             check_alike(base, stream)
             if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
-                self.storage.allocate(buffer, stream)
+                self.storage.make_room(buffer, stream)
         self.storage.store(streams, bases, buffers[: len(streams)], self._flag_for(image_out))
         if run.measured == self._key:
             wider = torch.promote_types(image_in.dtype, image_out.dtype)  # another under torch.autocast
@@ -268,15 +296,10 @@ class RowRouter(Router):
         return run.flag
 
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
-        first, row = group, self._state.log[-1]
-        while first and row[first - 1] is not None and not self.spec.couples:
-            first -= 1
         streams = [image, text] if self.actions[group].text else [image]
-        for lo in range(first, group + 1, MAX_TERMS):
-            part = self._state.stored[lo : min(lo + MAX_TERMS, group + 1)]
-            buffers = [[own[stream] for own in part] for stream in range(len(streams))]
+        for buffers in self._launches[group]:
             into: Any = list(results[: len(streams)]) if results else None
-            streams = self.storage.restore(streams, buffers, (1.0,) * len(part), into)
+            streams = self.storage.restore(streams, buffers, (1.0,) * len(buffers[0]), into)
         return streams[0], streams[1] if len(streams) == 2 else text
 
     def find_fault(self) -> NonFiniteResidualError | None:
@@ -347,6 +370,8 @@ class RowRouter(Router):
             forwards=forwards,
             fallback_rows=self._fallbacks,
             cache_bytes=run.nbytes,
+            host_bytes=run.host_bytes,
+            staged_bytes=self.storage.staged_bytes,
             branches=tuple(run.logs),
             source=self.identity.source,
             unidentified=self.identity.unidentified.total(),

@@ -170,7 +170,7 @@ def measure(
     if prompts is None:
         raise ArgumentError("give prompts=[...], a picture is made for each", argument="prompts")
     targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
-    given = {name: value for name, value in targets.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     # enabled once, so that a plan that does not fit is refused before anything runs
     with layercache.enabled(pipe, plan, **given) as cache:
         pass

@@ -10,9 +10,11 @@ import numpy as np
 import layercache
 from layercache.errors import BudgetError
 from layercache.methods import (
+    CacheQuant,
     DBCache,
     DiCache,
     EasyCache,
+    FasterCache,
     FBCache,
     MagCache,
     MeanCache,
@@ -27,6 +29,7 @@ from layercache.methods import (
     meancache,
 )
 from layercache.models.registry import find_transformer, spec_for
+from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.compare.tuned_paths import tuned_dpcache, tuned_ertacache, tuned_procache, tuned_spectrum
 from layercache.tools.compare.tuning import Build, Maker, by_interval, by_threshold
 
@@ -95,6 +98,12 @@ def _sencache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
     raise BudgetError(f"no threshold brings it down to {budget:g} with up to {SENCACHE_LONGEST} skips in a row")
 
 
+def _fastercache(model: CalibratedModel, share: float) -> ModuleSchedule:
+    """From this share before the end on; measured seconds of the modules say what it computes."""
+    rates = model.rates
+    return FasterCache(start=1.0 - share).module_schedule(model.fingerprint, rates.units, rates.seconds)
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
@@ -138,10 +147,12 @@ METHODS: dict[str, Maker] = {
         lambda model, a: PreciseCache(alpha=a, cached_blocks=0.0), 1e-3, 100.0, setting="alpha"
     ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
+    "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "dpcache", "ertacache")
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "dpcache", "ertacache", "cachequant")
 """Methods that all processes of a crew plan together; others are tuned by one of them."""

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from layercache.errors import BudgetError
-from layercache.runtime.policy import PlannedMethod
+from layercache.runtime.policy import PlannedMethod, PlannedModules
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 
@@ -156,4 +156,5 @@ def _share(model: CalibratedModel, plan: Any) -> float:
 
 def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
     """The schedule of a method that plans ahead; other plans as they are."""
-    return plan.schedule(model.fingerprint) if isinstance(plan, PlannedMethod) else plan
+    is_planned = isinstance(plan, PlannedMethod) and not isinstance(plan, PlannedModules)
+    return plan.schedule(model.fingerprint) if is_planned else plan
