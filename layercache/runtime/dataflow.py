@@ -44,9 +44,9 @@ class Layer(NamedTuple):
 
 
 class _Apply(NamedTuple):
-    """A layer's place in the program, in the place of its operators."""
+    """A layer in the program, in the place of its operators."""
 
-    index: int
+    layer: int
     input: int
     output: int
 
@@ -223,7 +223,7 @@ class Program:
         values: dict[int, torch.Tensor] = dict(zip(self.inputs, times, strict=True))
         for op in self.ops:
             if isinstance(op, _Apply):
-                values[op.output] = apply(op.index, values[op.input])
+                values[op.output] = apply(op.layer, values[op.input])
                 continue
             given = [values[one.number] if isinstance(one, _Ref) else one for one in op.arguments]
             args, kwargs = tree_unflatten(given, op.tree)

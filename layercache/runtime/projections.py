@@ -51,8 +51,9 @@ class _Call:
 
     @property
     def key(self) -> Layer:
-        assert self.numbers[0] is not None and self.numbers[1] is not None
-        return Layer(*self.numbers)
+        given, made = self.numbers
+        assert given is not None and made is not None
+        return Layer(given, made)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +169,7 @@ def _follow(
         stack.enter_context(flow)
         try:
             forward()
-        except (RuntimeError, NotImplementedError) as error:
+        except NotImplementedError as error:  # of an operator that no dispatch mode is heard for
             raise UnsupportedModelError(
                 f"the forward of {type(model).__name__} cannot be followed for timestep tables: {error}"
             ) from error
@@ -201,7 +202,7 @@ def _reason(call: _Call, times: frozenset[str], image: str, count: int) -> str |
     if type(call.layer) not in (nn.Linear, TabulatedLinear) or type(call.layer.weight) is not nn.Parameter:
         return QUANTISED
     if call.is_adapted:
-        return ADAPTED
+        return ADAPTED if call.name.endswith(".base_layer") else ""
     if call.count > 1:
         return REPEATED
     return "" if None in call.numbers else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +94,11 @@ class TabulatedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kept = {name: value for name, value in self.__dict__.items() if name not in _NAMES}
-        return copyreg.__newobj__, (nn.Linear,), kept  # type: ignore[attr-defined]
+        return _plain_layer, (), kept
+
+
+def _plain_layer() -> nn.Linear:
+    return nn.Linear.__new__(nn.Linear)
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Projection:
     parent: nn.Module
     leaf: str
     is_guarded: bool
-    weight: nn.Parameter = field(init=False, repr=False)
+    weight: torch.Tensor = field(init=False, repr=False)
     version: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
