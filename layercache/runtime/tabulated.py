@@ -147,10 +147,9 @@ class Projection:
             self.layer.__dict__.pop(name, None)
 
     def move(self, device: torch.device) -> None:
-        """Its weights go to a device, as the same parameters."""
-        for parameter in self.layer._parameters.values():
-            if parameter is not None and parameter.device != device:
-                parameter.data = parameter.data.to(device)
+        """Its weights go to a device, as the same parameters where torch can."""
+        nn.Module._apply(self.layer, lambda tensor: tensor.to(device))
+        self.weight = self.layer.weight
         self.note()
 
 

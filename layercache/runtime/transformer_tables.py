@@ -64,7 +64,9 @@ class TransformerTables:
         self._precision: Hashable = None
         self._run: object = None
         self._values: list[float] = []
-        self._lock, self._holder = Lock(), 0
+        self._at: float | None = None  # the sampler's timestep of the forward under way, where the host knows it
+        self._warned: set[str] = set()
+        self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
         self._hooks: list[Any] = []
         self._patches: list[tuple[str, dict[str, Any]]] = []
 
@@ -167,6 +169,7 @@ class TransformerTables:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._acquire()
+        self.state.looks_up = False  # the forward before may have been interrupted
         try:
             arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
             self.state.looks_up = self._prepare(arguments, functools.partial(module.forward, *args, **kwargs))
@@ -196,8 +199,12 @@ class TransformerTables:
             return
         while not self._lock.acquire(timeout=_PATIENCE):
             holder = self._holder
-            if holder and not runs_forward(holder, self.transformer):
-                break
+            if not holder or runs_forward(holder, self.transformer):
+                continue
+            with self._taking_over:  # of several that wait only one takes the place of the interrupted one
+                if self._holder == holder:
+                    self._holder = here
+                    return
         self._holder = here
 
     def _release(self) -> None:
@@ -249,18 +256,12 @@ class TransformerTables:
         self._warn(f"the projections of the timestep are computed in full, because {reason}")
         return False
 
-    @functools.cached_property
-    def _warned(self) -> set[str]:
-        return set()
-
     def _warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, LayerCacheWarning, stacklevel=2)
 
     # --- rows ---
-
-    _at: float | None = None
 
     def _expected(self, tables: Tables) -> int | None:
         """The row of the sampler's present step, as far as the host knows it without asking the device."""
