@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from layercache._utils.compat import unwrap_compiled
@@ -14,10 +15,10 @@ from layercache._utils.summaries import Rows, Summarised, joined
 from layercache.errors import ArgumentError
 from layercache.models.registry import experts_of, find_transformer
 from layercache.runtime.patches import MethodPatch, restore
-from layercache.runtime.transformer_tables import TransformerTables
+from layercache.runtime.transformer_tables import FoundLayers, TransformerTables
 
 
-def fold_timesteps(pipe: Any, steps: int) -> TimestepTables:
+def fold_timesteps(pipe: Any, steps: int, **call: Any) -> TimestepTables:
     """Tables in the place of what a transformer makes of the timestep alone; their weights leave the device.
 
     AdaLN projections of many models (Qwen-Image, AuraFlow, CogVideoX, Z-Image) get an embedding of the timestep and
@@ -34,6 +35,9 @@ def fold_timesteps(pipe: Any, steps: int) -> TimestepTables:
         pipe: a diffusers pipeline, or a transformer. Both transformers of a pipeline that has two are folded.
         steps: how many distinct timesteps the tables hold, those of one run or of several; where more are used, the one
             used longest ago makes room.
+        call: arguments of a call of the pipeline, which is run up to its first forward. So the layers are found, or
+            refused, at once, and weights of those found on a CPU stay there when the pipeline is moved elsewhere (of two
+            transformers the first one's). Without arguments the next call finds them.
 
     Returns:
         The tables: ``report()`` (also their ``repr``), ``check()``, ``release()`` and ``undo()``; as a context manager
@@ -41,9 +45,9 @@ def fold_timesteps(pipe: Any, steps: int) -> TimestepTables:
 
     Raises:
         ArgumentError: ``steps`` is no whole number from 1 on.
-        UnsupportedModelError: there is no transformer, or none of its arguments holds a timestep; by the first
-            forward, which leaves the model as it was: no layer depends on the timestep alone (guidance, pooled text or
-            sizes enter the embedding), or none gains by it.
+        UnsupportedModelError: there is no transformer, or none of its arguments holds a timestep. With ``call``, else
+            by the first forward: no layer depends on the timestep alone (guidance, pooled text or sizes enter the
+            embedding), or none gains by it. The model is as it was then.
         CacheStateError: tables are there already, or the model is offloaded. By a forward: it was offloaded later, or
             a result cannot be trusted.
     """
@@ -57,6 +61,12 @@ def fold_timesteps(pipe: Any, steps: int) -> TimestepTables:
         fold.check_model()
     tables = TimestepTables(folds, pipeline)
     tables.attach()
+    if call:
+        try:
+            tables.find(pipe, call)
+        except BaseException:
+            tables.undo()
+            raise
     return tables
 
 
@@ -136,6 +146,21 @@ class TimestepTables:
             patch = MethodPatch(self._pipeline, name, self._at_end(getattr(self._pipeline, name)))
             patch.before = {name: self._pipeline.__dict__[name]} if name in self._pipeline.__dict__ else {}
             self._before, self._pipeline.__dict__[name] = patch.before, patch
+
+    def find(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        """Runs a pipeline up to its first forward, in which the layers are found."""
+        for part in self.parts:
+            part.only_finds = True
+        try:
+            with torch.no_grad():
+                pipe(**call)
+        except FoundLayers:
+            pass
+        finally:
+            for part in self.parts:
+                part.only_finds = False
+        if all(part.device.type == "cpu" for part in self.parts):
+            self.release()
 
     def _at_end(self, original: Any) -> Any:
         def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:

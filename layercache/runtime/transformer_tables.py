@@ -38,6 +38,10 @@ _TOO_LARGE = "tables for so large a batch would take more memory than the weight
 _NOT_A_NUMBER = "its timestep is NaN"
 
 
+class FoundLayers(Exception):
+    """Breaks off a forward of which nothing but its projections was wanted."""
+
+
 class TransformerTables:
     """The tables of one transformer, and what was changed on it.
 
@@ -47,6 +51,7 @@ class TransformerTables:
         state: what the projections look at.
         kept, in_full, looked_up, computed: as in the report.
         reads_times: the host reads every forward's timestep; else it takes the sampler's where that is known.
+        only_finds: a forward is broken off, by `FoundLayers`, once its projections are known.
     """
 
     def __init__(self, transformer: nn.Module, pipeline: Any, name: str, steps: int):
@@ -57,7 +62,7 @@ class TransformerTables:
         self.kept: Counter[str] = Counter()
         self.in_full: Counter[str] = Counter()
         self.looked_up = self.computed = 0
-        self.reads_times = False
+        self.reads_times = self.only_finds = False
         self._around: list[nn.Module] = [transformer]  # the projections and what they lie in
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._too_large: set[Hashable] = set()
@@ -172,7 +177,11 @@ class TransformerTables:
         self.state.looks_up = False  # the forward before may have been interrupted
         try:
             arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
-            self.state.looks_up = self._prepare(arguments, functools.partial(module.forward, *args, **kwargs))
+            forward = functools.partial(module.forward, *args, **kwargs)
+            if self.only_finds:
+                self._tables(arguments, times_of(arguments), forward)
+                raise FoundLayers
+            self.state.looks_up = self._prepare(arguments, forward)
         except BaseException:
             self._release()
             raise

@@ -105,8 +105,12 @@ def test_folded_layers_bytes_and_bits(name):
 def test_refused_where_something_else_enters(name, why):
     pipe, call = pipeline(name)
     full = generate(pipe, call)
-    with pytest.raises(UnsupportedModelError, match=why), layercache.fold_timesteps(pipe, STEPS):
+    with pytest.raises(UnsupportedModelError, match=why):
+        layercache.fold_timesteps(pipe, STEPS, **call)
+    tables = layercache.fold_timesteps(pipe, STEPS)
+    with pytest.raises(UnsupportedModelError, match=why):
         generate(pipe, call)
+    tables.undo()
     assert torch.equal(generate(pipe, call), full)
 
 
@@ -316,9 +320,9 @@ def test_copies_files_and_casts():
 def test_released_weights_stay_on_the_host_when_the_model_moves():
     """So a model that fits no accelerator with them can be moved there without them."""
     model, inputs = build(QWEN)
-    with layercache.fold_timesteps(model, 1) as tables:
-        forward_of(model, inputs)
+    with layercache.fold_timesteps(model, 1, **inputs) as tables:
         report = tables.report()
+        assert (report.projections, report.rows, report.looked_up) == (10, 0, 0)
         assert report.is_released and "on the host" in repr(tables)
         layer, weight = model.norm_out.linear, model.norm_out.linear.weight
         model.to("meta")
