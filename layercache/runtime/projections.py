@@ -22,7 +22,7 @@ TIMES = ("timestep", "timesteps", "t", "timestep_r", "sigma", "audio_timestep", 
 """Arguments of transformers that hold the time."""
 
 TOO_LARGE = "would take more memory as tables"
-QUANTISED = "have quantised weights"
+QUANTISED = "have quantised or sharded weights"
 ADAPTED = "have a LoRA adapter"
 REPEATED = "run more than once in a forward"
 VARIES = "do not give the same bits twice"

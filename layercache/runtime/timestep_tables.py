@@ -36,8 +36,8 @@ def fold_timesteps(pipe: Any, steps: int, **call: Any) -> TimestepTables:
         steps: how many distinct timesteps the tables hold, those of one run or of several; where more are used, the one
             used longest ago makes room.
         call: arguments of a call of the pipeline, which is run up to its first forward. So the layers are found, or
-            refused, at once, and weights of those found on a CPU stay there when the pipeline is moved elsewhere (of two
-            transformers the first one's). Without arguments the next call finds them.
+            refused, at once, and weights of those found on a CPU stay there when the pipeline is moved elsewhere (of
+            two transformers the first one's). Without arguments the next call finds them.
 
     Returns:
         The tables: ``report()`` (also their ``repr``), ``check()``, ``release()`` and ``undo()``; as a context manager

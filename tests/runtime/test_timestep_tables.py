@@ -61,10 +61,10 @@ PROJECTIONS = {
     "ltx": {"time_embed.emb.timestep_embedder.linear_2", "time_embed.linear"},
     "pixart": {"adaln_single.emb.timestep_embedder.linear_2", "adaln_single.linear"},
 }
-SLOW = slow("lumina 2", "z-image", "aura flow", "ltx", "pixart")
+SLOW = slow("cogvideox, DDIM", "lumina 2", "z-image", "aura flow", "ltx", "pixart")
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "wan, UniPC", "cogvideox, DDIM", *SLOW])
+@pytest.mark.parametrize("name", ["qwen-image", "wan, UniPC", *SLOW])
 def test_folded_layers_bytes_and_bits(name):
     pipe, call = pipeline(name)
     if name.startswith("cogvideox"):  # so that its tables are smaller than its weights
@@ -95,7 +95,7 @@ def test_folded_layers_bytes_and_bits(name):
     ("name", "why"),
     [
         ("sd3", "9 of its layers also depend on pooled_projections"),
-        ("flux 2", "4 of its layers also depend on guidance"),
+        *slow(("flux 2", "4 of its layers also depend on guidance")),
         ("chroma", "3 of its layers would take more memory as tables"),
         *slow(("cogview 4", "5 of its layers also depend on crop_coords, original_size, target_size")),
         *slow(("hunyuan video", "7 of its layers also depend on pooled_projections")),
@@ -205,14 +205,28 @@ def test_a_known_run_is_not_read_and_a_wrong_timestep_never_passes(as_if_on_acce
 
 
 class Scaled(nn.Module):
-    """Its embedding depends on a number that is no tensor."""
+    """Its embedding depends on a number that is no tensor, and on a pooled text where one is given."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(1, 16), nn.Linear(16, 32), nn.Linear(32, 64))
 
-    def forward(self, hidden_states, timestep, scale=1.0):
-        return (self.layers(timestep[:, None] * scale) + hidden_states,)
+    def forward(self, hidden_states, timestep, scale=1.0, pooled=None):
+        embedding = self.layers[:2](timestep[:, None] * scale)
+        return (self.layers[2](embedding if pooled is None else embedding + pooled) + hidden_states,)
+
+
+def test_a_layer_is_given_up_where_another_forward_gives_it_more():
+    model = Scaled()
+    inputs = {"hidden_states": torch.zeros(1, 64), "timestep": torch.tensor([0.5])}
+    more = inputs | {"pooled": torch.ones(1, 32)}
+    full = [forward_of(model, inputs), forward_of(model, more)]
+    with layercache.fold_timesteps(model, 2, **inputs) as tables:
+        assert torch.equal(forward_of(model, inputs), full[0]) and tables.report().names == ("layers.1", "layers.2")
+        with pytest.warns(LayerCacheWarning, match="1 projections depend on more than the timestep"):
+            assert torch.equal(forward_of(model, more), full[1])
+        assert torch.equal(forward_of(model, inputs), full[0]) and tables.report().names == ("layers.1",)
+        assert torch.equal(forward_of(model, more | {"pooled": torch.zeros(1, 32)}), full[0])
 
 
 def test_a_number_that_enters_the_embedding_is_noticed():
@@ -263,6 +277,7 @@ def test_lora_weights_quantised_layers_and_changes_are_noticed():
         assert tables.report().kept == {ADAPTED: 3, QUANTISED: 1}
 
 
+@pytest.mark.slow
 def test_peft_without_the_models_own_methods_is_noticed():
     pipe, call = pipeline("qwen-image")
     tables = layercache.fold_timesteps(pipe, STEPS)
