@@ -15,7 +15,7 @@ from layercache._utils.compat import keep_address
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.runtime.dataflow import Program
 
-_NAMES = ("_layercache_state", "_layercache_table", "_layercache_inputs")
+_NAMES = ("_layercache_state", "_layercache_table", "_layercache_inputs", "_layercache_fresh")
 
 
 class TableState:
@@ -54,18 +54,22 @@ class TabulatedLinear(nn.Linear):
     _layercache_state: TableState
     _layercache_table: torch.Tensor | None
     _layercache_inputs: torch.Tensor | None
+    _layercache_fresh: torch.Tensor | None  # what the row was made of, in the first forward that takes it
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         state, table = self._layercache_state, self._layercache_table
         size = input.numel() // self.in_features * self.out_features
         if not state.looks_up or table is None or table.shape[1] != size:
             return self.compute(input)
-        row, inputs = state.row, self._layercache_inputs
+        row = state.row
         # a compiled graph may keep an input that is compared and not stored in more digits than the table has
-        if inputs is not None and not torch.compiler.is_compiling():
-            differs = (inputs.index_select(0, row) != input.reshape(1, -1)).any()
-            state.failed[1].logical_or_(differs)
-            row = row.masked_fill(differs, 0)
+        if not torch.compiler.is_compiling():
+            inputs = self._layercache_fresh if self._layercache_inputs is None else self._layercache_inputs
+            if inputs is not None:
+                own = inputs if inputs is self._layercache_fresh else inputs.index_select(0, row)
+                differs = (own != input.reshape(1, -1)).any()
+                state.failed[1].logical_or_(differs)
+                row = row.masked_fill(differs, 0)
         return table.index_select(0, row).view(*input.shape[:-1], self.out_features)
 
     def compute(self, input: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,7 @@ class Projection:
 
     Attributes:
         parent, leaf: the module that holds it, and its name there.
-        is_guarded: whether its input is compared with the one that its results were made of.
+        is_guarded: whether its input is compared, in every forward, with the one that its results were made of.
         version: of its weight, which changes when somebody writes into it.
     """
 
@@ -138,7 +142,7 @@ class Projection:
         self.version = _version(self.weight)
 
     def enter(self, state: TableState) -> None:
-        self.layer.__dict__.update(zip(_NAMES, (state, None, None), strict=True))
+        self.layer.__dict__.update(zip(_NAMES, (state, None, None, None), strict=True))
         self.layer.__class__ = TabulatedLinear
 
     def leave(self) -> None:
@@ -161,6 +165,8 @@ class Tables:
     """Results of all projections, for forwards of one kind (batch, dtypes, which arguments are given).
 
     Row 0 is NaN; every other row belongs to one value of the times, the one used longest ago makes room for a new one.
+    In the first forward that takes a row the inputs of all projections are compared with those that it was made of;
+    later the inputs of those that are guarded.
 
     Args:
         program: makes the projections' inputs.
@@ -181,7 +187,7 @@ class Tables:
         self.program, self.projections, self.capacity = program, projections, rows
         self.rows: OrderedDict[Hashable, int] = OrderedDict()
         self.expected: dict[float, int] = {}  # rows by the sampler's timestep
-        self.computed = 0
+        self.computed, self.has_fresh = 0, False
         # every float16, bfloat16 and float32 and all integers that count steps fit in it
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.times = empty_for_any_mode((rows + 1, times), wide, device)
@@ -219,6 +225,7 @@ class Tables:
             _, row = self.rows.popitem(last=False)
             self.expected = {time: other for time, other in self.expected.items() if other != row}
         self.times[row].copy_(flat(times))
+        self.has_fresh = True
         self.program.run(times, lambda index, given: self._compute(index, row, given))
         self.rows[values] = row
         self.computed += 1
@@ -231,7 +238,16 @@ class Tables:
         inputs = self.inputs[index]
         if inputs is not None:
             inputs[row].copy_(given.reshape(-1))
+        else:
+            layer.__dict__["_layercache_fresh"] = given.reshape(1, -1).clone()
         return made
+
+    def forget_fresh(self) -> None:
+        """The row that was computed last has been taken once."""
+        if self.has_fresh:
+            self.has_fresh = False
+            for projection in self.projections:
+                projection.layer.__dict__["_layercache_fresh"] = None
 
 
 def flat(times: Sequence[torch.Tensor]) -> torch.Tensor:

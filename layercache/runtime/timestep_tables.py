@@ -109,7 +109,7 @@ class TimestepReport(Summarised):
 
     def _summary(self) -> tuple[str, Rows]:
         if not self.projections:
-            return "TimestepTables: nothing yet, the first forward finds what can be folded", []
+            return "TimestepTables: nothing is folded now; the first forward finds what can be", []
         saved = f"{self.weights / 1e6:,.1f} MB of weights for {self.tables / 1e6:,.1f} MB of tables"
         place = "on the host" if self.is_released else "still on the device, until the first call has ended"
         if self.is_released and self.device == "cpu":

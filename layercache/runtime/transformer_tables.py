@@ -146,7 +146,7 @@ class TransformerTables:
         self._precision = None
         self.state.looks_up = False
         for projection in self.projections:
-            projection.layer.__dict__.update(_layercache_table=None, _layercache_inputs=None)
+            projection.layer.__dict__.update(_layercache_table=None, _layercache_inputs=None, _layercache_fresh=None)
 
     def _home(self) -> torch.device:
         """Where the rest of the model is."""
@@ -175,6 +175,8 @@ class TransformerTables:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._acquire()
         self.state.looks_up = False  # the forward before may have been interrupted
+        for tables in self.kinds.values():
+            tables.forget_fresh()
         try:
             arguments = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
             forward = functools.partial(module.forward, *args, **kwargs)
@@ -192,6 +194,8 @@ class TransformerTables:
         try:
             looked_up = self.state.looks_up
             self.state.looks_up = False
+            for tables in self.kinds.values():
+                tables.forget_fresh()
             if output is not None and looked_up:
                 self.looked_up += 1
                 if not is_on_accelerator(self.state.row):
