@@ -50,6 +50,9 @@ def fold_timesteps(pipe: Any, steps: int, **call: Any) -> TimestepTables:
             embedding), or none gains by it. The model is as it was then.
         CacheStateError: tables are there already, or the model is offloaded. By a forward: it was offloaded later, or
             a result cannot be trusted.
+
+    Warns:
+        LayerCacheWarning: forwards are computed in full, or the model has changed so that nothing is left to fold.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ArgumentError(f"steps is a number of distinct timesteps from 1 on, got {steps!r}", argument="steps")

@@ -35,6 +35,7 @@ _PATIENCE = 0.2
 _OTHER_PRECISION = "it runs under another autocast setting or precision of matrix products than the first one did"
 _GRADIENTS = "gradients are recorded"
 _TOO_LARGE = "tables for so large a batch would take more memory than the weights"
+_NO_TENSOR = "its timestep is no tensor"
 _NOT_A_NUMBER = "its timestep is NaN"
 
 
@@ -51,6 +52,7 @@ class TransformerTables:
         state: what the projections look at.
         kept, in_full, looked_up, computed: as in the report.
         reads_times: the host reads every forward's timestep; else it takes the sampler's where that is known.
+        has_folded: some layers were tables before.
         only_finds: a forward is broken off, by `FoundLayers`, once its projections are known.
     """
 
@@ -62,7 +64,7 @@ class TransformerTables:
         self.kept: Counter[str] = Counter()
         self.in_full: Counter[str] = Counter()
         self.looked_up = self.computed = 0
-        self.reads_times = self.only_finds = False
+        self.reads_times = self.only_finds = self.has_folded = False
         self._around: list[nn.Module] = [transformer]  # the projections and what they lie in
         self._parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._too_large: set[Hashable] = set()
@@ -184,9 +186,13 @@ class TransformerTables:
                 self._tables(arguments, times_of(arguments), forward)
                 raise FoundLayers
             self.state.looks_up = self._prepare(arguments, forward)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UnsupportedModelError):
+                self.undo()
             self._release()
             raise
+        if not self._hooks:  # undone: nothing hears of the end of this forward
+            self._release()
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._holder != get_ident():
@@ -233,10 +239,19 @@ class TransformerTables:
         if torch.is_grad_enabled():
             return self._in_full(_GRADIENTS)
         times = times_of(arguments)
+        if not times and self.projections:
+            return self._in_full(_NO_TENSOR)
         precision = _precision()
         if self._precision not in (None, precision):
             return self._in_full(_OTHER_PRECISION)
-        tables = self._tables(arguments, times, forward)
+        try:
+            tables = self._tables(arguments, times, forward)
+        except UnsupportedModelError as error:
+            if not self.has_folded:
+                raise
+            self._warn(f"{error}")  # a LoRA was loaded on all of them, say: from now on it is a plain model
+            self.undo()
+            return False
         if tables is None:
             return self._in_full(_TOO_LARGE)
         self._precision = precision
@@ -292,7 +307,7 @@ class TransformerTables:
 
     def _expect(self, tables: Tables, row: int, times: Sequence[torch.Tensor]) -> None:
         """Takes this row if it is that of these times, and NaN else; the device compares, the host does not wait."""
-        differs = (tables.times[row] != flat(times)).any()
+        differs = (tables.times[row] != flat(times).to(self.state.device)).any()
         self.state.failed[0].logical_or_(differs)
         self.state.row.fill_(row)
         self.state.row.masked_fill_(differs, 0)
@@ -333,7 +348,7 @@ class TransformerTables:
         if kind in self._too_large:
             return None
         found = self._find(arguments, forward)
-        device = next(iter(times.values())).device
+        device = found.sizes[0][1].device  # where the layers run; the times may be elsewhere
         self.state.place(device)
         count = sum(one.numel() for one in times.values())
         limit = sum(projection.nbytes for projection in self.projections)
@@ -355,16 +370,17 @@ class TransformerTables:
                 "enable that cache after the first call with tables"
             )
         layers = [projection.layer for projection in self.projections]
-        found = find_projections(self.transformer, arguments, forward, self.steps, layers or None)
         if not layers:
+            found = find_projections(self.transformer, arguments, forward, self.steps)
             self._fold(found)
             return found
+        found = find_projections(self.transformer, arguments, forward, self.steps, layers)
         lost = [one for one in self.projections if one.layer not in {other.layer for other in found.projections}]
         if lost:
             self._warn(f"{len(lost)} projections depend on more than the timestep in this forward, and are kept")
             self.unfold(lost)
             if not self.projections:
-                self._refuse(found.kept)
+                raise self._refusal(found.kept)
             found = find_projections(
                 self.transformer, arguments, forward, self.steps, [one.layer for one in self.projections]
             )
@@ -374,7 +390,8 @@ class TransformerTables:
     def _fold(self, found: Found) -> None:
         self.kept = found.kept
         if not found.projections:
-            self._refuse(found.kept)
+            raise self._refusal(found.kept)
+        self.has_folded = True
         self.projections = found.projections
         for projection in self.projections:
             projection.enter(self.state)
@@ -386,10 +403,9 @@ class TransformerTables:
             )
         self._around = list(around)
 
-    def _refuse(self, kept: Mapping[str, int]) -> None:
-        self.undo()
+    def _refusal(self, kept: Mapping[str, int]) -> UnsupportedModelError:
         why = "; ".join(f"{count} of its layers {reason}" for reason, count in kept.items())
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{type(self.transformer).__name__} has nothing to fold into timestep tables: "
             f"{why or 'no linear layer gets an embedding of the timestep alone'}. The model is as it was; leave out "
             "fold_timesteps"

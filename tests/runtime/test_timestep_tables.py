@@ -204,6 +204,10 @@ def test_a_known_run_is_not_read_and_a_wrong_timestep_never_passes(as_if_on_acce
         assert torch.equal(generate(pipe, call), full)
 
 
+class Quantised(nn.Linear):
+    """Of another class than torch's own."""
+
+
 class Scaled(nn.Module):
     """Its embedding depends on a number that is no tensor, and on a pooled text where one is given."""
 
@@ -227,6 +231,15 @@ def test_a_layer_is_given_up_where_another_forward_gives_it_more():
             assert torch.equal(forward_of(model, more), full[1])
         assert torch.equal(forward_of(model, inputs), full[0]) and tables.report().names == ("layers.1",)
         assert torch.equal(forward_of(model, more | {"pooled": torch.zeros(1, 32)}), full[0])
+    tables = layercache.fold_timesteps(model, 2, **inputs)
+    for index in (1, 2):  # all that was folded is something else now
+        layer = Quantised(*reversed(model.layers[index].weight.shape))
+        layer.load_state_dict(model.layers[index].state_dict())
+        model.layers[index] = layer
+    with pytest.warns(LayerCacheWarning, match="2 of its layers have quantised or sharded weights"):
+        assert torch.equal(forward_of(model, inputs), full[0])
+    assert torch.equal(forward_of(model, inputs), full[0]) and not tables.parts[0]._lock.locked()
+    assert "nothing is folded" in repr(tables)
 
 
 def test_a_number_that_enters_the_embedding_is_noticed():
@@ -292,10 +305,6 @@ def test_lora_weights_quantised_layers_and_changes_are_noticed():
     assert tables.report().projections == 6
     tables.undo()
     assert torch.equal(generate(pipe, call), changed) and not torch.equal(adapted, changed)
-
-    class Quantised(nn.Linear):
-        pass
-
     pipe.transformer.transformer_blocks[0].img_mod[1].base_layer.__class__ = Quantised
     with layercache.fold_timesteps(pipe, STEPS) as tables:
         assert torch.equal(generate(pipe, call), changed)
