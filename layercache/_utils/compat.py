@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +155,28 @@ def is_hooked(transformer: nn.Module) -> bool:
         if registry.hooks:
             return True
     return False
+
+
+def offloading_of(modules: Iterable[nn.Module]) -> str | None:
+    """What moves or casts the weights of one of these modules at every forward; ``None`` where nothing does."""
+    for module in modules:
+        if "_hf_hook" in module.__dict__:
+            return "a hook of accelerate (offloading, a device map)"
+        for name in _hook_names(module):
+            if "offloading" in name or "layerwise_casting" in name:
+                return f"diffusers' hook {name!r}"
+    return None
+
+
+def stateful_hook_of(model: nn.Module) -> str | None:
+    """A hook of diffusers in the model that counts forwards, as its caches do; not those that split tokens."""
+    names = (name for module in model.modules() for name in _hook_names(module))
+    return next((name for name in names if not name.startswith("cp_")), None)
+
+
+def _hook_names(module: nn.Module) -> tuple[str, ...]:
+    registry = module.__dict__.get(HOOK_REGISTRY)
+    return () if registry is None else tuple(registry.hooks)
 
 
 def model_config(transformer: nn.Module) -> dict[str, Any]:

@@ -424,7 +424,8 @@ def small_demo(monkeypatch, tmp_path):
 
 def test_the_command_makes_a_folder_and_goes_on(small_demo, tmp_path):
     words = ("generate", "--prompts-file", "prompts.txt", "--steps", 2, "--seed", 5)
-    output = done(*words, "--json", "figures.json")
+    output = done(*words, "--fold-timesteps", "--json", "figures.json")
+    assert "TimestepTables: 6 projections, 2 timesteps" in output
     assert "pictures: pictures (2 of 2; 2 made now" in output and "manifest: pictures/manifest.jsonl" in output
     assert [line["seed"] for line in lines_of(tmp_path / "pictures")] == [5, 6]
     drawn = tiny.generate(small_demo, ["coffee"], steps=2, seed=6, output_type="np")[0]

@@ -503,9 +503,15 @@ def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path)
 
 
 def test_generate_without_a_schedule(tiny_demo, tmp_path):
-    result = invoke("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png", "--json", "-")
+    words = ("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png")
+    result = invoke(*words, "--json", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["cache"] is None
+    picture = (tmp_path / "x.png").read_bytes()
+    result = invoke(*words, "--fold-timesteps", "--json", "-")
+    tables = json.loads(result.stdout)["timestep_tables"]
+    assert (tables["projections"], tables["rows"]) == (14, 3) and tables["after"] < tables["before"]
+    assert (tmp_path / "x.png").read_bytes() == picture
 
 
 def test_plan_that_cannot_be_reached(tiny_demo, tmp_path):

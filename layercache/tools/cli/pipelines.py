@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import typer
 
 from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, LayerCacheWarning, MissingExtraError, UnsupportedModelError
-from layercache.tools.cli.common import read_prompts
+from layercache.tools.cli.common import Printer, read_prompts
 from layercache.tools.cli.loading import is_like_demo, load_model, split_name
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions
 
@@ -279,6 +280,29 @@ def refused_arguments() -> Iterator[None]:
         if os.environ.get("LAYERCACHE_DEBUG") == "1":
             raise
         raise LayerCacheError(f"the pipeline refused its arguments: {error}") from error
+
+
+@contextmanager
+def folded(pipe: Any, wanted: bool, call: Mapping[str, Any]) -> Iterator[Any]:
+    """Context with timestep tables where they are wanted, found in the first forward of this call; else ``None``."""
+    import layercache
+
+    if not wanted:
+        yield None
+        return
+    with refused_arguments():
+        tables = layercache.fold_timesteps(pipe, call["num_inference_steps"], **call)
+    with tables:
+        yield tables
+
+
+def report_tables(printer: Printer, tables: Any) -> dict[str, Any]:
+    """Prints memory before and after timestep tables, if there are any, and gives the figures."""
+    if tables is None:
+        return {}
+    report = tables.report()
+    printer.say(str(report))
+    return {"timestep_tables": asdict(report) | {"after": report.after}}
 
 
 def pictures_of(pipe: Any, prompts: Sequence[str], count: int) -> list[Any]:
