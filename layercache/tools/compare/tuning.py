@@ -23,6 +23,8 @@ FIRST_SHARES = (0.0, 0.1, 0.25)
 """Shares of the steps that are computed at the beginning, of which the best is taken, beside the method's own."""
 LAST_SHARES = (0.0, 0.1)
 """The same of the steps at the end."""
+ENOUGH = 0.25
+"""Of a step: how near the share of what is computed has to come to the budget."""
 ENDS = ((("warmup", "retention"), FIRST_SHARES), (("cooldown", "stop"), LAST_SHARES))
 """Settings of methods that say how many steps, or what share of them, are computed at the two ends."""
 
@@ -56,7 +58,11 @@ def by_threshold(
             def plan_at(value: float) -> Any:
                 return _schedule_of(model, replace(built(value), **change) if change else built(value))
 
-            value = _largest_share(lambda value: _share(model, plan_at(value)), budget, low, high, rounds, setting)
+            def share_at(value: float) -> float:
+                return _share(model, plan_at(value))
+
+            near = budget - ENOUGH / model.fingerprint.num_steps
+            value = _largest_share(share_at, (near, budget), low, high, rounds, setting)
             return plan_at(value), f"{setting} {value:.4g}"
 
         return _best_ends(model, built(high), within) if has_ends else within({})
@@ -131,15 +137,23 @@ def _setting_of(name: str, share: float, steps: int) -> float | int | None:
 
 
 def _largest_share(
-    share_at: Callable[[float], float], budget: float, low: float, high: float, rounds: int, setting: str
+    share_at: Callable[[float], float],
+    wanted: tuple[float, float],
+    low: float,
+    high: float,
+    rounds: int,
+    setting: str,
 ) -> float:
-    """The value of a setting with the largest share within the budget."""
+    """The value of a setting with the largest share within ``wanted[1]``, or the first of ``wanted[0]`` and more."""
+    near, budget = wanted
     least, most, best = low, high, (share_at(high), high)
     if best[0] > budget + 1e-9:
         raise BudgetError(
             f"no {setting} up to {high:g} brings it down to {budget:g}: there it computes {best[0]:.3f} still"
         )
     for _ in range(rounds):
+        if best[0] >= near:
+            break
         value = (least * most) ** 0.5
         used = share_at(value)
         if used <= budget + 1e-9:
