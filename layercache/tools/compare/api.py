@@ -10,16 +10,17 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from layercache._utils import metrics
 from layercache._utils.text import shown
 from layercache.errors import ArgumentError
 from layercache.parallel.crew import Crew
 from layercache.planning.search import EFFORTS
 from layercache.tools.compare.calls import batched, batches_of, check_pipeline, samples_of
+from layercache.tools.compare.categories import in_turn, split_categories
 from layercache.tools.compare.entries import methods_of
 from layercache.tools.compare.files import ComparisonFiles
 from layercache.tools.compare.model import CalibratedModel
 from layercache.tools.compare.run import REPEATS, Comparison
+from layercache.tools.compare.scores import scorer_of
 from layercache.tools.compare.table import ComparisonTable
 
 BUDGETS = (0.6, 0.5, 0.4)
@@ -40,6 +41,8 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
     crew: Crew | None = None,
+    lpips: bool | str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
     **call: Any,
 ) -> ComparisonTable:
     """Runs caching methods on the same prompts and seeds, each as close to each budget as it can be tuned.
@@ -58,7 +61,7 @@ def compare(
             manager within which another package's cache is on (its share is counted in calls of the blocks).
             Methods of packages with an entry point in the group ``layercache.methods`` go by its name.
         prompts: texts, or mappings of the call's arguments (``{"prompt": ..., "image": ...}``); a list among them is
-            one call. The bundled model needs none.
+            one call. A mapping may have a ``"category"``, by which figures are grouped. The bundled model needs none.
         budgets: shares of the block time, above 0 and at most 1.
         seeds: one per picture, the prompts in turn; a number: so many, from 0 on. By default a picture per prompt.
         calibration: pictures to fit and tune on, with seeds behind those of the others.
@@ -71,10 +74,14 @@ def compare(
         progress: show a progress bar.
         crew: processes that share out the calls and tune methods side by side, each with the whole pipeline. All of
             them get the table; its pictures and the folder are the leader's.
+        lpips: by default where its package and AlexNet's weights are here; ``True`` refuses to go on without them,
+            ``False`` leaves it out, a path is the file of the weights or its folder. Nothing is downloaded.
+        clip: a folder with a CLIP model, or the name of one in the Hub's cache, for the CLIP score.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Raises:
-        ArgumentError: prompts, seeds, effort or an argument of the call is not usable.
+        ArgumentError: prompts, seeds, effort or an argument of the call is not usable; LPIPS or a CLIP model was asked
+            for and its weights are not here.
         BudgetError: a budget is out of range.
         CacheStateError: a cache is enabled on the pipeline.
         CalibrationError: there are more processes than calls.
@@ -82,14 +89,15 @@ def compare(
         FileFormatError, OutputError, ScheduleMismatchError: the folder cannot be written, or belongs to another model
             or other settings.
         MethodError: a method is unknown, or is none.
-        MissingExtraError: scikit-image is not installed.
+        MissingExtraError: scikit-image is not installed, or what LPIPS or CLIP need where that was asked for.
         UnsupportedModelError: the pipeline's transformer is of an unknown class.
     """
-    metrics.check_installed()
     check_pipeline(pipe, call)
     wanted = methods_of(methods)
     _check_numbers(budgets, calibration, repeats, effort)
-    calls, numbers = samples_of(_prompts_for(pipe, prompts), seeds, batch)
+    given, categories = split_categories(_prompts_for(pipe, prompts))
+    calls, numbers = samples_of(given, seeds, batch)
+    scorer = scorer_of(lpips, clip)
     crew = crew or Crew()
     owner = tempfile.TemporaryDirectory(prefix="layercache-") if folder is None else None
     place = Path(owner.name if owner is not None else os.fspath(folder or ""))
@@ -99,7 +107,8 @@ def compare(
     tuned_on = _calibration_calls(calls, calibration_prompts, calibration, batch)
     behind = list(range(first, first + calibration))
     model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
-    comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew)
+    about: dict[str, Any] = {"categories": in_turn(categories, len(numbers)), "scorer": scorer}
+    comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew, **about)
     with tqdm(disable=not (progress and crew.leads), total=comparison.count_jobs(wanted), unit="run") as bar:
         outcomes = comparison.run(wanted, lambda text: bar.set_description_str(shown(text)), bar.update)
     # read again, so that the table does not hold the model
@@ -109,6 +118,7 @@ def compare(
 
 def _calibration_calls(calls: Sequence[Sequence[Any]], own: Any, count: int, batch: int) -> list[Any]:
     """Calls of the calibration: of prompts of its own, or of those behind the compared ones, in turn."""
+    own = split_categories(own)[0] if own is not None else None
     given = calls if own is None else batches_of([own] if isinstance(own, (str, Mapping)) else own)
     prompts = [prompt for one in given for prompt in one]
     if not prompts:

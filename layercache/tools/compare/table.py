@@ -14,15 +14,21 @@ from typing import Any
 from layercache._utils.files import check_output
 from layercache._utils.metrics import summarise
 from layercache._utils.text import shown
-from layercache.errors import MissingExtraError
+from layercache.errors import ArgumentError, MissingExtraError
+from layercache.tools.compare.categories import CategoryRow, category_rows, mean
 from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
+from layercache.tools.compare.scores import Curves
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
 
 MOST_LINES = 24
-NUMBERS = ("budget", "used", "speedup", "range", "PSNR", "10 %", "worst", "SSIM", "LPIPS", "MiB")
+NUMBERS = (
+    *("budget", "used", "speedup", "range", "PSNR", "10 %", "worst", "SSIM", "LPIPS", "CLIP"),
+    *("worst frame", "temporal", "MiB"),
+)
 # Of those that a narrow terminal may leave out, the highest first.
-IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "MiB": 7}
+IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "CLIP": 6, "temporal": 6}
+IMPORTANCE |= {"worst frame": 6, "MiB": 7}
 DASH = "-"
 
 
@@ -45,6 +51,9 @@ class Row:
         error: why there are no figures (all are NaN); empty where there are.
         psnr: of every picture.
         speedups: of every repeat.
+        clip: mean of the CLIP scores, 0 to 100; ``None`` where there is no CLIP model.
+        frame_psnr_worst, frame_ssim_worst: of videos, the lowest of all frames; ``None`` of pictures.
+        temporal_psnr: of videos, the mean over the finite ones (`layercache._utils.metrics.temporal_psnr`).
     """
 
     method: str
@@ -65,6 +74,10 @@ class Row:
     error: str
     psnr: tuple[float, ...] = ()
     speedups: tuple[float, ...] = ()
+    clip: float | None = None
+    frame_psnr_worst: float | None = None
+    frame_ssim_worst: float | None = None
+    temporal_psnr: float | None = None
 
     @classmethod
     def of(cls, outcome: Outcome) -> Row:
@@ -84,28 +97,33 @@ class Row:
             psnr_median=psnr.median,
             psnr_p10=psnr.quantile10,
             psnr_worst=min(outcome.psnr, default=math.nan),
-            ssim=_mean(outcome.ssim),
-            lpips=_mean(outcome.lpips) if outcome.lpips else None,
+            ssim=mean(outcome.ssim),
+            lpips=mean(outcome.lpips) if outcome.lpips else None,
             cache_bytes=outcome.cache_bytes,
             error=outcome.error,
             psnr=outcome.psnr,
             speedups=outcome.speedups,
+            clip=mean(outcome.clip) if outcome.clip else None,
+            frame_psnr_worst=_lowest(outcome.frame_psnr),
+            frame_ssim_worst=_lowest(outcome.frame_ssim),
+            temporal_psnr=summarise(outcome.temporal_psnr).mean if outcome.temporal_psnr else None,
         )
 
     @property
     def cells(self) -> list[str]:
         """Name, and the numbers of `NUMBERS`, as text."""
         if self.error:
-            return [shown(self.method), _number(self.budget, "g"), *[DASH] * (len(NUMBERS) - 1)]
+            return [shown(self.method), number(self.budget, "g"), *[DASH] * (len(NUMBERS) - 1)]
         return [
             shown(self.method),
-            _number(self.budget, "g"),
+            number(self.budget, "g"),
             f"{self.used:.3f}",
             f"{self.speedup:.2f}x",
             f"{self.speedup_low:.2f}-{self.speedup_high:.2f}",
             *(f"{value:.2f}" for value in (self.psnr_mean, self.psnr_p10, self.psnr_worst)),
             f"{self.ssim:.4f}",
-            _number(self.lpips, ".4f"),
+            number(self.lpips, ".4f"),
+            *(number(value, ".2f") for value in (self.clip, self.frame_psnr_worst, self.temporal_psnr)),
             DASH if self.cache_bytes is None else f"{self.cache_bytes / 2**20:.1f}",
         ]
 
@@ -118,16 +136,25 @@ class ComparisonTable(Sequence[Row]):
         title: what was compared.
         full_seconds: of a picture of the full run; NaN where it is not known.
         files: the folder it was measured in.
+        categories: a row per method, budget and category of prompts; empty where the prompts have none.
+        transfer: what the same plans give with other settings; ``None`` where that was not asked for.
     """
 
     def __init__(self, files: ComparisonFiles, outcomes: Sequence[Outcome], title: str = "", owner: Any = None):
         self.files, self.outcomes, self.title = files, list(outcomes), title
         self.rows = tuple(Row.of(outcome) for outcome in outcomes)
+        self.categories = tuple(category_rows(outcomes, files.categories))
+        self.transfer: Any = None
         self._owner = owner  # a temporary folder, which is gone when nobody has the table any more
 
     @property
     def full_seconds(self) -> float:
         return self.files.full_seconds
+
+    @property
+    def full_clip(self) -> float | None:
+        """Mean of the CLIP scores of the full run's pictures; ``None`` where there is no CLIP model."""
+        return mean(self.files.full_clip) if self.files.full_clip else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,10 +169,14 @@ class ComparisonTable(Sequence[Row]):
         """The rows of a method."""
         return [row for row in self.rows if row.method == method]
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self, by: str = "method") -> Any:
         """A `pandas.DataFrame` with a column per attribute of `Row`, but those of single pictures and repeats.
 
+        Args:
+            by: ``"category"``: a row per method, budget and category instead, with those of `CategoryRow`.
+
         Raises:
+            ArgumentError: ``by`` is something else.
             MissingExtraError: pandas is not installed.
         """
         try:
@@ -154,13 +185,18 @@ class ComparisonTable(Sequence[Row]):
             raise MissingExtraError(
                 'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
             ) from error
-        columns = [field.name for field in fields(Row) if field.name not in ("psnr", "speedups")]
-        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
+        if by not in ("method", "category"):
+            raise ArgumentError(f"by is 'method' or 'category', got {by!r}", argument="by")
+        rows, kind = (self.categories, CategoryRow) if by == "category" else (self.rows, Row)
+        columns = [field.name for field in fields(kind) if field.name not in ("psnr", "speedups")]
+        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in rows], columns=columns)
 
     def to_json(self) -> str:
         """The rows as JSON, with the machine that their times are of; infinities and NaN are strings."""
         rows = [asdict(row) for row in self.rows]
         data = {"title": self.title, "full_seconds": self.full_seconds, "machine": self.files.machine, "rows": rows}
+        data |= {"categories": [asdict(row) for row in self.categories]} if self.categories else {}
+        data |= {"full_clip": self.full_clip} if self.full_clip is not None else {}
         return machine.json_text(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -223,9 +259,15 @@ class ComparisonTable(Sequence[Row]):
         return [NUMBERS[k - 1] for k in kept], [[row[0], *(row[k] for k in kept)] for row in cells]
 
     def _notes(self) -> list[str]:
-        """What failed, a sentence each; the same reason at several budgets once."""
+        """What failed, a sentence each; the same reason at several budgets once; and what else there is."""
         reasons = dict.fromkeys((row.method, row.error) for row in self.rows if row.error)
-        return [shown(f"{method} failed: {error}") for method, error in reasons]
+        notes = [shown(f"{method} failed: {error}") for method, error in reasons]
+        if self.full_clip is not None:
+            notes.append(f"CLIP: {self.full_clip:.2f} of the full run's pictures")
+        if self.categories:
+            names = dict.fromkeys(row.category for row in self.categories)
+            notes.append(f"by category ({shown(', '.join(names))}): .categories, .to_pandas(by='category')")
+        return notes
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -239,9 +281,11 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: 
     return f"<table>{caption}<thead><tr>{cells('th', headings)}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A figure as text; a dash where it is not known."""
     return DASH if value is None or math.isnan(value) else f"{value:{form}}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def _lowest(curves: Curves) -> float | None:
+    """Of all frames of all videos."""
+    return min((value for curve in curves for value in curve), default=None)
