@@ -411,7 +411,8 @@ def test_an_option_the_pipeline_lacks():
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
-    assert common.read_prompts(None, path) == ["a red fox", "café"]
+    found = common.read_prompts(["typed"], path, seed=3)
+    assert [(one.sample, one.seed) for one in found] == [("typed", 3), ("a red fox", 4), ("café", 5)]
 
 
 # --- the whole way -------------------------------------------------------------------------------------------

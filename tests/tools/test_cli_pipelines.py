@@ -121,7 +121,7 @@ def test_a_finished_comparison_loads_nothing(folder, monkeypatch):
     def loaded(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("layercache.tools.cli.compare.load_with_prompts", loaded)
+    monkeypatch.setattr("layercache.tools.cli.compare.load_with_entries", loaded)
     again = done(*words, "--methods", "uniform,diffusers:seacache", "--json", "again.json")
     assert "finished before" in again and "--retry" in again
     assert json.loads(Path("first.json").read_text()) == json.loads(Path("again.json").read_text())

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import layercache
+from layercache.errors import FileFormatError
 from layercache.schedule.schedule import Schedule
 from layercache.tools.cli import app as command_line
 from layercache.tools.cli.common import read_prompts
@@ -137,9 +138,9 @@ def test_prompts_of_editors_on_windows(tmp_path):
     path = tmp_path / "prompts.txt"
     for content in (b"\xef\xbb\xbfcat\r\ncoffee\r\n", b"cat\ncoffee", b"\xef\xbb\xbf# two\n\n\xef\xbb\xbfcat\rcoffee"):
         path.write_bytes(content)
-        assert read_prompts(None, path) == ["cat", "coffee"]
+        assert [entry.sample for entry in read_prompts(None, path)] == ["cat", "coffee"]
     path.write_text("cat\n", encoding="utf-16")
-    with pytest.raises(typer.BadParameter, match="UTF-8"):
+    with pytest.raises(FileFormatError, match="UTF-8"):
         read_prompts(None, path)
 
 

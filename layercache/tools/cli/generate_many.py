@@ -20,7 +20,6 @@ from layercache.tools.cli.results import VIDEO_ENDINGS
 from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
-    from layercache.tools.batch.entries import Entry
     from layercache.tools.batch.run import Batch
 
 FOLDER = Path("pictures")
@@ -60,7 +59,7 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
     from layercache.tools.batch.manifest import NAME, forget_changed
 
     _check(given)
-    entries = _read_entries(given.file, given.seed)
+    entries = read_prompts(None, given.file, given.seed)
     plan = load_schedule(given.schedule) if given.schedule is not None else None
     steps = given.steps or (plan.num_steps if plan is not None else default_steps)
     if leads() and not os.environ.get(HOSTED):  # else the process that started this one has, where the files are
@@ -110,12 +109,6 @@ def _check(given: ManyPrompts) -> None:
         from layercache._utils import metrics
 
         metrics.check_installed()
-
-
-def _read_entries(path: Path, seed: int) -> list[Entry]:
-    from layercache.tools.batch.entries import JSON_LINES, numbered, read_lines
-
-    return read_lines(path, seed) if path.suffix.lower() in JSON_LINES else numbered(read_prompts(None, path), seed)
 
 
 def _report(printer: Printer, batch: Batch, settings: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from layercache.tools.compare.model import CalibratedModel
 from layercache.tools.compare.run import REPEATS, Comparison
 from layercache.tools.compare.scores import scorer_of
 from layercache.tools.compare.table import ComparisonTable
+from layercache.tools.compare.transfer import Transfer, settings_of
 
 BUDGETS = (0.6, 0.5, 0.4)
 
@@ -43,6 +44,7 @@ def compare(
     crew: Crew | None = None,
     lpips: bool | str | os.PathLike[str] | None = None,
     clip: str | os.PathLike[str] | None = None,
+    transfer: Sequence[Mapping[str, Any]] = (),
     **call: Any,
 ) -> ComparisonTable:
     """Runs caching methods on the same prompts and seeds, each as close to each budget as it can be tuned.
@@ -77,11 +79,14 @@ def compare(
         lpips: by default where its package and AlexNet's weights are here; ``True`` refuses to go on without them,
             ``False`` leaves it out, a path is the file of the weights or its folder. Nothing is downloaded.
         clip: a folder with a CLIP model, or the name of one in the Hub's cache, for the CLIP score.
+        transfer: other settings that the same plans are run with, none of them made or tuned anew: mappings of
+            arguments of the call, ``{"height": 64, "width": 64}``, and of ``"prompts"`` and ``"lora"`` (a path). What
+            they give, and what was refused, is the table's ``transfer``.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Raises:
-        ArgumentError: prompts, seeds, effort or an argument of the call is not usable; LPIPS or a CLIP model was asked
-            for and its weights are not here.
+        ArgumentError: prompts, seeds, effort, a setting or an argument of the call is not usable; LPIPS or a CLIP
+            model was asked for and its weights are not here.
         BudgetError: a budget is out of range.
         CacheStateError: a cache is enabled on the pipeline.
         CalibrationError: there are more processes than calls.
@@ -93,7 +98,7 @@ def compare(
         UnsupportedModelError: the pipeline's transformer is of an unknown class.
     """
     check_pipeline(pipe, call)
-    wanted = methods_of(methods)
+    wanted, settings = methods_of(methods), settings_of(transfer, pipe)
     _check_numbers(budgets, calibration, repeats, effort)
     given, categories = split_categories(_prompts_for(pipe, prompts))
     calls, numbers = samples_of(given, seeds, batch)
@@ -109,11 +114,14 @@ def compare(
     model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
     about: dict[str, Any] = {"categories": in_turn(categories, len(numbers)), "scorer": scorer}
     comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew, **about)
-    with tqdm(disable=not (progress and crew.leads), total=comparison.count_jobs(wanted), unit="run") as bar:
-        outcomes = comparison.run(wanted, lambda text: bar.set_description_str(shown(text)), bar.update)
+    title, count = _title(pipe, call, len(numbers)), comparison.count_jobs(wanted) * (1 + len(settings))
+    with tqdm(disable=not (progress and crew.leads), total=count, unit="run") as bar:
+        shows = (lambda text: bar.set_description_str(shown(text)), bar.update)
+        outcomes = comparison.run(wanted, *shows)
+        others = Transfer(comparison, wanted, settings, batch).run(*shows, title=title) if settings else None
     # read again, so that the table does not hold the model
     files = ComparisonFiles.read(place) if crew.leads else ComparisonFiles(place)
-    return ComparisonTable(files, outcomes, _title(pipe, call, len(numbers)), owner)
+    return ComparisonTable(files, outcomes, title, owner, others)
 
 
 def _calibration_calls(calls: Sequence[Sequence[Any]], own: Any, count: int, batch: int) -> list[Any]:

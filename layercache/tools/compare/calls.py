@@ -156,6 +156,15 @@ def check_pipeline(pipe: Any, call: Mapping[str, Any]) -> None:
         )
     if attachment_of(transformer) is not None:
         raise CacheStateError("a layercache cache is enabled on this pipeline; call layercache.disable first")
+    check_call(pipe, call)
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuses arguments of a call before anything runs.
+
+    Raises:
+        ArgumentError: the pipeline takes no argument of this name, or the comparison gives it itself.
+    """
     own = sorted(set(call) & set(FIXED) - {"output_type", "return_dict"})
     if own:
         raise ArgumentError(

@@ -88,6 +88,12 @@ def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int | 
     return table
 
 
+def full_clip_line(files: ComparisonFiles) -> list[str]:
+    """A sentence with the CLIP score of the full pictures, where there is one."""
+    scores = files.full_clip
+    return [f"CLIP score of the full run's pictures: {mean(scores):.2f} ({shown(files.clip_model)})."] if scores else []
+
+
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
     """A sentence for everything that could not be compared; budgets that failed for the same reason share one."""
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -219,21 +225,24 @@ def save_folder_page(
 
 
 def folder_pictures(
-    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str]
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str], title: str = ""
 ) -> list[pages.Block]:
     """Of these outcomes, what the folder holds.
 
     Raises:
         FileFormatError: the pictures of the full run are missing or damaged.
     """
-    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
+    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns, title)
 
 
-def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str]) -> list[pages.Block]:
+def pictures_block(
+    full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str], title: str = ""
+) -> list[pages.Block]:
     """Full and cached pictures of entries under a slider; nothing where there are none."""
     if not entries:
         return []
-    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", "Full, cached, difference")]
+    title = f"Full, cached, difference{': ' * bool(title)}{title}"
+    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", title)]
 
 
 def _entries(comparison: ComparisonFiles, outcomes: Sequence[Outcome]) -> list[PictureEntry]:

@@ -106,6 +106,7 @@ class Comparison(ComparisonFiles):
         self.settings, self.digest = settings, digest
         self.request = dict(request or {})
         self.full: dict[int, Pictures] = {}  # of this process's calls
+        self.entries: dict[str, Entry] = {}  # that were made, by the keys of their outcomes
         self._times_alone = shares_device(model.pipeline, self.crew)
 
     def _begin(self, digest: str) -> None:
@@ -154,7 +155,7 @@ class Comparison(ComparisonFiles):
             at = "" if job.method.is_fixed else f" at {job.budget:g}"
             say(f"{job.method.name}{at} ({number + 1} of {len(pending)})")
             if number % self.crew.world == 0:
-                self._tune(pending[number : number + self.crew.world])
+                self.tune(pending[number : number + self.crew.world])
             self._settle(job)
             done()
         return self.of(jobs)
@@ -220,7 +221,7 @@ class Comparison(ComparisonFiles):
             self.outcomes = {key: replace(outcome, clip=()) for key, outcome in self.outcomes.items()}
         self.clip_model, self.full_clip = self.scorer.clip_model, full
 
-    def _tune(self, jobs: Sequence[Job]) -> None:
+    def tune(self, jobs: Sequence[Job]) -> None:
         """Tunes the methods of so many jobs at once as there are processes."""
         with quiet(self.model.pipeline):
             self.model.tune([(job.method.tuned_as, job.budget) for job in jobs])
@@ -246,7 +247,7 @@ class Comparison(ComparisonFiles):
             try:
                 with quiet(self.model.pipeline):
                     with self.crew.together():
-                        entry = method.make(self.model, job.budget)
+                        entry = self.entries[job.key] = method.make(self.model, job.budget)
                     outcome, pictures = self._judge(entry)
             except CrewError:
                 raise  # the other processes are gone, whatever the method is

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercache._utils.files import check_output
 from layercache._utils.metrics import summarise
@@ -20,6 +20,9 @@ from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
 from layercache.tools.compare.scores import Curves
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
+
+if TYPE_CHECKING:
+    from layercache.tools.compare.transfer_table import TransferTable
 
 MOST_LINES = 24
 NUMBERS = (
@@ -140,11 +143,18 @@ class ComparisonTable(Sequence[Row]):
         transfer: what the same plans give with other settings; ``None`` where that was not asked for.
     """
 
-    def __init__(self, files: ComparisonFiles, outcomes: Sequence[Outcome], title: str = "", owner: Any = None):
+    def __init__(
+        self,
+        files: ComparisonFiles,
+        outcomes: Sequence[Outcome],
+        title: str = "",
+        owner: Any = None,
+        transfer: TransferTable | None = None,
+    ):
         self.files, self.outcomes, self.title = files, list(outcomes), title
         self.rows = tuple(Row.of(outcome) for outcome in outcomes)
         self.categories = tuple(category_rows(outcomes, files.categories))
-        self.transfer: Any = None
+        self.transfer = transfer
         self._owner = owner  # a temporary folder, which is gone when nobody has the table any more
 
     @property
@@ -267,6 +277,8 @@ class ComparisonTable(Sequence[Row]):
         if self.categories:
             names = dict.fromkeys(row.category for row in self.categories)
             notes.append(f"by category ({shown(', '.join(names))}): .categories, .to_pandas(by='category')")
+        if self.transfer is not None:
+            notes.append(f"with other settings ({len(self.transfer.settings)}): .transfer")
         return notes
 
 
