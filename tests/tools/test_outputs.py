@@ -49,7 +49,8 @@ def folder(tmp_path, monkeypatch):
         raise AssertionError("a model was loaded")
 
     for module in ("calibrate", "search", "compare", "train_router"):
-        monkeypatch.setattr(f"layercache.tools.cli.{module}.load_with_prompts", load)
+        name = "load_with_entries" if module == "compare" else "load_with_prompts"
+        monkeypatch.setattr(f"layercache.tools.cli.{module}.{name}", load)
     for module in ("generate", "demo"):
         monkeypatch.setattr(f"layercache.tools.cli.{module}.load_pipeline", load)
     monkeypatch.setattr("layercache.tools.cli.bench._measure_peers", load)

@@ -114,7 +114,7 @@ def compare(
     arguments = quiet_call(pipe, num_inference_steps, call, bring_pictures(entry.arguments for entry in found))
     again = shlex.join(["layercache", "compare", *words_of(model), "-o", shown(output)])
     with when_stopped(f"Stopped. What was measured is in {shown(output)}; the same command ({again} ...) goes on."):
-        _run(Printer(json_to), asked, settings.comparison(pipe, found, arguments, output, crew), batch)
+        _run(Printer(json_to), asked, settings.comparison(pipe, found, arguments, output, crew))
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _say_again(printer: Printer, asked: _Asked, before: tuple[list[Outcome], Tra
     )
 
 
-def _run(printer: Printer, asked: _Asked, comparison: Comparison, batch: int) -> None:
+def _run(printer: Printer, asked: _Asked, comparison: Comparison) -> None:
     from tqdm.auto import tqdm
 
     from layercache.tools.compare.entries import methods_of
@@ -221,7 +221,7 @@ def _run(printer: Printer, asked: _Asked, comparison: Comparison, batch: int) ->
         shows = (lambda text: bar.set_postfix_str(shown(text)), bar.update, asked.retry)
         outcomes = comparison.run(methods, *shows)
         if settings:
-            table = Transfer(comparison, methods, settings, batch).run(*shows, title=asked.title)
+            table = Transfer(comparison, methods, settings).run(*shows, title=asked.title)
     if not leads:
         return
     files = save_comparison(comparison, outcomes, comparison.captions, asked.title)

@@ -23,9 +23,9 @@ from layercache.runtime.report import CacheReport
 from layercache.tools.compare.calls import PictureCalls, check_pipeline, quiet, samples_of
 from layercache.tools.compare.categories import NONE, in_turn, mean, split_categories
 from layercache.tools.compare.own import described_plan, is_plan
+from layercache.tools.compare.rows import html_table
 from layercache.tools.compare.run import REPEATS
 from layercache.tools.compare.scores import Curves, Fidelity, scorer_of
-from layercache.tools.compare.table import html_table
 from layercache.tools.compare.trial import Trial, run_trial
 from layercache.tools.report import machine
 

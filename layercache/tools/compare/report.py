@@ -11,7 +11,7 @@ from layercache._utils.metrics import stills, summarise
 from layercache._utils.text import shown
 from layercache.tools.compare.categories import category_table, mean
 from layercache.tools.compare.files import ComparisonFiles, Outcome
-from layercache.tools.compare.table import Row, number
+from layercache.tools.compare.rows import Row, number
 from layercache.tools.report import pages
 from layercache.tools.report.charts import CurvePoint, frames_chart, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable

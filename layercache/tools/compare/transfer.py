@@ -114,7 +114,6 @@ class Transfer:
         base: the comparison, which has run.
         methods: of it.
         settings: see `settings_of`.
-        batch: pictures per call, of other prompts.
     """
 
     def __init__(
@@ -122,10 +121,8 @@ class Transfer:
         base: Comparison,
         methods: Sequence[Method],
         settings: Sequence[Setting],
-        batch: int = 1,
     ):
         self.base, self.methods, self.settings = base, list(methods), list(settings)
-        self.batch = batch
         self.jobs = list(jobs_of(self.methods, base.model.budgets))
         self._made: dict[str, Entry | Exception] = dict(base.entries)
 
@@ -173,7 +170,7 @@ class Transfer:
         if setting.prompts is not None:
             given, names = split_categories(setting.prompts)
             each = [one for part in given for one in (part if isinstance(part, list) else [part])]
-            prompts = batched(each, 0, len(seeds), self.batch)
+            prompts = batched(each, 0, len(seeds), max(map(len, prompts)))
             categories = in_turn(names, len(seeds))
         return Comparison(
             replace(base.model, call=call),

@@ -16,7 +16,7 @@ from layercache._utils.files import check_output, write_atomically
 from layercache._utils.text import shown
 from layercache.errors import FileFormatError, MissingExtraError
 from layercache.tools.compare.files import ComparisonFiles, Outcome
-from layercache.tools.compare.table import DASH, Row, html_table, number
+from layercache.tools.compare.rows import DASH, Row, html_table, number
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
 
