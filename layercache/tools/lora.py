@@ -67,19 +67,19 @@ def _load(target: Any, path: str, name: str) -> None:
     """Loads a LoRA as one more adapter; nothing is fetched."""
     place = Path(path)
     where: dict[str, Any] = {"adapter_name": name, "local_files_only": True}
-    if place.is_file():
-        path, where["weight_name"] = os.fspath(place.parent), place.name
     if hasattr(target, "load_lora_weights"):
+        if place.is_file():
+            path, where["weight_name"] = os.fspath(place.parent), place.name
         target.load_lora_weights(path, **where)
         return
     file = place if place.is_file() else next(iter(sorted(place.glob("*.safetensors"))), None)
     if file is None:
         raise LayerCacheError(f"{shown(path)} holds no file of safetensors")
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    weights = load_file(file)
-    prefix = "transformer" if any(key.startswith("transformer.") for key in weights) else None
-    target.load_lora_adapter(weights, prefix=prefix, adapter_name=name)
+    with safe_open(file, "pt") as stored:
+        prefix = "transformer" if any(key.startswith("transformer.") for key in stored.keys()) else None
+    target.load_lora_adapter(os.fspath(file.parent), prefix=prefix, **where, weight_name=file.name)
 
 
 def _layers(pipe: Any) -> dict[Any, tuple[list[str], dict[str, float]]]:

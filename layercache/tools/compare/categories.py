@@ -132,7 +132,10 @@ def split_categories(prompts: Any) -> tuple[Any, list[str]]:
         if not isinstance(category, str):
             raise ArgumentError(f"the category of a prompt is a text, got {category!r}", argument="prompts")
         categories.append(category)
-        return {k: v for k, v in prompt.items() if k != "category"} if isinstance(prompt, Mapping) else prompt
+        if not isinstance(prompt, Mapping) or "category" not in prompt:
+            return prompt
+        left = {name: value for name, value in prompt.items() if name != "category"}
+        return left["prompt"] if set(left) == {"prompt"} else left  # texts go into one call
 
     is_one = isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence)
     return without(prompts) if is_one else [without(prompt) for prompt in prompts], categories
