@@ -53,6 +53,8 @@ def with_lora(pipe: Any, lora: str) -> Iterator[None]:
     try:
         _load(target, path, name)
         target.set_adapters([*active, name], [*(_weight(before, one) for one in active), weight])
+        if not any(name in scaling for _, scaling in _layers(pipe).values()):
+            raise LayerCacheError("it is for another model: none of its layers is in this one")
     except Exception as error:  # its file may hold anything
         _restore(target, before, name)
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -110,6 +110,7 @@ def compare(
     scorer = scorer_for(figures)
     pipe, found = load_with_entries(model, prompts, call)
     batch = batch or (1 if call.image or gives_video(pipe) else 4)
+    _say_left_out(Printer(json_to), found, seeds)
     settings = _Settings(asked.shares, effort.value, seeds, calibration, batch, asked.base_request, scorer)
     arguments = quiet_call(pipe, num_inference_steps, call, bring_pictures(entry.arguments for entry in found))
     again = shlex.join(["layercache", "compare", *words_of(model), "-o", shown(output)])
@@ -184,6 +185,14 @@ class _Settings:
             "scorer": self.scorer,
         }
         return Comparison(calibrated, batches, numbers, folder, request=self.request, crew=crew, **more)
+
+
+def _say_left_out(printer: Printer, entries: list[Entry], count: int) -> None:
+    """Categories of which there is no picture among so many."""
+    names = dict.fromkeys(entry.category for entry in entries[count:] if entry.category)
+    if left_out := [name for name in names if name not in {entry.category for entry in entries[:count]}]:
+        text = f"No picture of {', '.join(left_out)} is among the first {count}: --seeds {len(entries)} makes all."
+        printer.say(shown(text), style="dim")
 
 
 def seeds_of(entries: list[Entry], count: int) -> list[int]:

@@ -83,6 +83,7 @@ class Comparison(ComparisonFiles):
         metrics.check_installed()
         super().__init__(folder)
         self.scorer = scorer or Scorer(lpips=True)
+        self._warns = not about  # of other settings the warnings are what outcomes are for
         self.crew = crew or model.crew
         self.model, self.repeats = model, repeats
         model.crew = self.crew
@@ -243,11 +244,12 @@ class Comparison(ComparisonFiles):
     def _outcome_of(self, job: Job) -> tuple[Outcome | None, Pictures | None]:
         """What a job gave, and its first pictures, on the leader; an error of one process is raised in all of them."""
         method = job.method
-        with _heard() as heard:
+        with _heard(self._warns) as heard:
             try:
                 with quiet(self.model.pipeline):
                     with self.crew.together():
-                        entry = self.entries[job.key] = method.make(self.model, job.budget)
+                        entry = method.make(self.model, job.budget)
+                    self.entries[job.key] = entry  # on all processes or on none
                     outcome, pictures = self._judge(entry)
             except CrewError:
                 raise  # the other processes are gone, whatever the method is
@@ -287,14 +289,14 @@ class Comparison(ComparisonFiles):
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Context that collects the library's warnings, each once; they are given all the same, behind it."""
+def _heard(again: bool) -> Iterator[list[str]]:
+    """Context that collects the library's warnings, each once; behind it they are given ``again``, or others alone."""
     heard: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield heard
     heard += dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LayerCacheWarning))
-    for one in caught:
+    for one in caught if again else (one for one in caught if not issubclass(one.category, LayerCacheWarning)):
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno, registry=_GIVEN)
 
 

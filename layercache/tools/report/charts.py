@@ -127,7 +127,9 @@ def frames_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     alt = _altair()
 
     figure = alt.param(
-        name="figure", value="psnr", bind=alt.binding_select(options=["psnr", "ssim"], labels=["PSNR", "SSIM"])
+        name="figure",
+        value="psnr",
+        bind=alt.binding_select(options=["psnr", "ssim"], labels=["PSNR", "SSIM"], name="figure: "),
     )
     hover = alt.selection_point(name="hover", fields=["entry"], on="pointerover", clear="pointerout")
     names = list(dict.fromkeys(row["entry"] for row in rows))
