@@ -31,7 +31,7 @@ def with_lora(pipe: Any, lora: str) -> Iterator[None]:
 
     Args:
         pipe: a diffusers pipeline.
-        lora: ``PATH`` or ``PATH:WEIGHT`` of a file or a folder, or a name in the Hub's cache; empty for none.
+        lora: ``PATH`` or ``PATH:WEIGHT`` of a file of safetensors or a folder with one; empty for none.
 
     Raises:
         LayerCacheError: it cannot be loaded.
@@ -66,22 +66,27 @@ def with_lora(pipe: Any, lora: str) -> Iterator[None]:
 
 
 def _load(target: Any, path: str, name: str) -> None:
-    """Loads a LoRA as one more adapter; nothing is fetched."""
+    """Loads a LoRA as one more adapter."""
     place = Path(path)
-    where: dict[str, Any] = {"adapter_name": name, "local_files_only": True}
-    if hasattr(target, "load_lora_weights"):
-        if place.is_file():
-            path, where["weight_name"] = os.fspath(place.parent), place.name
-        target.load_lora_weights(path, **where)
-        return
-    file = place if place.is_file() else next(iter(sorted(place.glob("*.safetensors"))), None)
+    usual = place / "pytorch_lora_weights.safetensors"
+    file = (
+        place
+        if place.is_file()
+        else usual
+        if usual.is_file()
+        else next(iter(sorted(place.glob("*.safetensors"))), None)
+    )
     if file is None:
-        raise LayerCacheError(f"{shown(path)} holds no file of safetensors")
+        raise LayerCacheError("there is no file of safetensors")
+    where = {"weight_name": file.name, "adapter_name": name, "local_files_only": True}
+    if hasattr(target, "load_lora_weights"):
+        target.load_lora_weights(os.fspath(file.parent), **where)
+        return
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
         prefix = "transformer" if any(key.startswith("transformer.") for key in stored.keys()) else None
-    target.load_lora_adapter(os.fspath(file.parent), prefix=prefix, **where, weight_name=file.name)
+    target.load_lora_adapter(os.fspath(file.parent), prefix=prefix, **where)
 
 
 def _layers(pipe: Any) -> dict[Any, tuple[list[str], dict[str, float]]]:

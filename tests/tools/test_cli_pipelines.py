@@ -105,6 +105,8 @@ def test_compare_on_every_model(folder, name):
     outcomes = json.loads(Path("figures.json").read_text())["outcomes"]
     assert [outcome["error"] for outcome in outcomes] == ["", ""]
     assert all(len(outcome["psnr"]) == 2 for outcome in outcomes) and outcomes[1]["used"] <= 0.76
+    videos = 2 if name.startswith(("wan", "ltx", "cogvideox", "hunyuan-video")) else 0
+    assert all(len(outcome["frame_psnr"]) == len(outcome["temporal_psnr"]) == videos for outcome in outcomes)
 
 
 # --- a comparison that is finished ----------------------------------------------------------------------------------
