@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from layercache.demo import pipeline
 from layercache.errors import ArgumentError, FileFormatError
 from layercache.methods import TaylorSeer, Uniform
 from layercache.runtime.attachment import attachment_of
+from layercache.runtime.report import CacheReport
 from layercache.tools.cli.app import app
 from layercache.tools.compare.calls import PictureCalls
-from layercache.tools.compare.transfer_table import BASE, TransferTable
+from layercache.tools.compare.files import Outcome
+from layercache.tools.compare.transfer_table import BASE, SettingRun, TransferTable
+from layercache.tools.compare.trial import BatchRun, Timing, Trial, _since
 from layercache.tools.lora import with_lora
 from support.tiny import calm_pipeline, generate
 
@@ -70,7 +74,7 @@ METHODS = {"plan": Uniform(interval=2), "tuned": tuned}
 
 @pytest.fixture(scope="module")
 def settings(schedule, lora):
-    other = [{"prompt": "rocket", "category": "machines"}, "flower"]
+    other = [{"prompt": "rocket", "category": "machines"}, "flower", "retina"]
     return [LARGER, STEPS, {"height": 50}, {"prompts": other, "guidance_scale": 1.0}, {"lora": f"{lora}:0.5"}]
 
 
@@ -90,11 +94,11 @@ def table(pipe, schedule, settings, folder):
     return compared(pipe, schedule, settings, folder)
 
 
-def decibels(pipe, plan, prompts=("cat", "coffee"), **more):
-    """PSNR of the two pictures of one call."""
+def decibels(pipe, plan, prompts=("cat", "coffee"), seeds=(0, 1), **more):
+    """PSNR of the pictures of one call."""
 
     def run():
-        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe(list(prompts), generator=generators, output_type="np", **{**CALL, **more}).images.astype(np.float64)
 
     full = run()
@@ -115,9 +119,11 @@ def test_rows_are_what_the_same_runs_give(pipe, table, lora):
         assert larger[name].psnr_worst == pytest.approx(min(expected)) and larger[name].used == base[name].used
         assert larger[name].change == pytest.approx(larger[name].psnr_mean - base[name].psnr_mean)
         assert base[name].psnr_mean == table.of(name)[0].psnr_mean
-    other = rows_of(table, "guidance_scale=1.0, 2 other prompts")
+    # a picture of every prompt, the last one with a seed behind those of the calibration
+    other = rows_of(table, "guidance_scale=1.0, 3 other prompts")
     expected = decibels(pipe, Uniform(interval=2), ("rocket", "flower"), guidance_scale=1.0)
-    assert other["plan"].psnr_mean == pytest.approx(np.mean(expected)) and other["plan"].forwards == 4
+    expected += decibels(pipe, Uniform(interval=2), ["retina"], [10], guidance_scale=1.0)
+    assert other["plan"].psnr_mean == pytest.approx(np.mean(expected)) and other["plan"].forwards == 8
     with with_lora(pipe, f"{lora}:0.5"):
         expected = decibels(pipe, Uniform(interval=2))
     found = rows_of(table, "lora=strong:0.5")["plan"]
@@ -236,3 +242,20 @@ def test_command(schedule, tmp_path, monkeypatch):
         refused = run(*words, "--transfer", transfer)
         assert refused.exit_code == 2 and said in " ".join(refused.output.replace("│", " ").split())
     assert "--methods" in run("--help").output
+
+
+def test_forwards_in_full_are_counted_by_their_reason(tmp_path):
+    report = CacheReport(0.5, 0, 0, 1, 8, 0, 0, (), in_full={"a": 2, "b": 1})
+    before = replace(report, forwards=4, in_full={"a": 2})
+    assert _since(before, report).in_full == {"b": 1}
+    timing = Timing(((2.0, 1.0),), 1.0, 0.0, 0.0, math.nan)
+    trial = Trial([BatchRun(None, 1.0, one, 0) for one in (report, before, None)], timing, [], 2.0)
+    assert (trial.in_full, trial.forwards) == ({"a": 4, "b": 1}, 12)
+    outcome = Outcome("mine", "", 0.5, psnr=(30.0,), ssim=(0.9,), in_full=trial.in_full, forwards=trial.forwards)
+    runs = [
+        SettingRun("", [replace(outcome, in_full={}, psnr=(31.0,))], tmp_path),
+        SettingRun("x", [outcome], tmp_path),
+    ]
+    table = TransferTable.of_runs(runs)
+    assert table.notes == [f"x: mine at 0.5: {n} of 12 forwards in full: {why}" for why, n in (("a", 4), ("b", 1))]
+    assert table.rows[1].change == -1 and table.rows[1].cells[-1] == "5/12"

@@ -170,6 +170,8 @@ class Transfer:
         if setting.prompts is not None:
             given, names = split_categories(setting.prompts)
             each = [one for part in given for one in (part if isinstance(part, list) else [part])]
+            behind = max(*seeds, *base.model.seeds) + 1  # a picture of every prompt, and none that was calibrated on
+            seeds = [*seeds, *range(behind, behind + len(each) - len(seeds))]
             prompts = batched(each, 0, len(seeds), max(map(len, prompts)))
             categories = in_turn(names, len(seeds))
         return Comparison(
