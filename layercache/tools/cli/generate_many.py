@@ -124,6 +124,9 @@ def _report(printer: Printer, batch: Batch, settings: dict[str, Any]) -> None:
         printer.say(f"computed: {batch.used:.1%} of the block time")
     if psnr is not None:
         printer.say(f"PSNR: {psnr.mean:.2f} dB, worst tenth {psnr.quantile10:.2f} dB, of {psnr.count} pictures")
+    for name, values in batch.by_category.items():
+        own = summarise(values)
+        printer.say(shown(f"  {name}: {own.mean:.2f} dB, worst tenth {own.quantile10:.2f} dB, of {own.count}"))
     if batch.failures:
         printer.say(f"{len(batch.failures)} failed; the same command tries them again:", style="red")
         for number, error in list(batch.failures.items())[:SHOWN_FAILURES]:
