@@ -21,7 +21,7 @@ from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import OTHER
 from layercache.planning.sample_statistics import CalibrationFiles, SampleStatistics
-from layercache.planning.samples import Sample, measured_settings, samples_of
+from layercache.planning.samples import Sample, arguments_of, measured_settings, samples_of
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.schedule.partition import Partition, cut, cut_by_curves
@@ -104,7 +104,9 @@ def calibrate(
     observer_of: Callable[..., Observer] = partial(Observer, model, spec, **of_all)
     groups = _groups(passes, observer_of, [len(blocks) for blocks in spec.block_modules(model)], partition, num_groups)
     profile = passes.observe(observer_of(groups, max_distance, max_span, sensitivity), "groups", "calibrating")
-    settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
+    each = [prompts] if isinstance(prompts, str) else prompts or [{}]
+    measured = measured_settings(pipe, *({**call, **arguments_of(prompt)} for prompt in each))
+    settings = {**profile.fingerprint.settings, **measured}
     return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
 
 

@@ -93,14 +93,19 @@ def test_files_of_the_command_line_are_sent_but_no_large_ones(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal/000").write_bytes(b"kept")
-    for name, size in (("prompts.txt", 3), ("mask.png", 4), ("large.safetensors", LARGEST + 1)):
+    for name, size in (("prompts.txt", 3), ("mask.png", 4), ("b.csv", 5), ("large.safetensors", LARGEST + 1)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     words = ["generate", "--prompts-file", "prompts.txt", "--image", "mask_image=mask.png", "--lora=large.safetensors"]
-    found = _named_files(words)
-    assert found == ["prompts.txt", "mask.png"]
+    found = _named_files([*words, "--transfer", "steps=6, prompts=b.csv"])
+    assert found == ["prompts.txt", "mask.png", "b.csv"]
     sent = on_ray._contents([*found, "journal"])
-    assert {name: len(content) for name, content in sent.items()} == {"prompts.txt": 3, "mask.png": 4, "journal/000": 4}
+    assert {name: len(content) for name, content in sent.items()} == {
+        "prompts.txt": 3,
+        "mask.png": 4,
+        "b.csv": 5,
+        "journal/000": 4,
+    }
 
 
 class OtherThreads(Crew):

@@ -411,7 +411,8 @@ def test_an_option_the_pipeline_lacks():
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
-    assert common.read_prompts(None, path) == ["a red fox", "café"]
+    found = common.read_prompts(["typed"], path, seed=3)
+    assert [(one.sample, one.seed) for one in found] == [("typed", 3), ("a red fox", 4), ("café", 5)]
 
 
 # --- the whole way -------------------------------------------------------------------------------------------
@@ -419,8 +420,11 @@ def test_prompts_file(tmp_path):
 
 def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     profile, schedule, picture = tmp_path / "p.safetensors", tmp_path / "s.json", tmp_path / "cat.png"
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("category,prompt,guidance_scale\nfood,coffee,2.5\n")
     calibrated = invoke(
-        *("calibrate", "-p", "cat", "-p", "coffee", "--samples", 3, "--seed", 5, "--steps", STEPS, "--guidance", 2),
+        *("calibrate", "-p", "cat", "--prompts-file", prompts, "--samples", 3, "--seed", 5, "--steps", STEPS),
+        *("--guidance", 2),
         *("-o", profile, "--json", "-"),
     )
     assert calibrated.exit_code == 0, calibrated.output
@@ -431,6 +435,7 @@ def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     assert planned.exit_code == 0, planned.output
     assert json.loads(planned.stdout)["used"] == pytest.approx(Schedule.load(schedule).used)
     assert Schedule.load(schedule).used <= 0.7
+    assert "guidance_scale 2 to 2.5" in str(Schedule.load(schedule).fingerprint.settings)
 
     drawn = invoke(
         *("generate", "-p", "cat", "--seed", 3, "--guidance", 2, "--schedule", schedule, "-o", picture),

@@ -105,6 +105,8 @@ def test_compare_on_every_model(folder, name):
     outcomes = json.loads(Path("figures.json").read_text())["outcomes"]
     assert [outcome["error"] for outcome in outcomes] == ["", ""]
     assert all(len(outcome["psnr"]) == 2 for outcome in outcomes) and outcomes[1]["used"] <= 0.76
+    videos = 2 if name.startswith(("wan", "ltx", "cogvideox", "hunyuan-video")) else 0
+    assert all(len(outcome["frame_psnr"]) == len(outcome["temporal_psnr"]) == videos for outcome in outcomes)
 
 
 # --- a comparison that is finished ----------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def test_a_finished_comparison_loads_nothing(folder, monkeypatch):
     def loaded(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("layercache.tools.cli.compare.load_with_prompts", loaded)
+    monkeypatch.setattr("layercache.tools.cli.compare.load_with_entries", loaded)
     again = done(*words, "--methods", "uniform,diffusers:seacache", "--json", "again.json")
     assert "finished before" in again and "--retry" in again
     assert json.loads(Path("first.json").read_text()) == json.loads(Path("again.json").read_text())

@@ -46,8 +46,9 @@ PromptsFile = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Draw many: a text file with one prompt per line, or JSON lines (.jsonl) with an object of the call's "
-        'arguments each: {"prompt": "a fox", "seed": 3, "negative_prompt": "blur", "image": "first.png"}.',
+        help="Draw many: a text file with one prompt per line; JSON lines (.jsonl) with an object of the call's "
+        'arguments each: {"prompt": "a fox", "seed": 3, "negative_prompt": "blur", "image": "first.png"}; or a table '
+        "(.csv) whose first line names the same as columns.",
     ),
 ]
 ScheduleFile = Annotated[

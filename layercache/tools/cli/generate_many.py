@@ -21,7 +21,6 @@ from layercache.tools.cli.results import VIDEO_ENDINGS
 from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
-    from layercache.tools.batch.entries import Entry
     from layercache.tools.batch.run import Batch
 
 FOLDER = Path("pictures")
@@ -62,7 +61,7 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
     from layercache.tools.batch.manifest import NAME, forget_changed
 
     _check(given)
-    entries = _read_entries(given.file, given.seed)
+    entries = read_prompts(None, given.file, given.seed)
     plan = load_schedule(given.schedule) if given.schedule is not None else None
     steps = given.steps or (plan.num_steps if plan is not None else default_steps)
     if leads() and not os.environ.get(HOSTED):  # else the process that started this one has, where the files are
@@ -116,12 +115,6 @@ def _check(given: ManyPrompts) -> None:
         metrics.check_installed()
 
 
-def _read_entries(path: Path, seed: int) -> list[Entry]:
-    from layercache.tools.batch.entries import JSON_LINES, numbered, read_lines
-
-    return read_lines(path, seed) if path.suffix.lower() in JSON_LINES else numbered(read_prompts(None, path), seed)
-
-
 def _call_of(entry: Entry) -> dict[str, Any]:
     """The arguments of the prompt whose first forward says what can be folded."""
     try:
@@ -143,6 +136,9 @@ def _report(printer: Printer, batch: Batch, settings: dict[str, Any]) -> None:
         printer.say(f"computed: {batch.used:.1%} of the block time")
     if psnr is not None:
         printer.say(f"PSNR: {psnr.mean:.2f} dB, worst tenth {psnr.quantile10:.2f} dB, of {psnr.count} pictures")
+    for name, values in batch.by_category.items():
+        own = summarise(values)
+        printer.say(shown(f"  {name}: {own.mean:.2f} dB, worst tenth {own.quantile10:.2f} dB, of {own.count}"))
     if batch.failures:
         printer.say(f"{len(batch.failures)} failed; the same command tries them again:", style="red")
         for number, error in list(batch.failures.items())[:SHOWN_FAILURES]:

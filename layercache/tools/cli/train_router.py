@@ -23,7 +23,7 @@ from layercache.tools.cli.common import (
 )
 from layercache.tools.cli.following import generate_with, with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
-from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
+from layercache.tools.cli.pipelines import bring_pictures, load_with_prompts, quiet_call, refused_arguments
 
 if TYPE_CHECKING:
     from layercache.methods.l2c import LearnedRouter
@@ -78,7 +78,7 @@ def train_router(
 
     settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
     pipe, found = load_with_prompts(model, prompts, call)
-    arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call))
+    arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call, bring_pictures(found)))
     samples, printer = batched(found, 0, -(-len(found) // batch) * batch, batch), Printer(json_to)
     with refused_arguments(), when_stopped(f"Stopped. The rounds so far are in {shown(kept)}; {GOES_ON}."):
         router = settings.train(pipe, samples, kept, printer.console.is_terminal, **arguments)
