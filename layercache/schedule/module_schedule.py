@@ -51,8 +51,9 @@ class ModuleSchedule(Summarised, Pretrained):
         steps = self.fingerprint.num_steps
         if len(self.computed) != steps or any(len(row) != len(self.units) for row in self.computed):
             raise ScheduleError(f"a module schedule needs {steps} rows of {len(self.units)} decisions")
-        if not all(self.computed[0]) or 0 in self.reused_steps:
-            raise ScheduleError("step 0 must compute every module; there is nothing to reuse yet")
+        first = self.fingerprint.steps[0]
+        if not all(self.computed[first]) or first in self.reused_steps:
+            raise ScheduleError(f"step {first} must compute every module; there is nothing to reuse yet")
         if not all(0 <= step < steps for step in self.reused_steps):
             raise ScheduleError(f"reused steps must lie within the {steps} steps, got {sorted(self.reused_steps)}")
         if self.seconds and (len(self.seconds) != len(self.units) or not all(_positive(s) for s in self.seconds)):
@@ -64,16 +65,16 @@ class ModuleSchedule(Summarised, Pretrained):
 
     @property
     def used(self) -> float:
-        """Share of the modules' time that is computed."""
-        weights = self.seconds or (1.0,) * len(self.units)
+        """Share of the modules' time that is computed, over the steps at which the transformer runs."""
+        weights, own = self.seconds or (1.0,) * len(self.units), self.fingerprint.steps
         spent = sum(
             weight
-            for step, row in enumerate(self.computed)
+            for step in own
             if step not in self.reused_steps
-            for weight, computed in zip(weights, row, strict=True)
+            for weight, computed in zip(weights, self.computed[step], strict=True)
             if computed
         )
-        return spent / (self.num_steps * sum(weights))
+        return spent / (len(own) * sum(weights))
 
     def _summary(self) -> tuple[str, Rows]:
         prints, reused = self.fingerprint, len(self.reused_steps)
