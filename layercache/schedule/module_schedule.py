@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -155,19 +155,14 @@ class ModuleSchedule(Summarised, Pretrained):
         return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
 
-def alternating(
+def reusing(
     fingerprint: Fingerprint,
     units: Sequence[str],
-    cached: Sequence[Sequence[str]],
+    reused: Mapping[int, Collection[str]],
     seconds: Sequence[float] = (),
-    first: int = 1,
 ) -> ModuleSchedule:
-    """At step ``2 k + first`` the modules ``cached[k]`` take the output of the step before; the others are full."""
-    rows = []
-    for step in range(fingerprint.num_steps):
-        number, rest = divmod(step - first, 2)
-        reused = set(cached[number]) if not rest and 0 <= number < len(cached) else set()
-        rows.append(tuple(unit not in reused for unit in units))
+    """A schedule whose modules ``reused[step]`` take their last output at a step; everything else is computed."""
+    rows = (tuple(unit not in reused.get(step, ()) for unit in units) for step in range(fingerprint.num_steps))
     return ModuleSchedule(fingerprint, tuple(units), tuple(rows), seconds=tuple(seconds))
 
 

@@ -24,7 +24,7 @@ from layercache.methods import invardiff, l2c
 from layercache.models.registry import fingerprint_of, spec_for
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.modules import as_rows, copy_of, module_units
-from layercache.schedule.module_schedule import ModuleSchedule, alternating
+from layercache.schedule.module_schedule import ModuleSchedule, reusing
 from layercache.tools.cli.app import app
 from layercache.tools.report.tables import module_sentences, module_table
 from support.marks import slow
@@ -478,8 +478,8 @@ def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
     assert free.losses[-1][0] < free.losses[0][0]
 
 
-def test_alternating_schedules(pipe):
-    schedule = alternating(prints(pipe, 5), UNITS, [[UNITS[0]], UNITS[1:3]])
+def test_schedules_of_what_is_reused(pipe):
+    schedule = reusing(prints(pipe, 5), UNITS, {1: [UNITS[0]], 3: UNITS[1:3]})
     assert [row.count(False) for row in schedule.computed] == [0, 1, 0, 2, 0]
 
 

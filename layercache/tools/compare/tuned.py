@@ -120,6 +120,11 @@ def tuned_by_knob(method: type) -> Maker:
     return by_threshold(lambda model, value: method(**{setting: value}), low, high, setting=setting)
 
 
+def _learned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    router = model.router(budget)
+    return router.schedule(budget=budget), f"learned, period {router.period}"
+
+
 def _dual(model: CalibratedModel, threshold: float) -> Any:
     """Of thresholds below 1, at which every step would be reused."""
     front = max(1, min(8, model.fingerprint.num_blocks // 8))
@@ -156,7 +161,7 @@ METHODS: dict[str, Maker] = {
         lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
-    "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
+    "l2c": _learned,
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }
