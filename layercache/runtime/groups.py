@@ -52,6 +52,8 @@ class ScheduleRouter(Router):
         storage: str = "same",
     ):
         super().__init__(transformer, spec, schedule.groups)
+        for row in (*schedule.cells, *(row for rows in schedule.branch_cells.values() for row in rows)):
+            self.check_skips(schedule.groups, {group for group, cell in enumerate(row) if cell is not None})
         self.schedule, self.takes_experts = schedule, schedule.takes_experts
         self.storage = Storage(storage)
         self.has_post_hook = type(self).after is not ScheduleRouter.after
@@ -113,7 +115,7 @@ class ScheduleRouter(Router):
 
     def _lay_out(self, branch: str) -> Layout:
         spec = self.spec
-        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
+        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.needs_every_output)
 
     def _fit_ahead(self, state: CacheState, forward: Forward) -> None:
         """Makes room for the graphs of further shapes, and allocates the slots outside of them.
