@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
-from layercache.errors import MethodError, ScheduleMismatchError
+from layercache.errors import MethodError, ScheduleMismatchError, UnsupportedModelError
 from layercache.methods.l2c import LearningToCache
 from layercache.parallel.crew import Crew
 from layercache.runtime.attachment import attachment_of
 from support import router_training as plain
 from support.crews import one_thread, run_crew
+from support.forwards import next_step
 from support.hosts import command, ended, running
 from support.marks import slow
-from support.router_training import SETTINGS, STEPS
+from support.router_training import CALL, PROMPTS, SETTINGS, STEPS
+from support.zoo import MODELS as MODEL_CLASSES
+from support.zoo import build
 from support.zoo_pipelines import PIPELINES, _ltx2, _wan_two_experts, flux_controlnet, flux_img2img, generate
 
 HARD = replace(SETTINGS, straight_through=0.5)
@@ -116,6 +120,56 @@ def test_every_known_pipeline_trains(name):
             assert cache.report().fallback_rows == 0
         assert all(map(torch.equal, found, full)) == is_full
     assert attachment_of(model) is None and all(p.grad is None for p in model.parameters())
+
+
+class Loop:
+    """A loop of steps around a bare transformer, in the manner of a pipeline."""
+
+    def __init__(self, name: str):
+        self.transformer, self.inputs = build(name)
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, generator=None, num_inference_steps=4):
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_begin_index(0)
+        latents, found = torch.zeros(1, 4), []
+        key = "x" if "x" in self.inputs else "hidden_states"
+        for number, time in enumerate(self.scheduler.timesteps):
+            given, scale = self.inputs[key], 1 - 0.2 * number
+            own = [one * scale for one in given] if isinstance(given, list) else given * scale
+            found += [part.clone() for part in next_step(self.transformer, self.inputs | {key: own})]
+            self.scheduler.step(latents, time, latents)
+        return found
+
+
+@pytest.mark.slow
+def test_every_class_trains_through_which_gradients_pass():
+    settings = LearningToCache(rounds=1, period=3, by_cost=False)
+    refused = []
+    for name in MODEL_CLASSES:
+        pipe = Loop(name)
+        try:
+            router = settings.train(pipe, ["any"], progress=False, num_inference_steps=4)
+        except UnsupportedModelError:
+            refused.append(name)
+            continue
+        start = torch.randn(2, len(router.units), generator=torch.Generator().manual_seed(0))
+        assert router.theta.shape == start.shape and (router.theta != start).all(), name
+        full = pipe()
+        for limit, is_full in ((0.0, True), (0.5, False)):
+            with layercache.enabled(pipe, router.schedule(limit)) as cache:
+                assert all(map(torch.equal, pipe(), full)) == is_full, name
+                assert cache.report().fallback_rows == 0
+    assert refused == ["HiDreamImageTransformer2DModel"]
+
+
+@pytest.mark.slow
+def test_weights_of_half_precision():
+    pipe = plain.pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    router = SETTINGS.train(pipe, PROMPTS, progress=False, **CALL)
+    assert router.theta.dtype == torch.float32 and torch.isfinite(router.theta).all() and router.losses[0][0] > 0
 
 
 @pytest.mark.parametrize("name", ["cogvideox, DDIM", *slow("qwen-image", "wan", "sd3", "hunyuan video")])
