@@ -271,5 +271,7 @@ def _loaded(path: str | os.PathLike[str], digest: str, units: int) -> dict[str, 
             raise ValueError("a checkpoint of something else")
         width = len(data["theta"][0])
     if data["digest"] != digest or width != units:
-        raise ScheduleMismatchError(f"{path} belongs to a training with other settings; name another file")
+        raise ScheduleMismatchError(
+            f"{path} belongs to a training with other settings, or by another number of processes; name another file"
+        )
     return data

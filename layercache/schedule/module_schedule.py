@@ -80,7 +80,7 @@ class ModuleSchedule(Summarised, Pretrained):
         prints, reused = self.fingerprint, len(self.reused_steps)
         kept = f"; {reused} of {self.num_steps} steps take the last hidden state as it is" if reused else ""
         return (
-            f"ModuleSchedule of {self.num_steps} steps for {prints.model_class}, {len(self.units)} modules",
+            f"ModuleSchedule of {len(prints.steps)} steps for {prints.model_class}, {len(self.units)} modules",
             [
                 ("computed", f"{self.used:.1%} of the modules' time{kept}"),
                 ("made by", made_by_line(self.made_by, prints.package_version)),

@@ -521,6 +521,10 @@ def test_tables_say_what_is_computed(pipe):
     text = plain_text(module_table(mixed(pipe)), 120)
     assert text.count("reuse") == 6 and "6 of 6" in text
     assert "Steps 4, 5" in module_sentences(mixed(pipe))
+    part = replace(mixed(pipe), fingerprint=replace(prints(pipe), steps_run=tuple(range(6))))
+    assert "8 steps, of which the transformer runs 6 (0-5)" in module_sentences(part)
+    assert "ModuleSchedule of 6 steps" in repr(part)
+    assert [len(line.split()) for line in plain_text(module_table(part), 120).splitlines()[-2:]] == [2, 2]
 
 
 # --- what cannot be cached -------------------------------------------------------------------------------------------
