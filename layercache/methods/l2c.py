@@ -76,6 +76,8 @@ class LearningToCache:
         check_range("rounds", self.rounds, 1)
         check_range("seed", self.seed, 0)
         check_range("period", self.period, 2)
+        if self.period != int(self.period):
+            raise MethodError(f"period must be a whole number, got {self.period}", argument="period")
         if self.straight_through is not None:
             check_range("straight_through", self.straight_through, 0, 1)
         if not 0 < self.learning_rate < math.inf:

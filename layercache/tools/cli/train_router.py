@@ -102,7 +102,7 @@ def train_router(
     pipe, found = load_with_prompts(model, prompts, call)
     arguments, printer = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call)), Printer(json_to)
     with refused_arguments(), when_stopped(f"Stopped. The rounds so far are in {shown(kept)}; {GOES_ON}."):
-        router = settings.train(pipe, _samples(found, batch), kept, printer.console.is_terminal, crew, **arguments)
+        router = settings.train(pipe, _samples(found, batch), kept, crew=crew, **arguments)
     if not crew.leads:
         return
     router = replace(router, fingerprint=with_command(router.fingerprint, model, call, found[0]))
