@@ -37,7 +37,7 @@ from layercache.runtime.loop import DenoisingLoop, LoopOwner, runs_forward
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
-from layercache.runtime.timing import ForwardTimes
+from layercache.runtime.timing import ForwardTimes, device_of
 from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
 
@@ -453,12 +453,6 @@ class Attachment:
         finally:
             self.router.shut()
             self._release()
-
-
-def device_of(latents: Any) -> torch.device:
-    """Where latents are, a tensor or a list of one per picture: offloaded weights may be elsewhere."""
-    first = latents[0] if isinstance(latents, list) and latents else latents
-    return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercache._utils.compat import scheduler_sigmas
+from layercache._utils.compat import model_config, scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
+from layercache.models.modulation import Modulated
+from layercache.models.positions import Grid, on_grid, token_grid
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
@@ -62,6 +65,7 @@ class BranchState:
         stored: their residuals, image and text, in the same order.
         log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
         excluded: samples of the batch that are NaN.
+        grid: tokens of the picture by axis, once they were asked for.
     """
 
     place: ForwardPlace
@@ -72,6 +76,7 @@ class BranchState:
     stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
     excluded: Excluded = field(default_factory=Excluded)
+    grid: Grid | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +94,7 @@ class _Visit(BlockPass):
 
     def clear(self) -> None:
         super().clear()
-        self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
+        self.modulation: Callable[[], Modulated] = _no_modulation
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
@@ -114,7 +119,7 @@ class _Visit(BlockPass):
             if start.dtype != image.dtype:  # under torch.autocast
                 wider = torch.promote_types(start.dtype, image.dtype)
                 start, image = start.to(wider), image.to(wider)
-            self.reuses = router.decides_to_reuse(Observation(start, image, self.modulation))
+            self.reuses = router.decides_to_reuse(router.observed(start, image, self.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -213,6 +218,7 @@ class DynamicRouter(Router):
                 f"{method.name} must know the number of steps: enable it on the pipeline, or give num_steps"
             )
         self.method = method
+        self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self.num_blocks, self.end = count, count - method.tail
         self.probe, self.skip_from = method.probe, method.skip_from
         groups, reused = self._groups()
@@ -222,6 +228,7 @@ class DynamicRouter(Router):
         self.storage = Storage(storage, may_wait=method.sync == "step")
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._run: DynamicRun | None = None
+        self._forward: Forward | None = None
         self._state: BranchState
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
@@ -243,8 +250,12 @@ class DynamicRouter(Router):
         state = run.states.get(place.key)
         if state is None or state.signature.changes(forward.arguments):
             state = self._start_branch(run, place, forward)
-        self._state, self._step = state, place.step
+        self._state, self._step, self._forward = state, place.step, forward
         self.open((GroupAction(COMPUTE),))
+
+    def shut(self) -> None:
+        super().shut()
+        self._forward = None  # nothing of its arguments is kept
 
     def begin_generation(self, place: ForwardPlace) -> None:
         sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
@@ -289,6 +300,25 @@ class DynamicRouter(Router):
         elif self.adds:
             yield from between
         yield from items[max(lo, hi) :]
+
+    def observed(self, start: torch.Tensor, probe: torch.Tensor, modulation: Callable[[], Modulated]) -> Observation:
+        """What the method may look at in the present forward."""
+        forward, state = self._forward, self._state
+        assert forward is not None
+        arguments, time = forward.arguments, forward.timestep(self.spec)
+        given, model = arguments[self._stream], self.transformer
+
+        def grid() -> Grid:
+            if state.grid is None:
+                state.grid = token_grid(given, arguments, model_config(model), start.shape[1])
+            return state.grid
+
+        def latents() -> torch.Tensor:
+            return on_grid(given, arguments, model_config(model))
+
+        if isinstance(time, (int, float)):
+            time = torch.tensor(float(time), device=start.device)
+        return Observation(start, probe, modulation, latents, grid, time)
 
     def decides_to_reuse(self, observation: Observation) -> bool:
         """Looks, decides, and notes what was decided."""
@@ -432,5 +462,5 @@ class DynamicRouter(Router):
         return self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
 
 
-def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:
+def _no_modulation() -> Modulated:
     raise CacheStateError("this method did not ask for the modulated input")

@@ -28,8 +28,9 @@ from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
 from layercache.runtime.modules import ModuleScheduleRouter
 from layercache.runtime.planned import PlannedRouter
-from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, RowMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
+from layercache.runtime.rows import RowRouter
 from layercache.runtime.target import Target
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
@@ -60,6 +61,17 @@ def enable(pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: st
 
 @overload
 def enable(pipe: Any, plan: StepMethod, scheduler: Any = None) -> StepRouter: ...
+
+
+@overload
+def enable(
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+) -> RowRouter: ...
 
 
 @overload
@@ -311,6 +323,12 @@ def _(plan: DynamicMethod, setting: Setting) -> DynamicRouter:
     return DynamicRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
 
 
+@make_router.register
+def _(plan: RowMethod, setting: Setting) -> RowRouter:
+    model, group = setting.transformer, setting.process_group
+    return RowRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
+
+
 def disable(pipe: Any) -> None:
     """Restores the transformer exactly; stored residuals are freed.
 
@@ -348,6 +366,17 @@ def enabled(
 
 @overload
 def enabled(pipe: Any, plan: StepMethod, scheduler: Any = None) -> AbstractContextManager[StepRouter]: ...
+
+
+@overload
+def enabled(
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+) -> AbstractContextManager[RowRouter]: ...
 
 
 @overload

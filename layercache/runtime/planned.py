@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from layercache._utils.compat import count_levels, has_run, scheduler_sigmas, scheduler_step
 from layercache.errors import CacheStateError, MethodError
-from layercache.models.registry import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, expert_settings, fingerprint_of
 from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
@@ -84,6 +85,8 @@ class PlannedRouter(Router):
         found = self._schedules.pop(key, None)
         if found is None:
             fingerprint = fingerprint_of(self.transformer, sigmas, ())
+            turns = expert_settings(self.attachment.pipeline)
+            fingerprint = replace(fingerprint, settings={**fingerprint.settings, **turns})
             found = self.method.schedule_of_run(fingerprint, scheduler, first)
         self._schedules[key] = found
         if len(self._schedules) > MOST_SCHEDULES:

@@ -143,6 +143,8 @@ class VelocityTrack:
         tensors, coefficients = self._terms(layout, velocity, latents)
         require_one_shape(tensors)
         result = combine(tensors, coefficients, None if slot is None else (0, slot))
+        if layout.offset:
+            result.add_(layout.offset)
         return result if result.dtype == velocity.dtype else result.to(velocity.dtype)
 
     def _terms(self, layout: VelocityLayout, velocity: Any, latents: Any) -> tuple[list[torch.Tensor], list[float]]:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -164,6 +165,18 @@ def test_nobody_waits_for_a_process_that_failed_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("layercache.parallel.launching.PATIENCE", 1.0)
     with pytest.raises(CrewError, match="process 1 of 2 ended with exit code 3, and others waited"):
         launch_here([str(script)], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_ctrl_c_while_processes_start_ends_all(tmp_path, restarts):
+    with running(command(*CALIBRATE, "--workers", 2, "--restarts", restarts), tmp_path) as process:
+        ranks_once(lambda: True, process)
+        process.send_signal(signal.SIGINT)
+        text = ended(process)
+    assert process.returncode == 130, text
+    assert "Stopped" in text and "started again" not in text and "Error" not in text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,18 @@ from typing import Any, TypeVar
 
 import layercache
 from layercache.errors import CrewError, LayerCacheError
-from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, teacache
+from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, sencache, teacache
 from layercache.methods.full_runs import generate_once, magnitude_ratios
 from layercache.parallel.crew import Crew, sendable
 from layercache.parallel.part import by_first
-from layercache.planning.front import Front
+from layercache.planning.front import Front, quality
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.rollout import Rollouts
+from layercache.planning.rollout import Rollouts, psnr_of
 from layercache.planning.search import ENDED_EARLY
+from layercache.planning.whole_steps import TAIL
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.calls import PictureCalls, Pictures
 from layercache.tools.compare.tuned import METHODS, TOGETHER
 
 T = TypeVar("T")
@@ -121,6 +123,10 @@ class CalibratedModel:
         return TeaCache(coefficients=coefficients)
 
     @cached_property
+    def sensitivities(self) -> sencache.Sensitivities:
+        return sencache.fit(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+
+    @cached_property
     def rates(self) -> invardiff.Rates:
         return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
 
@@ -185,6 +191,20 @@ class CalibratedModel:
         except Exception:
             return None
         return sendable(found) if isinstance(found, LayerCacheError) else found  # type: ignore[return-value]
+
+    @cached_property
+    def _calls(self) -> PictureCalls:
+        return PictureCalls(self.pipeline, self.prompts, self.seeds, self.call)
+
+    @cached_property
+    def _full(self) -> Pictures:
+        return self._calls.run_all()[0]
+
+    def quality_of(self, plan: Any) -> float:
+        """PSNR of the calibration samples with a plan, in dB, as searches score it (`layercache.planning.front`)."""
+        full = self._full  # before a plan is enabled
+        with layercache.enabled(self.pipeline, plan):
+            return quality(psnr_of(full, self._calls.run_all()[0]), TAIL)
 
     def used_by(self, plan: Any) -> float:
         """Share of the blocks that a plan computes on the first calibration sample."""

@@ -217,6 +217,7 @@ def velocity_text(step: int, velocity: Velocity | None) -> Text:
         return Text("")
     terms = [f"{c:+.2f}·v{source}" for source, c in sorted(velocity.terms.items(), reverse=True)]
     terms += [f"{velocity.latents:+.3f}·x"] if velocity.latents else []
+    terms += [f"{velocity.offset:+.3f}"] if velocity.offset else []
     return Text(" ".join(terms).removeprefix("+"), style="green" if step in velocity.terms else "magenta")
 
 
