@@ -152,13 +152,17 @@ def _run(
         attachment.detach()
 
 
-def transformer_of(pipe: Any) -> nn.Module:
+def transformer_of(pipe: Any, name: str = "transformer") -> nn.Module:
     """The transformer of a pipeline that is about to be called for whole generations.
+
+    Args:
+        pipe: the pipeline.
+        name: of the component, where it has several transformers.
 
     Raises:
         UnsupportedModelError: there is none, or the bare transformer was given.
     """
-    transformer = find_transformer(pipe)
+    transformer = find_transformer(pipe, name)
     if isinstance(pipe, nn.Module):
         raise UnsupportedModelError(
             f"whole generations are run here: give the pipeline, not its bare {type(transformer).__name__}"

@@ -427,7 +427,7 @@ class Attachment:
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
             router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
-        router.adds = spec.adds is None or gives(arguments, spec.adds)
+        router.adds = spec.adds is None or bool(spec.skips) or gives(arguments, spec.adds)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)

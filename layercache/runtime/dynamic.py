@@ -238,6 +238,8 @@ class DynamicRouter(Router):
         self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self.num_blocks, self.end = count, count - method.tail
         self.probe, self.skip_from = method.probe, method.skip_from
+        groups, reused = self._groups()
+        self.check_skips(groups, {reused})
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
         self.offload = offload

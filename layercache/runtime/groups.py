@@ -56,6 +56,8 @@ class ScheduleRouter(Router):
     ):
         super().__init__(transformer, spec, schedule.groups)
         self.offload = offload
+        for row in (*schedule.cells, *(row for rows in schedule.branch_cells.values() for row in rows)):
+            self.check_skips(schedule.groups, {group for group, cell in enumerate(row) if cell is not None})
         self.schedule, self.takes_experts = schedule, schedule.takes_experts
         self.storage = make_storage(storage, offload=offload)
         self.has_post_hook = type(self).after is not ScheduleRouter.after
@@ -119,7 +121,7 @@ class ScheduleRouter(Router):
 
     def _lay_out(self, branch: str) -> Layout:
         spec = self.spec
-        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
+        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.needs_every_output)
 
     def _fit_ahead(self, state: CacheState, forward: Forward) -> None:
         """Makes room for the graphs of further shapes, and allocates the slots outside of them.

@@ -101,6 +101,7 @@ class ModuleRouter(Router):
             )
         self.identity = Identity(spec, scheduler)
         self.branch, self.step_index, self.starts = "", 0, False
+        self.first_step = 0
         self._signatures: dict[str, Signature] = {}
         self._ran: set[int] = set()
         self._made: dict[tuple[int, int], tuple[nn.Module, Any, Any]] = {}
@@ -175,7 +176,7 @@ class ModuleRouter(Router):
         self.announce(forward.arguments)
 
     def begin_generation(self, place: ForwardPlace) -> None:
-        self._signatures = {}
+        self._signatures, self.first_step = {}, place.step
 
     def placed(self, forward: Forward) -> ForwardPlace | None:
         """Where a forward stands; what is measured needs a place, what is reused runs in full without one."""
@@ -207,7 +208,8 @@ class ModuleRouter(Router):
         """
         changes = self._signatures[self.branch].changes(arguments)
         # an unnamed branch that begins in the middle is one that was there, with another prompt or batch
-        if changes and (not self.starts or (self.step_index > 0 and self.branch.startswith("call "))):
+        is_late = self.step_index > self.first_step and self.branch.startswith("call ")
+        if changes and (not self.starts or is_late):
             raise CalibrationError(
                 f"branch {self.branch} has other shapes from step {self.step_index} on; calibrate with settings that "
                 "keep them, such as guidance at every step"
@@ -252,6 +254,7 @@ class ModuleScheduleRouter(ModuleRouter):
         self.finals: dict[str, Output] = {}
         self._valid: dict[str, set[int]] = {}
         self._older_valid: dict[str, set[int]] = {}
+        self._has_run: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
         self._computes_all = False
         self._counts = Counts()
@@ -260,7 +263,7 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def begin_generation(self, place: ForwardPlace) -> None:
         super().begin_generation(place)
-        self._valid, self._older_valid, self._final_valid = {}, {}, set()
+        self._valid, self._older_valid, self._has_run, self._final_valid = {}, {}, {}, set()
         self._branches_from.start()
 
     def placed(self, forward: Forward) -> ForwardPlace | None:
@@ -273,7 +276,8 @@ class ModuleScheduleRouter(ModuleRouter):
 
     def drop_generation(self) -> None:
         self._branches = tuple(self._signatures)
-        self._valid, self._older_valid, self._final_valid, self._signatures = {}, {}, set(), {}
+        self._valid, self._older_valid, self._has_run, self._final_valid = {}, {}, {}, set()
+        self._signatures = {}
         self._branches_from.start()
 
     def free(self) -> None:
@@ -298,10 +302,10 @@ class ModuleScheduleRouter(ModuleRouter):
         row = self.schedule.computed[step]
         reuses = step in self.schedule.reused_steps
         needed = set() if reuses else {unit for unit, computed in enumerate(row) if not computed}
-        missing = branch not in self._final_valid if reuses else not needed <= self._valid[branch]
+        missing = branch not in self._final_valid if reuses else self._lacks(needed)
         self._computes_all = missing
         if self._transfers is not None:
-            self._expect([] if missing else sorted(needed), reuses and not missing)
+            self._expect([] if missing else sorted(needed & self._valid[branch]), reuses and not missing)
         self._count(reuses and not missing, needed if not missing else set(), missing)
         if reuses and not missing:
             self.open((GroupAction(REUSE, ends_run=True),))
@@ -309,6 +313,13 @@ class ModuleScheduleRouter(ModuleRouter):
             self.open((GroupAction(CAPTURE),))
         else:
             self.open((GroupAction(COMPUTE),))
+
+    def _lacks(self, needed: set[int]) -> bool:
+        """Whether an output that the step is to reuse is not stored; what a branch never runs (LTX-2) is not missed."""
+        lacking = needed - self._valid[self.branch]
+        return bool(lacking) and not (
+            self._valid[self.branch] and lacking.isdisjoint(self._has_run.get(self.branch, ()))
+        )
 
     @property
     def computes_all(self) -> bool:
@@ -323,10 +334,12 @@ class ModuleScheduleRouter(ModuleRouter):
         self._counts.fallbacks += missing
 
     def passes_by(self, number: int) -> bool:
-        return not self._computes_all and not self.schedule.computed[self.step_index][number]
+        reuses = not self._computes_all and not self.schedule.computed[self.step_index][number]
+        return reuses and number in self._valid[self.branch]
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
         stored = self.outputs.setdefault(self.branch, {})
+        self._has_run.setdefault(self.branch, set()).add(number)
         if self.passes_by(number):
             return self._forecast(number, stored)
         output = compute()

@@ -248,7 +248,7 @@ class RowRouter(Router):
     def _run_from(self, group: int, computed: Sequence[bool]) -> range:
         """The groups from this one on that are reused together; itself where it is computed."""
         stop = group + 1
-        while not computed[group] and not self.spec.couples and stop < len(computed) and not computed[stop]:
+        while not computed[group] and not self.spec.needs_every_output and stop < len(computed) and not computed[stop]:
             stop += 1
         return range(group, stop)
 

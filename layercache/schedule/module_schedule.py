@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -59,8 +59,9 @@ class ModuleSchedule(Summarised, Pretrained):
         steps = self.fingerprint.num_steps
         if len(self.computed) != steps or any(len(row) != len(self.units) for row in self.computed):
             raise ScheduleError(f"a module schedule needs {steps} rows of {len(self.units)} decisions")
-        if not all(self.computed[0]) or 0 in self.reused_steps:
-            raise ScheduleError("step 0 must compute every module; there is nothing to reuse yet")
+        first = self.fingerprint.steps[0]
+        if not all(self.computed[first]) or first in self.reused_steps:
+            raise ScheduleError(f"step {first} must compute every module; there is nothing to reuse yet")
         if not all(0 <= step < steps for step in self.reused_steps):
             raise ScheduleError(f"reused steps must lie within the {steps} steps, got {sorted(self.reused_steps)}")
         if self.seconds and (len(self.seconds) != len(self.units) or not all(_positive(s) for s in self.seconds)):
@@ -78,14 +79,17 @@ class ModuleSchedule(Summarised, Pretrained):
 
     @property
     def used(self) -> float:
-        """Share of the modules' time that is computed; of two branches where the second is derived at some steps."""
-        weights = self.seconds or (1.0,) * len(self.units)
+        """Share of the modules' time that is computed, over the steps at which the transformer runs.
+
+        Of two branches of which the second is derived at some steps, over both.
+        """
+        weights, steps = self.seconds or (1.0,) * len(self.units), self.fingerprint.steps
         spent = 0.0
-        for step, row in enumerate(self.computed):
+        for step in steps:
             if step not in self.reused_steps:
-                own = sum(weight for weight, computed in zip(weights, row, strict=True) if computed)
+                own = sum(weight for weight, computed in zip(weights, self.computed[step], strict=True) if computed)
                 spent += own / 2 if self.derives(step) else own
-        return spent / (self.num_steps * sum(weights))
+        return spent / (len(steps) * sum(weights))
 
     def derives(self, step: int) -> bool:
         """Whether the branches behind the first are made from its output at this step."""
@@ -110,7 +114,7 @@ class ModuleSchedule(Summarised, Pretrained):
         count = sum(map(self.derives, range(self.num_steps)))
         kept = f"; {reused} of {self.num_steps} steps take the last hidden state as it is" if reused else ""
         return (
-            f"ModuleSchedule of {self.num_steps} steps for {prints.model_class}, {len(self.units)} modules",
+            f"ModuleSchedule of {len(prints.steps)} steps for {prints.model_class}, {len(self.units)} modules",
             [
                 ("computed", f"{self.used:.1%} of the modules' time{kept}"),
                 ("branches", f"derived from the first at {count} steps" if count else ""),
@@ -191,19 +195,14 @@ class ModuleSchedule(Summarised, Pretrained):
         return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
 
-def alternating(
+def reusing(
     fingerprint: Fingerprint,
     units: Sequence[str],
-    cached: Sequence[Sequence[str]],
+    reused: Mapping[int, Collection[str]],
     seconds: Sequence[float] = (),
-    first: int = 1,
 ) -> ModuleSchedule:
-    """At step ``2 k + first`` the modules ``cached[k]`` take the output of the step before; the others are full."""
-    rows = []
-    for step in range(fingerprint.num_steps):
-        number, rest = divmod(step - first, 2)
-        reused = set(cached[number]) if not rest and 0 <= number < len(cached) else set()
-        rows.append(tuple(unit not in reused for unit in units))
+    """A schedule whose modules ``reused[step]`` take their last output at a step; everything else is computed."""
+    rows = (tuple(unit not in reused.get(step, ()) for unit in units) for step in range(fingerprint.num_steps))
     return ModuleSchedule(fingerprint, tuple(units), tuple(rows), seconds=tuple(seconds))
 
 

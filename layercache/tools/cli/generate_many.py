@@ -21,6 +21,7 @@ from layercache.tools.cli.results import VIDEO_ENDINGS
 from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
+    from layercache.tools.batch.entries import Entry
     from layercache.tools.batch.run import Batch
 
 FOLDER = Path("pictures")

@@ -53,6 +53,7 @@ class CalibratedModel:
     rounds: int = 12
     crew: Crew = field(default_factory=Crew, repr=False)
     _made: dict[tuple[str, float], tuple[Any, str] | LayerCacheError] = field(default_factory=dict, repr=False)
+    _routers: dict[int, l2c.LearnedRouter] = field(default_factory=dict, repr=False)
 
     @property
     def profile(self) -> StabilityProfile:
@@ -136,10 +137,16 @@ class CalibratedModel:
         again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
         return invardiff.plan(self.rates, again, settings)
 
-    @cached_property
-    def router(self) -> l2c.LearnedRouter:
-        settings = LearningToCache(rounds=self.rounds)
-        return settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
+    def router(self, budget: float) -> l2c.LearnedRouter:
+        """Of the shortest period whose computed steps leave something of the budget; at least 2."""
+        steps, period = self.fingerprint.num_steps, 2
+        while period < steps and -(-steps // period) > budget * steps + 1e-9:
+            period += 1
+        if period not in self._routers:
+            settings = LearningToCache(rounds=self.rounds, period=period)
+            found = settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
+            self._routers[period] = found
+        return self._routers[period]
 
     @property
     def _call_seeds(self) -> list[int]:

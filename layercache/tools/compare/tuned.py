@@ -66,6 +66,11 @@ def _meancache(form: str) -> Maker:
     return make
 
 
+def _learned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    router = model.router(budget)
+    return router.schedule(budget=budget), f"learned, period {router.period}"
+
+
 def _dual(model: CalibratedModel, threshold: float) -> Any:
     """Of thresholds below 1, at which every step would be reused."""
     front = max(1, min(8, model.fingerprint.num_blocks // 8))
@@ -149,7 +154,7 @@ METHODS: dict[str, Maker] = {
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
     "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
     "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
-    "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
+    "l2c": _learned,
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
 }

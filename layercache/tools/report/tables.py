@@ -271,7 +271,7 @@ def module_sentences(schedule: ModuleSchedule) -> str:
     prints, reused = schedule.fingerprint, sorted(schedule.reused_steps)
     made_by = shown(schedule.made_by.get("method", "unknown"))
     lines = [
-        f"A schedule of {len(schedule.units)} modules of {shown(prints.model_class)} over {prints.num_steps} steps, "
+        f"A schedule of {len(schedule.units)} modules of {shown(prints.model_class)} over {_steps_text(prints)}, "
         f"made by {made_by}: {schedule.used:.1%} of the modules' time is computed."
     ]
     if reused:
@@ -290,6 +290,7 @@ def module_table(schedule: ModuleSchedule) -> FittingTable:
             for kind in columns
         ]
         cells = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
+        cells = cells if step in schedule.fingerprint.steps else [""] * len(columns)
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
