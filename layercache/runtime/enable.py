@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import warnings
@@ -14,7 +15,14 @@ from typing import Any, overload
 from torch import nn
 
 from layercache._utils.compat import tells_steps
-from layercache.errors import BudgetError, CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
+from layercache.errors import (
+    BudgetError,
+    CacheStateError,
+    MethodError,
+    NonFiniteResidualError,
+    NonFiniteWarning,
+    ScheduleMismatchError,
+)
 from layercache.models.registry import (
     config_hash,
     count_blocks,
@@ -169,6 +177,16 @@ class Setting:
         model = self.transformer
         fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
 
+    def check_levels(self, fingerprint: Fingerprint) -> None:
+        """Raises `ScheduleMismatchError` where a schedule has noise levels of its own and the pipeline takes none."""
+        if not fingerprint.sigmas_given or isinstance(self.pipe, nn.Module):
+            return
+        if "sigmas" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ScheduleMismatchError(
+                f"this schedule has noise levels of its own, and {type(self.pipe).__name__} takes no `sigmas` to be "
+                'called with them; search on this pipeline without sigmas="free"'
+            )
+
     def check_velocities(self, name: str) -> None:
         """Raises `MethodError` where velocities that the plan replaces are not all there is to replace."""
         model = type(self.transformer).__name__
@@ -266,6 +284,7 @@ def make_router(plan: Any, setting: Setting) -> Any:
 @make_router.register
 def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     setting.check_fingerprint(plan.fingerprint)
+    setting.check_levels(plan.fingerprint)
     shared = setting.joined(lambda router: isinstance(router, ScheduleCache) and router.schedule == plan)
     if shared is not None:
         return shared

@@ -134,6 +134,13 @@ class Schedule(Summarised, Pretrained):
                 if cell is not None:
                     self._check_cell(cells, step, group, whose)
 
+    def call_arguments(self) -> dict[str, Any]:
+        """Arguments that the pipeline is called with to run it: its noise levels where they are its own, else none.
+
+        ``pipe(prompt, **schedule.call_arguments())``
+        """
+        return {"sigmas": list(self.fingerprint.sigmas_given)} if self.fingerprint.sigmas_given else {}
+
     def cells_of(self, branch: str) -> tuple[tuple[Cell, ...], ...]:
         """The cells a branch follows."""
         return self.branch_cells.get(branch, self.cells)
@@ -236,6 +243,7 @@ class Schedule(Summarised, Pretrained):
                 ("expected", "PSNR {:.1f} dB, nine pictures of ten above {:.1f}".format(*psnr) if psnr else ""),
                 ("made by", made_by_line(self.made_by, prints.package_version)),
                 ("made with", settings_line(prints)),
+                ("call with", "its own sigmas=, **schedule.call_arguments()" if prints.sigmas_given else ""),
             ],
         )
 
@@ -317,6 +325,11 @@ class Schedule(Summarised, Pretrained):
                     for velocities in data.get("further_velocities", ())
                 ),
             )
+
+
+def call_arguments(plan: Any) -> dict[str, Any]:
+    """Arguments that a pipeline's call takes to run a plan, `Schedule.call_arguments`; of other plans none."""
+    return plan.call_arguments() if isinstance(plan, Schedule) else {}
 
 
 def made_by_line(made_by: Mapping[str, Any], version: str) -> str:

@@ -132,9 +132,8 @@ def test_a_damaged_file_is_refused(model, tmp_path):
 
 
 TUNED = ("dbcache", "dicache", "fbcache", "fbcache-1", "invardiff", "l2c", "spectralcache", "teacache")
-
-
-PLANNED = [name for name in METHODS if name not in (*TUNED, "easycache", "layercache", "uniform")]
+OTHERS = ("easycache", "layercache", "uniform", "fewer-steps", "fewer-steps-sigmas")
+PLANNED = [name for name in METHODS if name not in (*TUNED, *OTHERS)]
 
 
 @pytest.mark.parametrize("name", [*PLANNED, *slow(*TUNED)])

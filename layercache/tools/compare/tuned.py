@@ -26,6 +26,7 @@ from layercache.methods import (
 )
 from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.fewer import fewer_steps, fewer_steps_sigmas
 
 if TYPE_CHECKING:
     from layercache.tools.compare.model import CalibratedModel
@@ -159,7 +160,9 @@ METHODS: dict[str, Maker] = {
     "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
+    "fewer-steps": fewer_steps,
+    "fewer-steps-sigmas": fewer_steps_sigmas,
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper")
+TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "fewer-steps-sigmas")
 """Methods that all processes of a crew plan together; others are tuned by one of them."""
