@@ -110,6 +110,10 @@ class GivenLevels:
     def _check(self, levels: Sequence[float]) -> None:
         """Refuses where the run's own levels are not what it is given, or one that is moved stays where it is."""
         name = type(self.scheduler).__name__
+        if "timesteps" in self.arguments:
+            raise MethodError(
+                "the noise levels of this run cannot be moved: its pipeline gives timesteps of its own beside them"
+            )
         falls = all(b < a for a, b in pairwise(levels))
         again = self.levels(self.own)
         is_same = len(again) == len(levels) and np.allclose(again, levels, atol=LEVEL_TOLERANCE)
@@ -127,7 +131,12 @@ class GivenLevels:
 
 def check_takes_levels(pipe: Any) -> None:
     """Raises `MethodError` where a pipeline, or its scheduler, cannot be given noise levels."""
-    if "sigmas" not in inspect.signature(type(pipe).__call__).parameters:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if "strength" in accepted:
+        raise MethodError(
+            f"{type(pipe).__name__} begins its runs in the middle (strength=), and noise levels are moved in whole runs"
+        )
+    if "sigmas" not in accepted:
         raise MethodError(
             f"{type(pipe).__name__} takes no `sigmas`, so that its noise levels are its scheduler's own and cannot be "
             "moved"

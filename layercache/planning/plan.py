@@ -16,6 +16,7 @@ from layercache.errors import BudgetError, ScheduleError
 from layercache.planning.fit import fit_residuals
 from layercache.planning.front import Front, Point, check_one_target
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.few_steps import warn_of_few_steps
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import FORECASTS, reforecast, secant_coefficients
 from layercache.schedule.schedule import EXPECTED_PSNR, Cell, Schedule
@@ -191,9 +192,17 @@ def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int)
     )
 
 
+def _measured_on(source: StabilityProfile | Front) -> Fingerprint | None:
+    if isinstance(source, StabilityProfile):
+        return source.fingerprint
+    return source.points[0].schedule.fingerprint if source.points else None
+
+
 def _check_target(profile: StabilityProfile | Front, percentile: float | None, **targets: float | None) -> None:
+    """Refuses targets that cannot be; warns of runs of few steps."""
     if isinstance(profile, Front):
-        return check_one_target(targets, targets)
+        check_one_target(targets, targets)
+        return warn_of_few_steps(_measured_on(profile), stacklevel=4)
     if [name for name, value in targets.items() if value is not None] == ["min_psnr"]:
         raise BudgetError(
             "min_psnr needs a front of measured schedules: run layercache.search first", argument="min_psnr"
@@ -202,6 +211,7 @@ def _check_target(profile: StabilityProfile | Front, percentile: float | None, *
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
     if percentile is not None:
         raise BudgetError("percentile belongs to min_psnr, which needs a front", argument="percentile")
+    warn_of_few_steps(_measured_on(profile), stacklevel=4)
 
 
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:

@@ -25,6 +25,7 @@ from layercache.planning.rollout import Rollouts, skipping, with_terms_of
 from layercache.planning.samples import count_of, with_settings
 from layercache.planning.search_files import SearchFiles
 from layercache.planning.whole_steps import TAIL, TERMS, Tried, WholeStepSearch, cost_of, counts_of, runs_per_budget
+from layercache.schedule.few_steps import warn_of_few_steps
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 
@@ -43,7 +44,7 @@ ENDED_EARLY = ("the time limit of ", "it was interrupted ")
 BAR = "searching: {n:.0f} of {total:.0f} generations |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SearchConfig:
     """Settings of `search`, which says what they mean.
 
@@ -133,7 +134,7 @@ def search(
     fitted as they run, pictures weighted by what they miss (`layercache.planning.whole_steps`). They are compared by
     what they are expected to give on other pictures (`Point.expected`). Source: ours; docs/planning.md.
 
-    Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
+    Ctrl-C, and the time limit, end it with the best that was found so far, as a note says.
 
     Args:
         pipe: a diffusers pipeline.
@@ -153,9 +154,8 @@ def search(
         guidance, sizes: guidance scales, and ``(height, width)`` or ``(height, width, frames)`` in pixels, that one
             schedule is fitted to: the pictures have them in turns. The schedule knows their range, and a run outside of
             it is warned of.
-        sigmas: ``"free"``: the noise levels are moved too, where that is expected to give more; such a schedule runs
-            with ``pipe(..., **schedule.call_arguments())``. It takes a pipeline that is given ``sigmas=``, and Euler
-            steps. Or the ``sigmas=`` of every call.
+        sigmas: ``"free"``: noise levels are moved where that is expected to give more; such a schedule runs with
+            ``pipe(..., **schedule.call_arguments())``. It takes Euler steps. Or the ``sigmas=`` of every call.
         crew: processes that share out the samples, each with the whole pipeline; all of them get the same front.
 
     Raises:
@@ -165,15 +165,14 @@ def search(
         CacheStateError: a time limit, where the tokens are split over several processes.
         CalibrationError, CrewError: as for `Rollouts`.
         FileFormatError: a file of ``resume`` is damaged.
-        MethodError: noise levels are to be moved, and this pipeline or its sampler does not allow it.
+        MethodError: noise levels cannot be moved.
         OutputError: no files can be made in ``resume``.
         ScheduleMismatchError: ``resume`` belongs to another search.
         UnsupportedModelError: the model is of an unknown class.
     """
     start = time.monotonic()
-    limits: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
-    is_free, call = _levels_asked_for(sigmas, call)
-    config = SearchConfig(budgets=tuple(budgets), effort=effort, tail=tail, seed=seed, is_free=is_free, **limits)
+    is_free, call = _levels_asked_for(sigmas, sizes, call)
+    config = SearchConfig(tuple(budgets), effort, time_limit, max_cache_bytes, tail, seed, is_free)
     _check_time_limit(pipe, time_limit)
     prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
     given = GivenLevels.of_sample(pipe, prompts[0], call) if is_free and prompts else None
@@ -182,8 +181,7 @@ def search(
     files = None if resume is None else SearchFiles(resume, crew)
     with crew.together(), tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
-        say = partial(_say_memory, bar)
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, crew=crew, **call)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, None, partial(_say_memory, bar), crew, **call)
         front = _searched(rollouts, config, start, bar, given)
     if validation is None:
         return front
@@ -203,10 +201,17 @@ def _cost_ahead(pipe: Any, prompts: Sequence[Any], config: SearchConfig, call: M
     return search_cost(pictures, steps, config.budgets, config.effort, config.is_free)[0]
 
 
-def _levels_asked_for(sigmas: Any, call: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+def _levels_asked_for(
+    sigmas: Any, sizes: Sequence[Sequence[int]], call: Mapping[str, Any]
+) -> tuple[bool, dict[str, Any]]:
     """Whether noise levels are to be moved, and the arguments of every call."""
     if isinstance(sigmas, str) and sigmas != FREE:
         raise ArgumentError(f'sigmas is "{FREE}", or a list of noise levels, got {sigmas!r}', argument="sigmas")
+    if isinstance(sigmas, str) and len(sizes) > 1:
+        raise ArgumentError(
+            "noise levels are moved for one size, since each may have others: leave out sizes=, or sigmas=",
+            argument="sizes",
+        )
     if sigmas is None or isinstance(sigmas, str):
         return sigmas == FREE, dict(call)
     return False, {**call, "sigmas": sigmas}
@@ -251,7 +256,8 @@ def _say_memory(bar: Any, size: float) -> None:
 def _searched(
     rollouts: Rollouts, config: SearchConfig, start: float, bar: Any, given: GivenLevels | None = None
 ) -> Front:
-    """The search behind the full runs."""
+    """The search behind the full runs; warns of runs of few steps."""
+    warn_of_few_steps(rollouts.fingerprint, stacklevel=4)
     counts, steps, pictures = counts_of(config.budgets, rollouts.num_steps), rollouts.num_steps, rollouts.num_pictures
     runs = _runs(counts, steps, pictures, config.effort, config.is_free)
     bar.total = cost_of(counts, [n + config.is_free for n in runs], steps, pictures)

@@ -231,7 +231,8 @@ class Fingerprint:
         """Raises `ScheduleMismatchError` unless ``sigmas`` are what this was made for, or in their range (1e-3)."""
         steps = len(sigmas) - 1
         way = (
-            "its noise levels are its own: call the pipeline with them, pipe(..., **schedule.call_arguments())"
+            "its noise levels are its own: call the pipeline with them, "
+            f"pipe(..., num_inference_steps={self.num_steps}, **schedule.call_arguments())"
             if self.sigmas_given
             else ""
         )
@@ -285,7 +286,8 @@ def settings_line(fingerprint: Fingerprint) -> str:
             known += map(str, given[key])  # each names itself, such as guidance_scale 4
         elif given.get(key):
             known.append(f"{name} {_said(given[key])}")
-    return ", ".join([*known, *([f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else [])])
+    known += [f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else []
+    return ", ".join([*known, *(["sigmas= of schedule.call_arguments()"] if fingerprint.sigmas_given else [])])
 
 
 def _listed(differences: Sequence[str]) -> str:

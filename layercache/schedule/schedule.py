@@ -243,7 +243,6 @@ class Schedule(Summarised, Pretrained):
                 ("expected", "PSNR {:.1f} dB, nine pictures of ten above {:.1f}".format(*psnr) if psnr else ""),
                 ("made by", made_by_line(self.made_by, prints.package_version)),
                 ("made with", settings_line(prints)),
-                ("call with", "its own sigmas=, **schedule.call_arguments()" if prints.sigmas_given else ""),
             ],
         )
 
