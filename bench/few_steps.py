@@ -1,6 +1,7 @@
 """What caching still gives in few steps, beside fewer steps without a cache, on pictures that nothing was fitted to.
 
     python bench/few_steps.py --steps 4 8 --out bench/results/few-steps-demo
+    python bench/few_steps.py --baselines --steps 30 --budgets 0.7 0.6 0.5 0.33 0.2 --out bench/results/fewer-steps-demo
 
 For every number of steps and every budget: the searched schedule, the same with its noise levels free, and as many full
 steps without a cache, at the sampler's own noise levels and at those found on the search's pictures
@@ -53,7 +54,7 @@ def rows_of_steps(args: argparse.Namespace, pipe: object, steps: int) -> Iterato
     budgets = [budget for budget in args.budgets if budget * steps >= 1]
     model = CalibratedModel(pipe, samples(fitted), list(fitted), call, budgets, EFFORT)
     judge = Rollouts(pipe, samples(held), list(held), **call)
-    for name, front in fronts(model):
+    for name, front in () if args.baselines else fronts(model):
         for budget in budgets:
             point = front.choose(budget)
             psnr = judge.run(point.schedule).psnr
@@ -71,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_options(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--baselines", action="store_true", help="fewer steps alone, without the searches")
     parser.set_defaults(budgets=[0.75, 0.5, 0.25])
     return parser.parse_args(argv)
 

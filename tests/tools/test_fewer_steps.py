@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from layercache.planning.noise_levels import GivenLevels
 from layercache.planning.rollout import Rollouts
 from layercache.planning.whole_steps import TAIL
 from layercache.schedule.schedule import Schedule
+from layercache.tools.batch.run import _Maker
+from layercache.tools.cli.generate import _draw
 from layercache.tools.compare.entries import CallArguments
 from layercache.tools.compare.fewer import LevelSearch, full_steps
 from support.tiny import tiny_pipeline
@@ -35,20 +38,23 @@ def picture(pipe, **more):
     return pipe("cat", generator=torch.Generator().manual_seed(0), output_type="np", **{**CALL, **more}).images
 
 
-def test_fewer_steps_are_compared_with_the_full_runs(pipe):
+@pytest.fixture(scope="module")
+def schedule(pipe, rollouts):
+    """Of all steps, at noise levels of its own."""
+    given = GivenLevels.of_sample(pipe, "cat", CALL)
+    moved = [given.own[0], *(0.9 * sigma for sigma in given.own[1:])]
+    return Schedule.compute_all(rollouts.moved(given.levels(moved), moved).fingerprint)
+
+
+def test_fewer_steps_are_compared_with_the_full_runs(pipe, schedule):
     """Beside a schedule with noise levels of its own, and arguments of a call of one's own."""
-    own = GivenLevels.of_sample(pipe, "cat", CALL).own
-    moved = [own[0], *(0.9 * sigma for sigma in own[1:])]
-    full = Rollouts(pipe, ["cat"], [0], **CALL)
-    levels = GivenLevels.of_sample(pipe, "cat", CALL).levels(moved)
-    schedule = Schedule.compute_all(full.moved(levels, moved).fingerprint)
     methods = {"fewer-steps": "fewer-steps", "moved": schedule, "two": CallArguments({"num_inference_steps": 2})}
     settings = {"calibration": 1, "repeats": 1, "progress": False, **CALL}
     table = layercache.compare(pipe, methods, ["cat"], (0.7,), **settings)
     rows, reference = {row.method: row for row in table.rows}, picture(pipe)
     for name, arguments, used in (
         ("fewer-steps", {"num_inference_steps": 4}, 4 / 6),
-        ("moved", {"sigmas": moved}, 1.0),
+        ("moved", schedule.call_arguments(), 1.0),
         ("two", {"num_inference_steps": 2}, 2 / 6),
     ):
         row = rows[name]
@@ -56,6 +62,16 @@ def test_fewer_steps_are_compared_with_the_full_runs(pipe):
         assert row.error == "" and row.psnr == pytest.approx(expected, abs=1e-3)
         assert row.used == pytest.approx(used)
     assert rows["fewer-steps"].setting == "4 full steps" and rows["two"].setting == "num_inference_steps=2"
+
+
+def test_tools_call_a_pipeline_with_the_levels_of_a_schedule(pipe, schedule):
+    expected = picture(pipe, **schedule.call_arguments())
+    drawn = _draw(pipe, {"prompt": "cat", **CALL}, 0, schedule, "")
+    many = _Maker(pipe, [], dict(CALL), schedule, False, None)._draw({"prompt": "cat", **CALL}, 0, schedule)
+    np.testing.assert_array_equal(drawn.pixels, expected[0])
+    np.testing.assert_array_equal(many.pixels, expected[0])
+    found = layercache.measure(pipe, schedule, ["cat"], seeds=[0], repeats=1, **CALL)
+    assert found.psnr == pytest.approx(metrics.psnr(picture(pipe), expected), abs=1e-3)
 
 
 def test_levels_of_fewer_steps_are_the_best_that_were_run(pipe, rollouts):

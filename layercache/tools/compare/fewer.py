@@ -1,4 +1,7 @@
-"""Fewer steps instead of a cache: as many full steps as a budget allows, the baseline of every method."""
+"""Fewer steps instead of a cache: as many full steps as a budget allows, the baseline of every method.
+
+Source: docs/methods.md, Fewer steps.
+"""
 
 from __future__ import annotations
 
