@@ -164,6 +164,8 @@ def test_a_moved_schedule_runs_as_it_was_fitted(pipe, searched, tmp_path):
     schedule.save(tmp_path / "moved.json")
     loaded = Schedule.load(tmp_path / "moved.json")
     assert loaded.fingerprint == schedule.fingerprint and "call_arguments" in str(loaded)
+    loaded.save_pretrained(tmp_path / "folder")
+    assert ", **schedule.call_arguments())" in (tmp_path / "folder" / "README.md").read_text()
     full, found = [], []
     for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
         call = {**CALL, "output_type": "np"}

@@ -130,7 +130,7 @@ class LevelSearch:
         """The best ``sigmas=``, from the sampler's own on; these where none are better."""
         share = len(own) / self.rollouts.num_steps
         tries = max(2, math.floor(self.generations / (share * self.rollouts.num_pictures)))
-        begin = descend(own, partial(self._where_possible, self._simulated))
+        begin = self.rollouts.crew.agree(descend(own, partial(self._where_possible, self._simulated)))
         run = partial(self._where_possible, self._run)
         found = descend(begin, run, moves=RUN_MOVES, tries=tries - 1)  # one is left for the sampler's own
         return max((tuple(own), found), key=run)
