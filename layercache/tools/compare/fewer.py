@@ -88,8 +88,9 @@ def fewer_steps_sigmas(model: CalibratedModel, budget: float) -> tuple[CallArgum
     own = GivenLevels.of_sample(model.pipeline, first, {**call, "num_inference_steps": count})
     begin = (whole.own[0], *own.own[1:])
     search = LevelSearch(model.rollouts, own, EFFORTS[model.effort] / len(set(model.budgets)))
-    moved = CallArguments(given_call(model.pipeline, search.found(begin)))
-    return moved, f"{_named(count)}, noise levels moved"
+    found = search.found(begin)
+    levels = " ".join(f"{sigma:.4g}" for sigma in found)
+    return CallArguments(given_call(model.pipeline, found)), f"{_named(count)}, sigmas {levels}"
 
 
 def _named(count: int) -> str:
