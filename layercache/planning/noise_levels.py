@@ -81,7 +81,7 @@ class GivenLevels:
             )
         (clone,) = clones(pipe, 1)
         given = _timesteps_set_by(clone, call)
-        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler = copy.deepcopy(clone.scheduler)  # which a call may have set up on its way
         arguments = {name: value for name, value in given.items() if name not in ("sigmas", "num_inference_steps")}
         found = cls(scheduler, arguments, ())
         scheduler.set_timesteps(**given)
