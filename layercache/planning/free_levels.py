@@ -1,8 +1,8 @@
-"""`layercache.search(..., sigmas="free")`: the noise levels of a searched path moved, under the same target (ours).
+"""`layercache.search(..., sigmas="free")`: the noise levels of a searched path moved, forecasts on top (ours).
 
 Between two computed steps the latents move by combinations of velocities that are there already, so a path says at
-which levels the model is asked. The full run's are a grid; here they leave it, one after the other, as long as
-simulated runs come nearer to the full run's end. Source: docs/methods.md, Free noise levels.
+which levels the model is asked: some of the full run's. Here they are those at which as many full steps without a cache
+would end nearest to the full run. Source: docs/methods.md, Free noise levels.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from layercache.planning.front import quality
-from layercache.planning.noise_levels import DIGITS, GivenLevels, are_between, descend, simulated
+from layercache.planning.noise_levels import DIGITS, GivenLevels, best_levels
 from layercache.planning.whole_steps import Tried, WholeStepSearch
 
 GAIN = 0.5
@@ -21,9 +20,8 @@ GAIN = 0.5
 
 
 class FreeLevels:
-    """Moves the noise levels of the best path of every budget, and runs it there.
+    """Moves the noise levels of the best path of every budget, and runs it there with its forecasts fitted.
 
-    Levels are found in the simulation, where the forecasts of each half of the pictures are fitted to the other half.
     The run is kept where pictures left out of its forecasts are expected to have `GAIN` more than by the path as it
     was.
 
@@ -44,7 +42,7 @@ class FreeLevels:
         for count in sorted(counts):
             own = [one for one in self.search.tried if one.computed.sum() == count]
             best = max(own, key=lambda one: one.quality, default=None)
-            sigmas = None if best is None else self.search.rollouts.crew.agree(self.found(best))
+            sigmas = None if best is None else self.search.rollouts.crew.agree(self.found(best.computed))
             if best is None or sigmas is None:
                 self.search.note_cost(count)
                 continue
@@ -55,28 +53,24 @@ class FreeLevels:
                 self.kept.append(tried)
             yield tried
 
-    def found(self, best: Tried) -> tuple[float, ...] | None:
-        """The ``sigmas=`` of the moved levels of a path; ``None`` where none are better."""
+    def found(self, path: np.ndarray) -> tuple[float, ...] | None:
+        """The ``sigmas=`` of the moved levels of a path, ``[N]``; ``None`` where nothing is known of such models."""
         search, own = self.search, self.given.own
-        runs, answers, everyone = search.full_runs, search.answers, list(range(len(search.full_runs)))
-        halves = [everyone[::2], everyone[1::2] or everyone]
-        if answers is None:
+        if search.assumed is None:
             return None
+        steps = np.flatnonzero(path)
 
-        def score(moved: Sequence[float]) -> float:
-            levels = self.given.levels(placed(own, best.computed, moved))
-            if not are_between(levels, runs.sigmas):
-                return float("-inf")
-            at = [*np.asarray(levels[:-1])[best.computed].tolist(), levels[-1]]
-            psnr = [
-                simulated(runs, answers, at, best.forecast, fitted)[judged]
-                for fitted, judged in zip(halves, reversed(halves), strict=True)
-            ]
-            return quality(np.concatenate(psnr).tolist(), search.tail)
+        def place(moved: Sequence[float]) -> tuple[float, ...]:
+            sigmas = np.asarray(own)
+            sigmas[steps] = moved
+            return placed(own, path, sigmas.tolist())
 
-        free = [step for step in np.flatnonzero(best.computed).tolist() if step]
-        found = placed(own, best.computed, descend(own, score, free))
-        return None if np.allclose(found, own, atol=10**-DIGITS) else found
+        def levels_of(moved: Sequence[float]) -> list[float]:
+            levels = self.given.levels(place(moved))
+            return [*(levels[step] for step in steps), levels[-1]]
+
+        evenly = np.interp(np.arange(len(steps)) * len(own) / len(steps), np.arange(len(own) + 1), [*own, 0.0])
+        return place(best_levels(search.full_runs, search.assumed, levels_of, evenly.tolist(), search.tail))
 
 
 def placed(own: Sequence[float], path: np.ndarray, sigmas: Sequence[float]) -> tuple[float, ...]:

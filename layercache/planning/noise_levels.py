@@ -15,7 +15,7 @@ import numpy as np
 
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import ArgumentError, MethodError
-from layercache.planning.fit import Forecast, solve_velocity
+from layercache.planning.front import quality
 from layercache.planning.moved import check_moves, mean_velocities
 from layercache.planning.rollout import PSNR_LIMIT
 from layercache.planning.sampler import LinearSampler
@@ -199,14 +199,8 @@ def interpolation(nodes: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return found
 
 
-def simulated(
-    runs: FullRuns,
-    answers: Answers,
-    levels: Sequence[float],
-    forecast: Forecast | None = None,
-    fitted: Sequence[int] = (),
-) -> np.ndarray:
-    """PSNR in dB, of the last latents, of runs that compute every step between other levels, per picture, ``[P]``.
+def simulated(runs: FullRuns, answers: Answers, levels: Sequence[float]) -> np.ndarray:
+    """PSNR in dB, of the last latents, of runs of full steps between other levels, simulated, per picture, ``[P]``.
 
     The model gives the full run's velocity at a level, interpolated, and its answer to the drift from the polygon.
 
@@ -214,8 +208,6 @@ def simulated(
         runs: full runs, of Euler steps.
         answers: at their levels, to drift.
         levels: falling, from the first of the full runs' to their last, any number.
-        forecast: steers every step; ``None``: the velocities are taken as the model gives them.
-        fitted: pictures that the forecasts are fitted to.
     """
     nodes, at = np.asarray(runs.sigmas[:-1], float), np.asarray(levels[:-1], float)
     kappa, eta = (np.stack([np.interp(-at, -nodes, row) for row in one]) for one in (answers.kappa, answers.eta))
@@ -223,11 +215,7 @@ def simulated(
     run = Simulated(moved_runs(runs, levels), Answers(kappa, eta), given)
     for step in range(len(at)):
         run.compute(step)
-        velocity = None
-        if forecast is not None:
-            sources = list(range(step, max(-1, step - forecast.terms), -1))
-            velocity = solve_velocity(forecast, sources, run.products(step, sources)[list(fitted)])
-        run.take(step, velocity)
+        run.take(step, None)
     missed = ((run.latents - run.full) ** 2).sum(axis=1)
     return np.asarray(-10 * np.log10(np.maximum(missed, 10 ** (-PSNR_LIMIT / 10))))
 
@@ -241,10 +229,34 @@ def are_between(levels: Sequence[float], sigmas: Sequence[float]) -> bool:
 # --- coordinate descent --------------------------------------------------------------------------------------------
 
 
+def best_levels(
+    runs: FullRuns,
+    answers: Answers,
+    levels_of: Callable[[Sequence[float]], Sequence[float]],
+    begin: Sequence[float],
+    tail: float,
+) -> tuple[float, ...]:
+    """What gives the noise levels of full steps whose simulated runs end nearest to the full runs.
+
+    Args:
+        runs, answers: see `simulated`.
+        levels_of: noise levels, and the last one, of what is moved, as a call is given it.
+        begin: to begin with.
+        tail: weight of the 10 % quantile of the PSNR beside its mean.
+    """
+
+    def score(sigmas: Sequence[float]) -> float:
+        levels = levels_of(sigmas)
+        if not are_between(levels, runs.sigmas):
+            return float("-inf")
+        return quality(simulated(runs, answers, levels).tolist(), tail)
+
+    return descend(begin, score)
+
+
 def descend(
     sigmas: Sequence[float],
     score: Callable[[Sequence[float]], float],
-    free: Sequence[int] | None = None,
     moves: Sequence[float] = MOVES,
     tries: int | None = None,
 ) -> tuple[float, ...]:
@@ -253,7 +265,6 @@ def descend(
     Args:
         sigmas: falling levels to begin with, as a call is given them; the first one stays.
         score: of levels; minus infinity where they cannot be.
-        free: those that move; by default all but the first.
         moves: shares of the gap to a neighbour, the next one where they are above 0.
         tries: scores that may be asked for at most, the first one's included.
     """
@@ -261,7 +272,7 @@ def descend(
     best, left = score(found), (tries or SWEEPS * len(found) * len(moves) + 1) - 1
     for _ in range(SWEEPS):
         before = best
-        for step, share in itertools.product(range(1, len(found)) if free is None else free, moves):
+        for step, share in itertools.product(range(1, len(found)), moves):
             if left <= 0:
                 return tuple(found)
             ends = [*found, 0.0]

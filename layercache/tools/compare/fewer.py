@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from layercache.errors import BudgetError, MethodError
 from layercache.planning.front import quality
 from layercache.planning.moved import given_call
-from layercache.planning.noise_levels import GivenLevels, are_between, descend, simulated
+from layercache.planning.noise_levels import GivenLevels, are_between, best_levels, descend
 from layercache.planning.rollout import Rollouts
 from layercache.planning.search import EFFORTS
 from layercache.planning.surrogate import Answers, FullRuns
@@ -123,30 +122,22 @@ class LevelSearch:
         self.answers = answers
         self._ran: dict[tuple[float, ...], float] = {}
 
-    @cached_property
-    def runs(self) -> FullRuns:
-        return FullRuns.of(self.rollouts)
-
     def found(self, own: Sequence[float]) -> tuple[float, ...]:
         """The best ``sigmas=``, from the sampler's own on; these where none are better."""
         share = len(own) / self.rollouts.num_steps
         tries = max(2, math.floor(self.generations / (share * self.rollouts.num_pictures)))
-        begin = self.rollouts.crew.agree(descend(own, partial(self._where_possible, self._simulated)))
-        run = partial(self._where_possible, self._run)
-        found = descend(begin, run, moves=RUN_MOVES, tries=tries - 1)  # one is left for the sampler's own
-        return max((tuple(own), found), key=run)
+        rollouts = self.rollouts
+        begin = best_levels(FullRuns.of(rollouts), self.answers, self.given.levels, own, TAIL)
+        found = descend(
+            rollouts.crew.agree(begin), self._run, moves=RUN_MOVES, tries=tries - 1
+        )  # one is left for the sampler's own
+        return max((tuple(own), found), key=self._run)
 
-    def _where_possible(
-        self, score: Callable[[Sequence[float], Sequence[float]], float], sigmas: Sequence[float]
-    ) -> float:
-        levels = self.given.levels(sigmas)
-        return score(sigmas, levels) if are_between(levels, self.rollouts.sigmas) else float("-inf")
-
-    def _simulated(self, sigmas: Sequence[float], levels: Sequence[float]) -> float:
-        return quality(simulated(self.runs, self.answers, levels).tolist(), TAIL)
-
-    def _run(self, sigmas: Sequence[float], levels: Sequence[float]) -> float:
-        key = tuple(sigmas)
+    def _run(self, sigmas: Sequence[float]) -> float:
+        """Quality of a run of the model between levels; minus infinity where they cannot be."""
+        levels, key = self.given.levels(sigmas), tuple(sigmas)
+        if not are_between(levels, self.rollouts.sigmas):
+            return float("-inf")
         if key not in self._ran:
             moved = self.rollouts.moved(levels, sigmas)
             self._ran[key] = quality(moved.run(Schedule.compute_all(moved.fingerprint)).psnr, TAIL)
