@@ -142,7 +142,7 @@ def plan(
     _check_target(profile, percentile, budget=budget, full_steps=full_steps, speedup=speedup, min_psnr=min_psnr)
     budget = budget if full_steps is None else _share_of(profile, full_steps)
     if isinstance(profile, Front):
-        return _with_expected(profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile))
+        return _of_point(profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile))
     config = PlanConfig(
         budget=budget,
         speedup=speedup,
@@ -161,20 +161,22 @@ def plan(
         spans=tuple(spans),
         history=history,
     )
-    return _solved(profile, config) if max_cache_bytes is None else _within(profile, config, max_cache_bytes)
+    return _warned_of(_within(profile, config, max_cache_bytes))
 
 
-def _with_expected(point: Point) -> Schedule:
+def _of_point(point: Point) -> Schedule:
     """The schedule of a point, with the PSNR that pictures are expected to have in its ``made_by``."""
     found = summarise(point.likely)
     psnr = [found.mean, found.quantile10]
     if point.schedule.expected_psnr or not all(map(math.isfinite, psnr)):
-        return point.schedule
-    return replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr})
+        return _warned_of(point.schedule)
+    return _warned_of(replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr}))
 
 
-def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int) -> Schedule:
-    """The solver's schedule with as many anchors as the memory holds."""
+def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int | None) -> Schedule:
+    """The solver's schedule, with as many anchors as the memory holds."""
+    if max_cache_bytes is None:
+        return _solved(profile, config)
     needed = []
     # a second anchor costs memory, and the choice between older ones more of it
     fewer = replace(config, history=min(2, config.history)), replace(config, spans=(), history=1)
@@ -192,17 +194,15 @@ def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int)
     )
 
 
-def _measured_on(source: StabilityProfile | Front) -> Fingerprint | None:
-    if isinstance(source, StabilityProfile):
-        return source.fingerprint
-    return source.points[0].schedule.fingerprint if source.points else None
+def _warned_of(schedule: Schedule) -> Schedule:
+    """The schedule; warns of one of few steps."""
+    warn_of_few_steps(schedule.fingerprint, stacklevel=4)
+    return schedule
 
 
 def _check_target(profile: StabilityProfile | Front, percentile: float | None, **targets: float | None) -> None:
-    """Refuses targets that cannot be; warns of runs of few steps."""
     if isinstance(profile, Front):
-        check_one_target(targets, targets)
-        return warn_of_few_steps(_measured_on(profile), stacklevel=4)
+        return check_one_target(targets, targets)
     if [name for name, value in targets.items() if value is not None] == ["min_psnr"]:
         raise BudgetError(
             "min_psnr needs a front of measured schedules: run layercache.search first", argument="min_psnr"
@@ -211,7 +211,6 @@ def _check_target(profile: StabilityProfile | Front, percentile: float | None, *
     check_one_target(targets, [name for name in targets if name != "min_psnr"], more)
     if percentile is not None:
         raise BudgetError("percentile belongs to min_psnr, which needs a front", argument="percentile")
-    warn_of_few_steps(_measured_on(profile), stacklevel=4)
 
 
 def _share_of(profile: StabilityProfile | Front, full_steps: float) -> float:

@@ -11,13 +11,13 @@ FEWEST_STEPS = 8
 """Of a run that nothing warns of: below, single skipped steps are seen (docs/guides/few-steps.md)."""
 
 
-def warn_of_few_steps(fingerprint: Fingerprint | None, stacklevel: int = 3) -> None:
+def warn_of_few_steps(fingerprint: Fingerprint, stacklevel: int = 3) -> None:
     """Warns of a schedule for fewer than `FEWEST_STEPS` steps that computes some of them only.
 
     Warns:
         LayerCacheWarning: it has so few.
     """
-    if fingerprint is not None and len(fingerprint.steps) < FEWEST_STEPS:
+    if len(fingerprint.steps) < FEWEST_STEPS:
         warnings.warn(
             f"in a run of {len(fingerprint.steps)} steps each changes much, and one that is skipped is seen in one "
             "picture of ten: look at the 10 % quantile (percentile=10), not at the mean, before you cache it "
