@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from layercache.runtime.enable import disable as disable
     from layercache.runtime.enable import enable as enable
     from layercache.runtime.enable import enabled as enabled
+    from layercache.runtime.timestep_tables import fold_timesteps as fold_timesteps
     from layercache.schedule.schedule import Schedule as Schedule
     from layercache.tools.compare.api import compare as compare
     from layercache.tools.compare.measure import measure as measure
@@ -48,6 +49,7 @@ _HOMES = {
     "disable": "runtime.enable",
     "enable": "runtime.enable",
     "enabled": "runtime.enable",
+    "fold_timesteps": "runtime.timestep_tables",
     "Front": "planning.front",
     "LayerCacheError": "errors",
     "infer_model": "planning.infer_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,6 +157,28 @@ def is_hooked(transformer: nn.Module) -> bool:
     return False
 
 
+def offloading_of(modules: Iterable[nn.Module]) -> str | None:
+    """What moves or casts the weights of one of these modules at every forward; ``None`` where nothing does."""
+    for module in modules:
+        if "_hf_hook" in module.__dict__:
+            return "a hook of accelerate (offloading, a device map)"
+        for name in _hook_names(module):
+            if "offloading" in name or "layerwise_casting" in name:
+                return f"diffusers' hook {name!r}"
+    return None
+
+
+def stateful_hook_of(model: nn.Module) -> str | None:
+    """A hook of diffusers in the model that counts forwards, as its caches do; not those that split tokens."""
+    names = (name for module in model.modules() for name in _hook_names(module))
+    return next((name for name in names if not name.startswith("cp_")), None)
+
+
+def _hook_names(module: nn.Module) -> tuple[str, ...]:
+    registry = module.__dict__.get(HOOK_REGISTRY)
+    return () if registry is None else tuple(registry.hooks)
+
+
 def model_config(transformer: nn.Module) -> dict[str, Any]:
     """Public configuration entries of a diffusers model (``{}`` when it has none)."""
     config = getattr(transformer, "config", None)
@@ -181,13 +203,26 @@ def model_arguments(transformer: nn.Module) -> frozenset[str]:
 
 
 def quantisation_of(transformer: nn.Module) -> str | None:
-    """The method that a model's weights are quantised by, as its configuration names it."""
+    """The method that a model's weights are quantised by, as its configuration, or the class of its weights, says."""
     config = getattr(transformer, "config", None)
     found = config.get("quantization_config") if isinstance(config, Mapping) else None
     if found is None:
-        return None
+        return _quantised_weights(transformer)
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
     return str(getattr(method, "value", method or "quantised"))
+
+
+_QUANTISERS = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "optimum": "quanto", "diffusers": "gguf"}
+
+
+def _quantised_weights(transformer: nn.Module) -> str | None:
+    """By whom weights were quantised in place, whose classes are of the packages that did it."""
+    for parameter in transformer.parameters():
+        if (package := type(parameter).__module__.partition(".")[0]) in _QUANTISERS:
+            return _QUANTISERS[package]
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in transformer.modules()):
+        return "torch.ao"
+    return None
 
 
 def adapters_of(transformer: nn.Module) -> list[str]:

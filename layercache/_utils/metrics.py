@@ -1,4 +1,4 @@
-"""How close two sets of pictures or videos are: PSNR and SSIM (scikit-image), LPIPS where it can be had offline.
+"""How close two sets of pictures or videos are: PSNR and SSIM (scikit-image), LPIPS where its weights are here.
 
 A picture is compared with the picture of the same prompt and seed made without a cache, so these are
 fidelity figures: they say how little caching changed, not how good a picture is.
@@ -154,25 +154,61 @@ def ssim_window(height: int, width: int) -> int:
     return side if side % 2 else side - 1
 
 
-def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
+def frame_psnr(reference: Any, videos: Any) -> list[list[float]]:
+    """PSNR in dB of every frame of every video, ``inf`` where a frame equals its reference.
+
+    Args:
+        reference, videos: see `as_pictures`; both ``[N, F, H, W, C]``.
+    """
+    return [psnr(a, b) for a, b in _pairs(reference, videos)]
+
+
+def frame_ssim(reference: Any, videos: Any) -> list[list[float]]:
+    """SSIM of every frame of every video; arguments as of `frame_psnr`."""
+    return [ssim(a, b) for a, b in _pairs(reference, videos)]
+
+
+def temporal_psnr(reference: Any, videos: Any) -> list[float]:
+    """PSNR in dB of the changes from frame to frame, of every video; ``inf`` where these equal the reference's.
+
+    ``-10 log10(mean((D b - D a)^2))``, D being each frame minus the one before it, of the video and of its reference.
+    The peak is 1, that of `psnr`: an error that stands still counts nothing, one that is drawn anew in every frame is
+    3 dB below the PSNR, and one that changes its sign from frame to frame (flicker) 6 dB.
+
+    Args:
+        reference, videos: see `as_pictures`; both ``[N, F, H, W, C]``. A video of one frame gives ``inf``.
+    """
+    found = []
+    for a, b in _pairs(reference, videos):
+        errors = np.diff(b - a, axis=0)
+        squared = float(np.mean(errors**2)) if errors.size else 0.0
+        found.append(-10 * math.log10(squared) if squared != 0 else math.inf)
+    return found
+
+
+def lpips(reference: Any, pictures: Any, weights: Path | None = None) -> tuple[list[float] | None, str]:
     """LPIPS (AlexNet) of every picture (the mean over the frames of a video), or ``None`` and why there is none.
 
-    Nothing is ever downloaded: the ``lpips`` package must be installed and the AlexNet weights must
-    already lie where torchvision keeps them.
+    Nothing is ever downloaded: the ``lpips`` package must be installed, and AlexNet's weights lie where torchvision
+    keeps them, or where ``weights`` says.
+
+    Args:
+        reference, pictures: see `as_pictures`; both of the same shape, 31 pixels a side at least.
+        weights: the file of AlexNet's weights, or the folder it lies in; by default torch's cache.
 
     Returns:
         ``(values, "")``, or ``(None, reason)``.
     """
-    reason = lpips_unavailable()
+    reason = lpips_unavailable(weights)
     if reason:
         return None, reason
     import torch
 
-    network = _lpips_network()
+    network = _lpips_network(_alexnet_file(weights))
 
     def distance(*pair: Pictures) -> float:
         # the network expects -1..1, channels first
-        a, b = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
+        a, b = (torch.from_numpy(in_colour(p)).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
         return float(network(a, b))
 
     with torch.inference_mode():
@@ -180,29 +216,57 @@ def lpips(reference: Any, pictures: Any) -> tuple[list[float] | None, str]:
 
 
 @functools.cache
-def _lpips_network() -> Any:
+def _lpips_network(weights: Path) -> Any:
+    """The network with AlexNet's weights from a file; the package itself would fetch them where they are missing."""
     import lpips as package
+    import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by names that were deprecated since
-        return package.LPIPS(net=LPIPS_NET, verbose=False).eval()
+        network = package.LPIPS(net=LPIPS_NET, pnet_rand=True, verbose=False)
+    stored = torch.load(weights, map_location="cpu", weights_only=True)
+    # its slices hold torchvision's layers under their numbers: slice2.3.weight is features.3.weight
+    own = {name: stored["features." + name.partition(".")[2]] for name in network.net.state_dict()}
+    network.net.load_state_dict(own)
+    return network.eval()
 
 
-def lpips_unavailable() -> str:
+def lpips_unavailable(weights: Path | None = None) -> str:
     """Why LPIPS cannot be computed here without a download; empty when it can."""
     missing = [name for name in ("lpips", "torchvision") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"not installed: {', '.join(missing)}"
-    from torch.hub import get_dir
-
+        return f'not installed: {", ".join(missing)} (pip install "layercache[lpips]")'
     try:
-        from torchvision.models import AlexNet_Weights
+        path = _alexnet_file(weights)
     except Exception as error:  # a torchvision for another torch raises RuntimeError
         return f"torchvision does not load ({type(error).__name__}: {error})"
-    weights = Path(get_dir()) / "checkpoints" / AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
-    if not weights.is_file():
-        return f"the AlexNet weights are not at {weights} and layercache downloads nothing"
+    if not path.is_file():
+        return (
+            f"the AlexNet weights are not at {path}, and layercache downloads nothing: fetch {_alexnet_url()} where "
+            "there is a network and put the file there, or name another place"
+        )
     return ""
+
+
+def _alexnet_file(weights: Path | None) -> Path:
+    """Where the weights are expected: in torch's cache, in a folder, or in the file that is named."""
+    if weights is not None and not weights.is_dir():
+        return weights
+    from torch.hub import get_dir
+
+    name = _alexnet_url().rsplit("/", 1)[-1]
+    return (Path(get_dir()) / "checkpoints" if weights is None else weights) / name
+
+
+def _alexnet_url() -> str:
+    from torchvision.models import AlexNet_Weights
+
+    return str(AlexNet_Weights.DEFAULT.url)
+
+
+def in_colour(picture: Pictures) -> Pictures:
+    """A picture ``[H, W, C]`` with three channels: grey ones three times, without transparency."""
+    return np.repeat(picture, 3, axis=-1) if picture.shape[-1] == 1 else picture[..., :3]
 
 
 def stills(pictures: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@
 >>> layercache.enable(pipe, TaylorSeer(interval=4))
 
 Methods of other packages join by an entry point in the group ``layercache.methods``: its name is the method's, its
-object the config class, a subclass of one of the three kinds in `layercache.methods.policy`. `layercache compare` then
+object the config class, a subclass of one of the four kinds in `layercache.methods.policy`. `layercache compare` then
 knows it by that name.
 """
 
@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layercache.methods.automatic import Automatic as Automatic
+    from layercache.methods.cachequant import CacheQuant as CacheQuant
     from layercache.methods.dicache import DiCache as DiCache
+    from layercache.methods.dpcache import DPCache as DPCache
     from layercache.methods.easycache import EasyCache as EasyCache
+    from layercache.methods.ertacache import ERTACache as ERTACache
+    from layercache.methods.fastercache import FasterCache as FasterCache
     from layercache.methods.fbcache import DBCache as DBCache
     from layercache.methods.fbcache import FBCache as FBCache
     from layercache.methods.fixed import SmoothCache as SmoothCache
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
     from layercache.methods.l2c import LearningToCache as LearningToCache
     from layercache.methods.magcache import MagCache as MagCache
     from layercache.methods.meancache import MeanCache as MeanCache
+    from layercache.methods.precisecache import PreciseCache as PreciseCache
+    from layercache.methods.procache import ProCache as ProCache
+    from layercache.methods.seacache import SeaCache as SeaCache
+    from layercache.methods.sencache import SenCache as SenCache
+    from layercache.methods.spectrum import Spectrum as Spectrum
     from layercache.methods.teacache import SpectralCache as SpectralCache
     from layercache.methods.teacache import TeaCache as TeaCache
     from layercache.methods.universal import Universal as Universal
@@ -36,16 +45,25 @@ ENTRY_POINTS = "layercache.methods"
 # Loaded on first use, so that one method costs no import of the others.
 _HOMES = {
     "Automatic": "automatic",
+    "CacheQuant": "cachequant",
     "DBCache": "fbcache",
+    "DPCache": "dpcache",
     "DiCache": "dicache",
+    "ERTACache": "ertacache",
     "EasyCache": "easycache",
     "FBCache": "fbcache",
+    "FasterCache": "fastercache",
     "InvarDiff": "invardiff",
     "LearningToCache": "l2c",
     "MagCache": "magcache",
     "MeanCache": "meancache",
+    "ProCache": "procache",
+    "PreciseCache": "precisecache",
+    "SeaCache": "seacache",
+    "SenCache": "sencache",
     "SmoothCache": "fixed",
     "SpectralCache": "teacache",
+    "Spectrum": "spectrum",
     "TaylorSeer": "fixed",
     "TeaCache": "teacache",
     "Uniform": "fixed",

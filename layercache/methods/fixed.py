@@ -50,7 +50,8 @@ class Uniform(PlannedMethod):
         steps = len(fingerprint.steps)
         first, last = self.warmup, steps - self.cooldown
         computed = [k for k in range(steps) if k < first or k >= last or (k - first + 1) % self.interval == 0]
-        return _whole_steps(fingerprint, computed, 0, {"method": self.name, "interval": self.interval})
+        cells = list(forecasts(fingerprint, computed, 0))
+        return schedule_of(fingerprint, cells, {"method": self.name, "interval": self.interval})
 
 
 def taylorseer_steps(num_steps: int, interval: int = 5, warmup: int = 3, stop: int | None = None) -> list[int]:
@@ -113,12 +114,9 @@ class TaylorSeer(PlannedMethod):
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("TaylorSeer.schedule", fingerprint, Fingerprint)
         computed = taylorseer_steps(len(fingerprint.steps), self.interval, self.warmup, self.stop)
-        metadata = {"method": self.name, "interval": self.interval, "order": self.order}
-        if self.groups is None:
-            return _whole_steps(fingerprint, computed, self.order, metadata)
-        ranges = tuple((int(lo), int(hi)) for lo, hi in self.groups)
-        rows = tuple((cell,) * len(ranges) for cell in _forecasts(fingerprint, computed, self.order))
-        return Schedule(fingerprint, ranges, rows, tuple(float(hi - lo) for lo, hi in ranges), metadata)
+        metadata: dict[str, Any] = {"method": self.name, "interval": self.interval, "order": self.order}
+        metadata |= {"warmup": self.warmup} | ({} if self.stop is None else {"stop": self.stop})
+        return schedule_of(fingerprint, list(forecasts(fingerprint, computed, self.order)), metadata, self.groups)
 
 
 @by_name
@@ -179,14 +177,30 @@ def _smooth(errors: np.ndarray, alpha: float, longest: int) -> list[Cell]:
     return cells
 
 
-def _whole_steps(fingerprint: Fingerprint, computed: Sequence[int], order: int, metadata: dict[str, Any]) -> Schedule:
-    cells = list(_forecasts(fingerprint, computed, order))
+def schedule_of(
+    fingerprint: Fingerprint,
+    cells: Sequence[Cell],
+    metadata: dict[str, Any],
+    groups: Sequence[tuple[int, int]] | None = None,
+) -> Schedule:
+    """The schedule in which every group does the same, or velocities take the place of skipped steps.
+
+    Args:
+        fingerprint: of the run.
+        cells: per step ``None`` where it is computed, else what is combined; empty where the transformer does not run.
+        metadata: how it was made.
+        groups: block ranges whose residuals are combined; by default velocities are.
+    """
+    if groups is not None:
+        ranges = tuple((int(lo), int(hi)) for lo, hi in groups)
+        every = tuple((cell,) * len(ranges) for cell in cells)
+        return Schedule(fingerprint, ranges, every, tuple(float(hi - lo) for lo, hi in ranges), metadata)
     rows: tuple[tuple[Cell, ...], ...] = tuple((None,) if cell is None else ({},) for cell in cells)
     velocities = tuple(Velocity(cell) if cell else None for cell in cells)
     return Schedule(fingerprint, ((0, fingerprint.num_blocks),), rows, (1.0,), metadata, velocities)
 
 
-def _forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
+def forecasts(fingerprint: Fingerprint, computed: Sequence[int], order: int) -> Iterator[dict[int, float] | None]:
     """For every step, an empty one where the transformer does not run; ``computed`` counts the steps where it does."""
     full = [fingerprint.steps[k] for k in computed]
     for step in range(fingerprint.num_steps):

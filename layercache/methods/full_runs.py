@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import nn
 
 from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
+from layercache.models.positions import one_tensor
 from layercache.models.registry import find_transformer, spec_for
 from layercache.models.spec import named_arguments
 from layercache.planning.samples import arguments_of
 from layercache.runtime.attachment import attach
 from layercache.runtime.blocks import BlockPass, CapturedBlock, Place
+from layercache.runtime.forward import Forward
+from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.recording import RecordingRouter
 
 
@@ -74,6 +78,64 @@ class _Magnitudes(RecordingRouter):
         self._before[self.branch] = residual
 
 
+class _Sensitivities(RecordingRouter):
+    """How the output answers to the latents, and to the timestep, of the step after; of the branch that is run first.
+
+    Attributes:
+        rows: per run and step ``(t, |f(x', t) - f(x, t)| / |x' - x|, |f(x, t') - f(x, t)| / |t' - t|)``, the last
+            one per square root of the number of latents.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.rows: list[list[torch.Tensor]] = []
+        self._stream = tuple(inspect.signature(type(self.transformer).forward).parameters)[1]
+        self._first = ""
+        self._before: tuple[int, Mapping[str, Any], torch.Tensor] | None = None
+        self._present: Mapping[str, Any] = {}
+
+    def begin_generation(self, place: ForwardPlace) -> None:
+        self._first, self._before = place.key, None
+        self.rows.append([])
+
+    def begin(self, forward: Forward) -> None:
+        place, time = self.place_of(forward), forward.timestep_name(self.spec)
+        if time is None:
+            raise MethodError(f"{self.spec.model_class} is given no timestep, and SenCache asks how it answers to that")
+        self.branch, self.step_index, self._present = place.key, place.step, forward.arguments
+        if place.key == self._first:
+            if self._before is not None and self._before[0] == place.step - 1:
+                self.rows[-1].append(self._rates(time, *self._before[1:]))
+            self._before = None
+        self.open(self._recorded)
+
+    def _rates(self, time: str, before: Mapping[str, Any], output: torch.Tensor) -> torch.Tensor:
+        now, name = self._present, self._stream
+        moved = self._output({**before, name: now[name]}) - output
+        later = self._output({**before, time: now[time]}) - output
+        change = one_tensor(now[name]).float() - one_tensor(before[name]).float()
+        times = [torch.as_tensor(arguments[time], device=output.device).float().max() for arguments in (before, now)]
+        rates = moved.norm(), later.norm() / change.numel() ** 0.5
+        gaps = change.norm(), (times[1] - times[0]).abs()
+        found = [torch.where(gap > 0, rate / gap, 0.0) for rate, gap in zip(rates, gaps, strict=True)]
+        return torch.stack([times[0], *found]).cpu()
+
+    def _output(self, arguments: Mapping[str, Any]) -> torch.Tensor:
+        return _output_of(self.transformer.forward(**arguments))
+
+    def after(self, output: Any, rerun: Any) -> None:
+        if self.branch == self._first:
+            self._before = self.step_index, dict(self._present), _output_of(output).clone()
+
+    def look(self, group: int, before: Any, after: Any) -> None:
+        """The output is looked at instead."""
+
+
+def _output_of(output: Any) -> torch.Tensor:
+    """What a transformer gives, the first of several, in fp32."""
+    return one_tensor(output if isinstance(output, torch.Tensor) else output[0]).float()
+
+
 def _run(
     pipe: Any, router: RecordingRouter, prompts: Sequence[Any], seeds: Sequence[int] | None, call: dict[str, Any]
 ) -> None:
@@ -90,13 +152,17 @@ def _run(
         attachment.detach()
 
 
-def transformer_of(pipe: Any) -> nn.Module:
+def transformer_of(pipe: Any, name: str = "transformer") -> nn.Module:
     """The transformer of a pipeline that is about to be called for whole generations.
+
+    Args:
+        pipe: the pipeline.
+        name: of the component, where it has several transformers.
 
     Raises:
         UnsupportedModelError: there is none, or the bare transformer was given.
     """
-    transformer = find_transformer(pipe)
+    transformer = find_transformer(pipe, name)
     if isinstance(pipe, nn.Module):
         raise UnsupportedModelError(
             f"whole generations are run here: give the pipeline, not its bare {type(transformer).__name__}"
@@ -129,3 +195,17 @@ def magnitude_ratios(pipe: Any, prompt: Any, seed: int = 0, **call: Any) -> dict
     router = _Magnitudes(transformer, spec_for(transformer), getattr(pipe, "scheduler", None))
     _run(pipe, router, [prompt], [seed], call)
     return {branch: tuple(1.0 if t is None else float(t[0, 0]) for t in row) for branch, row in router.ratios.items()}
+
+
+def input_sensitivities(
+    pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
+) -> np.ndarray:
+    """SenCache's sensitivities, ``[steps - 1, 3]``: t, J_x and J_t, means over full runs.
+
+    Source: docs/methods.md, SenCache.
+    """
+    transformer = transformer_of(pipe)
+    router = _Sensitivities(transformer, spec_for(transformer), getattr(pipe, "scheduler", None))
+    _run(pipe, router, prompts, seeds, call)
+    runs = [torch.stack(row) for row in router.rows if row]
+    return torch.stack(runs).mean(dim=0).numpy() if runs else np.empty((0, 3))

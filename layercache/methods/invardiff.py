@@ -24,7 +24,7 @@ from layercache.schedule.module_schedule import ModuleSchedule
 
 TINY = 1e-8
 
-# quantiles of FLUX.1-dev at 28 steps, and of DiT-XL/2 at 50 (docs/methods.md, InvarDiff)
+# quantiles of FLUX.1-dev at 28 steps, and of DiT-XL/2 and Wan 2.1 at 50 (docs/methods.md, InvarDiff)
 PROFILES: dict[str, dict[str, Any]] = {
     "flux-fast": {"nonskip": 0.10, "step_quantile": 0.70, "module_quantiles": 0.68},
     "flux-medium-1": {
@@ -62,6 +62,16 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "dit-fast": {"nonskip": 0.0, "step_quantile": 0.63, "module_quantiles": 0.22},
     "dit-slow": {"nonskip": 0.0, "step_quantile": 0.61, "module_quantiles": 0.20},
+    "wan-steps": {
+        "nonskip": 0.04,
+        "step_quantile": 0.63,
+        "module_quantiles": {"blocks.attn1": 0.82, "blocks.attn2": 1.0, "blocks.ffn": 0.82},
+    },
+    "wan-modules": {
+        "nonskip": 0.04,
+        "step_quantile": 0.0,
+        "module_quantiles": {"blocks.attn1": 0.50, "blocks.attn2": 0.35, "blocks.ffn": 0.20},
+    },
 }
 
 
@@ -73,7 +83,7 @@ class Rates:
         fingerprint: of the model and run.
         units: names of the modules.
         kinds: of each, what shares a quantile.
-        steps: ``rho[t]`` of the final hidden state, ``[N]``; 1 at both ends.
+        steps: ``rho[t]`` of the final hidden state, ``[N]``; 1 at both ends, and where the transformer does not run.
         modules: ``rho[t, unit]``, ``[N, U]``.
         seconds: of each module.
     """
@@ -113,6 +123,7 @@ class _RateRouter(ModuleRouter):
         self.branches: list[str] = []
         self.clock = Timer(next(transformer.parameters()).device)
         self.sigmas: tuple[float, ...] = ()
+        self.steps_run: set[int] = set()
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         self.require_one_shape(arguments)
@@ -121,6 +132,7 @@ class _RateRouter(ModuleRouter):
         if self.starts:
             self.sigmas = sigmas_of(self.identity.scheduler)
             self.tracks = {key: track for key, track in self.tracks.items() if key[0] != self.branch}
+        self.steps_run.add(self.step_index)
         self.open((GroupAction(CAPTURE),))
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
@@ -134,19 +146,19 @@ class _RateRouter(ModuleRouter):
         self._follow(-1, self.leaving(image_out, text_out))
 
     def _follow(self, number: int, output: Output) -> None:
-        step = self.step_index
+        step, position = self.step_index, self.step_index - self.first_step
         track = self.tracks.setdefault((self.branch, number), _Track())
-        if step == 0:
+        if position == 0:
             track.reference = copy_of(output, track.reference)
             return
         pairs = [list(tensors_of(value)) for value in (output, track.reference)]
         moved = sum(ops.pair_statistics([as_rows(a)], [as_rows(b)])[0, 0].double() for a, b in zip(*pairs, strict=True))
         count = sum(t.numel() for t in pairs[0])
         moved = torch.clamp(moved, min=TINY * count)  # type: ignore[arg-type]
-        if step >= 2 and track.moved is not None:
+        if position >= 2 and track.moved is not None:
             self.ratios.setdefault((self.branch, number), []).append((step - 1, moved / track.moved))
         keeps = False
-        if step >= 2 and self.is_cached is not None and self.is_cached(step - 1, number):
+        if position >= 2 and self.is_cached is not None and self.is_cached(step - 1, number):
             # of consecutive cached steps only the first moves the reference
             keeps, track.flagged = track.flagged, True
         else:
@@ -164,7 +176,6 @@ class _RateRouter(ModuleRouter):
                     values.setdefault(step, []).append(float(ratio))
         for step, own in values.items():
             rho[step] = np.mean(own)
-        rho[0] = rho[-1] = 1.0
         return rho
 
 
@@ -173,6 +184,7 @@ def measure(
     prompts: Sequence[Any],
     seeds: Sequence[int] | None = None,
     cached: tuple[np.ndarray, np.ndarray] | None = None,
+    transformer: str = "transformer",
     **call: Any,
 ) -> Rates:
     """Rates of change of every module and of the final hidden state, on full runs.
@@ -182,14 +194,16 @@ def measure(
         prompts, seeds, call: the runs (the paper takes 5 prompts); see `layercache.calibrate`.
         cached: of a first phase, which steps ``[N]`` and modules ``[N, U]`` would be reused: distances are then taken
             from what would be there (the resampling correction).
+        transformer: of a pipeline with several, the component to measure (Wan 2.2: ``"transformer_2"`` runs the later
+            steps); the rates say at which steps it runs.
 
     Source: docs/methods.md, InvarDiff.
 
     Raises:
-        MethodError: no prompts, or seeds that do not match.
+        MethodError: no prompts, seeds that do not match, or a transformer that never runs.
         UnsupportedModelError: no pipeline.
     """
-    transformer = transformer_of(pipe)
+    model = transformer_of(pipe, transformer)
     if not prompts:
         raise MethodError("InvarDiff measures at least one full run; give a prompt")
     given = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -201,18 +215,20 @@ def measure(
         return bool(cached[0][step] if unit < 0 else cached[1][step, unit])
 
     is_cached = None if cached is None else reuses
-    router = _RateRouter(transformer, spec_for(transformer), getattr(pipe, "scheduler", None), is_cached)
+    router = _RateRouter(model, spec_for(model), getattr(pipe, "scheduler", None), is_cached)
     attachment = attach(pipe, router)
     try:
         for prompt, seed in zip(prompts, given, strict=True):
             generate_once(pipe, prompt, seed, call)
     finally:
         attachment.detach()
-    steps = len(router.sigmas) - 1
+    if not router.steps_run:
+        raise MethodError(f"{transformer} ran at no step of these runs", argument="transformer")
+    steps, own = len(router.sigmas) - 1, sorted(router.steps_run)
     totals = router.clock.totals()
-    seconds = [totals.get(unit, 0.0) / steps for unit in range(len(router.units))]
+    seconds = [totals.get(unit, 0.0) / len(own) for unit in range(len(router.units))]
     return Rates(
-        fingerprint_of(transformer, router.sigmas, router.branches),
+        fingerprint_of(model, router.sigmas, router.branches, own),
         tuple(unit.name for unit in router.units),
         tuple(unit.kind for unit in router.units),
         router.mean_ratios(-1, steps),
@@ -270,20 +286,25 @@ class InvarDiff:
         return cls(**PROFILES[name])
 
     def schedule(
-        self, pipe: Any, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **call: Any
+        self,
+        pipe: Any,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        transformer: str = "transformer",
+        **call: Any,
     ) -> ModuleSchedule:
         """Both phases: full runs, a first plan, the same runs with distances from what it would reuse, the final plan.
 
         Args:
             pipe: a diffusers pipeline.
-            prompts, seeds, call: the runs.
+            prompts, seeds, transformer, call: the runs (`measure`).
 
         Raises:
             MethodError: the settings do not fit the model.
             UnsupportedModelError: no pipeline.
         """
-        rates = measure(pipe, prompts, seeds, **call)
-        corrected = measure(pipe, prompts, seeds, cached=first_phase(rates, self), **call)
+        rates = measure(pipe, prompts, seeds, transformer=transformer, **call)
+        corrected = measure(pipe, prompts, seeds, first_phase(rates, self), transformer, **call)
         return plan(rates, corrected, self)
 
 
@@ -308,9 +329,7 @@ def first_phase(rates: Rates, settings: InvarDiff) -> tuple[np.ndarray, np.ndarr
         ArgumentError: no rates, or no settings.
     """
     _check_kinds("invardiff.first_phase", [rates], settings)
-    return below_quantile(rates.steps, settings.step_quantile, settings.first(len(rates.steps))), _modules(
-        rates, settings, 1
-    )
+    return _steps(rates, settings), _modules(rates, settings, 1)
 
 
 def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
@@ -319,12 +338,21 @@ def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
     expect(by, settings, InvarDiff)
 
 
+def _steps(rates: Rates, settings: InvarDiff) -> np.ndarray:
+    own = list(rates.fingerprint.steps)
+    cached = np.zeros(len(rates.steps), dtype=bool)
+    cached[own] = below_quantile(rates.steps[own], settings.step_quantile, settings.first(len(own)))
+    return cached
+
+
 def _modules(rates: Rates, settings: InvarDiff, first: int) -> np.ndarray:
+    own = list(rates.fingerprint.steps)
     cached = np.zeros(rates.modules.shape, dtype=bool)
     for kind in dict.fromkeys(rates.kinds):
-        columns = [unit for unit, own in enumerate(rates.kinds) if own == kind]
+        columns = [unit for unit, name in enumerate(rates.kinds) if name == kind]
         # all layers of a kind share one threshold
-        cached[:, columns] = below_quantile(rates.modules[:, columns], settings.quantile_of(kind), first)
+        cells = np.ix_(own, columns)
+        cached[cells] = below_quantile(rates.modules[cells], settings.quantile_of(kind), first)
     return cached
 
 
@@ -338,9 +366,8 @@ def plan(rates: Rates, corrected: Rates, settings: InvarDiff) -> ModuleSchedule:
     """
     _check_kinds("invardiff.plan", [rates, corrected], settings)
     num_steps = len(rates.steps)
-    first = settings.first(num_steps)
-    steps, _ = first_phase(rates, settings)
-    modules = _modules(corrected, settings, first)
+    steps = _steps(rates, settings)
+    modules = _modules(corrected, settings, settings.first(len(rates.fingerprint.steps)))
     for step in range(num_steps):
         if steps[step]:
             modules[step] = True

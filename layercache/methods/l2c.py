@@ -1,6 +1,6 @@
 """Learning-to-Cache: one learned number per module and cache step says whether its last output will do.
 
-Every second step is a cache step: 1, 3, 5, or shifted 2, 4, 6. While a router is trained, a module gives
+Every ``period``-th step is computed, the others are cache steps. While a router is trained, a module gives
 ``beta * fresh + (1 - beta) * cached`` there, ``beta = sigmoid(theta)``, and theta is moved so that the frozen model's
 output changes little while few betas stay large. Afterwards a module is computed where beta is above a threshold, and
 its last output is taken elsewhere.
@@ -8,42 +8,36 @@ its last output is taken elsewhere.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from layercache import ops
-from layercache._utils.files import write_atomically
-from layercache._utils.formats import going_on
-from layercache._utils.timer import Timer
 from layercache._utils.validate import expect
-from layercache.errors import MethodError, ScheduleMismatchError
+from layercache.errors import MethodError
+from layercache.methods import l2c_training
 from layercache.methods.full_runs import generate_once, transformer_of
-from layercache.models.registry import fingerprint_of, spec_for, velocities
+from layercache.methods.l2c_training import CLAMP as CLAMP
+from layercache.methods.l2c_training import Training
+from layercache.models.registry import fingerprint_of, spec_for
+from layercache.parallel.crew import Crew
+from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.attachment import attach
-from layercache.runtime.modules import ModuleRouter, Output, as_rows, copy_of, sigmas_of
 from layercache.runtime.policy import check_range
 from layercache.schedule.fingerprint import Fingerprint
-from layercache.schedule.memory_plan import COMPUTE, GroupAction
-from layercache.schedule.module_schedule import ModuleSchedule, alternating
+from layercache.schedule.module_schedule import ModuleSchedule, reusing
 
-CLAMP = 5.0
-FORMAT = "layercache router"
+_log = logging.getLogger("layercache")
 
 
 @dataclass(frozen=True)
 class LearningToCache:
-    """Learns by gradient descent which modules to cache at every second step.
+    """Learns by gradient descent which modules to cache at the steps between those that are computed.
 
     Source: docs/methods.md, Learning-to-Cache.
 
@@ -60,6 +54,8 @@ class LearningToCache:
             the outer points but the first are cache steps and take what the midpoint before them gave.
         straight_through: betas above it count as 1 and the others as 0 in training too, with the gradient of beta
             itself (published code, off by default); ``None`` interpolates.
+        period: from one computed step to the next; 2, as published, makes every second step a cache step. At a cache
+            step behind another one, what is cached of a module is what it gave there, computed or not.
     """
 
     SOURCE: ClassVar[str] = "the class is in the same module"
@@ -71,6 +67,7 @@ class LearningToCache:
     by_cost: bool = True
     shifted: bool = False
     straight_through: float | None = None
+    period: int = 2
 
     name: ClassVar[str] = "l2c"
 
@@ -78,6 +75,9 @@ class LearningToCache:
         check_range("penalty", self.penalty, 0)
         check_range("rounds", self.rounds, 1)
         check_range("seed", self.seed, 0)
+        check_range("period", self.period, 2)
+        if self.period != int(self.period):
+            raise MethodError(f"period must be a whole number, got {self.period}", argument="period")
         if self.straight_through is not None:
             check_range("straight_through", self.straight_through, 0, 1)
         if not 0 < self.learning_rate < math.inf:
@@ -87,68 +87,108 @@ class LearningToCache:
         if self.penalty == math.inf:
             raise MethodError("penalty must be a finite number, got inf", argument="penalty")
 
+    def cache_places(self, num_steps: int) -> list[int]:
+        """The cache steps among so many steps at which the transformer runs, by their numbers from 0."""
+        first = int(self.shifted)
+        return [place for place in range(first, num_steps) if (place - first) % self.period]
+
     def train(
         self,
         pipe: Any,
         prompts: Sequence[Any],
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        crew: Crew | None = None,
+        transformer: str = "transformer",
         **call: Any,
     ) -> LearnedRouter:
-        """Learns which modules can be cached at every second step, from the pipeline's own generations.
+        """Learns which modules can be cached between computed steps, from the pipeline's own generations.
 
         Instead of noised pictures of a data set the model's own trajectories are learned from, every cache step of
         every generation in turn; nothing but a pipeline is needed, with flow matching or with DDIM (DiT). The model's
         weights are not touched. Where sound leaves the model too, its mean squared error is added to the picture's.
+        An update holds the activations of one forward; ``pipe.transformer.enable_gradient_checkpointing()`` trades
+        most of them for a further forward.
 
         Args:
             pipe: a diffusers pipeline whose model is called once per step and branch.
             prompts: one per round, in turn; a list is a batch.
-            checkpoint: a file that is written after every round; a training that was killed goes on from it to the same
-                result.
-            progress: show a progress bar with the losses.
+            checkpoint: a file that is written after every round; a training that was stopped or killed goes on from it
+                to the same result.
+            progress: show a progress bar with the losses and the time that is left.
+            crew: processes that train together, each with the whole pipeline. In a round each makes a generation of its
+                own, the prompts and seeds in turn over all of them, and every update takes their mean gradient: the
+                same router on all, and another one than by one process.
+            transformer: of a pipeline with several, the component (Wan 2.2: ``"transformer_2"`` runs the later steps).
             call: arguments of every call, such as ``num_inference_steps``.
 
         Raises:
             MethodError: no prompts, or no cache step among so few steps.
             UnsupportedModelError: no pipeline, or no gradient passes through the model.
-            ScheduleMismatchError: the checkpoint belongs to another training.
+            ScheduleMismatchError: the checkpoint belongs to another training, or the processes do not have the same.
+            CrewError: a process of the crew is gone.
         """
         if not prompts:
             raise MethodError("a router is trained on at least one prompt")
-        transformer = transformer_of(pipe)
-        training = _Training(transformer, spec_for(transformer), getattr(pipe, "scheduler", None), self)
-        identity = {
-            "settings": asdict(self) | {"rounds": None},
-            "prompts": [repr(p) for p in prompts],
-            "call": repr(call),
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        losses = _resume(training, checkpoint, digest)
-        attachment = attach(pipe, training)
-        try:
-            with _frozen(transformer), tqdm(total=self.rounds, desc="training", disable=not progress) as bar:
-                bar.update(len(losses))
-                for number in range(len(losses), self.rounds):
-                    generate_once(pipe, prompts[number % len(prompts)], self.seed + number, call)
-                    losses.append(training.take_sums())
-                    bar.set_postfix_str(
-                        f"error {losses[-1][0]:.2e}, {losses[-1][1]:.1f} of {len(training.units)} modules"
-                    )
-                    bar.update()
-                    _save(training, checkpoint, digest, losses)
-        finally:
-            attachment.detach()
-        if not training.theta:
-            raise MethodError(_too_few(self))
+        model, crew = transformer_of(pipe, transformer), crew or Crew()
+        with crew.together():
+            training = Training(model, spec_for(model), getattr(pipe, "scheduler", None), self, crew)
+            about = [asdict(self) | {"rounds": None}, list(prompts), dict(sorted(call.items())), transformer]
+            digest = digest_of([model_identity(pipe), *about, crew.world])
+            crew.check_same(digest, "another model, other prompts or other settings")
+            losses = l2c_training.resume(training, checkpoint, digest)
+            attachment = attach(pipe, training)
+            try:
+                with l2c_training.frozen(model), self._progress(losses, progress and crew.leads) as bar:
+                    for number in range(len(losses), self.rounds):
+                        self._round(pipe, training, number, prompts, call, losses)
+                        l2c_training.save(training, checkpoint, digest, losses)
+                        bar.set_postfix_str(_figures(losses[-1], len(training.units)))
+                        bar.update()
+            finally:
+                attachment.detach()
+        return self._learned(model, training, losses)
+
+    def _progress(self, losses: list[tuple[float, float]], shown: bool) -> Any:
+        form = "{desc}: {n_fmt} of {total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
+        done = len(losses)
+        return tqdm(total=self.rounds, initial=done, desc="training", disable=not shown, bar_format=form, unit="round")
+
+    def _round(
+        self,
+        pipe: Any,
+        training: Training,
+        number: int,
+        prompts: Sequence[Any],
+        call: dict[str, Any],
+        losses: list[tuple[float, float]],
+    ) -> None:
+        crew = training.crew
+        sample = number * crew.world + crew.rank
+        with l2c_training.seeded(self.seed + sample, training.device):
+            generate_once(pipe, prompts[sample % len(prompts)], self.seed + sample, call)
+        losses.append(training.take_sums())
+        if crew.leads:
+            _log.info("router, round %d of %d: %s", number + 1, self.rounds, _figures(losses[-1], len(training.units)))
+
+    def _learned(self, model: Any, training: Training, losses: list[tuple[float, float]]) -> LearnedRouter:
+        own = sorted(training.steps_run)
+        rows = [row.detach() for row in training.theta[: len(self.cache_places(len(own)))]]
+        if not rows:
+            raise MethodError(l2c_training.too_few(self))
         return LearnedRouter(
-            fingerprint_of(transformer, training.sigmas, training.branches),
+            fingerprint_of(model, training.sigmas, training.branches, own),
             tuple(unit.name for unit in training.units),
-            torch.stack([row.detach().cpu() for row in training.theta]),
+            torch.stack(rows),
             training.seconds,
             losses,
             self.shifted,
+            self.period,
         )
+
+
+def _figures(loss: tuple[float, float], units: int) -> str:
+    return f"error {loss[0]:.2e}, {loss[1]:.1f} of {units} modules"
 
 
 @dataclass
@@ -161,7 +201,7 @@ class LearnedRouter:
         theta: ``[cache steps, units]``, fp32.
         seconds: measured seconds of every module.
         losses: per round, means over its updates: squared error, and sum of betas.
-        shifted: see `LearningToCache`.
+        shifted, period: see `LearningToCache`.
     """
 
     SOURCE: ClassVar[str] = "LearningToCache().train(pipe, prompts) gives one"
@@ -172,6 +212,7 @@ class LearnedRouter:
     seconds: tuple[float, ...]
     losses: list[tuple[float, float]] = field(default_factory=list)
     shifted: bool = False
+    period: int = 2
 
     @property
     def beta(self) -> torch.Tensor:
@@ -185,18 +226,21 @@ class LearnedRouter:
             budget: instead of a threshold, share of the modules' time: the smallest betas are cached until it is kept.
 
         Raises:
-            MethodError: both are given, or the budget is below half, which no cache of every second step reaches.
+            MethodError: both are given, or the budget is below what the computed steps alone need.
         """
         if threshold is not None and budget is not None:
             raise MethodError("give a threshold or a budget, not both")
         limit = 0.1 if threshold is None else threshold
         if budget is not None:
             limit = self._limit_for(budget)
-        cached = [
-            [unit for unit, b in zip(self.units, row, strict=True) if not b > limit] for row in self.beta.tolist()
-        ]
-        found = alternating(self.fingerprint, self.units, cached, self.seconds, first=2 if self.shifted else 1)
-        return replace(found, made_by={"method": "learning-to-cache", "threshold": limit})
+        own = self.fingerprint.steps
+        places = LearningToCache(shifted=self.shifted, period=self.period).cache_places(len(own))
+        cached = {
+            own[place]: [unit for unit, b in zip(self.units, row, strict=True) if not b > limit]
+            for place, row in zip(places, self.beta.tolist(), strict=True)
+        }
+        found = reusing(self.fingerprint, self.units, cached, self.seconds)
+        return replace(found, made_by={"method": "learning-to-cache", "threshold": limit, "period": self.period})
 
     def _limit_for(self, budget: float) -> float:
         """The least threshold whose schedule keeps to the budget."""
@@ -204,189 +248,11 @@ class LearnedRouter:
             if self.schedule(threshold=limit).used <= budget + 1e-9:
                 return limit
         least = self.schedule(threshold=1.0).used
+        cached = "every second step" if self.period == 2 else f"{self.period - 1} steps of {self.period}"
         raise MethodError(
-            f"a budget of {budget:g} cannot be met: caching every second step needs {least:.3f} at least",
+            f"a budget of {budget:g} cannot be met: caching {cached} needs {least:.3f} at least",
             argument="budget",
         )
-
-
-def _too_few(settings: LearningToCache) -> str:
-    return f"a router needs at least {2 + settings.shifted} steps, so that one of them can be a cache step"
-
-
-class _Training(ModuleRouter):
-    """Records at full steps; at cache steps runs the frozen model, then once more with the router, and updates it."""
-
-    needs_gradients = True
-
-    def __init__(self, transformer: nn.Module, spec: Any, scheduler: Any, settings: LearningToCache):
-        super().__init__(transformer, spec, scheduler)
-        self.settings = settings
-        self.theta: list[nn.Parameter] = []
-        self.optimizer: torch.optim.AdamW | None = None
-        self.sigmas: tuple[float, ...] = ()
-        self.branches: list[str] = []
-        self.recorded: dict[str, dict[int, Output]] = {}
-        self.sums = [0.0, 0.0, 0]
-        self.device = next(transformer.parameters()).device
-        self.clock = Timer(self.device)
-        self.seconds: tuple[float, ...] = ()
-        self._weights: torch.Tensor | None = None
-        self._mode = "record"
-        self._betas: list[torch.Tensor] = []
-
-    def prepare(self, cache_steps: int) -> None:
-        """Parameters of every cache step, apart, so that an update moves those of its step alone."""
-        generator = torch.Generator("cpu").manual_seed(self.settings.seed)
-        starts = torch.randn(cache_steps, len(self.units), generator=generator)
-        self.theta = [nn.Parameter(row.clone().to(self.device)) for row in starts]
-        self.optimizer = torch.optim.AdamW(self.theta, lr=self.settings.learning_rate, weight_decay=0.0)
-
-    def announce(self, arguments: Mapping[str, Any]) -> None:
-        self.require_one_shape(arguments)
-        if self.branch not in self.branches:
-            self.branches.append(self.branch)
-        if self.starts:
-            self.sigmas = sigmas_of(self.identity.scheduler)
-            self.recorded.pop(self.branch, None)
-        if not self.theta:
-            cache_steps = (len(self.sigmas) - 1 - self.settings.shifted) // 2
-            if cache_steps < 1:
-                raise MethodError(_too_few(self.settings), argument="num_inference_steps")
-            self.prepare(cache_steps)
-        self._mode = "record" if self._cache_step is None else "teach"
-        self.open((GroupAction(COMPUTE),))
-
-    @property
-    def _cache_step(self) -> int | None:
-        """The number of the cache step that the present one is."""
-        number, rest = divmod(self.step_index - self.settings.shifted, 2)
-        return number if rest and number >= 0 else None
-
-    def through(self, number: int, compute: Callable[[], Output]) -> Output:
-        if self._mode == "record":
-            stored = self.recorded.setdefault(self.branch, {})
-            self.clock.mark(number)
-            output = compute()
-            self.clock.mark(None)
-            stored[number] = copy_of(output, stored.get(number))
-            return output
-        output = compute()
-        if self._mode == "teach":
-            return output
-        return _interpolated(output, self.recorded[self.branch][number], self._betas[number])
-
-    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
-        if self._mode != "teach" or self.branch not in self.recorded:
-            return
-        assert self._cache_step is not None
-        theta = self.theta[self._cache_step]
-        teacher = [velocity.detach() for velocity in velocities(output, self.spec)]
-        with torch.enable_grad():
-            betas = torch.sigmoid(theta)
-            self._mode, self._betas = "learn", list(self._applied(betas).unbind())
-            self.open((GroupAction(COMPUTE),))
-            student = velocities(rerun(), self.spec)
-            pairs = zip(teacher, student, strict=True)
-            error = torch.stack([(a.float() - b.float()).pow(2).mean() for a, b in pairs]).sum()
-            used = (betas * self._cost()).sum()
-            loss = error + self.settings.penalty * used
-            assert self.optimizer is not None
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            theta.clamp_(-CLAMP, CLAMP)
-        self._mode = "record"
-        self.sums[0] += float(error.detach())
-        self.sums[1] += float(betas.detach().sum())
-        self.sums[2] += 1
-
-    def _applied(self, betas: torch.Tensor) -> torch.Tensor:
-        limit = self.settings.straight_through
-        return betas if limit is None else (betas > limit).float() + betas - betas.detach()
-
-    def _cost(self) -> torch.Tensor | float:
-        """Of every module, mean 1, as measured in the first round."""
-        if not self.settings.by_cost:
-            return 1.0
-        if self._weights is None:
-            self._read_clock()
-            seconds = torch.tensor(self.seconds, dtype=torch.float32, device=self.device)
-            self._weights = seconds / seconds.mean()
-        return self._weights
-
-    def _read_clock(self) -> None:
-        if not self.seconds:
-            totals = self.clock.totals()
-            self.seconds = tuple(max(totals.get(unit, 0.0), 1e-9) for unit in range(len(self.units)))
-
-    def take_sums(self) -> tuple[float, float]:
-        error, used, count = self.sums
-        self.sums = [0.0, 0.0, 0]
-        return error / max(1, count), used / max(1, count)
-
-
-def _interpolated(fresh: Output, cached: Output, beta: torch.Tensor) -> Output:
-    """Both outputs of joint attention share one beta."""
-    if isinstance(fresh, torch.Tensor):
-        return ops.router_lerp(as_rows(fresh), as_rows(cached), beta.reshape(1)).view_as(fresh)
-    return tuple(_interpolated(a, b, beta) for a, b in zip(fresh, cached, strict=True))
-
-
-@contextmanager
-def _frozen(transformer: nn.Module) -> Iterator[None]:
-    """No parameter of the model takes a gradient."""
-    learning = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-def _save(
-    training: _Training, path: str | os.PathLike[str] | None, digest: str, losses: list[tuple[float, float]]
-) -> None:
-    if path is None:
-        return
-    assert training.optimizer is not None
-    data = {
-        "format": FORMAT,
-        "digest": digest,
-        "theta": [row.detach().cpu() for row in training.theta],
-        "optimizer": training.optimizer.state_dict(),
-        "losses": losses,
-        "seconds": training.seconds,
-        "sigmas": training.sigmas,
-        "branches": training.branches,
-    }
-    write_atomically(path, lambda temporary: torch.save(data, temporary))
-
-
-def _resume(training: _Training, path: str | os.PathLike[str] | None, digest: str) -> list[tuple[float, float]]:
-    """Puts a checkpoint's state in place; the losses so far."""
-    if path is None or not Path(path).exists():
-        return []
-    with going_on(path):
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        if data["format"] != FORMAT:
-            raise ValueError("a checkpoint of something else")
-        theta = data["theta"]
-        steps, units = len(theta), len(theta[0])
-    if data["digest"] != digest or units != len(training.units):
-        raise ScheduleMismatchError(f"{path} belongs to a training with other settings; name another file")
-    training.prepare(steps)
-    with torch.no_grad():
-        for row, stored in zip(training.theta, theta, strict=True):
-            row.copy_(stored)
-    assert training.optimizer is not None
-    training.optimizer.load_state_dict(data["optimizer"])
-    training.seconds = tuple(data["seconds"])
-    training.sigmas, training.branches = tuple(data["sigmas"]), list(data["branches"])
-    return [tuple(entry) for entry in data["losses"]]
 
 
 def random_router(router: LearnedRouter, seed: int = 0) -> LearnedRouter:

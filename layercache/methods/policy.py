@@ -4,6 +4,9 @@ from layercache.runtime.policy import Decider as Decider
 from layercache.runtime.policy import DynamicMethod as DynamicMethod
 from layercache.runtime.policy import Observation as Observation
 from layercache.runtime.policy import PlannedMethod as PlannedMethod
+from layercache.runtime.policy import PlannedModules as PlannedModules
+from layercache.runtime.policy import RowDecider as RowDecider
+from layercache.runtime.policy import RowMethod as RowMethod
 from layercache.runtime.policy import Run as Run
 from layercache.runtime.policy import StepDecider as StepDecider
 from layercache.runtime.policy import StepMethod as StepMethod

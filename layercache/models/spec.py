@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from layercache._utils.tensors import dense
+from layercache.errors import UnsupportedModelError
+
+MIRRORED = "mirrored"
 
 Modulation = Callable[[nn.Module, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor, float]]
 
@@ -42,6 +45,10 @@ class ModelSpec:
             the next one's input. ``None``: not known.
         couples: the forward adds something between blocks that depends on the stream itself (a face adapter), so that
             every reused group's output must be there before the next group.
+        skips: long skip connections (U-ViT), pairs ``(k, l)`` of block numbers, counted through all lists: block l is
+            also given what block k returned. ``"mirrored"``: the last block that of the first, the last but one that
+            of the second, and so on. Where block k lies inside a group that is reused, its output is not there: groups
+            are cut behind it, and a schedule that would run block l is refused.
         bypass: arguments of the forward that, when given, leave single blocks out; such a forward runs uncached.
         timestep: argument of the transformer's forward that holds sigma or ``1000 * sigma``, if any does; a transformer
             without a pipeline is followed by it.
@@ -63,11 +70,30 @@ class ModelSpec:
     rewritten: Mapping[str, str] = field(default_factory=dict)
     adds: tuple[str, ...] | None = None
     couples: bool = False
+    skips: str | tuple[tuple[int, int], ...] = ()
     bypass: tuple[str, ...] = ()
     timestep: str | None = "timestep"
     modulation: Modulation | None = None
     modules: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     differentiable: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skips, str):
+            if self.skips != MIRRORED:
+                raise UnsupportedModelError(f"skips are pairs of block numbers, or {MIRRORED!r}; got {self.skips!r}")
+        elif not all(0 <= start < end for start, end in self.skips):
+            raise UnsupportedModelError(f"a skip leads from a block to a later one, got {self.skips}")
+
+    def skip_pairs(self, blocks: int) -> tuple[tuple[int, int], ...]:
+        """The long skip connections of a model with so many blocks."""
+        if isinstance(self.skips, str):
+            return tuple((k, blocks - 1 - k) for k in range(blocks // 2))
+        return self.skips
+
+    @property
+    def needs_every_output(self) -> bool:
+        """Whether every reused group's output must be there before the next group."""
+        return self.couples or bool(self.skips)
 
     @property
     def has_text(self) -> bool:

@@ -32,7 +32,10 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 PATIENCE = 60.0
 """Seconds in which the other processes end behind one that failed; as a rule they have raised the same error."""
 
-WAITED = "waited"
+WAITED, STOPPED = "waited", "stopped"
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C has ended."""
+
 _LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 _LOOK = 0.5  # seconds between two looks of a process at whether the others are there
 
@@ -52,6 +55,7 @@ def launch_here(argv: Sequence[str], workers: int, restarts: int = 3, threads: i
 
     Raises:
         CrewError: a process died, and did so after every restart.
+        KeyboardInterrupt: Ctrl-C, of which a process died that was just starting.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,7 +67,7 @@ def launch_here(argv: Sequence[str], workers: int, restarts: int = 3, threads: i
     with (
         tempfile.TemporaryDirectory(prefix="layercache-") as logs,
         _environment(workers, threads),
-        _interrupts_passed(),
+        _interrupts_passed(Path(logs, STOPPED)),
     ):
         config = LaunchConfig(
             min_nodes=1,
@@ -77,10 +81,12 @@ def launch_here(argv: Sequence[str], workers: int, restarts: int = 3, threads: i
             logs_specs=DefaultLogsSpecs(log_dir=logs, local_ranks_filter={0}),
             **more,
         )
-        waited = Path(logs, WAITED)
+        waited, stopped = Path(logs, WAITED), Path(logs, STOPPED)
         try:
             codes = elastic_launch(config, _run)(tuple(argv), logs, PATIENCE)
         except ChildFailedError as error:
+            if stopped.exists():
+                raise KeyboardInterrupt from None
             number, failure = error.get_first_failure()
             if not waited.exists():
                 what = f"process {number} of {workers} {_end_of(failure.exitcode)}"
@@ -146,14 +152,18 @@ def _environment(workers: int, threads: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_passed() -> Iterator[None]:
-    """Context in which Ctrl-C reaches the processes, which end in order; a second one ends them at once."""
+def _interrupts_passed(stopped: Path) -> Iterator[None]:
+    """Context in which Ctrl-C reaches the processes, which end in order; a second one ends them at once.
+
+    A process that is just starting dies of it; the file ``stopped`` says that it is not to be started again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def passed(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        stopped.touch()
         for process in multiprocessing.active_children():
             with contextlib.suppress(OSError):
                 os.kill(process.pid or 0, signal.SIGINT)
@@ -178,6 +188,10 @@ def _run(argv: tuple[str, ...], folder: str, patience: float) -> int:
     """
     if Path(folder, WAITED).exists():
         return 1
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and Path(folder, STOPPED).exists():
+        if leads():
+            print("\nStopped while the processes were starting.", file=sys.stderr)
+        return INTERRUPTED
     failed, ended = Path(folder, f"failed-{os.environ['TORCHELASTIC_RESTART_COUNT']}"), threading.Event()
     threading.Thread(target=_watch, args=(os.getppid(), failed, patience, ended), daemon=True).start()
     signal.signal(signal.SIGINT, _interrupt_once)
@@ -203,7 +217,7 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except CrewError:
         return AGAIN
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BaseException:
         if leads():
             traceback.print_exc()

@@ -21,10 +21,10 @@ from layercache.planning.observer import Observer
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.rollout import OTHER
 from layercache.planning.sample_statistics import CalibrationFiles, SampleStatistics
-from layercache.planning.samples import Sample, measured_settings, samples_of
+from layercache.planning.samples import Sample, arguments_of, measured_settings, samples_of
 from layercache.planning.search_files import digest_of, model_identity
 from layercache.runtime.attachment import attach, attachment_of
-from layercache.schedule.partition import Partition, cut, cut_by_curves
+from layercache.schedule.partition import Partition, cut, cut_behind_skips, cut_by_curves
 
 SENSITIVITIES = ("substitution", "random")
 
@@ -102,9 +102,13 @@ def calibrate(
     passes, spec = _Passes(pipe, todo, progress, crew, files), spec_for(model)
     of_all = {"sigmas": sigmas, "scheduler": getattr(pipe, "scheduler", None), "eta": eta, "group": process_group}
     observer_of: Callable[..., Observer] = partial(Observer, model, spec, **of_all)
-    groups = _groups(passes, observer_of, [len(blocks) for blocks in spec.block_modules(model)], partition, num_groups)
+    lengths = [len(blocks) for blocks in spec.block_modules(model)]
+    groups = _groups(passes, observer_of, lengths, partition, num_groups)
+    groups = cut_behind_skips(groups, spec.skip_pairs(sum(lengths)))
     profile = passes.observe(observer_of(groups, max_distance, max_span, sensitivity), "groups", "calibrating")
-    settings = {**profile.fingerprint.settings, **measured_settings(pipe, call)}
+    each = [prompts] if isinstance(prompts, str) else prompts or [{}]
+    measured = measured_settings(pipe, *({**call, **arguments_of(prompt)} for prompt in each))
+    settings = {**profile.fingerprint.settings, **measured}
     return replace(profile, fingerprint=replace(profile.fingerprint, settings=settings))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +13,13 @@ from torch import nn
 
 from layercache.errors import LayerCacheError, UnsupportedModelError
 from layercache.models.registry import find_transformer, first_tensor, register_model, temporarily_known
-from layercache.models.spec import ModelSpec, Streams
+from layercache.models.spec import MIRRORED, ModelSpec, Streams
 from layercache.runtime.attachment import attach
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import Identity
 from layercache.runtime.router import Router
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.schedule.partition import cut, cut_behind_skips
 
 TOLERANCE = 1e-2  # of the output's size; a residual added in bfloat16 is rounded
 
@@ -110,12 +111,25 @@ def _describe(transformer: nn.Module, seen: _Seen) -> ModelSpec:
     main = _connected(lists, seen)
     steps = [step for step in seen.steps if step.list in main]
     streams, arguments = _streams(name, steps)
+    skips = _skips(steps, arguments)
     joint = {}
     for index, one in enumerate(main):
         step = next(step for step in steps if step.list == one)
         if index and len(streams) == 2 and len(step.results) == 1:
             joint[one] = _order(name, steps, step, streams)
-    return ModelSpec(name, tuple(main), streams, arguments, joint=joint, timestep=None)
+    return ModelSpec(name, tuple(main), streams, arguments, joint=joint, skips=skips, timestep=None)
+
+
+def _skips(steps: list[_Step], arguments: tuple[str, ...]) -> str | tuple[tuple[int, int], ...]:
+    """Long skip connections: blocks whose further arguments are what an earlier one gave."""
+    found = []
+    for number, step in enumerate(steps):
+        others = [tensor for name, tensor in step.arguments.items() if name not in arguments]
+        for before, earlier in enumerate(steps[:number]):
+            if any(_same(result, tensor) for result in earlier.results for tensor in others):
+                found.append((before, number))
+    mirrored = ModelSpec("", skips=MIRRORED).skip_pairs(len(steps))
+    return MIRRORED if found and set(found) <= set(mirrored) else tuple(found)
 
 
 def _is_whole(transformer: nn.Module, name: str, seen: _Seen) -> bool:
@@ -191,13 +205,12 @@ def _order(name: str, steps: list[_Step], joined: _Step, streams: tuple[str, ...
 
 
 class _Proof(Router):
-    """Stores every block's residual, then puts some of them in the blocks' places."""
+    """Stores every group's residual, then puts some of them in the groups' places."""
 
-    def __init__(self, transformer: nn.Module, spec: ModelSpec):
-        lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
-        super().__init__(transformer, spec, [(k, k + 1) for k in range(sum(lengths))])
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, groups: Sequence[tuple[int, int]]):
+        super().__init__(transformer, spec, groups)
         self.identity = Identity(spec)
-        self.count = sum(lengths)
+        self.count = len(groups)
         self.reused: frozenset[int] | None = None
         self.keeps_text = True
         self.residuals: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -229,32 +242,51 @@ def _prove(transformer: nn.Module, spec: ModelSpec, args: tuple[Any, ...], kwarg
         parts = output if isinstance(output, tuple) else (output,) if isinstance(output, torch.Tensor) else output[:]
         return [first_tensor((part,)) for part in parts if isinstance(part, (torch.Tensor, list))]
 
+    lengths = [len(blocks) for blocks in spec.block_modules(transformer)]
+    reads_both = False
     with temporarily_known(spec), torch.no_grad():
         expected = outputs()
-        proof = _Proof(transformer, spec)
-        attachment = attach(transformer, proof)
-        try:
-            stored = outputs()
-            if len(proof.residuals) != proof.count or _largest_error(stored, expected):
-                raise UnsupportedModelError(f"{description} does not hold: looking at the blocks changes the output")
-            for reused in [*(frozenset({k}) for k in range(proof.count)), frozenset(range(proof.count))]:
-                proof.reused = reused
-                error = _largest_error(outputs(), expected)
-                if not error <= TOLERANCE:
-                    places = "all blocks" if len(reused) > 1 else f"block {min(reused)}"
-                    raise UnsupportedModelError(
-                        f"{description} does not hold: with {places} replaced by the stored residual the output is off "
-                        f"by {error:.1%}; describe the class with layercache.register_model(layercache.ModelSpec(...))"
-                    )
-            proof.reused, proof.keeps_text = frozenset({proof.count - 1}), False
-            reads_both = spec.has_text and _largest_error(outputs(), expected) > TOLERANCE
-        except (RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
-            if isinstance(error, LayerCacheError):
-                raise
-            raise UnsupportedModelError(f"{description} does not hold: {str(error).splitlines()[0]}") from error
-        finally:
-            attachment.detach()
+        for groups in _groups_to_prove(lengths, spec):
+            proof = _Proof(transformer, spec, groups)
+            attachment = attach(transformer, proof)
+            try:
+                _prove_groups(proof, outputs, expected, description)
+                if proof.count == sum(lengths):
+                    proof.reused, proof.keeps_text = frozenset({proof.count - 1}), False
+                    reads_both = spec.has_text and _largest_error(outputs(), expected) > TOLERANCE
+            except (RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
+                if isinstance(error, LayerCacheError):
+                    raise
+                raise UnsupportedModelError(f"{description} does not hold: {str(error).splitlines()[0]}") from error
+            finally:
+                attachment.detach()
     return replace(spec, leaves=("image", "text")) if reads_both else spec
+
+
+def _groups_to_prove(lengths: list[int], spec: ModelSpec) -> list[tuple[tuple[int, int], ...]]:
+    """Every block alone, and groups as they are cached: what a block inside one gives may be read elsewhere."""
+    total = sum(lengths)
+    larger = [cut_behind_skips(cut(name, lengths), spec.skip_pairs(total)) for name in ("thirds", "sixth")]
+    return list(dict.fromkeys([tuple((k, k + 1) for k in range(total)), *larger]))
+
+
+def _prove_groups(
+    proof: _Proof, outputs: Callable[[], list[torch.Tensor]], expected: list[torch.Tensor], description: str
+) -> None:
+    """Stores the groups' residuals, and takes each instead, and all together; raises where the output changes."""
+    stored = outputs()
+    if len(proof.residuals) != proof.count or _largest_error(stored, expected):
+        raise UnsupportedModelError(f"{description} does not hold: looking at the blocks changes the output")
+    for reused in [*(frozenset({k}) for k in range(proof.count)), frozenset(range(proof.count))]:
+        proof.reused = reused
+        error = _largest_error(outputs(), expected)
+        if not error <= TOLERANCE:
+            lo, hi = proof.groups[min(reused)]
+            places = "all blocks" if len(reused) > 1 else f"block {lo}" if hi - lo == 1 else f"blocks {lo} to {hi - 1}"
+            raise UnsupportedModelError(
+                f"{description} does not hold: with {places} replaced by the stored residual the output is off "
+                f"by {error:.1%}; describe the class with layercache.register_model(layercache.ModelSpec(...))"
+            )
 
 
 def _largest_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

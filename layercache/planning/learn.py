@@ -130,6 +130,7 @@ class LearningCache(Router):
         transformer = setting.transformer
         super().__init__(transformer, spec_for(transformer), [(0, count_blocks(transformer))])
         self.setting, self.target, self.substitute = setting, target, substitute
+        self.offload = setting.offload
         self._note = note  # of the substitute; empty once it was given
         self.known: dict[str, CallState] = {}
         self.pipes = [(setting.pipe, type(setting.pipe))]  # with their classes as they are without this cache

@@ -185,7 +185,8 @@ class Observer(Router):
                 # this step's residuals of the groups in front lead to the group's own input again
                 other = seen.windows[group][1] if self._sensitivity == "substitution" else _disturbed(here[group], step)
                 self._substitutes = [*here[:group], other]
-                ahead = [GroupAction(REUSE, text=True, ends_run=k == group) for k in range(group + 1)]
+                every = self.spec.needs_every_output
+                ahead = [GroupAction(REUSE, text=True, ends_run=every or k == group) for k in range(group + 1)]
                 self.open((*ahead, *[GroupAction(COMPUTE)] * (len(self.groups) - group - 1)))
                 changed = first_tensor(rerun())
                 pairs = [(changed, velocity), (other[0], here[group][0])]
@@ -197,7 +198,8 @@ class Observer(Router):
         self.clock.mark(("rest", step))
 
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
-        for residuals in self._substitutes or ():
+        run = self._substitutes or ()
+        for residuals in run[group : group + 1] if self.spec.needs_every_output else run:
             streams = [image] if text is None else [image, text]
             changed = ops.linear_combination(streams[: len(residuals)], [[r] for r in residuals], (1.0,))
             image, text = changed[0], changed[1] if len(changed) == 2 else text

@@ -32,6 +32,7 @@ def refit(
     guidance: Sequence[float] = (),
     sizes: Sequence[Sequence[int]] = (),
     crew: Crew | None = None,
+    reference: Any = None,
     **call: Any,
 ) -> Point:
     """A schedule of whole steps with its forecasts fitted anew, for one full run and one cached run per picture.
@@ -48,6 +49,7 @@ def refit(
         guidance, sizes: guidance scales and sizes that it is fitted to, as for `layercache.search`; every prompt is run
             with each.
         crew: processes that share out the samples, each with the whole pipeline; all of them get the same schedule.
+        reference: a pipeline whose full runs it is fitted to, as for `layercache.search`.
 
     Returns:
         the schedule, with what it gave on these pictures, and what it is expected to give on others.
@@ -71,7 +73,7 @@ def refit(
     crew = crew or Crew()
     shows = progress and crew.leads
     with crew.together(), tqdm(disable=not shows, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, crew=crew, **call)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, crew=crew, reference=reference, **call)
         own = schedule.fingerprint.sigmas_given
         if own and len(own) == rollouts.num_steps:  # of other steps, the levels are those of the call
             rollouts = rollouts.moved(GivenLevels.of_sample(pipe, prompts[0], call).levels(own), own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from layercache.errors import CalibrationError, ScheduleError, UnsupportedModelError
-from layercache.models.registry import expert_settings, find_transformer, fingerprint_of, spec_for
+from layercache.models.registry import config_hash, expert_settings, find_transformer, fingerprint_of, spec_for
 from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast
 from layercache.planning.full_run import FullRun, FullSample, RunFacts
@@ -70,6 +70,31 @@ class _AlwaysThere(VelocityTrack):
         self.step, self.is_complete = step, True
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Another pipeline whose full runs are the targets, with a clone per own sample."""
+
+    pipeline: Any
+    transformer: Any
+    clones: Mapping[int, Any]
+
+    @classmethod
+    def of(cls, pipe: Any, like: Any, samples: Sequence[int]) -> Reference:
+        """For samples of a transformer ``like`` its own.
+
+        Raises:
+            CalibrationError: it has another architecture, or is no pipeline.
+        """
+        model = find_transformer(pipe)
+        if model is pipe or type(model) is not type(like) or config_hash(model) != config_hash(like):
+            raise CalibrationError(
+                "the reference is a pipeline with a transformer of the same class and architecture, whose weights "
+                "alone are others",
+                argument="reference",
+            )
+        return cls(pipe, model, dict(zip(samples, clones(pipe, len(samples)), strict=True)))
+
+
 class RolloutRouter(ScheduleRouter):
     """Routes one sample; its velocities are paused at, not passed on."""
 
@@ -109,6 +134,8 @@ class Rollouts:
         full: the samples' full runs, where they are known; one per entry of ``prompts``, which then are mappings of
             arguments, each with the generator or generators that its call began with.
         crew: processes that share out the samples.
+        reference: a pipeline whose full runs are the samples' targets, such as the same one with unquantised weights;
+            by default the runs of ``pipe`` itself.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Attributes:
@@ -141,6 +168,7 @@ class Rollouts:
         full: Sequence[FullSample] | None = None,
         on_memory: Callable[[float], object] | None = None,
         crew: Crew | None = None,
+        reference: Any = None,
         **call: Any,
     ):
         self.crew = crew or Crew()
@@ -161,12 +189,14 @@ class Rollouts:
         self.crew.check_samples(len(self.prompts))
         self.own = self.crew.share(range(len(self.prompts)))
         self._clones = dict(zip(self.own, clones(pipe, len(self.own)), strict=True))
+        self.reference = None if reference is None else Reference.of(reference, self.transformer, self.own)
         if self.crew.world > 1:
             self.crew.check_same(identity_of(self), OTHER)
         if files is not None:
             files.check(self)
         self.branches: tuple[str, ...] = ()
         self.runs = 0
+        self._own_run: FullSample | None = None  # of the first sample, beside a reference
         self.full: tuple[Trace, ...] = ()
         self.outputs: list[tuple[Trace, ...]] = []
         self.pictures: list[np.ndarray] = []
@@ -335,8 +365,23 @@ class Rollouts:
         return found
 
     def _new_full_run(self, sample: int) -> FullSample:
-        scheduler, pictures = self._clones[sample].scheduler, len(self.seeds[sample])
-        watcher = FullRun(self.transformer, self.spec, scheduler)
+        if self.reference is None:
+            found = self._watched(sample)
+        else:
+            if self._own_run is None:
+                self._own_run = self._watched(sample)
+            # the bytes and seconds are those of the model that will run
+            facts = {name: getattr(self._own_run, name) for name in ("branches", "seconds")}
+            found = replace(self._watched(sample, self.reference), **facts)
+        if self.files is not None:
+            self.files.keep_sample(sample, found)
+        return found
+
+    def _watched(self, sample: int, reference: Reference | None = None) -> FullSample:
+        """A full run of the pipeline, or of its reference."""
+        model = self.transformer if reference is None else reference.transformer
+        scheduler = (self._clones if reference is None else reference.clones)[sample].scheduler
+        pictures, watcher = len(self.seeds[sample]), FullRun(model, self.spec, scheduler)
 
         def answer(step: int, items: list[tuple[Any, ...]]) -> list[Any]:
             ((velocity, latents, *output),) = items
@@ -345,23 +390,24 @@ class Rollouts:
                 self._note(pictures / (len(watcher.sigmas) - 1 - watcher.first))
             return [velocity]
 
-        (found_pictures,) = self._perform([watcher], answer, [sample])
-        found = watcher.sample(found_pictures)
-        if self.files is not None:
-            self.files.keep_sample(sample, found)
-        return found
+        (found_pictures,) = self._perform([watcher], answer, [sample], reference)
+        return watcher.sample(found_pictures)
 
     def _perform(
         self,
         routers: Sequence[Router],
         answer: Callable[[int, list[Any]], list[Any]],
         samples: Sequence[int],
+        reference: Reference | None = None,
     ) -> list[np.ndarray]:
         """Generations of samples side by side, each by its own router; ``answer`` says which velocities are taken."""
         outputs = len(self.spec.leaves)
         calls = [call_of(self.prompts[k], self.seeds[k], self.call) for k in samples]
-        attachment = attach(self.pipeline, routers[0])
-        runs = [_pausable(self._clones[k], call, outputs) for k, call in zip(samples, calls, strict=True)]
+        pipeline, by_sample = (
+            (self.pipeline, self._clones) if reference is None else (reference.pipeline, reference.clones)
+        )
+        attachment = attach(pipeline, routers[0])
+        runs = [_pausable(by_sample[k], call, outputs) for k, call in zip(samples, calls, strict=True)]
         try:
             results = run_in_step(runs, lambda k: attachment.switch(routers[k]), answer)
         finally:

@@ -125,6 +125,7 @@ def search(
     sizes: Sequence[Sequence[int]] = (),
     sigmas: str | Sequence[float] | None = None,
     crew: Crew | None = None,
+    reference: Any = None,
     **call: Any,
 ) -> Front:
     """Finds the schedules of highest PSNR for every budget, for a fixed number of full generations in all.
@@ -157,6 +158,8 @@ def search(
         sigmas: ``"free"``: noise levels are moved where that is expected to give more; such a schedule runs with
             ``pipe(..., **schedule.call_arguments())``. It takes Euler steps. Or the ``sigmas=`` of every call.
         crew: processes that share out the samples, each with the whole pipeline; all of them get the same front.
+        reference: the pipeline with unquantised weights, where those of ``pipe`` are quantised: all is fitted to its
+            full runs, so that the error of quantisation is corrected too; for one full run of ``pipe`` more.
 
     Raises:
         ArgumentError: an unknown effort, or more settings than pictures.
@@ -164,29 +167,26 @@ def search(
             the memory.
         CacheStateError: a time limit, where the tokens are split over several processes.
         CalibrationError, CrewError: as for `Rollouts`.
-        FileFormatError: a file of ``resume`` is damaged.
-        MethodError: noise levels cannot be moved.
-        OutputError: no files can be made in ``resume``.
+        FileFormatError, OutputError: a file of ``resume`` is damaged, or none can be made in it.
         ScheduleMismatchError: ``resume`` belongs to another search.
-        UnsupportedModelError: the model is of an unknown class.
+        UnsupportedModelError, MethodError: the model is of an unknown class; noise levels cannot be moved.
     """
     start = time.monotonic()
     is_free, call = _levels_asked_for(sigmas, sizes, call)
     config = SearchConfig(tuple(budgets), effort, time_limit, max_cache_bytes, tail, seed, is_free)
-    _check_time_limit(pipe, time_limit)
-    prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
-    given = GivenLevels.of_sample(pipe, prompts[0], call) if is_free and prompts else None
+    prompts, seeds, given = _samples_and_levels(pipe, prompts, seeds, (guidance, sizes), config, call)
     cost = _cost_ahead(pipe, prompts, config, call)
     crew = crew or Crew()
+    shared: dict[str, Any] = {"crew": crew, "reference": reference}
     files = None if resume is None else SearchFiles(resume, crew)
     with crew.together(), tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, None, partial(_say_memory, bar), crew, **call)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, None, partial(_say_memory, bar), **shared, **call)
         front = _searched(rollouts, config, start, bar, given)
     if validation is None:
         return front
-    others = with_settings(pipe, *validation, guidance, sizes, call)
-    return replace(front, points=tuple(validated(front.points, pipe, *others, crew=crew, **call)))
+    others, drawn = with_settings(pipe, *validation, guidance, sizes, call)
+    return replace(front, points=tuple(validated(front.points, pipe, others, drawn, **shared, **call)))
 
 
 def _cost_ahead(pipe: Any, prompts: Sequence[Any], config: SearchConfig, call: Mapping[str, Any]) -> float:
@@ -223,6 +223,21 @@ def _check_time_limit(pipe: Any, time_limit: float | None) -> None:
             "the tokens are split over several processes (context parallelism), whose clocks would not end the search "
             "at the same schedule; leave out time_limit"
         )
+
+
+def _samples_and_levels(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
+    settings: tuple[Sequence[float], Sequence[Sequence[int]]],
+    config: SearchConfig,
+    call: Mapping[str, Any],
+) -> tuple[list[Any], list[int] | None, GivenLevels | None]:
+    """The samples that are fitted to, and, where they are to be moved, the noise levels of their calls."""
+    _check_time_limit(pipe, config.time_limit)
+    fitted, drawn = _fitted_samples(pipe, prompts, seeds, settings, config.effort, call)
+    given = GivenLevels.of_sample(pipe, fitted[0], call) if config.is_free and fitted else None
+    return fitted, drawn, given
 
 
 def _fitted_samples(

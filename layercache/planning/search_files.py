@@ -215,6 +215,8 @@ def _trace_in(tensors: Mapping[str, torch.Tensor], prefix: str) -> Trace:
 def identity_of(rollouts: Rollouts) -> str:
     """Digest of what a search is of: the model, its sampler, the samples, the arguments of every call."""
     model = model_identity(rollouts.pipeline)
+    if rollouts.reference is not None:
+        model += model_identity(rollouts.reference.pipeline)
     return digest_of([*model, rollouts.prompts, rollouts.seeds, dict(sorted(rollouts.call.items()))])
 
 

@@ -39,7 +39,8 @@ class Trace:
             return own
         terms = [(self.raw[source], c) for source, c in sorted(rule.terms.items(), reverse=True)]
         terms += [(self.latents[step], rule.latents)] if rule.latents else []
-        return combine([t for t, _ in terms], [c for _, c in terms], None)  # type: ignore[misc]
+        result: torch.Tensor = combine([t for t, _ in terms], [c for _, c in terms], None)  # type: ignore[misc]
+        return result.add_(rule.offset) if rule.offset else result
 
 
 def together(traces: Sequence[Trace]) -> Trace:

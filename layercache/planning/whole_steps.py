@@ -107,9 +107,10 @@ class WholeStepSearch:
     """Searches schedules of whole steps on the full runs of a few pictures.
 
     Budgets are taken upward, so that the cheapest runs measure how the model answers drift (`Answers`). Of every
-    budget the surrogate's best path with other models' answers is run first; up to a share of `LOW`, with runs enough,
-    then that of least velocity deviations; then the surrogate's best that differs from those run, with the answers
-    measured so far; at last, with runs enough, the best of them with the other weighting of pictures.
+    budget the surrogate's best path is run first: with other models' answers up to a share of `LOW` and where none are
+    measured yet, else with the model's own, however the path begins. Up to `LOW`, with runs enough, follows the path of
+    least velocity deviations; then the surrogate's best that differs from those run, with the answers measured so far;
+    at last, with runs enough, the best of them with the other weighting of pictures.
 
     Args:
         rollouts: the pictures, and their full runs.
@@ -264,7 +265,8 @@ class WholeStepSearch:
                 return best.computed, replace(forecast, weighting=sum(WEIGHTINGS) - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
         dense = dense_starts(count, share)
-        answers = self.assumed if k == 0 and self.assumed is not None else self.answers
+        is_known = share > LOW and self._answers() is not None
+        answers = self.assumed if k == 0 and self.assumed is not None and not is_known else self.answers
         if answers is None or (k == 1 and share <= LOW and number > 3):
             for name, path in starts(self.table, self.rollouts.sigmas, count, dense[0]):
                 if not any((path == one.computed).all() for one in own):

@@ -37,7 +37,7 @@ from layercache.runtime.loop import DenoisingLoop, LoopOwner, runs_forward
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
-from layercache.runtime.timing import ForwardTimes
+from layercache.runtime.timing import ForwardTimes, device_of
 from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
 
@@ -427,7 +427,7 @@ class Attachment:
         if spec.rewritten:
             writes = (arguments.get(spec.rewritten.get(name, "")) is not None for name in spec.block_lists)
             router.rewritten = frozenset(index for index, does in enumerate(writes) if does)
-        router.adds = spec.adds is None or gives(arguments, spec.adds)
+        router.adds = spec.adds is None or bool(spec.skips) or gives(arguments, spec.adds)
         dry_run = None
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
@@ -436,29 +436,24 @@ class Attachment:
         self._device = device_of(arguments.get(self._parameters[0]))
         self.times.start(self._device)
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._holder != get_ident():  # it was refused before it began
-            return
+            return None
         try:
             router = self.router
             if output is None:
                 self._fail()
-                return
+                return None
             self.times.stop(self._device, not router.is_announced or router.computes_all)
             if router.has_post_hook and router.is_announced:
-                router.after(output, functools.partial(module.forward, *args, **kwargs))
+                return router.after(output, functools.partial(module.forward, *args, **kwargs))
+            return None
         except BaseException:
             self._fail()
             raise
         finally:
             self.router.shut()
             self._release()
-
-
-def device_of(latents: Any) -> torch.device:
-    """Where latents are, a tensor or a list of one per picture: offloaded weights may be elsewhere."""
-    first = latents[0] if isinstance(latents, list) and latents else latents
-    return first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercache._utils.compat import scheduler_sigmas
+from layercache._utils.compat import model_config, scheduler_sigmas
 from layercache.errors import CacheStateError, MethodError, NonFiniteResidualError
+from layercache.models.modulation import Modulated
+from layercache.models.positions import Grid, on_grid, token_grid
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
 from layercache.runtime.blocks import BlockPass, BlockProxy, Place
 from layercache.runtime.forward import Forward
+from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.policy import Decider, DynamicMethod, Observation, Run
@@ -23,7 +27,7 @@ from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.samples import Excluded
 from layercache.runtime.signature import Signature
-from layercache.runtime.storage import Buffer, Storage, check_alike
+from layercache.runtime.storage import Buffer, check_alike
 from layercache.schedule.memory_plan import COMPUTE, GroupAction
 from layercache.schedule.schedule import Cell, Schedule
 
@@ -62,6 +66,7 @@ class BranchState:
         stored: their residuals, image and text, in the same order.
         log: per step of this generation, ``None`` where it was computed, else the coefficients by step.
         excluded: samples of the batch that are NaN.
+        grid: tokens of the picture by axis, once they were asked for.
     """
 
     place: ForwardPlace
@@ -72,10 +77,20 @@ class BranchState:
     stored: list[list[Buffer]] = field(default_factory=list)
     log: list[Cell] = field(default_factory=list)
     excluded: Excluded = field(default_factory=Excluded)
+    grid: Grid | None = None
+
+    @property
+    def residuals(self) -> list[list[Buffer]]:
+        """What is stored, by stream."""
+        return [list(own) for own in zip(*self.stored, strict=True)]
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for one in self.stored for buffer in one) + self.decider.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(buffer.host_bytes for one in self.stored for buffer in one)
 
 
 class _Visit(BlockPass):
@@ -89,7 +104,7 @@ class _Visit(BlockPass):
 
     def clear(self) -> None:
         super().clear()
-        self.modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]] = _no_modulation
+        self.modulation: Callable[[], Modulated] = _no_modulation
         self.start: torch.Tensor | None = None
         self.base: list[torch.Tensor] = []
         self.reuses = False
@@ -114,7 +129,7 @@ class _Visit(BlockPass):
             if start.dtype != image.dtype:  # under torch.autocast
                 wider = torch.promote_types(start.dtype, image.dtype)
                 start, image = start.to(wider), image.to(wider)
-            self.reuses = router.decides_to_reuse(Observation(start, image, self.modulation))
+            self.reuses = router.decides_to_reuse(router.observed(start, image, self.modulation))
 
     def leave(self, image: torch.Tensor, text: torch.Tensor | None) -> None:
         """The blocks were computed: stores what they added."""
@@ -159,6 +174,7 @@ class EndedRun:
     sigmas: tuple[float, ...] | None = None
     logs: dict[str, list[Cell]] = field(default_factory=dict)
     nbytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass
@@ -179,8 +195,13 @@ class DynamicRun:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in list(self.states.values()))  # another thread may ask for a report
 
+    @property
+    def host_bytes(self) -> int:
+        return sum(state.host_bytes for state in list(self.states.values()))
+
     def ended(self) -> EndedRun:
-        return EndedRun(self.sigmas, {name: state.log for name, state in list(self.states.items())}, self.nbytes)
+        logs = {name: state.log for name, state in list(self.states.items())}
+        return EndedRun(self.sigmas, logs, self.nbytes, self.host_bytes)
 
 
 class DynamicRouter(Router):
@@ -198,6 +219,7 @@ class DynamicRouter(Router):
         num_steps: int | None = None,
         process_group: Any = None,
         storage: str = "same",
+        offload: int = 0,
     ):
         count = count_blocks(transformer)
         super().__init__(transformer, spec, [(0, count)])
@@ -213,13 +235,18 @@ class DynamicRouter(Router):
                 f"{method.name} must know the number of steps: enable it on the pipeline, or give num_steps"
             )
         self.method = method
+        self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
         self.num_blocks, self.end = count, count - method.tail
         self.probe, self.skip_from = method.probe, method.skip_from
+        groups, reused = self._groups()
+        self.check_skips(groups, {reused})
         self.landmarks = frozenset({0, self.skip_from, self.probe})
         self.keeps_text = spec.has_text and (method.tail > 0 or spec.text_leaves)
-        self.storage = Storage(storage, may_wait=method.sync == "step")
+        self.offload = offload
+        self.storage = make_storage(storage, method.sync == "step", offload)
         self.identity = Identity(spec, scheduler, num_steps=num_steps)
         self._run: DynamicRun | None = None
+        self._forward: Forward | None = None
         self._state: BranchState
         self._num_steps, self._group = num_steps, process_group
         self._step = 0
@@ -241,8 +268,14 @@ class DynamicRouter(Router):
         state = run.states.get(place.key)
         if state is None or state.signature.changes(forward.arguments):
             state = self._start_branch(run, place, forward)
-        self._state, self._step = state, place.step
+        self._state, self._step, self._forward = state, place.step, forward
+        if self.storage.offloads:  # on its way while the probe runs, should it be reused
+            self.storage.expect([state.residuals] if state.stored else ())
         self.open((GroupAction(COMPUTE),))
+
+    def shut(self) -> None:
+        super().shut()
+        self._forward = None  # nothing of its arguments is kept
 
     def begin_generation(self, place: ForwardPlace) -> None:
         sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
@@ -262,6 +295,7 @@ class DynamicRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
+        self.storage.release()
         self._ended = run.ended()
         self.__dict__.pop("_state", None)
 
@@ -287,6 +321,25 @@ class DynamicRouter(Router):
         elif self.adds:
             yield from between
         yield from items[max(lo, hi) :]
+
+    def observed(self, start: torch.Tensor, probe: torch.Tensor, modulation: Callable[[], Modulated]) -> Observation:
+        """What the method may look at in the present forward."""
+        forward, state = self._forward, self._state
+        assert forward is not None
+        arguments, time = forward.arguments, forward.timestep(self.spec)
+        given, model = arguments[self._stream], self.transformer
+
+        def grid() -> Grid:
+            if state.grid is None:
+                state.grid = token_grid(given, arguments, model_config(model), start.shape[1])
+            return state.grid
+
+        def latents() -> torch.Tensor:
+            return on_grid(given, arguments, model_config(model))
+
+        if isinstance(time, (int, float)):
+            time = torch.tensor(float(time), device=start.device)
+        return Observation(start, probe, modulation, latents, grid, time)
 
     def decides_to_reuse(self, observation: Observation) -> bool:
         """Looks, decides, and notes what was decided."""
@@ -331,11 +384,11 @@ class DynamicRouter(Router):
     def keep(self, streams: list[torch.Tensor], base: list[torch.Tensor]) -> None:
         state = self._state
         is_full = len(state.stored) == self.method.depth
-        buffers = state.stored.pop() if is_full else [Buffer() for _ in streams]
+        buffers = state.stored.pop() if is_full else [self.storage.new_buffer() for _ in streams]
         for stream, before, buffer in zip(streams, base, buffers, strict=True):
             check_alike(before, stream)
             if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
-                self.storage.allocate(buffer, stream)
+                self.storage.make_room(buffer, stream)
         state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
@@ -427,8 +480,9 @@ class DynamicRouter(Router):
         """What the cache did since it was enabled; shares are counted in blocks."""
         saved = (self.end - self.method.probe) / self.num_blocks
         run = self._newest
-        return self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
+        report = self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
+        return replace(report, host_bytes=run.host_bytes, staged_bytes=self.storage.staged_bytes)
 
 
-def _no_modulation() -> tuple[torch.Tensor, torch.Tensor, float]:
+def _no_modulation() -> Modulated:
     raise CacheStateError("this method did not ask for the modulated input")

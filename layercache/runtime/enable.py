@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import warnings
@@ -21,7 +20,6 @@ from layercache.errors import (
     MethodError,
     NonFiniteResidualError,
     NonFiniteWarning,
-    ScheduleMismatchError,
 )
 from layercache.models.registry import (
     config_hash,
@@ -34,10 +32,13 @@ from layercache.models.registry import (
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
-from layercache.runtime.modules import ModuleScheduleRouter
+from layercache.runtime.levels import check_levels
+from layercache.runtime.modules import ModuleScheduleRouter, module_units
+from layercache.runtime.offload import check_offload
 from layercache.runtime.planned import PlannedRouter
-from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, PlannedModules, RowMethod, StepMethod
 from layercache.runtime.requests import ScheduleCache
+from layercache.runtime.rows import RowRouter
 from layercache.runtime.target import Target
 from layercache.runtime.whole_step import StepRouter
 from layercache.schedule.fingerprint import Fingerprint
@@ -48,7 +49,9 @@ _log = logging.getLogger("layercache")
 
 
 @overload
-def enable(pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same") -> ScheduleCache: ...
+def enable(
+    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
+) -> ScheduleCache: ...
 
 
 @overload
@@ -59,19 +62,38 @@ def enable(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> DynamicRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same") -> PlannedRouter: ...
+def enable(
+    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
+) -> PlannedRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: StepMethod, scheduler: Any = None) -> StepRouter: ...
+def enable(pipe: Any, plan: StepMethod, scheduler: Any = None, *, offload: bool | int = False) -> StepRouter: ...
 
 
 @overload
-def enable(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> ModuleScheduleRouter: ...
+def enable(
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+    *,
+    offload: bool | int = False,
+) -> RowRouter: ...
+
+
+@overload
+def enable(
+    pipe: Any, plan: ModuleSchedule, scheduler: Any = None, *, offload: bool | int = False
+) -> ModuleScheduleRouter: ...
 
 
 @overload
@@ -82,6 +104,8 @@ def enable(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> Cache: ...
 
 
@@ -93,6 +117,7 @@ def enable(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> Cache: ...
 
 
@@ -108,6 +133,7 @@ def enable(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> Cache:
     """Runs a pipeline by ``plan`` from now on; without one, by what is known of the model, or needs no calibration.
 
@@ -131,6 +157,11 @@ def enable(
         learn: how many generations run in full and are recorded first; a schedule is fitted to them before the next
             one, and kept in the user's data folder (`layercache.planning.learn`). 4 for ``min_psnr``, else 0 by
             default; ``"more"``: four more, though a schedule is known, to refine it.
+        offload: keeps everything that is stored between steps (residuals, velocities, outputs of modules) in host
+            memory, pinned where there is CUDA; it is brought back just before it is read. A number of at least 2:
+            residuals come back in so many slices of the tokens, so that the device never holds a whole one of them.
+            What a dynamic method remembers to decide by stays on the device. Not for a transformer that is compiled
+            whole.
 
     Returns:
         The cache: ``report()``, ``reset()``, ``check()``; of a method also ``decisions`` and ``export_schedule()``.
@@ -138,7 +169,8 @@ def enable(
     Raises:
         UnsupportedModelError: the transformer is of an unknown class.
         ScheduleMismatchError: the schedule was made for another model.
-        CacheStateError: a cache is already enabled, or the schedule changes velocities and there is no scheduler.
+        CacheStateError: a cache is already enabled, the schedule changes velocities and there is no scheduler, or
+            ``offload`` is neither a truth value nor a number of slices.
         MethodError: the method cannot work on this model (one that replaces velocities: a bare transformer with two
             outputs), or ``plan`` is something else.
         BudgetError: several of budget, speedup and min_psnr, one beside a plan, or one that is out of range.
@@ -152,7 +184,7 @@ def enable(
         raise BudgetError("give a plan, or a target to find one for, not both (layercache.plan takes targets)")
     transformer = find_transformer(pipe)
     scheduler = getattr(pipe, "scheduler", None) if scheduler is None else scheduler
-    setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage)
+    setting = Setting(pipe, transformer, scheduler, num_steps, process_group, storage, check_offload(offload))
     router = make_router(plan, setting)
     attached = attachment_of(transformer)
     if attached is None or attached.root is not router:
@@ -171,21 +203,12 @@ class Setting:
     num_steps: int | None = None
     process_group: Any = None
     storage: str = "same"
+    offload: int = 0
 
     def check_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Raises `ScheduleMismatchError` unless the schedule was made for this model."""
         model = self.transformer
         fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
-
-    def check_levels(self, fingerprint: Fingerprint) -> None:
-        """Raises `ScheduleMismatchError` where a schedule has noise levels of its own and the pipeline takes none."""
-        if not fingerprint.sigmas_given or isinstance(self.pipe, nn.Module):
-            return
-        if "sigmas" not in inspect.signature(type(self.pipe).__call__).parameters:
-            raise ScheduleMismatchError(
-                f"this schedule has noise levels of its own, and {type(self.pipe).__name__} takes no `sigmas` to be "
-                'called with them; search on this pipeline without sigmas="free"'
-            )
 
     def check_velocities(self, name: str) -> None:
         """Raises `MethodError` where velocities that the plan replaces are not all there is to replace."""
@@ -229,6 +252,12 @@ class Setting:
         pipeline = None if isinstance(self.pipe, nn.Module) else self.pipe
         if attachment.root.identity.follows(pipeline, self.scheduler):
             return None
+        if attachment.root.offload != self.offload:
+            raise CacheStateError(
+                f"a layercache cache is already enabled on this transformer, with offload={attachment.root.offload}: "
+                "give this pipeline the same, or call layercache.disable first",
+                argument="offload",
+            )
         if attachment.root.storage_name != self.storage:
             raise CacheStateError(
                 f"a layercache cache is already enabled on this transformer, and stores residuals as "
@@ -284,12 +313,12 @@ def make_router(plan: Any, setting: Setting) -> Any:
 @make_router.register
 def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     setting.check_fingerprint(plan.fingerprint)
-    setting.check_levels(plan.fingerprint)
+    check_levels(setting.pipe, plan.fingerprint)
     shared = setting.joined(lambda router: isinstance(router, ScheduleCache) and router.schedule == plan)
     if shared is not None:
         return shared
     transformer, scheduler = setting.transformer, setting.scheduler
-    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage)
+    router = ScheduleCache(transformer, spec_for(transformer), plan, scheduler, setting.storage, setting.offload)
     if any(plan.velocities):
         setting.check_velocities("this schedule")
         setting.check_experts(plan)
@@ -305,29 +334,43 @@ def _(plan: Schedule, setting: Setting) -> ScheduleCache:
 def _(plan: ModuleSchedule, setting: Setting) -> ModuleScheduleRouter:
     setting.refuse_storage(plan)
     setting.check_fingerprint(plan.fingerprint)
-    return ModuleScheduleRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+    model = setting.transformer
+    return ModuleScheduleRouter(model, spec_for(model), plan, setting.scheduler, setting.offload)
 
 
 @make_router.register
 def _(plan: StepMethod, setting: Setting) -> StepRouter:
     setting.refuse_storage(plan)
     setting.check_velocities(type(plan).__name__)
-    return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler)
+    return StepRouter(setting.transformer, spec_for(setting.transformer), plan, setting.scheduler, setting.offload)
 
 
 @make_router.register
 def _(plan: PlannedMethod, setting: Setting) -> PlannedRouter:
     model = setting.transformer
+    if isinstance(plan, PlannedModules):
+        setting.refuse_storage(plan)
+        module_units(model, spec_for(model))  # refuses a model whose modules are not known
     if plan.replaces_velocity:
         setting.check_velocities(type(plan).__name__)
     shared = setting.joined(lambda router: isinstance(router, PlannedRouter) and router.has(plan))
-    return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage)
+    return shared or PlannedRouter(model, spec_for(model), plan, setting.scheduler, setting.storage, setting.offload)
 
 
 @make_router.register
 def _(plan: DynamicMethod, setting: Setting) -> DynamicRouter:
     model, group = setting.transformer, setting.process_group
-    return DynamicRouter(model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage)
+    return DynamicRouter(
+        model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage, setting.offload
+    )
+
+
+@make_router.register
+def _(plan: RowMethod, setting: Setting) -> RowRouter:
+    model, group = setting.transformer, setting.process_group
+    return RowRouter(
+        model, spec_for(model), plan, setting.scheduler, setting.num_steps, group, setting.storage, setting.offload
+    )
 
 
 def disable(pipe: Any) -> None:
@@ -344,7 +387,7 @@ def disable(pipe: Any) -> None:
 
 @overload
 def enabled(
-    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same"
+    pipe: Any, plan: Schedule, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
 ) -> AbstractContextManager[ScheduleCache]: ...
 
 
@@ -356,21 +399,40 @@ def enabled(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> AbstractContextManager[DynamicRouter]: ...
 
 
 @overload
 def enabled(
-    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same"
+    pipe: Any, plan: PlannedMethod, scheduler: Any = None, *, storage: str = "same", offload: bool | int = False
 ) -> AbstractContextManager[PlannedRouter]: ...
 
 
 @overload
-def enabled(pipe: Any, plan: StepMethod, scheduler: Any = None) -> AbstractContextManager[StepRouter]: ...
+def enabled(
+    pipe: Any, plan: StepMethod, scheduler: Any = None, *, offload: bool | int = False
+) -> AbstractContextManager[StepRouter]: ...
 
 
 @overload
-def enabled(pipe: Any, plan: ModuleSchedule, scheduler: Any = None) -> AbstractContextManager[ModuleScheduleRouter]: ...
+def enabled(
+    pipe: Any,
+    plan: RowMethod,
+    scheduler: Any = None,
+    num_steps: int | None = None,
+    process_group: Any = None,
+    storage: str = "same",
+    *,
+    offload: bool | int = False,
+) -> AbstractContextManager[RowRouter]: ...
+
+
+@overload
+def enabled(
+    pipe: Any, plan: ModuleSchedule, scheduler: Any = None, *, offload: bool | int = False
+) -> AbstractContextManager[ModuleScheduleRouter]: ...
 
 
 @overload
@@ -381,6 +443,8 @@ def enabled(
     num_steps: int | None = None,
     process_group: Any = None,
     storage: str = "same",
+    *,
+    offload: bool | int = False,
 ) -> AbstractContextManager[Cache]: ...
 
 
@@ -392,6 +456,7 @@ def enabled(
     speedup: float | None = None,
     min_psnr: float | None = None,
     learn: int | str | None = None,
+    offload: bool | int = False,
 ) -> AbstractContextManager[Cache]: ...
 
 

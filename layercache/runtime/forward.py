@@ -39,9 +39,14 @@ class Forward(NamedTuple):
 
     def timestep(self, spec: ModelSpec) -> Any:
         """The argument that holds the time, whatever its unit; ``None`` where there is none."""
+        name = self.timestep_name(spec)
+        return None if name is None else self.arguments.get(name)
+
+    def timestep_name(self, spec: ModelSpec) -> str | None:
+        """The name of the argument that holds the time."""
         if spec.timestep is not None:
-            return self.arguments.get(spec.timestep)
-        return next((self.arguments[name] for name in _TIMES if self.arguments.get(name) is not None), None)
+            return spec.timestep
+        return next((name for name in _TIMES if self.arguments.get(name) is not None), None)
 
 
 class Said(NamedTuple):

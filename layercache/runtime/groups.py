@@ -14,13 +14,15 @@ from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.blocks import BlockPass
 from layercache.runtime.forward import Forward
+from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
+from layercache.runtime.offload import refuse_graph
 from layercache.runtime.report import CacheReport, reasons
 from layercache.runtime.router import Router
 from layercache.runtime.signature import Signature, shapes_of
 from layercache.runtime.state import CacheState, Row
-from layercache.runtime.storage import Buffer, Storage, check_alike
+from layercache.runtime.storage import Buffer, check_alike
 from layercache.runtime.velocity import VelocityTrack, sample_shape
 from layercache.schedule.memory_plan import COMPUTE, REUSE, GroupAction, Layout, lay_out
 from layercache.schedule.schedule import Schedule, time_share
@@ -50,10 +52,14 @@ class ScheduleRouter(Router):
         schedule: Schedule,
         scheduler: Any = None,
         storage: str = "same",
+        offload: int = 0,
     ):
         super().__init__(transformer, spec, schedule.groups)
+        self.offload = offload
+        for row in (*schedule.cells, *(row for rows in schedule.branch_cells.values() for row in rows)):
+            self.check_skips(schedule.groups, {group for group, cell in enumerate(row) if cell is not None})
         self.schedule, self.takes_experts = schedule, schedule.takes_experts
-        self.storage = Storage(storage)
+        self.storage = make_storage(storage, offload=offload)
         self.has_post_hook = type(self).after is not ScheduleRouter.after
         self.layout = self._lay_out("")
         prints = schedule.fingerprint
@@ -68,7 +74,7 @@ class ScheduleRouter(Router):
         self._skipped = [schedule.is_skipped(step) for step in range(schedule.num_steps)]
         self._noted: set[str] = set()
         self._runs: dict[tuple[GroupAction, ...], int] = {}
-        self._freed: tuple[int, tuple[str, ...]] = 0, ()  # memory and branches, when the cache was disabled
+        self._freed: tuple[int, int, tuple[str, ...]] = 0, 0, ()  # memory and branches, when the cache was disabled
         self._everything = (GroupAction(COMPUTE),) * len(schedule.groups)
         self.is_placed = True  # of the present forward, as a member of a batch
         self.fallback_rows = 0
@@ -108,12 +114,14 @@ class ScheduleRouter(Router):
         if state.signature.changes(forward.arguments):
             state.reset()
             if forward.dry_run is not None:
+                if self.offload and self.layout.image_slots:
+                    refuse_graph()
                 self._fit_ahead(state, forward)
         return self._choose_row(state, place.step)
 
     def _lay_out(self, branch: str) -> Layout:
         spec = self.spec
-        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.couples)
+        return lay_out(self.schedule, spec.has_text, branch, spec.text_leaves, not spec.needs_every_output)
 
     def _fit_ahead(self, state: CacheState, forward: Forward) -> None:
         """Makes room for the graphs of further shapes, and allocates the slots outside of them.
@@ -142,7 +150,7 @@ class ScheduleRouter(Router):
 
     def new_track(self, before: VelocityTrack | None = None) -> VelocityTrack:
         """The velocities of one generation, in memory of the last one."""
-        return VelocityTrack.of(self.schedule, len(self.spec.leaves), before)
+        return VelocityTrack.of(self.schedule, len(self.spec.leaves), before, self.storage.transfers)
 
     def note_settings(self, settings: Mapping[str, Any]) -> None:
         """Warns, once of each, of settings that lie outside of what the schedule was made with."""
@@ -185,6 +193,8 @@ class ScheduleRouter(Router):
             self.fallback_rows += 1
         elif row.layout.reads:
             state.upload_coefficients()
+        if self.storage.offloads:
+            self.storage.expect(row.reads if valid else ())
         return actions
 
     def count(self, actions: tuple[GroupAction, ...]) -> None:
@@ -257,7 +267,7 @@ class ScheduleRouter(Router):
                     return None
                 image = self.state.images[slots[0]]
                 beside = self.state.texts[slots[1]] if text and slots[1] is not None else None
-                if image.tensor is None or (beside is not None and beside.tensor is None):
+                if image.like is None or (beside is not None and beside.like is None):
                     return None
                 found.append((coefficient, image, beside))
         return found
@@ -265,8 +275,9 @@ class ScheduleRouter(Router):
     def free(self) -> None:
         """Frees the memory of the stored tensors; until there are new ones everything is computed."""
         self.end_generation(completed=False)
+        self.storage.release()
         if self.states:
-            self._freed = self._memory(), tuple(self.states)
+            self._freed = self._memory(), self._host_memory(), tuple(self.states)
         self.drop()
         self.states = {}
 
@@ -278,10 +289,19 @@ class ScheduleRouter(Router):
     def _memory(self) -> int:
         return sum(state.nbytes for state in list(self.states.values())) + self.track.nbytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Of `cache_bytes`, what is in host memory for another device."""
+        return self._host_memory() if self.states else self._freed[1]
+
+    def _host_memory(self) -> int:
+        return sum(state.host_bytes for state in list(self.states.values())) + self.track.host_bytes
+
     def drop(self) -> None:
         """Frees the stored residuals in the middle of a generation; what they were for is computed."""
         for state in self.states.values():
             state.free()
+        self.track.reset()
         self.track = self.new_track()
 
     @property
@@ -353,7 +373,9 @@ class ScheduleRouter(Router):
             forwards=self.forwards,
             fallback_rows=self.fallback_rows,
             cache_bytes=self.cache_bytes,
-            branches=tuple(self.states) if self.states else self._freed[1],
+            host_bytes=self.host_bytes,
+            staged_bytes=self.storage.staged_bytes,
+            branches=tuple(self.states) if self.states else self._freed[2],
             source=self.identity.source,
             unidentified=self.identity.unidentified.total(),
             expected_psnr=self.schedule.expected_psnr,

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from layercache._utils.compat import scheduler_sigmas
-from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import (
     CacheStateError,
     CalibrationError,
@@ -22,8 +21,11 @@ from layercache.errors import (
 from layercache.models.registry import count_blocks
 from layercache.models.spec import ModelSpec, Streams
 from layercache.runtime.forward import Forward
+from layercache.runtime.guidance import DerivedBranches
 from layercache.runtime.identity import Identity
 from layercache.runtime.identity import Place as ForwardPlace
+from layercache.runtime.offload import HostTensor, Transfers, host_bytes, prefetch
+from layercache.runtime.outputs import Output, as_rows, copy_of, extended, fetched, leaves, parked, settled, tensors_of
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
 from layercache.runtime.samples import bad_samples
@@ -31,8 +33,7 @@ from layercache.runtime.signature import Signature
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
 from layercache.schedule.module_schedule import ModuleSchedule
 
-Output = Any
-"""What a module returns: a tensor, or a tuple of tensors (joint attention)."""
+__all__ = ["ModuleRouter", "ModuleScheduleRouter", "Output", "as_rows", "copy_of", "module_units", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -79,29 +80,6 @@ def module_units(transformer: nn.Module, spec: ModelSpec) -> list[ModuleUnit]:
     return units
 
 
-def tensors_of(output: Output) -> tuple[torch.Tensor, ...]:
-    found = output if isinstance(output, (tuple, list)) else (output,)
-    return tuple(t for t in found if isinstance(t, torch.Tensor))
-
-
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """``[batch, rows, channels]``, as the ops take it, of an output that has more dims (a convolution's)."""
-    return tensor if tensor.dim() == 3 else tensor.flatten(2).contiguous()
-
-
-def copy_of(output: Output, into: Output | None = None) -> Output:
-    """The output with tensors of its own; those of ``into`` where they fit."""
-    if isinstance(output, torch.Tensor):
-        fits = isinstance(into, torch.Tensor) and into.shape == output.shape and into.dtype == output.dtype
-        if fits and into.device == output.device:  # type: ignore[union-attr]
-            return into.copy_(output)  # type: ignore[union-attr]
-        return empty_for_any_mode(output.shape, output.dtype, output.device).copy_(output)
-    if isinstance(output, (tuple, list)):
-        older = into if isinstance(into, (tuple, list)) and len(into) == len(output) else [None] * len(output)
-        return tuple(copy_of(new, old) for new, old in zip(output, older, strict=True))
-    return output
-
-
 class ModuleRouter(Router):
     """Stands in front of every unit of a transformer. Subclasses say what happens there.
 
@@ -123,6 +101,7 @@ class ModuleRouter(Router):
             )
         self.identity = Identity(spec, scheduler)
         self.branch, self.step_index, self.starts = "", 0, False
+        self.first_step = 0
         self._signatures: dict[str, Signature] = {}
         self._ran: set[int] = set()
         self._made: dict[tuple[int, int], tuple[nn.Module, Any, Any]] = {}
@@ -197,7 +176,7 @@ class ModuleRouter(Router):
         self.announce(forward.arguments)
 
     def begin_generation(self, place: ForwardPlace) -> None:
-        self._signatures = {}
+        self._signatures, self.first_step = {}, place.step
 
     def placed(self, forward: Forward) -> ForwardPlace | None:
         """Where a forward stands; what is measured needs a place, what is reused runs in full without one."""
@@ -229,7 +208,8 @@ class ModuleRouter(Router):
         """
         changes = self._signatures[self.branch].changes(arguments)
         # an unnamed branch that begins in the middle is one that was there, with another prompt or batch
-        if changes and (not self.starts or (self.step_index > 0 and self.branch.startswith("call "))):
+        is_late = self.step_index > self.first_step and self.branch.startswith("call ")
+        if changes and (not self.starts or is_late):
             raise CalibrationError(
                 f"branch {self.branch} has other shapes from step {self.step_index} on; calibrate with settings that "
                 "keep them, such as guidance at every step"
@@ -247,8 +227,14 @@ class ModuleRouter(Router):
 class ModuleScheduleRouter(ModuleRouter):
     """Routes by a `ModuleSchedule`; this is what ``layercache.enable`` returns for one."""
 
-    def __init__(self, transformer: nn.Module, spec: ModelSpec, schedule: ModuleSchedule, scheduler: Any):
+    def __init__(
+        self, transformer: nn.Module, spec: ModelSpec, schedule: ModuleSchedule, scheduler: Any, offload: int = 0
+    ):
         super().__init__(transformer, spec, scheduler)
+        self.offload = offload
+        self._transfers = Transfers() if offload else None
+        self._ahead: list[HostTensor] = []  # that are on their way
+        self._coming: list[int] = []  # units whose stored outputs the present forward has still to read
         names = tuple(unit.name for unit in self.units)
         if names != schedule.units:
             raise ScheduleMismatchError("the schedule names other modules than this transformer has; plan it again")
@@ -256,58 +242,70 @@ class ModuleScheduleRouter(ModuleRouter):
         prints = schedule.fingerprint
         self.identity = Identity(spec, scheduler, prints.sigmas, prints.check_sigmas)
         steps = schedule.num_steps
-        # an output is stored where the next step that is not computed whole reads it
-        self._stored_at = [
-            [not_last and computed and self._is_read(step, unit) for unit, computed in enumerate(row)]
-            for step, row in enumerate(schedule.computed)
-            for not_last in [step + 1 < steps]
-        ]
+        self._stored_at = schedule.stored_at()
+        self._branches_from = DerivedBranches(self._transfers)
+        self.has_post_hook = bool(schedule.derived)
+        self._place: ForwardPlace
+        self._arguments: Mapping[str, Any] = {}
+        self._derives, self._keeps = False, True
         self._final_at = [step + 1 in schedule.reused_steps for step in range(steps)]
         self.outputs: dict[str, dict[int, Output]] = {}
-        self.finals: dict[str, tuple[torch.Tensor, ...]] = {}
+        self.older: dict[str, dict[int, Output]] = {}  # before those, where steps take their difference
+        self.finals: dict[str, Output] = {}
         self._valid: dict[str, set[int]] = {}
+        self._older_valid: dict[str, set[int]] = {}
+        self._has_run: dict[str, set[int]] = {}
         self._final_valid: set[str] = set()
         self._computes_all = False
         self._counts = Counts()
         self._branches: tuple[str, ...] = ()
         self._seconds = {"computed": 0.0, "all": 0.0}
 
-    def _is_read(self, step: int, unit: int) -> bool:
-        """Whether a later step takes this step's output, that is, comes before it is computed again."""
-        for later in range(step + 1, self.schedule.num_steps):
-            if later in self.schedule.reused_steps:
-                continue
-            return not self.schedule.computed[later][unit]
-        return False
-
     def begin_generation(self, place: ForwardPlace) -> None:
         super().begin_generation(place)
-        self._valid, self._final_valid = {}, set()
+        self._valid, self._older_valid, self._has_run, self._final_valid = {}, {}, {}, set()
+        self._branches_from.start()
 
     def placed(self, forward: Forward) -> ForwardPlace | None:
         place = self.locate(forward)
         if place is None:
             self._count(False, set(), False)
+        else:
+            self._place = place
         return place
 
     def drop_generation(self) -> None:
         self._branches = tuple(self._signatures)
-        self._valid, self._final_valid, self._signatures = {}, set(), {}
+        self._valid, self._older_valid, self._has_run, self._final_valid = {}, {}, {}, set()
+        self._signatures = {}
+        self._branches_from.start()
 
     def free(self) -> None:
         super().free()
-        self.outputs, self.finals = {}, {}
+        self.outputs, self.older, self.finals = {}, {}, {}
+        self._branches_from = DerivedBranches(self._transfers)
 
     def announce(self, arguments: Mapping[str, Any]) -> None:
         branch, step = self.branch, self.step_index
         if self._signatures[branch].changes(arguments):
-            self._valid[branch] = set()
+            self._valid[branch], self._older_valid[branch] = set(), set()
             self._final_valid.discard(branch)
+            self._branches_from.forget(branch)
+        self._arguments = arguments if self.has_post_hook else {}
+        # branches behind the first run at steps that compute every module, or not at all: they read nothing
+        self._keeps = not self.schedule.derived or self._branches_from.is_first(self._place)
+        self._derives = self.schedule.derives(step) and self._branches_from.is_derived(self._place)
+        if self._derives:
+            self._computes_all = False
+            self._count(True, set(), False)
+            return self.open((GroupAction(REUSE),))
         row = self.schedule.computed[step]
         reuses = step in self.schedule.reused_steps
         needed = set() if reuses else {unit for unit, computed in enumerate(row) if not computed}
-        missing = branch not in self._final_valid if reuses else not needed <= self._valid[branch]
+        missing = branch not in self._final_valid if reuses else self._lacks(needed)
         self._computes_all = missing
+        if self._transfers is not None:
+            self._expect([] if missing else sorted(needed & self._valid[branch]), reuses and not missing)
         self._count(reuses and not missing, needed if not missing else set(), missing)
         if reuses and not missing:
             self.open((GroupAction(REUSE, ends_run=True),))
@@ -315,6 +313,13 @@ class ModuleScheduleRouter(ModuleRouter):
             self.open((GroupAction(CAPTURE),))
         else:
             self.open((GroupAction(COMPUTE),))
+
+    def _lacks(self, needed: set[int]) -> bool:
+        """Whether an output that the step is to reuse is not stored; what a branch never runs (LTX-2) is not missed."""
+        lacking = needed - self._valid[self.branch]
+        return bool(lacking) and not (
+            self._valid[self.branch] and lacking.isdisjoint(self._has_run.get(self.branch, ()))
+        )
 
     @property
     def computes_all(self) -> bool:
@@ -329,24 +334,87 @@ class ModuleScheduleRouter(ModuleRouter):
         self._counts.fallbacks += missing
 
     def passes_by(self, number: int) -> bool:
-        return not self._computes_all and not self.schedule.computed[self.step_index][number]
+        reuses = not self._computes_all and not self.schedule.computed[self.step_index][number]
+        return reuses and number in self._valid[self.branch]
 
     def through(self, number: int, compute: Callable[[], Output]) -> Output:
         stored = self.outputs.setdefault(self.branch, {})
+        self._has_run.setdefault(self.branch, set()).add(number)
         if self.passes_by(number):
-            return stored[number]
+            return self._forecast(number, stored)
         output = compute()
-        if self._stored_at[self.step_index][number] or self._computes_all:
-            stored[number] = copy_of(output, stored.get(number))
-            self._valid[self.branch].add(number)
+        if (self._keeps and self._stored_at[self.step_index][number]) or self._computes_all:
+            self._store(number, output, stored)
         return output
 
+    def _store(self, number: int, output: Output, stored: dict[int, Output]) -> None:
+        """Keeps a unit's output; where steps take the difference of two, the one before too."""
+        valid, before = self._valid[self.branch], stored.get(number)
+        if self.schedule.weights and number in valid:
+            older = self.older.setdefault(self.branch, {})
+            older[number], before = stored[number], older.get(number)
+            self._older_valid[self.branch].add(number)
+        stored[number] = self._copied(output, before)
+        valid.add(number)
+
+    def _forecast(self, number: int, stored: dict[int, Output]) -> Output:
+        """What stands for a unit's output: the newest one that is stored, extended by its last difference."""
+        found = stored[number] if self._transfers is None else self._fetch(number, self._transfers)
+        weight = self.schedule.weights[self.step_index] if self.schedule.weights else 0.0
+        if not weight or number not in self._older_valid[self.branch]:
+            return found
+        older = self.older[self.branch][number]
+        return extended(found, older if self._transfers is None else fetched(older, self._transfers), weight)
+
+    def after(self, output: Any, rerun: Callable[[], Any]) -> Any:
+        """Gives a branch that did not run its output, and keeps that of one that did for the others."""
+        arguments, self._arguments = self._arguments, {}
+        if not self._derives:
+            self._branches_from.record(self._place, output, arguments)
+            return None
+        weights = self.schedule.derived[self.step_index]
+        assert weights is not None
+        return self._branches_from.derived(self._place, output, weights)
+
+    def _copied(self, output: Output, before: Output | None) -> Output:
+        """A copy of an output, in the memory of the one before."""
+        if self._transfers is None:
+            return copy_of(output, before)
+        self._transfers.settle()
+        return parked(output, before, self._transfers)
+
+    def _expect(self, units: list[int], reads_final: bool) -> None:
+        """A forward begins that reads these stored outputs, or the final hidden state; the first is on its way."""
+        transfers, stored = self._transfers, self.outputs.get(self.branch, {})
+        assert transfers is not None
+        transfers.settle()
+        for one in self._ahead:
+            one.drop()
+        self._coming, self._ahead = units, []
+        self._prefetch(self.finals[self.branch] if reads_final else stored[units[0]] if units else ())
+
+    def _prefetch(self, output: Output) -> None:
+        self._ahead = [one for one in leaves(output) if isinstance(one, HostTensor)]
+        prefetch(self._ahead)
+
+    def _fetch(self, number: int, transfers: Transfers) -> Output:
+        """A stored output on its device; the next one that is read is on its way."""
+        transfers.settle()
+        stored = self.outputs[self.branch]
+        found = fetched(stored[number], transfers)
+        if number in self._coming:
+            self._coming = self._coming[self._coming.index(number) + 1 :]
+            self._prefetch(stored[self._coming[0]] if self._coming else ())
+        return found
+
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
-        self.finals[self.branch] = copy_of(self.leaving(image_out, text_out), self.finals.get(self.branch))
+        self.finals[self.branch] = self._copied(self.leaving(image_out, text_out), self.finals.get(self.branch))
         self._final_valid.add(self.branch)
 
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         final = self.finals[self.branch]
+        if self._transfers is not None:
+            final = fetched(final, self._transfers)
         return final[0], final[1] if len(final) == 2 else text
 
     def find_fault(self) -> NonFiniteResidualError | None:
@@ -354,20 +422,28 @@ class ModuleScheduleRouter(ModuleRouter):
         found: list[torch.Tensor] = []
         for branch, valid in self._valid.items():
             if valid:
-                found += tensors_of(self.outputs[branch][max(valid)])
+                found += map(settled, leaves(self.outputs[branch][max(valid)]))
             if branch in self._final_valid:
-                found += self.finals[branch]
+                found += map(settled, self.finals[branch])
+        found += map(settled, self._branches_from.valid)
         samples = set[int]().union(*map(bad_samples, found))
         return NonFiniteResidualError.of("a stored output", samples) if samples else None
 
     def report(self) -> CacheReport:
         """What the cache did since it was enabled; shares are of the modules' time."""
+        return replace(self.counted(), speedup=self.measured_speedup)
+
+    def counted(self) -> CacheReport:
+        """The report without the measured speedup, which waits for the device."""
         outputs = [output for stored in list(self.outputs.values()) for output in list(stored.values())]
-        tensors = [t for output in outputs for t in tensors_of(output)]
-        tensors += [t for final in list(self.finals.values()) for t in final]
+        outputs += [output for stored in list(self.older.values()) for output in list(stored.values())]
+        held = [t for output in [*outputs, *list(self.finals.values())] for t in leaves(output)]
+        held += self._branches_from.stored
         branches = tuple(self._signatures) or self._branches
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        report = self._counts.report(0.0, nbytes, branches, self.identity, self.measured_speedup)
+        nbytes = sum(one.nbytes for one in held)
+        report = self._counts.report(0.0, nbytes, branches, self.identity)
+        if self._transfers is not None:
+            report = replace(report, host_bytes=host_bytes(held), staged_bytes=self._transfers.peak)
         used = self._seconds["computed"] / self._seconds["all"] if self._seconds["all"] else 1.0
         cells = report.forwards * len(self.units)
         computed = round(used * cells)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from layercache._utils.compat import count_levels, has_run, scheduler_sigmas, scheduler_step
 from layercache.errors import CacheStateError, MethodError
-from layercache.models.registry import count_blocks, fingerprint_of
+from layercache.models.registry import count_blocks, expert_settings, fingerprint_of
 from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
 from layercache.runtime.groups import ScheduleRouter
 from layercache.runtime.identity import RUN_IS_OVER, Identity
-from layercache.runtime.policy import PlannedMethod
+from layercache.runtime.modules import ModuleScheduleRouter, module_units
+from layercache.runtime.policy import PlannedMethod, PlannedModules
 from layercache.runtime.report import CacheReport, Counts, summed
 from layercache.runtime.router import Router
+from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
 
 MOST_SCHEDULES = 8  # kept, of runs with other steps, noise levels or samplers
@@ -27,7 +30,13 @@ class PlannedRouter(Router):
     schedule_source = "cache.schedule gives what it runs by, once a generation has begun"
 
     def __init__(
-        self, transformer: nn.Module, spec: ModelSpec, method: PlannedMethod, scheduler: Any, storage: str = "same"
+        self,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        method: PlannedMethod,
+        scheduler: Any,
+        storage: str = "same",
+        offload: int = 0,
     ):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         if scheduler is None:
@@ -37,10 +46,10 @@ class PlannedRouter(Router):
             )
         self.method, self.takes_experts = method, method.replaces_velocity
         self.identity = Identity(spec, scheduler)
-        self._storage = storage
+        self._storage, self.offload = storage, offload
         self._run: object = None
-        self._router: ScheduleRouter | None = None
-        self._schedules: dict[Any, Schedule] = {}  # by what they were made for
+        self._router: Any = None  # of the present run's schedule
+        self._schedules: dict[Any, Any] = {}  # by what they were made for
         self._past: list[CacheReport] = []  # of the schedules before the present one, as one
 
     def has(self, method: PlannedMethod) -> bool:
@@ -69,30 +78,41 @@ class PlannedRouter(Router):
             self.end_generation()
             self._past += [] if self._router is None else [self._router.counted()]
             self._past = [summed(self._past, self._past[-1])] if self._past else []
-            self._router = ScheduleRouter(self.transformer, self.spec, schedule, storage=self._storage)
+            self._router = self._router_of(schedule)
             self._router.identity.drivers = self.identity.drivers
         self._run = run
         return self._router
+
+    def _router_of(self, schedule: Any) -> Any:
+        if isinstance(schedule, ModuleSchedule):
+            return ModuleScheduleRouter(self.transformer, self.spec, schedule, None, self.offload)
+        return ScheduleRouter(self.transformer, self.spec, schedule, None, self._storage, self.offload)
 
     def begin(self, forward: Forward) -> None:
         """A forward where no run is under way is computed in full."""
         self.identity.leave_unidentified(RUN_IS_OVER)
 
-    def _schedule_of(self, scheduler: Any, sigmas: tuple[float, ...], first: int) -> Schedule:
+    def _schedule_of(self, scheduler: Any, sigmas: tuple[float, ...], first: int) -> Schedule | ModuleSchedule:
         """Of a run that begins with step ``first``; of the newest runs they are kept."""
         key = type(scheduler), repr(getattr(scheduler, "config", None)), sigmas, first
         found = self._schedules.pop(key, None)
         if found is None:
             fingerprint = fingerprint_of(self.transformer, sigmas, ())
-            found = self.method.schedule_of_run(fingerprint, scheduler, first)
+            turns = expert_settings(self.attachment.pipeline)
+            fingerprint = replace(fingerprint, settings={**fingerprint.settings, **turns})
+            if isinstance(self.method, PlannedModules):
+                units = tuple(unit.name for unit in module_units(self.transformer, self.spec))
+                found = self.method.module_schedule(fingerprint.starting_at(first), units)
+            else:
+                found = self.method.schedule_of_run(fingerprint, scheduler, first)
         self._schedules[key] = found
         if len(self._schedules) > MOST_SCHEDULES:
             del self._schedules[next(iter(self._schedules))]
         return found
 
     @property
-    def schedule(self) -> Schedule:
-        """The schedule of the present run.
+    def schedule(self) -> Any:
+        """The schedule of the present run: a `Schedule`, or a `ModuleSchedule` of a method of modules.
 
         Raises:
             CacheStateError: nothing has run yet.
@@ -103,7 +123,7 @@ class PlannedRouter(Router):
 
     @property
     def replaces_velocity(self) -> bool:
-        return True  # whether a run's schedule does is known when it begins
+        return self.method.replaces_velocity or not isinstance(self.method, PlannedModules)  # it may: known at a run
 
     def end_generation(self, completed: bool = True) -> None:
         if self._router is not None:

@@ -13,6 +13,7 @@ import torch
 from layercache.errors import MethodError
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
+from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule, Velocity
 
 SYNCS = ("step", "lagged")
@@ -41,11 +42,18 @@ class Observation:
         start: image stream in front of the first block, ``[B, S, D]``.
         probe: behind the probe blocks; ``start`` where there are none.
         modulation: gives scale, shift and eps of the first block's modulated input (`ModelSpec.modulation`).
+        latents: gives the transformer's first argument with its channels last, ``[B, ..., C]``
+            (`layercache.models.positions.on_grid`).
+        grid: gives the tokens of the picture along time, height and width (`layercache.models.positions.token_grid`).
+        timestep: that the transformer is given, in its own unit; ``None`` where it is given none.
     """
 
     start: torch.Tensor
     probe: torch.Tensor
     modulation: Callable[[], tuple[torch.Tensor, torch.Tensor, float]]
+    latents: Callable[[], torch.Tensor] | None = None
+    grid: Callable[[], tuple[int, ...]] | None = None
+    timestep: torch.Tensor | None = None
 
 
 class Decider(ABC):
@@ -141,6 +149,61 @@ class StepMethod(ABC):
         """A new one, for one generation."""
 
 
+class RowDecider(ABC):
+    """Decisions of one generation about groups of blocks, before a step runs, for all branches together."""
+
+    @abstractmethod
+    def wants_trial(self, step: int) -> bool:
+        """Whether the forward on a smaller picture is to be run at this step."""
+
+    @abstractmethod
+    def wants_sizes(self, step: int) -> bool:
+        """Whether what the groups add to the picture is measured at this step; asked once it was decided."""
+
+    @abstractmethod
+    def observe(self, step: int, trial: torch.Tensor | None, sizes: torch.Tensor | None) -> torch.Tensor | None:
+        """Statistics to decide by, fp32; ``None`` where there is nothing to compare.
+
+        Args:
+            trial: the model's output on the smaller picture, ``[B, ..., C]``.
+            sizes: per group the sum of squares of what it last added to the picture, once after it was measured.
+        """
+
+    @abstractmethod
+    def choose(self, step: int, numbers: Sequence[float] | None) -> tuple[bool, ...]:
+        """Per group whether it is computed, by the numbers of `observe`; NaN never counts as a small change."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of what is kept between steps."""
+
+
+class RowMethod(ABC):
+    """Settings of a method that decides before a step runs which groups of blocks it computes.
+
+    A group that is not computed adds the residual of the newest step that computed it. Attributes as of
+    `DynamicMethod`.
+    """
+
+    name: ClassVar[str] = ""
+    knob: ClassVar[tuple[str, float, float]] = ("threshold", 1e-3, 3.0)
+    needs_num_steps: ClassVar[bool] = False
+
+    @property
+    def trial(self) -> tuple[int, int] | None:
+        """By which time, and height and width, are divided for the forward on a smaller picture, if there is one."""
+        return None
+
+    def groups(self, num_blocks: int) -> tuple[tuple[int, int], ...]:
+        """Block ranges that are decided about; by default every block for itself."""
+        return tuple((block, block + 1) for block in range(num_blocks))
+
+    @abstractmethod
+    def decider(self, run: Run, num_groups: int) -> RowDecider:
+        """A new one, for one generation."""
+
+
 class PlannedMethod(ABC):
     """Settings of a method whose schedule follows from the steps of a run alone.
 
@@ -170,6 +233,33 @@ class PlannedMethod(ABC):
         what it would read of steps that are not run is computed instead.
         """
         return self.schedule(fingerprint.starting_at(first))
+
+
+class PlannedModules(PlannedMethod):
+    """Settings of a method whose schedule of modules follows from the steps of a run alone."""
+
+    @property
+    def replaces_velocity(self) -> bool:
+        return False
+
+    def schedule(self, fingerprint: Fingerprint) -> Schedule:
+        """Raises `MethodError`: its schedule is of modules, which a fingerprint does not name."""
+        raise MethodError(
+            f"the schedule of {type(self).__name__} is of single modules: enable the method itself, or take "
+            "module_schedule(fingerprint, units)"
+        )
+
+    @abstractmethod
+    def module_schedule(
+        self, fingerprint: Fingerprint, units: Sequence[str], seconds: Sequence[float] = ()
+    ) -> ModuleSchedule:
+        """The schedule for this model and run.
+
+        Args:
+            fingerprint: of model and run.
+            units: names of the model's modules (`layercache.runtime.modules.module_units`).
+            seconds: measured, of each; equal without.
+        """
 
 
 def by_name(method: type[T]) -> type[T]:

@@ -28,6 +28,8 @@ class CacheReport(Summarised):
             there (a run that began in the middle, or changed its shape).
         cache_bytes: memory of the stored residuals of all branches, and of the stored velocities, in
             the newest generation.
+        host_bytes: of these, what is kept in host memory (``offload`` of `layercache.enable`).
+        staged_bytes: the most that was on the device at a time of what is kept in host memory.
         branches: names of the branches seen.
         source: what gave the steps of the newest generation: ``"caller"``, ``"scheduler"``, ``"timestep"``, ``"none"``.
         unidentified: forwards computed in full because nothing said their step, or which of several at one step they
@@ -52,10 +54,19 @@ class CacheReport(Summarised):
     speedup: float | None = None
     expected_psnr: tuple[float, float] | None = None
     in_full: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+    staged_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device: what is stored there, and what passes through it."""
+        return self.cache_bytes - self.host_bytes + self.staged_bytes
 
     def _summary(self) -> tuple[str, Rows]:
         groups = f"{self.computed_cells} computed, {self.cached_cells} reused: {self.used:.1%} of block time used; "
         groups += f"{self.cache_bytes / 2**20:.1f} MiB stored"
+        if self.host_bytes:
+            groups += f", {self.host_bytes / 2**20:.1f} MiB of them in host memory"
         speedup = "" if self.speedup is None else f"{self.speedup:.2f}x, measured on the transformer's forwards"
         expected = "" if self.expected_psnr is None else "{:.1f} dB, worst tenth {:.1f} dB".format(*self.expected_psnr)
         in_full = "; ".join(f"{count} forwards because {why}" for why, count in self.in_full.items())
@@ -85,6 +96,8 @@ def summed(reports: Sequence[CacheReport], newest: CacheReport) -> CacheReport:
         forwards=forwards,
         fallback_rows=sum(one.fallback_rows for one in reports),
         cache_bytes=newest.cache_bytes,
+        host_bytes=newest.host_bytes,
+        staged_bytes=max(one.staged_bytes for one in reports),
         branches=tuple(dict.fromkeys(name for one in reports for name in one.branches)),
         source=newest.source,
         unidentified=sum(one.unidentified for one in reports),

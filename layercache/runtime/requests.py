@@ -80,7 +80,7 @@ class Requests:
         if schedule is not root.schedule:
             model = root.transformer
             schedule.fingerprint.check_model(type(model).__name__, config_hash(model), count_blocks(model))
-        router = ScheduleRouter(root.transformer, root.spec, schedule, scheduler, storage=root.storage.name)
+        router = ScheduleRouter(root.transformer, root.spec, schedule, scheduler, root.storage.name, root.offload)
         if router.replaces_velocity and scheduler is None and not root.replaces_velocity:
             raise CacheStateError(
                 f"the schedule of request {name!r} changes velocities on their way to the sampler: name the one that "

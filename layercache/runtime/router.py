@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ from layercache.runtime.identity import Place as ForwardPlace
 from layercache.runtime.report import CacheReport
 from layercache.runtime.timing import ForwardTimes
 from layercache.schedule.memory_plan import CAPTURE, COMPUTE, REUSE, GroupAction
+from layercache.schedule.partition import broken_skip
 from layercache.schedule.schedule import Schedule
 
 _CLOSED = -1
@@ -87,12 +88,14 @@ class Router(Summarised):
         has_post_hook: whether `after` does anything.
         fault: NaN or infinity in what the last generation stored.
         schedule_source: where a schedule that does the same comes from, for messages.
+        offload: in how many slices what is stored in host memory comes back; 0 where it stays on the device.
         takes_experts: whether it decides about whole steps, of all transformers that a pipeline runs in turns.
     """
 
     takes_experts = False
     schedule_source = "layercache.plan, layercache.search or method.schedule(fingerprint) make one"
     adds = True
+    offload = 0
     keeps_items = False
     fault: NonFiniteResidualError | None = None
     rewritten: frozenset[int] = frozenset()
@@ -104,6 +107,7 @@ class Router(Summarised):
         self.spec = spec
         self._note_forwards()
         self.calls = [spec.calls(index) for index in range(len(spec.block_lists))]
+        self.groups = tuple(groups)
         self.actions: tuple[GroupAction, ...] = ()
         self.generation: Generation | None = None
         self.is_announced = False
@@ -122,13 +126,33 @@ class Router(Summarised):
             for block in range(lo, hi)
         ]
         self._positions = [[place for place in position if place.list == index] for index in range(len(lengths))]
+        self._skips = spec.skip_pairs(sum(lengths))
+        self._whole: set[tuple[GroupAction, ...]] = set()  # actions that break no long skip connection
 
     def open(self, actions: tuple[GroupAction, ...]) -> None:
-        """Announces a forward: the routed lists follow ``actions`` once, each in its turn."""
+        """Announces a forward: the routed lists follow ``actions`` once, each in its turn.
+
+        Raises:
+            CacheStateError: a block that is computed would read what a block inside a reused group has not given.
+        """
+        if self._skips and actions not in self._whole:
+            self.check_skips(self.groups, {k for k, action in enumerate(actions) if action.kind == REUSE})
+            self._whole.add(actions)
         self.actions = actions
         self.is_announced = True
         self._next_list = 0
         self._pass = None
+
+    def check_skips(self, groups: Sequence[tuple[int, int]], reused: Collection[int]) -> None:
+        """Raises `CacheStateError` where groups that are reused break a long skip connection into one that is not."""
+        broken = broken_skip(groups, reused, self._skips)
+        if broken is not None:
+            start, end = broken
+            raise CacheStateError(
+                f"block {end} of {self.spec.model_class} reads what block {start} gave, which is inside a group that "
+                f"is reused where block {end} runs: let a group end with block {start}, or hold both, as the groups of "
+                "layercache.calibrate do"
+            )
 
     def shut(self) -> None:
         """No forward is running: the lists yield their blocks, as for anybody who looks at the model."""
@@ -344,8 +368,8 @@ class Router(Summarised):
         """A forward is about to start; implementations call `open`, or leave the blocks as they are."""
         raise NotImplementedError
 
-    def after(self, output: Any, rerun: Callable[[], Any]) -> None:
-        """The announced forward gave ``output``; ``rerun`` runs the same one again."""
+    def after(self, output: Any, rerun: Callable[[], Any]) -> Any:
+        """The announced forward gave ``output``; ``rerun`` runs the same one again. What is returned replaces it."""
 
     @property
     def replaces_velocity(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -69,7 +70,14 @@ class Excluded:
             scale, shift, eps = observation.modulation()
             return self.without(scale), self.without(shift), eps
 
-        return Observation(self.without(observation.start), self.without(observation.probe), modulation)
+        start, probe, latents = observation.start, observation.probe, observation.latents
+        return replace(
+            observation,
+            start=self.without(start),
+            probe=self.without(probe),
+            modulation=modulation,
+            latents=None if latents is None else lambda: self.without(latents()),
+        )
 
     def _places(self, tensor: torch.Tensor) -> torch.Tensor:
         found = [place for place in range(tensor.shape[0]) if place % self.size in self.samples]

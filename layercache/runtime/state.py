@@ -60,6 +60,7 @@ class Row:
                     buffers.append([texts[s] for s in run.text_slots[part]])
                 launches.append(Terms(buffers, run.coefficients[part]))
             self.runs.append(launches)
+        self.reads = [terms.buffers for launches in self.runs if launches for terms in launches]
 
 
 class CacheState:
@@ -75,8 +76,8 @@ class CacheState:
 
     def __init__(self, layout: Layout, cells: Sequence[Sequence[Cell]], storage: Storage):
         self.layout, self.storage = layout, storage
-        self.images = [Buffer() for _ in range(layout.image_slots)]
-        self.texts = [Buffer() for _ in range(layout.text_slots)]
+        self.images = [storage.new_buffer() for _ in range(layout.image_slots)]
+        self.texts = [storage.new_buffer() for _ in range(layout.text_slots)]
         self.flag = Buffer()
         self.rows = [Row(*pair, self.images, self.texts) for pair in zip(layout.rows, cells, strict=True)]
         self.bad_samples: set[int] = set()
@@ -132,11 +133,11 @@ class CacheState:
             return
         if stored:
             raise CacheStateError(
-                f"a stream behind a group of blocks is {describe(stream)}, and {describe(buffers[0].tensor)} behind "
+                f"a stream behind a group of blocks is {describe(stream)}, and {describe(buffers[0].like)} behind "
                 "the groups before it; layercache follows streams that keep their size through all groups"
             )
         for buffer in buffers:
-            storage.allocate(buffer, stream)
+            storage.make_room(buffer, stream)
 
     def is_finite(self) -> bool:
         """Whether the stored residuals are; asks the device. Clears the flag, and forgets what is not."""
@@ -153,9 +154,9 @@ class CacheState:
 
     def upload_coefficients(self) -> None:
         """Puts the coefficients of all rows where the residuals are, in one transfer."""
-        if not self.images or self.images[0].tensor is None:
+        if not self.images or self.flag.tensor is None:
             return
-        device = self.images[0].tensor.device
+        device = self.flag.tensor.device
         if device == self._uploaded_to:
             return
         self._uploaded_to = device
@@ -169,3 +170,7 @@ class CacheState:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (*self.images, *self.texts))
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(buffer.host_bytes for buffer in (*self.images, *self.texts))

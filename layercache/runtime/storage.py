@@ -11,6 +11,7 @@ from layercache import ops
 from layercache._utils.compat import keep_address
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
+from layercache.runtime.offload import Transfers
 from layercache.runtime.samples import bad_samples
 
 STORAGES = ("same", "float32", "compact")
@@ -35,16 +36,31 @@ class Buffer:
         self.tensor = self.scales = None
 
     @property
+    def like(self) -> Any:
+        """Something of the shape, dtype and device of what there is room for; ``None`` without any."""
+        return self.tensor
+
+    def settled(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Residual or codes, and scales, to be looked at."""
+        return self.tensor, self.scales
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.tensor, self.scales) if t is not None)
 
+    @property
+    def host_bytes(self) -> int:
+        """Of these, what is kept in host memory for another device."""
+        return 0
+
     def bad_samples(self) -> set[int]:
         """Samples of the batch whose stored numbers are not all finite; asks the device. Codes do not show NaN."""
-        if self.tensor is None:
+        residual, scales = self.settled()
+        if residual is None:
             return set()
-        if self.scales is None:
-            return bad_samples(self.tensor)
-        return bad_samples(torch.where(self.scales < _LARGEST_SCALE, 0.0, float("nan")))
+        if scales is None:
+            return bad_samples(residual)
+        return bad_samples(torch.where(scales < _LARGEST_SCALE, 0.0, float("nan")))
 
 
 class Storage:
@@ -59,6 +75,7 @@ class Storage:
         may_wait: whether the host may wait for a GPU.
 
     Attributes:
+        offloads: whether residuals are kept in host memory (`layercache.runtime.host_storage`).
         is_mixed: whether some streams or residuals have another dtype than the others; then each stream is a launch.
         is_widened: residuals of 16-bit streams are stored in float32, because one was larger than float16 holds, or
             because a graph, whose slots are allocated ahead, is compiled under `torch.autocast`.
@@ -68,6 +85,9 @@ class Storage:
     Raises:
         CacheStateError: another name.
     """
+
+    offloads = False
+    transfers: Transfers | None = None
 
     def __init__(self, name: str = "same", may_wait: bool = False):
         if name not in STORAGES:
@@ -85,8 +105,16 @@ class Storage:
         wider = before if before == after else torch.promote_types(before, after)
         return torch.float32 if self.is_widened and wider.itemsize < 4 else wider
 
+    def new_buffer(self) -> Buffer:
+        """A place for one residual; it takes no memory yet."""
+        return Buffer()
+
+    def make_room(self, buffer: Buffer, stream: torch.Tensor) -> None:
+        """Memory for a residual of this stream."""
+        self.allocate(buffer, stream)
+
     def fits(self, buffer: Buffer, stream: torch.Tensor) -> bool:
-        stored = buffer.tensor
+        stored = buffer.like
         return (
             stored is not None
             and stored.shape == stream.shape
@@ -96,7 +124,7 @@ class Storage:
 
     def has_shape(self, buffer: Buffer, stream: torch.Tensor) -> bool:
         """Whether the buffer is of the stream's shape and where the stream is, in whatever dtype."""
-        stored = buffer.tensor
+        stored = buffer.like
         return stored is not None and stored.shape == stream.shape and stored.device == stream.device
 
     def allocate(self, buffer: Buffer, stream: torch.Tensor, dtype: torch.dtype | None = None) -> None:
@@ -105,6 +133,17 @@ class Storage:
         if self.is_compact:
             scales = empty_for_any_mode(stream.shape[:-1], torch.float32, stream.device)
             buffer.scales = keep_address(scales)
+
+    def release(self) -> None:
+        """Nothing is on its way any more; the buffers are about to be freed."""
+
+    @property
+    def staged_bytes(self) -> int:
+        """The most that was on the device at a time of what is kept in host memory."""
+        return 0 if self.transfers is None else self.transfers.peak
+
+    def expect(self, launches: Sequence[Sequence[Sequence[Buffer]]]) -> None:
+        """A forward begins that reads these residuals."""
 
     def is_finite(self, buffer: Buffer) -> bool:
         """Whether what is stored on the CPU is; codes, and what a GPU stores, raise a flag on their way instead."""
@@ -249,7 +288,7 @@ class Storage:
 
 def _misfit(stream: torch.Tensor, buffer: Buffer) -> CacheStateError:
     return CacheStateError(
-        f"a stream is {describe(stream)} where the stored residual is {describe(buffer.tensor)}; "
+        f"a stream is {describe(stream)} where the stored residual is {describe(buffer.like)}; "
         "reset the cache before calling the transformer with other dtypes"
     )
 
@@ -263,5 +302,5 @@ def check_alike(before: torch.Tensor | None, after: torch.Tensor | None) -> None
         )
 
 
-def describe(stream: torch.Tensor | None) -> str:
+def describe(stream: Any) -> str:
     return "not there" if stream is None else f"of shape {tuple(stream.shape)} and {stream.dtype}"

@@ -10,6 +10,7 @@ import torch
 from layercache import ops
 from layercache._utils.tensors import empty_for_any_mode
 from layercache.errors import CacheStateError
+from layercache.runtime.offload import HostTensor, Transfers, host_bytes, prefetch
 from layercache.runtime.samples import bad_samples
 from layercache.schedule.memory_plan import VelocityLayout, lay_out_velocities
 from layercache.schedule.schedule import Schedule
@@ -67,22 +68,27 @@ def require_one_shape(tensors: Sequence[torch.Tensor]) -> None:
             )
 
 
+Slot = torch.Tensor | HostTensor | None
+
+
 class VelocityTrack:
     """Stored velocities of one generation, and what the sampler is given at each step.
 
     One per generation and output of the model, not per branch: it sees the velocity after guidance. The memory,
-    ``slots``, is taken over from the generation before. That of the first output has those of ``further`` ones.
+    ``slots``, is taken over from the generation before. That of the first output has those of ``further`` ones. With
+    ``transfers`` the velocities are kept in host memory, and brought back when the step begins that reads them.
     """
 
     def __init__(
         self,
         layouts: Sequence[VelocityLayout],
         num_slots: int,
-        slots: list[torch.Tensor | None] | None = None,
+        slots: list[Slot] | None = None,
         further: Sequence[VelocityTrack] = (),
+        transfers: Transfers | None = None,
     ):
-        self.layouts, self.further = layouts, further
-        none: list[torch.Tensor | None] = [None] * num_slots
+        self.layouts, self.further, self.transfers = layouts, further, transfers
+        none: list[Slot] = [None] * num_slots
         self.slots = none if slots is None else slots
         self.held: list[int | None] = [None] * num_slots
         self.step = self.taken = -1
@@ -91,10 +97,18 @@ class VelocityTrack:
         self.fallbacks = 0
 
     @classmethod
-    def of(cls, schedule: Schedule, outputs: int, before: VelocityTrack | None = None) -> VelocityTrack:
+    def of(
+        cls,
+        schedule: Schedule,
+        outputs: int,
+        before: VelocityTrack | None = None,
+        transfers: Transfers | None = None,
+    ) -> VelocityTrack:
         """Of a schedule for a model with so many outputs, in the memory of an earlier track of it."""
         memory = [None] * outputs if before is None else [before.slots, *(one.slots for one in before.further)]
-        tracks = [cls(*lay_out_velocities(schedule, output), memory[output]) for output in range(outputs)]
+        tracks = [
+            cls(*lay_out_velocities(schedule, output), memory[output], transfers=transfers) for output in range(outputs)
+        ]
         tracks[0].further = tracks[1:]
         return tracks[0]
 
@@ -120,9 +134,15 @@ class VelocityTrack:
         # decided once a step, for all its branches
         complete = all(self.held[slot] == source for slot, source in self.layouts[step].reads)
         self.is_complete = complete and all(track.is_complete for track in self.further)
+        if self.transfers is not None and self.is_complete:
+            self.transfers.settle()
+            prefetch(self.slots[slot] for slot, _ in self.layouts[step].reads)
 
     def reset(self) -> None:
         """No stored velocity is valid any more; the memory stays."""
+        for slot in self.slots:
+            if isinstance(slot, HostTensor):
+                slot.drop()
         self.held = [None] * len(self.held)
         self.step = self.taken = -1
         for track in self.further:
@@ -139,18 +159,29 @@ class VelocityTrack:
             self.fallbacks += layout.changes
             if slot is not None:
                 slot.copy_(velocity)
+                self._keep(layout.capture, slot)
             return velocity
-        tensors, coefficients = self._terms(layout, velocity, latents)
+        stored = [self._stored_velocity(slot) for slot, _ in layout.reads]
+        tensors, coefficients = self._terms(layout, velocity, stored, latents)
         require_one_shape(tensors)
         result = combine(tensors, coefficients, None if slot is None else (0, slot))
+        if layout.offset:
+            result.add_(layout.offset)
+        if self.transfers is not None:
+            for one in stored:
+                self.transfers.unstage(one)
+            if slot is not None:
+                self._keep(layout.capture, slot)
         return result if result.dtype == velocity.dtype else result.to(velocity.dtype)
 
-    def _terms(self, layout: VelocityLayout, velocity: Any, latents: Any) -> tuple[list[torch.Tensor], list[float]]:
+    def _terms(
+        self, layout: VelocityLayout, velocity: Any, stored: Sequence[Any], latents: Any
+    ) -> tuple[list[torch.Tensor], list[float]]:
         """What is combined; the fresh velocity first where it is used or stored."""
         terms: list[tuple[Any, float]] = []
         if layout.fresh is not None or layout.capture is not None:
             terms.append((velocity, layout.fresh or 0.0))
-        terms += [(self.slots[slot], c) for (slot, _), c in zip(layout.reads, layout.coefficients, strict=True)]
+        terms += zip(stored, layout.coefficients, strict=True)
         if layout.latents is not None:
             terms.append((latents, layout.latents))
         return [t for t, _ in terms], [c for _, c in terms]
@@ -158,10 +189,27 @@ class VelocityTrack:
     def _slot(self, index: int | None, like: torch.Tensor) -> torch.Tensor | None:
         if index is None:
             return None
-        slot = self.slots[index]
+        slot: Any = self.slots[index]
+        if self.transfers is not None:
+            self.transfers.settle()
+            return self.transfers.stage(like.shape, like.dtype, like.device)
         if slot is None or slot.shape != like.shape or slot.dtype != like.dtype or slot.device != like.device:
             slot = self.slots[index] = empty_for_any_mode(like.shape, like.dtype, like.device)
         return slot
+
+    def _stored_velocity(self, index: int) -> Any:
+        """A stored velocity, on its device."""
+        slot = self.slots[index]
+        return slot.fetch() if isinstance(slot, HostTensor) else slot
+
+    def _keep(self, index: int | None, staged: torch.Tensor) -> None:
+        """Moves what was just stored to the host, where it is to be kept there."""
+        if self.transfers is None or index is None:
+            return
+        slot = self.slots[index]
+        if not isinstance(slot, HostTensor):
+            slot = self.slots[index] = HostTensor(self.transfers)
+        slot.put(staged)
 
     def is_finite(self) -> bool:
         """Whether the stored velocities are; asks the device. What is not finite once stays so by the latents."""
@@ -173,10 +221,15 @@ class VelocityTrack:
 
     def _stored(self) -> list[torch.Tensor]:
         pairs = zip(self.slots, self.held, strict=True)
-        own = [slot for slot, step in pairs if slot is not None and step is not None]
+        held = [slot for slot, step in pairs if slot is not None and step is not None]
+        own = [slot.settled() if isinstance(slot, HostTensor) else slot for slot in held]
         return own + [slot for track in self.further for slot in track._stored()]
 
     @property
     def nbytes(self) -> int:
-        own = sum(slot.numel() * slot.element_size() for slot in self.slots if slot is not None)
+        own = sum(slot.nbytes for slot in self.slots if slot is not None)
         return own + sum(track.nbytes for track in self.further)
+
+    @property
+    def host_bytes(self) -> int:
+        return host_bytes(self.slots) + sum(track.host_bytes for track in self.further)

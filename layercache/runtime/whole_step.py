@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from layercache.models.spec import ModelSpec
 from layercache.runtime.forward import Forward
 from layercache.runtime.identity import NO_BRANCH, Identity
 from layercache.runtime.identity import Place as ForwardPlace
+from layercache.runtime.offload import HostTensor, Transfers, host_bytes, prefetch
 from layercache.runtime.policy import Run, StepDecider, StepMethod
 from layercache.runtime.report import CacheReport, Counts
 from layercache.runtime.router import Router
@@ -33,6 +34,10 @@ class EndedStepRun:
     log: tuple[Velocity | None, ...] = ()
     branches: tuple[str, ...] = ()
     nbytes: int = 0
+    host_bytes: int = 0
+
+
+Stored = torch.Tensor | HostTensor
 
 
 @dataclass
@@ -52,19 +57,22 @@ class StepRun:
     step: int = -1
     log: list[Velocity | None] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
-    velocity: torch.Tensor | None = None
-    further: dict[int, torch.Tensor] = field(default_factory=dict)
+    velocity: Stored | None = None
+    further: dict[int, Stored] = field(default_factory=dict)
     inputs: torch.Tensor | None = None
     signature: tuple[Any, ...] = ()
     excluded: Excluded = field(default_factory=Excluded)
 
     @property
+    def stored(self) -> list[Stored]:
+        return [*self.further.values(), *([] if self.velocity is None else [self.velocity])]
+
+    @property
     def nbytes(self) -> int:
-        stored = [*self.further.values(), *([] if self.velocity is None else [self.velocity])]
-        return sum(one.nbytes for one in stored) + (self.decider.nbytes if self.log else 0)
+        return sum(one.nbytes for one in self.stored) + (self.decider.nbytes if self.log else 0)
 
     def ended(self) -> EndedStepRun:
-        return EndedStepRun(self.sigmas, tuple(self.log), tuple(self.branches), self.nbytes)
+        return EndedStepRun(self.sigmas, tuple(self.log), tuple(self.branches), self.nbytes, host_bytes(self.stored))
 
 
 class StepRouter(Router):
@@ -73,7 +81,7 @@ class StepRouter(Router):
     takes_experts = True
     schedule_source = "cache.export_schedule() gives what was decided, once a generation has run"
 
-    def __init__(self, transformer: nn.Module, spec: ModelSpec, method: StepMethod, scheduler: Any):
+    def __init__(self, transformer: nn.Module, spec: ModelSpec, method: StepMethod, scheduler: Any, offload: int = 0):
         super().__init__(transformer, spec, [(0, count_blocks(transformer))])
         if not takes_euler_steps(scheduler):
             raise MethodError(
@@ -82,7 +90,8 @@ class StepRouter(Router):
                 "FlowMatchEulerDiscreteScheduler, or another method"
             )
         self._stream = tuple(inspect.signature(type(transformer).forward).parameters)[1]
-        self.method = method
+        self.method, self.offload = method, offload
+        self._transfers = Transfers() if offload else None
         self.identity = Identity(spec, scheduler)
         self._run: StepRun | None = None
         self._ended = EndedStepRun()
@@ -139,6 +148,8 @@ class StepRouter(Router):
         del run.log[step:]
         run.log += [None] * (step - len(run.log)) + [run.decider.velocity(step) if reuses else None]
         run.step = step
+        if reuses:
+            prefetch(run.stored)
 
     @property
     def replaces_velocity(self) -> bool:
@@ -162,19 +173,35 @@ class StepRouter(Router):
         rule = run.log[step]
         if output:
             if rule is None:
-                run.further[output] = velocity.clone()
+                run.further[output] = self._copied(run.further.get(output), velocity)
                 return velocity
-            return combine([run.further[output]], list(rule.terms.values()), None)
+            return self._extended(run.further[output], rule, velocity)
         if rule is None:
             self._record(run, step, velocity)
-            if run.velocity is None or run.velocity.shape != velocity.shape:
-                run.velocity = velocity.clone()
-            else:
-                run.velocity.copy_(velocity)
+            run.velocity = self._copied(run.velocity, velocity)
             return velocity
         assert run.velocity is not None
-        require_one_shape([velocity, run.velocity])
-        return combine([run.velocity], list(rule.terms.values()), None)
+        return self._extended(run.velocity, rule, velocity)
+
+    def _copied(self, before: Stored | None, velocity: torch.Tensor) -> Stored:
+        """A copy of what the model gave, in the memory of the one before."""
+        if self._transfers is not None:
+            self._transfers.settle()
+            kept = before if isinstance(before, HostTensor) else HostTensor(self._transfers)
+            kept.put_copy(velocity)
+            return kept
+        if not isinstance(before, torch.Tensor) or before.shape != velocity.shape:
+            return velocity.clone()
+        return before.copy_(velocity)
+
+    def _extended(self, stored: Stored, rule: Velocity, given: torch.Tensor) -> torch.Tensor:
+        """A stored velocity times its coefficient, for a step whose output is of the shape of ``given``."""
+        velocity = stored.fetch() if isinstance(stored, HostTensor) else stored
+        require_one_shape([given, velocity])
+        found: torch.Tensor = combine([velocity], list(rule.terms.values()), None)
+        if self._transfers is not None:
+            self._transfers.unstage(velocity)
+        return found
 
     def _record(self, run: StepRun, step: int, velocity: torch.Tensor) -> None:
         """Tells the decider what the model gave, without samples that are NaN; what it saw of those is forgotten."""
@@ -189,6 +216,7 @@ class StepRouter(Router):
     def find_fault(self) -> NonFiniteResidualError | None:
         """Looks at the stored velocity."""
         velocity = None if self._run is None else self._run.velocity
+        velocity = velocity.settled() if isinstance(velocity, HostTensor) else velocity
         samples = set[int]() if velocity is None else bad_samples(velocity)
         return NonFiniteResidualError.of("a stored velocity", samples) if samples else None
 
@@ -221,4 +249,6 @@ class StepRouter(Router):
     def report(self) -> CacheReport:
         """What the cache did since it was enabled."""
         run = self._newest
-        return self._counts.report(1.0, run.nbytes, run.branches, self.identity, self.measured_speedup)
+        report = self._counts.report(1.0, run.nbytes, run.branches, self.identity, self.measured_speedup)
+        staged = 0 if self._transfers is None else self._transfers.peak
+        return replace(report, host_bytes=run.host_bytes, staged_bytes=staged)

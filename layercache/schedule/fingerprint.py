@@ -125,6 +125,14 @@ class Fingerprint:
         """The steps at which the transformer runs."""
         return self.steps_run or tuple(range(self.num_steps))
 
+    @property
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """`steps`, cut where a pipeline with two transformers goes on with the second one (Wan 2.2)."""
+        known = [RANGE.fullmatch(str(value)) for value in self.settings.get("experts", ())]
+        boundary = next((float(found[2]) for found in known if found and found[1] == "boundary_ratio"), 0.0)
+        first = tuple(step for step in self.steps if self.sigmas[step] >= boundary)
+        return tuple(turn for turn in (first, self.steps[len(first) :]) if turn)
+
     def starting_at(self, first: int) -> Fingerprint:
         """Of a run that begins with this step (img2img), if it is not the first one."""
         return replace(self, steps_run=tuple(range(first, self.num_steps))) if first else self

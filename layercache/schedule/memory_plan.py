@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import Schedule, Velocity
 
 COMPUTE, CAPTURE, REUSE = "compute", "capture", "reuse"
 
@@ -66,6 +66,7 @@ class VelocityLayout:
         coefficients: theirs, in the same order.
         fresh: coefficient of the model's own output, ``None`` where it is not used.
         latents: coefficient of the latents, ``None`` where they are not used.
+        offset: what is added to all elements.
         capture: slot that stores the model's own output.
         changes: whether the sampler gets anything else than the model's own output.
     """
@@ -74,6 +75,7 @@ class VelocityLayout:
     coefficients: tuple[float, ...] = ()
     fresh: float | None = 1.0
     latents: float | None = None
+    offset: float = 0.0
     capture: int | None = None
     changes: bool = False
 
@@ -215,8 +217,9 @@ def lay_out_velocities(schedule: Schedule, output: int = 0) -> tuple[tuple[Veloc
                 coefficients=tuple(c for _, c in older),
                 fresh=1.0 if velocity is None else velocity.terms.get(step),
                 latents=(velocity.latents or None) if velocity else None,
+                offset=velocity.offset if velocity else 0.0,
                 capture=slots.get(step),
-                changes=velocity is not None and (velocity.terms != {step: 1.0} or bool(velocity.latents)),
+                changes=velocity is not None and velocity != Velocity({step: 1.0}),
             )
         )
     return tuple(layouts), pool.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,8 @@ from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_l
 from layercache.schedule.pretrained import Pretrained
 from layercache.schedule.schedule import made_by_line
 
-FORMAT, VERSION = MODULES, 2
+FORMAT, VERSION = MODULES, 3
+OLDER = 2  # of files without weights and derived branches
 REUSED_STEP = "reuse"
 
 
@@ -31,6 +32,11 @@ class ModuleSchedule(Summarised, Pretrained):
         computed: ``computed[step][unit]``; what is not computed is the output of the newest step that was.
         reused_steps: steps that take the final hidden state of the step before as it is; nothing else runs there.
         seconds: measured seconds of every unit, or other weights; of `used`.
+        weights: per step, what a module that is not computed adds of the difference between its two newest outputs, the
+            newest minus the one before; none at all where it is empty.
+        derived: per step, the weights of the low and the high band of the stored difference between guidance branches,
+            where the branches behind the first are not run but made from its output; ``None`` where they run. Empty:
+            they always run.
         made_by: how it was found, for people to read.
 
     Raises:
@@ -45,18 +51,27 @@ class ModuleSchedule(Summarised, Pretrained):
     reused_steps: frozenset[int] = frozenset()
     seconds: tuple[float, ...] = ()
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    derived: tuple[tuple[float, float] | None, ...] = ()
 
     def __post_init__(self) -> None:
         check_steps(self.fingerprint)
         steps = self.fingerprint.num_steps
         if len(self.computed) != steps or any(len(row) != len(self.units) for row in self.computed):
             raise ScheduleError(f"a module schedule needs {steps} rows of {len(self.units)} decisions")
-        if not all(self.computed[0]) or 0 in self.reused_steps:
-            raise ScheduleError("step 0 must compute every module; there is nothing to reuse yet")
+        first = self.fingerprint.steps[0]
+        if not all(self.computed[first]) or first in self.reused_steps:
+            raise ScheduleError(f"step {first} must compute every module; there is nothing to reuse yet")
         if not all(0 <= step < steps for step in self.reused_steps):
             raise ScheduleError(f"reused steps must lie within the {steps} steps, got {sorted(self.reused_steps)}")
         if self.seconds and (len(self.seconds) != len(self.units) or not all(_positive(s) for s in self.seconds)):
             raise ScheduleError("seconds must hold one positive number per module")
+        if self.weights and (len(self.weights) != steps or not all(map(math.isfinite, self.weights))):
+            raise ScheduleError(f"weights must hold {steps} finite numbers, one per step")
+        if self.derived and (len(self.derived) != steps or self.derived[0] is not None):
+            raise ScheduleError(f"derived must hold {steps} entries, and step 0 must run every branch")
+        if not all(pair is None or (len(pair) == 2 and all(map(math.isfinite, pair))) for pair in self.derived):
+            raise ScheduleError("a derived step needs two finite weights, of the low and of the high band")
 
     @property
     def num_steps(self) -> int:
@@ -64,24 +79,45 @@ class ModuleSchedule(Summarised, Pretrained):
 
     @property
     def used(self) -> float:
-        """Share of the modules' time that is computed."""
-        weights = self.seconds or (1.0,) * len(self.units)
-        spent = sum(
-            weight
-            for step, row in enumerate(self.computed)
-            if step not in self.reused_steps
-            for weight, computed in zip(weights, row, strict=True)
-            if computed
-        )
-        return spent / (self.num_steps * sum(weights))
+        """Share of the modules' time that is computed, over the steps at which the transformer runs.
+
+        Of two branches of which the second is derived at some steps, over both.
+        """
+        weights, steps = self.seconds or (1.0,) * len(self.units), self.fingerprint.steps
+        spent = 0.0
+        for step in steps:
+            if step not in self.reused_steps:
+                own = sum(weight for weight, computed in zip(weights, self.computed[step], strict=True) if computed)
+                spent += own / 2 if self.derives(step) else own
+        return spent / (len(steps) * sum(weights))
+
+    def derives(self, step: int) -> bool:
+        """Whether the branches behind the first are made from its output at this step."""
+        return bool(self.derived) and self.derived[step] is not None
+
+    def stored_at(self) -> list[list[bool]]:
+        """``[step][unit]``: whether a later step reads the output that a unit gives at a step."""
+        stored = [[False] * len(self.units) for _ in range(self.num_steps)]
+        run = [step for step in range(self.num_steps) if step not in self.reused_steps]
+        for unit in range(len(self.units)):
+            newest: list[int] = []  # the newest two computed steps, the newer one first
+            for step in run:
+                if self.computed[step][unit]:
+                    newest = [step, *newest[:1]]
+                    continue
+                for anchor in newest[: 2 if self.weights and self.weights[step] else 1]:
+                    stored[anchor][unit] = True
+        return stored
 
     def _summary(self) -> tuple[str, Rows]:
         prints, reused = self.fingerprint, len(self.reused_steps)
+        count = sum(map(self.derives, range(self.num_steps)))
         kept = f"; {reused} of {self.num_steps} steps take the last hidden state as it is" if reused else ""
         return (
-            f"ModuleSchedule of {self.num_steps} steps for {prints.model_class}, {len(self.units)} modules",
+            f"ModuleSchedule of {len(prints.steps)} steps for {prints.model_class}, {len(self.units)} modules",
             [
                 ("computed", f"{self.used:.1%} of the modules' time{kept}"),
+                ("branches", f"derived from the first at {count} steps" if count else ""),
                 ("made by", made_by_line(self.made_by, prints.package_version)),
                 ("made with", settings_line(prints)),
             ],
@@ -98,13 +134,16 @@ class ModuleSchedule(Summarised, Pretrained):
 
     def to_json(self) -> str:
         """The text of its file, with a checksum."""
+        extra = {"weights": list(self.weights), "derived": [pair and list(pair) for pair in self.derived]}
+        extra = {key: value for key, value in extra.items() if value}
         head = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if extra else OLDER,
             "fingerprint": self.fingerprint.to_json(),
             "made_by": dict(self.made_by),
             "seconds": list(self.seconds),
             "units": list(self.units),
+            **extra,
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}," for key, value in head.items()]
         rows = [
@@ -142,6 +181,8 @@ class ModuleSchedule(Summarised, Pretrained):
                 frozenset(step for step, row in enumerate(rows) if row == REUSED_STEP),
                 tuple(float(s) for s in data["seconds"]),
                 dict(data.get("made_by", {})),
+                tuple(float(weight) for weight in data.get("weights", ())),
+                tuple(None if pair is None else (float(pair[0]), float(pair[1])) for pair in data.get("derived", ())),
             )
 
     @classmethod
@@ -154,19 +195,14 @@ class ModuleSchedule(Summarised, Pretrained):
         return cls.from_data(read_json(path, FORMAT, VERSION), str(path))
 
 
-def alternating(
+def reusing(
     fingerprint: Fingerprint,
     units: Sequence[str],
-    cached: Sequence[Sequence[str]],
+    reused: Mapping[int, Collection[str]],
     seconds: Sequence[float] = (),
-    first: int = 1,
 ) -> ModuleSchedule:
-    """At step ``2 k + first`` the modules ``cached[k]`` take the output of the step before; the others are full."""
-    rows = []
-    for step in range(fingerprint.num_steps):
-        number, rest = divmod(step - first, 2)
-        reused = set(cached[number]) if not rest and 0 <= number < len(cached) else set()
-        rows.append(tuple(unit not in reused for unit in units))
+    """A schedule whose modules ``reused[step]`` take their last output at a step; everything else is computed."""
+    rows = (tuple(unit not in reused.get(step, ()) for unit in units) for step in range(fingerprint.num_steps))
     return ModuleSchedule(fingerprint, tuple(units), tuple(rows), seconds=tuple(seconds))
 
 

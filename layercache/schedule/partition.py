@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -57,6 +57,47 @@ def _snap(inner: list[int], list_lengths: Sequence[int]) -> list[int]:
 def _ranges(inner: Sequence[int], total: int) -> tuple[tuple[int, int], ...]:
     edges = sorted({0, total, *(b for b in inner if 0 < b < total)})
     return tuple(pairwise(edges))
+
+
+def cut_behind_skips(
+    groups: Sequence[tuple[int, int]], skips: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Groups with further boundaries, so that any of them may be reused: see `broken_skip`."""
+    edges = {0, *(hi for _, hi in groups)}
+    while True:
+        found = _ranges(sorted(edges), max(edges))
+        broken = {start + 1 for start, end in skips if _hides(found, start, end)}
+        if not broken:
+            return found
+        edges |= broken
+
+
+def broken_skip(
+    groups: Sequence[tuple[int, int]], reused: Collection[int], skips: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """A long skip connection that would give a computed block something else than what its other end returned.
+
+    What a group gives as a whole is there where it is reused, what blocks inside it would have given is not.
+
+    Args:
+        groups: block ranges.
+        reused: numbers of those that are reused in a step.
+        skips: pairs of block numbers, where the first one's output is read by the second.
+    """
+    for start, end in skips:
+        if _group_of(groups, start) in reused and _group_of(groups, end) not in reused and _hides(groups, start, end):
+            return start, end
+    return None
+
+
+def _hides(groups: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether a block's output is inside a group, and read outside of it."""
+    own = _group_of(groups, start)
+    return start != groups[own][1] - 1 and own != _group_of(groups, end)
+
+
+def _group_of(groups: Sequence[tuple[int, int]], block: int) -> int:
+    return next(number for number, (lo, hi) in enumerate(groups) if lo <= block < hi)
 
 
 def cut_by_curves(curves: np.ndarray, num_groups: int) -> tuple[tuple[int, int], ...]:

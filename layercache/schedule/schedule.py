@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar, Self
 
@@ -35,7 +35,7 @@ at which the transformer does not run (`Fingerprint.steps`), from another transf
 
 @dataclass(frozen=True)
 class Velocity:
-    """How the velocity that the sampler gets at a step is put together: ``sum_k c_k v[k] + latents * x``.
+    """How the velocity that the sampler gets at a step is put together: ``sum_k c_k v[k] + latents * x + offset``.
 
     ``v[k]`` is what the model itself (guidance included) gave at step k, the step's own number standing for the
     fresh one; ``x`` are the latents the step starts from. Source: docs/methods.md, Fitted forecasts.
@@ -43,23 +43,25 @@ class Velocity:
     Attributes:
         terms: ``{step: coefficient}``.
         latents: coefficient of ``x``.
+        offset: a number that is added to all elements.
     """
 
     terms: Mapping[int, float]
     latents: float = 0.0
+    offset: float = 0.0
 
     def shifted(self, steps: int) -> Velocity:
         """The same of velocities so many steps later."""
-        return Velocity({step + steps: value for step, value in self.terms.items()}, self.latents)
+        return replace(self, terms={step + steps: value for step, value in self.terms.items()})
 
     def to_json(self) -> dict[str, float]:
-        latents = {"latents": self.latents} if self.latents else {}
-        return {str(step): value for step, value in self.terms.items()} | latents
+        more = {name: value for name, value in (("latents", self.latents), ("offset", self.offset)) if value}
+        return {str(step): value for step, value in self.terms.items()} | more
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Velocity:
-        terms = {int(step): float(value) for step, value in data.items() if step != "latents"}
-        return cls(terms, float(data.get("latents", 0.0)))
+        terms = {int(step): float(value) for step, value in data.items() if step not in ("latents", "offset")}
+        return cls(terms, float(data.get("latents", 0.0)), float(data.get("offset", 0.0)))
 
 
 EXPECTED_PSNR = "expected_psnr"
@@ -182,7 +184,7 @@ class Schedule(Summarised, Pretrained):
             raise ScheduleError(f"step {step} has a velocity, but the transformer does not run there; leave it out")
         if not velocity.terms:
             raise ScheduleError(f"the velocity of step {step} needs a term: {velocity}")
-        for coefficient in (*velocity.terms.values(), velocity.latents):
+        for coefficient in (*velocity.terms.values(), velocity.latents, velocity.offset):
             _check_coefficient(coefficient, f"the velocity of step {step}")
         for source in velocity.terms:
             if not 0 <= source <= step or self.is_skipped(source):

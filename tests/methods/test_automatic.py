@@ -189,7 +189,7 @@ def test_the_first_use_of_layercache_may_be_a_config(monkeypatch):
 
 
 def test_speedup_of_forwards(monkeypatch):
-    now = iter([0.0, 9.0, 10.0, 14.0, 20.0, 21.0, 30.0, 35.0])
+    now = iter([0.0, 9.0, 10.0, 14.0, 20.0, 21.0, 30.0, 35.0, 37.0, 40.0, 41.0])
     monkeypatch.setattr("layercache.runtime.timing.moment", lambda device: next(now))
     times, cpu = ForwardTimes(), torch.device("cpu")
     assert times.speedup() is None
@@ -199,6 +199,11 @@ def test_speedup_of_forwards(monkeypatch):
         times.start(cpu)
         times.stop(cpu, full)
     assert times.speedup() == pytest.approx((10.0 - 9.0) / ((1.0 + 6.0 + 9.0) / 3))
+    with times.beside(cpu):  # for the next one
+        pass
+    times.start(cpu)
+    times.stop(cpu, False)
+    assert times.speedup() == pytest.approx((10.0 - 9.0) / ((1.0 + 6.0 + 9.0 + 2.0 + 1.0) / 4))
 
 
 def test_forwards_are_timed_where_they_run(pipe):

@@ -6,7 +6,6 @@ The cached run is watched by plain hooks; the transcription then decides from wh
 import copy
 import inspect
 import pickle
-from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,12 +17,15 @@ from layercache.errors import CacheStateError, LayerCacheError, MethodError, Non
 from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import MASKS, DBCache, FBCache, steps_mask
+from layercache.methods.seacache import SeaCache
+from layercache.methods.sencache import SenCache
 from layercache.methods.teacache import COEFFICIENTS, IDENTITY, SpectralCache, TeaCache, fit
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.dynamic import Reader
 from layercache.runtime.policy import DynamicMethod
 from support.marks import slow
 from support.tiny import LAYERS, SlopeTransformer, calm_pipeline, generate, shifted_sigmas, tiny_pipeline
+from support.watch import mean1, watched
 
 STEPS = 12
 
@@ -36,59 +38,6 @@ def pipe():
 @pytest.fixture(scope="module")
 def full(pipe):
     return generate(pipe, steps=STEPS)
-
-
-class Watch:
-    """What plain hooks see of a run: per branch and step, as NumPy arrays in double precision."""
-
-    def __init__(self, pipe, probe=1):
-        self.pipe, self.probe = pipe, probe
-        self.seen = defaultdict(lambda: defaultdict(list))
-        self._calls = 0
-
-    def note(self, name, tensor):
-        self.seen["cond" if self._calls % 2 == 0 else "uncond"][name].append(tensor.double().numpy().copy())
-
-    def __enter__(self):
-        model = self.pipe.transformer
-        first, last = model.transformer_blocks[0], model.transformer_blocks[self.probe - 1]
-
-        def start(module, args, output):
-            self.note("x", args[0])
-            self.note("h0", output)
-            self._start = output
-
-        def temb(module, args, output):
-            shift, scale, _ = first.img_mod(output).chunk(2, dim=-1)[0].chunk(3, dim=-1)
-            normed = torch.nn.functional.layer_norm(self._start, self._start.shape[-1:], eps=1e-6)
-            self.note("M", normed * (1 + scale[:, None]) + shift[:, None])
-
-        def end(module, args, kwargs, output):
-            self.note("v", output[0])
-            self._calls += 1
-
-        self._hooks = [
-            model.time_text_embed.register_forward_hook(temb),
-            model.img_in.register_forward_hook(start),
-            last.register_forward_hook(lambda module, args, output: self.note("y", output[1])),
-            model.norm_out.register_forward_pre_hook(lambda module, args: self.note("h", args[0])),
-            model.register_forward_hook(end, with_kwargs=True),
-        ]
-        return self
-
-    def __exit__(self, *exc):
-        for hook in self._hooks:
-            hook.remove()
-
-
-def watched(pipe, method, probe=1, **call):
-    with Watch(pipe, probe) as watch, layercache.enabled(pipe, method) as cache:
-        result = generate(pipe, steps=STEPS, **call)
-    return watch.seen, cache, result
-
-
-def mean1(x):
-    return np.abs(x).mean()
 
 
 def check(cache, seen, literal, *args):
@@ -326,6 +275,9 @@ EVERY = [
     TeaCache(threshold=0.15, coefficients=IDENTITY),
     TeaCache(threshold=0.15, coefficients=IDENTITY, order=1),
     SpectralCache(threshold=0.3, coefficients=IDENTITY),
+    SeaCache(threshold=0.2, order=1),
+    SeaCache(threshold=0.5, indicator="latents"),
+    SenCache(threshold=0.3, sensitivities=((0.5, 0.5, 1.0),)),
     DiCache(threshold=0.15, retention=0.1),
     DiCache(threshold=0.15, retention=0.1, per_branch=False),
     EasyCache(threshold=0.3, warmup=3),
@@ -435,6 +387,10 @@ def test_numbers_that_are_not_finite_are_never_small(pipe):
         (lambda: TeaCache(coefficients=(1.0, float("inf"))), "finite"),
         (lambda: SpectralCache(low_share=1.0), "low_share"),
         (lambda: SpectralCache(least=2.0), "most"),
+        (lambda: SeaCache(indicator="output"), "indicator"),
+        (lambda: SeaCache(power=0.0), "power"),
+        (lambda: SenCache(early_share=1.5), "early_share"),
+        (lambda: SenCache(sensitivities=((0.5, 1.0, -1.0),)), "rows"),
         (lambda: DiCache(mode="delta"), "mode"),
         (lambda: DiCache(order=1), "order"),
         (lambda: DiCache(retention=2), "retention"),
@@ -463,7 +419,7 @@ def test_settings_without_their_name_are_refused(kind, given, text):
     assert str(caught.value).startswith(f"give the settings of {kind.__name__} by name, such as {text}")
 
 
-@pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, DiCache, EasyCache])
+@pytest.mark.parametrize("kind", [FBCache, DBCache, TeaCache, SpectralCache, SeaCache, SenCache, DiCache, EasyCache])
 def test_methods_are_copied_shown_and_changed_as_dataclasses(kind):
     method = kind(threshold=0.7)
     assert pickle.loads(pickle.dumps(method)) == copy.deepcopy(method) == method

@@ -185,7 +185,11 @@ def test_refusals(steps, spans, form, message):
     ],
 )
 def test_released_schedules(name, evaluations, computed, edges):
-    schedule = meancache.MeanCache.preset(name, evaluations).schedule(prints(np.linspace(1, 0, 51).tolist()))
+    """The lists of the released scripts: what a preset computes, and the latents that their update ends with."""
+    sigmas = [3 * s / (1 + 2 * s) for s in np.linspace(1, 0, 51).tolist()]
+    schedule = meancache.MeanCache.preset(name, evaluations).schedule(prints(sigmas))
+    x = np.random.default_rng(evaluations).normal(size=20)
+    np.testing.assert_allclose(ours(schedule, x), literal_recursive(sigmas, computed, [*edges, 1], x), rtol=1e-8)
     assert [step for step in range(50) if not schedule.is_skipped(step)] == computed
     assert schedule.made_by["spans"] == [*edges, 1] and len(computed) == evaluations
     assert schedule.used == pytest.approx(evaluations / 50)

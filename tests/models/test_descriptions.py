@@ -13,7 +13,8 @@ from torch import nn
 import layercache
 from layercache import ops
 from layercache.errors import MethodError, UnsupportedModelError
-from layercache.methods.l2c import LearningToCache, _interpolated, _Training
+from layercache.methods.l2c import LearningToCache
+from layercache.methods.l2c_training import Training, interpolated
 from layercache.methods.teacache import IDENTITY, TeaCache
 from layercache.models import registry
 from layercache.models.registry import known_models, spec_for, velocities
@@ -273,7 +274,7 @@ class Blending(ModuleRouter):
         if self.betas is None:
             self.recorded.setdefault(number, copy_of(output))
             return output
-        return _interpolated(output, self.recorded[number], self.betas[number])
+        return interpolated(output, self.recorded[number], self.betas[number])
 
     def after(self, output, rerun):
         """How fast the output moves along a random direction: by the gradient, and by a difference quotient."""
@@ -318,7 +319,7 @@ def test_learning_needs_gradients():
     (gradient,) = torch.autograd.grad(given.sum(), x)
     assert given.any() and not gradient.any()
     with pytest.raises(UnsupportedModelError, match=r"no gradient .* take InvarDiff"):
-        _Training(model, spec_for(model), None, LearningToCache())
+        Training(model, spec_for(model), None, LearningToCache())
 
 
 def forwards(model: nn.Module, inputs: dict, steps: int):
@@ -344,8 +345,8 @@ def test_both_streams_that_leave_a_model_are_learned_from_and_kept():
     """LTX-2: the error of picture and sound, and both of a step that is reused whole."""
     model, inputs = build("LTX2VideoTransformer3DModel")
     scheduler, run = forwards(model, inputs, 2)
-    training = _Training(model, spec_for(model), scheduler, LearningToCache(by_cost=False))
-    training.prepare(1)
+    training = Training(model, spec_for(model), scheduler, LearningToCache(by_cost=False))
+    training.prepare(2)
     beta = torch.sigmoid(training.theta[0].detach()).tolist()
     attachment = attach(model, training)
     try:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -92,14 +93,19 @@ def test_files_of_the_command_line_are_sent_but_no_large_ones(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal/000").write_bytes(b"kept")
-    for name, size in (("prompts.txt", 3), ("mask.png", 4), ("large.safetensors", LARGEST + 1)):
+    for name, size in (("prompts.txt", 3), ("mask.png", 4), ("b.csv", 5), ("large.safetensors", LARGEST + 1)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     words = ["generate", "--prompts-file", "prompts.txt", "--image", "mask_image=mask.png", "--lora=large.safetensors"]
-    found = _named_files(words)
-    assert found == ["prompts.txt", "mask.png"]
+    found = _named_files([*words, "--transfer", "steps=6, prompts=b.csv"])
+    assert found == ["prompts.txt", "mask.png", "b.csv"]
     sent = on_ray._contents([*found, "journal"])
-    assert {name: len(content) for name, content in sent.items()} == {"prompts.txt": 3, "mask.png": 4, "journal/000": 4}
+    assert {name: len(content) for name, content in sent.items()} == {
+        "prompts.txt": 3,
+        "mask.png": 4,
+        "b.csv": 5,
+        "journal/000": 4,
+    }
 
 
 class OtherThreads(Crew):
@@ -164,6 +170,18 @@ def test_nobody_waits_for_a_process_that_failed_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("layercache.parallel.launching.PATIENCE", 1.0)
     with pytest.raises(CrewError, match="process 1 of 2 ended with exit code 3, and others waited"):
         launch_here([str(script)], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_ctrl_c_while_processes_start_ends_all(tmp_path, restarts):
+    with running(command(*CALIBRATE, "--workers", 2, "--restarts", restarts), tmp_path) as process:
+        ranks_once(lambda: True, process)
+        process.send_signal(signal.SIGINT)
+        text = ended(process)
+    assert process.returncode == 130, text
+    assert "Stopped" in text and "started again" not in text and "Error" not in text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

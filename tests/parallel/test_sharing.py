@@ -84,8 +84,8 @@ def test_errors_are_the_same_in_every_process(alone, shared):
 def test_comparisons_and_their_files_have_the_same_bytes(shared, tmp_path):
     outcomes, files = compare_tasks.compared(Crew(), str(tmp_path), shared["methods"])
     errors = [error for outcome in outcomes if (error := json.loads(outcome)["error"])]
-    assert errors == ["RuntimeError: no temples", "ZeroDivisionError: in one of them"]
-    assert len(files) == 1 + len(outcomes) - 2  # full pictures, and those of what did not fail
+    assert errors == ["RuntimeError: no temples", "ZeroDivisionError: in one of them"] * 2  # with other settings too
+    assert len(files) == 2 + len(outcomes) - 4  # full pictures, and those of what did not fail
     leader, *others = shared["compare"]
     assert leader == (outcomes, files)
     assert all(found == (outcomes, {}) for found in others)

@@ -24,7 +24,7 @@ from layercache.methods import invardiff, l2c
 from layercache.models.registry import fingerprint_of, spec_for
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.modules import as_rows, copy_of, module_units
-from layercache.schedule.module_schedule import ModuleSchedule, alternating
+from layercache.schedule.module_schedule import ModuleSchedule, reusing
 from layercache.tools.cli.app import app
 from layercache.tools.report.tables import module_sentences, module_table
 from support.marks import slow
@@ -478,8 +478,8 @@ def test_a_large_penalty_drives_the_betas_down_and_none_up(pipe):
     assert free.losses[-1][0] < free.losses[0][0]
 
 
-def test_alternating_schedules(pipe):
-    schedule = alternating(prints(pipe, 5), UNITS, [[UNITS[0]], UNITS[1:3]])
+def test_schedules_of_what_is_reused(pipe):
+    schedule = reusing(prints(pipe, 5), UNITS, {1: [UNITS[0]], 3: UNITS[1:3]})
     assert [row.count(False) for row in schedule.computed] == [0, 1, 0, 2, 0]
 
 
@@ -521,6 +521,10 @@ def test_tables_say_what_is_computed(pipe):
     text = plain_text(module_table(mixed(pipe)), 120)
     assert text.count("reuse") == 6 and "6 of 6" in text
     assert "Steps 4, 5" in module_sentences(mixed(pipe))
+    part = replace(mixed(pipe), fingerprint=replace(prints(pipe), steps_run=tuple(range(6))))
+    assert "8 steps, of which the transformer runs 6 (0-5)" in module_sentences(part)
+    assert "ModuleSchedule of 6 steps" in repr(part)
+    assert [len(line.split()) for line in plain_text(module_table(part), 120).splitlines()[-2:]] == [2, 2]
 
 
 # --- what cannot be cached -------------------------------------------------------------------------------------------

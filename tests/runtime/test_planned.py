@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import layercache
 from layercache._utils.compat import scheduler_sigmas
 from layercache.errors import CacheStateError, LayerCacheWarning, MethodError
-from layercache.methods import FBCache, MagCache, MeanCache, TaylorSeer, Uniform, installed
+from layercache.methods import FBCache, MagCache, MeanCache, Spectrum, TaylorSeer, Uniform, installed
 from layercache.methods.automatic import Automatic
 from layercache.models.registry import fingerprint_of
 from layercache.runtime import planned
@@ -22,7 +22,7 @@ from support.zoo_pipelines import generate as generate_any
 
 METHODS = [
     Uniform(interval=2),
-    TaylorSeer(interval=3, order=1),
+    Spectrum(warmup=2),
     TaylorSeer(interval=3, groups=((0, 2), (2, 4))),
     MagCache(ratios=[1.0, 1.01] * 3, threshold=0.2),
     MeanCache([0, 1, 3], [1, 1, 2]),

@@ -55,9 +55,22 @@ def compared(crew: Crew, folder: str, methods: Mapping[str, Any]) -> tuple[list[
     call = {"num_inference_steps": 6, "guidance_scale": 4.0}
     with mock.patch.dict(EFFORTS, quick=11):
         table = layercache.compare(
-            pipeline(), methods, CALLS, (0.5,), **settings, **call, crew=crew, folder=place, progress=False
+            pipeline(),
+            methods,
+            CALLS,
+            (0.5,),
+            **settings,
+            **call,
+            crew=crew,
+            folder=place,
+            progress=False,
+            transfer=[{"guidance_scale": 1.0}],
         )
-    outcomes = [{k: v for k, v in vars(outcome).items() if k not in TIMES} for outcome in table.outcomes]
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(place.rglob("*.npy"))}
+    found = [outcome for run in table.transfer.runs for outcome in run.outcomes]  # the first are those compared
+    outcomes = [{k: v for k, v in vars(outcome).items() if k not in TIMES} for outcome in found]
+    files = {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(place.rglob("*.npy"))
+    }
     assert place.exists() == crew.leads
     return [json.dumps(outcome) for outcome in outcomes], files

@@ -287,11 +287,12 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
 
 
 def test_psnr_is_made_up_for_where_it_was_not_asked_for_before(tmp_path):
-    pipe, entries = tiny.tiny_pipeline(2), numbered(["cat"])
+    pipe, entries = tiny.tiny_pipeline(2), [Entry({"prompt": "cat"}, 0, category="animals")]
     schedule = layercache.Schedule.compute_all(tiny.fingerprint(pipe.transformer, tiny.shifted_sigmas(2)))
     assert make(pipe, entries, tmp_path, {"num_inference_steps": 2}, schedule=schedule).psnr == ()
     batch = make(pipe, entries, tmp_path, {"num_inference_steps": 2}, schedule=schedule, compare=True)
     assert batch.made == 1 and batch.psnr == (float("inf"),) and lines_of(tmp_path)[0]["psnr"] == "inf"
+    assert batch.by_category == {"animals": batch.psnr} and lines_of(tmp_path)[0]["category"] == "animals"
 
 
 def test_a_schedule_that_does_not_fit_is_refused_before_the_first_prompt(tmp_path):
@@ -424,7 +425,8 @@ def small_demo(monkeypatch, tmp_path):
 
 def test_the_command_makes_a_folder_and_goes_on(small_demo, tmp_path):
     words = ("generate", "--prompts-file", "prompts.txt", "--steps", 2, "--seed", 5)
-    output = done(*words, "--json", "figures.json")
+    output = done(*words, "--fold-timesteps", "--json", "figures.json")
+    assert "TimestepTables: 6 projections, 2 timesteps" in output
     assert "pictures: pictures (2 of 2; 2 made now" in output and "manifest: pictures/manifest.jsonl" in output
     assert [line["seed"] for line in lines_of(tmp_path / "pictures")] == [5, 6]
     drawn = tiny.generate(small_demo, ["coffee"], steps=2, seed=6, output_type="np")[0]

@@ -411,7 +411,8 @@ def test_an_option_the_pipeline_lacks():
 def test_prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# animals\n\n a red fox \ncafé\n", encoding="utf-8")
-    assert common.read_prompts(None, path) == ["a red fox", "café"]
+    found = common.read_prompts(["typed"], path, seed=3)
+    assert [(one.sample, one.seed) for one in found] == [("typed", 3), ("a red fox", 4), ("café", 5)]
 
 
 # --- the whole way -------------------------------------------------------------------------------------------
@@ -419,8 +420,11 @@ def test_prompts_file(tmp_path):
 
 def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     profile, schedule, picture = tmp_path / "p.safetensors", tmp_path / "s.json", tmp_path / "cat.png"
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("category,prompt,guidance_scale\nfood,coffee,2.5\n")
     calibrated = invoke(
-        *("calibrate", "-p", "cat", "-p", "coffee", "--samples", 3, "--seed", 5, "--steps", STEPS, "--guidance", 2),
+        *("calibrate", "-p", "cat", "--prompts-file", prompts, "--samples", 3, "--seed", 5, "--steps", STEPS),
+        *("--guidance", 2),
         *("-o", profile, "--json", "-"),
     )
     assert calibrated.exit_code == 0, calibrated.output
@@ -431,6 +435,7 @@ def test_calibrate_plan_generate_show(tiny_demo, tmp_path):
     assert planned.exit_code == 0, planned.output
     assert json.loads(planned.stdout)["used"] == pytest.approx(Schedule.load(schedule).used)
     assert Schedule.load(schedule).used <= 0.7
+    assert "guidance_scale 2 to 2.5" in str(Schedule.load(schedule).fingerprint.settings)
 
     drawn = invoke(
         *("generate", "-p", "cat", "--seed", 3, "--guidance", 2, "--schedule", schedule, "-o", picture),
@@ -503,9 +508,15 @@ def test_what_a_file_says_of_its_command_cannot_run_another(tiny_demo, tmp_path)
 
 
 def test_generate_without_a_schedule(tiny_demo, tmp_path):
-    result = invoke("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png", "--json", "-")
+    words = ("generate", "-p", "cat", "--steps", 3, "-o", tmp_path / "x.png")
+    result = invoke(*words, "--json", "-")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["cache"] is None
+    picture = (tmp_path / "x.png").read_bytes()
+    result = invoke(*words, "--fold-timesteps", "--json", "-")
+    tables = json.loads(result.stdout)["timestep_tables"]
+    assert (tables["projections"], tables["rows"]) == (14, 3) and tables["after"] < tables["before"]
+    assert (tmp_path / "x.png").read_bytes() == picture
 
 
 def test_plan_that_cannot_be_reached(tiny_demo, tmp_path):

@@ -27,9 +27,10 @@ from layercache.planning.front import Front, Point
 from layercache.runtime.attachment import attachment_of
 from layercache.runtime.report import CacheReport
 from layercache.tools.compare import calls as calls_module
-from layercache.tools.compare.calls import PictureCalls, fidelity, samples_of
+from layercache.tools.compare.calls import PictureCalls, samples_of
 from layercache.tools.compare.files import ComparisonFiles, Outcome, finished
 from layercache.tools.compare.peers import block_calls
+from layercache.tools.compare.scores import fidelity
 from layercache.tools.compare.table import ComparisonTable
 from layercache.tools.compare.trial import run_trial, steps_taken
 from support.marks import slow

@@ -120,6 +120,21 @@ def test_the_demo_gave_what_readme_says() -> None:
     ]
 
 
+def test_the_page_of_timestep_tables_has_the_figures_of_its_result_file() -> None:
+    page = (ROOT / "docs" / "guides" / "timestep-tables.md").read_text()
+    models = json.loads((ROOT / "bench" / "results" / "timestep-tables.json").read_text())["models"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:2] == "| "]
+    said = {row[0]: row[1:] for row in rows if len(row) == 5}
+    for one in models:
+        if one["projections"]:
+            sizes = [f"{one[name] / 1e9:,.2f} GB" for name in ("bytes", "weights", "tables")]
+            assert said.pop(one["model"]) == [sizes[0], str(one["projections"]), *sizes[1:]]
+        else:
+            (why,) = one["kept"]
+            assert f"| {one['model']} | {why.replace('also depend on ', '')} |" in page
+    assert set(said) == {"model"}
+
+
 def test_versions_agree() -> None:
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import layercache
+from layercache.errors import FileFormatError
 from layercache.schedule.schedule import Schedule
 from layercache.tools.cli import app as command_line
 from layercache.tools.cli.common import read_prompts
@@ -48,7 +49,8 @@ def folder(tmp_path, monkeypatch):
         raise AssertionError("a model was loaded")
 
     for module in ("calibrate", "search", "compare", "train_router"):
-        monkeypatch.setattr(f"layercache.tools.cli.{module}.load_with_prompts", load)
+        name = "load_with_entries" if module == "compare" else "load_with_prompts"
+        monkeypatch.setattr(f"layercache.tools.cli.{module}.{name}", load)
     for module in ("generate", "demo"):
         monkeypatch.setattr(f"layercache.tools.cli.{module}.load_pipeline", load)
     monkeypatch.setattr("layercache.tools.cli.bench._measure_peers", load)
@@ -137,9 +139,9 @@ def test_prompts_of_editors_on_windows(tmp_path):
     path = tmp_path / "prompts.txt"
     for content in (b"\xef\xbb\xbfcat\r\ncoffee\r\n", b"cat\ncoffee", b"\xef\xbb\xbf# two\n\n\xef\xbb\xbfcat\rcoffee"):
         path.write_bytes(content)
-        assert read_prompts(None, path) == ["cat", "coffee"]
+        assert [entry.sample for entry in read_prompts(None, path)] == ["cat", "coffee"]
     path.write_text("cat\n", encoding="utf-16")
-    with pytest.raises(typer.BadParameter, match="UTF-8"):
+    with pytest.raises(FileFormatError, match="UTF-8"):
         read_prompts(None, path)
 
 

@@ -140,13 +140,16 @@ class MeanDifference:
 
     made = 0
 
-    def __init__(self, net: str, verbose: bool):
+    def __init__(self, net: str, verbose: bool, pnet_rand: bool):
+        assert pnet_rand  # else the package would fetch the weights
         type(self).made += 1
+        self.net = torch.nn.ModuleDict({"slice2": torch.nn.ModuleDict({"3": torch.nn.Linear(2, 2)})})
 
     def eval(self) -> MeanDifference:
         return self
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(self.net["slice2"]["3"].weight, torch.full((2, 2), 3.0))
         assert a.shape == b.shape == (1, 3, 24, 32)
         assert a.min() < -0.9 and a.max() > 0.9
         return (a - b).abs().mean().reshape(1, 1, 1, 1)
@@ -181,11 +184,16 @@ def test_lpips_without_weights_downloads_nothing(fake_lpips, pictures):
 
 def test_lpips_with_weights(fake_lpips, pictures):
     fake_lpips.parent.mkdir()
-    fake_lpips.touch()
-    values, reason = metrics.lpips(*pictures)
+    stored = {"features.3.weight": torch.full((2, 2), 3.0), "features.3.bias": torch.zeros(2), "classifier.1.bias": 0}
+    torch.save(stored, fake_lpips)
     reference, noisy = pictures
-    assert reason == ""
-    assert values == pytest.approx(2 * np.abs(reference - noisy).mean(axis=(1, 2, 3)), rel=1e-5)
+    elsewhere = fake_lpips.rename(fake_lpips.parent.parent / "alex.pth")
+    assert "not at" in metrics.lpips_unavailable() and not metrics.lpips_unavailable(elsewhere)
+    torch.save(stored, fake_lpips)
+    for weights in (None, elsewhere, fake_lpips.parent):
+        values, reason = metrics.lpips(*pictures, weights)
+        assert reason == ""
+        assert values == pytest.approx(2 * np.abs(reference - noisy).mean(axis=(1, 2, 3)), rel=1e-5)
 
 
 def test_figures_of_videos_are_over_their_frames(pictures):

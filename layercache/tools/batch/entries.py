@@ -1,9 +1,11 @@
-"""Prompts of a file, with the arguments and the seed of each one's call."""
+"""Prompts of a file, with the arguments and the seed of each one's call, and its category."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import inspect
+import io
 import json
 import re
 import unicodedata
@@ -16,6 +18,8 @@ from layercache._utils.text import shown
 from layercache.errors import ArgumentError, FileFormatError
 
 JSON_LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables, and what is between their cells."""
 LARGEST_SEED = 2**63 - 1
 SLUG = 40  # characters of a prompt in the name of its file
 SET_ELSEWHERE = {
@@ -34,11 +38,15 @@ class Entry:
         arguments: of the call, as JSON has them, beside those that all calls share; pictures by their files.
         seed: of the starting noise.
         folder: that names of picture files are relative to.
+        category: of the prompt, by which figures are grouped; empty without one.
+        has_own_seed: whether the file gave the seed.
     """
 
     arguments: Mapping[str, Any]
     seed: int
     folder: Path = field(default=Path(), compare=False)
+    category: str = ""
+    has_own_seed: bool = field(default=False, compare=False)
 
     @property
     def prompt(self) -> str:
@@ -54,6 +62,11 @@ class Entry:
     def name(self, number: int) -> str:
         """Name of the entry's file without its ending: its number and the beginning of its prompt."""
         return f"{number:05d}-{slug_of(self.prompt)}".rstrip("-")
+
+    @property
+    def sample(self) -> Any:
+        """The prompt where the call has nothing else; or all arguments, as `call` gives them."""
+        return self.arguments["prompt"] if set(self.arguments) == {"prompt"} else self.call()
 
     def inputs(self) -> dict[str, list[str]]:
         """Names of picture files among the arguments, by the argument."""
@@ -100,6 +113,97 @@ def numbered(prompts: Sequence[str], seed: int = 0) -> list[Entry]:
     return [Entry({"prompt": prompt}, seed + k) for k, prompt in enumerate(prompts)]
 
 
+def read_file(path: Path, seed: int = 0) -> list[Entry]:
+    """Entries of a file of prompts: JSON lines (.jsonl), a table (.csv, .tsv), or text with one prompt per line.
+
+    Args:
+        path: of the file; names of pictures in it are relative to its folder.
+        seed: of the first entry; those without a seed of their own have this one plus their number.
+
+    Raises:
+        FileFormatError: it holds no prompts, or a line of it is no call; the message says which.
+    """
+    ending = path.suffix.lower()
+    if ending in JSON_LINES:
+        return read_lines(path, seed)
+    return read_table(path, seed) if ending in TABLES else numbered(read_text(path), seed)
+
+
+def read_text(path: Path) -> list[str]:
+    """Prompts of a text file, one per line; empty lines and those that begin with # are left out.
+
+    Raises:
+        FileFormatError: it holds none, or is no text in UTF-8.
+    """
+    try:
+        # editors on Windows begin a file with a byte order mark
+        lines = [line.strip().strip("\ufeff").strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        lines = []
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise FileFormatError(
+            f"{shown(path)} holds no prompts; a text file (UTF-8) with one prompt per line is expected",
+            argument="prompts_file",
+        )
+    return found
+
+
+def read_table(path: Path, seed: int = 0) -> list[Entry]:
+    """Entries of a table whose first line names the columns: ``prompt``, ``category``, ``seed``, arguments of the call.
+
+    Cells of other columns are JSON, or else text; empty ones are left out.
+
+    Args:
+        path, seed: as of `read_file`.
+
+    Raises:
+        FileFormatError: no column is called prompt, or a line is no call; the message says which.
+    """
+    text = _decoded(path)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
+    found: list[Entry] = []
+    try:
+        header = [name.strip() for name in rows.fieldnames or ()]
+        if "prompt" not in header or len(set(header)) != len(header):
+            raise FileFormatError(
+                f"{shown(path)}: the first line of a table names its columns, each once and one of them prompt, such "
+                f"as prompt,category,seed; got {shown(','.join(header)) or 'nothing'}",
+                argument="prompts_file",
+            )
+        rows.fieldnames = header
+        for row in rows:
+            cells = {
+                name: _cell(name, value) for name, value in row.items() if name is not None and (value or "").strip()
+            }
+            if None in row:
+                raise _LineError(f"it has more cells than the {len(header)} columns")
+            if cells:
+                found.append(_entry(cells, seed + len(found), path.parent))
+    except (_LineError, csv.Error) as error:
+        raise FileFormatError(f"{shown(path)}, line {rows.line_num}: {error}", argument="prompts_file") from None
+    if not found:
+        raise FileFormatError(f"{shown(path)} holds no prompts", argument="prompts_file")
+    return found
+
+
+def _cell(name: str, text: str) -> Any:
+    """A cell of a table: texts as they are, others as JSON where they are."""
+    if name == "category" or "prompt" in name or takes_pictures(name):
+        return text.strip()
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise FileFormatError(f"{shown(path)} is not text in UTF-8", argument="prompts_file") from None
+
+
 def read_lines(path: Path, seed: int = 0) -> list[Entry]:
     """Entries of a file of JSON lines: an object of the call's arguments each.
 
@@ -110,11 +214,8 @@ def read_lines(path: Path, seed: int = 0) -> list[Entry]:
     Raises:
         FileFormatError: a line is not such an object; the message says which.
     """
-    try:
-        # not splitlines: JSON may hold separators of lines that Unicode has
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise FileFormatError(f"{shown(path)} is not text in UTF-8", argument="prompts_file") from None
+    # not splitlines: JSON may hold separators of lines that Unicode has
+    lines = _decoded(path).split("\n")
     found: list[Entry] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -136,7 +237,14 @@ def _entry_of(line: str, seed: int, folder: Path) -> Entry:
     arguments = json.loads(line, parse_constant=_no_number)
     if not isinstance(arguments, dict):
         raise _LineError('expected an object such as {"prompt": "a fox", "seed": 1}')
+    return _entry(arguments, seed, folder)
+
+
+def _entry(arguments: dict[str, Any], seed: int, folder: Path) -> Entry:
+    has_own_seed, category = "seed" in arguments, arguments.pop("category", "")
     seed = arguments.pop("seed", seed)
+    if not isinstance(category, str) or not category.isprintable():
+        raise _LineError(f"the category is a text on one line, got {category!r}")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
         raise _LineError(f"the seed is a whole number of at least 0, got {seed!r}")
     if not arguments:
@@ -149,7 +257,7 @@ def _entry_of(line: str, seed: int, folder: Path) -> Entry:
         if name in SET_ELSEWHERE:
             raise _LineError(f"{name} is not of one line; {SET_ELSEWHERE[name]}")
     json.dumps(arguments, ensure_ascii=False).encode()  # half a character, which no file can hold, is a ValueError
-    return Entry(arguments, seed, folder)
+    return Entry(arguments, seed, folder, category.strip(), has_own_seed)
 
 
 def _no_number(name: str) -> float:

@@ -134,6 +134,7 @@ class Manifest:
             "number": number,
             "prompt": entry.prompt,
             "seed": entry.seed,
+            "category": entry.category or None,
             "arguments": others,
             "file": next(iter(files), None),
             **figures,

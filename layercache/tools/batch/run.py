@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Batch:
         psnr: of all pictures, in dB, where they were compared.
         used: mean share of the block time computed; ``None`` without a schedule.
         seconds: of this run, from the first picture on.
+        by_category: the PSNR of the pictures of every category of prompts; empty where these have none.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Batch:
     psnr: tuple[float, ...]
     used: float | None
     seconds: float
+    by_category: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def generate_all(
@@ -175,7 +177,11 @@ def _batch_of(manifest: Manifest, tried: int, seconds: float) -> Batch:
     used = [line["used"] for line in lines if line.get("used") is not None]
     psnr = tuple(float(line["psnr"]) for line in lines if line.get("psnr") is not None)
     mean = math.fsum(used) / len(used) if used else None
-    return Batch(manifest.folder, manifest.path, len(lines), tried - len(failures), failures, psnr, mean, seconds)
+    compared = [line for line in lines if line.get("psnr") is not None]
+    names = dict.fromkeys(str(line["category"]) for line in compared if line.get("category"))
+    by_category = {name: tuple(float(one["psnr"]) for one in compared if one.get("category") == name) for name in names}
+    made = tried - len(failures)
+    return Batch(manifest.folder, manifest.path, len(lines), made, failures, psnr, mean, seconds, by_category)
 
 
 # --- one prompt --------------------------------------------------------------------------------------------------

@@ -41,14 +41,22 @@ def result_tables(data: Mapping[str, Any]) -> list[FittingTable]:
     if kind == PEERS:
         return [peer_table.table([peer_table.Row(**row) for row in data["rows"]])]
     if kind == COMPARISON:
+        from layercache.tools.compare.categories import category_table
         from layercache.tools.compare.report import comparison_table
 
-        return [comparison_table(_outcomes(data))]
+        by_category = category_table(_outcomes(data), _categories(data))
+        return [comparison_table(_outcomes(data)), *([by_category] if by_category else [])]
     if kind == FRONT:
         from layercache.tools.report.front import front_table, rows_from_json
 
         return [front_table(rows_from_json(data["rows"]))]
     return [_plain_table(data["rows"])]
+
+
+def _categories(data: Mapping[str, Any]) -> list[str]:
+    """Of every picture of a comparison; none where its prompts had none."""
+    settings = data.get("settings")
+    return [str(one) for one in settings.get("categories", ())] if isinstance(settings, Mapping) else []
 
 
 def save_result_page(
@@ -73,6 +81,7 @@ def save_result_page(
     if kind == COMPARISON:
         from layercache.tools.compare.report import save_page
 
+        settings["categories"] = _categories(data)
         return save_page(Path(path), _outcomes(data), title, _pictures(data, file), **settings)
     if kind == FRONT:
         from layercache.tools.report.front import rows_from_json, save_front_page

@@ -15,7 +15,7 @@ from layercache._utils.text import shown
 from layercache.tools.cli.common import Json, Printer, Steps, check_outputs, read_prompts, save, when_stopped
 from layercache.tools.cli.following import with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options, words_of
-from layercache.tools.cli.pipelines import call_arguments, load_with_prompts, refused_arguments
+from layercache.tools.cli.pipelines import bring_pictures, call_arguments, load_with_prompts, refused_arguments
 from layercache.tools.cli.workers import WorkerOptions, crew_for
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ def calibrate(
     -p "a city at night" -o qwen.safetensors`
     """
     kept = _check(output, json_to, prompts.prompts_file)
-    given = read_prompts(prompts.prompts, prompts.prompts_file)
-    count = samples or len(given) or DEMO_SAMPLES
+    given = len(read_prompts(prompts.prompts, prompts.prompts_file))
+    count = samples or given or DEMO_SAMPLES
     crew = crew_for(workers, samples=count, files=[kept])
     pipe, found = load_with_prompts(model, prompts, call)
     # without prompts, one sample of the demo model is a picture of every class
-    entries: list[Any] = given or [found]
+    entries: list[Any] = found if given else [found]
     settings = {
         "num_inference_steps": num_inference_steps,
         "partition": partition.value,
@@ -91,7 +91,7 @@ def calibrate(
         "sensitivity": sensitivity.value if sensitivity else None,
         "crew": crew,
         "resume": kept,
-        **call_arguments(pipe, call),
+        **call_arguments(pipe, call, bring_pictures(found)),
     }
     chosen = [entries[k % len(entries)] for k in range(count)]
     with when_stopped(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from layercache._utils.processes import leads
 from layercache._utils.text import shown
 from layercache.errors import OutputError
 from layercache.tools.report.console import PlainConsole
+
+if TYPE_CHECKING:
+    from layercache.tools.batch.entries import Entry
 
 PIPE_WIDTH = 120
 NOTHING_WRITTEN = "Stopped; nothing was written."
@@ -142,22 +145,20 @@ def parse_spans(text: str) -> tuple[int, ...]:
     return spans
 
 
-def read_prompts(prompts: Sequence[str] | None, path: Path | None) -> list[str]:
-    """The prompts that were typed, then those of the file."""
-    if path is None:
-        return list(prompts or ())
-    try:
-        # editors on Windows begin a file with a byte order mark
-        lines = [line.strip().strip("\ufeff").strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        lines = []
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise typer.BadParameter(
-            f"{shown(path)} holds no prompts; a text file (UTF-8) with one prompt per line is expected.",
-            param_hint="--prompts-file",
-        )
-    return [*(prompts or ()), *found]
+def read_prompts(prompts: Sequence[str] | None, path: Path | None, seed: int = 0) -> list[Entry]:
+    """The prompts that were typed, then those of the file, each with its arguments and its category.
+
+    Args:
+        prompts, path: that were given.
+        seed: of the first prompt; those without a seed of their own have this one plus their number.
+
+    Raises:
+        FileFormatError: the file holds no prompts, or a line of it is no call.
+    """
+    from layercache.tools.batch.entries import numbered, read_file
+
+    typed = numbered(prompts or (), seed)
+    return typed if path is None else [*typed, *read_file(path, seed + len(typed))]
 
 
 def check_outputs(outputs: Mapping[str, Path | str | None], reads: Sequence[Path | None] = ()) -> None:

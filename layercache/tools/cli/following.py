@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 LONGEST = 2000  # characters of an option in a file
 
 
-def with_command(fingerprint: Fingerprint, model: ModelOptions, call: CallOptions, prompt: str) -> Fingerprint:
+def with_command(fingerprint: Fingerprint, model: ModelOptions, call: CallOptions, prompt: Any) -> Fingerprint:
     """A fingerprint that says with which options it was measured, and on which prompt first."""
     from layercache.schedule.fingerprint import COMMAND
 
-    given: dict[str, Any] = {"prompt": prompt}
+    given: dict[str, Any] = {"prompt": prompt.get("prompt", "") if isinstance(prompt, Mapping) else prompt}
     for group in (model, call):
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
@@ -33,7 +33,7 @@ def with_command(fingerprint: Fingerprint, model: ModelOptions, call: CallOption
     return replace(fingerprint, settings={**fingerprint.settings, COMMAND: given, **more})
 
 
-def front_with_command(front: Front, model: ModelOptions, call: CallOptions, prompt: str) -> Front:
+def front_with_command(front: Front, model: ModelOptions, call: CallOptions, prompt: Any) -> Front:
     """The same of every schedule of a front."""
     points = []
     for point in front.points:

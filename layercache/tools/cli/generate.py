@@ -21,8 +21,10 @@ from layercache.tools.cli.pipelines import (
     call_arguments,
     check_demo_prompts,
     figures_of_call,
+    folded,
     load_pipeline,
     refused_arguments,
+    report_tables,
 )
 from layercache.tools.cli.workers import WorkerOptions
 
@@ -44,8 +46,9 @@ PromptsFile = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Draw many: a text file with one prompt per line, or JSON lines (.jsonl) with an object of the call's "
-        'arguments each: {"prompt": "a fox", "seed": 3, "negative_prompt": "blur", "image": "first.png"}.',
+        help="Draw many: a text file with one prompt per line; JSON lines (.jsonl) with an object of the call's "
+        'arguments each: {"prompt": "a fox", "seed": 3, "negative_prompt": "blur", "image": "first.png"}; or a table '
+        "(.csv) whose first line names the same as columns.",
     ),
 ]
 ScheduleFile = Annotated[
@@ -77,6 +80,14 @@ Compare = Annotated[
         help="Also draw without a cache; print PSNR, SSIM and times; save both. Of many prompts note PSNR and times.",
     ),
 ]
+FoldTimesteps = Annotated[
+    bool,
+    typer.Option(
+        "--fold-timesteps",
+        help="Keep what layers make of the timestep alone as tables, and move their weights to the host: less memory, "
+        "the same bits. Refused where nothing can be kept so.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ def generate(
     num_inference_steps: OwnSteps = None,
     output: Output = None,
     compare: Compare = False,
+    fold_timesteps: FoldTimesteps = False,
     json_to: Json = None,
 ) -> None:
     """Draw a picture or a video with a schedule; or one of every prompt of a file, with a manifest, into a folder.
@@ -111,7 +123,7 @@ def generate(
     if compare and schedule is None:
         raise typer.BadParameter("--compare needs a --schedule to compare with the full run.")
     if prompts_file is not None and prompt is None:
-        steps, places = num_inference_steps, (output, compare, json_to)
+        steps, places = num_inference_steps, (output, compare, json_to, fold_timesteps)
         return draw_many(ManyPrompts(prompts_file, model, call, workers, schedule, seed, steps, *places), DEFAULT_STEPS)
     if prompt is None or prompts_file is not None:
         raise typer.BadParameter("give a --prompt, or a --prompts-file.", param_hint="--prompt")
@@ -125,10 +137,12 @@ def generate(
         _check(place, compare, json_to, schedule)
     check_demo_prompts(pipe, [prompt])
     arguments = {"prompt": prompt, "num_inference_steps": steps, **call_arguments(pipe, call)}
-    with when_stopped("Stopped; nothing was written."):
-        drawn, full = _draw_all(pipe, arguments, seed, plan, compare)
+    printer = Printer(json_to)
     figures = {"kind": "generation", "model": model.model, "seed": seed, **figures_of_call(arguments, call)}
-    _report(Printer(json_to), figures, drawn, full, _File(pipe, place, call.frame_rate))
+    with when_stopped("Stopped; nothing was written."), folded(pipe, fold_timesteps, arguments) as tables:
+        drawn, full = _draw_all(pipe, arguments, seed, plan, compare)
+    figures |= report_tables(printer, tables)
+    _report(printer, figures, drawn, full, _File(pipe, place, call.frame_rate))
 
 
 def _check(output: Path | None, compare: bool, json_to: str | None, schedule: Path | None) -> None:

@@ -12,10 +12,11 @@ import typer
 from layercache._utils.files import check_output_folder
 from layercache._utils.processes import HOSTED, leads
 from layercache._utils.text import shown
+from layercache.errors import LayerCacheError
 from layercache.tools.cli.common import Printer, check_outputs, read_prompts, when_stopped
 from layercache.tools.cli.files import load_schedule
 from layercache.tools.cli.options import CallOptions, ModelOptions, words_of
-from layercache.tools.cli.pipelines import call_arguments, figures_of_call, load_pipeline
+from layercache.tools.cli.pipelines import call_arguments, figures_of_call, folded, load_pipeline, report_tables
 from layercache.tools.cli.results import VIDEO_ENDINGS
 from layercache.tools.cli.workers import WorkerOptions, crew_for
 
@@ -41,6 +42,7 @@ class ManyPrompts:
     output: Path | None
     compare: bool
     json_to: str | None
+    fold_timesteps: bool
 
     @property
     def folder(self) -> Path:
@@ -60,7 +62,7 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
     from layercache.tools.batch.manifest import NAME, forget_changed
 
     _check(given)
-    entries = _read_entries(given.file, given.seed)
+    entries = read_prompts(None, given.file, given.seed)
     plan = load_schedule(given.schedule) if given.schedule is not None else None
     steps = given.steps or (plan.num_steps if plan is not None else default_steps)
     if leads() and not os.environ.get(HOSTED):  # else the process that started this one has, where the files are
@@ -75,7 +77,8 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
     from layercache.tools.batch.run import generate_all
 
     stopped = f"Stopped. What was made is in {shown(given.folder)}; the same command goes on with the rest."
-    with when_stopped(stopped):
+    first = _call_of(entries[0]) if given.fold_timesteps else {}
+    with when_stopped(stopped), folded(pipe, given.fold_timesteps, call | first) as tables:
         batch = generate_all(
             pipe,
             entries,
@@ -88,7 +91,8 @@ def draw_many(given: ManyPrompts, default_steps: int) -> None:
             crew=crew,
             look=False,
         )
-    _report(Printer(given.json_to), batch, about["settings"])
+    printer = Printer(given.json_to)
+    _report(printer, batch, about["settings"] | report_tables(printer, tables))
     if batch.failures:
         raise typer.Exit(1)
 
@@ -112,10 +116,12 @@ def _check(given: ManyPrompts) -> None:
         metrics.check_installed()
 
 
-def _read_entries(path: Path, seed: int) -> list[Entry]:
-    from layercache.tools.batch.entries import JSON_LINES, numbered, read_lines
-
-    return read_lines(path, seed) if path.suffix.lower() in JSON_LINES else numbered(read_prompts(None, path), seed)
+def _call_of(entry: Entry) -> dict[str, Any]:
+    """The arguments of the prompt whose first forward says what can be folded."""
+    try:
+        return entry.call()
+    except OSError as error:
+        raise LayerCacheError(f"the first prompt's picture cannot be read: {error}", argument="prompts_file") from error
 
 
 def _report(printer: Printer, batch: Batch, settings: dict[str, Any]) -> None:
@@ -131,6 +137,9 @@ def _report(printer: Printer, batch: Batch, settings: dict[str, Any]) -> None:
         printer.say(f"computed: {batch.used:.1%} of the block time")
     if psnr is not None:
         printer.say(f"PSNR: {psnr.mean:.2f} dB, worst tenth {psnr.quantile10:.2f} dB, of {psnr.count} pictures")
+    for name, values in batch.by_category.items():
+        own = summarise(values)
+        printer.say(shown(f"  {name}: {own.mean:.2f} dB, worst tenth {own.quantile10:.2f} dB, of {own.count}"))
     if batch.failures:
         printer.say(f"{len(batch.failures)} failed; the same command tries them again:", style="red")
         for number, error in list(batch.failures.items())[:SHOWN_FAILURES]:

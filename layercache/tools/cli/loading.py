@@ -18,6 +18,7 @@ from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, MissingExtraError, UnsupportedModelError
 from layercache.tools import needs
 from layercache.tools.cli.options import ModelOptions
+from layercache.tools.lora import split_weight as split_weight
 
 GGUF, WEIGHTS = ".gguf", (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".bin")
 INSTALL = 'pip install "layercache[diffusers]"'
@@ -387,15 +388,6 @@ def split_name(text: str, default: str) -> tuple[str, str]:
     """``NAME=PATH`` apart; the name by default where there is none."""
     name, sign, path = text.partition("=")
     return (name, path) if sign and name.isidentifier() and not Path(text).exists() else (default, text)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """``PATH:WEIGHT`` apart; a weight of 1 where there is none."""
-    path, sign, weight = text.rpartition(":")
-    with contextlib.suppress(ValueError):
-        if sign and path:
-            return path, float(weight)
-    return text, 1.0
 
 
 # --- messages ----------------------------------------------------------------------------------------------------

@@ -140,7 +140,11 @@ class PromptOptions:
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            rich_help_panel=PROMPTS, exists=True, dir_okay=False, help="A text file with one prompt per line."
+            rich_help_panel=PROMPTS,
+            exists=True,
+            dir_okay=False,
+            help="A text file with one prompt per line; a table (.csv) whose first line names the columns prompt, "
+            "category, seed and arguments of the call; or JSON lines (.jsonl) with the same.",
         ),
     ] = None
 

@@ -9,16 +9,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from layercache._utils.text import shown
 from layercache.errors import LayerCacheError, LayerCacheWarning, MissingExtraError, UnsupportedModelError
-from layercache.tools.cli.common import read_prompts
+from layercache.tools.cli.common import Printer, read_prompts
 from layercache.tools.cli.loading import is_like_demo, load_model, split_name
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions
+
+if TYPE_CHECKING:
+    from layercache.tools.batch.entries import Entry
 
 DEMO_GUIDANCE = 4.0
 IMAGE_ARGUMENTS = ("image", "control_image", "images", "reference_images")
@@ -38,18 +42,37 @@ def load_pipeline(model: ModelOptions, call: CallOptions | None = None, pictures
     return load_model(model, lambda cls: check_call(cls, call, pictures_follow))
 
 
-def load_with_prompts(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[str]]:
-    """A pipeline and the prompts to run it on; without any, the demo model gets the names of all its classes."""
+def load_with_prompts(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[Any]]:
+    """A pipeline and the prompts to run it on; without any, the demo model gets the names of all its classes.
+
+    Prompts of a file that name arguments of the call are mappings of these, with their pictures.
+    """
+    pipe, entries = load_with_entries(model, prompts, call)
+    return pipe, [entry.sample for entry in entries]
+
+
+def load_with_entries(model: ModelOptions, prompts: PromptOptions, call: CallOptions) -> tuple[Any, list[Entry]]:
+    """As `load_with_prompts`, with categories and seeds."""
+    from layercache.tools.batch.entries import check_arguments, numbered
+
     found = read_prompts(prompts.prompts, prompts.prompts_file)
     if not found and model.model != "demo" and not is_like_demo(model.model):
         raise typer.BadParameter("give at least one --prompt, or a --prompts-file.", param_hint="--prompt")
-    pipe = load_pipeline(model, call)
+    pipe = load_pipeline(model, call, any(entry.inputs() for entry in found))
     if not found:
         from layercache.demo.model import CLASS_NAMES
 
-        found = list(CLASS_NAMES)
-    check_demo_prompts(pipe, found)
+        found = numbered(CLASS_NAMES)
+    check_demo_prompts(pipe, [entry.prompt for entry in found])
+    check_arguments(pipe, found)
     return pipe, found
+
+
+def bring_pictures(prompts: Iterable[Any]) -> bool:
+    """Whether prompts, as `load_with_prompts` gives them, have pictures among their arguments."""
+    from layercache.tools.batch.entries import takes_pictures
+
+    return any(takes_pictures(name) for prompt in prompts if isinstance(prompt, Mapping) for name in prompt)
 
 
 def is_demo(pipe: Any) -> bool:
@@ -134,7 +157,7 @@ def call_arguments(pipe: Any, call: CallOptions, pictures_follow: bool = False) 
     wanted: dict[str, Any] = {"height": call.height, "width": call.width, "num_frames": call.num_frames}
     wanted["negative_prompt"] = call.negative_prompt
     if call.guidance_scale is not None:
-        guidance = _guidance_arguments(pipe, accepted, call.guidance_scale)
+        guidance = guidance_arguments(pipe, accepted, call.guidance_scale)
         wanted = guidance | {name: value for name, value in wanted.items() if value is not None}
     arguments = {name: value for name, value in wanted.items() if value is not None}
     _refuse_options(type(pipe), accepted, arguments)
@@ -179,7 +202,7 @@ def _refuse_options(cls: type, accepted: Any, given: Iterable[str]) -> None:
         )
 
 
-def _guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, Any]:
+def guidance_arguments(pipe: Any, accepted: Any, guidance: float) -> dict[str, Any]:
     """Distilled models embed ``guidance_scale``; ``true_cfg_scale`` is a second forward with a negative prompt."""
     config = getattr(getattr(pipe, "transformer", None), "config", None)
     distilled = bool(getattr(config, "guidance_embeds", False))
@@ -244,10 +267,10 @@ def _warn_of_idle_prompt(call: CallOptions, accepted: Any, arguments: Mapping[st
         )
 
 
-def quiet_call(pipe: Any, steps: int, call: CallOptions) -> dict[str, Any]:
+def quiet_call(pipe: Any, steps: int, call: CallOptions, pictures_follow: bool = False) -> dict[str, Any]:
     """Arguments of many calls under one progress bar, with guidance for the demo model where none was given."""
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": steps, **call_arguments(pipe, call)}
+    arguments = {"num_inference_steps": steps, **call_arguments(pipe, call, pictures_follow)}
     return ({"guidance_scale": DEMO_GUIDANCE} if is_demo(pipe) else {}) | arguments
 
 
@@ -281,13 +304,38 @@ def refused_arguments() -> Iterator[None]:
         raise LayerCacheError(f"the pipeline refused its arguments: {error}") from error
 
 
-def pictures_of(pipe: Any, prompts: Sequence[str], count: int) -> list[Any]:
+@contextmanager
+def folded(pipe: Any, wanted: bool, call: Mapping[str, Any]) -> Iterator[Any]:
+    """Context with timestep tables where they are wanted, found in the first forward of this call; else ``None``."""
+    import layercache
+
+    if not wanted:
+        yield None
+        return
+    with refused_arguments():
+        tables = layercache.fold_timesteps(pipe, call["num_inference_steps"], **call)
+    with tables:
+        yield tables
+
+
+def report_tables(printer: Printer, tables: Any) -> dict[str, Any]:
+    """Prints memory before and after timestep tables, if there are any, and gives the figures."""
+    if tables is None:
+        return {}
+    report = tables.report()
+    printer.say(str(report))
+    return {"timestep_tables": asdict(report) | {"after": report.after}}
+
+
+def pictures_of(pipe: Any, prompts: Sequence[Any], count: int) -> list[Any]:
     """Prompts of so many pictures, in turn: a call each, or calls of four where the model is small (the demo's).
 
     How many there are in a call decides about the last bits of the result, so that it is the same for any crew.
     """
     names = [prompts[k % len(prompts)] for k in range(count)]
-    return [names[k : k + BATCH] for k in range(0, count, BATCH)] if is_demo(pipe) else names
+    if not is_demo(pipe) or any(isinstance(name, Mapping) for name in names):
+        return names
+    return [names[k : k + BATCH] for k in range(0, count, BATCH)]
 
 
 def count_calls(model: ModelOptions, pictures: int) -> int:

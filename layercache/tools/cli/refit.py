@@ -13,6 +13,7 @@ from layercache.tools.cli.common import Json, Printer, Seed, check_outputs, save
 from layercache.tools.cli.following import generate_with, with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
 from layercache.tools.cli.pipelines import (
+    bring_pictures,
     call_arguments,
     count_calls,
     load_with_prompts,
@@ -58,7 +59,7 @@ def refit(
     crew = crew_for(workers, samples=count_calls(model, samples))
     pipe, found = load_with_prompts(model, prompts, call)
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps or plan.num_steps}
-    settings |= {"crew": crew, **call_arguments(pipe, call)}
+    settings |= {"crew": crew, **call_arguments(pipe, call, bring_pictures(found))}
     with when_stopped("Stopped; nothing was written."), refused_arguments():
         pictures, seeds = pictures_of(pipe, found, samples), range(seed, seed + samples)
         point = layercache.refit(pipe, plan, pictures, seeds=seeds, **settings)

@@ -27,6 +27,7 @@ from layercache.tools.cli.common import (
 from layercache.tools.cli.following import budget_of, front_with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
 from layercache.tools.cli.pipelines import (
+    bring_pictures,
     call_arguments,
     count_calls,
     load_with_prompts,
@@ -82,7 +83,8 @@ def search(
     shared = min(count_calls(model, count) for count in (samples, validation or samples))
     crew = crew_for(workers, samples=shared, files=[folder])
     pipe, found = load_with_prompts(model, prompts, call)
-    settings |= {"crew": crew, **call_arguments(pipe, call), **_levels(free_sigmas, call_arguments(pipe, call))}
+    arguments = call_arguments(pipe, call, bring_pictures(found))
+    settings |= {"crew": crew, **arguments, **_levels(free_sigmas, arguments)}
     _say_cost(printer, samples, validation, settings)
     with when_stopped(f"Stopped. What was run is kept in {shown(folder)}; the same command goes on from there."):
         front = _search(pipe, _pictures(pipe, found, samples, validation, seed) | settings)
@@ -137,7 +139,7 @@ def _say_cost(printer: Printer, samples: int, validation: int, settings: dict[st
     )
 
 
-def _pictures(pipe: Any, prompts: list[str], samples: int, validation: int, seed: int) -> dict[str, Any]:
+def _pictures(pipe: Any, prompts: list[Any], samples: int, validation: int, seed: int) -> dict[str, Any]:
     """The calibration pictures, and those with the seeds behind them for validation."""
 
     last = seed + samples

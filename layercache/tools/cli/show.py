@@ -168,9 +168,9 @@ def models(
     """List the transformers that are known, the pipelines that run them, and which methods each supports.
 
     Schedules of groups and steps, and FBCache, DBCache, DiCache, MagCache, MeanCache and the like run on all of them.
-    TeaCache and SpectralCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache cache
-    single modules: where the table has a dash, the model's description does not say where those are. Another class is
-    found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
+    TeaCache, SpectralCache and SeaCache watch the modulated input of the first block, InvarDiff and Learning-to-Cache
+    cache single modules: where the table has a dash, the model's description does not say where those are. Another
+    class is found out with `layercache.infer_model(pipe, lambda: pipe(...))`.
 
     Example: `layercache models FluxKontextPipeline`
     """

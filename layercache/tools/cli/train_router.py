@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,8 @@ from layercache.tools.cli.common import (
 )
 from layercache.tools.cli.following import generate_with, with_command
 from layercache.tools.cli.options import CallOptions, ModelOptions, PromptOptions, with_options
-from layercache.tools.cli.pipelines import load_with_prompts, quiet_call, refused_arguments
+from layercache.tools.cli.pipelines import bring_pictures, load_with_prompts, quiet_call, refused_arguments
+from layercache.tools.cli.workers import PANEL, WorkerOptions, crew_for
 
 if TYPE_CHECKING:
     from layercache.methods.l2c import LearnedRouter
@@ -31,10 +32,28 @@ if TYPE_CHECKING:
 
 GOES_ON = "the same command goes on from there"
 
-Rounds = Annotated[int, typer.Option(min=1, help="Generations to learn from.")]
+
+@dataclass(frozen=True)
+class TrainingWorkers(WorkerOptions):
+    """How many processes train a router together, and where they run."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=PANEL,
+            min=1,
+            metavar="N",
+            help="Train with so many processes, one GPU each where there are any: in every round each makes a "
+            "generation, and their gradients are averaged.",
+        ),
+    ] = None
+
+
+Rounds = Annotated[int, typer.Option(min=1, help="Generations to learn from; with --workers, of each process.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures per generation.")]
 Penalty = Annotated[float, typer.Option(min=0, help="Weight of computing, beside the error.")]
 LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
+Period = Annotated[int, typer.Option(min=2, help="From one computed step to the next; 2 is the published one.")]
 Shifted = Annotated[
     bool, typer.Option("--shifted", help="Cache the points of the outer grid of single-step DPM-Solver-2.")
 ]
@@ -50,10 +69,12 @@ def train_router(
     model: ModelOptions,
     prompts: PromptOptions,
     call: CallOptions,
+    workers: TrainingWorkers,
     rounds: Rounds = 24,
     batch: Batch = 4,
     penalty: Penalty = 1e-4,
     learning_rate: LearningRate = 0.1,
+    period: Period = 2,
     shifted: Shifted = False,
     threshold: Threshold = 0.1,
     budget: Budget = None,
@@ -63,29 +84,39 @@ def train_router(
     plot: Plot = None,
     json_to: Json = None,
 ) -> None:
-    """Train a Learning-to-Cache router: which modules can be left out at every second step.
+    """Train a Learning-to-Cache router: which modules can be left out between computed steps.
 
     It learns from the model's own generations; the model is not changed. A budget, the share of the modules' time,
-    replaces the threshold. A training that was stopped goes on when the same command is given again.
+    replaces the threshold. Stopped, the same command goes on. Several GPUs: --workers, torchrun, or
+    `accelerate launch -m layercache train-router ...`.
 
     Example: `layercache train-router --rounds 40 --budget 0.7 -o router.json`
     """
     kept = checkpoint or output.with_suffix(".pt")
     check_outputs({"output": output, "checkpoint": kept, "plot": plot, "json_to": json_to}, [prompts.prompts_file])
     _check_plot(plot)
-    from layercache.methods import l2c
-    from layercache.tools.compare.calls import batched
+    from layercache.methods.l2c import LearningToCache
 
-    settings = l2c.LearningToCache(penalty, learning_rate, rounds, shifted=shifted)
+    settings = LearningToCache(penalty, learning_rate, rounds, shifted=shifted, period=period)
+    crew = crew_for(workers, files=[kept])
     pipe, found = load_with_prompts(model, prompts, call)
-    arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call))
-    samples, printer = batched(found, 0, -(-len(found) // batch) * batch, batch), Printer(json_to)
+    arguments = _latent_only(pipe, quiet_call(pipe, num_inference_steps, call, bring_pictures(found)))
+    printer = Printer(json_to)
     with refused_arguments(), when_stopped(f"Stopped. The rounds so far are in {shown(kept)}; {GOES_ON}."):
-        router = settings.train(pipe, samples, kept, printer.console.is_terminal, **arguments)
+        router = settings.train(pipe, _samples(found, batch), kept, crew=crew, **arguments)
+    if not crew.leads:
+        return
+    router = replace(router, fingerprint=with_command(router.fingerprint, model, call, found[0]))
     schedule = router.schedule(threshold if budget is None else None, budget)
-    schedule = replace(schedule, fingerprint=with_command(schedule.fingerprint, model, call, found[0]))
     save(output, schedule.save)
     _report(printer, router, schedule, {"schedule": output, "checkpoint": kept}, plot)
+
+
+def _samples(prompts: list[Any], batch: int) -> list[Any]:
+    """The prompts in batches, the last one filled from the first ones."""
+    from layercache.tools.compare.calls import batched
+
+    return batched(prompts, 0, -(-len(prompts) // batch) * batch, batch)
 
 
 def _latent_only(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

@@ -232,5 +232,6 @@ def run_words(words: Sequence[str], crew: Crew) -> int:
 
 def _named_files(words: Sequence[str]) -> list[str]:
     """Files that a command line names, but those of models, which every machine has, or fetches."""
-    paths = [path for word in words for path in (word, word.partition("=")[2]) if path and os.path.isfile(path)]
+    values = [(word, word.partition("=")[2], *(part.partition("=")[2] for part in word.split(","))) for word in words]
+    paths = [path for one in values for path in dict.fromkeys(one) if path and os.path.isfile(path)]
     return [path for path in paths if os.path.getsize(path) <= LARGEST]

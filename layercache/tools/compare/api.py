@@ -10,17 +10,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from layercache._utils import metrics
 from layercache._utils.text import shown
 from layercache.errors import ArgumentError
 from layercache.parallel.crew import Crew
 from layercache.planning.search import EFFORTS
 from layercache.tools.compare.calls import batched, batches_of, check_pipeline, samples_of
-from layercache.tools.compare.entries import methods_of
+from layercache.tools.compare.categories import in_turn, split_categories
+from layercache.tools.compare.entries import Method, methods_of
 from layercache.tools.compare.files import ComparisonFiles
 from layercache.tools.compare.model import CalibratedModel
 from layercache.tools.compare.run import REPEATS, Comparison
+from layercache.tools.compare.scores import scorer_of
 from layercache.tools.compare.table import ComparisonTable
+from layercache.tools.compare.transfer import Setting, Transfer, settings_of
 
 BUDGETS = (0.6, 0.5, 0.4)
 
@@ -40,6 +42,9 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
     crew: Crew | None = None,
+    lpips: bool | str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
+    transfer: Sequence[Mapping[str, Any]] = (),
     **call: Any,
 ) -> ComparisonTable:
     """Runs caching methods on the same prompts and seeds, each as close to each budget as it can be tuned.
@@ -57,8 +62,8 @@ def compare(
             `layercache.tools.compare.model.CalibratedModel`; or a function ``()`` or ``(pipe)`` that returns a context
             manager within which another package's cache is on (its share is counted in calls of the blocks).
             Methods of packages with an entry point in the group ``layercache.methods`` go by its name.
-        prompts: texts, or mappings of the call's arguments (``{"prompt": ..., "image": ...}``); a list among them is
-            one call. The bundled model needs none.
+        prompts: texts, or mappings of the call's arguments, and of a ``"category"`` by which figures are grouped; a
+            list among them is one call. The bundled model needs none.
         budgets: shares of the block time, above 0 and at most 1.
         seeds: one per picture, the prompts in turn; a number: so many, from 0 on. By default a picture per prompt.
         calibration: pictures to fit and tune on, with seeds behind those of the others.
@@ -66,49 +71,62 @@ def compare(
         effort: of the search, for the method ``"layercache"``.
         batch: pictures per call.
         repeats: pairs of full and cached runs that a speedup is the median of.
-        folder: where outcomes and pictures are kept, so that a comparison that was stopped, or is asked for more
-            methods, goes on. By default they last as long as the table.
+        folder: of outcomes and pictures, in which a comparison goes on that was stopped, or is asked for more; by
+            default they last as long as the table.
         progress: show a progress bar.
-        crew: processes that share out the calls and tune methods side by side, each with the whole pipeline. All of
-            them get the table; its pictures and the folder are the leader's.
+        crew: processes that share out calls and tuning, each with the whole pipeline. All get the table; its pictures
+            and the folder are the leader's.
+        lpips, clip: see `layercache.tools.compare.scores.scorer_of`; by default LPIPS where it is available.
+        transfer: other settings that the same plans are run with, see `layercache.tools.compare.transfer.settings_of`;
+            what they give, and what was refused, is the table's ``transfer``.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
 
     Raises:
-        ArgumentError: prompts, seeds, effort or an argument of the call is not usable.
+        ArgumentError: prompts, seeds, effort, a setting or an argument is not usable; weights of LPIPS or CLIP were
+            asked for and are not here.
         BudgetError: a budget is out of range.
         CacheStateError: a cache is enabled on the pipeline.
-        CalibrationError: there are more processes than calls.
-        CrewError: one of the processes is gone.
+        CalibrationError, CrewError: there are more processes than calls; one of them is gone.
         FileFormatError, OutputError, ScheduleMismatchError: the folder cannot be written, or belongs to another model
             or other settings.
         MethodError: a method is unknown, or is none.
-        MissingExtraError: scikit-image is not installed.
+        MissingExtraError: scikit-image is not installed, or what LPIPS or CLIP need where that was asked for.
         UnsupportedModelError: the pipeline's transformer is of an unknown class.
     """
-    metrics.check_installed()
     check_pipeline(pipe, call)
-    wanted = methods_of(methods)
+    wanted, settings = methods_of(methods), settings_of(transfer, pipe)
     _check_numbers(budgets, calibration, repeats, effort)
-    calls, numbers = samples_of(_prompts_for(pipe, prompts), seeds, batch)
-    crew = crew or Crew()
+    given, names = split_categories(_prompts_for(pipe, prompts))
+    calls, numbers = samples_of(given, seeds, batch)
+    tuned_on = _calibration_calls(calls, calibration_prompts, calibration, batch)
+    more = {"categories": in_turn(names, len(numbers)), "scorer": scorer_of(lpips, clip), "crew": crew or Crew()}
     owner = tempfile.TemporaryDirectory(prefix="layercache-") if folder is None else None
     place = Path(owner.name if owner is not None else os.fspath(folder or ""))
-    shares = tuple(float(budget) for budget in budgets)
-    search_files = None if owner is not None else place / "search"
-    first = max(numbers) + 1
-    tuned_on = _calibration_calls(calls, calibration_prompts, calibration, batch)
-    behind = list(range(first, first + calibration))
-    model = CalibratedModel(pipe, tuned_on, behind, dict(call), shares, effort, search_files)
-    comparison = Comparison(model, calls, numbers, place, repeats=repeats, crew=crew)
-    with tqdm(disable=not (progress and crew.leads), total=comparison.count_jobs(wanted), unit="run") as bar:
-        outcomes = comparison.run(wanted, lambda text: bar.set_description_str(shown(text)), bar.update)
+    behind = list(range(max(numbers) + 1, max(numbers) + 1 + calibration))
+    searched = None if owner is not None else place / "search"
+    model = CalibratedModel(pipe, tuned_on, behind, call, tuple(map(float, budgets)), effort, searched)
+    comparison = Comparison(model, calls, numbers, place, repeats=repeats, **more)  # type: ignore[arg-type]
+    return _run(comparison, wanted, settings, _title(pipe, call, len(numbers)), owner, progress)
+
+
+def _run(
+    comparison: Comparison, methods: Sequence[Method], settings: Sequence[Setting], title: str, owner: Any, shows: bool
+) -> ComparisonTable:
+    """Runs all methods, with other settings too, under a bar where it is to be shown."""
+    leads, place = comparison.crew.leads, comparison.folder
+    count = comparison.count_jobs(methods) * (1 + len(settings))
+    with tqdm(disable=not (shows and leads), total=count, unit="run") as bar:
+        said = (lambda text: bar.set_description_str(shown(text)), bar.update)
+        outcomes = comparison.run(methods, *said)
+        others = Transfer(comparison, methods, settings).run(*said, title=title) if settings else None
     # read again, so that the table does not hold the model
-    files = ComparisonFiles.read(place) if crew.leads else ComparisonFiles(place)
-    return ComparisonTable(files, outcomes, _title(pipe, call, len(numbers)), owner)
+    files = ComparisonFiles.read(place) if leads else ComparisonFiles(place)
+    return ComparisonTable(files, outcomes, title, owner, others)
 
 
 def _calibration_calls(calls: Sequence[Sequence[Any]], own: Any, count: int, batch: int) -> list[Any]:
     """Calls of the calibration: of prompts of its own, or of those behind the compared ones, in turn."""
+    own = split_categories(own)[0] if own is not None else None
     given = calls if own is None else batches_of([own] if isinstance(own, (str, Mapping)) else own)
     prompts = [prompt for one in given for prompt in one]
     if not prompts:

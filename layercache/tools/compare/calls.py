@@ -6,7 +6,6 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -108,32 +107,6 @@ def checked(pictures: np.ndarray, count: int) -> Pictures:
     return pictures
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """How close pictures are to those of the full run, picture by picture.
-
-    Attributes:
-        psnr: in dB; of a video over all its frames.
-        ssim, lpips: of a video the means over its frames; ``lpips`` is empty where it is not available.
-    """
-
-    psnr: tuple[float, ...]
-    ssim: tuple[float, ...]
-    lpips: tuple[float, ...]
-
-
-def fidelity(full: Pictures, pictures: Pictures) -> Fidelity:
-    """Compares pictures or videos, see `PictureCalls.run`, with those of the full run.
-
-    Raises:
-        LayerCacheError: they have other sizes.
-    """
-    if full.shape != pictures.shape:
-        raise LayerCacheError(f"the pictures have the shape {list(pictures.shape)}, the full run's {list(full.shape)}")
-    lpips = metrics.lpips(full, pictures)[0] or ()
-    return Fidelity(tuple(metrics.psnr(full, pictures)), tuple(metrics.ssim(full, pictures)), tuple(lpips))
-
-
 def samples_of(prompts: Any, seeds: Sequence[int] | int | None, batch: int = 1) -> tuple[list[list[Any]], list[int]]:
     """Prompts by call, and a seed per picture.
 
@@ -188,6 +161,15 @@ def check_pipeline(pipe: Any, call: Mapping[str, Any]) -> None:
         )
     if attachment_of(transformer) is not None:
         raise CacheStateError("a layercache cache is enabled on this pipeline; call layercache.disable first")
+    check_call(pipe, call)
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuses arguments of a call before anything runs.
+
+    Raises:
+        ArgumentError: the pipeline takes no argument of this name, or the comparison gives it itself.
+    """
     own = sorted(set(call) & set(FIXED) - {"output_type", "return_dict"})
     if own:
         raise ArgumentError(

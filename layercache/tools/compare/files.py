@@ -9,7 +9,7 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from layercache._utils.text import shown
 from layercache.errors import FileFormatError, LayerCacheError
 from layercache.tools.compare.calls import Pictures
 from layercache.tools.compare.entries import Job, jobs_of, key_of, methods_of
+from layercache.tools.compare.scores import Curves
 from layercache.tools.report import machine
 
 FORMAT, VERSION = COMPARISON, 3
@@ -52,6 +53,10 @@ class Outcome:
         speedups: of every repeat, a full run and a cached run side by side; empty in files of 0.1.
         is_fixed: whether it ran as it is, whatever the budgets.
         identity: digest of the method, where it is one's own.
+        clip, frame_psnr, frame_ssim, temporal_psnr: see `layercache.tools.compare.scores.Fidelity`.
+        forwards: of the transformer, in a cached run of every picture; 0 of another package's cache.
+        in_full: those that computed everything although more was to be reused, by the reason.
+        warnings: of the library, while it ran.
     """
 
     method: str
@@ -70,6 +75,13 @@ class Outcome:
     speedups: tuple[float, ...] = ()
     is_fixed: bool = False
     identity: str = ""
+    clip: tuple[float, ...] = ()
+    frame_psnr: Curves = ()
+    frame_ssim: Curves = ()
+    temporal_psnr: tuple[float, ...] = ()
+    forwards: int = 0
+    in_full: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -102,6 +114,12 @@ class Outcome:
         read |= {k: str(data[k]) for k in ("method", "setting", "error")}
         read["speedups"] = tuple(float(v) for v in data.get("speedups", ()))
         read |= {"is_fixed": bool(data.get("is_fixed", False)), "identity": str(data.get("identity", ""))}
+        # files of earlier versions have none of these
+        read |= {k: tuple(float(v) for v in data.get(k, ())) for k in ("clip", "temporal_psnr")}
+        for name in ("frame_psnr", "frame_ssim"):
+            read[name] = tuple(tuple(float(v) for v in curve) for curve in data.get(name, ()))
+        read |= {"forwards": int(data.get("forwards", 0)), "warnings": tuple(map(str, data.get("warnings", ())))}
+        read["in_full"] = {str(reason): int(count) for reason, count in dict(data.get("in_full", {})).items()}
         stored = data["cache_bytes"]
         made = cls(**read, budget=float(data["budget"]), cache_bytes=None if stored is None else int(stored))
         if not made.error and not (made.psnr and made.ssim):
@@ -121,6 +139,8 @@ class ComparisonFiles:
         digest: of the settings.
         request: what was asked for, in the words of whoever asked (`finished`).
         full_seconds: of a picture of the full run; NaN where it is not known.
+        clip_model: that the CLIP scores are of; empty where there are none.
+        full_clip: the CLIP scores of the full run's pictures.
         machine: that the times are of.
     """
 
@@ -131,6 +151,7 @@ class ComparisonFiles:
         self.digest = ""
         self.request: dict[str, Any] = {}
         self.full_seconds = float("nan")
+        self.clip_model, self.full_clip = "", tuple[float, ...]()
         self.machine: dict[str, Any] = machine.machine_info()
         self._digests: dict[str, str] = {}
 
@@ -155,6 +176,8 @@ class ComparisonFiles:
             self.digest, self.outcomes = str(data["digest"]), _outcomes_in(data)
             self.settings, self.request = dict(data.get("settings", {})), dict(data.get("request", {}))
             self.full_seconds = float(data.get("full_seconds", "nan"))
+            self.clip_model = str(data.get("clip_model", ""))
+            self.full_clip = tuple(float(v) for v in data.get("full_clip", ()))
             self.machine = dict(data.get("machine", {}))
             self._digests = {str(name): str(value) for name, value in data.get("pictures", {}).items()}
 
@@ -168,6 +191,11 @@ class ComparisonFiles:
         prompts = [prompt for batch in self.settings.get("prompts", []) for prompt in batch][:SHOWN]
         texts = [prompt.get("prompt", "") if isinstance(prompt, Mapping) else prompt for prompt in prompts]
         return [textwrap.shorten(str(text), 16, placeholder="…") for text in texts]
+
+    @property
+    def categories(self) -> list[str]:
+        """The category of every picture; empty where the prompts have none."""
+        return [str(category) for category in self.settings.get("categories", [])]
 
     def of(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The outcomes of jobs, all of which are there."""
@@ -252,6 +280,8 @@ class ComparisonFiles:
             "settings": self.settings,
             "request": self.request,
             "full_seconds": self.full_seconds,
+            "clip_model": self.clip_model,
+            "full_clip": self.full_clip,
             "machine": self.machine,
             "pictures": self._digests,
             "title": title,

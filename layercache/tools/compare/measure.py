@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 import layercache
-from layercache._utils import metrics
 from layercache._utils.metrics import Summary, summarise
 from layercache._utils.text import shown
 from layercache.errors import ArgumentError, MethodError
@@ -21,11 +21,13 @@ from layercache.runtime.attachment import attach
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.report import CacheReport
 from layercache.schedule.schedule import call_arguments
-from layercache.tools.compare.calls import Fidelity, PictureCalls, check_pipeline, fidelity, quiet, samples_of
+from layercache.tools.compare.calls import PictureCalls, check_pipeline, quiet, samples_of
+from layercache.tools.compare.categories import NONE, in_turn, mean, split_categories
 from layercache.tools.compare.fewer import CallArguments
 from layercache.tools.compare.own import described_plan, is_plan
+from layercache.tools.compare.rows import html_table
 from layercache.tools.compare.run import REPEATS
-from layercache.tools.compare.table import html_table
+from layercache.tools.compare.scores import Curves, Fidelity, scorer_of
 from layercache.tools.compare.trial import Trial, run_trial
 from layercache.tools.report import machine
 
@@ -49,6 +51,10 @@ class Measurement:
         unidentified: forwards that were computed in full since nothing said their step or branch.
         forwards: of the transformer, in all cached runs.
         report: of the cache, of its last run.
+        clip, full_clip: CLIP scores of the cached and of the full pictures; empty where there is no CLIP model.
+        frame_psnr, frame_ssim: of every frame of every video; empty of pictures.
+        temporal_psnr: of the changes from frame to frame, per video; see docs/guides/comparing.md.
+        categories: of the pictures; empty where the prompts have none.
     """
 
     plan: str
@@ -65,6 +71,18 @@ class Measurement:
     unidentified: int
     forwards: int
     report: CacheReport = field(repr=False)
+    clip: tuple[float, ...] = ()
+    full_clip: tuple[float, ...] = ()
+    frame_psnr: Curves = ()
+    frame_ssim: Curves = ()
+    temporal_psnr: tuple[float, ...] = ()
+    categories: tuple[str, ...] = ()
+
+    @property
+    def by_category(self) -> dict[str, Summary]:
+        """Summary of the PSNR of every category of prompts."""
+        pairs = list(zip(self.categories, self.psnr, strict=False))
+        return {name: summarise(psnr for one, psnr in pairs if one == name) for name in dict.fromkeys(self.categories)}
 
     @property
     def speedup_range(self) -> tuple[float, float]:
@@ -107,7 +125,8 @@ class Measurement:
         quality = (
             f"PSNR {psnr.mean:.2f} dB (10 % {psnr.quantile10:.2f}, worst {min(self.psnr):.2f}), SSIM {ssim.mean:.4f}"
         )
-        lpips = f", LPIPS {sum(self.lpips) / len(self.lpips):.4f}" if self.lpips else ""
+        more = f", LPIPS {mean(self.lpips):.4f}" if self.lpips else ""
+        more += f", CLIP {mean(self.clip):.2f} instead of {mean(self.full_clip):.2f}" if self.clip else ""
         return [
             ("computed", f"{self.used:.3f} of the block time, {self.cache_bytes / 2**20:.1f} MiB stored"),
             (
@@ -115,9 +134,24 @@ class Measurement:
                 f"{self.speedup:.2f}x ({low:.2f}-{high:.2f} in {len(self.speedups)} repeats): {self.seconds:.3g} s "
                 f"instead of {self.full_seconds:.3g} s",
             ),
-            ("quality", f"{quality}{lpips}; {len(self.psnr)} {'picture' if len(self.psnr) == 1 else 'pictures'}"),
+            ("quality", f"{quality}{more}; {len(self.psnr)} {'picture' if len(self.psnr) == 1 else 'pictures'}"),
+            *self._frames(),
+            *(
+                (shown(name or NONE), f"PSNR {one.mean:.2f} dB (10 % {one.quantile10:.2f}), {one.count} pictures")
+                for name, one in self.by_category.items()
+            ),
             *(("in full", reason) for reason in self.computed_in_full),
         ]
+
+    def _frames(self) -> list[tuple[str, str]]:
+        """Of videos: the worst frame, and the changes from frame to frame."""
+        if not self.frame_psnr:
+            return []
+        psnr, ssim = (
+            min(value for curve in curves for value in curve) for curves in (self.frame_psnr, self.frame_ssim)
+        )
+        temporal = summarise(self.temporal_psnr).mean
+        return [("frames", f"worst PSNR {psnr:.2f} dB, SSIM {ssim:.4f}; from frame to frame {temporal:.2f} dB")]
 
     def __str__(self) -> str:
         return "\n".join([shown(self.plan), *(f"{name:<8}  {text}" for name, text in self._lines())])
@@ -139,6 +173,8 @@ def measure(
     seeds: Sequence[int] | int | None = None,
     batch: int = 1,
     repeats: int = REPEATS,
+    lpips: bool | str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
     **call: Any,
 ) -> Measurement:
     """Runs one plan and full runs of the same prompts and seeds in turns.
@@ -147,7 +183,7 @@ def measure(
         pipe: a diffusers pipeline, with no cache enabled.
         plan: what `layercache.enable` takes: a schedule, or a method of `layercache.methods`. Without one, what it runs
             by for a target; what has to be learnt for that is learnt first, from generations with other seeds.
-        prompts, seeds, batch: see `layercache.tools.compare.api.compare`.
+        prompts, seeds, batch, lpips, clip: see `layercache.tools.compare.api.compare`.
         budget, speedup, min_psnr: targets in the place of a plan, see `layercache.enable`.
         repeats: pairs of full and cached runs that the speedup is the median of.
         call: further arguments of every call, such as ``num_inference_steps`` or ``guidance_scale``.
@@ -161,7 +197,6 @@ def measure(
         ScheduleMismatchError: the schedule was made for another model.
         UnsupportedModelError: the pipeline's transformer is of an unknown class.
     """
-    metrics.check_installed()
     check_pipeline(pipe, call)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ArgumentError(f"repeats is a number of at least 1, got {repeats!r}", argument="repeats")
@@ -172,11 +207,13 @@ def measure(
     if prompts is None:
         raise ArgumentError("give prompts=[...], a picture is made for each", argument="prompts")
     targets = {"budget": budget, "speedup": speedup, "min_psnr": min_psnr}
-    given = {name: value for name, value in targets.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     # enabled once, so that a plan that does not fit is refused before anything runs
     with layercache.enabled(pipe, plan, **given) as cache:
         pass
-    pictures = PictureCalls(pipe, *samples_of(prompts, seeds, batch), call)
+    own, categories = split_categories(prompts)
+    pictures = PictureCalls(pipe, *samples_of(own, seeds, batch), call)
+    scorer, given_prompts = scorer_of(lpips, clip), [prompt for one in pictures.prompts for prompt in one]
     with quiet(pipe):
         if plan is None:
             _learn(pictures, cache)
@@ -185,10 +222,13 @@ def measure(
         trial = run_trial(pictures, again, repeats, changed=call_arguments(plan))
         assert trial is not None  # there is no other process
     text = described_plan(plan) if plan is not None else ", ".join(f"{name} {value:g}" for name, value in given.items())
-    return _measurement(text or "what enable(pipe) takes", trial, fidelity(full, np.concatenate(trial.looks)))
+    close = scorer.fidelity(full, np.concatenate(trial.looks), given_prompts)
+    more: dict[str, Any] = {"categories": tuple(in_turn(categories, len(full)))}
+    more["full_clip"] = scorer.clip_scores(full, given_prompts)
+    return _measurement(text or "what enable(pipe) takes", trial, close, more)
 
 
-def _measurement(text: str, trial: Trial, close: Fidelity) -> Measurement:
+def _measurement(text: str, trial: Trial, close: Fidelity, more: Mapping[str, Any]) -> Measurement:
     reports = trial.reports
     return Measurement(
         plan=text,
@@ -197,14 +237,13 @@ def _measurement(text: str, trial: Trial, close: Fidelity) -> Measurement:
         speedups=trial.speedups,
         seconds=median(cached for _, cached in trial.pairs),
         full_seconds=median(full for full, _ in trial.pairs),
-        psnr=close.psnr,
-        ssim=close.ssim,
-        lpips=close.lpips,
         cache_bytes=trial.cache_bytes or 0,
         fallback_rows=sum(report.fallback_rows for report in reports),
         unidentified=sum(report.unidentified for report in reports),
         forwards=sum(report.forwards for report in reports),
         report=reports[-1],
+        **{one.name: getattr(close, one.name) for one in fields(close)},
+        **more,
     )
 
 

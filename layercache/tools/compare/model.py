@@ -10,16 +10,18 @@ from typing import Any, TypeVar
 
 import layercache
 from layercache.errors import CrewError, LayerCacheError
-from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, teacache
+from layercache.methods import InvarDiff, LearningToCache, TeaCache, invardiff, l2c, sencache, teacache
 from layercache.methods.full_runs import generate_once, magnitude_ratios
 from layercache.parallel.crew import Crew, sendable
 from layercache.parallel.part import by_first
-from layercache.planning.front import Front
+from layercache.planning.front import Front, quality
 from layercache.planning.profile import StabilityProfile
-from layercache.planning.rollout import Rollouts
+from layercache.planning.rollout import Rollouts, psnr_of
 from layercache.planning.search import ENDED_EARLY
+from layercache.planning.whole_steps import TAIL
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.calls import PictureCalls, Pictures
 from layercache.tools.compare.tuned import METHODS, TOGETHER
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class CalibratedModel:
     rounds: int = 12
     crew: Crew = field(default_factory=Crew, repr=False)
     _made: dict[tuple[str, float], tuple[Any, str] | LayerCacheError] = field(default_factory=dict, repr=False)
+    _routers: dict[int, l2c.LearnedRouter] = field(default_factory=dict, repr=False)
 
     @property
     def profile(self) -> StabilityProfile:
@@ -120,6 +123,10 @@ class CalibratedModel:
         return TeaCache(coefficients=coefficients)
 
     @cached_property
+    def sensitivities(self) -> sencache.Sensitivities:
+        return sencache.fit(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
+
+    @cached_property
     def rates(self) -> invardiff.Rates:
         return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
 
@@ -130,10 +137,16 @@ class CalibratedModel:
         again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
         return invardiff.plan(self.rates, again, settings)
 
-    @cached_property
-    def router(self) -> l2c.LearnedRouter:
-        settings = LearningToCache(rounds=self.rounds)
-        return settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
+    def router(self, budget: float) -> l2c.LearnedRouter:
+        """Of the shortest period whose computed steps leave something of the budget; at least 2."""
+        steps, period = self.fingerprint.num_steps, 2
+        while period < steps and -(-steps // period) > budget * steps + 1e-9:
+            period += 1
+        if period not in self._routers:
+            settings = LearningToCache(rounds=self.rounds, period=period)
+            found = settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
+            self._routers[period] = found
+        return self._routers[period]
 
     @property
     def _call_seeds(self) -> list[int]:
@@ -178,6 +191,20 @@ class CalibratedModel:
         except Exception:
             return None
         return sendable(found) if isinstance(found, LayerCacheError) else found  # type: ignore[return-value]
+
+    @cached_property
+    def _calls(self) -> PictureCalls:
+        return PictureCalls(self.pipeline, self.prompts, self.seeds, self.call)
+
+    @cached_property
+    def _full(self) -> Pictures:
+        return self._calls.run_all()[0]
+
+    def quality_of(self, plan: Any) -> float:
+        """PSNR of the calibration samples with a plan, in dB, as searches score it (`layercache.planning.front`)."""
+        full = self._full  # before a plan is enabled
+        with layercache.enabled(self.pipeline, plan):
+            return quality(psnr_of(full, self._calls.run_all()[0]), TAIL)
 
     def used_by(self, plan: Any) -> float:
         """Share of the blocks that a plan computes on the first calibration sample."""

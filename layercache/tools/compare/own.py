@@ -18,15 +18,16 @@ from layercache.planning.front import Front
 from layercache.planning.profile import StabilityProfile
 from layercache.planning.search_files import digest_of
 from layercache.runtime.enable import make_router
-from layercache.runtime.policy import DynamicMethod, PlannedMethod, StepMethod
+from layercache.runtime.policy import DynamicMethod, PlannedMethod, RowMethod, StepMethod
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule, call_arguments
 from layercache.tools.compare.fewer import CallArguments
 from layercache.tools.compare.model import CalibratedModel, Entry
 from layercache.tools.compare.peers import PEERS
-from layercache.tools.compare.tuned import METHODS, Maker, tuned_by_knob
+from layercache.tools.compare.tuned import METHODS
+from layercache.tools.compare.tuning import Maker, tuned_by_knob
 
-KINDS = (DynamicMethod, StepMethod, PlannedMethod)
+KINDS = (DynamicMethod, StepMethod, RowMethod, PlannedMethod)
 LONGEST_SETTING = 80
 WAYS = (
     "give a schedule, a front, a config of layercache.methods, a function (model, budget) that returns one of them, or "

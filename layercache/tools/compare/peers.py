@@ -10,17 +10,20 @@ from typing import Any
 import torch
 
 from layercache.errors import MethodError, MissingExtraError
-from layercache.methods import DBCache
+from layercache.methods import DBCache, FBCache
 from layercache.methods.full_runs import generate_once
 from layercache.models.registry import spec_for
 from layercache.tools.compare.model import CalibratedModel, Entry
+from layercache.tools.compare.tuning import Maker, tuned_by_knob
 
 
-def _diffusers(make_config: Callable[[CalibratedModel, Any], Any], ours: str) -> Callable[..., Entry]:
-    """A hook of diffusers with the setting that ours was tuned to: both take the same decisions."""
+def _diffusers(
+    make_config: Callable[[CalibratedModel, Any], Any], ours: str, tune: Maker | None = None
+) -> Callable[..., Entry]:
+    """A hook of diffusers with the setting that ours was tuned to, or to which ``tune`` does: decisions are ours."""
 
     def make(model: CalibratedModel, budget: float) -> Entry:
-        plan, setting = model.made(ours, budget)
+        plan, setting = tune(model, budget) if tune else model.made(ours, budget)
 
         @contextmanager
         def attach() -> Iterator[None]:
@@ -45,7 +48,14 @@ def _first_block(model: CalibratedModel, plan: Any) -> Any:
 def _taylor(model: CalibratedModel, plan: Any) -> Any:
     from diffusers.hooks import TaylorSeerCacheConfig
 
-    return TaylorSeerCacheConfig(cache_interval=plan.made_by["interval"], max_order=1, use_lite_mode=True)
+    made_by = plan.made_by
+    return TaylorSeerCacheConfig(
+        cache_interval=made_by["interval"],
+        disable_cache_before_step=made_by["warmup"],
+        disable_cache_after_step=made_by.get("stop"),
+        max_order=1,
+        use_lite_mode=True,
+    )
 
 
 def _mag(model: CalibratedModel, plan: Any) -> Any:
@@ -104,7 +114,7 @@ SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")
 
 
 def _seacache(model: CalibratedModel, budget: float) -> Entry:
-    """Threshold by bisection: none of ours takes its decisions."""
+    """Threshold by bisection; `SeaCache(indicator="latents", order=1, max_consecutive=2)` decides as it does."""
     transformer = model.pipeline.transformer
     if type(transformer).__name__ not in SEACACHE_CLASSES:
         raise MethodError(f"SeaCache of diffusers covers {' and '.join(SEACACHE_CLASSES)} only")
@@ -162,7 +172,7 @@ def _attention_of(block: torch.nn.Module) -> torch.nn.Module:
 
 
 PEERS: dict[str, Callable[..., Entry]] = {
-    "diffusers:fbcache": _diffusers(_first_block, "fbcache"),
+    "diffusers:fbcache": _diffusers(_first_block, "fbcache", tuned_by_knob(FBCache, has_ends=False)),
     "diffusers:taylorseer": _diffusers(_taylor, "taylorseer"),
     "diffusers:magcache": _diffusers(_mag, "magcache"),
     "diffusers:seacache": _seacache,

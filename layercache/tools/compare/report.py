@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from layercache._utils.metrics import stills, summarise
 from layercache._utils.text import shown
+from layercache.tools.compare.categories import category_table, mean
 from layercache.tools.compare.files import ComparisonFiles, Outcome
+from layercache.tools.compare.rows import Row, number
 from layercache.tools.report import pages
-from layercache.tools.report.charts import CurvePoint, pareto_chart
+from layercache.tools.report.charts import CurvePoint, frames_chart, pareto_chart
 from layercache.tools.report.fitting import Column, FittingTable
 from layercache.tools.report.front import READ_A_CURVE
 from layercache.tools.report.pictures import GAIN, PictureEntry, page_pictures
@@ -37,43 +37,61 @@ COLUMNS = (
     Column("PSNR", about="mean, in dB, against the full run"),
     Column("median", 6, about="of the PSNR"),
     Column("10 %", 1, about="what nine pictures of ten exceed, in dB"),
+    Column("worst", 5, about="the lowest PSNR of a picture"),
     Column("SSIM", 2),
     Column("LPIPS", 5),
+    Column("CLIP", 5, about="score of the pictures themselves, 0 to 100"),
+    Column("worst frame", 6, about="of all frames, the lowest PSNR"),
+    Column("temporal", 5, about="PSNR of the changes from frame to frame, in dB"),
     Column("MiB", 7, about="memory of what is stored"),
     Column("operators", 8, about="of PyTorch, per step"),
     Column("reads", 8, about="values read by the host, per step"),
     Column("setting", 9, numeric=False, wraps=True),
 )
+READ_FRAMES = "Of every frame, the mean over the videos; a dip is a moment at which the cached video is another one."
 CAPTION = (
-    "PSNR in dB (mean, median, 10 % quantile) and SSIM against the full run; speedup: median of the repeats, each "
-    "beside a full run; operators of PyTorch and values read by the host, per step; a dash: not known."
+    "PSNR in dB (mean, median, 10 % quantile, worst) and SSIM against the full run; speedup: median of the repeats, "
+    "each beside a full run; operators of PyTorch and values read by the host, per step; a dash: not known."
 )
 
 
 def comparison_table(outcomes: Sequence[Outcome], title: str = "", width: int | None = None) -> FittingTable:
     """A row per method and budget; what failed is in `failures`. A ``width`` below the console's is kept to."""
-    with_lpips = any(outcome.lpips for outcome in outcomes)
-    columns = [column for column in COLUMNS if with_lpips or column.heading != "LPIPS"]
+    shown_if = {"LPIPS": "lpips", "CLIP": "clip", "worst frame": "frame_psnr", "temporal": "temporal_psnr"}
+    absent = {head for head, name in shown_if.items() if not any(getattr(outcome, name) for outcome in outcomes)}
+    columns = [column for column in COLUMNS if column.heading not in absent]
     table = FittingTable(columns, title=title, caption=CAPTION, width=width)
     for outcome in outcomes:
         if outcome.error:
             continue
-        psnr = summarise(outcome.psnr)
+        row, psnr = Row.of(outcome), summarise(outcome.psnr)
+        figures = {
+            "LPIPS": (row.lpips, ".4f"),
+            "CLIP": (row.clip, ".2f"),
+            "worst frame": (row.frame_psnr_worst, ".2f"),
+            "temporal": (row.temporal_psnr, ".2f"),
+        }
         table.add_row(
             outcome.method,
             "-" if outcome.is_fixed else f"{outcome.budget:g}",
             f"{outcome.used:.3f}",
             f"{outcome.speedup:.2f}x",
             "{:.2f}-{:.2f}".format(*outcome.speedup_range) if outcome.speedups else "-",
-            *(f"{value:.2f}" for value in (psnr.mean, psnr.median, psnr.quantile10)),
-            f"{np.mean(outcome.ssim):.4f}",
-            *([f"{np.mean(outcome.lpips):.4f}" if outcome.lpips else "-"] * with_lpips),
+            *(f"{value:.2f}" for value in (psnr.mean, psnr.median, psnr.quantile10, row.psnr_worst)),
+            f"{row.ssim:.4f}",
+            *(number(value, form) for head, (value, form) in figures.items() if head not in absent),
             "-" if outcome.cache_bytes is None else f"{outcome.cache_bytes / 2**20:.1f}",
             f"{outcome.operators:.0f}",
             f"{outcome.reads:.2f}",
             origin_words(outcome.setting),
         )
     return table
+
+
+def full_clip_line(files: ComparisonFiles) -> list[str]:
+    """A sentence with the CLIP score of the full pictures, where there is one."""
+    scores = files.full_clip
+    return [f"CLIP score of the full run's pictures: {mean(scores):.2f} ({shown(files.clip_model)})."] if scores else []
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
@@ -135,17 +153,48 @@ def save_page(
     *,
     commands: Sequence[str] | None = None,
     machine: Mapping[str, Any] | None = None,
+    categories: Sequence[str] = (),
+    full_clip: float | None = None,
 ) -> Path:
-    """Plot, table and pictures (of `pictures_block`) as one HTML file that refers to nothing outside itself."""
+    """Plot, tables and pictures (of `pictures_block`) as one HTML file that refers to nothing outside itself.
+
+    Args:
+        path: of the file.
+        outcomes: what is shown.
+        title: of the page.
+        pictures: blocks of them.
+        commands, machine: see `layercache.tools.report.pages.save_page`.
+        categories: of every picture's prompt; none where there are none.
+        full_clip: mean CLIP score of the full run's pictures, where there is one.
+    """
     good = [outcome for outcome in outcomes if not outcome.error]
     blocks: list[pages.Block] = []
     if good:
         points = [CurvePoint(o.method, o.used, o.psnr, o.speedup, origin_words(o.setting)) for o in good]
         blocks.append(pages.Chart(pareto_chart(points), "Quality per compute", READ_A_CURVE))
-    blocks += [pages.Table.of(comparison_table(outcomes), "Figures"), *pictures]
+    clip = "" if full_clip is None else f"{CAPTION} CLIP of the full run's pictures: {full_clip:.2f}."
+    blocks.append(pages.Table.of(comparison_table(outcomes), "Figures", clip))
+    if (by_category := category_table(outcomes, categories)) is not None:
+        blocks.append(pages.Table.of(by_category))
+    if curves := frame_rows(outcomes):
+        blocks.append(pages.Chart(frames_chart(curves), "Frame by frame", READ_FRAMES))
+    blocks += pictures
     if failed := failures(outcomes):
         blocks.append(pages.Text(failed, "What could not be compared"))
     return pages.save_page(path, title, blocks, commands=commands, machine=machine)
+
+
+def frame_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """PSNR and SSIM of every frame, mean over the videos, for `frames_chart`; none of pictures."""
+    rows = []
+    for outcome in outcomes:
+        name = shown(outcome.method if outcome.is_fixed else f"{outcome.method} {outcome.budget:g}")
+        frames = min(map(len, outcome.frame_psnr), default=0)
+        for k in range(frames):
+            psnr = summarise(curve[k] for curve in outcome.frame_psnr).mean
+            ssim = mean([curve[k] for curve in outcome.frame_ssim])
+            rows.append({"entry": name, "frame": k, "psnr": psnr, "ssim": ssim})
+    return rows
 
 
 def save_folder_page(
@@ -162,25 +211,38 @@ def save_folder_page(
         FileFormatError: the pictures of the full run are missing or damaged.
     """
     pictures = folder_pictures(comparison, outcomes, columns)
-    return save_page(path, outcomes, title, pictures, commands=commands, machine=comparison.machine)
+    scores = comparison.full_clip
+    return save_page(
+        path,
+        outcomes,
+        title,
+        pictures,
+        commands=commands,
+        machine=comparison.machine,
+        categories=comparison.categories,
+        full_clip=mean(scores) if scores else None,
+    )
 
 
 def folder_pictures(
-    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str]
+    comparison: ComparisonFiles, outcomes: Sequence[Outcome], columns: Sequence[str], title: str = ""
 ) -> list[pages.Block]:
     """Of these outcomes, what the folder holds.
 
     Raises:
         FileFormatError: the pictures of the full run are missing or damaged.
     """
-    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns)
+    return pictures_block(comparison.full_pictures(), _entries(comparison, outcomes), columns, title)
 
 
-def pictures_block(full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str]) -> list[pages.Block]:
+def pictures_block(
+    full: Any, entries: Sequence[PictureEntry], prompts: Sequence[str], title: str = ""
+) -> list[pages.Block]:
     """Full and cached pictures of entries under a slider; nothing where there are none."""
     if not entries:
         return []
-    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", "Full, cached, difference")]
+    title = f"Full, cached, difference{': ' * bool(title)}{title}"
+    return [pages.Pictures(page_pictures(full, entries, prompts), f"{GAIN:g}", title)]
 
 
 def _entries(comparison: ComparisonFiles, outcomes: Sequence[Outcome]) -> list[PictureEntry]:

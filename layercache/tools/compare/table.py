@@ -3,111 +3,30 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercache._utils.files import check_output
-from layercache._utils.metrics import summarise
 from layercache._utils.text import shown
-from layercache.errors import MissingExtraError
+from layercache.errors import ArgumentError, MissingExtraError
+from layercache.tools.compare.categories import CategoryRow, category_rows, mean
 from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
+from layercache.tools.compare.rows import DASH, NUMBERS, html_table
+from layercache.tools.compare.rows import Row as Row
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
 
+if TYPE_CHECKING:
+    from layercache.tools.compare.transfer_table import TransferTable
+
 MOST_LINES = 24
-NUMBERS = ("budget", "used", "speedup", "range", "PSNR", "10 %", "worst", "SSIM", "LPIPS", "MiB")
 # Of those that a narrow terminal may leave out, the highest first.
-IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "MiB": 7}
-DASH = "-"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method at a budget.
-
-    Attributes:
-        method: its name.
-        setting: what was set for the budget.
-        budget: the share of the block time it was tuned to; ``None`` of a method that ran as it is.
-        used: the share that was computed; of another package's cache the share of block calls.
-        speedup: of whole calls against full runs beside them, the median of the repeats.
-        speedup_low, speedup_high: the lowest and the highest of them.
-        seconds: of a picture.
-        psnr_mean, psnr_median, psnr_p10, psnr_worst: in dB against the full run of the same seed: mean of the finite
-            ones, median, the value that nine pictures in ten exceed, and the lowest.
-        ssim, lpips: means; ``lpips`` is ``None`` where its weights are not there.
-        cache_bytes: of what is stored; ``None`` of another package's cache.
-        error: why there are no figures (all are NaN); empty where there are.
-        psnr: of every picture.
-        speedups: of every repeat.
-    """
-
-    method: str
-    setting: str
-    budget: float | None
-    used: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    seconds: float
-    psnr_mean: float
-    psnr_median: float
-    psnr_p10: float
-    psnr_worst: float
-    ssim: float
-    lpips: float | None
-    cache_bytes: int | None
-    error: str
-    psnr: tuple[float, ...] = ()
-    speedups: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, outcome: Outcome) -> Row:
-        """The row of an outcome."""
-        psnr = summarise(outcome.psnr or (math.nan,))
-        low, high = outcome.speedup_range
-        return cls(
-            method=outcome.method,
-            setting=outcome.setting,
-            budget=None if outcome.is_fixed else outcome.budget,
-            used=outcome.used,
-            speedup=outcome.speedup,
-            speedup_low=low,
-            speedup_high=high,
-            seconds=outcome.seconds / max(1, len(outcome.psnr)),
-            psnr_mean=psnr.mean,
-            psnr_median=psnr.median,
-            psnr_p10=psnr.quantile10,
-            psnr_worst=min(outcome.psnr, default=math.nan),
-            ssim=_mean(outcome.ssim),
-            lpips=_mean(outcome.lpips) if outcome.lpips else None,
-            cache_bytes=outcome.cache_bytes,
-            error=outcome.error,
-            psnr=outcome.psnr,
-            speedups=outcome.speedups,
-        )
-
-    @property
-    def cells(self) -> list[str]:
-        """Name, and the numbers of `NUMBERS`, as text."""
-        if self.error:
-            return [shown(self.method), _number(self.budget, "g"), *[DASH] * (len(NUMBERS) - 1)]
-        return [
-            shown(self.method),
-            _number(self.budget, "g"),
-            f"{self.used:.3f}",
-            f"{self.speedup:.2f}x",
-            f"{self.speedup_low:.2f}-{self.speedup_high:.2f}",
-            *(f"{value:.2f}" for value in (self.psnr_mean, self.psnr_p10, self.psnr_worst)),
-            f"{self.ssim:.4f}",
-            _number(self.lpips, ".4f"),
-            DASH if self.cache_bytes is None else f"{self.cache_bytes / 2**20:.1f}",
-        ]
+IMPORTANCE = {"10 %": 1, "SSIM": 2, "budget": 3, "range": 4, "worst": 5, "LPIPS": 6, "CLIP": 6, "temporal": 6}
+IMPORTANCE |= {"worst frame": 6, "MiB": 7}
 
 
 class ComparisonTable(Sequence[Row]):
@@ -118,16 +37,32 @@ class ComparisonTable(Sequence[Row]):
         title: what was compared.
         full_seconds: of a picture of the full run; NaN where it is not known.
         files: the folder it was measured in.
+        categories: a row per method, budget and category of prompts; empty where the prompts have none.
+        transfer: what the same plans give with other settings; ``None`` where that was not asked for.
     """
 
-    def __init__(self, files: ComparisonFiles, outcomes: Sequence[Outcome], title: str = "", owner: Any = None):
+    def __init__(
+        self,
+        files: ComparisonFiles,
+        outcomes: Sequence[Outcome],
+        title: str = "",
+        owner: Any = None,
+        transfer: TransferTable | None = None,
+    ):
         self.files, self.outcomes, self.title = files, list(outcomes), title
         self.rows = tuple(Row.of(outcome) for outcome in outcomes)
+        self.categories = tuple(category_rows(outcomes, files.categories))
+        self.transfer = transfer
         self._owner = owner  # a temporary folder, which is gone when nobody has the table any more
 
     @property
     def full_seconds(self) -> float:
         return self.files.full_seconds
+
+    @property
+    def full_clip(self) -> float | None:
+        """Mean of the CLIP scores of the full run's pictures; ``None`` where there is no CLIP model."""
+        return mean(self.files.full_clip) if self.files.full_clip else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,10 +77,14 @@ class ComparisonTable(Sequence[Row]):
         """The rows of a method."""
         return [row for row in self.rows if row.method == method]
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self, by: str = "method") -> Any:
         """A `pandas.DataFrame` with a column per attribute of `Row`, but those of single pictures and repeats.
 
+        Args:
+            by: ``"category"``: a row per method, budget and category instead, with those of `CategoryRow`.
+
         Raises:
+            ArgumentError: ``by`` is something else.
             MissingExtraError: pandas is not installed.
         """
         try:
@@ -154,13 +93,18 @@ class ComparisonTable(Sequence[Row]):
             raise MissingExtraError(
                 'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
             ) from error
-        columns = [field.name for field in fields(Row) if field.name not in ("psnr", "speedups")]
-        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
+        if by not in ("method", "category"):
+            raise ArgumentError(f"by is 'method' or 'category', got {by!r}", argument="by")
+        rows, kind = (self.categories, CategoryRow) if by == "category" else (self.rows, Row)
+        columns = [field.name for field in fields(kind) if field.name not in ("psnr", "speedups")]
+        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in rows], columns=columns)
 
     def to_json(self) -> str:
         """The rows as JSON, with the machine that their times are of; infinities and NaN are strings."""
         rows = [asdict(row) for row in self.rows]
         data = {"title": self.title, "full_seconds": self.full_seconds, "machine": self.files.machine, "rows": rows}
+        data |= {"categories": [asdict(row) for row in self.categories]} if self.categories else {}
+        data |= {"full_clip": self.full_clip} if self.full_clip is not None else {}
         return machine.json_text(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -223,25 +167,14 @@ class ComparisonTable(Sequence[Row]):
         return [NUMBERS[k - 1] for k in kept], [[row[0], *(row[k] for k in kept)] for row in cells]
 
     def _notes(self) -> list[str]:
-        """What failed, a sentence each; the same reason at several budgets once."""
+        """What failed, a sentence each; the same reason at several budgets once; and what else there is."""
         reasons = dict.fromkeys((row.method, row.error) for row in self.rows if row.error)
-        return [shown(f"{method} failed: {error}") for method, error in reasons]
-
-
-def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A plain table for notebooks."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        side = ' style="text-align: left"', ' style="text-align: right"'
-        return "".join(f"<{tag}{side[k > 0]}>{html.escape(cell)}</{tag}>" for k, cell in enumerate(row))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table>{caption}<thead><tr>{cells('th', headings)}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _number(value: float | None, form: str) -> str:
-    return DASH if value is None or math.isnan(value) else f"{value:{form}}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+        notes = [shown(f"{method} failed: {error}") for method, error in reasons]
+        if self.full_clip is not None:
+            notes.append(f"CLIP: {self.full_clip:.2f} of the full run's pictures")
+        if self.categories:
+            names = dict.fromkeys(row.category for row in self.categories)
+            notes.append(f"by category ({shown(', '.join(names))}): .categories, .to_pandas(by='category')")
+        if self.transfer is not None:
+            notes.append(f"with other settings ({len(self.transfer.settings)}): .transfer")
+        return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -129,6 +130,19 @@ class Trial:
     def cache_bytes(self) -> int | None:
         """Memory of what was stored at most; ``None`` of another package's cache."""
         return max((run.report.cache_bytes for run in self.batches if run.report is not None), default=None)
+
+    @property
+    def forwards(self) -> int:
+        """Of the transformer, in the run of every batch; 0 of another package's cache."""
+        return sum(run.report.forwards for run in self.batches if run.report is not None)
+
+    @property
+    def in_full(self) -> dict[str, int]:
+        """Those that computed everything although more was to be reused, by the reason."""
+        found: Tally[str] = Tally()
+        for run in self.batches:
+            found.update(run.report.in_full if run.report is not None else {})
+        return dict(found)
 
     @property
     def used(self) -> float:
@@ -314,4 +328,6 @@ def _since(before: CacheReport, after: CacheReport) -> CacheReport:
     used = (after.used * after.forwards - before.used * before.forwards) / forwards
     counted = ("computed_cells", "cached_cells", "generations", "fallback_rows", "unidentified")
     more = {name: getattr(after, name) - getattr(before, name) for name in counted}
-    return replace(after, used=used, forwards=forwards, **more)
+    in_full = {reason: count - before.in_full.get(reason, 0) for reason, count in after.in_full.items()}
+    in_full = {reason: count for reason, count in in_full.items() if count}
+    return replace(after, used=used, forwards=forwards, in_full=in_full, **more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,17 @@ import numpy as np
 import layercache
 from layercache.errors import BudgetError
 from layercache.methods import (
+    CacheQuant,
     DBCache,
     DiCache,
     EasyCache,
+    FasterCache,
     FBCache,
     MagCache,
     MeanCache,
+    PreciseCache,
+    SeaCache,
+    SenCache,
     SmoothCache,
     SpectralCache,
     TaylorSeer,
@@ -24,16 +28,17 @@ from layercache.methods import (
     Universal,
     meancache,
 )
-from layercache.runtime.policy import PlannedMethod
+from layercache.models.registry import find_transformer, spec_for
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.compare.fewer import fewer_steps, fewer_steps_sigmas
+from layercache.tools.compare.tuned_paths import tuned_dpcache, tuned_ertacache, tuned_procache, tuned_spectrum
+from layercache.tools.compare.tuning import Build, Maker, by_interval, by_threshold
 
 if TYPE_CHECKING:
     from layercache.tools.compare.model import CalibratedModel
 
 MEANCACHE_GAMMAS = (1.0, 2.0, 5.0)
-
-Maker = Callable[["CalibratedModel", float], tuple[Any, str]]
+SENCACHE_LONGEST = 10  # as many in a row as its code allows at most
 
 
 def _layercache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
@@ -62,63 +67,9 @@ def _meancache(form: str) -> Maker:
     return make
 
 
-def _interval(build: Callable[[CalibratedModel, int], PlannedMethod]) -> Maker:
-    """The shortest interval between full steps that keeps to the budget."""
-
-    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-        for interval in range(1, model.fingerprint.num_steps + 1):
-            plan = build(model, interval).schedule(model.fingerprint)
-            if plan.used <= budget + 1e-9:
-                return plan, f"interval {interval}"
-        raise BudgetError(f"no interval keeps to a budget of {budget:g}")
-
-    return make
-
-
-def by_threshold(
-    build: Callable[[CalibratedModel, float], Any], low: float, high: float, rounds: int = 8, setting: str = "threshold"
-) -> Maker:
-    """The largest share within the budget, by bisection of a setting on one calibration sample.
-
-    Args:
-        build: the plan for a value of the setting; larger values compute less.
-        low, high: its range.
-        rounds: plans that are tried behind the one of ``high``, each for a generation where it decides as it runs.
-        setting: its name, for people.
-    """
-
-    def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-        def share_at(value: float) -> float:
-            plan = _schedule_of(model, build(model, value))
-            return plan.used if isinstance(plan, (layercache.Schedule, ModuleSchedule)) else model.used_by(plan)
-
-        least, most, best = low, high, (share_at(high), high)
-        if best[0] > budget + 1e-9:
-            raise BudgetError(
-                f"no {setting} up to {high:g} brings it down to {budget:g}: there it computes {best[0]:.3f} still"
-            )
-        for _ in range(rounds):
-            value = (least * most) ** 0.5
-            used = share_at(value)
-            if used <= budget + 1e-9:
-                most = value
-                best = max(best, (used, value), key=lambda one: one[0])
-            else:
-                least = value
-        return _schedule_of(model, build(model, best[1])), f"{setting} {best[1]:.4g}"
-
-    return make
-
-
-def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
-    """The schedule of a method that plans ahead; other plans as they are."""
-    return plan.schedule(model.fingerprint) if isinstance(plan, PlannedMethod) else plan
-
-
-def tuned_by_knob(method: type) -> Maker:
-    """A config class of a method, tuned by its own knob (`layercache.methods.policy.DynamicMethod.knob`)."""
-    setting, low, high = method.knob  # type: ignore[attr-defined]
-    return by_threshold(lambda model, value: method(**{setting: value}), low, high, setting=setting)
+def _learned(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    router = model.router(budget)
+    return router.schedule(budget=budget), f"learned, period {router.period}"
 
 
 def _dual(model: CalibratedModel, threshold: float) -> Any:
@@ -127,21 +78,59 @@ def _dual(model: CalibratedModel, threshold: float) -> Any:
     return DBCache(front=front, warmup=min(8, model.fingerprint.num_steps // 6), threshold=threshold)
 
 
+def _seacache(order: int) -> Build:
+    """On the modulated input, where the model shows it."""
+
+    def build(model: CalibratedModel, threshold: float) -> Any:
+        shown = spec_for(find_transformer(model.pipeline)).modulation is not None
+        return SeaCache(threshold=threshold, order=order, indicator="modulated" if shown else "latents")
+
+    return build
+
+
+def _sencache(model: CalibratedModel, budget: float) -> tuple[Any, str]:
+    """With both thresholds in the paper's proportion, and the fewest skips in a row that allow the budget."""
+    for longest in range(2, SENCACHE_LONGEST + 1):
+
+        def build(model: CalibratedModel, threshold: float, longest: int = longest) -> Any:
+            early, rows = threshold / 10, model.sensitivities
+            return SenCache(threshold=threshold, early_threshold=early, max_consecutive=longest, sensitivities=rows)
+
+        try:
+            plan, setting = by_threshold(build, 1e-4, 100.0)(model, budget)
+        except BudgetError:
+            continue
+        return plan, f"{setting}, {longest} in a row"
+    raise BudgetError(f"no threshold brings it down to {budget:g} with up to {SENCACHE_LONGEST} skips in a row")
+
+
+def _fastercache(model: CalibratedModel, share: float) -> ModuleSchedule:
+    """From this share before the end on; measured seconds of the modules say what it computes."""
+    rates = model.rates
+    return FasterCache(start=1.0 - share).module_schedule(model.fingerprint, rates.units, rates.seconds)
+
+
 METHODS: dict[str, Maker] = {
     "layercache": _layercache,
     "layercache-planned": _planned,
     "meancache": _meancache("recursive"),
     "meancache-paper": _meancache("one-shot"),
+    "dpcache": tuned_dpcache,
+    "ertacache": tuned_ertacache,
+    "procache": tuned_procache(),
+    "procache-taylor": tuned_procache(taylor=True),
     "universal": lambda model, budget: (
         Universal(budget=budget).schedule(model.fingerprint),
         "full runs of other models",
     ),
-    "uniform": _interval(lambda model, n: Uniform(interval=n)),
-    "taylorseer": _interval(lambda model, n: TaylorSeer(interval=n)),
-    "taylorseer-2": _interval(lambda model, n: TaylorSeer(interval=n, order=2)),
-    "taylorseer-blocks": _interval(
+    "uniform": by_interval(lambda model, n: Uniform(interval=n)),
+    "taylorseer": by_interval(lambda model, n: TaylorSeer(interval=n)),
+    "taylorseer-2": by_interval(lambda model, n: TaylorSeer(interval=n, order=2)),
+    "taylorseer-blocks": by_interval(
         lambda model, n: TaylorSeer(interval=n, groups=tuple((k, k + 1) for k in range(model.fingerprint.num_blocks)))
     ),
+    "spectrum": tuned_spectrum(),
+    "spectrum-residual": tuned_spectrum(residuals=True),
     "smoothcache": by_threshold(lambda model, a: SmoothCache(alpha=a).schedule(model.profile), 1e-3, 3.0, 12),
     "magcache": by_threshold(
         lambda model, t: MagCache(ratios=model.magnitudes, threshold=t, max_consecutive=5, retention=0.1),
@@ -156,13 +145,31 @@ METHODS: dict[str, Maker] = {
     "spectralcache": by_threshold(
         lambda model, t: SpectralCache(coefficients=model.teacache.coefficients, threshold=t), 1e-3, 10.0
     ),
+    "seacache": by_threshold(_seacache(0), 1e-3, 10.0),
+    "seacache-1": by_threshold(_seacache(1), 1e-3, 10.0),
+    "sencache": _sencache,
+    "precisecache": by_threshold(lambda model, a: PreciseCache(alpha=a), 1e-3, 100.0, setting="alpha"),
+    "precisecache-steps": by_threshold(
+        lambda model, a: PreciseCache(alpha=a, cached_blocks=0.0), 1e-3, 100.0, setting="alpha"
+    ),
     "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
-    "l2c": lambda model, budget: (model.router.schedule(budget=budget), "learned"),
+    "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
+    "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
+    "l2c": _learned,
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
     "fewer-steps": fewer_steps,
     "fewer-steps-sigmas": fewer_steps_sigmas,
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "fewer-steps-sigmas")
+TOGETHER = (
+    "layercache",
+    "layercache-planned",
+    "meancache",
+    "meancache-paper",
+    "dpcache",
+    "ertacache",
+    "cachequant",
+    "fewer-steps-sigmas",
+)
 """Methods that all processes of a crew plan together; others are tuned by one of them."""

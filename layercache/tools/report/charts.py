@@ -122,6 +122,41 @@ def _tooltips(points: Sequence[CurvePoint]) -> list[Any]:
     return ["method:N", alt.Tooltip("used:Q", title="computed", format=".1%"), *speedup, *figures, *note]
 
 
+def frames_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """PSNR or SSIM of every ``frame``, a line per ``entry``; the one under the pointer stands out."""
+    alt = _altair()
+
+    figure = alt.param(
+        name="figure",
+        value="psnr",
+        bind=alt.binding_select(options=["psnr", "ssim"], labels=["PSNR", "SSIM"], name="figure: "),
+    )
+    hover = alt.selection_point(name="hover", fields=["entry"], on="pointerover", clear="pointerout")
+    names = list(dict.fromkeys(row["entry"] for row in rows))
+    look = looks(names)
+    scale = alt.Scale(domain=names, range=[look[name][0] for name in names])
+    chart = (
+        alt.Chart(alt.NamedData(DATA))
+        .transform_calculate(quality="datum[figure]")
+        .transform_filter("isValid(datum.quality)")
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("frame:Q", axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("quality:Q", title="against the full run", scale=alt.Scale(zero=False, padding=8)),
+            color=alt.Color("entry:N", legend=alt.Legend(title=None), scale=scale),
+            opacity=alt.when(hover).then(alt.value(1.0)).otherwise(alt.value(0.15)),
+            tooltip=[
+                "entry:N",
+                "frame:Q",
+                alt.Tooltip("psnr:Q", title="PSNR", format=".2f"),
+                alt.Tooltip("ssim:Q", title="SSIM", format=".4f"),
+            ],
+        )
+    )
+    finite = [{**row, "psnr": _finite(row["psnr"]), "ssim": _finite(row["ssim"])} for row in rows]
+    return _specification(chart.add_params(hover, figure), finite, 300)
+
+
 def cells_chart(
     cells: Sequence[Mapping[str, Any]], groups: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, Any]:

@@ -271,6 +271,7 @@ def save_modules(path: str | os.PathLike[str], schedule: ModuleSchedule, title: 
     cells = np.array(schedule.computed, dtype=float).T
     for step in schedule.reused_steps:
         cells[:, step] = 0.5
+    cells[:, [step for step in range(schedule.num_steps) if step not in schedule.fingerprint.steps]] = np.nan
     figure = new_figure(max(5.0, 0.16 * schedule.num_steps + 2.5), max(3.0, 0.07 * len(schedule.units) + 1.2))
     axis = figure.subplots()
     axis.imshow(cells, cmap="Blues", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")

@@ -217,6 +217,7 @@ def velocity_text(step: int, velocity: Velocity | None) -> Text:
         return Text("")
     terms = [f"{c:+.2f}·v{source}" for source, c in sorted(velocity.terms.items(), reverse=True)]
     terms += [f"{velocity.latents:+.3f}·x"] if velocity.latents else []
+    terms += [f"{velocity.offset:+.3f}"] if velocity.offset else []
     return Text(" ".join(terms).removeprefix("+"), style="green" if step in velocity.terms else "magenta")
 
 
@@ -270,7 +271,7 @@ def module_sentences(schedule: ModuleSchedule) -> str:
     prints, reused = schedule.fingerprint, sorted(schedule.reused_steps)
     made_by = shown(schedule.made_by.get("method", "unknown"))
     lines = [
-        f"A schedule of {len(schedule.units)} modules of {shown(prints.model_class)} over {prints.num_steps} steps, "
+        f"A schedule of {len(schedule.units)} modules of {shown(prints.model_class)} over {_steps_text(prints)}, "
         f"made by {made_by}: {schedule.used:.1%} of the modules' time is computed."
     ]
     if reused:
@@ -289,6 +290,7 @@ def module_table(schedule: ModuleSchedule) -> FittingTable:
             for kind in columns
         ]
         cells = ["reuse"] * len(columns) if step in schedule.reused_steps else counts
+        cells = cells if step in schedule.fingerprint.steps else [""] * len(columns)
         table.add_row(str(step), f"{schedule.fingerprint.sigmas[step]:.3f}", *cells)
     return table
 
