@@ -1,6 +1,7 @@
 """What caching still gives in few steps, beside fewer steps without a cache, on pictures that nothing was fitted to.
 
     python bench/few_steps.py --steps 4 8 --out bench/results/few-steps-demo
+    python bench/few_steps.py --searches --steps 30 --budgets 0.5 0.33 0.2 --out bench/results/free-levels-demo
     python bench/few_steps.py --baselines --steps 30 --budgets 0.7 0.6 0.5 0.33 0.2 --out bench/results/fewer-steps-demo
 
 For every number of steps and every budget: the searched schedule, the same with its noise levels free, and as many full
@@ -59,7 +60,7 @@ def rows_of_steps(args: argparse.Namespace, pipe: object, steps: int) -> Iterato
             point = front.choose(budget)
             psnr = judge.run(point.schedule).psnr
             yield FrontRow(name, budget, point.used, point.origin, point.psnr, psnr, None, point.expected)
-    for name, method in BASELINES.items():
+    for name, method in () if args.searches else BASELINES.items():
         for budget in budgets:
             plan, setting = model.made(method, budget)
             count = int(budget * steps + 1e-9)
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_options(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--searches", action="store_true", help="the searches alone")
     parser.add_argument("--baselines", action="store_true", help="fewer steps alone, without the searches")
     parser.set_defaults(budgets=[0.75, 0.5, 0.25])
     return parser.parse_args(argv)
