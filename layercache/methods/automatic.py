@@ -24,13 +24,11 @@ from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.policy import PlannedMethod, check_range
 from layercache.runtime.router import Router
 from layercache.runtime.target import Target
+from layercache.schedule.few_steps import FEWEST_STEPS
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule
 
 _log = logging.getLogger("layercache")
-
-FEWEST_STEPS = 8
-"""Of a run that is not computed in full: below, single skipped steps are seen (docs/guides/few-steps.md)."""
 
 LAST_STEPS = 0.1
 """Share of the steps that is computed at the end of a run, whose changes show most."""

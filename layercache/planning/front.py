@@ -227,7 +227,8 @@ class Front(Summarised, Pretrained):
     def _fingerprint(self) -> Fingerprint:
         if not self.points:
             raise CalibrationError("the front is empty, and of no model; search first (layercache.search)")
-        return self.points[0].schedule.fingerprint
+        prints = [point.schedule.fingerprint for point in self.points]
+        return next((one for one in prints if one.sigmas_given), prints[0])  # what is called as these are serves all
 
     def _listed(self) -> tuple[float | None, Sequence[float | None]]:
         best = summarise(self.points[-1].likely)

@@ -16,6 +16,7 @@ from layercache.errors import BudgetError, ScheduleError
 from layercache.planning.fit import fit_residuals
 from layercache.planning.front import Front, Point, check_one_target
 from layercache.planning.profile import StabilityProfile, readable
+from layercache.schedule.few_steps import warn_of_few_steps
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import FORECASTS, reforecast, secant_coefficients
 from layercache.schedule.schedule import EXPECTED_PSNR, Cell, Schedule
@@ -141,7 +142,7 @@ def plan(
     _check_target(profile, percentile, budget=budget, full_steps=full_steps, speedup=speedup, min_psnr=min_psnr)
     budget = budget if full_steps is None else _share_of(profile, full_steps)
     if isinstance(profile, Front):
-        return _with_expected(profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile))
+        return _of_point(profile.choose(budget, speedup=speedup, min_psnr=min_psnr, percentile=percentile))
     config = PlanConfig(
         budget=budget,
         speedup=speedup,
@@ -160,20 +161,22 @@ def plan(
         spans=tuple(spans),
         history=history,
     )
-    return _solved(profile, config) if max_cache_bytes is None else _within(profile, config, max_cache_bytes)
+    return _warned_of(_within(profile, config, max_cache_bytes))
 
 
-def _with_expected(point: Point) -> Schedule:
+def _of_point(point: Point) -> Schedule:
     """The schedule of a point, with the PSNR that pictures are expected to have in its ``made_by``."""
     found = summarise(point.likely)
     psnr = [found.mean, found.quantile10]
     if point.schedule.expected_psnr or not all(map(math.isfinite, psnr)):
-        return point.schedule
-    return replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr})
+        return _warned_of(point.schedule)
+    return _warned_of(replace(point.schedule, made_by={**point.schedule.made_by, EXPECTED_PSNR: psnr}))
 
 
-def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int) -> Schedule:
-    """The solver's schedule with as many anchors as the memory holds."""
+def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int | None) -> Schedule:
+    """The solver's schedule, with as many anchors as the memory holds."""
+    if max_cache_bytes is None:
+        return _solved(profile, config)
     needed = []
     # a second anchor costs memory, and the choice between older ones more of it
     fewer = replace(config, history=min(2, config.history)), replace(config, spans=(), history=1)
@@ -189,6 +192,12 @@ def _within(profile: StabilityProfile, config: PlanConfig, max_cache_bytes: int)
         "whole steps from a front",
         argument="max_cache_bytes",
     )
+
+
+def _warned_of(schedule: Schedule) -> Schedule:
+    """The schedule; warns of one of few steps."""
+    warn_of_few_steps(schedule.fingerprint, stacklevel=4)
+    return schedule
 
 
 def _check_target(profile: StabilityProfile | Front, percentile: float | None, **targets: float | None) -> None:

@@ -12,6 +12,7 @@ from layercache._utils.validate import expect
 from layercache.errors import ScheduleError
 from layercache.parallel.crew import Crew
 from layercache.planning.front import Point
+from layercache.planning.noise_levels import GivenLevels
 from layercache.planning.rollout import Rollouts
 from layercache.planning.samples import count_of, with_settings
 from layercache.planning.surrogate import with_count
@@ -56,6 +57,7 @@ def refit(
     Raises:
         ArgumentError: no schedule.
         ScheduleError: the schedule reuses residuals of groups.
+        MethodError: the schedule has noise levels of its own, and this pipeline cannot be given them.
         CalibrationError, CrewError, UnsupportedModelError: as for `Rollouts`.
     """
     expect("layercache.refit", schedule, Schedule)
@@ -72,6 +74,9 @@ def refit(
     shows = progress and crew.leads
     with crew.together(), tqdm(disable=not shows, bar_format=BAR, total=pictures * (1 + schedule.used)) as bar:
         rollouts = Rollouts(pipe, prompts, seeds, bar.update, crew=crew, reference=reference, **call)
+        own = schedule.fingerprint.sigmas_given
+        if own and len(own) == rollouts.num_steps:  # of other steps, the levels are those of the call
+            rollouts = rollouts.moved(GivenLevels.of_sample(pipe, prompts[0], call).levels(own), own)
         path = path_of(schedule, rollouts.sigmas)
         bar.total = pictures * (1 + path.mean())
         search = WholeStepSearch(rollouts, rollouts.seconds[0], terms=terms)

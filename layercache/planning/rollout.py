@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from layercache.models.registry import config_hash, expert_settings, find_transf
 from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast
 from layercache.planning.full_run import FullRun, FullSample, RunFacts
+from layercache.planning.moved import check_moves, given_call, moved_trace
 from layercache.planning.rollout_run import Products, RolloutRun
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.samples import arguments_of, call_of, measured_settings, pictures_in, seeds_of
@@ -146,6 +148,7 @@ class Rollouts:
         samplers: per sample, what its steps do; ``None`` where they are not linear in the velocities.
         first: step that the runs begin with; not 0 of runs that begin in the middle (img2img).
         sigmas: N + 1 noise levels of the N steps that are taken, mean over the samples.
+        sigmas_given: the ``sigmas=`` of the calls between moved levels (`moved`); else empty.
 
     Raises:
         CalibrationError: no prompts, seeds that do not match, or more processes than samples.
@@ -203,6 +206,7 @@ class Rollouts:
         self.sigmas: tuple[float, ...] = ()
         self._levels: tuple[float, ...] = ()  # of all steps, mean over the samples
         self._level_range: tuple[tuple[float, float], ...] = ()
+        self.sigmas_given: tuple[float, ...] = ()
         self.samplers: tuple[LinearSampler, ...] | None = None
         if full is None:
             own: list[FullSample] = []
@@ -239,7 +243,7 @@ class Rollouts:
         found = fingerprint_of(self.transformer, self._levels, self.branches, steps)
         calls = measured_settings(self.pipeline, *({**self.call, **arguments_of(prompt)} for prompt in self.prompts))
         settings = {**found.settings, **calls, **expert_settings(self.pipeline)}
-        return replace(found, settings=settings, sigma_range=self._level_range)
+        return replace(found, settings=settings, sigma_range=self._level_range, sigmas_given=self.sigmas_given)
 
     def cache_bytes(self, schedule: Schedule) -> int:
         """What a schedule stores while the largest of the samples is generated, all branches together."""
@@ -247,6 +251,38 @@ class Rollouts:
             stored_bytes(schedule, one.branches, one.latent_bytes[0], self.spec.text_leaves, one.latent_bytes[1:])
             for one in self._facts
         )
+
+    def moved(self, sigmas: Sequence[float], given: Sequence[float]) -> Rollouts:
+        """The same samples between other noise levels, on the way that their full runs took by Euler steps.
+
+        Their full runs there pass through the same latents, see `layercache.planning.moved.polygon`, and give the same
+        pictures. Nothing is kept in the files of a search.
+
+        Args:
+            sigmas: noise levels and the last one, from the first to the last of these; any number.
+            given: the ``sigmas=`` of the pipeline's call that give them.
+
+        Raises:
+            MethodError: the full runs took no Euler steps, have several noise levels, or began in the middle.
+        """
+        check_moves(self.samplers, self.sigmas, is_whole=not (self.first or self._level_range))
+        found = copy.copy(self)
+        found.call = {**self.call, **given_call(self.pipeline, given)}
+        found.files, found.sigmas_given = None, tuple(given)
+        sampler = LinearSampler.euler(sigmas)
+        facts = [
+            replace(one, num_steps=sampler.num_steps, sigmas=tuple(sigmas), sampler=sampler) for one in self._facts
+        ]
+        own = [
+            FullSample(first, pictures, {}, self.seconds, tuple(sigmas), sampler, tuple(further))
+            for (first, *further), pictures in zip(
+                ([moved_trace(trace, self.sigmas, sigmas) for trace in traces] for traces in self.outputs),
+                self.pictures,
+                strict=True,
+            )
+        ]
+        found._take(own, facts)
+        return found
 
     def run(
         self,
@@ -258,7 +294,8 @@ class Rollouts:
         """Runs a schedule on all samples.
 
         Args:
-            schedule: its velocities are taken as they are, unless they are to be fitted.
+            schedule: its velocities are taken as they are, unless they are to be fitted. One with noise levels of its
+                own runs between these (`moved`).
             forecast: fit the velocities while the samples run; those of the schedule are ignored.
             more: of other pictures on which the same steps were fitted (`Rollout.products`), which count as these do.
             beside: other pictures, simulated as these run, which count as these do; of a model with one output.
@@ -266,6 +303,9 @@ class Rollouts:
         Raises:
             CalibrationError: something is not finite, or ``"steer"`` was asked of a sampler whose steps are not linear.
         """
+        prints = schedule.fingerprint
+        if prints.sigmas_given and prints.sigmas_given != self.sigmas_given:
+            return self.moved(prints.sigmas, prints.sigmas_given).run(schedule, forecast, more, beside)
         if forecast is not None and forecast.target == "steer" and self.samplers is None:
             raise CalibrationError(
                 "velocities can only be steered where the sampler's steps are linear in them, without noise of their "

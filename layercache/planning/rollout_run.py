@@ -43,6 +43,7 @@ class RolloutRun:
         self.full = list(zip(*rollouts.outputs, strict=True))
         self.traces = [tuple(Trace() for _ in rollouts.own) for _ in self.full]
         self.velocities: list[list[Velocity | None]] = [[] for _ in self.full]
+        self.is_moved = bool(rollouts.sigmas_given)  # velocities are none that the model has given
         self.more, self.beside, self.products = more, beside, dict[int, np.ndarray]()
 
     def answer(self, step: int, items: list[tuple[Any, ...]]) -> list[Any]:
@@ -96,7 +97,7 @@ class RolloutRun:
         else:
             targets = [near(one.taken[step], x) for one, x in zip(full, latents, strict=True)]
         found = products_of(step, features, latents, targets)  # type: ignore[arg-type]
-        flags = self._drifted(step, output) if runs else [True] * len(found)
+        flags = self._drifted(step, output) if runs and not self.is_moved else [True] * len(found)
         drifted, terms = zip(*self.crew.gather(list(zip(flags, found, strict=True))), strict=True)
         if runs and not any(drifted):
             return None
@@ -111,7 +112,7 @@ class RolloutRun:
 
     def _may_have_drifted(self, step: int, output: int) -> bool:
         """Whether a sample has left its full run; one that skipped a step is looked at when its terms are gathered."""
-        if any(raw is None for raw in self.traces[output][0].raw[:step]):
+        if self.is_moved or any(raw is None for raw in self.traces[output][0].raw[:step]):
             return True
         return any(self.crew.gather(self._drifted(step, output)))
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -17,11 +18,14 @@ from layercache.errors import ArgumentError, BudgetError, CacheStateError
 from layercache.models.registry import find_transformer
 from layercache.parallel.crew import Crew
 from layercache.planning.fit import Forecast
+from layercache.planning.free_levels import FreeLevels
 from layercache.planning.front import Front, Point
+from layercache.planning.noise_levels import GivenLevels
 from layercache.planning.rollout import Rollouts, skipping, with_terms_of
 from layercache.planning.samples import count_of, with_settings
 from layercache.planning.search_files import SearchFiles
-from layercache.planning.whole_steps import TAIL, TERMS, WholeStepSearch, cost_of, counts_of, runs_per_budget
+from layercache.planning.whole_steps import TAIL, TERMS, Tried, WholeStepSearch, cost_of, counts_of, runs_per_budget
+from layercache.schedule.few_steps import warn_of_few_steps
 
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 
@@ -31,13 +35,16 @@ PICTURES = {"quick": 8, "normal": 8, "thorough": 16}
 EFFORTS = {"quick": 32, "normal": 72, "thorough": 160}
 """Full generations that a search may cost in all, its full runs included."""
 
+FREE = "free"
+"""As ``sigmas``: noise levels are moved."""
+
 ENDED_EARLY = ("the time limit of ", "it was interrupted ")
 """Beginnings of the notes of a front whose search can go on."""
 
 BAR = "searching: {n:.0f} of {total:.0f} generations |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SearchConfig:
     """Settings of `search`, which says what they mean.
 
@@ -52,6 +59,7 @@ class SearchConfig:
     max_cache_bytes: int | None
     tail: float
     seed: int
+    is_free: bool = False
 
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
@@ -65,20 +73,38 @@ class SearchConfig:
             raise BudgetError(f"tail is a weight from 0 to 1, got {self.tail}", argument="tail")
 
 
-def search_cost(pictures: int, num_steps: int, budgets: Sequence[float], effort: str) -> tuple[float, int]:
+def search_cost(
+    pictures: int, num_steps: int, budgets: Sequence[float], effort: str, is_free: bool = False
+) -> tuple[float, int]:
     """Full generations that `search` costs in all, exactly, and how many schedules it runs.
 
     Args:
         pictures: that are fitted to; `search` takes no more of those given than `PICTURES`.
         num_steps: of a generation.
         budgets, effort: as for `search`.
+        is_free: whether noise levels are moved, which takes one run more of each budget.
 
     Raises:
         BudgetError: it would cost more than the effort allows, or a budget is less than a step.
     """
     counts = counts_of(budgets, num_steps)
-    runs = runs_per_budget(counts, num_steps, pictures, EFFORTS[effort])
-    return cost_of(counts, runs, num_steps, pictures), sum(runs)
+    runs = _runs(counts, num_steps, pictures, effort, is_free)
+    more = [n + is_free for n in runs]
+    return cost_of(counts, more, num_steps, pictures), sum(more)
+
+
+def _runs(counts: Sequence[int], num_steps: int, pictures: int, effort: str, is_free: bool) -> list[int]:
+    """How many schedules of each budget are run, besides those between moved noise levels."""
+    moved = pictures * sum(counts) / num_steps if is_free else 0.0
+    least = cost_of(counts, [1] * len(counts), num_steps, pictures) + moved
+    if is_free and least > EFFORTS[effort] + 1e-9:
+        raise BudgetError(
+            f"{pictures} pictures and {len(counts)} budgets cost {least:.1f} full generations at least with "
+            f'sigmas="free", more than the {EFFORTS[effort]} of this effort; give fewer pictures or budgets, or a '
+            "higher effort",
+            argument="effort",
+        )
+    return runs_per_budget(counts, num_steps, pictures, EFFORTS[effort] - moved)
 
 
 def search(
@@ -97,6 +123,7 @@ def search(
     progress: bool = True,
     guidance: Sequence[float] = (),
     sizes: Sequence[Sequence[int]] = (),
+    sigmas: str | Sequence[float] | None = None,
     crew: Crew | None = None,
     reference: Any = None,
     **call: Any,
@@ -108,7 +135,7 @@ def search(
     fitted as they run, pictures weighted by what they miss (`layercache.planning.whole_steps`). They are compared by
     what they are expected to give on other pictures (`Point.expected`). Source: ours; docs/planning.md.
 
-    Ctrl-C, and the time limit, end it with the best that was found so far, as a note of the front says.
+    Ctrl-C, and the time limit, end it with the best that was found so far, as a note says.
 
     Args:
         pipe: a diffusers pipeline.
@@ -128,6 +155,8 @@ def search(
         guidance, sizes: guidance scales, and ``(height, width)`` or ``(height, width, frames)`` in pixels, that one
             schedule is fitted to: the pictures have them in turns. The schedule knows their range, and a run outside of
             it is warned of.
+        sigmas: ``"free"``: noise levels are moved where that is expected to give more; such a schedule runs with
+            ``pipe(..., **schedule.call_arguments())``. It takes Euler steps. Or the ``sigmas=`` of every call.
         crew: processes that share out the samples, each with the whole pipeline; all of them get the same front.
         reference: the pipeline with unquantised weights, where those of ``pipe`` are quantised: all is fitted to its
             full runs, so that the error of quantisation is corrected too; for one full run of ``pipe`` more.
@@ -138,25 +167,22 @@ def search(
             the memory.
         CacheStateError: a time limit, where the tokens are split over several processes.
         CalibrationError, CrewError: as for `Rollouts`.
-        FileFormatError: a file of ``resume`` is damaged.
-        OutputError: no files can be made in ``resume``.
+        FileFormatError, OutputError: a file of ``resume`` is damaged, or none can be made in it.
         ScheduleMismatchError: ``resume`` belongs to another search.
-        UnsupportedModelError: the model is of an unknown class.
+        UnsupportedModelError, MethodError: the model is of an unknown class; noise levels cannot be moved.
     """
     start = time.monotonic()
-    limits: dict[str, Any] = {"time_limit": time_limit, "max_cache_bytes": max_cache_bytes}
-    config = SearchConfig(budgets=tuple(budgets), effort=effort, tail=tail, seed=seed, **limits)
-    _check_time_limit(pipe, time_limit)
-    prompts, seeds = _fitted_samples(pipe, prompts, seeds, (guidance, sizes), effort, call)
+    is_free, call = _levels_asked_for(sigmas, sizes, call)
+    config = SearchConfig(tuple(budgets), effort, time_limit, max_cache_bytes, tail, seed, is_free)
+    prompts, seeds, given = _samples_and_levels(pipe, prompts, seeds, (guidance, sizes), config, call)
     cost = _cost_ahead(pipe, prompts, config, call)
     crew = crew or Crew()
     shared: dict[str, Any] = {"crew": crew, "reference": reference}
     files = None if resume is None else SearchFiles(resume, crew)
     with crew.together(), tqdm(disable=not (progress and crew.leads), bar_format=BAR, total=cost) as bar:
         bar.set_postfix_str("full runs")
-        say = partial(_say_memory, bar)
-        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, on_memory=say, **shared, **call)
-        front = _searched(rollouts, config, start, bar)
+        rollouts = Rollouts(pipe, prompts, seeds, bar.update, files, None, partial(_say_memory, bar), **shared, **call)
+        front = _searched(rollouts, config, start, bar, given)
     if validation is None:
         return front
     others, drawn = with_settings(pipe, *validation, guidance, sizes, call)
@@ -172,7 +198,23 @@ def _cost_ahead(pipe: Any, prompts: Sequence[Any], config: SearchConfig, call: M
     pictures, steps = sum(count_of(prompt, call) for prompt in prompts), steps_of(pipe, call)
     if steps is None or not pictures:
         return EFFORTS[config.effort]
-    return search_cost(pictures, steps, config.budgets, config.effort)[0]
+    return search_cost(pictures, steps, config.budgets, config.effort, config.is_free)[0]
+
+
+def _levels_asked_for(
+    sigmas: Any, sizes: Sequence[Sequence[int]], call: Mapping[str, Any]
+) -> tuple[bool, dict[str, Any]]:
+    """Whether noise levels are to be moved, and the arguments of every call."""
+    if isinstance(sigmas, str) and sigmas != FREE:
+        raise ArgumentError(f'sigmas is "{FREE}", or a list of noise levels, got {sigmas!r}', argument="sigmas")
+    if isinstance(sigmas, str) and len(sizes) > 1:
+        raise ArgumentError(
+            "noise levels are moved for one size, since each may have others: leave out sizes=, or sigmas=",
+            argument="sizes",
+        )
+    if sigmas is None or isinstance(sigmas, str):
+        return sigmas == FREE, dict(call)
+    return False, {**call, "sigmas": sigmas}
 
 
 def _check_time_limit(pipe: Any, time_limit: float | None) -> None:
@@ -181,6 +223,21 @@ def _check_time_limit(pipe: Any, time_limit: float | None) -> None:
             "the tokens are split over several processes (context parallelism), whose clocks would not end the search "
             "at the same schedule; leave out time_limit"
         )
+
+
+def _samples_and_levels(
+    pipe: Any,
+    prompts: Sequence[Any],
+    seeds: Sequence[int] | None,
+    settings: tuple[Sequence[float], Sequence[Sequence[int]]],
+    config: SearchConfig,
+    call: Mapping[str, Any],
+) -> tuple[list[Any], list[int] | None, GivenLevels | None]:
+    """The samples that are fitted to, and, where they are to be moved, the noise levels of their calls."""
+    _check_time_limit(pipe, config.time_limit)
+    fitted, drawn = _fitted_samples(pipe, prompts, seeds, settings, config.effort, call)
+    given = GivenLevels.of_sample(pipe, fitted[0], call) if config.is_free and fitted else None
+    return fitted, drawn, given
 
 
 def _fitted_samples(
@@ -211,19 +268,23 @@ def _say_memory(bar: Any, size: float) -> None:
     bar.set_postfix_str(f"{size / 1e9:.2g} GB of memory")
 
 
-def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) -> Front:
-    """The search behind the full runs."""
-    counts = counts_of(config.budgets, rollouts.num_steps)
-    runs = runs_per_budget(counts, rollouts.num_steps, rollouts.num_pictures, EFFORTS[config.effort])
-    bar.total = cost_of(counts, runs, rollouts.num_steps, rollouts.num_pictures)
-    notes = [f"{rollouts.num_pictures} pictures, {bar.total:.1f} full generations in all"]
+def _searched(
+    rollouts: Rollouts, config: SearchConfig, start: float, bar: Any, given: GivenLevels | None = None
+) -> Front:
+    """The search behind the full runs; warns of runs of few steps."""
+    warn_of_few_steps(rollouts.fingerprint, stacklevel=4)
+    counts, steps, pictures = counts_of(config.budgets, rollouts.num_steps), rollouts.num_steps, rollouts.num_pictures
+    runs = _runs(counts, steps, pictures, config.effort, config.is_free)
+    bar.total = cost_of(counts, [n + config.is_free for n in runs], steps, pictures)
+    notes = [f"{pictures} pictures, {bar.total:.1f} full generations in all"]
     blocks, rest = rollouts.seconds
     terms = fitting_terms(rollouts, counts, config.max_cache_bytes)
     search = WholeStepSearch(rollouts, blocks, config.seed, terms, config.tail)
+    levels = None if given is None else FreeLevels(search, given)
     crew = rollouts.crew
     try:
         with crew.together():
-            for tried in search.run(counts, runs):
+            for tried in chain(search.run(counts, runs), levels.run(counts) if levels else ()):
                 bar.set_postfix_str(f"used {tried.point.used:.2f}: {tried.quality:.1f} dB")
                 limit = config.time_limit
                 if limit is not None and crew.agree(time.monotonic() - start > limit):
@@ -234,8 +295,12 @@ def _searched(rollouts: Rollouts, config: SearchConfig, start: float, bar: Any) 
         if not search.tried:
             raise
         notes.append(f"{ENDED_EARLY[1]}after {len(search.tried)} schedules")
-    points = [tried.point for tried in search.tried]
-    return Front.of(points, (blocks, rest, 0.0), 1 + len(search.tried), notes, config.tail)
+    moved: list[Tried] = []
+    if levels is not None:
+        moved = levels.kept[: min(crew.gather([len(levels.kept)]))]
+        notes.append(f"noise levels moved for {len(moved)} of {len(counts)} budgets")
+    points = [tried.point for tried in (*search.tried, *moved)]
+    return Front.of(points, (blocks, rest, 0.0), 1 + len(points), notes, config.tail)
 
 
 def validated(

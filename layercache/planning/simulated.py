@@ -18,13 +18,15 @@ class Simulated:
     Args:
         runs: the full runs.
         answers: to drift.
+        given: what the model gives without drift, ``[P, N, rank]``; by default the full runs' velocities.
     """
 
-    def __init__(self, runs: FullRuns, answers: Answers):
+    def __init__(self, runs: FullRuns, answers: Answers, given: np.ndarray | None = None):
         steps = runs.num_steps
         across = np.zeros((len(runs), steps + 1, steps))  # one direction a step, across all that the full runs span
         vectors = np.concatenate([runs.vectors, across], axis=2)
         self.velocities, self.full = vectors[:, 1:], vectors[:, 0]
+        self.given = self.velocities if given is None else np.concatenate([given, across[:, 1:]], axis=2)
         self.kappa, self.eta = answers.kappa[..., None], answers.eta[..., None]
         self.keep = np.stack([sampler.keep for sampler in runs.samplers])[..., None]
         self.weights = np.stack([sampler.weights for sampler in runs.samplers])
@@ -37,7 +39,7 @@ class Simulated:
         drift = self.latents - self.full
         answer = self.kappa[:, step] * drift
         answer[:, step - self.velocities.shape[1]] += self.eta[:, step, 0] * np.linalg.norm(drift, axis=1)
-        self.made[step] = self.velocities[:, step] + answer
+        self.made[step] = self.given[:, step] + answer
 
     def products(self, step: int, sources: Sequence[int]) -> np.ndarray:
         """Inner products of velocities, latents and the velocity that leads back, ``[P, n + 2, n + 2]``, as a fit has.

@@ -24,6 +24,7 @@ from layercache._utils.files import write_atomically
 from layercache._utils.validate import expect
 from layercache.errors import BudgetError, MethodError
 from layercache.planning.fit import Forecast
+from layercache.planning.noise_levels import interpolation
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.surrogate import Answers, FullRuns, explored, starts, surrogate_of
 from layercache.planning.whole_steps import TAIL, TERMS, dense_starts, deviations_for, stress_of, weighting_of
@@ -33,7 +34,6 @@ from layercache.schedule.schedule import Cell, Schedule, Velocity
 
 FILE = Path(__file__).with_name("universal.safetensors")
 SIMULATIONS = 400
-NEIGHBOURS = 4  # noise levels from which one between them is interpolated
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,21 +86,8 @@ class ModelRuns:
         rows = np.zeros((len(levels) + 1, len(self.sigmas)))
         rows[0, 0] = 1.0  # first latents, less what the steps down to the first noise level take away
         rows[0, 1:] = np.minimum(np.maximum(self.sigmas[1:], levels[0]) - self.sigmas[:-1], 0.0)
-        rows[1:, 1:] = _interpolation(self.sigmas[:-1], levels)
+        rows[1:, 1:] = interpolation(self.sigmas[:-1], levels)
         return FullRuns(tuple(sigmas), rows @ self.factors, (sampler,) * len(self.factors), self.folds)
-
-
-def _interpolation(nodes: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Weights of cubic interpolation from falling nodes, ``[N, G]``; levels outside take the nearest node."""
-    found = np.zeros((len(levels), len(nodes)))
-    for row, level in zip(found, np.clip(levels, nodes[-1], nodes[0]), strict=True):
-        before = int(np.searchsorted(-nodes, -level)) - NEIGHBOURS // 2
-        lo = min(max(before, 0), len(nodes) - NEIGHBOURS)
-        near = nodes[lo : lo + NEIGHBOURS]
-        for k, node in enumerate(near):
-            others = np.delete(near, k)
-            row[lo + k] = np.prod((level - others) / (node - others))
-    return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -153,7 +153,7 @@ class WholeStepSearch:
             for k in range(number):
                 path, forecast, origin = self.rollouts.crew.agree(self._next(count, k, number, own))
                 if any(one.forecast == forecast and (one.computed == path).all() for one in own):
-                    self._note_cost(count)  # there is no other path
+                    self.note_cost(count)  # there is no other path
                     continue
                 own.append(self.run_path(path, forecast, origin))
                 self.tried.append(own[-1])
@@ -189,7 +189,7 @@ class WholeStepSearch:
         # the model's own answers may as well be smaller than those assumed
         return (0.5, *stress) if answers is self.assumed else stress
 
-    def _note_cost(self, count: int) -> None:
+    def note_cost(self, count: int) -> None:
         for _ in range(count):
             self.rollouts.note_cost()
 
@@ -234,7 +234,7 @@ class WholeStepSearch:
         kept = self.rollouts.files and self.rollouts.files.run(steps, forecast.name)
         if not kept:
             return None
-        self._note_cost(len(steps))
+        self.note_cost(len(steps))
         fitted = replace(schedule, velocities=kept.velocities, further_velocities=kept.further)
         return Rollout(fitted, kept.psnr), kept.answers
 

@@ -14,7 +14,13 @@ from typing import Any, overload
 from torch import nn
 
 from layercache._utils.compat import tells_steps
-from layercache.errors import BudgetError, CacheStateError, MethodError, NonFiniteResidualError, NonFiniteWarning
+from layercache.errors import (
+    BudgetError,
+    CacheStateError,
+    MethodError,
+    NonFiniteResidualError,
+    NonFiniteWarning,
+)
 from layercache.models.registry import (
     config_hash,
     count_blocks,
@@ -26,6 +32,7 @@ from layercache.models.registry import (
 from layercache.runtime.attachment import attach, attachment_of
 from layercache.runtime.cache import Cache
 from layercache.runtime.dynamic import DynamicRouter
+from layercache.runtime.levels import check_levels
 from layercache.runtime.modules import ModuleScheduleRouter, module_units
 from layercache.runtime.offload import check_offload
 from layercache.runtime.planned import PlannedRouter
@@ -306,6 +313,7 @@ def make_router(plan: Any, setting: Setting) -> Any:
 @make_router.register
 def _(plan: Schedule, setting: Setting) -> ScheduleCache:
     setting.check_fingerprint(plan.fingerprint)
+    check_levels(setting.pipe, plan.fingerprint)
     shared = setting.joined(lambda router: isinstance(router, ScheduleCache) and router.schedule == plan)
     if shared is not None:
         return shared

@@ -106,6 +106,7 @@ def _example(entry: Entry, base_model: str | None, fingerprint: Fingerprint, pla
     model = base_model or "the/model"
     name = shown(place).replace('"', "")
     arguments = [f"num_inference_steps={entry.num_steps}", *_arguments(fingerprint)]
+    arguments += ["**schedule.call_arguments()"] if fingerprint.sigmas_given else []
     load = f'{CLASSES[entry.kind]}.from_pretrained("{name}", filename="{shown(entry.file)}")'
     lines = ["import layercache", "from diffusers import DiffusionPipeline", ""]
     if entry.kind == MODULES:

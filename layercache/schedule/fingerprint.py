@@ -83,6 +83,8 @@ class Fingerprint:
         settings: what was measured with besides, by the names of `SETTINGS`; a run with others is warned of.
         sigma_range: lowest and highest noise levels where what was measured had several (sizes whose shift differs), of
             which ``sigmas`` are the means; empty: they were all the same.
+        sigmas_given: the ``sigmas=`` of the pipeline's call that give these noise levels, one per step; empty: they are
+            those of a call without.
 
     Raises:
         ScheduleError: on construction, when ``steps_run`` are no ascending steps of the run.
@@ -100,6 +102,7 @@ class Fingerprint:
     architecture: Mapping[str, Any] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sigma_range: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    sigmas_given: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         last = -1
@@ -109,6 +112,8 @@ class Fingerprint:
             last = step
         if self.sigma_range and len(self.sigma_range) != len(self.sigmas):
             raise ScheduleError(f"{len(self.sigma_range)} ranges for {len(self.sigmas)} noise levels")
+        if self.sigmas_given and len(self.sigmas_given) != self.num_steps:
+            raise ScheduleError(f"{len(self.sigmas_given)} noise levels are given for {self.num_steps} steps")
 
     @property
     def num_steps(self) -> int:
@@ -143,7 +148,7 @@ class Fingerprint:
             "num_steps": self.num_steps,
         }
         more = {"steps_run": self.steps_run, "architecture": self.architecture, "settings": self.settings}
-        more["sigma_range"] = self.sigma_range
+        more |= {"sigma_range": self.sigma_range, "sigmas_given": self.sigmas_given}
         return data | {name: value for name, value in more.items() if value}
 
     @classmethod
@@ -162,6 +167,7 @@ class Fingerprint:
             architecture=dict(data.get("architecture", {})),
             settings=dict(data.get("settings", {})),
             sigma_range=tuple((float(low), float(high)) for low, high in data.get("sigma_range", ())),
+            sigmas_given=tuple(float(sigma) for sigma in data.get("sigmas_given", ())),
         )
 
     def check_model(self, model_class: str, config_hash: str, num_blocks: int) -> None:
@@ -232,10 +238,16 @@ class Fingerprint:
     def check_sigmas(self, sigmas: Sequence[float]) -> None:
         """Raises `ScheduleMismatchError` unless ``sigmas`` are what this was made for, or in their range (1e-3)."""
         steps = len(sigmas) - 1
+        way = (
+            "its noise levels are its own: call the pipeline with them, "
+            f"pipe(..., num_inference_steps={self.num_steps}, **schedule.call_arguments())"
+            if self.sigmas_given
+            else ""
+        )
         if steps != self.num_steps:
             raise ScheduleMismatchError(
-                f"the schedule has {self.num_steps} steps, this run has {steps}; run with "
-                f"num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps",
+                f"the schedule has {self.num_steps} steps, this run has {steps}; "
+                + (way or f"run with num_inference_steps={self.num_steps}, or calibrate and plan for {steps} steps"),
                 argument="num_inference_steps",
             )
         ranges = self.sigma_range or [(sigma, sigma) for sigma in self.sigmas]
@@ -243,7 +255,8 @@ class Fingerprint:
             if not low - SIGMA_TOLERANCE < here < high + SIGMA_TOLERANCE:
                 raise ScheduleMismatchError(
                     f"the noise schedule differs: sigma[{step}] is {here:.5f} here and {planned:.5f} in the schedule "
-                    "(resolution, shift or custom sigmas changed?); calibrate and plan with the settings of this run"
+                    "(resolution, shift or custom sigmas changed?); "
+                    + (way or "calibrate and plan with the settings of this run")
                 )
 
 
@@ -281,7 +294,8 @@ def settings_line(fingerprint: Fingerprint) -> str:
             known += map(str, given[key])  # each names itself, such as guidance_scale 4
         elif given.get(key):
             known.append(f"{name} {_said(given[key])}")
-    return ", ".join([*known, *([f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else [])])
+    known += [f"branches {_said(fingerprint.branches)}"] if fingerprint.branches else []
+    return ", ".join([*known, *(["sigmas= of schedule.call_arguments()"] if fingerprint.sigmas_given else [])])
 
 
 def _listed(differences: Sequence[str]) -> str:

@@ -136,6 +136,13 @@ class Schedule(Summarised, Pretrained):
                 if cell is not None:
                     self._check_cell(cells, step, group, whose)
 
+    def call_arguments(self) -> dict[str, Any]:
+        """Arguments that the pipeline is called with to run it: its noise levels where they are its own, else none.
+
+        ``pipe(prompt, **schedule.call_arguments())``
+        """
+        return {"sigmas": list(self.fingerprint.sigmas_given)} if self.fingerprint.sigmas_given else {}
+
     def cells_of(self, branch: str) -> tuple[tuple[Cell, ...], ...]:
         """The cells a branch follows."""
         return self.branch_cells.get(branch, self.cells)
@@ -319,6 +326,11 @@ class Schedule(Summarised, Pretrained):
                     for velocities in data.get("further_velocities", ())
                 ),
             )
+
+
+def call_arguments(plan: Any) -> dict[str, Any]:
+    """Arguments that a pipeline's call takes to run a plan, `Schedule.call_arguments`; of other plans none."""
+    return plan.call_arguments() if isinstance(plan, Schedule) else {}
 
 
 def made_by_line(made_by: Mapping[str, Any], version: str) -> str:

@@ -30,6 +30,7 @@ from layercache.tools.cli.pipelines import (
 if TYPE_CHECKING:
     from layercache.planning.front import Front, Point
     from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import call_arguments as arguments_of_plan
 
 STEPS = 30
 BUDGET = 0.5
@@ -245,7 +246,7 @@ class SideBySide:
         """A run by a schedule, or in full; ``say`` hears of it behind every step."""
         if stop.is_set():
             raise Cancelled
-        call = self._call(wanted)
+        call = {**self._call(wanted), **arguments_of_plan(plan)}
         with refused_arguments(), nullcontext() if plan is None else layercache.enabled(self.pipe, plan) as cache:
             watched = _Watched(cache, stop, say)
             if self.tells_steps:

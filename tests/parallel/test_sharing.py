@@ -49,6 +49,14 @@ def test_results_have_the_same_bytes(alone, shared, name):
         assert found == alone[name]
 
 
+@pytest.mark.slow
+def test_free_noise_levels_have_the_same_bytes(tmp_path):
+    task = partial(planning_tasks.searched, sigmas="free")
+    wanted = task(Crew())
+    assert "noise levels moved" in wanted[-1]
+    assert run_crew([task], 2, tmp_path)[0] == [wanted, wanted]
+
+
 def test_journals_have_the_same_bytes(shared, tmp_path):
     wanted = planning_tasks.journal(Crew(), str(tmp_path / "search"))
     assert all(found == wanted for found in shared["journal"])

@@ -44,7 +44,7 @@ def fails_in_one(model: Any, budget: float) -> Any:
 
 
 METHODS = {"meancache": "meancache", "fbcache": "fbcache", "no temples": without_temples, "in one": fails_in_one}
-MORE = {"uniform": "uniform", "layercache": "layercache", "hooks": "diffusers:fbcache"}
+MORE = {"uniform": "uniform", "layercache": "layercache", "hooks": "diffusers:fbcache", "fewer": "fewer-steps-sigmas"}
 
 
 def compared(crew: Crew, folder: str, methods: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -137,7 +137,7 @@ TUNED = ("dbcache", "dicache", "fbcache", "fbcache-1", "invardiff", "l2c", "spec
 TUNED += ("precisecache", "seacache", "sencache")
 
 
-OTHERS = ("precisecache-steps", "seacache-1", "easycache", "layercache", "uniform")
+OTHERS = ("precisecache-steps", "seacache-1", "easycache", "layercache", "uniform", "fewer-steps", "fewer-steps-sigmas")
 PLANNED = [name for name in METHODS if name not in TUNED + OTHERS]
 
 

@@ -253,7 +253,7 @@ class Stub:
         self.batches, self.pipeline = [(0, 1), (1, 2)], None
         monkeypatch.setattr("layercache.tools.compare.trial.find_transformer", lambda pipe: None)
 
-    def run(self, batch):
+    def run(self, batch, changed=None):
         kind = "cached" if self.is_cached else "full"
         self.order.append(f"{kind} {batch}")
         return np.full((1, 2, 2, 3), batch), self.times[kind].pop(0)

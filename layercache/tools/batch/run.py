@@ -31,6 +31,7 @@ from layercache.errors import (
 from layercache.models.registry import experts_of
 from layercache.parallel.crew import Crew
 from layercache.planning.search_files import digest_of, model_identity
+from layercache.schedule.schedule import call_arguments
 from layercache.tools.batch.entries import Entry, check_arguments
 from layercache.tools.batch.manifest import Made, Manifest, forget_changed, sha256_of
 from layercache.tools.cli import results
@@ -259,6 +260,7 @@ class _Maker:
         return Made(contents, drawn.seconds, drawn.used, psnr, None if full is None else full.seconds, inputs)
 
     def _draw(self, call: dict[str, Any], seed: int, plan: Any) -> _Drawn:
+        call = {**call, **call_arguments(plan)}
         with layercache.enabled(self.pipe, plan) if plan is not None else nullcontext() as cache:
             # twice with a cache, which stores what overflowed float16 in float32 from then on
             for _ in range(1 if cache is None else 2):

@@ -184,7 +184,9 @@ def _draw(pipe: Any, call: dict[str, Any], seed: int, plan: Plan, label: str) ->
     import torch
 
     import layercache
+    from layercache.schedule.schedule import call_arguments as arguments_of_plan
 
+    call = {**call, **arguments_of_plan(plan)}
     pipe.set_progress_bar_config(desc=label)
     generator = torch.Generator("cpu").manual_seed(seed)
     with layercache.enabled(pipe, plan) if plan is not None else nullcontext() as cache:

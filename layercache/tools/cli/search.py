@@ -43,6 +43,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The front to write
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Denoising steps.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Pictures to fit to, prompts in turn: 8, or 16 if thorough.")]
 Validation = Annotated[int, typer.Option(min=0, help="Further pictures, with other seeds, that nothing is fitted to.")]
+FreeSigmas = Annotated[
+    bool,
+    typer.Option("--free-sigmas", help="Move the noise levels too, where that gives more: one run more per budget."),
+]
 TimeLimit = Annotated[float | None, typer.Option(min=0.0, help="Seconds after which no further schedule is run.")]
 
 
@@ -60,6 +64,7 @@ def search(
     budgets: Budgets = "0.75,0.6,0.5,0.4,0.33,0.25",
     time_limit: TimeLimit = None,
     max_cache_bytes: MaxCacheBytes = None,
+    free_sigmas: FreeSigmas = False,
     seed: Seed = 1000,
     json_to: Json = None,
 ) -> None:
@@ -78,7 +83,8 @@ def search(
     shared = min(count_calls(model, count) for count in (samples, validation or samples))
     crew = crew_for(workers, samples=shared, files=[folder])
     pipe, found = load_with_prompts(model, prompts, call)
-    settings |= {"crew": crew, **call_arguments(pipe, call, bring_pictures(found))}
+    arguments = call_arguments(pipe, call, bring_pictures(found))
+    settings |= {"crew": crew, **arguments, **_levels(free_sigmas, arguments)}
     _say_cost(printer, samples, validation, settings)
     with when_stopped(f"Stopped. What was run is kept in {shown(folder)}; the same command goes on from there."):
         front = _search(pipe, _pictures(pipe, found, samples, validation, seed) | settings)
@@ -102,6 +108,12 @@ def _check(output: Path, json_to: str | None, prompts_file: Path | None) -> Path
     return folder
 
 
+def _levels(are_free: bool, call: dict[str, Any]) -> dict[str, str]:
+    if are_free and "sigmas" in call:
+        raise typer.BadParameter("noise levels are given by --arg sigmas=..., so that none are free.")
+    return {"sigmas": "free"} if are_free else {}
+
+
 def _say_end(printer: Printer, front: Front, folder: Path) -> None:
     from layercache.planning.search import ENDED_EARLY
 
@@ -118,7 +130,7 @@ def _say_cost(printer: Printer, samples: int, validation: int, settings: dict[st
     pictures = min(samples, PICTURES[settings["effort"]])
     steps, budgets, effort = settings["num_inference_steps"], settings["budgets"], settings["effort"]
     with refused_arguments():
-        cost, schedules = search_cost(pictures, steps, budgets, effort)
+        cost, schedules = search_cost(pictures, steps, budgets, effort, settings.get("sigmas") == "free")
     further = f"; then {validation} more pictures in full, and by each schedule of the front" if validation else ""
     printer.say(
         f"{cost:.1f} full generations in all: {pictures} pictures in full, and by {schedules} schedules{further}. The "

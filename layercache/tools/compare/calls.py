@@ -51,10 +51,15 @@ class PictureCalls:
         if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
             self.call["output_type"] = "np"
 
-    def run(self, batch: int) -> tuple[Pictures, float]:
-        """The pictures of a batch, ``[n, H, W, C]`` or ``[n, frames, H, W, C]`` in 0..1, and the seconds it took."""
+    def run(self, batch: int, changed: Mapping[str, Any] | None = None) -> tuple[Pictures, float]:
+        """The pictures of a batch, ``[n, H, W, C]`` or ``[n, frames, H, W, C]`` in 0..1, and the seconds it took.
+
+        Args:
+            batch: its number.
+            changed: arguments of this call that take the place of the others.
+        """
         prompts, (lo, hi) = self.prompts[batch], self.batches[batch]
-        call = call_of(prompts[0] if len(prompts) == 1 else prompts, self.seeds[lo:hi], self.call)
+        call = call_of(prompts[0] if len(prompts) == 1 else prompts, self.seeds[lo:hi], self.call) | dict(changed or {})
         device = torch.device(getattr(self.pipeline, "device", "cpu"))
         synchronise(device)
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 
 from layercache._utils.validate import described
 from layercache.errors import MethodError
+from layercache.tools.compare.fewer import CallArguments as CallArguments
 from layercache.tools.compare.model import CalibratedModel as CalibratedModel
 from layercache.tools.compare.model import Entry as Entry
 from layercache.tools.compare.own import Method as Method

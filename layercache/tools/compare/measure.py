@@ -20,8 +20,10 @@ from layercache.models.registry import find_transformer
 from layercache.runtime.attachment import attach
 from layercache.runtime.enable import Setting, make_router
 from layercache.runtime.report import CacheReport
+from layercache.schedule.schedule import call_arguments
 from layercache.tools.compare.calls import PictureCalls, check_pipeline, quiet, samples_of
 from layercache.tools.compare.categories import NONE, in_turn, mean, split_categories
+from layercache.tools.compare.fewer import CallArguments
 from layercache.tools.compare.own import described_plan, is_plan
 from layercache.tools.compare.rows import html_table
 from layercache.tools.compare.run import REPEATS
@@ -200,7 +202,7 @@ def measure(
         raise ArgumentError(f"repeats is a number of at least 1, got {repeats!r}", argument="repeats")
     if isinstance(plan, list):
         raise MethodError("expected a plan, got a list; the prompts come behind it: measure(pipe, plan, prompts)")
-    if plan is not None and not is_plan(plan):
+    if plan is not None and (isinstance(plan, CallArguments) or not is_plan(plan)):
         make_router(plan, Setting(pipe, find_transformer(pipe)))  # raises, and says what to do
     if prompts is None:
         raise ArgumentError("give prompts=[...], a picture is made for each", argument="prompts")
@@ -217,7 +219,7 @@ def measure(
             _learn(pictures, cache)
         full, _ = pictures.run_all()
         again = _again(pipe, cache) if plan is None else lambda: layercache.enabled(pipe, plan)
-        trial = run_trial(pictures, again, repeats)
+        trial = run_trial(pictures, again, repeats, changed=call_arguments(plan))
         assert trial is not None  # there is no other process
     text = described_plan(plan) if plan is not None else ", ".join(f"{name} {value:g}" for name, value in given.items())
     close = scorer.fidelity(full, np.concatenate(trial.looks), given_prompts)

@@ -228,9 +228,11 @@ class Entry:
         setting: what was set, for people to read.
         budget: what it was set for; NaN where it runs as it is.
         attach: a context manager around the generations, which gives the cache or, of another package's, ``None``.
+        call: arguments of the pipeline's call that take the place of the full run's.
     """
 
     method: str
     setting: str
     budget: float
     attach: Callable[[], AbstractContextManager[Any]] = field(repr=False)
+    call: Mapping[str, Any] = field(default_factory=dict)

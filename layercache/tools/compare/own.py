@@ -6,7 +6,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from layercache.planning.search_files import digest_of
 from layercache.runtime.enable import make_router
 from layercache.runtime.policy import DynamicMethod, PlannedMethod, RowMethod, StepMethod
 from layercache.schedule.module_schedule import ModuleSchedule
-from layercache.schedule.schedule import Schedule
+from layercache.schedule.schedule import Schedule, call_arguments
+from layercache.tools.compare.fewer import CallArguments
 from layercache.tools.compare.model import CalibratedModel, Entry
 from layercache.tools.compare.peers import PEERS
 from layercache.tools.compare.tuned import METHODS
@@ -85,8 +86,8 @@ def method_of(name: str, value: Any) -> Method:
 
 
 def is_plan(value: Any) -> bool:
-    """Whether `layercache.enable` takes it as a plan."""
-    return make_router.dispatch(type(value)) is not make_router.dispatch(object)
+    """Whether `layercache.enable` takes it as a plan, or it is other arguments of the call."""
+    return isinstance(value, CallArguments) or make_router.dispatch(type(value)) is not make_router.dispatch(object)
 
 
 def known_methods() -> list[str]:
@@ -162,7 +163,9 @@ def _as_it_is(name: str, plan: Any, model: CalibratedModel, budget: float) -> En
 
 
 def _enabled(name: str, plan: Any, setting: str, model: CalibratedModel, budget: float) -> Entry:
-    return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan))
+    if isinstance(plan, CallArguments):
+        return Entry(name, setting, budget, nullcontext, plan.arguments)
+    return Entry(name, setting, budget, lambda: layercache.enabled(model.pipeline, plan), call_arguments(plan))
 
 
 def _peer(name: str, known: str, model: CalibratedModel, budget: float) -> Entry:
@@ -240,6 +243,8 @@ def described_plan(plan: Any) -> str:
         text = f"{len(plan.groups)} {'group' if len(plan.groups) == 1 else 'groups'}, {made_by}"
     elif isinstance(plan, ModuleSchedule):
         text = f"{len(plan.units)} modules, {plan.made_by.get('method', 'as it is')}"
+    elif isinstance(plan, CallArguments):
+        text = ", ".join(f"{name}={value!r}" for name, value in plan.arguments.items())
     elif is_dataclass(plan):
         text = f"{type(plan).__name__}({', '.join(_own_settings(plan))})"
     else:

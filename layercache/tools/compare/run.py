@@ -266,7 +266,8 @@ class Comparison(ComparisonFiles):
             return close, first_stills(pictures, self.calls.batches[batch][0])
 
         crew, alone = self.crew, self._times_alone
-        trial = run_trial(self.calls, entry.attach, self.repeats, counts=True, look=look, crew=crew, alone=alone)
+        how: dict[str, Any] = {"counts": True, "look": look, "crew": crew, "alone": alone, "changed": entry.call}
+        trial = run_trial(self.calls, entry.attach, self.repeats, **how)
         if trial is None:
             return None, None
         close = joined(fidelity for fidelity, _ in trial.looks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -157,8 +157,8 @@ class Trial:
 class _Runs:
     """Runs of a cache and full runs of this process, and what they gave."""
 
-    def __init__(self, calls: PictureCalls, attach: Attach, look: Look):
-        self.calls, self.attach, self.look = calls, attach, look
+    def __init__(self, calls: PictureCalls, attach: Attach, look: Look, changed: Mapping[str, Any]):
+        self.calls, self.attach, self.look, self.changed = calls, attach, look, changed
         self.transformer = find_transformer(calls.pipeline)
         self.is_foreign = False
         self.reports: list[CacheReport] = []
@@ -173,10 +173,10 @@ class _Runs:
         with self.attach() as cache:
             self.is_foreign = cache is None
             if not counts:
-                self.calls.run(0)
+                self.calls.run(0, self.changed)
                 return float("nan"), float("nan")
             with Counter() as counter, steps_taken(self.calls.pipeline) as steps:
-                self.calls.run(0)
+                self.calls.run(0, self.changed)
         return counter.operators / max(1, steps[0]), counter.reads / max(1, steps[0])
 
     def run(self, batch: int) -> BatchRun:
@@ -218,11 +218,11 @@ class _Runs:
         with self.attach() as cache:
             if cache is None:
                 with block_calls(self.transformer) as counted:
-                    pictures, seconds = self.calls.run(batch)
+                    pictures, seconds = self.calls.run(batch, self.changed)
                 calls = counted[0]
             else:
                 before = cache.report()
-                pictures, seconds = self.calls.run(batch)
+                pictures, seconds = self.calls.run(batch, self.changed)
                 report = _since(before, cache.report())
                 self.reports.append(report)
         if batch not in self.found:
@@ -248,6 +248,7 @@ def run_trial(
     look: Look = lambda batch, pictures: pictures,
     crew: Crew | None = None,
     alone: bool = False,
+    changed: Mapping[str, Any] | None = None,
 ) -> Trial | None:
     """Runs a cache on all pictures, and full runs in turns with it.
 
@@ -265,12 +266,13 @@ def run_trial(
         look: what is taken of a batch's pictures; it is sent to the leader.
         crew: processes that share out the batches, at most one per batch.
         alone: the other processes wait while the leader times (`shares_device`).
+        changed: arguments of the cached runs' calls that take the place of the others.
 
     Raises:
         BaseException: the error of the first batch that failed, on all processes.
     """
     crew = crew or Crew()
-    runs = _Runs(calls, attach, look)
+    runs = _Runs(calls, attach, look, changed or {})
     own = crew.share(range(len(calls.batches)))
     counted = float("nan"), float("nan")
     with crew.together():

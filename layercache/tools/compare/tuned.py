@@ -30,6 +30,7 @@ from layercache.methods import (
 )
 from layercache.models.registry import find_transformer, spec_for
 from layercache.schedule.module_schedule import ModuleSchedule
+from layercache.tools.compare.fewer import fewer_steps, fewer_steps_sigmas
 from layercache.tools.compare.tuned_paths import tuned_dpcache, tuned_ertacache, tuned_procache, tuned_spectrum
 from layercache.tools.compare.tuning import Build, Maker, by_interval, by_threshold
 
@@ -157,7 +158,18 @@ METHODS: dict[str, Maker] = {
     "l2c": _learned,
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
     "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
+    "fewer-steps": fewer_steps,
+    "fewer-steps-sigmas": fewer_steps_sigmas,
 }
 
-TOGETHER = ("layercache", "layercache-planned", "meancache", "meancache-paper", "dpcache", "ertacache", "cachequant")
+TOGETHER = (
+    "layercache",
+    "layercache-planned",
+    "meancache",
+    "meancache-paper",
+    "dpcache",
+    "ertacache",
+    "cachequant",
+    "fewer-steps-sigmas",
+)
 """Methods that all processes of a crew plan together; others are tuned by one of them."""
