@@ -84,8 +84,7 @@ def calibrate(
         call: further arguments of the pipeline's call, such as ``guidance_scale`` or ``height``.
 
     Raises:
-        CalibrationError: no samples, fewer than processes, an incomplete run, or a statistic that is not finite (names
-            the cell).
+        CalibrationError: no samples, fewer than processes, an incomplete run, or a statistic that is not finite.
         UnsupportedModelError: the transformer is of an unknown class, or there is none of this name.
         CacheStateError: a cache is enabled on the pipeline, or tokens are split over processes without a process group.
         CrewError: a process of the crew is gone.
