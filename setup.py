@@ -37,16 +37,15 @@ class BuildExt(build_ext):
                     extension.extra_compile_args += flags
                     extension.extra_link_args += flags
             if sys.platform == "linux":
-                self.add_openmp()
+                self.share_openmp()
         super().build_extensions()
 
-    def add_openmp(self) -> None:
-        """OpenMP for the CPU kernels, but no library of it: they share the threads of torch's (ops/native.py).
+    def share_openmp(self) -> None:
+        """No library of OpenMP for the CPU kernels, which share the threads of torch's (ops/native.py).
 
         Symbols are bound at once, so that a process without that library fails to import and not to run.
         """
         (kernels,) = (extension for extension in self.extensions if extension.name == "layercache._cpu")
-        kernels.extra_compile_args += ["-fopenmp"]
         kernels.extra_link_args += ["-Wl,-z,now"]
 
 

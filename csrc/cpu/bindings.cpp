@@ -10,9 +10,6 @@
 #include "parallel.hpp"
 #include "tensors.hpp"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace py = pybind11;
 using namespace layercache::cpu;
@@ -117,11 +114,5 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("instruction_set", [] { return active().name; });
     module.def("use_instruction_set", [](const std::string& name) { return activate(name.c_str()); });
     module.def("stream_from", [](std::int64_t bytes) { return std::exchange(streamed_from(), bytes); });
-    module.def("parallel", [] {
-#ifdef _OPENMP
-        return omp_get_max_threads();
-#else
-        return 1;
-#endif
-    });
+    module.def("parallel", &most_threads);
 }

@@ -5,6 +5,32 @@
 
 #include "view.hpp"
 
+// Whether the loops are compiled for AVX2 and AVX512 as well.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_X86_LOOPS
+#endif
+
+// What follows is compiled for this processor alone, down to `TARGET_END`. Behind all includes: their inline functions
+// are shared with the other files.
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define TARGET_BEGIN(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_END PRAGMA(clang attribute pop)
+#else
+#define TARGET_BEGIN(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define TARGET_END PRAGMA(GCC pop_options)
+#endif
+
+// In front of a loop whose turns do not depend on each other and whose body is for vectors: gcc unrolls a short one before
+// it thinks of vectors. And in front of one with a few turns, which compilers should write out.
+#ifdef __clang__
+#define VECTOR_LOOP PRAGMA(clang loop vectorize(assume_safety) unroll(disable))
+#define UNROLLED PRAGMA(clang loop unroll(full))
+#else
+#define VECTOR_LOOP PRAGMA(GCC ivdep) PRAGMA(GCC unroll 1)
+#define UNROLLED PRAGMA(GCC unroll 3)
+#endif
+
 namespace layercache::cpu {
 
 // Elements that are worked on at a time: a dozen buffers of them stay in the first-level cache.

@@ -99,8 +99,7 @@ inline __attribute__((always_inline)) void for_lines(const Stored* from, Size n,
     Size i = 0;
     for (; i + LINE <= n; i += LINE) {
         __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD, 0, 3);
-#pragma GCC ivdep
-#pragma GCC unroll 1
+        VECTOR_LOOP
         for (Size j = 0; j < LINE; ++j) work(i + j);
     }
     for (; i < n; ++i) work(i);
@@ -213,8 +212,7 @@ inline __attribute__((always_inline)) void for_packs(Size packs, Work&& work, co
     Size i = 0;
     for (; i + LANES <= packs; i += LANES) {
         come(i * Size(sizeof(Pack)));
-#pragma GCC ivdep
-#pragma GCC unroll 1  // gcc unrolls a short loop before it thinks of vectors
+        VECTOR_LOOP
         for (int j = 0; j < LANES; ++j) work(i + j);
     }
     for (; i < packs; ++i) work(i);
@@ -262,8 +260,7 @@ inline __attribute__((always_inline)) void in_lanes(Size n, Step&& step, const C
     Size i = 0;
     for (; i + LANES <= n / T::PACK; i += LANES) {
         come(i * Size(sizeof(typename T::Packed)));
-#pragma GCC ivdep
-#pragma GCC unroll 1
+        VECTOR_LOOP
         for (int j = 0; j < LANES; ++j)
             for (int w = 0; w < T::PACK; ++w) step(InPack<T>{i + j, w}, j);
     }
@@ -276,8 +273,7 @@ inline __attribute__((always_inline)) void write_in_lanes(void* output, Size n, 
     Size i = 0;
     for (; i + LANES <= n / T::PACK; i += LANES) {
         come(i * Size(sizeof(typename T::Packed)));
-#pragma GCC ivdep
-#pragma GCC unroll 1
+        VECTOR_LOOP
         for (int j = 0; j < LANES; ++j) {
             float y[T::PACK];
             for (int w = 0; w < T::PACK; ++w) y[w] = step(InPack<T>{i + j, w}, j);
@@ -533,7 +529,7 @@ void errors_of(const void* target, const void* common, const Pairing* pairings, 
     Totals<2 * SETS> totals;
     in_lanes<T>(n, [&](auto at, int j) __attribute__((always_inline)) {
         const float goal = at(target), c = at(common);
-#pragma GCC unroll 3
+        UNROLLED
         for (int s = 0; s < SETS; ++s) {
             const float e = fused(b[s], at(x[s]), fused(a[s], c, -goal));
             totals.lane[2 * s][j] += std::fabs(e);

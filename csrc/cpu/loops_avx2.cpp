@@ -6,14 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_X86_LOOPS
 #include <immintrin.h>
 
-// behind all includes, whose inline functions must not be compiled for this processor alone
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2")
 
 namespace layercache::cpu::avx2 {
-// g++ reads all of a file before it acts on the pragma, so that __FMA__ and __F16C__ are not defined
+// neither compiler acts on the pragma while it reads the file, so that __FMA__ and __F16C__ are not defined
 #define HAS_FMA_AND_F16C
 constexpr const char* NAME = "avx2";
 #define VECTOR_BYTES 32
@@ -24,4 +23,5 @@ inline void stream_vector(const char* from, char* to) {
 extern const Loops* const table_of;
 const Loops* const table_of = &table;
 }  // namespace layercache::cpu::avx2
+TARGET_END
 #endif

@@ -31,6 +31,7 @@ struct Chunk {
     char* at(const View& view) const { return view.row(row) + column * size_of(view.dtype); }
 };
 
+int most_threads();  // that the runtime of OpenMP gives; 1 without one
 int threads_for(std::int64_t elements, int threads);
 // Calls work(first chunk, last chunk, part) for every part, in parallel.
 void for_parts(std::int64_t chunks, int threads, const std::function<void(std::int64_t, std::int64_t, int)>& work);
