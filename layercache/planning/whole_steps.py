@@ -36,6 +36,7 @@ DIFFERENCE = 2  # exchanges between two paths that are both run
 TAIL = 0.5
 STRESS, STRESS_LOW = (1.0, 2.0, 4.0), (1.0, 2.0)  # factors of the answer to drift, the latter up to a share of LOW
 WEIGHTINGS = 0.5, 1.0  # of pictures in the fits, up to a share of LOW and above
+FREELY = 3  # runs of a budget above LOW, of which the last begins however it likes
 LOW, MIDDLE = 0.4, 0.55  # shares of computed steps up to which budgets are explored in other ways
 
 
@@ -107,10 +108,11 @@ class WholeStepSearch:
     """Searches schedules of whole steps on the full runs of a few pictures.
 
     Budgets are taken upward, so that the cheapest runs measure how the model answers drift (`Answers`). Of every
-    budget the surrogate's best path is run first: with other models' answers up to a share of `LOW` and where none are
-    measured yet, else with the model's own, however the path begins. Up to `LOW`, with runs enough, follows the path of
-    least velocity deviations; then the surrogate's best that differs from those run, with the answers measured so far;
-    at last, with runs enough, the best of them with the other weighting of pictures.
+    budget the surrogate's best path with other models' answers is run first, or with the model's own, however the path
+    begins, where these have been measured and fewer than `FREELY` runs leave no later one to begin so. Up to `LOW`,
+    with runs enough, follows the path of least velocity deviations; then the surrogate's best that differs from those
+    run, with the answers measured so far; at last, with runs enough, the best of them with the other weighting of
+    pictures.
 
     Args:
         rollouts: the pictures, and their full runs.
@@ -265,7 +267,7 @@ class WholeStepSearch:
                 return best.computed, replace(forecast, weighting=sum(WEIGHTINGS) - forecast.weighting), best.origin
             return best.computed, forecast, best.origin
         dense = dense_starts(count, share)
-        is_known = share > LOW and self._answers() is not None
+        is_known = share > LOW and number < FREELY and self._answers() is not None
         answers = self.assumed if k == 0 and self.assumed is not None and not is_known else self.answers
         if answers is None or (k == 1 and share <= LOW and number > 3):
             for name, path in starts(self.table, self.rollouts.sigmas, count, dense[0]):
