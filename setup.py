@@ -1,7 +1,9 @@
 """The parts of the build that must be code; all metadata is in pyproject.toml."""
 
 import os
+import re
 import sys
+import tomllib
 from glob import glob
 from pathlib import Path
 
@@ -17,6 +19,22 @@ def kernel_packages() -> list[str]:
     """
     folders = {path.parent for path in Path("kernels").rglob("*.py")}
     return sorted("layercache." + ".".join(folder.parts) for folder in folders | {Path("kernels")})
+
+
+def readme() -> str:
+    """README.md for an index, where links to files of the repository lead to its host, at the tag of this version.
+
+    The host and the repository are those that GitHub's workflows say; elsewhere links stay as they are.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if not repository:
+        return text
+    tag = "v" + tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+    relative = r"(?!https?://|#)([^)\s]+)\)"
+    text = re.sub(r"(!\[[^\]]*\]\()" + relative, rf"\1{home}/raw/{tag}/\2)", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()" + relative, rf"\1{home}/blob/{tag}/\2)", text)
 
 
 # Such as "address,undefined" or "thread": builds the extensions with these sanitizers of gcc and clang.
@@ -52,6 +70,8 @@ class BuildExt(build_ext):
 # As many files at once as there are cores, or as MAX_JOBS says; setuptools alone compiles one after another.
 ParallelCompile("MAX_JOBS", default=0).install()
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["layercache", "layercache.*"]) + kernel_packages(),
     package_dir={"layercache.kernels": "kernels"},
     ext_modules=[
