@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,24 @@ def test_versions_agree() -> None:
     assert f"Python {supported[0]} to {supported[-1]}" in README
     version = re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert set(nav) == pages | {"index.md", "measured.md", "api.md", "changes.md"}
+    site = runpy.run_path(str(ROOT / ".ci" / "docs.py"))
+    for package in site["PACKAGES"]:
+        public = set(importlib.import_module(package).__all__) - {"__version__"}
+        assert set(site["public_names"](package)) == public
+
+
+def test_links_of_the_readme_are_absolute_in_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.setenv("GITHUB_REPOSITORY", "somebody/layercache")
+    monkeypatch.chdir(ROOT)
+    text = runpy.run_path("setup.py")["readme"]()
+    links = re.findall(r"\]\(([^)#][^)]*)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+    assert re.search(r"!\[[^]]*\]\(https://github.com/somebody/layercache/raw/v\d[\w.]*/docs/demo.png\)", text)
+    assert "](https://github.com/somebody/layercache/blob/v" in text
