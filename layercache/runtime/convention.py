@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class CacheConfig:
     """A plan and its options, for the ``enable_cache`` of diffusers' transformers.
 
-    >>> pipe.transformer.enable_cache(layercache.CacheConfig(budget=0.5, scheduler=pipe.scheduler))
-    >>> pipe("a lighthouse")
-    >>> layercache.cache_of(pipe).report()
-    >>> pipe.transformer.disable_cache()
+    Examples:
+        >>> pipe.transformer.enable_cache(layercache.CacheConfig(budget=0.5, scheduler=pipe.scheduler))
+        >>> pipe("a lighthouse")
+        >>> layercache.cache_of(pipe).report()
+        >>> pipe.transformer.disable_cache()
 
     A transformer does not know its pipeline. Plans that replace velocities (schedules of whole steps, most methods)
     need the pipeline's scheduler; ``learn=`` needs the pipeline: `layercache.enable(pipe, learn=4)`.

@@ -27,9 +27,10 @@ def fold_timesteps(pipe: Any, steps: int, **call: Any) -> TimestepTables:
     seen. Results are the same bits. Which layers these are is found in the first forward, by following what its tensors
     are made of. A timestep that is not in the tables is computed from the weights on the host, and kept.
 
-    >>> with layercache.fold_timesteps(pipe, steps=50) as tables:
-    ...     pipe(prompt, num_inference_steps=50)
-    ...     print(tables)
+    Examples:
+        >>> with layercache.fold_timesteps(pipe, steps=50) as tables:
+        ...     pipe(prompt, num_inference_steps=50)
+        ...     print(tables)
 
     Args:
         pipe: a diffusers pipeline, or a transformer. Both transformers of a pipeline that has two are folded.
