@@ -1,4 +1,4 @@
-"""The layercache nodes of ComfyUI: a model whose sampling steps are partly forecast, and schedules made from its runs."""
+"""The layercache nodes of ComfyUI: samplings whose steps are partly forecast, and schedules made from them."""
 
 from __future__ import annotations
 

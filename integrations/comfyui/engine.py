@@ -43,9 +43,7 @@ def warn_once(text: str) -> None:
 
 def changed_seam(what: str) -> None:
     """Warns that this ComfyUI is not as the nodes know it."""
-    warn_once(
-        f"this ComfyUI has {what}, which is not as this version of the node knows it; sampling runs without cache"
-    )
+    warn_once(f"this ComfyUI has {what}, which this version of the node does not know; it samples without cache")
 
 
 def with_wrappers(model: Any, outer: Wrapper, predict: Wrapper) -> tuple[Any, bool]:
