@@ -81,14 +81,16 @@ class ModuleSchedule(Summarised, Pretrained):
     def used(self) -> float:
         """Share of the modules' time that is computed, over the steps at which the transformer runs.
 
-        Of two branches of which the second is derived at some steps, over both.
+        Where branches are derived from the first at some steps, over all of those that the fingerprint names; over two
+        where it names none.
         """
+        branches = len(self.fingerprint.branches) or 2
         weights, steps = self.seconds or (1.0,) * len(self.units), self.fingerprint.steps
         spent = 0.0
         for step in steps:
             if step not in self.reused_steps:
                 own = sum(weight for weight, computed in zip(weights, self.computed[step], strict=True) if computed)
-                spent += own / 2 if self.derives(step) else own
+                spent += own / branches if self.derives(step) else own
         return spent / (len(steps) * sum(weights))
 
     def derives(self, step: int) -> bool:

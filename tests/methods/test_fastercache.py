@@ -151,6 +151,8 @@ def test_without_a_second_branch_attention_alone_is_reused_as_by_diffusers(pipe)
 def test_branches_that_cannot_be_derived_are_computed(pipe):
     """The unconditional branch first, as a loop of one's own may call it."""
     schedule = METHOD.module_schedule(fingerprint(pipe.transformer, shifted_sigmas(STEPS)), units_of(pipe))
+    alone = replace(schedule, fingerprint=replace(schedule.fingerprint, branches=("cond",)))
+    assert schedule.used < alone.used == replace(alone, derived=()).used, "a run without guidance derives nothing"
     generator = torch.Generator().manual_seed(3)
     arguments = {
         "hidden_states": torch.randn(1, 64, 48, generator=generator),

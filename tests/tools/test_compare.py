@@ -73,6 +73,14 @@ def test_figures_are_those_of_the_same_runs(pipe, model, compared):
     assert found.cache_bytes > 0 and found.operators > 100 and found.seconds > 0 and found.speedup > 0
 
 
+def test_a_router_learns_from_none_of_the_pictures_that_are_compared(model, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(model, "_routers", {})
+    monkeypatch.setattr("layercache.methods.LearningToCache.train", lambda self, *a, **k: seeds.append(self.seed))
+    model.router(0.6)
+    assert seeds == [10] and max(SEEDS) < 10
+
+
 @pytest.mark.slow
 def test_a_peer_with_the_same_decisions_gives_the_same_pictures(model, tmp_path):
     ours, theirs = Comparison(model, PROMPTS, SEEDS, tmp_path).run(["fbcache", "diffusers:fbcache"])

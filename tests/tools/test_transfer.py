@@ -19,6 +19,7 @@ from layercache.runtime.attachment import attachment_of
 from layercache.runtime.report import CacheReport
 from layercache.tools.cli.app import app
 from layercache.tools.compare.calls import PictureCalls
+from layercache.tools.compare.entries import CallArguments
 from layercache.tools.compare.files import Outcome
 from layercache.tools.compare.transfer_table import BASE, SettingRun, TransferTable
 from layercache.tools.compare.trial import BatchRun, Timing, Trial, _since
@@ -70,6 +71,7 @@ def tuned(model, budget):
 
 
 METHODS = {"plan": Uniform(interval=2), "tuned": tuned}
+FEWER = CallArguments({"num_inference_steps": 2})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def folder(tmp_path_factory):
 
 
 def compared(pipe, schedule, settings, folder):
-    methods = {**METHODS, "schedule": schedule}
+    methods = {**METHODS, "schedule": schedule, "fewer": FEWER}
     more = {"batch": 2, "repeats": 1, "progress": False, "folder": folder, **CALL}
     return layercache.compare(pipe, methods, ["cat", "coffee"], (0.6,), transfer=settings, **more)
 
@@ -136,9 +138,10 @@ def test_what_was_refused_is_said_and_why(table):
     steps = rows_of(table, "num_inference_steps=6")
     assert "the schedule has 4 steps, this run has 6" in steps["schedule"].error and math.isnan(steps["schedule"].used)
     assert not steps["plan"].error and steps["plan"].used == 0.5
+    assert "the plan gives num_inference_steps itself" in steps["fewer"].error
     notes = table.transfer.notes
     assert any(
-        note.startswith("height=50: plan, tuned at 0.6, schedule: refused: ValueError: height") for note in notes
+        note.startswith("height=50: plan, tuned at 0.6, schedule, fewer: refused: ValueError: height") for note in notes
     )
     # a schedule was made without the adapter, and says so; a method that plans at the run does not
     (warned,) = [note for note in notes if note.startswith("lora=strong:0.5")]

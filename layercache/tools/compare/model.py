@@ -138,12 +138,15 @@ class CalibratedModel:
         return invardiff.plan(self.rates, again, settings)
 
     def router(self, budget: float) -> l2c.LearnedRouter:
-        """Of the shortest period whose computed steps leave something of the budget; at least 2."""
+        """Of the shortest period whose computed steps leave something of the budget; at least 2.
+
+        Its generations have the seeds from that of the first calibration sample on: those before are compared.
+        """
         steps, period = self.fingerprint.num_steps, 2
         while period < steps and -(-steps // period) > budget * steps + 1e-9:
             period += 1
         if period not in self._routers:
-            settings = LearningToCache(rounds=self.rounds, period=period)
+            settings = LearningToCache(rounds=self.rounds, period=period, seed=self.seeds[0])
             found = settings.train(self.pipeline, self.prompts, progress=False, **self._latent_call)
             self._routers[period] = found
         return self._routers[period]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layercache.errors import ArgumentError, CrewError
+from layercache.errors import ArgumentError, CrewError, MethodError
 from layercache.planning.search_files import digest_of
 from layercache.tools.compare.calls import batched, check_call, quiet
 from layercache.tools.compare.categories import in_turn, split_categories
@@ -147,7 +147,7 @@ class Transfer:
 
     def _run(self, setting: Setting, say: Callable[[str], None], done: Callable[[], object], retry: bool) -> SettingRun:
         folder = self.base.folder / FOLDER / setting.folder
-        methods = [replace(one, make=partial(self._entry, one), tuned_as="") for one in self.methods]
+        methods = [replace(one, make=partial(self._entry, one, setting), tuned_as="") for one in self.methods]
         try:
             with self._with_lora(setting):
                 comparison = self._comparison(setting, folder)
@@ -193,11 +193,13 @@ class Transfer:
                 stack.enter_context(with_lora(self.base.model.pipeline, setting.lora))
             yield
 
-    def _entry(self, method: Method, model: CalibratedModel, budget: float) -> Entry:
-        """The plan that was made for the base; what could not be made is raised again."""
+    def _entry(self, method: Method, setting: Setting, model: CalibratedModel, budget: float) -> Entry:
+        """The plan that was made for the base; what could not be made, or would undo the setting, is raised."""
         found = self._made[key_of(method.name, budget, method.is_fixed)]
         if isinstance(found, Exception):
             raise found
+        if undone := sorted(set(found.call) & set(setting.call)):
+            raise MethodError(f"the plan gives {', '.join(undone)} itself, which this setting changes")
         return found
 
     def _make_all(self, say: Callable[[str], None]) -> None:
