@@ -267,7 +267,8 @@ class RowRouter(Router):
     def drop_generation(self) -> None:
         run, self._run = self._run, None
         assert run is not None
-        self._ended = run.ended()
+        self.storage.release()
+        self._ended, self._launches = run.ended(), {}
         self.__dict__.pop("_state", None)
 
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:

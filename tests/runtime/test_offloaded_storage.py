@@ -1,5 +1,7 @@
 """What is stored kept in host memory: the same bits, the order of the copies, and the memory of both sides."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -132,6 +134,24 @@ def test_device_memory_is_known_before_the_run(pipe, slices):
         assert report.staged_bytes == planned
         assert report.host_bytes == stored_bytes(schedule, STREAMS, LATENTS)
     assert schedules[0].groups == GROUPS
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "rows"])
+def test_what_a_method_stored_is_freed_when_its_generation_ends(pipe, kind, offload):
+    with layercache.enabled(pipe, PLANS[kind](pipe), offload=offload) as cache:
+        made, new_buffer, buffers = 0, cache.storage.new_buffer, weakref.WeakSet()
+
+        def recorded():
+            nonlocal made
+            made += 1
+            buffer = new_buffer()
+            buffers.add(buffer)
+            return buffer
+
+        cache.storage.new_buffer = recorded
+        generate(pipe)
+        assert made and not any(buffer.nbytes for buffer in buffers)
 
 
 def test_mixed_dtypes_and_batches_of_requests(pipe):
