@@ -152,7 +152,7 @@ def test_versions_agree() -> None:
 
 
 def test_the_site_has_every_page_and_every_public_name() -> None:
-    nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / ".ci" / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert set(nav) == pages | {"index.md", "measured.md", "api.md", "changes.md"}
     site = runpy.run_path(str(ROOT / ".ci" / "docs.py"))
