@@ -31,7 +31,7 @@ class DerivedBranches:
         self._sources: dict[Hashable, tuple[int, str]] = {}  # by part: step and branch
         self._outputs: dict[Hashable, torch.Tensor] = {}  # theirs
         self._bands: dict[str, Output] = {}  # low and high, by branch and part
-        self._valid: set[str] = set()
+        self._valid: dict[str, str] = {}  # by branch and part: the branch that the bands differ from
         self._grids: dict[Any, Grid | None] = {}
 
     def start(self) -> None:
@@ -41,14 +41,12 @@ class DerivedBranches:
 
     def forget(self, key: str) -> None:
         """The forwards of a branch have other shapes than before."""
-        self._valid.discard(key)
+        self._valid.pop(key, None)
 
     def is_derived(self, place: Place) -> bool:
-        """Whether the forward at this place can be derived: another branch was computed, and the bands are there."""
+        """Whether the forward at this place can be derived: the bands are there, and the branch they differ from."""
         source = self._sources.get(place.part)
-        if source is None or place.key not in self._valid:
-            return False
-        return source[0] == place.step and source[1] != place.branch
+        return source is not None and source == (place.step, self._valid.get(place.key))
 
     def is_first(self, place: Place) -> bool:
         """Whether no other branch was computed before at the step of this place."""
@@ -79,7 +77,7 @@ class DerivedBranches:
         else:
             self._transfers.settle()
             self._bands[place.key] = parked(bands, before, self._transfers)
-        self._valid.add(place.key)
+        self._valid[place.key] = source[1]
 
     def derived(self, place: Place, output: Any, weights: Weights) -> Any:
         """The output of a branch that did not run, in the form of what its empty forward gave."""

@@ -168,6 +168,14 @@ def test_branches_that_cannot_be_derived_are_computed(pipe):
                 with cache.step(step, branch=branch):
                     found = pipe.transformer(**arguments)[0]
         assert torch.allclose(found, full, atol=1e-5) and cache.report().cached_cells > 0
+        cache.reset()
+        scales = {"cond": 2.0, "perturbed": -2.0, "uncond": 1.0}
+        for step in range(6):  # what is stored is the difference from the branch that came first before
+            for branch in ("cond", "uncond") if step < 5 else ("perturbed", "uncond"):
+                with cache.step(step, branch=branch):
+                    given = {**arguments, "hidden_states": scales[branch] * arguments["hidden_states"]}
+                    found = pipe.transformer(**given)[0]
+        assert torch.allclose(found, full, atol=1e-5)
     rows = replace(schedule, weights=(0.0,) * STEPS)
     for wrong in ({"weights": (1.0,)}, {"derived": ((1.0, 1.0),) * STEPS}, {"derived": (None,) * 3}):
         with pytest.raises(ScheduleError):
