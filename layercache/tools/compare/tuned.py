@@ -157,7 +157,7 @@ METHODS: dict[str, Maker] = {
     "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
     "l2c": _learned,
     "dicache": by_threshold(lambda model, t: DiCache(threshold=t, retention=0.1), 1e-3, 3.0),
-    "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 3.0),
+    "easycache": by_threshold(lambda model, t: EasyCache(threshold=t, warmup=3), 1e-3, 100.0),
     "fewer-steps": fewer_steps,
     "fewer-steps-sigmas": fewer_steps_sigmas,
 }
