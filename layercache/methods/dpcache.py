@@ -12,7 +12,7 @@ import torch
 from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, BudgetError, MethodError, ScheduleError
 from layercache.methods.fixed import forecasts, schedule_of
-from layercache.runtime.policy import PlannedMethod, check_range
+from layercache.runtime.policy import PlannedMethod, check_length, check_range, warn_of_length
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
 from layercache.schedule.schedule import Schedule
@@ -31,6 +31,7 @@ class DPCache(PlannedMethod):
         computed: the steps that are computed, ascending, step 0 first; from `plan_steps`.
         order: of the series.
         groups: block ranges whose residuals are forecast; by default the velocity is.
+        num_steps: of the runs that it is for; others are refused. ``None``: not known.
 
     Raises:
         MethodError: on construction, when the order is out of range.
@@ -40,6 +41,7 @@ class DPCache(PlannedMethod):
     computed: tuple[int, ...]
     order: int = 2
     groups: tuple[tuple[int, int], ...] | None = None
+    num_steps: int | None = None
 
     name: ClassVar[str] = "dpcache"
 
@@ -54,15 +56,12 @@ class DPCache(PlannedMethod):
         return self.groups is None
 
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        warn_of_length("DPCache", self.num_steps)
         return self.schedule(fingerprint)  # computed steps are those of a whole run
 
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("DPCache.schedule", fingerprint, Fingerprint)
-        if self.computed[-1] >= len(fingerprint.steps):
-            raise ScheduleError(
-                f"computed steps must lie below {len(fingerprint.steps)}, got {list(self.computed)}; plan them for "
-                "this number of steps"
-            )
+        check_length("DPCache", self.computed, self.num_steps, len(fingerprint.steps))
         cells = list(forecasts(fingerprint, self.computed, self.order))
         return schedule_of(fingerprint, cells, {"method": self.name, "order": self.order}, self.groups)
 

@@ -13,7 +13,7 @@ import torch
 from layercache._utils.compat import takes_euler_steps
 from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, MethodError, ScheduleError
-from layercache.runtime.policy import PlannedMethod, check_range
+from layercache.runtime.policy import PlannedMethod, check_length, check_range, warn_of_length
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Cell, Schedule, Velocity
 
@@ -35,6 +35,7 @@ class ERTACache(PlannedMethod):
         shares: per step, how much of it is taken where it is reused (phi), which `levels` is made of; empty: all.
         slopes, intercepts: per step, K and B of the error ``(K v + B) / 4 + 1 / 2`` that is taken off a reused
             velocity v; empty: none is.
+        num_steps: of the runs that it is for; others are refused. ``None``: not known.
 
     Raises:
         MethodError: on construction, for a share that is none.
@@ -45,6 +46,7 @@ class ERTACache(PlannedMethod):
     shares: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
     intercepts: tuple[float, ...] = ()
+    num_steps: int | None = None
 
     name: ClassVar[str] = "ertacache"
 
@@ -65,6 +67,7 @@ class ERTACache(PlannedMethod):
                 f"{self.name} extends velocities along Euler steps, which {type(scheduler).__name__} does not take; "
                 "use a pipeline with FlowMatchEulerDiscreteScheduler, or another method"
             )
+        warn_of_length("ERTACache", self._planned)
         return self.schedule(fingerprint)  # steps are those of a whole run
 
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
@@ -98,12 +101,12 @@ class ERTACache(PlannedMethod):
         return (*found[:-1], float(sigmas[-1]))
 
     def _check_steps(self, steps: int) -> None:
+        check_length("ERTACache", self.computed, self._planned, steps)
+
+    @property
+    def _planned(self) -> int | None:
         lengths = {len(values) for values in (self.shares, self.slopes) if values}
-        if self.computed[-1] >= steps or lengths - {steps}:
-            raise ScheduleError(
-                f"this was fitted to runs of {next(iter(lengths), self.computed[-1] + 1)} steps, this run has {steps}; "
-                "fit it to runs like this one"
-            )
+        return next(iter(lengths), self.num_steps)
 
     def _velocities(self, sigmas: Sequence[float]) -> Iterator[Velocity | None]:
         """``x + (v[a] - x[a])`` less its error, along Euler steps: a multiple of v[a], and a number."""

@@ -16,7 +16,7 @@ import torch
 
 from layercache._utils.validate import expect, expect_table
 from layercache.errors import ArgumentError, BudgetError, ScheduleError
-from layercache.runtime.policy import PlannedMethod
+from layercache.runtime.policy import PlannedMethod, check_length, warn_of_length
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule, Velocity
 
@@ -63,6 +63,7 @@ class MeanCache(PlannedMethod):
             extrapolated, as in the released code; ``"one-shot"``: one average velocity for a whole interval, the
             computed step included, as in the paper.
         released: model and number of evaluations of a released schedule, for the record.
+        num_steps: of the runs that it is for; others are refused. ``None``: not known.
 
     Raises:
         ScheduleError: on construction, for an unknown form, or steps and spans that do not match.
@@ -72,6 +73,7 @@ class MeanCache(PlannedMethod):
     spans: tuple[int, ...]
     form: str = "recursive"
     released: str = ""
+    num_steps: int | None = None
 
     name: ClassVar[str] = "meancache"
 
@@ -103,18 +105,16 @@ class MeanCache(PlannedMethod):
                 f"no schedule is released for {name!r} with {evaluations} evaluations; there are {choices}"
             )
         computed, spans = _parse_preset(known[evaluations])
-        return cls(tuple(computed), tuple(spans), released=f"{name} {evaluations}")
+        return cls(tuple(computed), tuple(spans), released=f"{name} {evaluations}", num_steps=50)
 
     def schedule_of_run(self, fingerprint: Fingerprint, scheduler: Any, first: int) -> Schedule:
+        warn_of_length("MeanCache", self.num_steps)
         return self.schedule(fingerprint)  # computed steps are those of a whole run
 
     def schedule(self, fingerprint: Fingerprint) -> Schedule:
         expect("MeanCache.schedule", fingerprint, Fingerprint)
         num_steps = fingerprint.num_steps
-        if self.released and num_steps != 50:
-            raise ScheduleError(f"the released schedules are for 50 steps, this run has {num_steps}")
-        if self.computed[-1] >= num_steps:
-            raise ScheduleError(f"computed steps must lie below {num_steps}, got {list(self.computed)}")
+        check_length("MeanCache", self.computed, self.num_steps, num_steps)
         extend = _recursive if self.form == "recursive" else _one_shot
         log: list[Linear] = []
         for start, end, span in zip(self.computed, [*self.computed[1:], num_steps], self.spans, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from layercache.errors import MethodError
+from layercache.errors import LayerCacheWarning, MethodError, ScheduleError
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import taylor_forecast
 from layercache.schedule.module_schedule import ModuleSchedule
@@ -260,6 +261,40 @@ class PlannedModules(PlannedMethod):
             units: names of the model's modules (`layercache.runtime.modules.module_units`).
             seconds: measured, of each; equal without.
         """
+
+
+def check_length(method: str, computed: Sequence[int], planned: int | None, steps: int) -> None:
+    """Refuses a plan of computed steps for a run of another number of steps than it is of.
+
+    Args:
+        method: its name.
+        computed: ascending.
+        planned: steps of the run that it is of; ``None`` where that is not known.
+        steps: of the run.
+
+    Raises:
+        ScheduleError: it is of another number, or computes steps behind the last one.
+    """
+    if planned not in (None, steps):
+        raise ScheduleError(
+            f"this plan of {method} is for runs of {planned} steps, this run has {steps}; plan for {steps} steps, or "
+            f"call the pipeline with {planned}"
+        )
+    if computed[-1] >= steps:
+        raise ScheduleError(
+            f"computed steps must lie below {steps}, got {list(computed)}; plan them for this number of steps"
+        )
+
+
+def warn_of_length(method: str, planned: int | None) -> None:
+    """Warns of a plan that a pipeline runs, and that does not say of how many steps it is."""
+    if planned is None:
+        warnings.warn(
+            f"this plan of {method} names computed steps, and not of how many: a run of another number of steps gives "
+            f"other pictures, and nothing notices; give num_steps= to {method}",
+            LayerCacheWarning,
+            stacklevel=2,
+        )
 
 
 def by_name(method: type[T]) -> type[T]:

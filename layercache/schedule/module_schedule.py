@@ -184,7 +184,7 @@ class ModuleSchedule(Summarised, Pretrained):
                 tuple(float(s) for s in data["seconds"]),
                 dict(data.get("made_by", {})),
                 tuple(float(weight) for weight in data.get("weights", ())),
-                tuple(None if pair is None else (float(pair[0]), float(pair[1])) for pair in data.get("derived", ())),
+                tuple(None if pair is None else tuple(map(float, pair)) for pair in data.get("derived", ())),  # type: ignore[misc]
             )
 
     @classmethod

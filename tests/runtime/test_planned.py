@@ -9,8 +9,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import layercache
 from layercache._utils.compat import scheduler_sigmas
-from layercache.errors import CacheStateError, LayerCacheWarning, MethodError
-from layercache.methods import FBCache, MagCache, MeanCache, Spectrum, TaylorSeer, Uniform, installed
+from layercache.errors import CacheStateError, LayerCacheWarning, MethodError, ScheduleError
+from layercache.methods import (
+    DPCache,
+    ERTACache,
+    FBCache,
+    MagCache,
+    MeanCache,
+    Spectrum,
+    TaylorSeer,
+    Uniform,
+    installed,
+)
 from layercache.methods.automatic import Automatic
 from layercache.models.registry import fingerprint_of
 from layercache.runtime import planned
@@ -27,6 +37,7 @@ METHODS = [
     MagCache(ratios=[1.0, 1.01] * 3, threshold=0.2),
     MeanCache([0, 1, 3], [1, 1, 2]),
 ]
+OF_STEPS = [MeanCache((0, 1, 3), (1, 1, 2)), DPCache((0, 1, 2, 4)), ERTACache((0, 1, 2, 4))]
 
 
 @pytest.fixture
@@ -49,6 +60,22 @@ def test_a_method_runs_as_its_schedule_does_at_any_number_of_steps(pipe, method)
             ):
                 assert torch.equal(generate(pipe, steps=steps), found)
             cache = layercache.enable(pipe, method)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [MeanCache((0, 1, 3), (1, 1, 2)), DPCache((0, 1, 2, 4)), ERTACache((0, 1, 2, 4))],
+    ids=lambda plan: plan.name,
+)
+def test_computed_steps_are_refused_in_a_run_of_another_number(pipe, plan):
+    """Which would give wrong pictures; where the number is not known, a warning says so."""
+    with layercache.enabled(pipe, replace(plan, num_steps=6)) as cache:
+        generate(pipe, steps=6)
+        assert cache.report().used < 1
+        with pytest.raises(ScheduleError, match="for runs of 6 steps, this run has 9"):
+            generate(pipe, steps=9)
+    with layercache.enabled(pipe, plan), pytest.warns(LayerCacheWarning, match="give num_steps="):
+        generate(pipe, steps=6)
 
 
 def test_a_run_without_noise_levels_is_refused(pipe):

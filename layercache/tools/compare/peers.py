@@ -14,7 +14,7 @@ from layercache.methods import DBCache, FBCache
 from layercache.methods.full_runs import generate_once
 from layercache.models.registry import spec_for
 from layercache.tools.compare.model import CalibratedModel, Entry
-from layercache.tools.compare.tuning import Maker, tuned_by_knob
+from layercache.tools.compare.tuning import ENOUGH, Maker, largest_share, tuned_by_knob
 
 
 def _diffusers(
@@ -139,11 +139,8 @@ def _seacache(model: CalibratedModel, budget: float) -> Entry:
             generate_once(model.pipeline, model.prompts[0], model.seeds[0], model.call)
         return calls[0] / full[0]
 
-    low, high = 1e-3, 4.0
-    for _ in range(8):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if used(middle) <= budget else (middle, high)
-    return entry(high)
+    near = budget - ENOUGH / model.fingerprint.num_steps
+    return entry(largest_share(used, (near, budget), 1e-3, 4.0, 8, "threshold"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from layercache.errors import BudgetError
@@ -62,7 +62,7 @@ def by_threshold(
                 return _share(model, plan_at(value))
 
             near = budget - ENOUGH / model.fingerprint.num_steps
-            value = _largest_share(share_at, (near, budget), low, high, rounds, setting)
+            value = largest_share(share_at, (near, budget), low, high, rounds, setting)
             return plan_at(value), f"{setting} {value:.4g}"
 
         return _best_ends(model, built(high), within) if has_ends else within({})
@@ -117,8 +117,9 @@ def _best_ends(model: CalibratedModel, config: Any, within: Callable[[Change], t
 
 def _changes(config: Any, names: Sequence[str], shares: Sequence[float], steps: int) -> Iterator[Change]:
     """Other values of the settings of one end, of those that a method has; none that is its own already."""
+    settings = {one.name for one in fields(config)} if is_dataclass(config) else set()
     for name in names:
-        if not is_dataclass(config) or not hasattr(config, name):
+        if name not in settings:
             continue
         seen = [getattr(config, name)]
         for share in shares:
@@ -136,7 +137,7 @@ def _setting_of(name: str, share: float, steps: int) -> float | int | None:
     return share if name == "retention" else max(int(name == "warmup"), count)
 
 
-def _largest_share(
+def largest_share(
     share_at: Callable[[float], float],
     wanted: tuple[float, float],
     low: float,
@@ -144,7 +145,11 @@ def _largest_share(
     rounds: int,
     setting: str,
 ) -> float:
-    """The value of a setting with the largest share within ``wanted[1]``, or the first of ``wanted[0]`` and more."""
+    """The value of a setting with the largest share within ``wanted[1]``, or the first of ``wanted[0]`` and more.
+
+    Raises:
+        BudgetError: the share is larger at the highest value.
+    """
     near, budget = wanted
     least, most, best = low, high, (share_at(high), high)
     if best[0] > budget + 1e-9:
