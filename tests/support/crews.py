@@ -7,6 +7,7 @@ import functools
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ def _rank(tasks: list[Task], rank: int, world: int, port: int, folder: Path, lim
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, as in jobs of a shell
     import torch
 
     torch.set_num_threads(1)
