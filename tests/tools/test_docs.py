@@ -15,7 +15,19 @@ import typer
 from layercache.tools.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = [ROOT / name for name in ("", "docs", "examples", "examples/deep_model", "examples/service", ".github")]
+FOLDERS = [
+    ROOT / name
+    for name in (
+        "",
+        "docs",
+        "docs/guides",
+        "examples",
+        "examples/deep_model",
+        "examples/service",
+        "integrations/comfyui",
+        ".github",
+    )
+]
 DOCUMENTS = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which also says what was
 WORDS = "coach coaching rehearsal contestant contestants workshop hunt told trip sight stand-in alike".split()
