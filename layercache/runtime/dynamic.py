@@ -392,21 +392,14 @@ class DynamicRouter(Router):
         state.stored.insert(0, buffers)
         del state.anchors[self.method.depth - 1 :]
         state.anchors.insert(0, self._step)
-        self.storage.store(streams, base, buffers, self._flag_for(streams[0]))
+        run = self._run
+        assert run is not None
+        run.flag = self.storage.flag_for(streams[0], run.flag)
+        self.storage.store(streams, base, buffers, run.flag)
         if state.excluded.is_due and len(streams[0]) > 1 and self._group is None:
             if self.storage.may_wait or not streams[0].is_cuda:
                 if state.excluded.look(streams[0]):
                     state.decider.clear(state.excluded)
-
-    def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
-        """Raised on the way where numbers cannot be looked at in their place when the generation ends."""
-        if not (stream.is_cuda or self.storage.is_compact):
-            return None
-        run = self._run
-        assert run is not None
-        if run.flag is None or run.flag.device != stream.device:
-            run.flag = torch.zeros(1, dtype=torch.int32, device=stream.device)
-        return run.flag
 
     def add_stored(self, base: list[torch.Tensor], results: Streams | None = None) -> list[torch.Tensor]:
         state = self._state
@@ -421,13 +414,7 @@ class DynamicRouter(Router):
         run = self._run
         assert run is not None
         buffers = [buffer for state in run.states.values() for one in state.stored for buffer in one]
-        bad = run.flag is not None and bool(run.flag.item())
-        if not bad and all(self.storage.is_finite(buffer) for buffer in buffers):
-            return None
-        samples, overflow = self.storage.bad_among(buffers), self.storage.may_overflow
-        if overflow:
-            self.storage.widen()
-        return NonFiniteResidualError.of("a stored residual", samples, overflow)
+        return self.storage.find_fault(buffers, run.flag)
 
     @property
     def _newest(self) -> EndedRun:
@@ -446,14 +433,7 @@ class DynamicRouter(Router):
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
         logs, sigmas = self._newest.logs, self._newest.sigmas
-        if not logs:
-            raise CacheStateError("run a whole generation first; nothing has run yet")
-        if sigmas is None:
-            raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
-        steps = len(sigmas) - 1
-        if any(len(log) != steps for log in logs.values()):
-            seen = {name: len(log) for name, log in logs.items()}
-            raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
+        sigmas = levels_of_whole_run(logs, sigmas)
         groups, place = self._groups()
         cells = {
             name: tuple(tuple(cell if g == place else None for g in range(len(groups))) for cell in log)
@@ -482,6 +462,19 @@ class DynamicRouter(Router):
         run = self._newest
         report = self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
         return replace(report, host_bytes=run.host_bytes, staged_bytes=self.storage.staged_bytes)
+
+
+def levels_of_whole_run(logs: Mapping[str, Sequence[Any]], sigmas: tuple[float, ...] | None) -> tuple[float, ...]:
+    """The noise levels of decisions by branch; raises `CacheStateError` unless they are of all steps of a run."""
+    if not logs:
+        raise CacheStateError("run a whole generation first; nothing has run yet")
+    if sigmas is None:
+        raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
+    steps = len(sigmas) - 1
+    if any(len(log) != steps for log in logs.values()):
+        seen = {name: len(log) for name, log in logs.items()}
+        raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
+    return sigmas
 
 
 def _no_modulation() -> Modulated:

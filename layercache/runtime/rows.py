@@ -17,7 +17,7 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.positions import on_grid, shrunk
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams
-from layercache.runtime.dynamic import Reader
+from layercache.runtime.dynamic import Reader, levels_of_whole_run
 from layercache.runtime.forward import Forward
 from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
@@ -280,21 +280,13 @@ class RowRouter(Router):
             check_alike(base, stream)
             if not self.storage.is_mixed and not self.storage.fits(buffer, stream):
                 self.storage.make_room(buffer, stream)
-        self.storage.store(streams, bases, buffers[: len(streams)], self._flag_for(image_out))
+        run.flag = self.storage.flag_for(image_out, run.flag)
+        self.storage.store(streams, bases, buffers[: len(streams)], run.flag)
         if run.measured == self._key:
             wider = torch.promote_types(image_in.dtype, image_out.dtype)  # another under torch.autocast
             pair = [image_out.to(wider)], [image_in.to(wider)]
             squares = ops.pair_statistics(*pair, per_sample=True)[:, 3]
             run.sizes[group] = run.excluded.without(squares).sum()
-
-    def _flag_for(self, stream: torch.Tensor) -> torch.Tensor | None:
-        """Raised on the way where numbers cannot be looked at in their place when the generation ends."""
-        run = self._run
-        if run is None or not (stream.is_cuda or self.storage.is_compact):
-            return None
-        if run.flag is None or run.flag.device != stream.device:
-            run.flag = torch.zeros(1, dtype=torch.int32, device=stream.device)
-        return run.flag
 
     def reuse(self, group: int, image: Any, text: Any, results: Streams | None = None) -> Streams:
         streams = [image, text] if self.actions[group].text else [image]
@@ -308,13 +300,7 @@ class RowRouter(Router):
         run = self._run
         assert run is not None
         buffers = [buffer for state in run.states.values() for group in state.stored for buffer in group]
-        bad = run.flag is not None and bool(run.flag.item())
-        if not bad and all(self.storage.is_finite(buffer) for buffer in buffers):
-            return None
-        samples, overflow = self.storage.bad_among(buffers), self.storage.may_overflow
-        if overflow:
-            self.storage.widen()
-        return NonFiniteResidualError.of("a stored residual", samples, overflow)
+        return self.storage.find_fault(buffers, run.flag)
 
     @property
     def _newest(self) -> EndedRowRun:
@@ -339,13 +325,7 @@ class RowRouter(Router):
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
         logs, sigmas = self._newest.logs, self._newest.sigmas
-        if not logs:
-            raise CacheStateError("run a whole generation first; nothing has run yet")
-        if sigmas is None:
-            raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
-        if any(len(log) != len(sigmas) - 1 for log in logs.values()):
-            seen = {name: len(log) for name, log in logs.items()}
-            raise CacheStateError(f"run a whole generation of {len(sigmas) - 1} steps first; steps seen so far: {seen}")
+        sigmas = levels_of_whole_run(logs, sigmas)
         shared = next(iter(logs.values()))
         return Schedule(
             fingerprint_of(self.transformer, sigmas, tuple(logs)),

@@ -10,7 +10,7 @@ import torch
 from layercache import ops
 from layercache._utils.compat import keep_address
 from layercache._utils.tensors import empty_for_any_mode
-from layercache.errors import CacheStateError
+from layercache.errors import CacheStateError, NonFiniteResidualError
 from layercache.runtime.offload import Transfers
 from layercache.runtime.samples import bad_samples
 
@@ -237,6 +237,24 @@ class Storage:
         """Samples of the batch that are not finite in one of these, or were not when it was stored; asks the device."""
         found, self.bad_samples = self.bad_samples, set()
         return found.union(*(buffer.bad_samples() for buffer in buffers))
+
+    def find_fault(self, buffers: Sequence[Buffer], flag: torch.Tensor | None) -> NonFiniteResidualError | None:
+        """Looks at stored residuals: by the device's flag, or without a GPU at themselves; widens what overflowed."""
+        bad = flag is not None and bool(flag.item())
+        if not bad and all(self.is_finite(buffer) for buffer in buffers):
+            return None
+        samples, overflow = self.bad_among(buffers), self.may_overflow
+        if overflow:
+            self.widen()
+        return NonFiniteResidualError.of("a stored residual", samples, overflow)
+
+    def flag_for(self, stream: torch.Tensor, flag: torch.Tensor | None) -> torch.Tensor | None:
+        """Raised on the way where numbers cannot be looked at in their place at the end; the one there is, or a new."""
+        if not (stream.is_cuda or self.is_compact):
+            return None
+        if flag is None or flag.device != stream.device:
+            return torch.zeros(1, dtype=torch.int32, device=stream.device)
+        return flag
 
     def leaves_as(self, base: torch.Tensor, buffers: Sequence[Buffer]) -> torch.dtype:
         """The dtype of a stream behind reused groups, whose residuals are given in the groups' order."""

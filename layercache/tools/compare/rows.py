@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from layercache._utils.metrics import summarise
 from layercache._utils.text import shown
+from layercache.errors import MissingExtraError
 from layercache.tools.compare.categories import mean
 from layercache.tools.compare.files import Outcome
 from layercache.tools.compare.scores import Curves
@@ -135,3 +137,19 @@ def number(value: float | None, form: str) -> str:
 def _lowest(curves: Curves) -> float | None:
     """Of all frames of all videos."""
     return min((value for curve in curves for value in curve), default=None)
+
+
+def data_frame(rows: Sequence[Any], kind: type, left_out: Sequence[str] = ()) -> Any:
+    """A `pandas.DataFrame` with a column per attribute of rows, which are dataclasses of this kind, but some.
+
+    Raises:
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingExtraError(
+            'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
+        ) from error
+    columns = [field.name for field in fields(kind) if field.name not in left_out]
+    return pandas.DataFrame([[getattr(row, name) for name in columns] for row in rows], columns=columns)

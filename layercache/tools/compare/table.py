@@ -6,16 +6,16 @@ import html
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercache._utils.files import check_output
 from layercache._utils.text import shown
-from layercache.errors import ArgumentError, MissingExtraError
+from layercache.errors import ArgumentError
 from layercache.tools.compare.categories import CategoryRow, category_rows, mean
 from layercache.tools.compare.files import ComparisonFiles, Outcome, parsed_file
-from layercache.tools.compare.rows import DASH, NUMBERS, html_table
+from layercache.tools.compare.rows import DASH, NUMBERS, data_frame, html_table
 from layercache.tools.compare.rows import Row as Row
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
@@ -87,17 +87,10 @@ class ComparisonTable(Sequence[Row]):
             ArgumentError: ``by`` is something else.
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
-            ) from error
         if by not in ("method", "category"):
             raise ArgumentError(f"by is 'method' or 'category', got {by!r}", argument="by")
         rows, kind = (self.categories, CategoryRow) if by == "category" else (self.rows, Row)
-        columns = [field.name for field in fields(kind) if field.name not in ("psnr", "speedups")]
-        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in rows], columns=columns)
+        return data_frame(rows, kind, ("psnr", "speedups"))
 
     def to_json(self) -> str:
         """The rows as JSON, with the machine that their times are of; infinities and NaN are strings."""

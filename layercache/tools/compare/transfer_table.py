@@ -14,9 +14,9 @@ from typing import Any
 
 from layercache._utils.files import check_output, write_atomically
 from layercache._utils.text import shown
-from layercache.errors import FileFormatError, MissingExtraError
+from layercache.errors import FileFormatError
 from layercache.tools.compare.files import ComparisonFiles, Outcome
-from layercache.tools.compare.rows import DASH, Row, html_table, number
+from layercache.tools.compare.rows import DASH, Row, data_frame, html_table, number
 from layercache.tools.report import machine
 from layercache.tools.report.fitting import Column, FittingTable
 
@@ -225,14 +225,7 @@ class TransferTable(Sequence[TransferRow]):
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                'to_pandas needs pandas, which is not installed: pip install "layercache[compare]"'
-            ) from error
-        columns = [one.name for one in fields(TransferRow)]
-        return pandas.DataFrame([[getattr(row, name) for name in columns] for row in self.rows], columns=columns)
+        return data_frame(self.rows, TransferRow)
 
     def to_json(self) -> str:
         """The rows as JSON, with the machine that their times are of; infinities and NaN are strings."""
