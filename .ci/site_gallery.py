@@ -66,7 +66,8 @@ def drawn(pipe: DemoPipeline, title: str, plan: object, full: np.ndarray, path: 
         PictureRow("difference", difference(full, cached, gain=4.0)),
     ]
     save_pictures(path, rows, CLASS_NAMES[:SHOWN])
-    return f"### {title}\n\n{about}*used {used:.2f}*\n\n![full, cached and their difference: {title}](gallery/{path.name})\n"
+    picture = f"![full, cached and their difference: {title}](gallery/{path.name})"
+    return f"### {title}\n\n{about}*used {used:.2f}*\n\n{picture}\n"
 
 
 def write_page(pages: Path, host: str) -> None:
