@@ -221,9 +221,10 @@ def _is_table(value: Any) -> bool:
 def machine_line(content: dict[str, Any]) -> str:
     machine = content.get("machine") or content.get("measured", {}).get("machine") or {}
     machine = machine.get("machine", machine)
-    versions = machine.get("versions", {})
+    versions, threads = machine.get("versions", {}), machine.get("threads")
     words = [machine.get("gpu") or machine.get("cpu") or content.get("gpu", "")]
-    words += [f"{machine['threads']} threads"] if machine.get("threads") and not machine.get("gpu") else []
+    if threads and not machine.get("gpu"):
+        words.append("one thread" if threads == 1 else f"{threads} threads")
     words += [f"{name} {versions[name]}" for name in ("python", "torch", "diffusers") if versions.get(name)]
     return ", ".join(word for word in words if word)
 
