@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
-CELL_LIMIT = 600  # seconds
+CELL_LIMIT = 1800  # seconds
+COLUMNS = 90  # of what cells print
 WARNINGS = "ignore:IProgress not found,ignore:clamping frac"  # of progress bars, where there are no widgets
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -43,9 +45,10 @@ def write_page(source: Path, pages: Path) -> None:
 
 
 def as_a_terminal_shows(text: str) -> str:
-    """What stays on a terminal: a bar in its last state; warnings without the line that gave them."""
+    """What stays on a terminal: a bar in its last state; warnings without the line that gave them; lines that fit."""
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in COLOURS.sub("", text).split("\n")]
-    return re.sub(r"^\S+\.py:\d+: (\w+Warning: .*)\n  .*$", r"\1", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(r"^\S+\.py:\d+: (\w+Warning: .*)\n  .*$", r"\1", "\n".join(lines), flags=re.MULTILINE)
+    return "\n".join(textwrap.fill(line, COLUMNS) if len(line) > COLUMNS else line for line in text.split("\n"))
 
 
 def without_markup(text: str) -> str:
