@@ -252,6 +252,16 @@ def test_json_on_standard_output_is_alone(schedule_file):
     assert "blocks 0-1" in result.stderr
 
 
+def test_step_mask(schedule_file, tmp_path):
+    assert "in part" in refused(1, "show", schedule_file, "--step-mask")
+    prints = Schedule.load(schedule_file).fingerprint
+    path = tmp_path / "universal.json"
+    Universal(budget=0.6).schedule(prints).save(path)
+    figures = json.loads(invoke("show", path, "--step-mask", "--json", "-").stdout)
+    assert f"--scm-mask: {','.join(map(str, figures['steps']))}\n" in invoke("show", path, "--step-mask").stdout
+    assert figures["steps"] == [int(not skipped) for skipped in map(Schedule.load(path).is_skipped, range(STEPS))]
+
+
 def test_doctor(tmp_path):
     result = invoke("doctor", "--ops", "--json", tmp_path / "doctor.json")
     found = json.loads((tmp_path / "doctor.json").read_text())
