@@ -64,7 +64,8 @@ def test_step_masks_are_as_the_engines_read_them():
     reused = ((None, None),) * 2 + (({1: 1.5}, {1: 1.0}), (None, None))
     assert schedule(reused).to_step_mask() == (1, 1, 0, 1)
     skipping = dataclasses.replace(
-        schedule(((None, None), ({}, {}), (None, None), ({}, {}))),
+        schedule(),
+        cells=((None, None), ({}, {})) * 2,
         velocities=(None, Velocity({0: 1.0}), None, Velocity({2: 1.0})),
     )
     mask = skipping.to_step_mask()

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import layercache
 from layercache.demo import pipeline
 from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.methods import Universal
 from layercache.planning.front import Point
 from layercache.planning.search import PICTURES
 from layercache.schedule.schedule import Schedule
