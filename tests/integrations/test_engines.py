@@ -232,6 +232,7 @@ def test_vllm_omni_gives_what_enable_gives(imported_before, tmp_path, folder, ex
             assert torch.equal(runner.execute(5), full[5])
         (warning,) = warnings_of(caplog)
         assert "5 steps" in warning
+        assert torch.equal(omni(runner.pipeline, schedule=str(folder)).execute(STEPS), cached)  # started anew
         assert omni(backend="none").cache_backend is None
         with pytest.raises(ValueError, match="Unsupported"):
             omni(backend="unknown")
