@@ -193,7 +193,7 @@ def _takes_option(batch: Any) -> bool:
 def _generator_states(batch: Any) -> list[tuple[Any, Any]]:
     """Random generators that a request brings, with their present states."""
     given = getattr(batch, "generator", None)
-    generators = given if isinstance(given, (list, tuple)) else [given]
+    generators: Any = given if isinstance(given, (list, tuple)) else [given]
     return [(one, one.get_state()) for one in generators if hasattr(one, "get_state")]
 
 
@@ -213,7 +213,8 @@ class OwnPipelines(_Planned):
             return original(*args, **kwargs)
         from layercache.errors import LayerCacheError
 
-        latents, velocity = call["latents"], run.placeholder
+        latents: Any = call["latents"]
+        velocity: Any = run.placeholder
         is_skipped = run.skips(call["timestep_index"], (latents.shape, latents.dtype, latents.device))
         if not is_skipped:
             velocity = original(*args, **kwargs)

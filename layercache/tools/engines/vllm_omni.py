@@ -93,7 +93,7 @@ def backend_class() -> type:
     """`LayerCacheBackend`, a subclass of vLLM-Omni's ``CacheBackend``, which is imported for it."""
     from vllm_omni.diffusion.cache.base import CacheBackend
 
-    class LayerCacheBackend(CacheBackend):  # type: ignore[misc]
+    class LayerCacheBackend(CacheBackend):
         """Runs an engine's pipeline by schedules of whole steps.
 
         Attributes:
