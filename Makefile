@@ -113,7 +113,7 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 
 # What runs the library and the demo; modules are compiled as they are imported, most never are.
 .venv/demo: .venv/torch $(SOURCES)
-	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[demo]"
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[figures]"
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)

@@ -161,7 +161,7 @@ def test_demo_runs_from_the_wheel_with_what_make_demo_installs(installed: Path, 
     """Without a compiler, and without the optional packages of other extras."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "site").mkdir()
-    missing = [module for extra, (modules, _) in EXTRAS.items() if extra != "demo" for module in modules.values()]
+    missing = [module for extra, (modules, _) in EXTRAS.items() if extra != "figures" for module in modules.values()]
     missing.remove("jinja2")  # torch brings it,
     missing.remove("imageio")  # and scikit-image this
     missing += ["peft", "cache_dit"]
@@ -185,8 +185,8 @@ def test_make_demo_installs_the_runtime_alone(tmp_path: Path) -> None:
     commands = run("make", "-nB", "demo", "TORCH_ARGS=--quiet", cwd=tmp_path).splitlines()
     asked = [shlex.split(line.partition(" install ")[2]) for line in commands if " install " in line]
     names = {word for words in asked for word in words if word[0] != "-"}
-    assert names == {"torch", "setuptools", "pybind11", ".[demo]", "constraints.txt"}
-    installed = names_in([*project["dependencies"], *project["optional-dependencies"]["demo"]])
+    assert names == {"torch", "setuptools", "pybind11", ".[figures]", "constraints.txt"}
+    installed = names_in([*project["dependencies"], *project["optional-dependencies"]["figures"]])
     runtime = {"torch", "diffusers", "numpy", "safetensors", "typer", "rich", "tqdm", "platformdirs"}
     assert installed == runtime | {"scikit-image", "matplotlib", "pillow"}
 
