@@ -107,7 +107,7 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 .venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --no-compile -c constraints.txt $(or $(TORCH_ARGS),$(CPU_BUILD)) torch
-	$(PIP) install --no-compile -c constraints.txt setuptools pybind11
+	$(PIP) install --no-compile -c constraints.txt setuptools setuptools-scm pybind11
 	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/test_*
 	touch $@
 

@@ -10,6 +10,7 @@ from layercache.errors import MissingExtraError
 MISSING = 'the weights of the bundled model are not installed: pip install "layercache[demo]"'
 CHECKOUT = Path(__file__).resolve().parents[2] / "integrations" / "demo" / "layercache_demo"
 PACKAGE = "layercache_demo"
+FILE = "transformer/diffusion_pytorch_model.safetensors"  # which a source distribution leaves out
 
 
 def find_weights() -> Path:
@@ -18,7 +19,7 @@ def find_weights() -> Path:
     Raises:
         MissingExtraError: neither a checkout nor the package has it.
     """
-    if (CHECKOUT / "transformer").is_dir():
+    if (CHECKOUT / FILE).is_file():
         return CHECKOUT
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:

@@ -602,7 +602,7 @@ def test_demo_into_a_file(tmp_path, tiny_demo):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (weights.CHECKOUT / "transformer").is_dir(), reason="the bundled weights are not here")
+@pytest.mark.skipif(not (weights.CHECKOUT / weights.FILE).is_file(), reason="the bundled weights are not here")
 def test_demo_with_the_bundled_model(tmp_path):
     result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")
     assert result.exit_code == 0, result.output

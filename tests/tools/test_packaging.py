@@ -185,7 +185,7 @@ def test_make_demo_installs_the_runtime_alone(tmp_path: Path) -> None:
     commands = run("make", "-nB", "demo", "TORCH_ARGS=--quiet", cwd=tmp_path).splitlines()
     asked = [shlex.split(line.partition(" install ")[2]) for line in commands if " install " in line]
     names = {word for words in asked for word in words if word[0] != "-"}
-    assert names == {"torch", "setuptools", "pybind11", ".[figures]", "constraints.txt"}
+    assert names == {"torch", "setuptools", "setuptools-scm", "pybind11", ".[figures]", "constraints.txt"}
     installed = names_in([*project["dependencies"], *project["optional-dependencies"]["figures"]])
     runtime = {"torch", "diffusers", "numpy", "safetensors", "typer", "rich", "tqdm", "platformdirs"}
     assert installed == runtime | {"scikit-image", "matplotlib", "pillow"}
