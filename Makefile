@@ -55,10 +55,19 @@ $(OLDEST)/installed: .venv/installed
 	$(PIP) install --quiet --no-deps --upgrade --target $(OLDEST) diffusers==0.41.0
 	touch $@
 
-lint: .venv/installed ## Check style, format and types
+lint: .venv/installed ## Check style, format, types, and the files that GitHub reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy layercache kernels
+	$(call schema,github-workflows,.github/workflows/*.yml)
+	$(call schema,github-issue-config,$(FORMS)/config.yml)
+	$(call schema,github-issue-forms,$(filter-out $(FORMS)/config.yml,$(wildcard $(FORMS)/*.yml)))
+	$(call schema,dependabot,.github/dependabot.yml)
+	$(call schema,citation-file-format,CITATION.cff)
+	$(BIN)/zizmor --offline --quiet .github
+
+FORMS := .github/ISSUE_TEMPLATE
+schema = $(BIN)/check-jsonschema --quiet --builtin-schema vendor.$(1) $(2)
 
 sanitize: build/address/built ## Fuzz the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
 	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=$(UBSAN_OPTIONS) \

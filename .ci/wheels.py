@@ -51,7 +51,7 @@ def built_wheel(python: str, sdist: Path, folder: Path) -> Path:
     run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "built", sdist, cwd=folder)
     (wheel,) = (folder / "built").glob("*.whl")
     if sys.platform == "linux":
-        run(tool("auditwheel"), "repair", "--wheel-dir", folder / "repaired", wheel, cwd=folder)
+        run(tool("auditwheel"), "repair", "--strip", "-z", "9", "--wheel-dir", folder / "repaired", wheel, cwd=folder)
         (wheel,) = (folder / "repaired").glob("*.whl")
     return Path(shutil.copy(wheel, DIST))
 
