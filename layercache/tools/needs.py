@@ -151,12 +151,12 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
 
 
 def _of_demo(name: str) -> Inspection:
-    transformers, needs = {"transformer": DEMO_TRANSFORMER}, ()
+    needs: tuple[Need, ...] = ()
     try:
         find_weights()
     except MissingExtraError as error:
         needs = (Need(str(error), package="layercache-demo"),)
-    return Inspection(name, "the bundled model", "DemoPipeline", transformers, needs)
+    return Inspection(name, "the bundled model", "DemoPipeline", {"transformer": DEMO_TRANSFORMER}, needs)
 
 
 def _of_hub(name: str) -> Inspection:
