@@ -325,3 +325,75 @@ def takes_euler_steps(scheduler: Any) -> bool:
 def progress_bar_settings(pipeline: Any) -> dict[str, Any]:
     """What `DiffusionPipeline.set_progress_bar_config` was last given."""
     return dict(getattr(pipeline, "_progress_bar_config", {}))
+
+
+def guider_class() -> Any:
+    """The class that diffusers' guiders are derived from; ``None`` where it is not as this library knows it."""
+    try:
+        from diffusers.guiders.guider_utils import BaseGuidance
+    except ImportError:
+        return None
+    methods = ("set_state", "prepare_inputs", "prepare_inputs_from_block_state", "prepare_models", "cleanup_models")
+    known = all(callable(getattr(BaseGuidance, name, None)) for name in (*methods, "forward"))
+    return BaseGuidance if known and hasattr(BaseGuidance, "_identifier_key") else None
+
+
+def condition_names(guider: Any, batches: Any) -> tuple[str, ...]:
+    """Names of the conditions that a guider has prepared, such as ``pred_cond``; none where it gives them no names."""
+    key = getattr(guider, "_identifier_key", "")
+    found = [getattr(batch, key, None) for batch in batches] if isinstance(batches, (list, tuple)) else []
+    return tuple(found) if all(isinstance(name, str) for name in found) else ()
+
+
+def guider_output(cond: Any, uncond: Any) -> Any:
+    """What a guider gives where only the prediction of the condition itself counts."""
+    from diffusers.guiders.guider_utils import GuiderOutput
+
+    return GuiderOutput(pred=cond, pred_cond=cond, pred_uncond=uncond)
+
+
+def hooks_in(blocks: Sequence[nn.Module]) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Names of diffusers' hooks on the modules of blocks, by the block's number and the module's id."""
+    found = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if names := _hook_names(module):
+                found[number, id(module)] = names
+    return found
+
+
+def loops_of(pipeline: Any) -> list[Any]:
+    """What shows a progress bar around a pipeline's denoising loop: the pipeline, or blocks of a modular one."""
+    return [owner for owner in (pipeline, *_inner_blocks(pipeline)) if hasattr(owner, "progress_bar")]
+
+
+def _inner_blocks(pipeline: Any) -> list[Any]:
+    found, blocks = list[Any](), [getattr(pipeline, "_blocks", None)]
+    while blocks:
+        block = blocks.pop()
+        if block is not None and all(block is not known for known in found):
+            found.append(block)
+            blocks += dict(getattr(block, "sub_blocks", None) or {}).values()
+    return found
+
+
+def arguments_in(pipeline: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call, from what its loop knows by name; a modular one's, from state and guider."""
+    values = getattr(names.get("state"), "values", None)
+    if not isinstance(values, Mapping):
+        return dict(names)
+    return {**names, **values, **guidance_of(pipeline)}
+
+
+def guidance_of(pipeline: Any) -> dict[str, float]:
+    """A modular pipeline's guidance by the names that other pipelines' calls have for it; empty without a guider.
+
+    Which of the two names a model's scale has elsewhere is not known, it stands under both.
+    """
+    guider = getattr(pipeline, "guider", None)
+    scale = getattr(guider, "guidance_scale", None)
+    if not isinstance(scale, (int, float)) or not hasattr(guider, "_input_predictions"):
+        return {}
+    scale = scale if getattr(guider, "_enabled", True) else 1.0
+    interval = {"guidance_start": getattr(guider, "_start", 0.0), "guidance_stop": getattr(guider, "_stop", 1.0)}
+    return {"guidance_scale": scale, "true_cfg_scale": scale, **interval}
