@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -341,7 +342,7 @@ def guider_class() -> Any:
 def condition_names(guider: Any, batches: Any) -> tuple[str, ...]:
     """Names of the conditions that a guider has prepared, such as ``pred_cond``; none where it gives them no names."""
     key = getattr(guider, "_identifier_key", "")
-    found = [getattr(batch, key, None) for batch in batches] if isinstance(batches, (list, tuple)) else []
+    found: list[Any] = [getattr(batch, key, None) for batch in batches] if isinstance(batches, (list, tuple)) else []
     return tuple(found) if all(isinstance(name, str) for name in found) else ()
 
 
@@ -375,6 +376,52 @@ def _inner_blocks(pipeline: Any) -> list[Any]:
             found.append(block)
             blocks += dict(getattr(block, "sub_blocks", None) or {}).values()
     return found
+
+
+def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes, by name; of a modular one the inputs of its blocks."""
+    own = getattr(pipeline, "default_call_parameters", None)
+    if not isinstance(own, Mapping):
+        return inspect.signature(type(pipeline).__call__).parameters
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return {name: inspect.Parameter(name, kind, default=value) for name, value in own.items() if isinstance(name, str)}
+
+
+def is_modular(pipeline: Any) -> bool:
+    """Whether it is one of diffusers' modular pipelines, whose calls give a state."""
+    return hasattr(pipeline, "default_call_parameters") and hasattr(pipeline, "_blocks")
+
+
+def guiders_of(pipeline: Any) -> dict[str, Any]:
+    """The guiders among a modular pipeline's components, by their names."""
+    base = guider_class() if is_modular(pipeline) else None
+    components: Mapping[str, Any] = pipeline.components if base is not None else {}
+    return {name: one for name, one in components.items() if base is not None and isinstance(one, base)}
+
+
+def guider_settings(pipeline: Any) -> dict[str, str]:
+    """Class and settings of each of a modular pipeline's guiders, as text."""
+    found = {}
+    for name, guider in guiders_of(pipeline).items():
+        settings = {key: value for key, value in dict(guider.config).items() if not key.startswith("_")}
+        found[name] = f"{type(guider).__name__} {settings} {getattr(guider, '_enabled', True)}"
+    return found
+
+
+def quiet_copy(pipeline: Any) -> Any:
+    """A pipeline with the same models, whose calls show no progress; a modular one has blocks and guiders of its own.
+
+    A call writes to the pipeline, to its scheduler and guiders, and reads its models.
+    """
+    made = copy.copy(pipeline)
+    if not is_modular(pipeline):
+        made.set_progress_bar_config(disable=True)
+        return made
+    made.__dict__ |= {name: copy.deepcopy(guider) for name, guider in guiders_of(pipeline).items()}
+    made.__dict__["_blocks"] = copy.deepcopy(pipeline._blocks)
+    for loop in loops_of(made):
+        loop.set_progress_bar_config(disable=True)
+    return made
 
 
 def arguments_in(pipeline: Any, names: Mapping[str, Any]) -> dict[str, Any]:

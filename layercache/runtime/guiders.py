@@ -133,7 +133,7 @@ class FollowedGuider:
         return cleanup_models
 
     def _guiding(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Of a step whose velocity is replaced nothing is guided: a guider that remembers (momentum) sees none of it."""
+        """Nothing is guided of a step whose velocity is replaced: a guider's momentum sees none of it."""
 
         def forward(*args: Any, **predictions: Any) -> Any:
             cond = next(iter(predictions.values()), None)

@@ -11,25 +11,15 @@ from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
-    ClassifierFreeZeroStarGuidance,
-    MagnitudeAwareGuidance,
-    PerturbedAttentionGuidance,
     SkipLayerGuidance,
-    SmoothedEnergyGuidance,
-    TangentialClassifierFreeGuidance,
 )
-
 from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.hooks import LayerSkipConfig
 
 import layercache
-from layercache.errors import LayerCacheWarning
-from layercache.methods.easycache import EasyCache
-from layercache.methods.fbcache import FBCache
 from layercache._utils.compat import scheduler_sigmas
 from layercache.models.registry import fingerprint_of
 from layercache.schedule.schedule import Schedule, Velocity
-from support import zoo_pipelines as classic
 from support.marks import slow
 from support.modular import PIPELINES, generate
 from support.zoo_pipelines import STEPS, schedule_of
@@ -98,7 +88,10 @@ GUIDERS = {
     "ends early": (lambda: ClassifierFreeGuidance(**CFG, stop=0.5), lambda k: ["cond", "uncond"][: 1 + (k < 4)]),
     "begins late": (lambda: ClassifierFreeGuidance(**CFG, start=0.5), lambda k: ["cond", "uncond"][: 1 + (k >= 4)]),
     "skips layers": (lambda: SkipLayerGuidance(**CFG, **skipping([1, 2])), with_skip),
-    "other layers": (lambda: AutoGuidance(**CFG, auto_guidance_config=LayerSkipConfig([1])), lambda k: ["cond", "uncond"]),
+    "other layers": (
+        lambda: AutoGuidance(**CFG, auto_guidance_config=LayerSkipConfig([1])),
+        lambda k: ["cond", "uncond"],
+    ),
     # diffusers puts no hooks on the second of two conditions, and so on none of the first steps' here
     "hooks begin late": (
         lambda: SkipLayerGuidance(**CFG, **skipping([1, 2], skip_layer_guidance_start=0.0, start=0.6)),
@@ -115,7 +108,7 @@ def test_branches_keep_residuals_of_their_own(name):
     plan = schedule_of(pipe, "crr")
     with Reference(pipe, conditions, "crr"):
         expected = generate(pipe, call)
-    with layercache.enabled(pipe, plan) as cache:
+    with layercache.enabled(pipe, plan):
         found = generate(pipe, call)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(full, expected, atol=1e-5)
@@ -166,7 +159,7 @@ def held_velocities(pipe, skipped):
 def test_velocities_are_of_the_same_guidance(name, guider, skipped):
     pipe, call = made(name, guider and guider())
     full = generate(pipe, call)
-    with layercache.enabled(pipe, skipping_steps(pipe, skipped)) as cache:
+    with layercache.enabled(pipe, skipping_steps(pipe, skipped)):
         found = generate(pipe, call)
     with held_velocities(pipe, skipped - {4, 5} if 7 in skipped else skipped):
         expected = generate(pipe, call)

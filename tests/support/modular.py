@@ -12,7 +12,6 @@ from diffusers.guiders import ClassifierFreeGuidance, LTX2Guidance
 from support.zoo import build
 from support.zoo_pipelines import STEPS, Codec, noise
 
-
 SD3 = "SD3Transformer2DModel"
 
 
