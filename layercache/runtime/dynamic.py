@@ -361,7 +361,10 @@ class DynamicRouter(Router):
 
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
-        must = not state.anchors or decider.must_compute(step)
+        forward = self._forward
+        assert forward is not None
+        hooked = bool(forward.hooked) and min(forward.hooked) <= self.probe  # what is seen is a guider's hooks
+        must = not state.anchors or hooked or decider.must_compute(step)
         numbers = state.reader.read(self._seen(state, step, state.excluded.observed(observation), must))
         state.excluded.note(numbers)
         reuses = not must and numbers is not None and decider.may_reuse(step, numbers)

@@ -35,6 +35,9 @@ OTHER_LOOP = (
     "another thread's pipeline runs on this transformer; a cache serves one loop at a time, and several by requests: "
     "`with cache.request(name, scheduler):`"
 )
+OTHER_CONDITION = (
+    "the pipeline runs more conditions than its guider has prepared, and nothing says what they are; " + _NAME_THEM
+)
 RUN_IS_OVER = (
     "the scheduler that the cache follows takes no step: another pipeline or loop uses the transformer too; enable the "
     "same plan on that pipeline as well, or name its scheduler: layercache.enable(transformer, plan, scheduler)"
