@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import layercache
 from layercache.demo import pipeline, weights
 from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.methods import Universal
 from layercache.planning.front import Point
 from layercache.planning.search import PICTURES
 from layercache.schedule.schedule import Schedule
@@ -253,6 +254,16 @@ def test_json_on_standard_output_is_alone(schedule_file):
     assert figures["num_steps"] == STEPS
     assert figures["used"] == pytest.approx(Schedule.load(schedule_file).used)
     assert "blocks 0-1" in result.stderr
+
+
+def test_step_mask(schedule_file, tmp_path):
+    assert "in part" in refused(1, "show", schedule_file, "--step-mask")
+    prints = Schedule.load(schedule_file).fingerprint
+    path = tmp_path / "universal.json"
+    Universal(budget=0.6).schedule(prints).save(path)
+    figures = json.loads(invoke("show", path, "--step-mask", "--json", "-").stdout)
+    assert f"--scm-mask: {','.join(map(str, figures['steps']))}\n" in invoke("show", path, "--step-mask").stdout
+    assert figures["steps"] == [int(not skipped) for skipped in map(Schedule.load(path).is_skipped, range(STEPS))]
 
 
 def test_doctor(tmp_path):
