@@ -156,6 +156,14 @@ class Identity:
         return None if scheduler is None else scheduler_step(scheduler)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the scheduler has taken all steps of the present generation."""
+        generation, taken = self.generation, self.taken
+        if generation is None or taken is None or generation.run is None or generation.run is not self.run:
+            return False
+        return taken >= generation.limit
+
+    @property
     def run(self) -> object:
         """The scheduler's timesteps: another object in every run."""
         return getattr(self.scheduler, "timesteps", None)
