@@ -26,6 +26,7 @@ FOLDERS = [
         "examples/deep_model",
         "examples/service",
         "integrations/comfyui",
+        "integrations/demo",
         "integrations/demo/layercache_demo",
         ".github",
     )
