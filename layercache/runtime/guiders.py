@@ -136,7 +136,7 @@ class FollowedGuider:
         """Nothing is guided of a step whose velocity is replaced: a guider's momentum sees none of it."""
 
         def forward(*args: Any, **predictions: Any) -> Any:
-            cond = next(iter(predictions.values()), None)
+            cond = predictions.get("pred_cond")
             if args or cond is None or not self._follower.skips_step(self.denoiser):
                 return original(*args, **predictions)
             return guider_output(cond, predictions.get("pred_uncond"))

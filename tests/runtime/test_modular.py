@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserList, defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,7 +306,7 @@ def test_guidance_is_a_setting():
     profile = layercache.calibrate(pipe, [embeds], progress=False, **call)
     assert profile.fingerprint.branches == ("cond", "uncond")
     assert "guidance_scale 3" in profile.fingerprint.settings["guidance"]
-    with layercache.enabled(pipe, layercache.plan(profile, 0.8)):
+    with layercache.enabled(pipe, replace(schedule_of(pipe, "c"), fingerprint=profile.fingerprint)):
         generate(pipe, call | embeds)
         pipe.update_components(guider=ClassifierFreeGuidance(**CFG, stop=0.5))
         with pytest.warns(LayerCacheWarning, match="guidance_stop 0.5"):
