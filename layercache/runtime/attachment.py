@@ -174,7 +174,7 @@ class Attachment:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
         if pipeline is not None:
             for owner in loops_of(pipeline):
-                self._patch(owner, "progress_bar", self._denoising_loop(pipeline, owner.progress_bar))
+                self._patch(owner, "progress_bar", self._denoising_loop(pipeline, owner, owner.progress_bar))
             if hasattr(pipeline, "maybe_free_model_hooks"):
                 self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None:
@@ -295,7 +295,7 @@ class Attachment:
 
         return maybe_free_model_hooks
 
-    def _denoising_loop(self, pipeline: Any, original: Any) -> Any:
+    def _denoising_loop(self, pipeline: Any, owner: Any, original: Any) -> Any:
         """A pipeline's loop runs in its progress bar: where that is left, however it is, the generation is over."""
 
         def begin() -> None:
@@ -303,7 +303,7 @@ class Attachment:
                 self._root.identity.lead(pipeline)
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
-            arguments = arguments_of_loop(pipeline) if self._classes else None
+            arguments = arguments_of_loop(pipeline, owner) if self._classes else None
             if arguments is None:  # the cache has ended, or blocks that pipelines share run another one's loop
                 return original(*args, **kwargs)
             # of the pipeline's call, which has put its defaults in place of what it was not given

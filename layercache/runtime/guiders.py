@@ -1,8 +1,8 @@
 """Conditions of diffusers' guiders: which one a forward computes, and which its step has.
 
-A guider of a modular pipeline makes a list of conditions at every step (``prepare_inputs``) and is told of each
-forward, one per condition and in their order: ``prepare_models`` before it and ``cleanup_models`` behind it. While
-caches are enabled all guiders are followed from their first ``set_state`` on, whichever pipeline or loop they are of.
+A guider of a modular pipeline makes a list of conditions at every step (``prepare_inputs``) and hears of each forward,
+one per condition and in their order: ``prepare_models`` before it and ``cleanup_models`` behind it. While caches are
+enabled all guiders are followed from their next ``set_state`` on, whichever pipeline or loop they are of.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class FollowedGuider:
         """Nothing is guided of a step whose velocity is replaced: a guider's momentum sees none of it."""
 
         def forward(*args: Any, **predictions: Any) -> Any:
-            cond = next(iter(predictions.values()), None)
+            cond = predictions.get("pred_cond")
             if args or cond is None or not self._follower.skips_step(self.denoiser):
                 return original(*args, **predictions)
             return guider_output(cond, predictions.get("pred_uncond"))

@@ -136,15 +136,20 @@ def runs_forward(thread: int, module: nn.Module) -> bool:
     return False
 
 
-def arguments_of_loop(pipeline: Any) -> Mapping[str, Any] | None:
-    """What the loop that asks for a progress bar knows by name; ``None`` where it is none of this pipeline's."""
+def arguments_of_loop(pipeline: Any, owner: Any) -> Mapping[str, Any] | None:
+    """What the loop that asks for a progress bar knows by name; ``None`` where it is none of this pipeline's.
+
+    Args:
+        pipeline: whose loops are followed.
+        owner: of the progress bar: the pipeline, or a block, which several modular pipelines may share.
+    """
     frame: Any = sys._getframe(2)
     for _ in range(_FRAMES):
         if frame is None:
             return None
-        if not frame.f_globals.get("__name__", "").startswith("layercache."):
+        if not frame.f_globals.get("__name__", "").startswith("layercache.runtime."):
             found = frame.f_locals
-            if any(value is pipeline for value in found.values()):
+            if owner is pipeline or any(value is pipeline for value in found.values()):
                 return arguments_in(pipeline, found)
         frame = frame.f_back
     return None

@@ -142,7 +142,8 @@ class StepRouter(Router):
             run.excluded = Excluded()
         run.inputs = inputs
         run.decider.observe(run.excluded.without(inputs))
-        numbers = None if run.decider.must_compute(step) else run.decider.numbers()
+        must = run.velocity is None or run.decider.must_compute(step)
+        numbers = None if must else run.decider.numbers()
         run.excluded.note(numbers)
         reuses = numbers is not None and run.decider.may_reuse(numbers)
         del run.log[step:]

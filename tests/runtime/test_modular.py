@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import UserList, defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    MagnitudeAwareGuidance,
+    PerturbedAttentionGuidance,
     SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+    TangentialClassifierFreeGuidance,
 )
-from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig
 
 import layercache
 from layercache._utils.compat import scheduler_sigmas
+from layercache.errors import LayerCacheError, LayerCacheWarning
+from layercache.methods.easycache import EasyCache
+from layercache.methods.fbcache import FBCache
 from layercache.models.registry import fingerprint_of
 from layercache.schedule.schedule import Schedule, Velocity
+from support import zoo_pipelines as classic
 from support.marks import slow
 from support.modular import PIPELINES, generate
 from support.zoo_pipelines import STEPS, schedule_of
@@ -32,6 +44,58 @@ def made(name, guider=None):
     if guider is not None:
         pipe.update_components(guider=guider)
     return pipe, call
+
+
+@pytest.mark.parametrize(
+    "name", ["z-image", "ltx", *slow(*(name for name in PIPELINES if name not in ("z-image", "ltx")))]
+)
+def test_kinds_of_pipelines(name):
+    """Full rows give the full run's bits; each condition is a branch, and nothing is left behind."""
+    pipe, call = made(name)
+    full = generate(pipe, call)
+    set_state, own = BaseGuidance.set_state, dict(vars(getattr(pipe, "guider", None) or object))
+    with layercache.enabled(pipe, schedule_of(pipe, "c")):
+        assert torch.equal(generate(pipe, call), full)
+    plan = schedule_of(pipe, "crr")
+    with layercache.enabled(pipe, plan) as cache:
+        reused = generate(pipe, call)
+        assert cache.generation is None  # the loop's end is known
+    report = cache.report()
+    assert not torch.allclose(reused, full, atol=1e-6)
+    branches = {"flux": ("call 0",), "ltx 2": ("cond", "uncond", "cond_stg")}.get(name, ("cond", "uncond"))
+    assert report.branches == branches and report.generations == 1 and report.source == "scheduler"
+    assert (report.unidentified, report.fallback_rows) == (0, 0)
+    if name != "wan, two experts":  # of its plan for all steps the first transformer runs some
+        assert report.used == pytest.approx(plan.used)
+    pipe.transformer.enable_cache(layercache.CacheConfig(plan, scheduler=pipe.scheduler))
+    assert torch.equal(generate(pipe, call), reused)
+    pipe.transformer.disable_cache()
+    assert BaseGuidance.set_state is set_state
+    assert not {"forward", "prepare_models"} & set(vars(getattr(pipe, "guider", None) or object)) - set(own)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "wan"])
+def test_schedules_do_what_they_do_in_other_pipelines(name):
+    pipe, call = made(name)
+    of_kind = {
+        "flux": lambda: (classic.make("FluxPipeline", "FluxTransformer2DModel"), {}),
+        "qwen-image": lambda: (classic._qwen()[0], {"true_cfg_scale": 4.0}),
+        "wan": lambda: (classic._wan()[0], {}),
+    }
+    other, more = of_kind[name]()
+    size = {"height": classic.SIDE, "width": classic.SIDE, "output_type": "latent"}
+    other_call = call | size | more
+
+    def both():
+        found = generate(pipe, call), classic.generate(other, other_call)
+        return [latents.flatten().sort().values for latents in found]  # one of them is packed
+
+    one, two = full = both()
+    assert torch.equal(one, two)
+    plan = schedule_of(other, "crrl")
+    with layercache.enabled(pipe, plan), layercache.enabled(other, plan):
+        one, two = both()
+    assert torch.equal(one, two) and not torch.equal(one, full[0])
 
 
 class Reference:
@@ -100,9 +164,33 @@ GUIDERS = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDERS)
+EVERY_STEP = lambda k: ["cond", "uncond"]  # noqa: E731
+OTHER_GUIDERS = {
+    "zero star": (lambda: ClassifierFreeZeroStarGuidance(**CFG), EVERY_STEP),
+    "mix": (lambda: AdaptiveProjectedMixGuidance(**CFG), EVERY_STEP),
+    "magnitude": (lambda: MagnitudeAwareGuidance(), EVERY_STEP),
+    "tangential": (lambda: TangentialClassifierFreeGuidance(**CFG), EVERY_STEP),
+    "perturbed attention": (
+        lambda: PerturbedAttentionGuidance(
+            **CFG, perturbed_guidance_layers=[1], perturbed_guidance_start=0.2, perturbed_guidance_stop=0.8
+        ),
+        with_skip,
+    ),
+    "smoothed energy": (
+        lambda: SmoothedEnergyGuidance(
+            **CFG,
+            seg_guidance_config=SmoothedEnergyGuidanceConfig([1], fqn="blocks"),
+            seg_guidance_start=0.2,
+            seg_guidance_stop=0.8,
+        ),
+        with_skip,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*GUIDERS, *slow(*OTHER_GUIDERS)])
 def test_branches_keep_residuals_of_their_own(name):
-    guider, conditions = GUIDERS[name]
+    guider, conditions = (GUIDERS | OTHER_GUIDERS)[name]
     pipe, call = made("wan", guider())
     full = generate(pipe, call)
     plan = schedule_of(pipe, "crr")
@@ -164,3 +252,79 @@ def test_velocities_are_of_the_same_guidance(name, guider, skipped):
     with held_velocities(pipe, skipped - {4, 5} if 7 in skipped else skipped):
         expected = generate(pipe, call)
     assert torch.equal(found, expected) and not torch.allclose(found, full, atol=1e-5)
+
+
+class Swapping(ClassifierFreeGuidance):
+    """Runs its conditions in turns, the other one first at every second step."""
+
+    def prepare_inputs_from_block_state(self, *args):
+        batches = super().prepare_inputs_from_block_state(*args)
+        return batches[:: -1 if self._step % 2 else 1]
+
+
+class Unnamed(ClassifierFreeGuidance):
+    """Gives its conditions in a way that nobody knows."""
+
+    def prepare_inputs_from_block_state(self, *args):
+        return UserList(super().prepare_inputs_from_block_state(*args))
+
+
+def test_names_and_not_places_tell_branches():
+    pipe, call = made("wan", ClassifierFreeGuidance(**CFG))
+    full = generate(pipe, call)
+    with layercache.enabled(pipe, schedule_of(pipe, "cr")) as cache:
+        expected = generate(pipe, call)
+        pipe.update_components(guider=Swapping(**CFG))  # behind the cache's back
+        assert torch.equal(generate(pipe, call), expected) and not torch.equal(expected, full)
+        assert cache.report().unidentified == 0
+        pipe.guider = Unnamed(**CFG)
+        with pytest.warns(LayerCacheWarning, match="more conditions than its guider has prepared"):
+            assert torch.equal(generate(pipe, call), full)
+        assert cache.report().unidentified == 2 * STEPS
+
+
+def test_decisions_are_none_of_a_guider():
+    """A block that a guider skips says nothing of the streams, nor a velocity of one guidance of another's."""
+    pipe, call = made("wan", SkipLayerGuidance(**CFG, **skipping([0])))
+    with layercache.enabled(pipe, FBCache(threshold=9.0, warmup=1, per_branch=True)) as cache:
+        generate(pipe, call)
+        assert cache.decisions["cond"] == (True, *[False] * 7)
+        assert cache.decisions["cond_skip"] == (True,) * 6
+    with layercache.enabled(pipe, EasyCache(threshold=9.0)) as cache:
+        pipe.update_components(guider=ClassifierFreeGuidance(**CFG))
+        generate(pipe, call)
+        held = cache.decisions["cond"]
+        pipe.update_components(guider=ClassifierFreeGuidance(**CFG, stop=0.75))
+        generate(pipe, call)
+    assert not held[6] and cache.decisions["cond"] == (*held[:6], True, True)
+
+
+def test_guidance_is_a_setting():
+    pipe, call = made("wan", ClassifierFreeGuidance(**CFG))
+    embeds = {name: call.pop(name) for name in ("prompt_embeds", "negative_prompt_embeds", "latents")}
+    call["num_inference_steps"] = 4
+    profile = layercache.calibrate(pipe, [embeds], progress=False, **call)
+    assert profile.fingerprint.branches == ("cond", "uncond")
+    assert "guidance_scale 3" in profile.fingerprint.settings["guidance"]
+    with layercache.enabled(pipe, replace(schedule_of(pipe, "c"), fingerprint=profile.fingerprint)):
+        generate(pipe, call | embeds)
+        pipe.update_components(guider=ClassifierFreeGuidance(**CFG, stop=0.5))
+        with pytest.warns(LayerCacheWarning, match="guidance_stop 0.5"):
+            generate(pipe, call | embeds)
+
+
+@pytest.mark.slow
+def test_learns_and_searches():
+    pipe, call = made("qwen-image", ClassifierFreeGuidance(**CFG))
+    call["num_inference_steps"] = 6
+    full = generate(pipe, call)
+    cache = layercache.enable(pipe, budget=0.5, learn=1)
+    assert torch.equal(generate(pipe, call), full)
+    learnt = generate(pipe, call)
+    assert not torch.equal(learnt, full) and cache.report().used < 1
+    pipe.update_components(guider=ClassifierFreeGuidance(**CFG, stop=0.5))
+    with pytest.warns(LayerCacheWarning, match="conditions change in the middle"):
+        generate(pipe, call)
+    layercache.disable(pipe)
+    with pytest.raises(LayerCacheError, match="conditions change in the middle"):
+        layercache.search(pipe, [call], budgets=[0.5], num_inference_steps=6)
