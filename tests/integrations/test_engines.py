@@ -126,8 +126,11 @@ def test_sglang_own_pipelines_give_what_enable_gives(worker, expected, caplog, m
     for _ in range(2):
         assert torch.equal(worker.by_itself(5), full[5])
         assert torch.equal(worker.by_itself(STEPS, enable_teacache=True), full[STEPS])
+    predict = worker.stage._predict_noise_with_cfg
+    worker.stage._predict_noise_with_cfg = lambda **call: [predict(**call), predict(**call)][1]
+    assert torch.equal(worker.by_itself(STEPS), full[STEPS])  # two evaluations a step
     texts = warnings_of(caplog)
-    assert len(texts) == 2 and "5 steps" in texts[0] and "another cache" in texts[1]
+    assert len(texts) == 3 and all(map(str.__contains__, texts, ("5 steps", "another cache", "several velocities")))
 
 
 class Interrupting:
@@ -147,6 +150,7 @@ class Interrupting:
         ({"HookRegistry": "Registry"}, False, False),
         ({"def forward(self, batch, server_args)": "def _renamed(self, batch, server_args)"}, False, True),
         ({"server_args": "settings"}, False, True),
+        ({"diffusers_pipe": "pipeline"}, False, True),
         ({"_predict_noise_with_cfg": "_renamed"}, True, False),
         ({"timestep_index": "index"}, True, False),
     ],
@@ -228,6 +232,7 @@ def test_vllm_omni_gives_what_enable_gives(imported_before, tmp_path, folder, ex
             assert torch.equal(runner.execute(5), full[5])
         (warning,) = warnings_of(caplog)
         assert "5 steps" in warning
+        assert torch.equal(omni(runner.pipeline, schedule=str(folder)).execute(STEPS), cached)  # started anew
         assert omni(backend="none").cache_backend is None
         with pytest.raises(ValueError, match="Unsupported"):
             omni(backend="unknown")

@@ -18,6 +18,8 @@ from layercache.runtime.policy import PlannedMethod
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.schedule import Schedule
 
+MOST_SCHEDULES = 8  # of a method, for runs with other noise levels
+
 
 @dataclass
 class Plans:
@@ -103,6 +105,8 @@ class Plans:
         if key not in self._made:
             fingerprint = Fingerprint(name, "", blocks or 1, sigmas, (), __version__)
             self._made[key] = _whole(plan.schedule_of_run(fingerprint, scheduler, 0))
+            if len(self._made) > MOST_SCHEDULES:
+                del self._made[next(iter(self._made))]
         return self._made[key]
 
 

@@ -106,10 +106,12 @@ class DiffusersBackend(_Planned):
         from layercache.errors import LayerCacheError
 
         call = _arguments(original, args, kwargs, "batch", "server_args")
-        pipe = None if call is None else getattr(call["self"], "diffusers_pipe", None)
-        if call is None or pipe is None:
+        if call is None:
             return original(*args, **kwargs)
-        batch = call["batch"]
+        batch, pipe = call["batch"], getattr(call["self"], "diffusers_pipe", None)
+        if pipe is None:
+            warn_once("the stage of SGLang's diffusers backend does not say its pipeline; it runs uncached")
+            return original(*args, **kwargs)
         plan = self._plan_of(batch, call["server_args"])
         if not self._switch(pipe, plan):
             return original(*args, **kwargs)
@@ -232,7 +234,10 @@ class OwnPipelines(_Planned):
         """The run that a step belongs to: that of its request, or a new one at the first step."""
         stage, batch, step = call["self"], call["batch"], call["timestep_index"]
         known, newest, run = self._runs.get(stage, (None, -1, None))
-        if known is not None and known() is batch and step > newest:
+        if known is not None and known() is batch and step >= newest:
+            if step == newest and run is not None:
+                self._leave(call, f"{type(stage).__name__} asks for several velocities a step")
+                return None
             self._runs[stage] = known, step, run
             return run
         run = self._begin(stage, call) if step == 0 else None

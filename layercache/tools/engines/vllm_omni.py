@@ -114,7 +114,7 @@ def backend_class() -> type:
                 plans = Plans.read(given)
                 if missing := _missing(pipeline):
                     raise LayerCacheError(missing)
-            except (LayerCacheError, OSError) as error:
+            except (LayerCacheError, OSError, TypeError) as error:
                 _warn(f"runs {type(pipeline).__name__} uncached: {error}")
                 return
             self.loops = PipelineLoops(pipeline, plans)
@@ -164,11 +164,13 @@ class PipelineLoops:
         self._levels: Any = None  # the scheduler's timesteps: another object in every run
         self._newest = -1
         self._is_due = False  # a prediction was given and its step not taken
-        self._step_arguments = inspect.signature(getattr(pipeline, STEPS))
         for name in (*PREDICTS, STEPS):
             if (original := getattr(pipeline, name, None)) is not None:
+                if isinstance(original, functools.partial):  # of an earlier backend
+                    original = original.args[0]
                 call = self.step if name == STEPS else self.predict
                 setattr(pipeline, name, functools.partial(call, original))
+        self._step_arguments = inspect.signature(getattr(pipeline, STEPS).args[0])
 
     def refresh(self) -> None:
         """The next prediction begins a run."""
