@@ -173,7 +173,7 @@ def test_attention_of_other_models_is_reused_as_by_diffusers(name, one_branch):
     made.transformer.enable_cache(
         diffusers.FasterCacheConfig(
             spatial_attention_timestep_skip_range=(-1, steps // 2),
-            spatial_attention_block_identifiers=("attn1?$",),  # by default also Wan's and LTX's cross-attention
+            spatial_attention_block_identifiers=("attn1?$",),  # by default also LTX's cross-attention
             attention_weight_callback=lambda _: 0.0,
             is_guidance_distilled=True,
             current_timestep_callback=lambda: steps - 1 - max(now["step"], 0),
