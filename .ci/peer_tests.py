@@ -86,13 +86,15 @@ class Trial(NamedTuple):
     tests: Path
     path: list[Path]
     workers: str
+    names: str  # an expression for pytest
 
     def outcomes(self, *selected: str, accelerated: bool) -> dict[str, dict[str, Any]]:
         """What became of each test: of all that concern caches, or of the ones selected."""
         peer, written = KNOWN[self.package], BUILD / "outcomes.json"
         directory = self.tests / peer.directory
         files = [file for file in sorted(directory.glob(peer.files)) if re.search(peer.about, file.read_text())]
-        only = ("-k", peer.names) if peer.names and not selected else ()
+        names = self.names or peer.names
+        only = ("-k", names) if names and not selected else ()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, [*self.path, PEERS, ROOT])),
             "PEER_PACKAGE": self.package if accelerated else "",
@@ -125,7 +127,7 @@ def compared(trial: Trial) -> dict[str, Any]:
     }
 
 
-def tried(package: str, version: str, checkout: str | None, workers: str) -> dict[str, Any]:
+def tried(package: str, version: str, checkout: str | None, workers: str, names: str) -> dict[str, Any]:
     path = [install(package, version)] if version else []
     installed = next(iter(importlib.metadata.distributions(name=package, path=[*map(str, path), *sys.path]))).version
     tests = Path(checkout) if checkout else fetch_tests(package, installed)
@@ -134,14 +136,22 @@ def tried(package: str, version: str, checkout: str | None, workers: str) -> dic
         path.append(install("parameterized", "0.9.0"))
         run(sys.executable, PEERS / "stand_ins.py", tests, check=True)
     commit = run("git", "-C", tests, "log", "-1", "--format=%h of %cs", check=True, stdout=subprocess.PIPE).stdout
-    found = {"package": package, "version": installed, "tests_of": commit.strip()}
-    return found | compared(Trial(package, tests, path, workers))
+    found = {
+        "package": package,
+        "version": installed,
+        "tests_of": commit.strip(),
+        "names": names or KNOWN[package].names,
+    }
+    return found | compared(Trial(package, tests, path, workers, names))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", action="append", metavar="PACKAGE==VERSION", help="'newest' is a version too")
     parser.add_argument("--checkout", action="append", default=[], metavar="PACKAGE=PATH", help="tests that are there")
+    parser.add_argument(
+        "-k", default="", metavar="NAMES", help="of tests, as pytest takes them; by default all of caches"
+    )
     parser.add_argument("--workers", default="0", help="processes, or auto")
     parser.add_argument("-o", "--output", type=Path, help="file for the results, in JSON")
     options = parser.parse_args()
@@ -150,7 +160,7 @@ def main() -> None:
     results = []
     for release in options.release or KNOWN:
         package, _, version = release.partition("==")
-        results.append(tried(package, version, checkouts.get(package), options.workers))
+        results.append(tried(package, version, checkouts.get(package), options.workers, options.k))
         print(json.dumps(results[-1], indent=1))
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n")
