@@ -187,6 +187,7 @@ class StepRouter(Router):
             run.velocity = self._copied(run.velocity, velocity)
             return velocity
         assert run.velocity is not None
+        run.inputs = None  # the pipeline's, which nothing else may hold any more
         return self._extended(run.velocity, rule, velocity)
 
     def _copied(self, before: Stored | None, velocity: torch.Tensor) -> Stored:
