@@ -2,9 +2,10 @@
 
     python integrations/comfyui/tools/real_engine.py CHECKOUT --out bench/results/comfyui.json
 
-Models are added to those that the file has. CHECKOUT is a folder with ComfyUI's sources. Of its requirements, einops, torchsde, psutil and aiohttp are needed in
+CHECKOUT is a folder with ComfyUI's sources. Of its requirements, einops, torchsde, psutil and aiohttp are needed in
 this Python (``pip install --no-deps --target FOLDER einops torchsde trampoline spandrel`` and PYTHONPATH=FOLDER will
-do); empty modules stand in for torchvision, torchaudio, av and whatever else is not there and not called.
+do); empty modules serve for torchvision, torchaudio, av and whatever else is not there and not called. Models are added
+to those that the file has.
 
 Models: the bundled demo model, whose trained weights fit ComfyUI's Qwen-Image class; small Flux and Wan networks with
 random weights, which only tell whether something runs, not how good a cache is on a trained one.
