@@ -6,6 +6,7 @@ renamed gives one warning and sampling without a cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -95,11 +96,17 @@ def own_memory() -> AbstractContextManager[Any]:
 
     Newer ComfyUI plan the memory of a forward ahead, and let others pause that.
     """
+    pause = _pause()
+    return nullcontext() if pause is None else pause()
+
+
+@functools.cache
+def _pause() -> Callable[[], AbstractContextManager[Any]] | None:
     try:
         from comfy.model_prefetch import pause_malloc_graph
     except ImportError:
-        return nullcontext()
-    return pause_malloc_graph()  # type: ignore[no-any-return, unused-ignore]
+        return None
+    return pause_malloc_graph  # type: ignore[no-any-return, unused-ignore]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import threading
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ pack = importlib.util.module_from_spec(_spec)
 sys.modules["layercache_comfyui"] = pack
 _spec.loader.exec_module(pack)
 caching, engine = sys.modules["layercache_comfyui.caching"], sys.modules["layercache_comfyui.engine"]
-recording = sys.modules["layercache_comfyui.recording"]
+recording, groups = sys.modules["layercache_comfyui.recording"], sys.modules["layercache_comfyui.groups"]
 CONTROL = 0.1 * torch.randn(16, generator=torch.Generator().manual_seed(8))
 
 
@@ -300,6 +302,28 @@ def test_noise_levels_are_read_once():
     OnDevice.waits = 0
     assert torch.equal(guider.sample(noise(5), SIGMAS.as_subclass(OnDevice), sample_euler), expected)
     assert OnDevice.waits == 1
+
+
+def test_residuals_are_stored_while_planning_of_memory_is_paused(monkeypatch):
+    """Newer ComfyUI give a forward's memory to the next one, but for what is allocated in a pause."""
+    paused, copied, copy = [], [], groups._copy
+    module = types.ModuleType("comfy.model_prefetch")
+
+    @contextlib.contextmanager
+    def pause():
+        paused.append(True)
+        yield
+        paused.pop()
+
+    module.pause_malloc_graph = pause
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(groups, "_copy", lambda stream: copied.append(len(paused)) or copy(stream))
+    engine._pause.cache_clear()
+    try:
+        guider_of(caching.Caching(grouped(groups=((0, 5),)))).sample(noise(5), SIGMAS)
+    finally:
+        engine._pause.cache_clear()
+    assert 1 in copied and paused == []
 
 
 def test_a_prefix_cache_stays_on_where_no_blocks_are_replaced(made):
