@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import layercache
-from layercache.demo import pipeline
+from layercache.demo import pipeline, weights
 from layercache.errors import BudgetError, UnsupportedModelError
 from layercache.methods import Universal
 from layercache.planning.front import Point
@@ -180,8 +180,11 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_an_installation_without_the_bundled_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "weights")
-    assert "reinstall" in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+    monkeypatch.setattr(weights, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(weights, "PACKAGE", "layercache_demo_of_nowhere")
+    assert 'pip install "layercache[demo]"' in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+    assert 'pip install "layercache[demo]"' in refused(1, "generate", "-p", "cat", "-o", tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda"])
@@ -286,9 +289,9 @@ def test_doctor_without_extras(monkeypatch):
     for name in ("skimage", "matplotlib", "triton"):
         monkeypatch.setitem(sys.modules, name, None)
     states = {check.name: check for check in doctor.diagnose().checks}
-    assert states["triton"].state == states["[demo]"].state == "optional"
-    assert "scikit-image, matplotlib" in states["[demo]"].detail
-    assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
+    assert states["triton"].state == states["[figures]"].state == "optional"
+    assert "scikit-image, matplotlib" in states["[figures]"].detail
+    assert "layercache[figures]" in invoke("doctor").output.replace("\n", " ")
 
 
 # --- messages by the options that were typed ------------------------------------------------------------------
@@ -610,7 +613,7 @@ def test_demo_into_a_file(tmp_path, tiny_demo):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (pipeline.WEIGHTS / "transformer").is_dir(), reason="the bundled weights are not here")
+@pytest.mark.skipif(not (weights.CHECKOUT / weights.FILE).is_file(), reason="the bundled weights are not here")
 def test_demo_with_the_bundled_model(tmp_path):
     result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")
     assert result.exit_code == 0, result.output

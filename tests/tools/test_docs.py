@@ -7,7 +7,11 @@ import json
 import pkgutil
 import re
 import runpy
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -25,6 +29,8 @@ FOLDERS = [
         "examples/deep_model",
         "examples/service",
         "integrations/comfyui",
+        "integrations/demo",
+        "integrations/demo/layercache_demo",
         ".github",
     )
 ]
@@ -102,6 +108,8 @@ def test_citations_of_the_methods_page_name_its_headings() -> None:
             assert around.startswith("docs/methods.md, ") and "," in citation.group(), f"{name_of(path)}: {around}"
             found += 1
         assert "\N{SECTION SIGN}" not in text, name_of(path)
+        for page in re.findall(r"(?<![\w/.])docs/[\w/-]+\.(?:md|ipynb)", text):
+            assert (ROOT / page).exists(), f"{name_of(path)}: {page}"
     assert found > 60
     ops = prose(METHODS).partition("### Formulas of the ops")[2].partition("## Papers")[0]
     for cell in re.findall(r"^\| (`.+?) \|", ops, re.MULTILINE):
@@ -159,26 +167,77 @@ def test_versions_agree() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert re.findall(r'"(3\.\d+)"', workflow) == supported
     assert f"Python {supported[0]} to {supported[-1]}" in README
-    version = re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    prepared = re.search(r"^## (\S+) - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    assert f'fallback_version = "{prepared}.dev0"' in project
+    assert f"version: {prepared}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_site_has_every_page_and_every_public_name() -> None:
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Modules of what builds the site."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    return importlib.import_module
+
+
+def test_the_site_has_every_page_and_every_public_name(site: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    api, results = site("site_api"), site("site_results")
+    written = {*site("docs").SITE_OF.values(), "gallery.md", "measured/index.md", "api/index.md"}
+    written |= {f"measured/{page.name}.md" for page in results.PAGES} | {f"api/{page.name}.md" for page in api.PAGES}
     nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / ".ci" / "mkdocs.yml").read_text(), re.MULTILINE)
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert set(nav) == pages | {"index.md", "measured.md", "api.md", "changes.md"}
-    site = runpy.run_path(str(ROOT / ".ci" / "docs.py"))
-    for package in site["PACKAGES"]:
-        public = set(importlib.import_module(package).__all__) - {"__version__"}
-        assert set(site["public_names"](package)) == public
+    pages = {path.relative_to(ROOT / "docs") for end in ("md", "ipynb") for path in (ROOT / "docs").rglob(f"*.{end}")}
+    assert sorted(nav) == sorted({path.with_suffix(".md").as_posix() for path in pages} | written)
+    for module in api.MODULES:
+        public = getattr(importlib.import_module(module), "__all__", None)
+        assert public is None or set(api.public_names(module)) == set(public) - {"__version__"}
+    for home in (home for page in api.PAGES for home in api.names_of(page).values()):
+        pkgutil.resolve_name(home)
+    api.write_pages(tmp_path / "api")  # raises where a name has no docstring
+    results.write_pages(tmp_path / "measured", "https://example.org")  # and where a result file is on no page
 
 
-def test_links_of_the_readme_are_absolute_in_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("setuptools.setup", lambda **options: None)
-    monkeypatch.setenv("GITHUB_REPOSITORY", "somebody/layercache")
+def test_the_site_shows_every_name_that_documents_give(site: Callable[[str], ModuleType]) -> None:
+    """What a reader is shown to import or call is public, so that its page says what it takes."""
+    api = site("site_api")
+    shown = {name for page in api.PAGES for one in api.names_of(page).items() for name in one}
+    shown |= {module for name in shown for module in accumulate(name.split("."), "{}.{}".format)}
+    for path in CURRENT:
+        text = path.read_text()
+        named = set(re.findall(r"layercache(?:\.[a-z_]\w*)+\.[A-Z]\w*|`(layercache(?:\.\w+){2,})\(", text)) - {""}
+        for module, names in re.findall(r"^from (layercache[\w.]*) import ([\w, ]+?)(?:  #.*)?$", text, re.MULTILINE):
+            named |= {f"{module}.{name}" for name in names.split(", ")}
+        assert {re.sub(r"(\.[A-Z]\w*)\..*", r"\1", name) for name in named} <= shown, name_of(path)
+
+
+def test_notebooks_are_stored_without_outputs(site: Callable[[str], ModuleType]) -> None:
+    notebooks = site("site_notebooks")
+    stored = {path.name: notebooks.stored_outputs(path) for path in notebooks.NOTEBOOKS.glob("*.ipynb")}
+    assert stored and not any(stored.values())
+
+
+@pytest.mark.parametrize(
+    ("ref", "at"),
+    [({"TYPE": "tag", "NAME": "v9.1.2"}, "v9.1.2"), ({"TYPE": "branch", "NAME": "a/b"}, "0dd1ce"), (None, "")],
+    ids=["tag", "branch", "here"],
+)
+def test_links_of_the_readme_are_absolute_in_an_index(
+    ref: dict[str, str] | None, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the tag that is built, else to the commit; outside of a workflow the repository's address is not known."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    for name in ("GITHUB_REPOSITORY", "GITHUB_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if ref:
+        values = {"REPOSITORY": "somebody/layercache", "SHA": "0dd1ce", **{f"REF_{k}": v for k, v in ref.items()}}
+        for name, value in values.items():
+            monkeypatch.setenv(f"GITHUB_{name}", value)
     monkeypatch.chdir(ROOT)
-    text = runpy.run_path("setup.py")["readme"]()
+    runpy.run_path("setup.py")
+    text, home = given["long_description"], "https://github.com/somebody/layercache"
+    if ref is None:
+        assert (text, given["project_urls"]) == (README, {})
+        return
     links = re.findall(r"\]\(([^)#][^)]*)\)", text)
     assert links and all(link.startswith("https://") for link in links)
-    assert re.search(r"!\[[^]]*\]\(https://github.com/somebody/layercache/raw/v\d[\w.]*/docs/demo.png\)", text)
-    assert "](https://github.com/somebody/layercache/blob/v" in text
+    assert f"]({home}/raw/{at}/docs/demo.png)" in text and f"]({home}/blob/{at}/docs/guide.md)" in text
+    assert given["project_urls"]["Issues"] == f"{home}/issues"
