@@ -84,7 +84,7 @@ def cached_by_cache_dit(crew: Crew) -> list[str]:
     """Digests of three pictures; the processes are at different ones, and do not run equally many."""
     call = {"num_inference_steps": 8, "guidance_scale": 4.0}
     model = CalibratedModel(pipeline(), CALLS[0], [0, 1], call, (0.5,), crew=crew)
-    model._made["dbcache", 0.5] = DBCache(threshold=0.2, warmup=2), "a threshold"
+    model._made["dbcache", 0.5] = DBCache(threshold=0.2, front=1, warmup=2), "a threshold"
     entry = PEERS["cache-dit:dbcache"](model, 0.5)
 
     def generate(seed: int) -> str:
