@@ -37,6 +37,8 @@ from support.modular import PIPELINES, generate
 from support.zoo_pipelines import STEPS, schedule_of
 
 CFG = {"guidance_scale": 3.0}
+PERTURBED = {"perturbed_guidance_layers": [1], "perturbed_guidance_start": 0.2, "perturbed_guidance_stop": 0.8}
+FEWER = 4  # steps, where nothing begins or ends in the middle
 
 
 def made(name, guider=None):
@@ -52,6 +54,7 @@ def made(name, guider=None):
 def test_kinds_of_pipelines(name):
     """Full rows give the full run's bits; each condition is a branch, and nothing is left behind."""
     pipe, call = made(name)
+    call["num_inference_steps"] = FEWER
     full = generate(pipe, call)
     set_state, own = BaseGuidance.set_state, dict(vars(getattr(pipe, "guider", None) or object))
     with layercache.enabled(pipe, schedule_of(pipe, "c")):
@@ -67,16 +70,18 @@ def test_kinds_of_pipelines(name):
     assert (report.unidentified, report.fallback_rows) == (0, 0)
     if name != "wan, two experts":  # of its plan for all steps the first transformer runs some
         assert report.used == pytest.approx(plan.used)
-    pipe.transformer.enable_cache(layercache.CacheConfig(plan, scheduler=pipe.scheduler))
-    assert torch.equal(generate(pipe, call), reused)
-    pipe.transformer.disable_cache()
+    if hasattr(pipe.transformer, "enable_cache"):
+        pipe.transformer.enable_cache(layercache.CacheConfig(plan, scheduler=pipe.scheduler))
+        assert torch.equal(generate(pipe, call), reused)
+        pipe.transformer.disable_cache()
     assert BaseGuidance.set_state is set_state
     assert not {"forward", "prepare_models"} & set(vars(getattr(pipe, "guider", None) or object)) - set(own)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen-image", "wan"])
+@pytest.mark.parametrize("name", ["flux", "qwen-image", *slow("wan")])
 def test_schedules_do_what_they_do_in_other_pipelines(name):
     pipe, call = made(name)
+    call["num_inference_steps"] = FEWER
     of_kind = {
         "flux": lambda: (classic.make("FluxPipeline", "FluxTransformer2DModel"), {}),
         "qwen-image": lambda: (classic._qwen()[0], {"true_cfg_scale": 4.0}),
@@ -148,12 +153,12 @@ def with_skip(step):
     return ["cond", "uncond", "skip"] if 1 < step < 6 else ["cond", "uncond"]
 
 
+INSIDE = LayerSkipConfig([1], fqn="blocks", skip_attention=False)  # hooks on modules of a block, none on itself
 GUIDERS = {
-    "ends early": (lambda: ClassifierFreeGuidance(**CFG, stop=0.5), lambda k: ["cond", "uncond"][: 1 + (k < 4)]),
     "begins late": (lambda: ClassifierFreeGuidance(**CFG, start=0.5), lambda k: ["cond", "uncond"][: 1 + (k >= 4)]),
     "skips layers": (lambda: SkipLayerGuidance(**CFG, **skipping([1, 2])), with_skip),
     "other layers": (
-        lambda: AutoGuidance(**CFG, auto_guidance_config=LayerSkipConfig([1])),
+        lambda: AutoGuidance(**CFG, auto_guidance_config=INSIDE),
         lambda k: ["cond", "uncond"],
     ),
     # diffusers puts no hooks on the second of two conditions, and so on none of the first steps' here
@@ -166,16 +171,10 @@ GUIDERS = {
 
 EVERY_STEP = lambda k: ["cond", "uncond"]  # noqa: E731
 OTHER_GUIDERS = {
+    "ends early": (lambda: ClassifierFreeGuidance(**CFG, stop=0.5), lambda k: ["cond", "uncond"][: 1 + (k < 4)]),
     "zero star": (lambda: ClassifierFreeZeroStarGuidance(**CFG), EVERY_STEP),
     "mix": (lambda: AdaptiveProjectedMixGuidance(**CFG), EVERY_STEP),
-    "magnitude": (lambda: MagnitudeAwareGuidance(), EVERY_STEP),
     "tangential": (lambda: TangentialClassifierFreeGuidance(**CFG), EVERY_STEP),
-    "perturbed attention": (
-        lambda: PerturbedAttentionGuidance(
-            **CFG, perturbed_guidance_layers=[1], perturbed_guidance_start=0.2, perturbed_guidance_stop=0.8
-        ),
-        with_skip,
-    ),
     "smoothed energy": (
         lambda: SmoothedEnergyGuidance(
             **CFG,
@@ -200,6 +199,24 @@ def test_branches_keep_residuals_of_their_own(name):
         found = generate(pipe, call)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(full, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "guider", "branches"),
+    [
+        ("qwen-image", lambda: MagnitudeAwareGuidance(), ("cond", "uncond")),
+        ("z-image", lambda: PerturbedAttentionGuidance(**CFG, **PERTURBED), ("cond", "uncond", "cond_skip")),
+    ],
+)
+def test_guiders_of_pictures(name, guider, branches):
+    pipe, call = made(name, guider())
+    full = generate(pipe, call)
+    with layercache.enabled(pipe, schedule_of(pipe, "c")):
+        assert torch.equal(generate(pipe, call), full)
+    with layercache.enabled(pipe, schedule_of(pipe, "crr")) as cache:
+        assert not torch.equal(generate(pipe, call), full)
+    assert cache.report().branches == branches and cache.report().unidentified == 0
 
 
 def skipping_steps(pipe, skipped):
