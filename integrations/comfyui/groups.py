@@ -61,7 +61,7 @@ class ChunkRow:
     def forget(self, step: int) -> None:
         """Frees what no step behind this one reads."""
         stored = self.chunk.stored
-        self.chunk.stored = {key: streams for key, streams in stored.items() if self.last_read[key] > step}
+        self.chunk.stored = {key: streams for key, streams in stored.items() if self.last_read.get(key, -1) > step}
 
 
 class Groups:
@@ -243,6 +243,9 @@ class GroupForward:
     def _open(self, index: int, args: Mapping[str, Any]) -> None:
         self._before, self._results = {}, {}
         inputs = _streams(args)
+        if "img" not in inputs or any(len(stream) % len(self.rows) for stream in inputs.values()):
+            self.is_lost = True
+            return
         reusing = [row for row in self.rows if row.cells[index]]
         with engine.own_memory():
             if len(reusing) == len(self.rows):
@@ -291,8 +294,9 @@ class GroupForward:
         before, self._before = self._before, {}
         after = _streams(output)
         if self.groups.parts[index].is_end:
-            after = {"img": after["img"]}  # the head reads no text
-        if any(stream.shape != before[name].shape or len(stream) % len(self.rows) for name, stream in after.items()):
+            after.pop("txt", None)  # the head reads none
+        shapes = {name: stream.shape for name, stream in before.items()}
+        if "img" not in after or any(stream.shape != shapes.get(name) for name, stream in after.items()):
             self.is_lost = True
             return output
         with engine.own_memory():
@@ -308,8 +312,10 @@ class GroupForward:
         return output
 
 
-def _streams(args: Mapping[str, Any]) -> Streams:
-    """Image and text among a block's arguments, or results."""
+def _streams(args: Any) -> Streams:
+    """Image and text among a block's arguments, or results; none where they are something else."""
+    if not isinstance(args, Mapping):
+        return {}
     return {name: args[name] for name in ("img", "txt") if isinstance(args.get(name), torch.Tensor)}
 
 
