@@ -87,12 +87,15 @@ class Trial(NamedTuple):
     path: list[Path]
     workers: str
     names: str  # an expression for pytest
+    files: str  # pattern
 
     def outcomes(self, *selected: str, accelerated: bool) -> dict[str, dict[str, Any]]:
         """What became of each test: of all that concern caches, or of the ones selected."""
         peer, written = KNOWN[self.package], BUILD / "outcomes.json"
         directory = self.tests / peer.directory
-        files = [file for file in sorted(directory.glob(peer.files)) if re.search(peer.about, file.read_text())]
+        files = [
+            file for file in sorted(directory.glob(self.files or peer.files)) if re.search(peer.about, file.read_text())
+        ]
         names = self.names or peer.names
         only = ("-k", names) if names and not selected else ()
         environment = os.environ | {
@@ -106,7 +109,11 @@ class Trial(NamedTuple):
         options = ("--tb=line", "--no-header", "--continue-on-collection-errors", "-n", self.workers)
         written.unlink(missing_ok=True)
         chosen = selected or [str(file.relative_to(directory)) for file in files]
-        run(*pytest, *options, *only, *chosen, cwd=directory, env=environment, stdout=subprocess.DEVNULL)
+        with (BUILD / "pytest.log").open("w+") as log:
+            run(*pytest, *options, *only, *chosen, cwd=directory, env=environment, stdout=log, stderr=log)
+            if not written.exists():
+                log.seek(0)
+                sys.exit("the tests did not run:\n" + log.read()[-4000:])
         return json.loads(written.read_text())
 
 
@@ -116,7 +123,8 @@ def compared(trial: Trial) -> dict[str, Any]:
     differing = [test for test in passed if with_ours.get(test, {}).get("outcome") != "passed"]
     if differing:  # once more, in case that chance decided
         again = [trial.outcomes(*differing, accelerated=accelerated) for accelerated in (False, True)]
-        differing = [t for t in differing if [a.get(t, {}).get("outcome") for a in again] == ["passed", "failed"]]
+        passing = [{test for test, found in part.items() if found["outcome"] == "passed"} for part in again]
+        differing = [test for test in differing if test in passing[0] - passing[1]]
     return {
         "tests": len(without),
         "pass": len(passed),
@@ -127,7 +135,7 @@ def compared(trial: Trial) -> dict[str, Any]:
     }
 
 
-def tried(package: str, version: str, checkout: str | None, workers: str, names: str) -> dict[str, Any]:
+def tried(package: str, version: str, checkout: str | None, options: argparse.Namespace) -> dict[str, Any]:
     path = [install(package, version)] if version else []
     installed = next(iter(importlib.metadata.distributions(name=package, path=[*map(str, path), *sys.path]))).version
     tests = Path(checkout) if checkout else fetch_tests(package, installed)
@@ -136,13 +144,9 @@ def tried(package: str, version: str, checkout: str | None, workers: str, names:
         path.append(install("parameterized", "0.9.0"))
         run(sys.executable, PEERS / "stand_ins.py", tests, check=True)
     commit = run("git", "-C", tests, "log", "-1", "--format=%h of %cs", check=True, stdout=subprocess.PIPE).stdout
-    found = {
-        "package": package,
-        "version": installed,
-        "tests_of": commit.strip(),
-        "names": names or KNOWN[package].names,
-    }
-    return found | compared(Trial(package, tests, path, workers, names))
+    found = {"package": package, "version": installed, "tests_of": commit.strip()}
+    found |= {"names": options.k, "files": options.files}
+    return found | compared(Trial(package, tests, path, options.workers, options.k, options.files))
 
 
 def main() -> None:
@@ -152,6 +156,9 @@ def main() -> None:
     parser.add_argument(
         "-k", default="", metavar="NAMES", help="of tests, as pytest takes them; by default all of caches"
     )
+    parser.add_argument(
+        "--files", default="", metavar="PATTERN", help="of the files with tests; by default all of caches"
+    )
     parser.add_argument("--workers", default="0", help="processes, or auto")
     parser.add_argument("-o", "--output", type=Path, help="file for the results, in JSON")
     options = parser.parse_args()
@@ -160,10 +167,12 @@ def main() -> None:
     results = []
     for release in options.release or KNOWN:
         package, _, version = release.partition("==")
-        results.append(tried(package, version, checkouts.get(package), options.workers, options.k))
+        results.append(tried(package, version, checkouts.get(package), options))
         print(json.dumps(results[-1], indent=1))
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if idle := [result["package"] for result in results if not result["reach_our_ops"]]:
+        sys.exit(f"no test of {' and '.join(idle)} reaches an accelerated function: the comparison says nothing")
     unexpected = [test for result in results for test in result["differ"] if test not in EXPECTED]
     if unexpected:
         sys.exit(f"{len(unexpected)} tests pass, but not when accelerated:\n" + "\n".join(unexpected))
