@@ -78,6 +78,7 @@ def write_pages(quick: bool = False) -> None:
         page = page_of(source)
         assert page is not None
         (PAGES / page).write_text(with_links(source.read_text(), source, page))
+    shutil.copy(ROOT / ".ci" / "site.css", PAGES)
     site_api.write_pages(PAGES / "api")
     site_results.write_pages(PAGES / "measured", HOST)
     if quick:

@@ -44,7 +44,6 @@ PAGES = (
             "layercache.tools.compare.measure.Measurement",
             "layercache.tools.compare.table.ComparisonTable",
         ),
-        inherits=True,
     ),
     Page("methods", "layercache.methods", "Published methods, a frozen config each.", ("layercache.methods",)),
     Page(

@@ -71,10 +71,10 @@ def look(context: Any, address: str, page: str, picture: Path | None) -> list[st
     over = tab.evaluate(OVERFLOW)
     if over > 0:
         problems.append(f"{over} pixels wider than the screen: {tab.evaluate(WIDEST)}")
-    if not page:
-        problems += search(tab)
     if picture:
         tab.screenshot(path=picture)
+    if not page:
+        problems += search(tab)
     tab.close()
     return problems
 
@@ -89,8 +89,6 @@ def search(tab: Any) -> list[str]:
         tab.locator("li.md-search-result__item").first.wait_for(timeout=10_000)
     except Exception as error:  # of the driver, which is imported where it is needed
         return [f"the search found nothing: {error}"]
-    field.fill("")
-    tab.keyboard.press("Escape")
     return []
 
 

@@ -22,16 +22,16 @@ STEPS = 30
 SHOWN = 6  # pictures, each of a class of its own
 METHODS = {
     "TaylorSeer, every second step": TaylorSeer(interval=2),
-    "every second step repeats the last": Uniform(interval=2),
+    "Every second step repeats the last": Uniform(interval=2),
     "FBCache": FBCache(threshold=0.1),
 }
 
 PAGE = """# Gallery
 
 Drawn when this site was built: {shown} pictures of the bundled model (32 x 32 pixels, {steps} steps, guidance 4), each
-with a seed that no schedule was fitted to. Every plan draws the same seeds; "difference" is the absolute one from
-the full run, four times as strong as it is. The numbers are the PSNR in dB; above about 55 dB pictures of 8 bit hardly
-differ. *Used* is the share of the blocks' time that was computed.
+with a seed that no schedule was fitted to and that every plan draws again. In each block the first row are full runs,
+the second cached ones with their PSNR in dB, the third their absolute difference, four times as strong as it is. Above
+about 55 dB pictures of 8 bit hardly differ. *Used* is the share of the blocks' time that was computed.
 
 ## Searched schedules
 
@@ -42,7 +42,7 @@ The schedules are those of
 
 ## Other methods
 
-Untuned, as their settings stand in the headings; [comparing](guides/comparing.md) tunes each to a budget.
+Untuned, with the settings below their names; [comparing](guides/comparing.md) tunes each to a budget.
 
 {methods}
 """
@@ -54,19 +54,20 @@ def draw(pipe: DemoPipeline) -> np.ndarray:
     return pipe(names, STEPS, 4.0, generator=generators, output_type="np").images
 
 
-def drawn(pipe: DemoPipeline, title: str, plan: object, full: np.ndarray, path: Path) -> str:
-    """Draws the pictures by a plan; a part of the page."""
+def drawn(pipe: DemoPipeline, title: str, plan: object, full: np.ndarray, path: Path, about: str = "") -> str:
+    """Draws the pictures by a plan; a part of the page, about: what is said of the plan."""
     with layercache.enabled(pipe, plan) as cache:
         cached = draw(pipe)
     used = cache.report().used
     captions = [f"{value:.1f}" for value in psnr(full, cached)]
     rows = [
-        PictureRow("full", full),
-        PictureRow("cached", cached, captions),
-        PictureRow("difference", difference(full, cached, gain=4.0)),
+        PictureRow("", full),
+        PictureRow("", cached, captions),
+        PictureRow("", difference(full, cached, gain=4.0)),
     ]
     save_pictures(path, rows, CLASS_NAMES[:SHOWN])
-    return f"### {title}\n\n*used {used:.2f}*\n\n![full, cached and their difference: {title}](gallery/{path.name})\n"
+    picture = f"![full, cached and their difference: {title}](gallery/{path.name})"
+    return f"### {title}\n\n{about}*used {used:.2f}*\n\n{picture}\n"
 
 
 def write_page(pages: Path, host: str) -> None:
@@ -83,7 +84,7 @@ def write_page(pages: Path, host: str) -> None:
         for budget, schedule in schedules.items()
     ]
     methods = [
-        drawn(pipe, f"{name}: `{plan!r}`", plan, full, folder / f"method-{number}.png")
+        drawn(pipe, name, plan, full, folder / f"method-{number}.png", f"`{plan!r}`, ")
         for number, (name, plan) in enumerate(METHODS.items())
     ]
     text = PAGE.format(shown=SHOWN, steps=STEPS, host=host, budgets="\n".join(budgets), methods="\n".join(methods))

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 CELL_LIMIT = 600  # seconds
+WARNINGS = "ignore:IProgress not found,ignore:clamping frac"  # of progress bars, where there are no widgets
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -24,9 +25,10 @@ def write_page(source: Path, pages: Path) -> None:
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(source, as_version=4)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": WARNINGS}
     with tempfile.TemporaryDirectory() as place:
-        client = nbclient.NotebookClient(notebook, timeout=CELL_LIMIT, resources={"metadata": {"path": place}})
+        resources = {"metadata": {"path": place}}
+        client = nbclient.NotebookClient(notebook, timeout=CELL_LIMIT, coalesce_streams=True, resources=resources)
         client.execute(env=environment)
     for cell in notebook.cells:
         for one in cell.get("outputs", []):
@@ -41,9 +43,9 @@ def write_page(source: Path, pages: Path) -> None:
 
 
 def as_a_terminal_shows(text: str) -> str:
-    """What stays on a terminal: of a bar that is drawn again and again its last state, and no folders of the kernel."""
+    """What stays on a terminal: a bar in its last state; warnings without the line that gave them."""
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in COLOURS.sub("", text).split("\n")]
-    return re.sub(r"\S*ipykernel_\d+/\d+\.py:\d+: ", "", "\n".join(lines))
+    return re.sub(r"^\S+\.py:\d+: (\w+Warning: .*)\n  .*$", r"\1", "\n".join(lines), flags=re.MULTILINE)
 
 
 def without_markup(text: str) -> str:

@@ -161,14 +161,18 @@ def of_kernels(content: dict[str, Any]) -> list[str]:
 
 
 def of_real_size(content: dict[str, Any]) -> list[str]:
-    parts = []
+    parts: list[str] = []
     for model, found in content["models"].items():
         rows = []
         for name, row in found["rows"].items():
-            steps = [step for generation in row["device"] for step in generation]
-            more = {key: value for key, value in row.items() if isinstance(value, (int, float, str))}
-            rows.append({"run": name, "ms per step": f"{statistics.fmean(steps) * 1e3:.2f}"} | more)
-        parts += [f"{model}, the mean over all steps:", "", table(rows), ""]
+            seconds = {"ms per step": row["step_seconds"]}
+            seconds |= {f"of a {kind} one": value for kind, value in row.get("seconds_of", {}).items() if value}
+            times = {name: f"{value * 1e3:.2f}" for name, value in seconds.items()}
+            more = {column: row[column] for column in ("used", "speedup", "allowed") if column in row}
+            if "peak_bytes_above_full" in row:
+                more["MB above the full run"] = f"{row['peak_bytes_above_full'] / 1e6:.0f}"
+            rows.append({"run": name} | times | more)
+        parts += [f"{model}, without the {content['warm_steps']} steps that warm up:", "", table(rows), ""]
     return parts
 
 
@@ -217,9 +221,10 @@ def _is_table(value: Any) -> bool:
 def machine_line(content: dict[str, Any]) -> str:
     machine = content.get("machine") or content.get("measured", {}).get("machine") or {}
     machine = machine.get("machine", machine)
-    versions = machine.get("versions", {})
+    versions, threads = machine.get("versions", {}), machine.get("threads")
     words = [machine.get("gpu") or machine.get("cpu") or content.get("gpu", "")]
-    words += [f"{machine['threads']} threads"] if machine.get("threads") and not machine.get("gpu") else []
+    if threads and not machine.get("gpu"):
+        words.append("one thread" if threads == 1 else f"{threads} threads")
     words += [f"{name} {versions[name]}" for name in ("python", "torch", "diffusers") if versions.get(name)]
     return ", ".join(word for word in words if word)
 

@@ -251,6 +251,8 @@ def main() -> None:
             }
             write_atomically(checkpoint, lambda p, s=state: torch.save(s, p))
             tqdm.write(f"step {step + 1}: loss {losses[-1]:.4f}")
+    if window and not losses:  # fewer steps than are logged at once
+        losses.append(torch.stack(window).mean().item())
     export(ema, losses, args, time.perf_counter() - began, args.out)
     print(f"written to {args.out}")
 

@@ -40,6 +40,27 @@ def test_a_uvit_is_trained_and_cached(tmp_path):
     assert {"checkpoint.pt", "router.pt", "router-0.6.json"} <= {path.name for path in (tmp_path / "uvit").iterdir()}
 
 
+@pytest.mark.slow
+def test_a_demo_model_is_trained(tmp_path):
+    pytest.importorskip("sklearn")
+    from diffusers import QwenImageTransformer2DModel
+
+    command = [sys.executable, str(EXAMPLES / "train_demo.py"), "--steps", "2", "--batch", "2", "--layers", "2"]
+    command += ["--heads", "1", "--device", "cpu", "--out", str(tmp_path / "model")]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    transformer = QwenImageTransformer2DModel.from_pretrained(tmp_path / "model" / "transformer")
+    assert len(transformer.transformer_blocks) == 2
+    assert (tmp_path / "model" / "class_encoder").is_dir() and (tmp_path / "model" / "MODEL_CARD.md").exists()
+
+
+def test_every_example_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    left_out = {"uvit"}  # imported by train_uvit
+    assert {path.stem for path in EXAMPLES.iterdir() if path.stem not in tests} <= left_out | {"README"}
+
+
 def test_the_short_cache_is_short():
     lines = (EXAMPLES / "teacache_in_40_lines.py").read_text().split("class TeaStyleCache")[1].split("def main")[0]
     assert len([line for line in lines.splitlines() if line.strip()]) <= 40
