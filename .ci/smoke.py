@@ -1,6 +1,6 @@
 """Whether an installed wheel runs: both extensions, an op, a cached run of the bundled model.
 
-    python .ci/smoke.py                  # in an environment with the wheel and what it depends on
+    python .ci/smoke.py                  # in an environment with the wheel, layercache-demo and what they depend on
     python .ci/smoke.py --extensions     # with the wheel and numpy alone
 
 It works in an empty folder, and never imports a checkout.
@@ -11,12 +11,27 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Array:
+    """A NumPy array with the attributes by which the ops know a tensor, where torch is not installed."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.dtype, self.shape = "float32", values.shape
+
+    def data_ptr(self) -> int:
+        return self.values.ctypes.data
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.values.itemsize for step in self.values.strides)
+
+
 def extensions() -> None:
-    """Both load, the scheduler plans."""
+    """Both load; the scheduler plans; ops with every set of instructions equal their formulas."""
     import numpy as np
 
     from layercache import _core
@@ -28,7 +43,18 @@ def extensions() -> None:
     ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # as torch does
     from layercache import _cpu
 
-    print(f"{_core.__file__}: {_cpu.instruction_set()}, {_cpu.parallel()} threads")
+    _cpu.know_torch(["float32"], Array, ValueError)
+    tried = [name for name in ("base", "avx2", "avx512") if _cpu.use_instruction_set(name)]
+    for name in tried:
+        _cpu.use_instruction_set(name)
+        a, b, out = (np.random.default_rng(seed).normal(size=(2, 65, 96)).astype(np.float32) for seed in range(3))
+        _cpu.router_lerp(Array(a), Array(b), [0.25], None, None, Array(out), 2)
+        np.testing.assert_allclose(out, b + 0.25 * (a - b), rtol=1e-5, atol=1e-6)
+        _cpu.guidance(Array(a), Array(b), 4.0, False, Array(out), 2)
+        np.testing.assert_allclose(out, b + 4.0 * (a - b), rtol=1e-5, atol=1e-5)
+        _cpu.linear_map([Array(a), Array(b)], [Array(out)], [1.5, -0.5], [], False, None, [], 2)
+        np.testing.assert_allclose(out, 1.5 * a - 0.5 * b, rtol=1e-5, atol=1e-6)
+    print(f"{_core.__file__}: {', '.join(tried)}; {_cpu.parallel()} threads")
 
 
 def everything() -> None:

@@ -1,6 +1,6 @@
 """Trains the model that ships with layercache, on the photographs inside scikit-image and scikit-learn.
 
-    python examples/train_demo.py --out layercache/demo/weights
+    python examples/train_demo.py --out integrations/demo/layercache_demo
 
 Flow matching: ``x = (1-t)*clean + t*noise``, the network learns ``noise - clean``. A run that is
 stopped continues from its last checkpoint when the same command is given again.

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch import Tensor
 # `JITFunction.run` and `CompiledKernel` before adding one.
 _KNOWN_TRITON = ((3, 6), (3, 9))
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from typing import Concatenate, ParamSpec  # which Python 3.9 lacks, where Hugging Face's kernels also run
+
+    P = ParamSpec("P")
 A = TypeVar("A")
 R = TypeVar("R")
 

@@ -1,4 +1,4 @@
-"""The version of the installed package; ``pyproject.toml`` is its only source."""
+"""The version of the installed package, which setuptools-scm takes from the tag."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -6,10 +6,12 @@ renamed gives one warning and sampling without a cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from layercache.schedule import Fingerprint
 KEY = "layercache"
 """Of the wrappers of a model, and of the state of a run in its ``transformer_options``."""
 
+FORWARD = "layercache_forward"
+"""The state of a forward in its ``transformer_options``, where groups of layers are reused."""
+
 FOLDER = "layercache"
 """Of schedule files, below ComfyUI's ``models``."""
 
@@ -30,6 +35,7 @@ BLOCK_LISTS = ("double_blocks", "single_blocks", "joint_blocks", "transformer_bl
 
 _log = logging.getLogger(KEY)
 _warned: set[str] = set()
+_changes: set[str] = set()
 
 Wrapper = Callable[..., Any]
 
@@ -42,28 +48,65 @@ def warn_once(text: str) -> None:
 
 
 def changed_seam(what: str) -> None:
-    """Warns that this ComfyUI is not as the nodes know it."""
-    warn_once(f"this ComfyUI has {what}, which this version of the node does not know; it samples without cache")
+    """Warns that this ComfyUI is not as the nodes know it; once in a process, whatever else is missing."""
+    if not _changes:
+        warn_once(f"this ComfyUI has {what}, which this version of the node does not know; it samples without cache")
+    _changes.add(what)
 
 
-def with_wrappers(model: Any, outer: Wrapper, predict: Wrapper) -> tuple[Any, bool]:
-    """A clone of a MODEL with wrappers around a whole sampling and around every step, and whether they are there.
+def with_wrappers(model: Any, outer: Wrapper, predict: Wrapper, forward: Wrapper | None = None) -> tuple[Any, bool]:
+    """A clone of a MODEL with wrappers, and whether they are there.
 
     They take the place of those of another layercache node.
+
+    Args:
+        model: stays as it is.
+        outer: around a whole sampling.
+        predict: around every step.
+        forward: around every call of the network.
     """
-    found = model.clone()
     try:
         from comfy.patcher_extension import WrappersMP
 
-        kinds = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE)
-        add = found.add_wrapper_with_key
-    except (ImportError, AttributeError) as error:
+        found = model.clone()
+        wrappers = {WrappersMP.OUTER_SAMPLE: outer, WrappersMP.PREDICT_NOISE: predict}
+        if forward is not None:
+            wrappers[WrappersMP.DIFFUSION_MODEL] = forward
+        for kind, wrapper in wrappers.items():
+            found.remove_wrappers_with_key(kind, KEY)
+            found.add_wrapper_with_key(kind, KEY, wrapper)
+    except (ImportError, AttributeError, TypeError) as error:
         changed_seam(f"no wrappers of a sampling ({error})")
-        return found, False
-    for kind, wrapper in zip(kinds, (outer, predict), strict=True):
-        found.remove_wrappers_with_key(kind, KEY)
-        add(kind, KEY, wrapper)
+        return model, False
     return found, True
+
+
+def block_patcher() -> Callable[..., dict[str, Any]] | None:
+    """ComfyUI's function that replaces a block in ``model_options``; ``None`` where there is none."""
+    try:
+        from comfy.model_patcher import set_model_options_patch_replace
+    except ImportError as error:
+        changed_seam(f"no replacing of blocks ({error})")
+        return None
+    return set_model_options_patch_replace  # type: ignore[no-any-return, unused-ignore]
+
+
+def own_memory() -> AbstractContextManager[Any]:
+    """Within it, memory is allocated that outlives a forward.
+
+    Newer ComfyUI plan the memory of a forward ahead, and let others pause that.
+    """
+    pause = _pause()
+    return nullcontext() if pause is None else pause()
+
+
+@functools.cache
+def _pause() -> Callable[[], AbstractContextManager[Any]] | None:
+    try:
+        from comfy.model_prefetch import pause_malloc_graph
+    except ImportError:
+        return None
+    return pause_malloc_graph  # type: ignore[no-any-return, unused-ignore]
 
 
 @dataclass(frozen=True)
@@ -114,18 +157,56 @@ def blocks_of(network: Any) -> int:
     return sum(len(one) for one in lists if isinstance(one, torch.nn.ModuleList)) or 1
 
 
-def holding(options: Mapping[str, Any], run: Any) -> dict[str, Any]:
-    """A guider's ``model_options`` that hold the state of a run; those given stay as they are."""
-    return {**options, "transformer_options": {**options.get("transformer_options", {}), KEY: run}}
+@dataclass(frozen=True)
+class StepCall:
+    """One call of ``predict_noise``.
 
+    Attributes:
+        x: latents ``[B, ...]``.
+        sigma: noise level, ``[B]`` or one number.
+        options: the ``model_options``.
+    """
 
-def held(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The state in the arguments ``(x, timestep, model_options, seed)`` of a step; ``None`` where there is none."""
-    options = args[2] if len(args) > 2 else kwargs.get("model_options")
-    if len(args) < 2 or not isinstance(options, Mapping):
+    x: torch.Tensor
+    sigma: torch.Tensor
+    options: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepCall | None:
+        """From the arguments ``(x, timestep, model_options, seed)``; ``None`` where they are others."""
+        named = dict(zip(("x", "timestep", "model_options", "seed"), args, strict=False)) | dict(kwargs)
+        x, sigma, options = named.get("x"), named.get("timestep"), named.get("model_options")
+        if (
+            isinstance(x, torch.Tensor)
+            and isinstance(sigma, torch.Tensor)
+            and isinstance(options, Mapping)
+            and x.dim() > 2
+            and sigma.dim() < 2
+            and sigma.numel() in (1, len(x))
+        ):
+            return cls(x, sigma.reshape(-1), options, args, kwargs)
         changed_seam("another call of predict_noise")
         return None
-    return options.get("transformer_options", {}).get(KEY)
+
+    def holding(self, run: Any, options: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with other ``model_options``, which hold the state of a run."""
+        own = {**options, "transformer_options": {**options.get("transformer_options", {}), KEY: run}}
+        return replaced(self.args, self.kwargs, self.options, own)
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], old: Any, new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with one of them replaced."""
+    return tuple(new if one is old else one for one in args), {k: new if v is old else v for k, v in kwargs.items()}
+
+
+def forward_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``transformer_options`` among the arguments of a forward; empty where there are none."""
+    found = [one for one in (*args, *kwargs.values()) if isinstance(one, Mapping) and "uuids" in one]
+    return found[-1] if found else {}
 
 
 def schedule_folder() -> Path:

@@ -38,7 +38,7 @@ def _node(io: Any, name: str, node: Any) -> type:
             is_experimental=True,
         )
 
-    def execute(cls: Any, **inputs: Any) -> Any:
+    def execute(cls: Any, /, **inputs: Any) -> Any:
         return io.NodeOutput(*node().execute(**inputs))
 
     members = {"define_schema": classmethod(define_schema), "execute": classmethod(execute)}

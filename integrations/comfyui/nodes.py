@@ -53,7 +53,8 @@ class LayerCacheModel:
     def execute(self, model: Any, schedule: str, budget: float, on_mismatch: str = REFUSE) -> tuple[Any, Caching]:
         read = None if schedule == WITHOUT_FILE else Schedule.load(engine.schedule_path(schedule))
         caching = Caching(read, budget, on_mismatch)
-        found, is_there = engine.with_wrappers(model, caching.outer, caching.predict)
+        forward = None if caching.is_of_whole_steps else caching.forward
+        found, is_there = engine.with_wrappers(model, caching.outer, caching.predict, forward)
         if not is_there:
             caching.reports = ["in full: this ComfyUI is not known to this version of the node"]
         return found, caching

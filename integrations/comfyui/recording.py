@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from layercache.planning.universal import Universal
 from layercache.schedule import Fingerprint, Schedule
 
 from .engine import Sampling, warn_once
-from .sampling import Attached, Steps, as_levels, check_sampler, linear_steps
+from .groups import Groups
+from .sampling import Attached, Steps, as_levels, check_sampler, is_like, linear_steps
 
 MAX_LENGTH = 9
 """Steps of the longest interval that MeanCache plans."""
@@ -34,9 +35,15 @@ class RecordedRun:
         self.latents: torch.Tensor | None = None
         self.velocities: list[torch.Tensor] = []
         self.is_whole = False
+        self.groups: Groups | None = None
+
+    def options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        return options
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         denoised = compute()
+        if not is_like(denoised, x):
+            self.steps.is_lost = True
         if self.steps.next(sigma) is not None:
             if self.latents is None:
                 self.latents = x.detach().float().cpu().clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -12,7 +12,9 @@ import torch
 from layercache.errors import MethodError
 from layercache.planning.sampler import LinearSampler
 
-from .engine import Sampling, held, holding
+from . import engine
+from .engine import Sampling, StepCall
+from .groups import Groups
 
 ONE_EVALUATION = frozenset(
     f"sample_{name}"
@@ -48,9 +50,19 @@ LEVEL_TOLERANCE = 1e-3
 
 
 class Run(Protocol):
-    """The state of one sampling."""
+    """The state of one sampling.
+
+    Attributes:
+        is_whole: whether the sampling ended by itself.
+        groups: where blocks are replaced, their state.
+    """
 
     is_whole: bool
+    groups: Groups | None
+
+    def options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The ``model_options`` of a step, with what it needs; those given stay as they are."""
+        ...
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The denoised latents of a step, ``[B, ...]`` as ``x``.
@@ -66,11 +78,17 @@ class Run(Protocol):
 class Attached:
     """What a node puts around the samplings of a model: a `Run` for each of them.
 
-    Samplings may run at once; the state of each is in the options that its own guider holds for its length.
+    Samplings may run at once, also of one guider: the state of each belongs to the thread that it runs in, and is
+    handed down in the options of every step.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._threads = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        """The same: clones of a model share it, as they share the model."""
+        return self
 
     def begin(self, sampling: Sampling) -> Run | None:
         """The state of a new sampling, or ``None`` to leave it alone; raises the library's errors to refuse it."""
@@ -79,30 +97,59 @@ class Attached:
     def end(self, run: Any) -> None:
         """Of a sampling that ended, or was interrupted (``run.is_whole`` is false)."""
 
+    @property
+    def _runs(self) -> list[Run | None]:
+        """Those of this thread, the innermost last."""
+        if not hasattr(self._threads, "runs"):
+            self._threads.runs = []
+        return self._threads.runs
+
     def outer(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of a whole sampling."""
         sampling = Sampling.of(executor, args, kwargs)
         run = None if sampling is None else self.begin(sampling)
-        if run is None:
-            return executor(*args, **kwargs)
-        guider = executor.class_obj
-        before = guider.model_options
-        guider.model_options = holding(before, run)
+        self._runs.append(run)
         try:
             result = executor(*args, **kwargs)
-            run.is_whole = True
+            if run is not None:
+                run.is_whole = True
             return result
         finally:
-            guider.model_options = before
-            with self._lock:
-                self.end(run)
+            self._runs.pop()
+            if run is not None:
+                with self._lock:
+                    self.end(run)
 
     def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of a step."""
-        run = held(args, kwargs)
-        if run is None or not isinstance(args[0], torch.Tensor) or not isinstance(args[1], torch.Tensor):
+        run = self._runs[-1] if self._runs else None
+        call = None if run is None else StepCall.of(args, kwargs)
+        if run is None or call is None:
             return executor(*args, **kwargs)
-        return run.predict(args[0], args[1], lambda: executor(*args, **kwargs))
+
+        def compute() -> Any:
+            own, named = call.holding(run, run.options(call.options))
+            return executor(*own, **named)
+
+        return run.predict(call.x, call.sigma, compute)
+
+    def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of a call of the network."""
+        options = engine.forward_options(args, kwargs)
+        groups = getattr(options.get(engine.KEY), "groups", None)
+        if groups is None or not args or not isinstance(args[0], torch.Tensor):
+            return executor(*args, **kwargs)
+        forward = groups.begin(options, args[0])
+        if forward is None:
+            return executor(*args, **kwargs)
+        own, named = engine.replaced(args, kwargs, options, {**options, engine.FORWARD: forward})
+        is_whole = False
+        try:
+            result = executor(*own, **named)
+            is_whole = True
+            return result
+        finally:
+            groups.end(forward, is_whole)
 
 
 class Steps:
@@ -148,8 +195,16 @@ def check_sampler(sampling: Sampling) -> None:
         )
 
 
+def is_like(denoised: Any, x: torch.Tensor) -> bool:
+    """Whether what the model gave are denoised latents."""
+    if isinstance(denoised, torch.Tensor) and denoised.shape == x.shape:
+        return True
+    engine.changed_seam("no latents as the answer of predict_noise")
+    return False
+
+
 def as_levels(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A noise level per sample, ``[B]``, in the shape and number format to calculate with latents."""
+    """A noise level per sample, ``[B]`` or ``[1]``, in the shape and number format to calculate with latents."""
     return sigma.to(x.dtype).reshape(sigma.shape[:1] + (1,) * (x.ndim - 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -325,3 +326,121 @@ def takes_euler_steps(scheduler: Any) -> bool:
 def progress_bar_settings(pipeline: Any) -> dict[str, Any]:
     """What `DiffusionPipeline.set_progress_bar_config` was last given."""
     return dict(getattr(pipeline, "_progress_bar_config", {}))
+
+
+def guider_class() -> Any:
+    """The class that diffusers' guiders are derived from; ``None`` where it is not as this library knows it."""
+    try:
+        from diffusers.guiders.guider_utils import BaseGuidance
+    except ImportError:
+        return None
+    methods = ("set_state", "prepare_inputs", "prepare_inputs_from_block_state", "prepare_models", "cleanup_models")
+    known = all(callable(getattr(BaseGuidance, name, None)) for name in (*methods, "forward"))
+    return BaseGuidance if known and hasattr(BaseGuidance, "_identifier_key") else None
+
+
+def condition_names(guider: Any, batches: Any) -> tuple[str, ...]:
+    """Names of the conditions that a guider has prepared, such as ``pred_cond``; none where it gives them no names."""
+    key = getattr(guider, "_identifier_key", "")
+    found: list[Any] = [getattr(batch, key, None) for batch in batches] if isinstance(batches, (list, tuple)) else []
+    return tuple(found) if all(isinstance(name, str) for name in found) else ()
+
+
+def guider_output(cond: Any, uncond: Any) -> Any:
+    """What a guider gives where only the prediction of the condition itself counts."""
+    from diffusers.guiders.guider_utils import GuiderOutput
+
+    return GuiderOutput(pred=cond, pred_cond=cond, pred_uncond=uncond)
+
+
+def hooks_in(blocks: Sequence[nn.Module]) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Names of diffusers' hooks on the modules of blocks, by the block's number and the module's id."""
+    found = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if names := _hook_names(module):
+                found[number, id(module)] = names
+    return found
+
+
+def loops_of(pipeline: Any) -> list[Any]:
+    """What shows a progress bar around a pipeline's denoising loop: the pipeline, or blocks of a modular one."""
+    return [owner for owner in (pipeline, *_inner_blocks(pipeline)) if hasattr(owner, "progress_bar")]
+
+
+def _inner_blocks(pipeline: Any) -> list[Any]:
+    found, blocks = list[Any](), [getattr(pipeline, "_blocks", None)]
+    while blocks:
+        block = blocks.pop()
+        if block is not None and all(block is not known for known in found):
+            found.append(block)
+            blocks += dict(getattr(block, "sub_blocks", None) or {}).values()
+    return found
+
+
+def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes, by name; of a modular one the inputs of its blocks."""
+    own = getattr(pipeline, "default_call_parameters", None)
+    if not isinstance(own, Mapping):
+        return inspect.signature(type(pipeline).__call__).parameters
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return {name: inspect.Parameter(name, kind, default=value) for name, value in own.items() if isinstance(name, str)}
+
+
+def is_modular(pipeline: Any) -> bool:
+    """Whether it is one of diffusers' modular pipelines, whose calls give a state."""
+    return hasattr(pipeline, "default_call_parameters") and hasattr(pipeline, "_blocks")
+
+
+def guiders_of(pipeline: Any) -> dict[str, Any]:
+    """The guiders among a modular pipeline's components, by their names."""
+    base = guider_class() if is_modular(pipeline) else None
+    components: Mapping[str, Any] = pipeline.components if base is not None else {}
+    return {name: one for name, one in components.items() if base is not None and isinstance(one, base)}
+
+
+def guider_settings(pipeline: Any) -> dict[str, str]:
+    """Class and settings of each of a modular pipeline's guiders, as text."""
+    found = {}
+    for name, guider in guiders_of(pipeline).items():
+        settings = {key: value for key, value in dict(guider.config).items() if not key.startswith("_")}
+        found[name] = f"{type(guider).__name__} {settings} {getattr(guider, '_enabled', True)}"
+    return found
+
+
+def quiet_copy(pipeline: Any) -> Any:
+    """A pipeline with the same models, whose calls show no progress; a modular one has blocks and guiders of its own.
+
+    A call writes to the pipeline, to its scheduler and guiders, and reads its models.
+    """
+    made = copy.copy(pipeline)
+    if not is_modular(pipeline):
+        made.set_progress_bar_config(disable=True)
+        return made
+    made.__dict__ |= {name: copy.deepcopy(guider) for name, guider in guiders_of(pipeline).items()}
+    made.__dict__["_blocks"] = copy.deepcopy(pipeline._blocks)
+    for loop in loops_of(made):
+        loop.set_progress_bar_config(disable=True)
+    return made
+
+
+def arguments_in(pipeline: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call, from what its loop knows by name; a modular one's, from state and guider."""
+    values = getattr(names.get("state"), "values", None)
+    if not isinstance(values, Mapping):
+        return dict(names)
+    return {**names, **values, **guidance_of(pipeline)}
+
+
+def guidance_of(pipeline: Any) -> dict[str, float]:
+    """A modular pipeline's guidance by the names that other pipelines' calls have for it; empty without a guider.
+
+    Which of the two names a model's scale has elsewhere is not known, it stands under both.
+    """
+    guider = getattr(pipeline, "guider", None)
+    scale = getattr(guider, "guidance_scale", None)
+    if not isinstance(scale, (int, float)) or not hasattr(guider, "_input_predictions"):
+        return {}
+    scale = scale if getattr(guider, "_enabled", True) else 1.0
+    interval = {"guidance_start": getattr(guider, "_start", 0.0), "guidance_stop": getattr(guider, "_stop", 1.0)}
+    return {"guidance_scale": scale, "true_cfg_scale": scale, **interval}

@@ -293,6 +293,6 @@ def _scikit_image() -> Any:
         import skimage.metrics
     except ImportError as error:
         raise MissingExtraError(
-            'PSNR and SSIM need scikit-image, which is not installed: pip install "layercache[demo]"'
+            'PSNR and SSIM need scikit-image, which is not installed: pip install "layercache[figures]"'
         ) from error
     return skimage.metrics

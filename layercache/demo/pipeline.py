@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,7 @@ from layercache.demo.model import (
     pack_patches,
     unpack_patches,
 )
-
-WEIGHTS = Path(__file__).parent / "weights"
+from layercache.demo.weights import find_weights
 
 
 @dataclass
@@ -151,15 +149,20 @@ class DemoPipeline(DiffusionPipeline):
 
 
 def load_demo_pipeline(device: str | torch.device | None = None) -> DemoPipeline:
-    """The bundled, trained pipeline in fp32, on the CUDA GPU where there is one and no device is named."""
+    """The bundled, trained pipeline in fp32, on the CUDA GPU where there is one and no device is named.
+
+    Raises:
+        MissingExtraError: its weights are not installed.
+    """
+    weights = find_weights()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DemoPipeline(
         transformer=QwenImageTransformer2DModel.from_pretrained(
-            WEIGHTS / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
+            weights / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
         ),
         class_encoder=ClassEncoder.from_pretrained(
-            WEIGHTS / "class_encoder", torch_dtype=torch.float32, low_cpu_mem_usage=False
+            weights / "class_encoder", torch_dtype=torch.float32, low_cpu_mem_usage=False
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )

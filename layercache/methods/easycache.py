@@ -28,6 +28,7 @@ class EasyCache(StepMethod):
     Attributes:
         threshold: tau.
         warmup: steps at the beginning that are computed.
+        cooldown: steps at the end that are computed.
 
     Raises:
         MethodError: on construction, when a setting is out of range.
@@ -35,12 +36,14 @@ class EasyCache(StepMethod):
 
     threshold: float = 0.05
     warmup: int = 5
+    cooldown: int = 1
 
     name: ClassVar[str] = "easycache"
 
     def __post_init__(self) -> None:
         check_range("threshold", self.threshold, 0)
         check_range("warmup", self.warmup, 1)
+        check_range("cooldown", self.cooldown, 0)
 
     def decider(self, run: Run) -> StepDecider:
         return _Decider(self, run)
@@ -69,7 +72,8 @@ class _Decider(StepDecider):
         self._inputs.copy_(fresh)
 
     def must_compute(self, step: int) -> bool:
-        return step < self.method.warmup or step == len(self.sigmas) - 2 or len(self.computed) < 2
+        is_last = step >= len(self.sigmas) - 1 - self.method.cooldown
+        return step < self.method.warmup or is_last or len(self.computed) < 2
 
     def numbers(self) -> list[float]:
         assert self._moved is not None and self._turned is not None

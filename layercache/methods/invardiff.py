@@ -247,6 +247,7 @@ class InvarDiff:
         step_quantile: share of the steps, about, whose final hidden state is reused.
         module_quantiles: the same for modules; one number for all, or by kind (`Rates.kinds`).
         nonskip: share of the steps at the beginning that is computed.
+        cooldown: steps at the end that are computed; the last one always is.
 
     Raises:
         MethodError: on construction, when a setting is out of range.
@@ -257,12 +258,14 @@ class InvarDiff:
     step_quantile: float = 0.5
     module_quantiles: float | Mapping[str, float] = 0.3
     nonskip: float = 0.1
+    cooldown: int = 1
 
     name: ClassVar[str] = "invardiff"
 
     def __post_init__(self) -> None:
         check_range("step_quantile", self.step_quantile, 0, 1)
         check_range("nonskip", self.nonskip, 0, 1)
+        check_range("cooldown", self.cooldown, 1)
         given = self.module_quantiles
         for kind, value in given.items() if isinstance(given, Mapping) else [("all", given)]:
             check_range(f"module_quantiles of {kind}", value, 0, 1)
@@ -308,8 +311,8 @@ class InvarDiff:
         return plan(rates, corrected, self)
 
 
-def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
-    """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none before ``first``, nor the last.
+def below_quantile(rho: np.ndarray, quantile: float, first: int, last: int = 1) -> np.ndarray:
+    """Which entries of ``rho [N, ...]`` lie below the quantile of all inner steps; none of the first and last steps.
 
     Source: docs/methods.md, InvarDiff.
     """
@@ -318,7 +321,7 @@ def below_quantile(rho: np.ndarray, quantile: float, first: int) -> np.ndarray:
         return np.zeros(rho.shape, dtype=bool)
     found = rho < np.quantile(inner, quantile)
     found[:first] = False
-    found[-1] = False
+    found[max(0, len(found) - last) :] = False
     return found
 
 
@@ -341,7 +344,8 @@ def _check_kinds(by: str, rates: Sequence[Any], settings: Any) -> None:
 def _steps(rates: Rates, settings: InvarDiff) -> np.ndarray:
     own = list(rates.fingerprint.steps)
     cached = np.zeros(len(rates.steps), dtype=bool)
-    cached[own] = below_quantile(rates.steps[own], settings.step_quantile, settings.first(len(own)))
+    first = settings.first(len(own))
+    cached[own] = below_quantile(rates.steps[own], settings.step_quantile, first, settings.cooldown)
     return cached
 
 
@@ -352,7 +356,7 @@ def _modules(rates: Rates, settings: InvarDiff, first: int) -> np.ndarray:
         columns = [unit for unit, name in enumerate(rates.kinds) if name == kind]
         # all layers of a kind share one threshold
         cells = np.ix_(own, columns)
-        cached[cells] = below_quantile(rates.modules[cells], settings.quantile_of(kind), first)
+        cached[cells] = below_quantile(rates.modules[cells], settings.quantile_of(kind), first, settings.cooldown)
     return cached
 
 
@@ -386,6 +390,7 @@ def plan(rates: Rates, corrected: Rates, settings: InvarDiff) -> ModuleSchedule:
             if isinstance(settings.module_quantiles, Mapping)
             else settings.module_quantiles,
             "nonskip": settings.nonskip,
+            "cooldown": settings.cooldown,
         },
     )
 

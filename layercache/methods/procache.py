@@ -39,6 +39,7 @@ class ProCache(PlannedMethod):
         depth: share of the blocks behind which they are deep.
         warmup: steps at the beginning that are computed.
         order: 0 reuses residuals, above they are forecast by a Taylor series (TaylorSeer).
+        cooldown: steps at the end that are computed, whatever the intervals are.
 
     Raises:
         MethodError: on construction, when a setting is out of range.
@@ -50,6 +51,7 @@ class ProCache(PlannedMethod):
     depth: float = 0.75
     warmup: int = 1
     order: int = 0
+    cooldown: int = 0
 
     name: ClassVar[str] = "procache"
 
@@ -58,6 +60,7 @@ class ProCache(PlannedMethod):
         check_range("depth", self.depth, 0, 1)
         check_range("warmup", self.warmup, 1)
         check_range("order", self.order, 0, 7)
+        check_range("cooldown", self.cooldown, 0)
         if not self.intervals or min(self.intervals) < 1:
             raise ScheduleError(f"intervals are numbers of steps, 1 at least, got {list(self.intervals)}")
 
@@ -105,10 +108,11 @@ class ProCache(PlannedMethod):
     def _computed(self, groups: int, is_deep: bool) -> list[tuple[bool, ...]]:
         """Whether each group is computed, per step."""
         found: list[tuple[bool, ...]] = []
+        last = sum(self.intervals) - self.cooldown
         for interval in self.intervals:
             for place in range(interval):
                 selects = self.selective and is_deep and place > 0 and place % 2 == 0
-                full = place == 0 or len(found) < self.warmup
+                full = place == 0 or not self.warmup <= len(found) < last
                 found.append((*(full,) * (groups - 1), full or selects))
         return found
 

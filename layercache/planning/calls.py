@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from layercache._utils.compat import call_parameters, is_modular
 from layercache.planning.samples import copied
 
-PER_CALL = frozenset({"generator", "latents", "output_type", "return_dict", "num_images_per_prompt"})
+PER_CALL = frozenset({"generator", "latents", "output", "output_type", "return_dict", "num_images_per_prompt"})
 """Arguments that differ from picture to picture, beside prompts; no setting."""
 
 LEVELS = ("sigmas", "timesteps")
@@ -62,6 +63,8 @@ def arguments_of_call(cls: type, pipe: Any, args: tuple[Any, ...], kwargs: dict[
             found |= found.pop(name)
         elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and found.pop(name, ()):
             return None
+    if is_modular(pipe) and found.get("state") is None:  # else its inputs are in the state, and it is not repeated
+        found = {name: parameter.default for name, parameter in call_parameters(pipe).items()} | found
     return found
 
 

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from layercache._utils.compat import scheduler_sigmas
 from layercache._utils.timer import Timer
-from layercache.errors import CalibrationError
+from layercache.errors import CacheStateError, CalibrationError
 from layercache.models.registry import EXPERTS
 from layercache.models.spec import ModelSpec
 from layercache.planning.sampler import LinearSampler
@@ -121,11 +121,24 @@ class FullRun(RecordingRouter):
         self.clock = Timer(next(self.transformer.parameters()).device)
         self._sampler: LinearSampler | None = None
         self._forwards: list[int] = []
+        self._conditions: tuple[str, ...] = ()
 
     def new_pass(self) -> BlockPass:
         return _TimedPass(self)
 
     def begin(self, forward: Forward) -> None:
+        """A forward begins.
+
+        Raises:
+            CacheStateError: the guider of a modular pipeline begins or ends in the middle of the run.
+        """
+        if forward.conditions != self._conditions and self._conditions:
+            raise CacheStateError(
+                f"the guider's conditions change in the middle of the run, from {', '.join(self._conditions)} to "
+                f"{', '.join(forward.conditions) or 'none'}, and velocities of one guidance say nothing of another's: "
+                "take layercache.calibrate, or a method that needs no recorded runs"
+            )
+        self._conditions = forward.conditions
         super().begin(forward)
         is_compiled = forward.dry_run is not None  # a graph has no clocks: all of it counts as blocks
         self.clock.mark(("blocks" if is_compiled else "rest", self.step_index))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import progress_bar_settings, scheduler_sigmas
+from layercache._utils.compat import guider_settings, progress_bar_settings, scheduler_sigmas
 from layercache._utils.summaries import Rows, joined
 from layercache.errors import (
     CacheStateError,
@@ -259,7 +259,8 @@ class LearningCache(Router):
         if arguments is None:  # it is called from within a call, or wrongly
             return original(*args, **kwargs)
         self._pipe, model = pipe, model_identity(pipe)
-        key = digest_of([model, settings_of_call(arguments), repr(replace(self.target, learn=1))])
+        settings = settings_of_call(arguments) | guider_settings(pipe)
+        key = digest_of([model, settings, repr(replace(self.target, learn=1))])
         learned = self._newest.setdefault(key, CallState(key, key))
         self.known[learned.key] = learned
         self._is_busy, self._checked = True, None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from layercache._utils.compat import call_parameters
 from layercache.errors import MethodError
 from layercache.planning.sampler import LinearSampler
 from layercache.planning.trace import Trace
@@ -42,7 +42,7 @@ def check_moves(
 def given_call(pipe: Any, given: Sequence[float]) -> dict[str, Any]:
     """The arguments of a pipeline's call that give it these noise levels, and their number where it takes one."""
     found: dict[str, Any] = {"sigmas": list(given)}
-    if "num_inference_steps" in inspect.signature(type(pipe).__call__).parameters:
+    if "num_inference_steps" in call_parameters(pipe):
         found["num_inference_steps"] = len(given)
     return found
 

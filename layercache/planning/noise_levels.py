@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from layercache._utils.compat import scheduler_sigmas
+from layercache._utils.compat import call_parameters, scheduler_sigmas
 from layercache.errors import ArgumentError, MethodError
 from layercache.planning.front import quality
 from layercache.planning.moved import check_moves, mean_velocities
@@ -131,7 +131,7 @@ class GivenLevels:
 
 def check_takes_levels(pipe: Any) -> None:
     """Raises `MethodError` where a pipeline, or its scheduler, cannot be given noise levels."""
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted = call_parameters(pipe)
     if "strength" in accepted:
         raise MethodError(
             f"{type(pipe).__name__} begins its runs in the middle (strength=), and noise levels are moved in whole runs"

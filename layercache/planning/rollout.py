@@ -66,7 +66,7 @@ class Rollout:
 class _AlwaysThere(VelocityTrack):
     """Rollouts keep the velocities themselves, so none is ever missing."""
 
-    def begin(self, step: int, shape: Any = None) -> None:
+    def begin(self, step: int, shape: Any = None, conditions: tuple[str, ...] = ()) -> None:
         self.step, self.is_complete = step, True
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from layercache._utils.compat import call_parameters, guidance_of
 from layercache.errors import ArgumentError, CalibrationError
-from layercache.schedule.fingerprint import GUIDANCE, SIZES, call_settings
+from layercache.schedule.fingerprint import GUIDANCE, SCALES, SIZES, call_settings
 
-OUTPUTS = ("images", "frames", "videos")
-"""Attributes that a pipeline's output may hold its pictures in."""
+OUTPUTS = ("images", "frames", "videos", "latents")
+"""What a pipeline's output may hold its pictures in, by name; latents where it decodes none."""
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
@@ -79,10 +80,10 @@ def arguments_of(prompt: Any) -> dict[str, Any]:
 
 def measured_settings(pipe: Any, *calls: Mapping[str, Any]) -> dict[str, Any]:
     """Guidance and size of calls (`call_settings`); what a call does not give has the pipeline's default."""
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted = call_parameters(pipe)
     names = [name for name in (*GUIDANCE, *SIZES) if name in accepted]
     defaults = {name: accepted[name].default for name in names}
-    return call_settings(*({**defaults, **call} for call in calls))
+    return call_settings(*({**defaults, **call, **guidance_of(pipe)} for call in calls))
 
 
 def count_of(prompt: Any, call: Mapping[str, Any]) -> int:
@@ -155,7 +156,7 @@ def with_settings(
     Raises:
         ArgumentError: a guidance scale or size is none, or the pipeline takes no such argument.
     """
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted = call_parameters(pipe)
     given: list[list[dict[str, Any]]] = [[], []]
     for scale in guidance:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -186,7 +187,7 @@ def with_settings(
 
 def _guidance_name(accepted: Mapping[str, Any], call: Mapping[str, Any]) -> str:
     """Which argument of a pipeline's call is the guidance scale: where it has two, one of them is 1, for none."""
-    named = [name for name in GUIDANCE if call.get(name) is not None]
+    named = [name for name in SCALES if call.get(name) is not None]
     if len(named) == 1:
         return named[0]
     true = accepted.get("true_cfg_scale")
@@ -206,8 +207,8 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
     """Pictures of a pipeline's result, ``[B, ...]``; of a video all frames are one picture.
 
     Args:
-        result: of the pipeline's call: an output class, a tuple, or the pictures themselves: an array or tensor, or
-            lists of arrays, tensors or PIL pictures, of videos lists of such lists.
+        result: of the pipeline's call: an output class, a state, a tuple, or the pictures themselves: an array
+            or tensor, or lists of arrays, tensors or PIL pictures, of videos lists of such lists.
         count: B, where it is known: what has another length is cut into as many, so that the frames of one video, in
             an array ``[frames, H, W, C]``, are one picture.
 
@@ -218,21 +219,26 @@ def pictures_in(result: Any, count: int | None = None) -> np.ndarray:
     Raises:
         CalibrationError: the result does not divide into so many.
     """
-    sound = getattr(result, "audio", None)
+    named = [found for name in OUTPUTS if (found := _named(result, name)) is not None]
+    sound = _named(result, "audio")
     if sound is not None:
-        return _with_sound(pictures_in(result.frames, count), _numbers(sound))
-    for name in OUTPUTS:
-        if hasattr(result, name):
-            result = getattr(result, name)
-            break
-    else:
-        result = result[0] if isinstance(result, tuple) else result
-    found = _numbers(result)
-    if count is None or (found.ndim and len(found) == count):
-        return found
-    if count == 0 or not found.ndim or len(found) % count:
-        raise CalibrationError(f"the pipeline gave {len(found) if found.ndim else 0} pictures for {count} prompts")
-    return found[None] if count == 1 else found.reshape(count, -1, *found.shape[1:])
+        return _with_sound(pictures_in(named[0], count), _numbers(sound))
+    if named:
+        result = named[0]
+    elif isinstance(result, tuple):
+        result = result[0]
+    numbers = _numbers(result)
+    if count is None or (numbers.ndim and len(numbers) == count):
+        return numbers
+    if count == 0 or not numbers.ndim or len(numbers) % count:
+        raise CalibrationError(f"the pipeline gave {len(numbers) if numbers.ndim else 0} pictures for {count} prompts")
+    return numbers[None] if count == 1 else numbers.reshape(count, -1, *numbers.shape[1:])
+
+
+def _named(result: Any, name: str) -> Any:
+    """One of the values that a pipeline gives by name: in a mapping, in the state of a modular one, or an attribute."""
+    values = result if isinstance(result, Mapping) else getattr(result, "values", None)
+    return values.get(name) if isinstance(values, Mapping) else getattr(result, name, None)
 
 
 def _with_sound(frames: np.ndarray, sound: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from layercache._utils.compat import splits_tokens
+from layercache._utils.compat import call_parameters, splits_tokens
 from layercache.errors import ArgumentError, BudgetError, CacheStateError
 from layercache.models.registry import find_transformer
 from layercache.parallel.crew import Crew
@@ -350,6 +349,6 @@ def steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:
     for name in ("timesteps", "sigmas"):
         if call.get(name) is not None:
             return len(call[name])
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    parameter = call_parameters(pipe).get("num_inference_steps")
     steps = call.get("num_inference_steps", None if parameter is None else parameter.default)
     return steps if isinstance(steps, int) and call.get("strength") is None else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from layercache._utils.compat import scheduler_step, step_argument, with_velocity
+from layercache._utils.compat import quiet_copy, scheduler_step, step_argument, with_velocity
 from layercache.runtime.patches import DEEPCOPY, CopyHook, MethodPatch, restore
 from layercache.runtime.timesteps import StepTally
 
@@ -108,15 +108,14 @@ def _as_here(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def clones(pipe: Any, count: int) -> list[Any]:
-    """Copies of a pipeline that share its models and have a scheduler each.
+    """Copies of a pipeline that share its models and have a scheduler, and guiders, each.
 
     A call writes to the pipeline (its guidance scale, its progress) and to the scheduler; models are only read.
     """
     copies = []
     for _ in range(count):
-        clone = copy.copy(pipe)
+        clone = quiet_copy(pipe)
         clone.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
-        clone.set_progress_bar_config(disable=True)
         copies.append(clone)
     return copies
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from layercache._utils.compat import (
     has_own_contexts,
     is_compiled,
     is_hooked,
+    loops_of,
     scheduler_step,
     step_argument,
     unwrap_compiled,
@@ -32,8 +31,9 @@ from layercache.models.registry import experts_of, spec_for
 from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, gives, new_said
 from layercache.runtime.groups import require_inference
-from layercache.runtime.identity import OTHER_LOOP
-from layercache.runtime.loop import DenoisingLoop, LoopOwner, runs_forward
+from layercache.runtime.guiders import FOLLOWER, branch_of
+from layercache.runtime.identity import OTHER_CONDITION, OTHER_LOOP
+from layercache.runtime.loop import DenoisingLoop, ForwardLock, LoopOwner, arguments_of_loop
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
@@ -42,9 +42,6 @@ from layercache.schedule.fingerprint import call_settings
 from layercache.schedule.memory_plan import GroupAction
 
 _log = logging.getLogger("layercache")
-
-PATIENCE = 0.2
-"""Seconds after which a thread that waits for another's forward looks whether that one is still running."""
 
 _ROUTED_NAMES = ("_layercache_router", "_layercache_index")
 
@@ -79,8 +76,7 @@ class Attachment:
         self._loop: LoopOwner = LoopOwner() if leader is None else leader._loop
         self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
-        self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
-        self.is_under_way = False
+        self._lock = ForwardLock(self.transformer, self._fail)
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []
@@ -102,6 +98,7 @@ class Attachment:
             original: Any = self.transformer.cache_context
             self._patch(self.transformer, "cache_context", functools.partial(self._named_context, original))
         self._mark_as_cached()
+        FOLLOWER.hear(self)
         for name in ADAPTER_METHODS:
             if hasattr(self.transformer, name):
                 self._patch(self.transformer, name, self._changing(getattr(self.transformer, name)))
@@ -135,7 +132,7 @@ class Attachment:
         Diffusers' own context is entered only where one of its hooks would hear of it.
         """
         is_heard = fields or self.has_own_contexts or is_hooked(self.transformer)
-        now = Said(name, fields.get("step_index"))
+        now = Said(branch_of(name), fields.get("step_index"))
         return Saying(self.said, now, original(name, **fields) if is_heard else None)
 
     def _mark_as_cached(self) -> None:
@@ -176,8 +173,8 @@ class Attachment:
     def _follow(self, pipeline: Any, scheduler: Any) -> None:
         """Hears of the end of a pipeline's generations and of its scheduler's steps."""
         if pipeline is not None:
-            if hasattr(pipeline, "progress_bar"):
-                self._patch(pipeline, "progress_bar", self._denoising_loop(pipeline, pipeline.progress_bar))
+            for owner in loops_of(pipeline):
+                self._patch(owner, "progress_bar", self._denoising_loop(pipeline, owner, owner.progress_bar))
             if hasattr(pipeline, "maybe_free_model_hooks"):
                 self._patch(pipeline, "maybe_free_model_hooks", self._at_end(pipeline.maybe_free_model_hooks))
         if scheduler is not None:
@@ -216,6 +213,7 @@ class Attachment:
         self.experts = []
 
     def _undo(self) -> None:
+        FOLLOWER.forget(self)
         self.router.shut()
         for blocks, cls in self._classes:
             blocks.__class__ = cls
@@ -297,7 +295,7 @@ class Attachment:
 
         return maybe_free_model_hooks
 
-    def _denoising_loop(self, pipeline: Any, original: Any) -> Any:
+    def _denoising_loop(self, pipeline: Any, owner: Any, original: Any) -> Any:
         """A pipeline's loop runs in its progress bar: where that is left, however it is, the generation is over."""
 
         def begin() -> None:
@@ -305,18 +303,30 @@ class Attachment:
                 self._root.identity.lead(pipeline)
 
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
-            if self._classes:
-                # of the pipeline's call, which has put its defaults in place of what it was not given
-                self._root.note_settings(call_settings(sys._getframe(1).f_locals))
-            return DenoisingLoop(original(*args, **kwargs), begin, self._end_loop)
+            arguments = arguments_of_loop(pipeline, owner) if self._classes else None
+            if arguments is None:  # the cache has ended, or blocks that pipelines share run another one's loop
+                return original(*args, **kwargs)
+            # of the pipeline's call, which has put its defaults in place of what it was not given
+            self._root.note_settings(call_settings(arguments))
+            return DenoisingLoop(original(*args, **kwargs), begin, functools.partial(self._end_loop, pipeline))
 
         return progress_bar
 
-    def _end_loop(self, completed: bool) -> None:
+    def _end_loop(self, pipeline: Any, completed: bool) -> None:
+        FOLLOWER.close(self.transformer)
         if self._loop.end() and self._classes:
             _log.debug("a generation %s", "has ended" if completed else "was broken off")
             self._root.identity.is_held = False
-            self._root.for_call().end_generation(completed)
+            router = self._root.for_call()
+            router.end_generation(completed)
+            if completed and not hasattr(pipeline, "maybe_free_model_hooks"):
+                router.finish()  # nothing is heard of a modular pipeline's end
+
+    @property
+    def skips_step(self) -> bool:
+        """Whether the step that the newest forward was of is skipped, and the velocity replaced that it would give."""
+        attachment = self.leader or self
+        return not attachment._is_of_another_loop and attachment._root.for_call().skips_step
 
     def _counted_step(self, original: Any, tally: StepTally) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -351,50 +361,25 @@ class Attachment:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             require_inference()
-        self._acquire()
+        self._lock.acquire()
         try:
-            self.is_under_way = True
+            self._lock.is_under_way = True
             self._announce(module, args, kwargs)
         except BaseException:
             self._fail()
-            self._release()
+            self._lock.release()
             raise
 
     def decide(self, forward: Forward) -> tuple[GroupAction, ...]:
         """What the router's groups would do in a forward of another transformer; nothing where it has no place."""
-        self._acquire()
+        self._lock.acquire()
         router = self.router_of_call()
         try:
             router.begin(forward)
             return router.actions if router.is_announced else ()
         finally:
             router.shut()
-            self._release()
-
-    def _acquire(self) -> None:
-        here = get_ident()
-        if self._holder != here:
-            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
-                self._wait()
-            self._holder = here
-        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
-            self._fail()
-
-    def _wait(self) -> None:
-        """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
-        while not self._lock.acquire(timeout=PATIENCE):
-            holder = self._holder
-            if not holder or runs_forward(holder, self.transformer):
-                continue
-            with self._taking_over:  # of several that wait only one takes the place of the interrupted one
-                if self._holder == holder:
-                    self._holder = get_ident()
-                    self._fail()
-                    return
-
-    def _release(self) -> None:
-        self.is_under_way, self._holder = False, 0
-        self._lock.release()
+            self._lock.release()
 
     def _fail(self) -> None:
         """A forward did not come to its end: what it stored, and what the generation has stored so far, is void."""
@@ -432,12 +417,19 @@ class Attachment:
         if is_compiled(self._target if self.pipeline is None else getattr(self.pipeline, self._name)):
             dry_run = functools.partial(module.forward, *args, **kwargs)
         branch, step, part = self.said.get()
-        router.begin(Forward(branch, step, arguments, dry_run, part))
+        condition = FOLLOWER.condition_of(self.transformer)
+        if condition is None:
+            router.begin(Forward(branch, step, arguments, dry_run, part))
+        elif (name := branch or condition.branch) is None:
+            router.identity.leave_unidentified(OTHER_CONDITION)
+        else:
+            of_step = condition.step, condition.hooked
+            router.begin(Forward(name + condition.layers, step, arguments, dry_run, part, *of_step))
         self._device = device_of(arguments.get(self._parameters[0]))
         self.times.start(self._device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._holder != get_ident():  # it was refused before it began
+        if not self._lock.is_held:  # it was refused before it began
             return None
         try:
             router = self.router
@@ -453,7 +445,7 @@ class Attachment:
             raise
         finally:
             self.router.shut()
-            self._release()
+            self._lock.release()
 
 
 def attachment_of(transformer: nn.Module) -> Attachment | None:

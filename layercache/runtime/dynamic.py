@@ -18,6 +18,7 @@ from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams, named_arguments
 from layercache.ops.pending import Pending
 from layercache.runtime.blocks import BlockPass, BlockProxy, Place
+from layercache.runtime.ended import EndedRun, whole_rows
 from layercache.runtime.forward import Forward
 from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
@@ -167,16 +168,6 @@ class _Gate(BlockProxy):
         return self.packed(args, kwargs, here, new)
 
 
-@dataclass(frozen=True)
-class EndedRun:
-    """What is left of a generation: noise levels, decisions by branch, and how much memory it took."""
-
-    sigmas: tuple[float, ...] | None = None
-    logs: dict[str, list[Cell]] = field(default_factory=dict)
-    nbytes: int = 0
-    host_bytes: int = 0
-
-
 @dataclass
 class DynamicRun:
     """What a method has stored and decided in one generation, per branch and part.
@@ -184,10 +175,12 @@ class DynamicRun:
     Attributes:
         sigmas: noise levels of the run, or ``None`` where no scheduler says them.
         steps: their number, where it is known.
+        first: step at which the transformer began.
     """
 
     sigmas: tuple[float, ...] | None
     steps: int | None
+    first: int
     states: dict[str, BranchState] = field(default_factory=dict)
     flag: torch.Tensor | None = None
 
@@ -199,9 +192,9 @@ class DynamicRun:
     def host_bytes(self) -> int:
         return sum(state.host_bytes for state in list(self.states.values()))
 
-    def ended(self) -> EndedRun:
+    def ended(self, is_over: bool) -> EndedRun:
         logs = {name: state.log for name, state in list(self.states.items())}
-        return EndedRun(self.sigmas, logs, self.nbytes, self.host_bytes)
+        return EndedRun(self.sigmas, logs, self.nbytes, self.host_bytes, self.first, is_over)
 
 
 class DynamicRouter(Router):
@@ -279,7 +272,7 @@ class DynamicRouter(Router):
 
     def begin_generation(self, place: ForwardPlace) -> None:
         sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
-        self._run = DynamicRun(sigmas, self._num_steps if sigmas is None else len(sigmas) - 1)
+        self._run = DynamicRun(sigmas, self._num_steps if sigmas is None else len(sigmas) - 1, place.step)
 
     def _start_branch(self, run: DynamicRun, place: ForwardPlace, forward: Forward) -> BranchState:
         """The state of a branch that begins, or changes its shape in the middle, when what was decided stays said."""
@@ -296,7 +289,7 @@ class DynamicRouter(Router):
         run, self._run = self._run, None
         assert run is not None
         self.storage.release()
-        self._ended = run.ended()
+        self._ended = run.ended(self.identity.is_over)
         self.__dict__.pop("_state", None)
 
     def new_pass(self) -> BlockPass:
@@ -361,7 +354,10 @@ class DynamicRouter(Router):
 
     def _decide(self, state: BranchState, step: int, observation: Observation) -> Cell:
         decider = state.decider
-        must = not state.anchors or decider.must_compute(step)
+        forward = self._forward
+        assert forward is not None
+        hooked = bool(forward.hooked) and min(forward.hooked) <= self.probe  # what is seen is a guider's hooks
+        must = not state.anchors or hooked or decider.must_compute(step)
         numbers = state.reader.read(self._seen(state, step, state.excluded.observed(observation), must))
         state.excluded.note(numbers)
         reuses = not must and numbers is not None and decider.may_reuse(step, numbers)
@@ -419,7 +415,7 @@ class DynamicRouter(Router):
     @property
     def _newest(self) -> EndedRun:
         """Of the present generation, or of the last one."""
-        return self._ended if self._run is None else self._run.ended()
+        return self._ended if self._run is None else self._run.ended(self.identity.is_over)
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
@@ -432,17 +428,15 @@ class DynamicRouter(Router):
         Raises:
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
-        logs, sigmas = self._newest.logs, self._newest.sigmas
-        sigmas = levels_of_whole_run(logs, sigmas)
-        groups, place = self._groups()
-        cells = {
-            name: tuple(tuple(cell if g == place else None for g in range(len(groups))) for cell in log)
-            for name, log in logs.items()
+        run, (groups, place) = self._newest, self._groups()
+        log_rows = {
+            name: [tuple(cell if g == place else None for g in range(len(groups))) for cell in log]
+            for name, log in run.logs.items()
         }
+        steps, cells = whole_rows(run, log_rows)
         shared = next(iter(cells.values()))
-        prints = fingerprint_of(self.transformer, sigmas, tuple(logs))
         return Schedule(
-            prints,
+            fingerprint_of(self.transformer, run.sigmas or (), tuple(cells), steps),
             groups,
             shared,
             tuple(float(hi - lo) for lo, hi in groups),
@@ -462,19 +456,6 @@ class DynamicRouter(Router):
         run = self._newest
         report = self._counts.report(saved, run.nbytes, run.logs, self.identity, self.measured_speedup)
         return replace(report, host_bytes=run.host_bytes, staged_bytes=self.storage.staged_bytes)
-
-
-def levels_of_whole_run(logs: Mapping[str, Sequence[Any]], sigmas: tuple[float, ...] | None) -> tuple[float, ...]:
-    """The noise levels of decisions by branch; raises `CacheStateError` unless they are of all steps of a run."""
-    if not logs:
-        raise CacheStateError("run a whole generation first; nothing has run yet")
-    if sigmas is None:
-        raise CacheStateError("there is no scheduler that says at which noise levels the steps ran; use a pipeline")
-    steps = len(sigmas) - 1
-    if any(len(log) != steps for log in logs.values()):
-        seen = {name: len(log) for name, log in logs.items()}
-        raise CacheStateError(f"run a whole generation of {steps} steps first; steps seen so far: {seen}")
-    return sigmas
 
 
 def _no_modulation() -> Modulated:

@@ -21,6 +21,8 @@ class Forward(NamedTuple):
         arguments: all arguments of the transformer, by name.
         dry_run: runs the same forward once outside the compiled graph; ``None`` where nothing is compiled.
         part: of the picture, a window or tile that the caller names; ``None`` for the whole.
+        conditions: names of all conditions that a guider runs at this step; empty where no guider says it.
+        hooked: blocks, over all lists, that a guider has put hooks on for this forward alone.
     """
 
     branch: str | None
@@ -28,6 +30,8 @@ class Forward(NamedTuple):
     arguments: Mapping[str, Any]
     dry_run: Callable[[], Any] | None = None
     part: Hashable = None
+    conditions: tuple[str, ...] = ()
+    hooked: frozenset[int] = frozenset()
 
     @property
     def key(self) -> str:

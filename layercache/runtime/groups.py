@@ -105,7 +105,7 @@ class ScheduleRouter(Router):
         place = self.locate(forward)
         if self.track.layouts and self.generation is not None:
             # a velocity is of all branches and parts, whichever this forward is
-            self.track.begin(self.generation.step, sample_shape(forward.arguments))
+            self.track.begin(self.generation.step, sample_shape(forward.arguments), forward.conditions)
         if place is None:
             return None
         state = self._live.get(place.key)
@@ -307,6 +307,11 @@ class ScheduleRouter(Router):
     @property
     def replaces_velocity(self) -> bool:
         return bool(self.track.layouts)
+
+    @property
+    def skips_step(self) -> bool:
+        step = self.track.step
+        return self.replaces_velocity and step >= 0 and self._skipped[step] and self.track.is_complete
 
     def replace_velocity(
         self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0

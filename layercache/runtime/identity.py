@@ -35,6 +35,9 @@ OTHER_LOOP = (
     "another thread's pipeline runs on this transformer; a cache serves one loop at a time, and several by requests: "
     "`with cache.request(name, scheduler):`"
 )
+OTHER_CONDITION = (
+    "the pipeline runs more conditions than its guider has prepared, and nothing says what they are; " + _NAME_THEM
+)
 RUN_IS_OVER = (
     "the scheduler that the cache follows takes no step: another pipeline or loop uses the transformer too; enable the "
     "same plan on that pipeline as well, or name its scheduler: layercache.enable(transformer, plan, scheduler)"
@@ -151,6 +154,14 @@ class Identity:
         """How many steps of its run the scheduler has taken; ``None`` where it does not count them."""
         scheduler = self.scheduler
         return None if scheduler is None else scheduler_step(scheduler)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the scheduler has taken all steps of the present generation."""
+        generation, taken = self.generation, self.taken
+        if generation is None or taken is None or generation.run is None or generation.run is not self.run:
+            return False
+        return taken >= generation.limit
 
     @property
     def run(self) -> object:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
+from layercache._utils.compat import call_parameters
 from layercache.errors import ScheduleMismatchError
 from layercache.schedule.fingerprint import Fingerprint
 
@@ -18,7 +18,7 @@ def check_levels(pipe: Any, fingerprint: Fingerprint) -> None:
     """
     if not fingerprint.sigmas_given or isinstance(pipe, nn.Module):
         return
-    if "sigmas" not in inspect.signature(type(pipe).__call__).parameters:
+    if "sigmas" not in call_parameters(pipe):
         raise ScheduleMismatchError(
             f"this schedule has noise levels of its own, and {type(pipe).__name__} takes no `sigmas` to be called "
             'with them; search on this pipeline without sigmas="free"'

@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from threading import get_ident
+from collections.abc import Callable, Iterator, Mapping
+from threading import Lock, get_ident
 from typing import Any
 
 from torch import nn
+
+from layercache._utils.compat import arguments_in
+
+PATIENCE = 0.2
+"""Seconds after which a thread that waits for another's forward looks whether that one is still running."""
+
+_FRAMES = 8  # between a progress bar and the loop that asks for it: those of patches of other caches
+
+
+class ForwardLock:
+    """Lets one forward of a transformer run at a time; a thread that was interrupted inside its own holds up nobody.
+
+    Args:
+        transformer: whose forwards take their turns.
+        interrupted: called where a forward did not come to its end.
+
+    Attributes:
+        is_under_way: the holder has begun its forward.
+    """
+
+    def __init__(self, transformer: nn.Module, interrupted: Callable[[], object]):
+        self._transformer, self._interrupted = transformer, interrupted
+        self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
+        self.is_under_way = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this thread holds it."""
+        return self._holder == get_ident()
+
+    def acquire(self) -> None:
+        """Waits for the forward of another thread."""
+        here = get_ident()
+        if self._holder != here:
+            if not self._lock.acquire(blocking=False):  # hardly ever; a time-out would cost every call
+                self._wait()
+            self._holder = here
+        elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
+            self._interrupted()
+
+    def _wait(self) -> None:
+        while not self._lock.acquire(timeout=PATIENCE):
+            holder = self._holder
+            if not holder or runs_forward(holder, self._transformer):
+                continue
+            with self._taking_over:  # of several that wait only one takes the place of the interrupted one
+                if self._holder == holder:
+                    self._holder = get_ident()
+                    self._interrupted()
+                    return
+
+    def release(self) -> None:
+        """The forward is over."""
+        self.is_under_way, self._holder = False, 0
+        self._lock.release()
 
 
 class LoopOwner:
@@ -79,3 +134,22 @@ def runs_forward(thread: int, module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def arguments_of_loop(pipeline: Any, owner: Any) -> Mapping[str, Any] | None:
+    """What the loop that asks for a progress bar knows by name; ``None`` where it is none of this pipeline's.
+
+    Args:
+        pipeline: whose loops are followed.
+        owner: of the progress bar: the pipeline, or a block, which several modular pipelines may share.
+    """
+    frame: Any = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return None
+        if not frame.f_globals.get("__name__", "").startswith("layercache.runtime."):
+            found = frame.f_locals
+            if owner is pipeline or any(value is pipeline for value in found.values()):
+                return arguments_in(pipeline, found)
+        frame = frame.f_back
+    return None

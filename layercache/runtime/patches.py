@@ -95,13 +95,14 @@ class CopyHook:
         self.scheduler, self.heard = scheduler, heard
 
     def __call__(self, memo: dict[int, Any]) -> Any:
-        maker = sys._getframe(2).f_locals.get("self")  # behind copy.deepcopy
+        names = sys._getframe(2).f_locals  # behind copy.deepcopy: of the pipeline, or a block of a modular one
+        makers = [names.get("self"), names.get("components")]
         own = self.scheduler.__dict__.pop(DEEPCOPY)
         try:
             made = copy.deepcopy(self.scheduler, memo)
         finally:
             self.scheduler.__dict__[DEEPCOPY] = own
-        if getattr(maker, "scheduler", None) is self.scheduler:
+        if any(getattr(maker, "scheduler", None) is self.scheduler for maker in makers):
             self.heard(made)
         return made
 

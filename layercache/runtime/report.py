@@ -10,7 +10,8 @@ from layercache._utils.summaries import Rows, Summarised
 from layercache.runtime.identity import Identity
 
 NOT_STORED = (
-    "something that the step would have reused was not stored: the run began in the middle, or its shapes changed"
+    "something that the step would have reused was not stored: the run or its branch began in the middle, or its "
+    "shapes changed"
 )
 TO_LEARN = "it was recorded, to learn from"
 

@@ -376,6 +376,11 @@ class Router(Summarised):
         """Whether the velocity passes through `replace_velocity` on its way to the sampler."""
         return False
 
+    @property
+    def skips_step(self) -> bool:
+        """Whether the present step's blocks are passed by: what its forwards give is replaced behind the guidance."""
+        return False
+
     def replace_velocity(
         self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
     ) -> torch.Tensor:

@@ -17,7 +17,8 @@ from layercache.errors import CacheStateError, MethodError, NonFiniteResidualErr
 from layercache.models.positions import on_grid, shrunk
 from layercache.models.registry import count_blocks, fingerprint_of
 from layercache.models.spec import ModelSpec, Streams
-from layercache.runtime.dynamic import Reader, levels_of_whole_run
+from layercache.runtime.dynamic import Reader
+from layercache.runtime.ended import EndedRun, Row, whole_rows
 from layercache.runtime.forward import Forward
 from layercache.runtime.host_storage import make_storage
 from layercache.runtime.identity import Identity
@@ -31,9 +32,7 @@ from layercache.runtime.state import MAX_TERMS
 from layercache.runtime.storage import Buffer, check_alike
 from layercache.runtime.timing import device_of
 from layercache.schedule.memory_plan import CAPTURE, REUSE, GroupAction
-from layercache.schedule.schedule import Cell, Schedule
-
-Row = tuple[Cell, ...]
+from layercache.schedule.schedule import Schedule
 
 
 @dataclass
@@ -60,21 +59,12 @@ class RowState:
         return sum(buffer.host_bytes for group in self.stored for buffer in group)
 
 
-@dataclass(frozen=True)
-class EndedRowRun:
-    """What is left of a generation: noise levels, rows by branch, and how much memory it took."""
-
-    sigmas: tuple[float, ...] | None = None
-    logs: dict[str, list[Row]] = field(default_factory=dict)
-    nbytes: int = 0
-    host_bytes: int = 0
-
-
 @dataclass
 class RowRun:
     """What a method has decided in one generation, and what is stored for it.
 
     Attributes:
+        first: step at which the transformer began.
         step: that was decided last, or -1.
         computed: per group whether that step computes it.
         sizes: per group what it added when it was last measured, until the method has seen it.
@@ -84,6 +74,7 @@ class RowRun:
 
     sigmas: tuple[float, ...] | None
     decider: RowDecider
+    first: int
     states: dict[str, RowState] = field(default_factory=dict)
     step: int = -1
     computed: tuple[bool, ...] = ()
@@ -96,10 +87,11 @@ class RowRun:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in list(self.states.values())) + self.decider.nbytes
 
-    def ended(self) -> EndedRowRun:
+    def ended(self, is_over: bool) -> EndedRun:
         states = list(self.states.items())
         held = sum(state.host_bytes for _, state in states)
-        return EndedRowRun(self.sigmas, {name: state.log for name, state in states}, self.nbytes, held)
+        logs = {name: state.log for name, state in states}
+        return EndedRun(self.sigmas, logs, self.nbytes, held, self.first, is_over)
 
 
 class RowRouter(Router):
@@ -134,7 +126,7 @@ class RowRouter(Router):
         self._state: RowState
         self._key = ""
         self._launches: dict[int, list[list[list[Buffer]]]] = {}
-        self._ended = EndedRowRun()
+        self._ended = EndedRun()
         self._rows: Counter[tuple[bool, ...]] = Counter()
         self._trials = 0.0  # in forwards
         self._fallbacks = 0
@@ -178,7 +170,7 @@ class RowRouter(Router):
 
     def begin_generation(self, place: ForwardPlace) -> None:
         sigmas = None if place.generation.source != "scheduler" else scheduler_sigmas(self.identity.scheduler)
-        self._run = RowRun(sigmas, self._new_decider(sigmas))
+        self._run = RowRun(sigmas, self._new_decider(sigmas), place.step)
 
     def _new_decider(self, sigmas: tuple[float, ...] | None) -> RowDecider:
         steps = self._num_steps if sigmas is None else len(sigmas) - 1
@@ -268,7 +260,7 @@ class RowRouter(Router):
         run, self._run = self._run, None
         assert run is not None
         self.storage.release()
-        self._ended, self._launches = run.ended(), {}
+        self._ended, self._launches = run.ended(self.identity.is_over), {}
         self.__dict__.pop("_state", None)
 
     def capture(self, group: int, image_in: Any, text_in: Any, image_out: Any, text_out: Any) -> None:
@@ -303,9 +295,9 @@ class RowRouter(Router):
         return self.storage.find_fault(buffers, run.flag)
 
     @property
-    def _newest(self) -> EndedRowRun:
+    def _newest(self) -> EndedRun:
         """Of the present generation, or of the last one."""
-        return self._ended if self._run is None else self._run.ended()
+        return self._ended if self._run is None else self._run.ended(self.identity.is_over)
 
     @property
     def decisions(self) -> dict[str, tuple[bool, ...]]:
@@ -324,16 +316,16 @@ class RowRouter(Router):
         Raises:
             CacheStateError: no generation was finished, or nothing says at which noise levels it ran.
         """
-        logs, sigmas = self._newest.logs, self._newest.sigmas
-        sigmas = levels_of_whole_run(logs, sigmas)
-        shared = next(iter(logs.values()))
+        run = self._newest
+        steps, cells = whole_rows(run, run.logs)
+        shared = next(iter(cells.values()))
         return Schedule(
-            fingerprint_of(self.transformer, sigmas, tuple(logs)),
+            fingerprint_of(self.transformer, run.sigmas or (), tuple(cells), steps),
             self.groups,
-            tuple(shared),
+            shared,
             tuple(float(hi - lo) for lo, hi in self.groups),
             {"method": self.method.name, "settings": repr(self.method)},
-            branch_cells={name: tuple(log) for name, log in logs.items() if log != shared},
+            branch_cells={name: own for name, own in cells.items() if own != shared},
         )
 
     def report(self) -> CacheReport:

@@ -93,6 +93,7 @@ class VelocityTrack:
         self.held: list[int | None] = [None] * num_slots
         self.step = self.taken = -1
         self._shape: Any = None
+        self._conditions: tuple[str, ...] = ()
         self.is_complete = False
         self.fallbacks = 0
 
@@ -112,8 +113,14 @@ class VelocityTrack:
         tracks[0].further = tracks[1:]
         return tracks[0]
 
-    def begin(self, step: int, shape: Any = None) -> None:
+    def begin(self, step: int, shape: Any = None, conditions: tuple[str, ...] = ()) -> None:
         """A forward of this step starts, on samples of this shape; of another one nothing is stored.
+
+        Args:
+            step: of the run.
+            shape: of a sample.
+            conditions: that a guider runs at this step; a velocity is of those of its own step, and of no use where
+                guidance begins or ends. Empty where no guider says them.
 
         Raises:
             CacheStateError: an output's sampler did not ask for its velocity of the step before.
@@ -123,6 +130,10 @@ class VelocityTrack:
             self.reset()
         if step == self.step:
             return
+        if conditions and conditions != self._conditions:
+            if self._conditions:
+                self.reset()
+            self._conditions = conditions
         for track in self.further:
             if self.taken == self.step != track.taken:
                 raise CacheStateError(

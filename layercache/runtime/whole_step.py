@@ -108,7 +108,7 @@ class StepRouter(Router):
         assert self.generation is not None
         step = self.generation.step
         if step != run.step:
-            self._decide(run, step, forward.arguments[self._stream])
+            self._decide(run, step, _joined(forward.arguments[self._stream]), forward.conditions)
         rule = run.log[step]
         self._counts.note(reused=rule is not None)
         self.open((GroupAction(COMPUTE if rule is None else REUSE),))
@@ -134,15 +134,16 @@ class StepRouter(Router):
         assert run is not None
         self._ended = run.ended()
 
-    def _decide(self, run: StepRun, step: int, inputs: torch.Tensor) -> None:
+    def _decide(self, run: StepRun, step: int, inputs: torch.Tensor, conditions: tuple[str, ...]) -> None:
         """Decides about a step when its first forward comes, for all its forwards."""
-        signature = (inputs.shape, inputs.dtype, inputs.device, torch.is_inference_mode_enabled())
-        if signature != run.signature:  # nothing that is stored is of this shape
+        signature = (inputs.shape, inputs.dtype, inputs.device, torch.is_inference_mode_enabled(), conditions)
+        if signature != run.signature:  # nothing that is stored is of this shape, or of these conditions
             run.decider, run.velocity, run.signature = self._new_decider(run.sigmas), None, signature
             run.excluded = Excluded()
         run.inputs = inputs
         run.decider.observe(run.excluded.without(inputs))
-        numbers = None if run.decider.must_compute(step) else run.decider.numbers()
+        must = run.velocity is None or run.decider.must_compute(step)
+        numbers = None if must else run.decider.numbers()
         run.excluded.note(numbers)
         reuses = numbers is not None and run.decider.may_reuse(numbers)
         del run.log[step:]
@@ -154,6 +155,11 @@ class StepRouter(Router):
     @property
     def replaces_velocity(self) -> bool:
         return True
+
+    @property
+    def skips_step(self) -> bool:
+        run = self._run
+        return run is not None and run.step >= 0 and run.log[run.step] is not None
 
     def replace_velocity(
         self, step: int, velocity: torch.Tensor, latents: torch.Tensor, output: int = 0
@@ -181,6 +187,7 @@ class StepRouter(Router):
             run.velocity = self._copied(run.velocity, velocity)
             return velocity
         assert run.velocity is not None
+        run.inputs = None  # the pipeline's, which nothing else may hold any more
         return self._extended(run.velocity, rule, velocity)
 
     def _copied(self, before: Stored | None, velocity: torch.Tensor) -> Stored:
@@ -252,3 +259,11 @@ class StepRouter(Router):
         report = self._counts.report(1.0, run.nbytes, run.branches, self.identity, self.measured_speedup)
         staged = 0 if self._transfers is None else self._transfers.peak
         return replace(report, host_bytes=run.host_bytes, staged_bytes=staged)
+
+
+def _joined(latents: Any) -> torch.Tensor:
+    """The latents that a model is given, as one tensor; some take a list of samples, whose sizes may differ."""
+    if isinstance(latents, torch.Tensor):
+        return latents
+    one_size = len({sample.shape for sample in latents}) == 1
+    return torch.stack(list(latents)) if one_size else torch.cat([sample.flatten() for sample in latents])[None]

@@ -28,8 +28,11 @@ COMMAND = "command"
 """Among the settings: the options of the command line that it was made with; not handed on to others."""
 
 
-GUIDANCE, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
+SCALES, SIZES = ("guidance_scale", "true_cfg_scale"), ("height", "width", "num_frames")
 """Arguments of a pipeline's call that are settings."""
+
+GUIDANCE = (*SCALES, "guidance_start", "guidance_stop")
+"""What is known of the guidance: its scale, and the share of the steps that a guider's begins and ends at."""
 
 RANGE = re.compile(r"(\w+) (-?[\d.]+(?:e[+-]?\d+)?)(?: to (-?[\d.]+(?:e[+-]?\d+)?))?")
 """A setting with its number, or from the least to the largest."""

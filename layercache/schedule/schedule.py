@@ -16,6 +16,7 @@ from layercache._utils.summaries import Rows, Summarised, joined
 from layercache.errors import ScheduleError
 from layercache.schedule.fingerprint import Fingerprint, check_steps, settings_line
 from layercache.schedule.pretrained import Pretrained
+from layercache.schedule.step_mask import StepMask
 
 FORMAT = SCHEDULE
 VERSION = 3
@@ -212,6 +213,31 @@ class Schedule(Summarised, Pretrained):
         cells: list[Cell] = [None if step in fingerprint.steps else {} for step in range(fingerprint.num_steps)]
         seconds = tuple(float(hi - lo) for lo, hi in ranges)
         return cls(fingerprint, ranges, tuple((cell,) * len(ranges) for cell in cells), seconds, {"method": "full"})
+
+    def to_step_mask(self) -> StepMask:
+        """Which steps are computed, for stable-diffusion.cpp, cache-dit and SGLang, which take a mask of steps.
+
+        How reused steps are forecast does not go with it: those engines have forecasts of their own.
+
+        Raises:
+            ScheduleError: it reuses some of the groups of blocks at a step and computes others, or its transformer
+                runs at some of the steps only.
+        """
+        mask = []
+        for step in range(self.num_steps):
+            kinds = {cell is None for cells in (self.cells, *self.branch_cells.values()) for cell in cells[step]}
+            if len(kinds) > 1:
+                raise ScheduleError(
+                    f"a mask has whole steps, and this schedule computes step {step} in part; take one of whole steps "
+                    "(layercache.search), or plan with one group of blocks"
+                )
+            mask.append(int(kinds.pop()))
+        if self.fingerprint.steps_run and not self.takes_experts:
+            raise ScheduleError(
+                f"a mask is of all steps of a run, and this schedule's transformer runs at "
+                f"{len(self.fingerprint.steps)} of {self.num_steps}"
+            )
+        return StepMask(mask)
 
     @property
     def is_timed(self) -> bool:

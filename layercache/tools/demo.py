@@ -23,6 +23,7 @@ from layercache._utils.text import shown
 from layercache._utils.timer import synchronise
 from layercache.demo.model import CLASS_NAMES
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
+from layercache.demo.weights import find_weights
 from layercache.errors import BudgetError, CalibrationError
 from layercache.planning.plan import SPANS
 from layercache.planning.profile import StabilityProfile
@@ -151,7 +152,7 @@ def run_demo(
 
     Raises:
         BudgetError: the budget is out of range or cannot be reached.
-        MissingExtraError: scikit-image or matplotlib is not installed.
+        MissingExtraError: scikit-image, matplotlib or the weights are not installed.
         OutputError: no file can be made in the folder.
     """
     settings = Settings(steps, budget, seeds, batch, calibration_samples, guidance_scale)
@@ -160,6 +161,8 @@ def run_demo(
     # whatever could go wrong at the end should do so now
     metrics.check_installed()
     plots.check_installed()
+    if pipe is None:
+        find_weights()
     output = Path(output)
     check_output_folder(output, "output")
     output.mkdir(parents=True, exist_ok=True)

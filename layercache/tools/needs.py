@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layercache._utils.text import shown
+from layercache.demo.weights import find_weights
 from layercache.errors import MissingExtraError, UnsupportedModelError
 
 DEMO_TRANSFORMER = "QwenImageTransformer2DModel"
@@ -32,7 +33,7 @@ EXTRAS: dict[str, tuple[dict[str, str], str]] = {
         },
         "most real pipelines do not load",
     ),
-    "demo": (
+    "figures": (
         {"scikit-image": "skimage", "matplotlib": "matplotlib", "pillow": "PIL"},
         "no PSNR and SSIM, or no figures",
     ),
@@ -138,7 +139,7 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
     name = os.fspath(model)
     path = Path(name).expanduser()
     if name == "demo":
-        return Inspection(name, "the bundled model", "DemoPipeline", {"transformer": DEMO_TRANSFORMER})
+        return _of_demo(name)
     if path.is_dir():
         return _of_folder(name, path)
     if path.is_file():
@@ -147,6 +148,15 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
         problem = f"{shown(name)} is no file or folder that is there, and no name on the Hub such as 'org/name'"
         return Inspection(name, "nothing that is there", needs=(Need(problem),))
     return _of_hub(name)
+
+
+def _of_demo(name: str) -> Inspection:
+    needs: tuple[Need, ...] = ()
+    try:
+        find_weights()
+    except MissingExtraError as error:
+        needs = (Need(str(error), package="layercache-demo"),)
+    return Inspection(name, "the bundled model", "DemoPipeline", {"transformer": DEMO_TRANSFORMER}, needs)
 
 
 def _of_hub(name: str) -> Inspection:

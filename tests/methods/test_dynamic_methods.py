@@ -226,7 +226,7 @@ def easycache_literal(x, v, sigmas, m):
     """Of latents and guided velocities as taken, per step."""
     computed, total, steps = [], 0.0, []
     for i in range(STEPS):
-        compute = i < m.warmup or i == STEPS - 1 or len(steps) < 2
+        compute = i < m.warmup or i >= STEPS - m.cooldown or len(steps) < 2
         if not compute:
             a, b = steps[-1], steps[-2]
             k = mean1(v[a] - v[b]) / mean1(x[a] - x[b])
@@ -241,9 +241,9 @@ def easycache_literal(x, v, sigmas, m):
     return computed
 
 
-@pytest.mark.parametrize("threshold, warmup", [(0.08, 3), (0.3, 2)])
-def test_easycache(pipe, threshold, warmup):
-    method = EasyCache(threshold=threshold, warmup=warmup)
+@pytest.mark.parametrize("threshold, warmup, cooldown", [(0.08, 3, 1), (0.3, 2, 0)])
+def test_easycache(pipe, threshold, warmup, cooldown):
+    method = EasyCache(threshold=threshold, warmup=warmup, cooldown=cooldown)
     latents, taken = [], []
     original = pipe.scheduler.step
 

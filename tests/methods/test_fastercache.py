@@ -14,6 +14,8 @@ from layercache.runtime.frequency import grid_of, low_pass
 from layercache.runtime.modules import module_units
 from layercache.schedule.module_schedule import ModuleSchedule
 from support.tiny import calm_pipeline, fingerprint, generate, shifted_sigmas
+from support.zoo_pipelines import PIPELINES
+from support.zoo_pipelines import generate as from_noise
 
 STEPS = 10
 METHOD = FasterCache(start=0.4, interval=2, guidance_interval=4)
@@ -145,6 +147,40 @@ def test_without_a_second_branch_attention_alone_is_reused_as_by_diffusers(pipe)
         )
     )
     theirs = generate(peer, steps=STEPS, guidance_scale=1.0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, one_branch",
+    [
+        ("wan", {"guidance_scale": 1.0}),
+        ("ltx", {"guidance_scale": 1.0}),
+        ("qwen-image", {"true_cfg_scale": 1.0}),
+        ("hunyuan video", {"true_cfg_scale": 1.0}),
+    ],
+)
+def test_attention_of_other_models_is_reused_as_by_diffusers(name, one_branch):
+    diffusers = pytest.importorskip("diffusers")
+    made, call = PIPELINES[name]()
+    call, steps = call | one_branch, call["num_inference_steps"]
+    full = from_noise(made, call)
+    with layercache.enabled(made, FasterCache(start=0.5, guidance_interval=1, weight=0.0)) as cache:
+        ours = from_noise(made, call)
+        assert cache.report().used < 1
+    now = {"step": -1}
+    made.transformer.register_forward_pre_hook(lambda *_: now.__setitem__("step", now["step"] + 1))
+    made.transformer.enable_cache(
+        diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, steps // 2),
+            spatial_attention_block_identifiers=("attn1?$",),  # by default also LTX's cross-attention
+            attention_weight_callback=lambda _: 0.0,
+            is_guidance_distilled=True,
+            current_timestep_callback=lambda: steps - 1 - max(now["step"], 0),
+        )
+    )
+    theirs = from_noise(made, call)
+    assert not torch.equal(ours, full)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 

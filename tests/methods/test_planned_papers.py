@@ -145,6 +145,12 @@ def test_procache_presets_are_the_released_patterns(pipe, name):
             assert all(cell is None or len(cell) == min(step, method.order + 1) for cell in row)
 
 
+def test_procache_computes_the_first_and_the_last_steps(pipe):
+    cells = ProCache((4, 4, 4), warmup=2, cooldown=3).schedule(prints(pipe)).cells
+    assert [step for step, row in enumerate(cells) if row == (None, None)] == [0, 1, 4, 8, 9, 10, 11]
+    assert cells[2][1] is None and cells[2][0] == {1: 1.0}
+
+
 @pytest.mark.parametrize("computed, shortest, longest", [(13, 2, 5), (11, 3, 6), (30, 1, 3), (50, None, None)])
 def test_procache_candidates_keep_to_the_constraints(computed, shortest, longest):
     found = procache.sample_intervals(50, computed, shortest=shortest, longest=longest)

@@ -17,6 +17,8 @@ from support.marks import slow
 from support.tiny import LAYERS, calm_pipeline, generate, shifted_sigmas
 from support.watch import STEPS, mean1, watched
 from support.zoo_pipelines import PIPELINES
+from support.zoo_pipelines import STEPS as STEPS_OF_ZOO
+from support.zoo_pipelines import generate as from_noise
 
 SIDE = 8  # tokens of the bundled model's picture
 
@@ -75,27 +77,48 @@ def test_seacache(pipe, method):
             np.testing.assert_allclose(a["h"][i], a["h0"][i] + forecast, atol=5e-5)
 
 
-@pytest.mark.parametrize("threshold", [0.2, *slow(0.05, 0.8)])
-def test_seacache_decides_as_diffusers_does(threshold):
-    pipe, call = PIPELINES["wan"]()
+def of_tokens(model, arguments, given):
+    """Tokens of latents in the places that the call says, as diffusers' SeaCache takes them: ``(C, T, H, W)`` each."""
+    shapes = given.get("img_shapes")
+    grid = shapes[0][0] if shapes else [given[name] for name in ("num_frames", "height", "width")]
+    return [sample.movedim(-1, 0).unflatten(1, tuple(grid)) for sample in given["hidden_states"]]
 
-    def run():
-        return pipe(generator=torch.Generator().manual_seed(0), **call).frames
 
-    method = SeaCache(threshold=threshold, indicator="latents", order=1, max_consecutive=2)
+# where diffusers' SeaCache finds the latents; of Wan's it knows itself
+VISION = {
+    "wan": None,
+    "hunyuan video": lambda model, arguments, given: list(given["hidden_states"]),
+    "qwen-image": of_tokens,
+    "ltx": of_tokens,
+}
+
+
+@pytest.mark.parametrize(
+    "name, threshold", [("wan", 0.2), *slow(("wan", 0.05), ("wan", 0.8), *((n, 0.4) for n in VISION if n != "wan"))]
+)
+def test_seacache_decides_as_diffusers_does(name, threshold, monkeypatch):
+    pipe, call = PIPELINES[name]()
+    method = SeaCache(threshold=threshold, indicator="latents", order=1, max_consecutive=2, power=3.0)
     with layercache.enabled(pipe, method) as cache:
-        ours, decisions = run(), cache.decisions
-    ran = []
-    hooks = [
-        pipe.transformer.register_forward_pre_hook(lambda *_: ran.append(False)),
-        pipe.transformer.blocks[1].attn1.register_forward_pre_hook(lambda *_: ran.__setitem__(-1, True)),
-    ]
-    pipe.transformer.enable_cache(SeaCacheConfig(threshold=threshold))
-    theirs = run()
-    for hook in hooks:
-        hook.remove()
-    assert decisions == {"cond": tuple(ran[0::2]), "uncond": tuple(ran[1::2])}
-    assert set(ran) == {True, False}
+        ours, decisions = from_noise(pipe, call), cache.decisions
+    ran, enter = {}, pipe.transformer.cache_context
+
+    def with_place(branch, **place):  # which only the pipelines of Wan and Cosmos 3 say
+        ran.setdefault(branch, []).append(False)
+        ran["now"] = ran[branch]
+        step = pipe.scheduler.step_index or 0
+        said = {"step_index": step, "sigma": float(pipe.scheduler.sigmas[step]), "num_inference_steps": STEPS_OF_ZOO}
+        return enter(branch, **(said | place))
+
+    monkeypatch.setattr(pipe.transformer, "cache_context", with_place)
+    last = getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks
+    hook = next(last[-1].children()).register_forward_pre_hook(lambda *_: ran["now"].__setitem__(-1, True))
+    pipe.transformer.enable_cache(SeaCacheConfig(threshold=threshold, raw_vision_callback=VISION[name]))
+    theirs = from_noise(pipe, call)
+    hook.remove()
+    del ran["now"]
+    assert list(decisions.values()) == [tuple(computed) for computed in ran.values()]
+    assert {True, False} == set(decisions["cond" if "cond" in decisions else next(iter(decisions))])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -89,3 +89,11 @@ def test_comparisons_and_their_files_have_the_same_bytes(shared, tmp_path):
     leader, *others = shared["compare"]
     assert leader == (outcomes, files)
     assert all(found == (outcomes, {}) for found in others)
+
+
+@pytest.mark.slow
+def test_cache_dit_decides_in_each_process_alone(tmp_path):
+    """It averages over all processes of torch.distributed, and waits for those that run fewer pictures."""
+    pytest.importorskip("cache_dit")
+    wanted = compare_tasks.cached_by_cache_dit(Crew())
+    assert run_crew([compare_tasks.cached_by_cache_dit], 2, tmp_path)[0] == [wanted, wanted]

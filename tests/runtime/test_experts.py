@@ -18,7 +18,7 @@ from layercache.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from layercache.methods.fixed import SmoothCache
+from layercache.methods import FBCache, PreciseCache, SmoothCache
 from layercache.models.registry import spec_for
 from layercache.planning.profile import StabilityProfile
 from layercache.runtime.attachment import attachment_of
@@ -259,6 +259,37 @@ def test_pictures_and_computed_blocks(made, profiles):
         assert report.cache_bytes == profiles[name].cache_bytes(schedule)
     assert not torch.equal(cached, full) and float((cached - full).abs().max()) < 0.5 * float(full.abs().max())
     assert torch.equal(generate(pipe, call), full)
+
+
+@pytest.mark.parametrize("method", [FBCache(threshold=0.6), PreciseCache(alpha=1.0, window=2)], ids=lambda m: m.name)
+def test_decisions_of_each_are_replayed(made, method):
+    """Each of its own steps alone; a run that was broken off is none."""
+    pipe, prompts, settings = made
+    call = settings | prompts[0]
+
+    def fail(pipe, step, timestep, kwargs):
+        if step == EARLY:
+            raise KeyboardInterrupt
+        return kwargs
+
+    caches = enable_both(pipe, method, method)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, call | {"callback_on_step_end": fail})
+        with pytest.raises(CacheStateError, match=f"run a whole generation of {STEPS} steps first.*'cond': {EARLY}"):
+            caches[0].export_schedule()
+        decided = generate(pipe, call)
+        schedules = [Schedule.from_json(cache.export_schedule().to_json()) for cache in caches]
+        assert any(cache.report().cached_cells for cache in caches)
+    finally:
+        disable_both(pipe)
+    assert [schedule.fingerprint.steps_run for schedule in schedules] == [RUNS[name] for name in NAMES]
+    caches = enable_both(pipe, *schedules)
+    try:
+        assert torch.equal(generate(pipe, call), decided)
+        assert [cache.report().fallback_rows for cache in caches] == [0, 0]
+    finally:
+        disable_both(pipe)
 
 
 def test_a_budget_of_one_changes_no_bit(made, profiles):

@@ -328,12 +328,14 @@ def test_quantiles_at_the_ends():
     rho = np.array([1.0, 0.5, 0.4, 0.9, 0.7, 1.0])
     assert not invardiff.below_quantile(rho, 0.0, 1).any()
     assert invardiff.below_quantile(rho, 1.0, 1).tolist() == [False, True, True, False, True, False]
+    assert invardiff.below_quantile(rho, 1.0, 2, 3).tolist() == [False, False, True, False, False, False]
 
 
 def test_invardiff_refuses(pipe):
     for make, message in [
         (lambda: invardiff.InvarDiff(step_quantile=1.5), "step_quantile"),
         (lambda: invardiff.InvarDiff(module_quantiles={"a": -1.0}), "module_quantiles"),
+        (lambda: invardiff.InvarDiff(cooldown=0), "cooldown"),
         (lambda: invardiff.InvarDiff.preset("none"), "profile"),
         (lambda: invardiff.InvarDiff.preset("flux-slow").schedule(pipe, ["cat"], **CALL), "no entry"),
         (lambda: invardiff.measure(pipe, [], **CALL), "prompt"),

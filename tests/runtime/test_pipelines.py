@@ -95,12 +95,11 @@ def test_from_calibration_to_a_cached_picture(case):
 
 
 def test_decisions_are_replayed(case):
-    name, pipe, call, _ = case
+    """Also where guidance ends early."""
+    _, pipe, call, _ = case
     with layercache.enabled(pipe, FBCache(threshold=5.0, warmup=3)) as cache:
         cached = generate(pipe, call)
         assert any(not computed for row in cache.decisions.values() for computed in row)
-        if name in ("lumina 2", "z-image"):
-            return
         schedule = cache.export_schedule()
     with layercache.enabled(pipe, schedule):
         assert torch.equal(generate(pipe, call), cached)

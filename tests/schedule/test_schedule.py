@@ -13,6 +13,7 @@ from layercache.methods.fixed import TaylorSeer
 from layercache.schedule.fingerprint import Fingerprint
 from layercache.schedule.forecast import secant_coefficients
 from layercache.schedule.schedule import Schedule, Velocity
+from layercache.schedule.step_mask import StepMask
 
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
 
@@ -55,6 +56,28 @@ def test_numbers_of_blocks_are_no_measured_seconds():
     assert dataclasses.replace(schedule(), group_seconds=(0.1, 0.3)).is_timed
     assert not dataclasses.replace(schedule(), group_seconds=(1.0, 1.0)).is_timed
     assert not TaylorSeer(interval=2, groups=((0, 1), (1, 4))).schedule(fingerprint()).is_timed
+
+
+def test_step_masks_are_as_the_engines_read_them():
+    """Steps reused by blocks or skipped by velocities are 0; cache-dit reads the bins as the same mask."""
+    cache_dit = pytest.importorskip("cache_dit")
+    reused = ((None, None),) * 2 + (({1: 1.5}, {1: 1.0}), (None, None))
+    assert schedule(reused).to_step_mask() == (1, 1, 0, 1)
+    skipping = dataclasses.replace(
+        schedule(),
+        cells=((None, None), ({}, {})) * 2,
+        velocities=(None, Velocity({0: 1.0}), None, Velocity({2: 1.0})),
+    )
+    mask = skipping.to_step_mask()
+    assert (mask, mask.to_text(), mask.to_bins()) == ((1, 0, 1, 0), "1,0,1,0", ((1, 1), (1, 1)))
+    for one in (mask, StepMask((1, 1, 0, 1, 0, 0, 1))):
+        computed, cached = map(list, one.to_bins())
+        assert cache_dit.steps_mask(compute_bins=computed, cache_bins=cached, total_steps=len(one)) == list(one)
+    with pytest.raises(ScheduleError, match="step 2 in part"):
+        schedule().to_step_mask()
+    first = {"fingerprint": fingerprint(steps_run=(0, 1, 2)), "velocities": (None, Velocity({0: 1.0}), None, None)}
+    with pytest.raises(ScheduleError, match="runs at 3 of 4"):
+        dataclasses.replace(skipping, **first).to_step_mask()
 
 
 def test_file_round_trip(tmp_path):

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 import layercache
-from layercache.methods import Uniform
+from layercache.methods import DBCache, Uniform
 from layercache.parallel.crew import Crew
 from layercache.planning.search import EFFORTS
+from layercache.tools.compare.model import CalibratedModel
+from layercache.tools.compare.peers import PEERS
 from support.planning_tasks import pipeline
 
 CALLS = [["cat", "rocket"], ["coffee"], ["temple"], ["retina"]]
@@ -74,3 +78,21 @@ def compared(crew: Crew, folder: str, methods: Mapping[str, Any]) -> tuple[list[
     }
     assert place.exists() == crew.leads
     return [json.dumps(outcome) for outcome in outcomes], files
+
+
+def cached_by_cache_dit(crew: Crew) -> list[str]:
+    """Digests of three pictures; the processes are at different ones, and do not run equally many."""
+    call = {"num_inference_steps": 8, "guidance_scale": 4.0}
+    model = CalibratedModel(pipeline(), CALLS[0], [0, 1], call, (0.5,), crew=crew)
+    model._made["dbcache", 0.5] = DBCache(threshold=0.2, front=1, warmup=2), "a threshold"
+    entry = PEERS["cache-dit:dbcache"](model, 0.5)
+
+    def generate(seed: int) -> str:
+        noise = torch.Generator().manual_seed(seed)
+        with entry.attach():
+            latents = model.pipeline("cat", generator=noise, output_type="latent", **model.call).images
+        return hashlib.sha256(latents.numpy().tobytes()).hexdigest()
+
+    found = [generate(seed) for seed in range(3) if seed % crew.world == crew.rank]
+    with crew.together():
+        return crew.gather(found)

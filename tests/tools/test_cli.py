@@ -18,8 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 import layercache
-from layercache.demo import pipeline
+from layercache.demo import pipeline, weights
 from layercache.errors import BudgetError, UnsupportedModelError
+from layercache.methods import Universal
 from layercache.planning.front import Point
 from layercache.planning.search import PICTURES
 from layercache.schedule.schedule import Schedule
@@ -179,8 +180,11 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_an_installation_without_the_bundled_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "weights")
-    assert "reinstall" in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+    monkeypatch.setattr(weights, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(weights, "PACKAGE", "layercache_demo_of_nowhere")
+    assert 'pip install "layercache[demo]"' in refused(1, "demo", "--quick", "-o", tmp_path / "out", "--device", "cpu")
+    assert 'pip install "layercache[demo]"' in refused(1, "generate", "-p", "cat", "-o", tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda"])
@@ -252,6 +256,16 @@ def test_json_on_standard_output_is_alone(schedule_file):
     assert "blocks 0-1" in result.stderr
 
 
+def test_step_mask(schedule_file, tmp_path):
+    assert "in part" in refused(1, "show", schedule_file, "--step-mask")
+    prints = Schedule.load(schedule_file).fingerprint
+    path = tmp_path / "universal.json"
+    Universal(budget=0.6).schedule(prints).save(path)
+    figures = json.loads(invoke("show", path, "--step-mask", "--json", "-").stdout)
+    assert f"--scm-mask: {','.join(map(str, figures['steps']))}\n" in invoke("show", path, "--step-mask").stdout
+    assert figures["steps"] == [int(not skipped) for skipped in map(Schedule.load(path).is_skipped, range(STEPS))]
+
+
 def test_doctor(tmp_path):
     result = invoke("doctor", "--ops", "--json", tmp_path / "doctor.json")
     found = json.loads((tmp_path / "doctor.json").read_text())
@@ -275,9 +289,9 @@ def test_doctor_without_extras(monkeypatch):
     for name in ("skimage", "matplotlib", "triton"):
         monkeypatch.setitem(sys.modules, name, None)
     states = {check.name: check for check in doctor.diagnose().checks}
-    assert states["triton"].state == states["[demo]"].state == "optional"
-    assert "scikit-image, matplotlib" in states["[demo]"].detail
-    assert "layercache[demo]" in invoke("doctor").output.replace("\n", " ")
+    assert states["triton"].state == states["[figures]"].state == "optional"
+    assert "scikit-image, matplotlib" in states["[figures]"].detail
+    assert "layercache[figures]" in invoke("doctor").output.replace("\n", " ")
 
 
 # --- messages by the options that were typed ------------------------------------------------------------------
@@ -599,7 +613,7 @@ def test_demo_into_a_file(tmp_path, tiny_demo):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (pipeline.WEIGHTS / "transformer").is_dir(), reason="the bundled weights are not here")
+@pytest.mark.skipif(not (weights.CHECKOUT / weights.FILE).is_file(), reason="the bundled weights are not here")
 def test_demo_with_the_bundled_model(tmp_path):
     result = invoke("demo", "--quick", "-o", tmp_path / "out", "--json", "-")
     assert result.exit_code == 0, result.output

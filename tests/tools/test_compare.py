@@ -14,15 +14,25 @@ from typer.testing import CliRunner
 
 import layercache
 from layercache._utils.metrics import psnr, ssim
-from layercache.errors import BudgetError, FileFormatError, LayerCacheError, MethodError, ScheduleMismatchError
+from layercache.errors import (
+    BudgetError,
+    FileFormatError,
+    LayerCacheError,
+    LayerCacheWarning,
+    MethodError,
+    ScheduleMismatchError,
+)
+from layercache.methods import EasyCache, InvarDiff
 from layercache.methods.fixed import TaylorSeer, uniform
 from layercache.runtime.attachment import attachment_of
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.tools.cli.app import app
 from layercache.tools.compare.entries import METHODS, PEERS, CalibratedModel
+from layercache.tools.compare.files import finished
 from layercache.tools.compare.report import comparison_table, failures, save_comparison
 from layercache.tools.compare.run import Comparison, Counter, Outcome
-from layercache.tools.compare.tuning import by_interval, by_threshold
+from layercache.tools.compare.tuned import TUNINGS
+from layercache.tools.compare.tuning import ENDS, _changes, by_interval, by_threshold
 from support.marks import slow
 from support.text import plain_text
 from support.tiny import calm_pipeline
@@ -133,6 +143,19 @@ def test_goes_on_where_it_was_stopped(model, compared, monkeypatch):
         Comparison(model, PROMPTS, [4, 5, 6], comparison.folder)
 
 
+def test_outcomes_of_an_earlier_tuning_are_run_again(model, compared, monkeypatch, tmp_path):
+    comparison, outcomes = compared
+    shutil.copytree(comparison.folder, tmp_path / "copy")
+    monkeypatch.setitem(TUNINGS, "uniform", 1)
+    again = Comparison(model, PROMPTS, SEEDS, tmp_path / "copy")
+    assert again.is_complete(["taylorseer"]) and not again.is_complete(["uniform"])
+    assert finished(tmp_path / "copy", ["uniform"], [0.5], {}) is None
+    with pytest.warns(LayerCacheWarning, match="holds of uniform was .* tuned in another way; it is run again"):
+        found = again.run(["uniform", "taylorseer"])
+    assert [o.psnr for o in found] == [o.psnr for o in outcomes] and found[1] == outcomes[1]
+    assert again.is_complete(["uniform", "taylorseer"])
+
+
 def test_a_damaged_file_is_refused(model, tmp_path):
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(FileFormatError, match="remove it"):
@@ -184,6 +207,14 @@ def test_steps_at_both_ends_are_those_that_give_the_best_pictures(model):
     plan, setting = by_interval(lambda model, n: TaylorSeer(interval=n))(stub, 0.6)
     assert len(seen) == 5 and quality_of(plan) == max(made.values())
     assert setting == "interval 3, warmup 5, stop 18"
+
+
+def test_steps_at_both_ends_that_a_method_cannot_have_are_left_out():
+    """Each end by its own settings: shares of the steps, or numbers of them."""
+    changes = [list(_changes(InvarDiff(), names, shares, 20)) for names, shares in ENDS]
+    assert changes == [[{"nonskip": 0.0}, {"nonskip": 0.25}], [{"cooldown": 2}]]
+    changes = [list(_changes(EasyCache(warmup=3), names, shares, 20)) for names, shares in ENDS]
+    assert changes == [[{"warmup": 1}, {"warmup": 2}, {"warmup": 5}], [{"cooldown": 0}, {"cooldown": 2}]]
 
 
 @pytest.mark.slow

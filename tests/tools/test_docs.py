@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -28,6 +29,8 @@ FOLDERS = [
         "examples/deep_model",
         "examples/service",
         "integrations/comfyui",
+        "integrations/demo",
+        "integrations/demo/layercache_demo",
         ".github",
     )
 ]
@@ -164,8 +167,9 @@ def test_versions_agree() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert re.findall(r'"(3\.\d+)"', workflow) == supported
     assert f"Python {supported[0]} to {supported[-1]}" in README
-    version = re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]  # type: ignore[index]
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    prepared = re.search(r"^## (\S+) - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    assert f'fallback_version = "{prepared}.dev0"' in project
+    assert f"version: {prepared}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.fixture
@@ -210,12 +214,30 @@ def test_notebooks_are_stored_without_outputs(site: Callable[[str], ModuleType])
     assert stored and not any(stored.values())
 
 
-def test_links_of_the_readme_are_absolute_in_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("setuptools.setup", lambda **options: None)
-    monkeypatch.setenv("GITHUB_REPOSITORY", "somebody/layercache")
+@pytest.mark.parametrize(
+    ("ref", "at"),
+    [({"TYPE": "tag", "NAME": "v9.1.2"}, "v9.1.2"), ({"TYPE": "branch", "NAME": "a/b"}, "0dd1ce"), (None, "")],
+    ids=["tag", "branch", "here"],
+)
+def test_links_of_the_readme_are_absolute_in_an_index(
+    ref: dict[str, str] | None, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the tag that is built, else to the commit; outside of a workflow the repository's address is not known."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    for name in ("GITHUB_REPOSITORY", "GITHUB_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if ref:
+        values = {"REPOSITORY": "somebody/layercache", "SHA": "0dd1ce", **{f"REF_{k}": v for k, v in ref.items()}}
+        for name, value in values.items():
+            monkeypatch.setenv(f"GITHUB_{name}", value)
     monkeypatch.chdir(ROOT)
-    text = runpy.run_path("setup.py")["readme"]()
+    runpy.run_path("setup.py")
+    text, home = given["long_description"], "https://github.com/somebody/layercache"
+    if ref is None:
+        assert (text, given["project_urls"]) == (README, {})
+        return
     links = re.findall(r"\]\(([^)#][^)]*)\)", text)
     assert links and all(link.startswith("https://") for link in links)
-    assert re.search(r"!\[[^]]*\]\(https://github.com/somebody/layercache/raw/v\d[\w.]*/docs/demo.png\)", text)
-    assert "](https://github.com/somebody/layercache/blob/v" in text
+    assert f"]({home}/raw/{at}/docs/demo.png)" in text and f"]({home}/blob/{at}/docs/guide.md)" in text
+    assert given["project_urls"]["Issues"] == f"{home}/issues"

@@ -112,13 +112,16 @@ def shipped_files(checkout: Path) -> set[str]:
 @pytest.mark.slow
 def test_sdist_holds_sources_and_headers(sdist: Path, checkout: Path) -> None:
     with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members}
     expected = [checkout / name for name in ("setup.py", "pyproject.toml", "LICENSE", "Makefile", "constraints.txt")]
     expected += [
         *(path for path in (checkout / "csrc").rglob("*") if path.is_file()),
         *(checkout / "kernels").rglob("*.py"),
-        *(checkout / "examples").glob("*.*"),
+        *(path for name in ("bench", "docs", "examples", "tests") for path in (checkout / name).rglob("*.*")),
     ]
+    expected = [path for path in expected if path.is_file() and "deep_model/transformer" not in path.as_posix()]
+    assert sum(member.size for member in members) < 16e6  # no weights
     assert {path.relative_to(checkout).as_posix() for path in expected} <= names
 
 
@@ -157,17 +160,22 @@ def test_installed_wheel_is_complete(installed: Path, python: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_demo_runs_from_the_wheel_with_what_make_demo_installs(installed: Path, python: Path, tmp_path: Path) -> None:
-    """Without a compiler, and without the optional packages of other extras."""
+def test_demo_runs_from_the_wheel_with_what_make_demo_installs(
+    installed: Path, python: Path, checkout: Path, tmp_path: Path
+) -> None:
+    """Without a compiler, and without the optional packages of other extras; with the weights of layercache-demo."""
+    flags = ["--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    pip(python, "install", *flags, tmp_path / "weights", checkout / "integrations" / "demo", cwd=tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "site").mkdir()
-    missing = [module for extra, (modules, _) in EXTRAS.items() if extra != "demo" for module in modules.values()]
+    missing = [module for extra, (modules, _) in EXTRAS.items() if extra != "figures" for module in modules.values()]
     missing.remove("jinja2")  # torch brings it,
     missing.remove("imageio")  # and scikit-image this
     missing += ["peft", "cache_dit"]
     hide = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
     (tmp_path / "site" / "sitecustomize.py").write_text(hide)
-    place = {"PYTHONPATH": f"{tmp_path / 'site'}:{installed}", "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+    path = os.pathsep.join(map(str, (tmp_path / "site", tmp_path / "weights", installed)))
+    place = {"PYTHONPATH": path, "PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
     run(python, "-m", "layercache", "demo", "--quick", "--output", "shown", cwd=tmp_path, **place)
     assert any((tmp_path / "shown").iterdir())
 
@@ -185,10 +193,36 @@ def test_make_demo_installs_the_runtime_alone(tmp_path: Path) -> None:
     commands = run("make", "-nB", "demo", "TORCH_ARGS=--quiet", cwd=tmp_path).splitlines()
     asked = [shlex.split(line.partition(" install ")[2]) for line in commands if " install " in line]
     names = {word for words in asked for word in words if word[0] != "-"}
-    assert names == {"torch", "setuptools", "pybind11", ".[demo]", "constraints.txt"}
-    installed = names_in([*project["dependencies"], *project["optional-dependencies"]["demo"]])
+    assert names == {"torch", "setuptools", "setuptools-scm", "pybind11", ".[figures]", "constraints.txt"}
+    installed = names_in([*project["dependencies"], *project["optional-dependencies"]["figures"]])
     runtime = {"torch", "diffusers", "numpy", "safetensors", "typer", "rich", "tqdm", "platformdirs"}
     assert installed == runtime | {"scikit-image", "matplotlib", "pillow"}
+
+
+def test_versions_of_trees(tmp_path: Path) -> None:
+    """A copy without git, a clone without tags, the tag, a commit after it, and a copy inside another repository."""
+    scm = pytest.importorskip("setuptools_scm")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
+    prepared = settings["fallback_version"].removesuffix(".dev0")
+    tree, inner = tmp_path / "tree", tmp_path / "tree" / "vendored" / "layercache"
+    inner.mkdir(parents=True)
+
+    def git(*words: str) -> None:
+        run("git", "-c", "user.name=a", "-c", "user.email=a@b", *words, cwd=tree)
+
+    def version(root: Path = tree) -> str:
+        return str(scm.get_version(root=str(root), **settings))
+
+    found = [version()]
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "first")
+    found.append(version())
+    git("tag", "-a", f"v{prepared}", "-m", "released")
+    found.append(version())
+    git("commit", "--quiet", "--allow-empty", "-m", "next")
+    found += [version(), version(inner)]
+    after = f"{prepared.split('.')[0]}.{int(prepared.split('.')[1]) + 1}.0.dev1"
+    assert found == [f"{prepared}.dev0", f"{prepared}.dev1", prepared, after, f"{prepared}.dev0"]
 
 
 @pytest.fixture(scope="module")

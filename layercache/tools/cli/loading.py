@@ -421,11 +421,6 @@ def reason_of(error: BaseException, path: str) -> str:
         seen.append(now)
         names |= {cls.__name__ for cls in type(now).__mro__} | set(re.findall(r"\bConnectError\b", str(now)))
         now = now.__cause__ or now.__context__  # type: ignore[assignment]
-    if path == "demo":
-        from layercache.demo.pipeline import WEIGHTS
-
-        if not WEIGHTS.is_dir():
-            return f"its weights are not in {WEIGHTS}, reinstall layercache"
     if not Path(path).exists() and names & OFFLINE:
         return (
             "it is no folder here, and the hub cannot be reached; fetch it where there is a network "

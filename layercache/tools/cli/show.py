@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Page = Annotated[Path | None, typer.Option(help="Also write it as a page, with plots and maps to point at (HTML).")]
 
+StepMaskTo = Annotated[
+    bool, typer.Option("--step-mask", help="Print only which steps are computed, as other engines take it.")
+]
+
 # What is printed, what its marks mean, and the figures.
 Explained = tuple[tuple[Any, ...], str, dict[str, Any]]
 
@@ -28,6 +32,7 @@ def show(
     ],
     plot: Plot = None,
     page: Page = None,
+    step_mask: StepMaskTo = False,
     json_to: Json = None,
 ) -> None:
     """Explain a schedule or a profile in words and as a table of steps by groups; a front or results as a table.
@@ -40,6 +45,9 @@ def show(
 
         pages.check_installed()
     printer = Printer(json_to)
+    if step_mask:
+        _show_step_mask(printer, file)
+        return
     if results := _results(file):
         _show_results(printer, file, results, plot, page)
         return
@@ -53,6 +61,22 @@ def show(
     printer.say(legend, style="dim")
     printer.say(*(f"{name}: {shown(path)}" for name, path in (("plot", plot), ("page", page)) if path is not None))
     printer.figures(figures)
+
+
+def _show_step_mask(printer: Printer, file: Path) -> None:
+    from layercache._utils.formats import SCHEDULE
+
+    mask = load(file, SCHEDULE).to_step_mask()  # type: ignore[union-attr]
+    computed, reused = mask.to_bins()
+    lines = {
+        "stable-diffusion.cpp, --scm-mask": mask.to_text(),
+        "cache-dit, steps_computation_mask": str(list(mask)),
+        "SGLang, SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": ",".join(map(str, computed)),
+        "SGLang, SGLANG_CACHE_DIT_SCM_CACHE_BINS": ",".join(map(str, reused)),
+    }
+    for name, value in lines.items():
+        printer.console.print(f"{name}: {value}", soft_wrap=True)
+    printer.figures({"kind": "step mask", "steps": list(mask), "compute_bins": computed, "cache_bins": reused})
 
 
 def _results(file: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Outcome:
         error: why there is nothing else.
         speedups: of every repeat, a full run and a cached run side by side; empty in files of 0.1.
         is_fixed: whether it ran as it is, whatever the budgets.
-        identity: digest of the method, where it is one's own.
+        identity: what the method is: its name and way of tuning, or a digest of one's own.
         clip, frame_psnr, frame_ssim, temporal_psnr: see `layercache.tools.compare.scores.Fidelity`.
         forwards: of the transformer, in a cached run of every picture; 0 of another package's cache.
         in_full: those that computed everything although more was to be reused, by the reason.
@@ -204,9 +204,14 @@ class ComparisonFiles:
     def is_done(self, job: Job) -> bool:
         """Whether there is an outcome, and its pictures, or a reason why there cannot be."""
         found = self.outcomes.get(job.key)
-        if found is None or (found.identity or job.method.identity) != job.method.identity:
+        if found is None or self.is_of_another(job):
             return False
         return found.fails_again if found.error else self.pictures(found) is not None
+
+    def is_of_another(self, job: Job) -> bool:
+        """Whether what was kept under the job's key is of another method, or of an earlier way to tune it."""
+        found = self.outcomes.get(job.key)
+        return found is not None and found.identity != job.method.identity
 
     @property
     def has_full_pictures(self) -> bool:

@@ -54,6 +54,7 @@ class CalibratedModel:
     crew: Crew = field(default_factory=Crew, repr=False)
     _made: dict[tuple[str, float], tuple[Any, str] | LayerCacheError] = field(default_factory=dict, repr=False)
     _routers: dict[int, l2c.LearnedRouter] = field(default_factory=dict, repr=False)
+    _invardiff: dict[InvarDiff, ModuleSchedule] = field(default_factory=dict, repr=False)
 
     @property
     def profile(self) -> StabilityProfile:
@@ -130,12 +131,13 @@ class CalibratedModel:
     def rates(self) -> invardiff.Rates:
         return invardiff.measure(self.pipeline, self.prompts, self._call_seeds, **self._latent_call)
 
-    def invardiff(self, quantile: float) -> ModuleSchedule:
-        """One quantile for steps and modules."""
-        settings = InvarDiff(quantile, quantile)
-        cached = invardiff.first_phase(self.rates, settings)
-        again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
-        return invardiff.plan(self.rates, again, settings)
+    def invardiff(self, settings: InvarDiff) -> ModuleSchedule:
+        """Both phases of a setting on the calibration pictures; made once."""
+        if settings not in self._invardiff:
+            cached = invardiff.first_phase(self.rates, settings)
+            again = invardiff.measure(self.pipeline, self.prompts, self._call_seeds, cached=cached, **self._latent_call)
+            self._invardiff[settings] = invardiff.plan(self.rates, again, settings)
+        return self._invardiff[settings]
 
     def router(self, budget: float) -> l2c.LearnedRouter:
         """Of the shortest period whose computed steps leave something of the budget; at least 2.

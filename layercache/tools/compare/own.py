@@ -24,7 +24,7 @@ from layercache.schedule.schedule import Schedule, call_arguments
 from layercache.tools.compare.fewer import CallArguments
 from layercache.tools.compare.model import CalibratedModel, Entry
 from layercache.tools.compare.peers import PEERS
-from layercache.tools.compare.tuned import METHODS
+from layercache.tools.compare.tuned import METHODS, TUNINGS
 from layercache.tools.compare.tuning import Maker, tuned_by_knob
 
 KINDS = (DynamicMethod, StepMethod, RowMethod, PlannedMethod)
@@ -102,10 +102,11 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def _named(name: str, known: str) -> Method:
     if known in METHODS:
         make = partial(_planned, name, lambda model, budget: model.made(known, budget))
-        return Method(name, known, make, tuned_as=known)
+        return Method(name, _identity_of(known, known), make, tuned_as=known)
     if known in PEERS:
         ours = known.removeprefix("diffusers:")
-        return Method(name, known, partial(_peer, name, known), tuned_as=ours if ours in METHODS else "")
+        tuned_as = ours if ours in METHODS else ""
+        return Method(name, _identity_of(known, tuned_as), partial(_peer, name, known), tuned_as=tuned_as)
     entry = _entry_points().get(known)
     if entry is None:
         raise unknown([known])
@@ -119,6 +120,12 @@ def _named(name: str, known: str) -> Method:
     if isinstance(value, type) and issubclass(value, PlannedMethod) and not hasattr(value, "knob"):
         value = value()
     return method_of(name, value)
+
+
+def _identity_of(known: str, tuned_as: str) -> str:
+    """Of a method that can be named: its name, and in which way it is tuned where that is not the first one."""
+    changes = TUNINGS.get(tuned_as, 0)
+    return f"{known}, tuned otherwise {changes}" if changes else known
 
 
 def unknown(names: Sequence[str]) -> MethodError:

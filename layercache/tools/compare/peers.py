@@ -13,6 +13,7 @@ from layercache.errors import MethodError, MissingExtraError
 from layercache.methods import DBCache, FBCache
 from layercache.methods.full_runs import generate_once
 from layercache.models.registry import spec_for
+from layercache.parallel.crew import Crew
 from layercache.tools.compare.model import CalibratedModel, Entry
 from layercache.tools.compare.tuning import ENOUGH, Maker, largest_share, tuned_by_knob
 
@@ -99,15 +100,39 @@ def _cache_dit(taylor: bool, name: str) -> Callable[..., Entry]:
                 num_inference_steps=model.fingerprint.num_steps,
             )
             calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-            cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
-            try:
-                yield None
-            finally:
-                cache_dit.disable_cache(adapter)
+            with _deciding_alone(model.crew):
+                cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+                try:
+                    yield None
+                finally:
+                    cache_dit.disable_cache(adapter)
 
         return Entry(name, f"F{plan.front}B0 {setting}", budget, attach)
 
     return make
+
+
+@contextmanager
+def _deciding_alone(crew: Crew) -> Iterator[None]:
+    """cache-dit's decisions are those of this process while the others run other pictures.
+
+    Wherever torch.distributed has several processes it averages what it measures over all of them, as if they ran one
+    generation together: decisions would mix, and processes wait for forwards that never come.
+    """
+    if crew.world == 1:
+        yield
+        return
+    from cache_dit.caching.cache_blocks.pattern_base import CachedBlocks_Pattern_Base
+
+    def is_parallelized(blocks: Any) -> bool:
+        return bool(getattr(blocks.transformer, "_is_parallelized", False))
+
+    averaging = CachedBlocks_Pattern_Base._is_parallelized
+    CachedBlocks_Pattern_Base._is_parallelized = is_parallelized
+    try:
+        yield
+    finally:
+        CachedBlocks_Pattern_Base._is_parallelized = averaging
 
 
 SEACACHE_CLASSES = ("WanTransformer3DModel", "Cosmos3OmniTransformer")

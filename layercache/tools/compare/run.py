@@ -146,6 +146,7 @@ class Comparison(ComparisonFiles):
         """
         jobs = self._jobs(methods)
         pending, needs_full = self._pending(jobs, retry)
+        self._warn_of_others(pending)
         for _ in range(len(jobs) - len(pending)):
             done()
         if needs_full:
@@ -160,6 +161,17 @@ class Comparison(ComparisonFiles):
             self._settle(job)
             done()
         return self.of(jobs)
+
+    def _warn_of_others(self, pending: Sequence[Job]) -> None:
+        """Says which outcomes were kept and are run again."""
+        names = dict.fromkeys(job.method.name for job in pending if self.is_of_another(job))
+        if names and self.crew.leads:
+            warnings.warn(
+                f"what {self.folder} holds of {', '.join(names)} was measured with another method of that name, or "
+                "one that was tuned in another way; it is run again, and the others are kept",
+                LayerCacheWarning,
+                stacklevel=3,
+            )
 
     def is_complete(self, methods: Methods | Sequence[Method], retry: bool = False) -> bool:
         """Whether `run` would run nothing; the same on all processes."""

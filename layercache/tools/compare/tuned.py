@@ -16,6 +16,7 @@ from layercache.methods import (
     EasyCache,
     FasterCache,
     FBCache,
+    InvarDiff,
     MagCache,
     MeanCache,
     PreciseCache,
@@ -152,7 +153,7 @@ METHODS: dict[str, Maker] = {
     "precisecache-steps": by_threshold(
         lambda model, a: PreciseCache(alpha=a, cached_blocks=0.0), 1e-3, 100.0, setting="alpha"
     ),
-    "invardiff": by_threshold(lambda model, q: model.invardiff(min(q, 1.0)), 0.05, 1.0, 6),
+    "invardiff": by_threshold(lambda model, q: InvarDiff(min(q, 1.0), min(q, 1.0)), 0.05, 1.0, 6, "quantile"),
     "fastercache": by_threshold(_fastercache, 1e-2, 0.99, 12, setting="reused share of the steps"),
     "cachequant": lambda model, budget: (CacheQuant().plan(model.rollouts, budget), "as it runs"),
     "l2c": _learned,
@@ -161,6 +162,12 @@ METHODS: dict[str, Maker] = {
     "fewer-steps": fewer_steps,
     "fewer-steps-sigmas": fewer_steps_sigmas,
 }
+
+TUNINGS = {"easycache": 1, "invardiff": 1, "procache": 1, "procache-taylor": 1}
+"""How often the way in which a method is tuned, or its config with its defaults, has changed; raise it with a change.
+
+Outcomes of an earlier way are no longer its own: a comparison that goes on in their folder runs them again.
+"""
 
 TOGETHER = (
     "layercache",

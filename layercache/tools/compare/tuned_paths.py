@@ -138,16 +138,23 @@ def tuned_procache(taylor: bool = False) -> Maker:
     """
 
     def make(model: CalibratedModel, budget: float) -> tuple[Any, str]:
-        prints = model.fingerprint
-        settings: dict[str, Any] = {"order": 2, "selective": False} if taylor else {}
-        tried = []
-        for warmup in sorted({max(1, count) for count in _counts(FIRST_SHARES, prints.num_steps)}):
-            for plan, count in _candidates(model, budget, {**settings, "warmup": warmup}):
-                tried.append((model.quality_of(plan), plan, f"{count} intervals, warmup {warmup}"))
+        steps = model.fingerprint.num_steps
+        form: dict[str, Any] = {"order": 2, "selective": False} if taylor else {}
+        tried: list[tuple[float, int, int, Schedule, str]] = []
+
+        def attempt(warmup: int, cooldown: int) -> None:
+            for plan, count in _candidates(model, budget, {**form, "warmup": warmup, "cooldown": cooldown}):
+                text = f"{count} intervals, warmup {warmup}, cooldown {cooldown}"
+                tried.append((model.quality_of(plan), warmup, cooldown, plan, text))
+
+        for warmup in sorted({max(1, count) for count in _counts(FIRST_SHARES, steps)}):
+            attempt(warmup, 0)
+        begin = max(tried, key=lambda one: one[0])[1] if tried else 1
+        for cooldown in sorted(set(_counts(LAST_SHARES, steps)) - {0}):
+            attempt(begin, cooldown)
         if not tried:
-            raise BudgetError(f"no intervals of {prints.num_steps} steps keep to a budget of {budget:g}")
-        _, plan, text = max(tried, key=lambda one: one[0])
-        return plan, text
+            raise BudgetError(f"no intervals of {steps} steps keep to a budget of {budget:g}")
+        return max(tried, key=lambda one: one[0])[3:]
 
     return make
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from layercache.errors import BudgetError
+from layercache.errors import BudgetError, MethodError
+from layercache.methods import InvarDiff
 from layercache.runtime.policy import PlannedMethod, PlannedModules
 from layercache.schedule.module_schedule import ModuleSchedule
 from layercache.schedule.schedule import Schedule
@@ -25,7 +26,9 @@ LAST_SHARES = (0.0, 0.1)
 """The same of the steps at the end."""
 ENOUGH = 0.25
 """Of a step: how near the share of what is computed has to come to the budget."""
-ENDS = ((("warmup", "retention"), FIRST_SHARES), (("cooldown", "stop"), LAST_SHARES))
+SHARES = ("retention", "nonskip")
+"""Of the settings in `ENDS`, those that are shares of the steps."""
+ENDS = ((("warmup", *SHARES), FIRST_SHARES), (("cooldown", "stop"), LAST_SHARES))
 """Settings of methods that say how many steps, or what share of them, are computed at the two ends."""
 
 
@@ -116,7 +119,7 @@ def _best_ends(model: CalibratedModel, config: Any, within: Callable[[Change], t
 
 
 def _changes(config: Any, names: Sequence[str], shares: Sequence[float], steps: int) -> Iterator[Change]:
-    """Other values of the settings of one end, of those that a method has; none that is its own already."""
+    """Other values of the settings of one end, of those that a method has and takes; none that is its own already."""
     settings = {one.name for one in fields(config)} if is_dataclass(config) else set()
     for name in names:
         if name not in settings:
@@ -124,9 +127,18 @@ def _changes(config: Any, names: Sequence[str], shares: Sequence[float], steps: 
         seen = [getattr(config, name)]
         for share in shares:
             value = _setting_of(name, share, steps)
-            if value not in seen:
+            if value not in seen and _takes(config, {name: value}):
                 seen.append(value)
                 yield {name: value}
+
+
+def _takes(config: Any, change: Change) -> bool:
+    """Whether a value is in a setting's range."""
+    try:
+        replace(config, **change)
+    except MethodError:
+        return False
+    return True
 
 
 def _setting_of(name: str, share: float, steps: int) -> float | int | None:
@@ -134,7 +146,7 @@ def _setting_of(name: str, share: float, steps: int) -> float | int | None:
     count = round(share * steps)
     if name == "stop":
         return steps - count if count else None
-    return share if name == "retention" else max(int(name == "warmup"), count)
+    return share if name in SHARES else max(int(name == "warmup"), count)
 
 
 def largest_share(
@@ -174,6 +186,8 @@ def _share(model: CalibratedModel, plan: Any) -> float:
 
 
 def _schedule_of(model: CalibratedModel, plan: Any) -> Any:
-    """The schedule of a method that plans ahead; other plans as they are."""
+    """The schedule of a method that plans ahead, or from full runs; other plans as they are."""
+    if isinstance(plan, InvarDiff):
+        return model.invardiff(plan)
     is_planned = isinstance(plan, PlannedMethod) and not isinstance(plan, PlannedModules)
     return plan.schedule(model.fingerprint) if is_planned else plan

@@ -326,7 +326,7 @@ def _figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            'figures need matplotlib, which is not installed: pip install "layercache[demo]"'
+            'figures need matplotlib, which is not installed: pip install "layercache[figures]"'
         ) from error
 
     class AggFigure(Figure):
