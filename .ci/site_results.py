@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+LONGEST = 48  # rows of a table that is shown at once; longer ones are opened by a click
 Rows = list[dict[str, Any]]
 
 
@@ -105,7 +106,10 @@ def table(rows: Rows, columns: Sequence[str] = ()) -> str:
     if not columns and len(cells) > 1:
         names = [name for name in names if len({row.get(name, "") for row in cells}) > 1]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in cells])
+    lines += [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in cells]
+    if len(rows) <= LONGEST:
+        return "\n".join(lines)
+    return "\n".join([f'??? note "{len(rows)} rows"', "", *(f"    {line}" for line in lines)])
 
 
 # --- Tables per kind of file --------------------------------------------------------------------------------------
