@@ -6,6 +6,9 @@ TORCH_ARGS ?=
 DOCS_ARGS ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Packages are installed uncompiled, and each module is compiled at its first import: not by every process anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 PIP := $(BIN)/pip --require-virtualenv
 
@@ -138,11 +141,11 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/*)
 	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/test_*
 	touch $@
 
-# What runs the library and the demo; modules are compiled as they are imported, most never are.
+# What runs the library and the demo.
 .venv/demo: .venv/torch $(SOURCES)
 	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[figures]"
 	touch $@
 
 .venv/installed: .venv/torch $(SOURCES)
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch .venv/demo $@
