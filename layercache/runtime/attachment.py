@@ -33,7 +33,7 @@ from layercache.runtime.experts import ExpertRouter
 from layercache.runtime.forward import Forward, Said, Saying, gives, new_said
 from layercache.runtime.groups import require_inference
 from layercache.runtime.identity import OTHER_LOOP
-from layercache.runtime.loop import DenoisingLoop, LoopOwner, runs_forward
+from layercache.runtime.loop import DenoisingLoop, LoopOwner, call_under_way, is_inside
 from layercache.runtime.patches import DEEPCOPY, CacheConfigMarker, CopyHook, ForwardHook, MethodPatch, restore
 from layercache.runtime.router import RoutedModuleList, Router
 from layercache.runtime.timesteps import StepTally
@@ -80,6 +80,7 @@ class Attachment:
         self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
+        self._call: tuple[int, Any] | None = None  # thread and frame of the forward that has the lock
         self.is_under_way = False
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
@@ -379,21 +380,22 @@ class Attachment:
             self._holder = here
         elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
             self._fail()
+        self._call = here, call_under_way()
 
     def _wait(self) -> None:
         """One forward at a time; a thread that was interrupted inside its forward holds up nobody."""
         while not self._lock.acquire(timeout=PATIENCE):
-            holder = self._holder
-            if not holder or runs_forward(holder, self.transformer):
+            call = self._call
+            if call is None or is_inside(*call):
                 continue
             with self._taking_over:  # of several that wait only one takes the place of the interrupted one
-                if self._holder == holder:
-                    self._holder = get_ident()
+                if self._call is call:
+                    self._holder, self._call = get_ident(), None
                     self._fail()
                     return
 
     def _release(self) -> None:
-        self.is_under_way, self._holder = False, 0
+        self.is_under_way, self._holder, self._call = False, 0, None
         self._lock.release()
 
     def _fail(self) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident
+from types import FrameType
 from typing import Any
 
 from torch import nn
+
+_CALL = nn.Module._call_impl.__name__
 
 
 class LoopOwner:
@@ -71,11 +74,23 @@ class DenoisingLoop:
             self._ended(completed)
 
 
-def runs_forward(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside a call of the module now."""
+def call_under_way() -> FrameType:
+    """The frame of the module's call that this thread is in, which ends when the call does."""
+    frame: FrameType = sys._getframe(1)
+    while _CALL not in frame.f_code.co_name and frame.f_back is not None:  # torch.compile gives it other code
+        frame = frame.f_back
+    return frame
+
+
+def is_inside(thread: int, call: FrameType) -> bool:
+    """Whether a thread is still inside a call (`call_under_way`).
+
+    Nothing else of its frames is looked at: reading the variables of a frame that runs in another thread frees what an
+    earlier reading found, and while torch does so the frame may end, and its memory be used anew.
+    """
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_locals.get("self") is module:
+        if frame is call:
             return True
         frame = frame.f_back
     return False

@@ -23,7 +23,7 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, LayerCacheWarning, UnsupportedModelError
 from layercache.runtime.conditioning import is_on_accelerator
-from layercache.runtime.loop import runs_forward
+from layercache.runtime.loop import call_under_way, is_inside
 from layercache.runtime.patches import ForwardHook, MethodPatch, restore
 from layercache.runtime.projections import Found, find_projections, times_of
 from layercache.runtime.tabulated import Projection, Tables, TableState, flat
@@ -74,6 +74,7 @@ class TransformerTables:
         self._at: float | None = None  # the sampler's timestep of the forward under way, where the host knows it
         self._warned: set[str] = set()
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
+        self._call: tuple[int, Any] | None = None  # thread and frame of the forward that has the lock
         self._hooks: list[Any] = []
         self._patches: list[tuple[str, dict[str, Any]]] = []
 
@@ -214,20 +215,23 @@ class TransformerTables:
     def _acquire(self) -> None:
         """One forward at a time; one that was interrupted before its end holds up nobody."""
         here = get_ident()
-        if self._holder == here:
-            return
+        if self._holder != here:
+            self._wait()
+            self._holder = here
+        self._call = here, call_under_way()
+
+    def _wait(self) -> None:
         while not self._lock.acquire(timeout=_PATIENCE):
-            holder = self._holder
-            if not holder or runs_forward(holder, self.transformer):
+            call = self._call
+            if call is None or is_inside(*call):
                 continue
             with self._taking_over:  # of several that wait only one takes the place of the interrupted one
-                if self._holder == holder:
-                    self._holder = here
+                if self._call is call:
+                    self._call = None
                     return
-        self._holder = here
 
     def _release(self) -> None:
-        self._holder = 0
+        self._holder, self._call = 0, None
         if self._lock.locked():
             self._lock.release()
 
