@@ -238,28 +238,28 @@ def _weights_of(transformer: Any) -> list[Any]:
 
 @torch.no_grad()
 def _firsts(transformer: Any) -> list[torch.Tensor]:
-    """A number of each parameter, by device: other weights, or an adapter fused into them, change some.
+    """A number of each parameter: other weights, or an adapter fused into them, change some.
 
     They are read at every call: counters of versions do not see what is written through ``parameter.data``, as PEFT
-    does where it fuses a LoRA. A device is asked once, by a few launches.
+    does where it fuses a LoRA. A device is asked once, by a few launches; which one a parameter is on changes nothing,
+    since offloading and timestep tables move some.
     """
-    places: dict[torch.device, int] = {}
+    count = 0
     found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
     # by name, since other caches register blocks anew
     for _, parameter in sorted(transformer.named_parameters(), key=lambda named: named[0]):
         if parameter.is_meta or not parameter.numel():
             continue
-        device = parameter.device
         is_plain = type(parameter) is torch.nn.Parameter and parameter.element_size() > 1  # not quantised or sharded
         first = parameter.as_strided((1,), (1,)) if is_plain else parameter.detach().flatten()[:1].float()
-        at = places[device] = places.get(device, -1) + 1
-        numbers, firsts = found.setdefault((device, first.dtype), ([], []))
-        numbers.append(at)
+        numbers, firsts = found.setdefault((parameter.device, first.dtype), ([], []))
+        numbers.append(count)
         firsts.append(first)
-    weights = {device: torch.empty(count + 1) for device, count in places.items()}
-    for (device, _), (numbers, firsts) in found.items():
-        weights[device][numbers] = torch.cat(firsts).float().cpu()
-    return list(weights.values())
+        count += 1
+    weights = torch.empty(count)
+    for numbers, firsts in found.values():
+        weights[numbers] = torch.cat(firsts).float().cpu()
+    return [weights] if count else []
 
 
 def digest_of(value: Any) -> str:

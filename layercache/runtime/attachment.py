@@ -76,7 +76,7 @@ class Attachment:
         self._loop: LoopOwner = LoopOwner() if leader is None else leader._loop
         self.times: ForwardTimes = ForwardTimes() if leader is None else leader.times
         self._device = torch.device("cpu")  # of the newest forward
-        self._lock = ForwardLock(self.transformer, self._fail)
+        self._lock = ForwardLock(self._fail)
         self._classes: list[tuple[nn.ModuleList, type]] = []
         self._hooks: list[Any] = []
         self._instance_attributes: list[tuple[Any, str, dict[str, Any]]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from threading import Lock, get_ident
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from layercache._utils.compat import arguments_in
 PATIENCE = 0.2
 """Seconds after which a thread that waits for another's forward looks whether that one is still running."""
 
+_CALL = nn.Module._call_impl.__name__
 _FRAMES = 8  # between a progress bar and the loop that asks for it: those of patches of other caches
 
 
@@ -21,16 +23,16 @@ class ForwardLock:
     """Lets one forward of a transformer run at a time; a thread that was interrupted inside its own holds up nobody.
 
     Args:
-        transformer: whose forwards take their turns.
         interrupted: called where a forward did not come to its end.
 
     Attributes:
         is_under_way: the holder has begun its forward.
     """
 
-    def __init__(self, transformer: nn.Module, interrupted: Callable[[], object]):
-        self._transformer, self._interrupted = transformer, interrupted
+    def __init__(self, interrupted: Callable[[], object] = lambda: None):
+        self._interrupted = interrupted
         self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
+        self._call: tuple[int, FrameType] | None = None  # the holder's thread, and the frame of its forward
         self.is_under_way = False
 
     @property
@@ -47,21 +49,22 @@ class ForwardLock:
             self._holder = here
         elif self.is_under_way:  # a holder that comes again was interrupted inside its forward
             self._interrupted()
+        self._call = here, call_under_way()
 
     def _wait(self) -> None:
         while not self._lock.acquire(timeout=PATIENCE):
-            holder = self._holder
-            if not holder or runs_forward(holder, self._transformer):
+            call = self._call
+            if call is None or is_inside(*call):
                 continue
             with self._taking_over:  # of several that wait only one takes the place of the interrupted one
-                if self._holder == holder:
-                    self._holder = get_ident()
+                if self._call is call:
+                    self._holder, self._call = get_ident(), None
                     self._interrupted()
                     return
 
     def release(self) -> None:
         """The forward is over."""
-        self.is_under_way, self._holder = False, 0
+        self.is_under_way, self._holder, self._call = False, 0, None
         self._lock.release()
 
 
@@ -126,11 +129,23 @@ class DenoisingLoop:
             self._ended(completed)
 
 
-def runs_forward(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside a call of the module now."""
+def call_under_way() -> FrameType:
+    """The frame of the module's call that this thread is in, which ends when the call does."""
+    frame: FrameType = sys._getframe(1)
+    while _CALL not in frame.f_code.co_name and frame.f_back is not None:  # torch.compile gives it other code
+        frame = frame.f_back
+    return frame
+
+
+def is_inside(thread: int, call: FrameType) -> bool:
+    """Whether a thread is still inside a call (`call_under_way`).
+
+    Nothing else of its frames is looked at: reading the variables of a frame that runs in another thread frees what an
+    earlier reading found, and while torch does so the frame may end, and its memory be used anew.
+    """
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_locals.get("self") is module:
+        if frame is call:
             return True
         frame = frame.f_back
     return False

@@ -112,7 +112,8 @@ class Projection:
     Attributes:
         parent, leaf: the module that holds it, and its name there.
         is_guarded: whether its input is compared, in every forward, with the one that its results were made of.
-        version: of its weight, which changes when somebody writes into it.
+        parameters: weight and bias, if it has one.
+        versions: of these, which change when somebody writes into them.
     """
 
     name: str
@@ -120,11 +121,10 @@ class Projection:
     parent: nn.Module
     leaf: str
     is_guarded: bool
-    weight: torch.Tensor = field(init=False, repr=False)
-    version: int = field(init=False, default=-1)
+    parameters: tuple[torch.Tensor | None, torch.Tensor | None] = field(init=False, repr=False)
+    versions: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weight = self.layer.weight
         self.note()
 
     @property
@@ -133,13 +133,21 @@ class Projection:
 
     @property
     def is_intact(self) -> bool:
-        """Whether it is where it was, with the weight that it had."""
-        if self.parent._modules.get(self.leaf) is not self.layer or self.layer._parameters["weight"] is not self.weight:
+        """Whether it is where it was, with the weight and the bias that it had."""
+        if self.parent._modules.get(self.leaf) is not self.layer:
             return False
-        return self.version == _version(self.weight)
+        before, (weight, bias) = self.parameters, self._own()
+        if weight is not before[0] or bias is not before[1]:
+            return False
+        return self.versions == (_version(weight), _version(bias))
 
     def note(self) -> None:
-        self.version = _version(self.weight)
+        self.parameters = self._own()
+        self.versions = (_version(self.parameters[0]), _version(self.parameters[1]))
+
+    def _own(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        own = self.layer._parameters
+        return own["weight"], own["bias"]
 
     def enter(self, state: TableState) -> None:
         self.layer.__dict__.update(zip(_NAMES, (state, None, None, None), strict=True))
@@ -153,12 +161,11 @@ class Projection:
     def move(self, device: torch.device) -> None:
         """Its weights go to a device, as the same parameters where torch can."""
         nn.Module._apply(self.layer, lambda tensor: tensor.to(device))
-        self.weight = self.layer.weight
         self.note()
 
 
-def _version(weight: torch.Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
+def _version(parameter: torch.Tensor | None) -> int:
+    return -1 if parameter is None or parameter.is_inference() else parameter._version
 
 
 class Tables:

@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from layercache._utils.compat import (
 )
 from layercache.errors import CacheStateError, LayerCacheWarning, UnsupportedModelError
 from layercache.runtime.conditioning import is_on_accelerator
-from layercache.runtime.loop import runs_forward
+from layercache.runtime.loop import ForwardLock
 from layercache.runtime.patches import ForwardHook, MethodPatch, restore
 from layercache.runtime.projections import Found, find_projections, times_of
 from layercache.runtime.tabulated import Projection, Tables, TableState, flat
@@ -31,7 +30,6 @@ from layercache.runtime.tabulated import Projection, Tables, TableState, flat
 _log = logging.getLogger("layercache")
 
 _MARK = "_layercache_timestep_tables"
-_PATIENCE = 0.2
 _OTHER_PRECISION = "it runs under another autocast setting or precision of matrix products than the first one did"
 _GRADIENTS = "gradients are recorded"
 _TOO_LARGE = "tables for so large a batch would take more memory than the weights"
@@ -73,7 +71,7 @@ class TransformerTables:
         self._values: list[float] = []
         self._at: float | None = None  # the sampler's timestep of the forward under way, where the host knows it
         self._warned: set[str] = set()
-        self._lock, self._taking_over, self._holder = Lock(), Lock(), 0
+        self._lock = ForwardLock()
         self._hooks: list[Any] = []
         self._patches: list[tuple[str, dict[str, Any]]] = []
 
@@ -175,7 +173,7 @@ class TransformerTables:
     # --- forwards ---
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._acquire()
+        self._lock.acquire()
         self.state.looks_up = False  # the forward before may have been interrupted
         for tables in self.kinds.values():
             tables.forget_fresh()
@@ -189,13 +187,13 @@ class TransformerTables:
         except BaseException as error:
             if isinstance(error, UnsupportedModelError):
                 self.undo()
-            self._release()
+            self._lock.release()
             raise
         if not self._hooks:  # undone: nothing hears of the end of this forward
-            self._release()
+            self._lock.release()
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._holder != get_ident():
+        if not self._lock.is_held:
             return
         try:
             looked_up = self.state.looks_up
@@ -209,26 +207,6 @@ class TransformerTables:
                 if any(len(tables.rows) >= self.steps for tables in self.kinds.values()):
                     self.release()
         finally:
-            self._release()
-
-    def _acquire(self) -> None:
-        """One forward at a time; one that was interrupted before its end holds up nobody."""
-        here = get_ident()
-        if self._holder == here:
-            return
-        while not self._lock.acquire(timeout=_PATIENCE):
-            holder = self._holder
-            if not holder or runs_forward(holder, self.transformer):
-                continue
-            with self._taking_over:  # of several that wait only one takes the place of the interrupted one
-                if self._holder == holder:
-                    self._holder = here
-                    return
-        self._holder = here
-
-    def _release(self) -> None:
-        self._holder = 0
-        if self._lock.locked():
             self._lock.release()
 
     def _prepare(self, arguments: Mapping[str, Any], forward: Any) -> bool:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import layercache
 from layercache.errors import ArgumentError, BudgetError, CacheStateError, LayerCacheWarning, MethodError
-from layercache.planning import learn, samples
+from layercache.planning import learn, samples, search_files
 from layercache.planning.full_run import FullRun
 from layercache.planning.learn_fit import COST, Fit
 from support.tiny import tiny_pipeline
@@ -336,3 +336,19 @@ def test_targets_out_of_range(pipe, target, error, message):
 def test_what_cannot_be_learnt_on(pipe):
     with pytest.raises(MethodError, match="only a pipeline"):
         layercache.enable(pipe.transformer, budget=0.5, learn=4)
+
+
+def test_a_models_identity_is_the_same_wherever_its_weights_are():
+    """Offloading and timestep tables move some of them."""
+
+    class Elsewhere(torch.nn.Parameter):
+        device = property(lambda self: torch.device("cuda", 0))
+
+    model = tiny_pipeline(1).transformer
+    (before,) = search_files._firsts(model)
+    layer = model.transformer_blocks[0].img_mod[1]
+    layer.weight = Elsewhere(layer.weight.detach())
+    assert layer.weight.device.type == "cuda" and torch.equal(search_files._firsts(model)[0], before)
+    with torch.no_grad():
+        layer.weight[0, 0] += 1.0
+    assert (search_files._firsts(model)[0] != before).sum() == 1

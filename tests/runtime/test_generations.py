@@ -117,6 +117,32 @@ def test_an_interruption_inside_a_block_holds_up_no_other_thread(error):
     assert torch.equal(found[0], call(model, inputs)[0])
 
 
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_thread_that_waits_looks_at_no_variables_of_the_one_that_runs(folded):
+    """They would be held, and read while they are freed."""
+    model, inputs = build("QwenImageTransformer2DModel")
+    running, freed = threading.Event(), []
+
+    def hold(*_):
+        if not running.is_set():
+            tensor = torch.ones(4)
+            held = weakref.ref(tensor)
+            running.set()
+            time.sleep(2.5 * attachment.PATIENCE)
+            del tensor
+            freed.append(held() is None)
+
+    model.transformer_blocks[1].register_forward_pre_hook(hold)
+    cache = layercache.fold_timesteps(model, 1) if folded else layercache.enabled(model, FIRST_BLOCK, num_steps=3)
+    with cache:
+        first = threading.Thread(target=call, args=(model, inputs), daemon=True)
+        first.start()
+        running.wait(30)
+        call(model, inputs)
+        first.join(30)
+    assert freed == [True]
+
+
 def test_a_transformer_that_is_freed_inside_the_block(pipe):
     held = weakref.ref(pipe.transformer)
     with layercache.enabled(pipe, FIRST_BLOCK) as cache:

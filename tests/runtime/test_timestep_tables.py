@@ -301,6 +301,9 @@ def test_lora_weights_quantised_layers_and_changes_are_noticed():
     pipe.transformer.enable_adapters()
     with torch.no_grad():
         pipe.transformer.norm_out.linear.weight.mul_(1.5)
+    generate(pipe, call)
+    with torch.no_grad():
+        pipe.transformer.norm_out.linear.bias.add_(0.5)
     changed = generate(pipe, call)
     assert tables.report().projections == 6
     tables.undo()
