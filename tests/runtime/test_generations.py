@@ -21,7 +21,7 @@ from layercache.methods.dicache import DiCache
 from layercache.methods.easycache import EasyCache
 from layercache.methods.fbcache import FBCache
 from layercache.methods.teacache import TeaCache
-from layercache.runtime import attachment, conditioning, identity
+from layercache.runtime import attachment, conditioning, identity, loop
 from layercache.runtime.signature import Signature
 from support.forwards import call, schedule
 from support.tiny import generate, mixed_cells, schedule_for, tiny_pipeline
@@ -128,7 +128,7 @@ def test_a_thread_that_waits_looks_at_no_variables_of_the_one_that_runs(folded):
             tensor = torch.ones(4)
             held = weakref.ref(tensor)
             running.set()
-            time.sleep(2.5 * attachment.PATIENCE)
+            time.sleep(2.5 * loop.PATIENCE)
             del tensor
             freed.append(held() is None)
 
