@@ -75,3 +75,16 @@ def test_workflows_are_of_nodes_that_there_are(path, own):
             assert entry["link"] in nodes[source]["outputs"][out]["links"]
             used.append(entry["link"])
     assert sorted(used) == sorted(links)
+
+
+def test_the_guide_has_the_figures_of_its_result_file():
+    root = PACK.parents[1]
+    guide = (root / "docs" / "guides" / "comfyui.md").read_text()
+    data = json.loads((root / "bench" / "results" / "comfyui.json").read_text())
+    rows = {
+        f"| {model} | {name} | {e['share']:.2f} | {e['psnr_mean']:.1f} | {e['psnr_p10']:.1f} |"
+        for model, found in data["models"].items()
+        for name, e in found["entries"].items()
+    }
+    assert rows == {line for line in guide.splitlines() if line.endswith(" |") and line.split(" | ")[-1][:2].isdigit()}
+    assert data["comfyui"]["version"] in guide and data["comfyui"]["commit"] in guide

@@ -38,8 +38,11 @@ from layercache.tools.report.machine import machine_info, write_json
 
 PACK = Path(__file__).parents[1]
 MAY_BE_MISSING = ("av", "spandrel", "torchvision", "torchaudio", "kornia", "comfy_kitchen", "comfy_aimdo")
-RECORDED, TUNED, TESTED = range(4), range(100, 101), range(1000, 1006)
-"""Seeds: of recorded samplings, of those that EasyCache's and LazyCache's thresholds are set on, and of the figures."""
+RECORDED, TESTED = range(4), range(1000, 1006)
+"""Seeds of recorded samplings, and of the figures."""
+
+TUNED = 3
+"""Of the figures' samplings, those on which EasyCache and LazyCache are brought to the same share of block calls."""
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -121,6 +124,7 @@ class Subject:
         conds: of a seed, positive and negative conditioning.
         blocks: that are counted.
         tested: seeds of the figures.
+        prepare: makes further checks and schedules.
     """
 
     name: str
@@ -134,6 +138,7 @@ class Subject:
     schedules: dict[str, Schedule] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
     tested: range = TESTED
+    prepare: Callable[[], None] = lambda: None
     calls: int = 0
 
     def __post_init__(self) -> None:
@@ -252,7 +257,7 @@ def qwen(steps: int) -> Subject:
     latent = torch.zeros(1, 12, 1, 16, 16)
     blocks = list(network.transformer_blocks)
     subject = Subject("Qwen-Image", "trained", model, latent, pipe.scheduler.sigmas.clone(), 4.0, conds, blocks)
-    _compare_with_diffusers(subject, pipe, steps)
+    subject.prepare = lambda: _compare_with_diffusers(subject, pipe, steps)
     return subject
 
 
@@ -355,26 +360,41 @@ def entry(subject: Subject, model: Any, full: list[torch.Tensor], blocks: float)
 
 
 def tuned(subject: Subject, node: Any, share: float, blocks: float) -> tuple[Any, float]:
-    """With the largest threshold at which it computes at least a share, as a mean over the tuning seeds."""
-    low, high = 1e-3, 3.0
-    for _ in range(7):
+    """With the largest threshold at which it computes at least a share, as a mean over three of the seeds."""
+    low, high = 0.02, 3.0
+    for _ in range(5):
         middle = (low * high) ** 0.5
         model = node.execute(subject.model, middle, 0.15, 0.95, False).result[0]
-        _, calls = subject.samples(model, TUNED)
+        _, calls = subject.samples(model, subject.tested[:TUNED])
         low, high = (middle, high) if calls / blocks >= share - 1e-9 else (low, middle)
     return node.execute(subject.model, low, 0.15, 0.95, False).result[0], low
 
 
-def measure(subject: Subject) -> dict[str, Any]:
-    """All entries, each with share of the block calls and PSNR of the latents to the full run's."""
+def measure(subject: Subject, before: Any) -> dict[str, Any]:
+    """All entries, each with share of the block calls and PSNR of the latents to the full run's.
+
+    Args:
+        subject: what is measured.
+        before: what was measured of it, where EasyCache and LazyCache alone are measured again.
+    """
     import comfy_extras.nodes_easycache as theirs
 
     full, blocks = subject.samples(subject.model, subject.tested)
-    check(subject, full)
     entries: dict[str, Any] = {}
-    for name, schedule in {"whole steps, no file, budget 0.5": None, **subject.schedules}.items():
+    if before:
+        subject.checks.update(before["checks"])
+        entries = {name: one for name, one in before["entries"].items() if name.startswith("layercache")}
+    else:
+        subject.prepare()
+        check(subject, full)
+    for name, schedule in {} if before else {"whole steps, no file, budget 0.5": None, **subject.schedules}.items():
         entries[f"layercache: {name}"] = entry(subject, with_schedule(subject.model, schedule)[0], full, blocks)
         print(subject.name, name, entries[f"layercache: {name}"], flush=True)
+    holder = theirs.EasyCacheHolder
+    add = getattr(holder, "own_add", holder.apply_cache_diff)
+    holder.own_add = add
+    # it adds in place, to the latents themselves where the model runs in their number format, as these do
+    holder.apply_cache_diff = lambda self, x, uuids: add(self, x.clone(), uuids)
     shares = sorted({one["share"] for one in entries.values()}, reverse=True)
     shares = [share for k, share in enumerate(shares) if all(abs(share - other) > 0.05 for other in shares[:k])]
     for share in shares:
@@ -383,7 +403,12 @@ def measure(subject: Subject) -> dict[str, Any]:
             label = f"{name} at {share:.2f} or more"
             entries[label] = {"threshold": threshold, **entry(subject, model, full, blocks)}
             print(subject.name, label, entries[label], flush=True)
-    settings = {"steps": len(subject.sigmas) - 1, "guidance": subject.cfg, "sampler": "euler"}
+    settings: dict[str, Any] = {"steps": len(subject.sigmas) - 1, "guidance": subject.cfg, "sampler": "euler"}
+    settings["seeds"] = {
+        "recorded": list(RECORDED),
+        "tested": list(subject.tested),
+        "tuned": list(subject.tested[:TUNED]),
+    }
     return {"weights": subject.weights, **settings, "block_calls": blocks, "checks": subject.checks, "entries": entries}
 
 
@@ -397,6 +422,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--commit", help="of the checkout, where it is no git repository")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--theirs", action="store_true", help="measure EasyCache and LazyCache alone again")
     parser.add_argument("--seeds", type=int, default=len(TESTED), help="of the figures")
     parser.add_argument("--only", nargs="+", choices=("qwen", "flux", "wan"), default=["qwen", "flux", "wan"])
     parser.add_argument("--out", type=Path, required=True)
@@ -411,6 +437,8 @@ def main() -> None:
             subject = found[name](given.steps)
             subject.tested = TESTED[: given.seeds]
             before = json.loads(given.out.read_text()) if given.out.exists() else {"models": {}}
+            known = before["models"].get(subject.name) if given.theirs else None
+            measured = measure(subject, known)
             data = {
                 "comfyui": {
                     "version": comfyui_version.__version__,
@@ -418,8 +446,7 @@ def main() -> None:
                     "stand_ins": stand_ins.names,
                 },
                 "machine": machine_info(),
-                "seeds": {"recorded": list(RECORDED), "tuned": list(TUNED), "tested": list(subject.tested)},
-                "models": {**before["models"], subject.name: measure(subject)},
+                "models": {**before["models"], subject.name: measured},
             }
             write_json(given.out, data)
 
