@@ -1,15 +1,15 @@
-"""Distils the bundled model into one for few steps without guidance: 25 minutes on one CPU core, and nothing else.
+"""Distils the bundled model into models for 4 and for 8 steps without guidance, on a CPU core in ten minutes.
 
-    python examples/distil_demo.py --out few-step-model
+    python examples/distil_demo.py --out few-step-models
 
-Reflow: noise and the picture that the bundled model draws of it in 30 steps with guidance 4 are joined by a straight
-line, ``x = (1-t)*picture + t*noise``, and a copy of the model learns ``noise - picture`` at the noise levels of a run
-of 8 steps, those of 4 among them. Guidance is in the pictures, so the copy runs with one branch (``guidance_scale=1``).
-A run that is stopped continues from its last checkpoint when the same command is given again.
+Progressive distillation in one round: the bundled model draws pictures in 30 steps with guidance 4, and a copy of it
+learns, at the noise levels of a run of few steps, the straight line from where such a path stands to where it will
+stand at the next level. Guidance is in the paths, so the copy runs with one branch (``guidance_scale=1``). A run that
+is stopped continues from its last checkpoint when the same command is given again.
 
-Prints how near pictures of 4 and 8 steps come to the 30 steps with guidance, of seeds that nothing was fitted to, and
-writes the weights and ``distilled.json``. The folder is one for ``python bench/pareto.py --guidance 1 --model FOLDER``
-and for ``layercache compare --guidance 1 --model FOLDER``.
+Prints how near few steps come to the 30 steps with guidance, for seeds that nothing was fitted to, and writes a folder
+for each number of steps, with weights and ``distilled.json``. ``python bench/distilled.py --models FOLDER`` measures
+what caching gives of them, and ``layercache compare --guidance 1 --model FOLDER/4-steps`` takes them too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +32,7 @@ from layercache.demo.model import CHANNELS, CLASS_NAMES, IMAGE_SIZE, PATCH_SIZE,
 from layercache.demo.pipeline import DemoPipeline, load_demo_pipeline
 
 TEACHER = {"num_inference_steps": 30, "guidance_scale": 4.0}
-LEVELS = 8
-DRAWN_AT_ONCE = 48
+DRAWN_AT_ONCE = 24
 FIRST_SEED = 1_000_000  # far from those that comparisons draw
 HELD_OUT = 24
 SIDE = IMAGE_SIZE // PATCH_SIZE
@@ -43,79 +44,92 @@ def noise_of(seeds: range) -> torch.Tensor:
     return pack_patches(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]))
 
 
-def drawn(pipe: DemoPipeline, seeds: range, **call: object) -> torch.Tensor:
+def drawn(pipe: DemoPipeline, seeds: range, **call: Any) -> torch.Tensor:
     """Last latents ``[B, 64, 48]`` of these seeds; picture k is of class k modulo their number."""
     prompts = [seed % len(CLASS_NAMES) for seed in seeds]
     return pipe(prompts, latents=noise_of(seeds), output_type="latent", **call).images
 
 
-def pairs(teacher: DemoPipeline, count: int, path: Path) -> torch.Tensor:
-    """Pictures of the teacher, as latents ``[count, 64, 48]``; those that an earlier run has drawn are kept."""
-    pictures = torch.empty(0, SIDE**2, CHANNELS * PATCH_SIZE**2)
-    if path.exists():
-        pictures = torch.load(path, weights_only=True)
-    bar = tqdm(total=count, initial=len(pictures), desc="pairs")
-    while len(pictures) < count:
-        lo = FIRST_SEED + len(pictures)
-        hi = min(lo + DRAWN_AT_ONCE, FIRST_SEED + count)
-        pictures = torch.cat([pictures, drawn(teacher, range(lo, hi), **TEACHER)])
-        write_atomically(path, lambda p, kept=pictures: torch.save(kept, p))
-        bar.update(hi - lo)
-    return pictures[:count]
+def levels(pipe: DemoPipeline, steps: int) -> list[float]:
+    """Noise levels of a run, ``steps + 1`` values from 1 to 0."""
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+    return pipe.scheduler.sigmas.tolist()
 
 
-def levels(pipe: DemoPipeline) -> torch.Tensor:
-    """Noise levels ``[LEVELS]`` at which a run of so many steps asks the model."""
-    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / LEVELS, LEVELS).tolist())
-    return pipe.scheduler.sigmas[:-1].clone()
+def paths(teacher: DemoPipeline, count: int, path: Path) -> torch.Tensor:
+    """Latents of the teacher's runs at its noise levels, ``[count, 31, 64, 48]``; an earlier run's are kept."""
+    found = torch.load(path, weights_only=True) if path.exists() else None
+    bar = tqdm(total=count, initial=0 if found is None else len(found), desc="paths")
+    while found is None or len(found) < count:
+        done = 0 if found is None else len(found)
+        seeds = range(FIRST_SEED + done, FIRST_SEED + min(done + DRAWN_AT_ONCE, count))
+        seen = [noise_of(seeds)]
+
+        def note(pipe: DemoPipeline, step: int, time: Any, given: dict, seen: list = seen) -> dict:
+            seen.append(given["latents"])
+            return given
+
+        drawn(teacher, seeds, callback_on_step_end=note, **TEACHER)
+        fresh = torch.stack(seen, dim=1)
+        found = fresh if found is None else torch.cat([found, fresh])
+        write_atomically(path, lambda p, kept=found: torch.save(kept, p))
+        bar.update(len(seeds))
+    return found[:count]
 
 
-def train(teacher: DemoPipeline, pictures: torch.Tensor, args: argparse.Namespace) -> nn.ModuleDict:
-    """The averaged weights behind the last step."""
+def at_levels(teacher: DemoPipeline, runs: torch.Tensor, wanted: list[float]) -> torch.Tensor:
+    """The paths at other noise levels, ``[count, len(wanted), 64, 48]``: Euler steps are straight between their own."""
+    own = levels(teacher, TEACHER["num_inference_steps"])
+    found = []
+    for level in wanted:
+        k = next(k for k, (_, low) in enumerate(pairwise(own)) if level >= low)
+        found.append(torch.lerp(runs[:, k], runs[:, k + 1], (own[k] - level) / (own[k] - own[k + 1])))
+    return torch.stack(found, dim=1)
+
+
+def train(teacher: DemoPipeline, runs: torch.Tensor, count: int, args: argparse.Namespace) -> nn.ModuleDict:
+    """The averaged weights of the model for ``count`` steps."""
     copy = load_demo_pipeline("cpu")
     model = nn.ModuleDict({"transformer": copy.transformer, "class_encoder": copy.class_encoder})
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 50) * (1 - s / args.steps))
-    parts, start, path = (
-        {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule},
-        0,
-        args.out / "checkpoint.pt",
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 30) * (1 - s / args.steps))
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    start, path = 0, args.out / f"checkpoint-{count}.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
         start = saved.pop("step")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    times = levels(teacher)
-    noises = noise_of(range(FIRST_SEED, FIRST_SEED + len(pictures)))
-    classes = (torch.arange(len(pictures)) + FIRST_SEED) % len(CLASS_NAMES)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="distilling", mininterval=5)
-    window: list[float] = []
-    for step in bar:
+    sigmas = torch.tensor(levels(teacher, count))
+    states, classes = (
+        at_levels(teacher, runs, sigmas.tolist()),
+        (torch.arange(len(runs)) + FIRST_SEED) % len(CLASS_NAMES),
+    )
+    losses: list[float] = []
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{count} steps", mininterval=5):
         # seeded by the step, so that a resumed run sees what an uninterrupted one would have seen
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        chosen = torch.randint(len(pictures), (args.batch,), generator=rng)
-        t = times[torch.randint(len(times), (args.batch,), generator=rng)]
-        clean, noise = pictures[chosen], noises[chosen]
+        chosen = torch.randint(len(runs), (args.batch,), generator=rng)
+        k = torch.randint(count, (args.batch,), generator=rng)
+        here, there = states[chosen, k], states[chosen, k + 1]
         velocity = model["transformer"](
-            hidden_states=torch.lerp(clean, noise, t[:, None, None]),
+            hidden_states=here,
             encoder_hidden_states=model["class_encoder"](classes[chosen]),
-            timestep=t,
+            timestep=sigmas[k],
             img_shapes=[(1, SIDE, SIDE)] * args.batch,
             return_dict=False,
         )[0]
-        loss = nn.functional.mse_loss(velocity, noise - clean)
+        loss = nn.functional.mse_loss(velocity, (there - here) / (sigmas[k + 1] - sigmas[k])[:, None, None])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         ema.update_parameters(model)
-        window.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            tqdm.write(f"step {step + 1}: loss {np.mean(window):.4f}")
-            window.clear()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-50:]):.4f}")
             state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
             write_atomically(path, lambda p, s=state: torch.save(s, p))
     return ema.module.eval()
@@ -127,26 +141,12 @@ def psnr(found: torch.Tensor, wanted: torch.Tensor) -> list[float]:
     return (-10 * torch.log10(error)).tolist()
 
 
-def judged(teacher: DemoPipeline, student: DemoPipeline) -> dict[str, list[float]]:
-    """How near few steps come to the 30 steps with guidance, of both models, in dB per picture."""
-    seeds = range(HELD_OUT)
-    wanted = drawn(teacher, seeds, **TEACHER)
-    found = {}
-    for steps in (4, 8):
-        found[f"bundled model, {steps} steps"] = psnr(
-            drawn(teacher, seeds, **{**TEACHER, "num_inference_steps": steps}), wanted
-        )
-        found[f"distilled, {steps} steps"] = psnr(
-            drawn(student, seeds, num_inference_steps=steps, guidance_scale=1.0), wanted
-        )
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("few-step-model"), help="folder for weights and checkpoint")
-    parser.add_argument("--pairs", type=int, default=720, help="pictures of the bundled model")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("few-step-models"), help="folder for models and checkpoints")
+    parser.add_argument("--for-steps", type=int, nargs="+", default=[8, 4], help="a model for each of these")
+    parser.add_argument("--paths", type=int, default=168, help="pictures of the bundled model")
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -156,17 +156,25 @@ def main() -> None:
     began = time.perf_counter()
     teacher = load_demo_pipeline("cpu")
     teacher.set_progress_bar_config(disable=True)
-    model = train(teacher, pairs(teacher, args.pairs, args.out / "pairs.pt"), args)
-    student = DemoPipeline(model["transformer"], model["class_encoder"], teacher.scheduler)
-    student.set_progress_bar_config(disable=True)
-    found = judged(teacher, student)
-    for name, values in found.items():
-        print(f"{name}: {np.mean(values):.1f} dB ({np.quantile(values, 0.1):.1f})")
-    for name, part in model.items():
-        part.to(torch.bfloat16).save_pretrained(args.out / name)
-    recipe = {"pairs": args.pairs, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
-    text = json.dumps({"recipe": recipe, "psnr_against_30_steps": found}, indent=1)
-    write_atomically(args.out / "distilled.json", lambda p: p.write_text(text + "\n"))
+    runs = paths(teacher, args.paths, args.out / "paths.pt")
+    wanted = drawn(teacher, range(HELD_OUT), **TEACHER)
+    for count in args.for_steps:
+        model = train(teacher, runs, count, args)
+        student = DemoPipeline(model["transformer"], model["class_encoder"], teacher.scheduler)
+        student.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": count}
+        found = {
+            "bundled": psnr(drawn(teacher, range(HELD_OUT), **TEACHER | call), wanted),
+            "distilled": psnr(drawn(student, range(HELD_OUT), **call, guidance_scale=1.0), wanted),
+        }
+        for name, values in found.items():
+            print(f"{count} steps, {name}: {np.mean(values):.1f} dB ({np.quantile(values, 0.1):.1f})", flush=True)
+        folder = args.out / f"{count}-steps"
+        for name, part in model.items():
+            part.to(torch.bfloat16).save_pretrained(folder / name)
+        recipe = {name: getattr(args, name) for name in ("paths", "steps", "batch", "lr", "seed")}
+        text = json.dumps({"recipe": recipe | {"for_steps": count}, "psnr_against_30_steps": found}, indent=1)
+        write_atomically(folder / "distilled.json", lambda p, text=text: p.write_text(text + "\n"))
     print(f"written to {args.out} in {(time.perf_counter() - began) / 60:.0f} minutes")
 
 

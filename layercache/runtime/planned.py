@@ -48,6 +48,7 @@ class PlannedRouter(Router):
         self.identity = Identity(spec, scheduler)
         self._storage, self.offload = storage, offload
         self._run: object = None
+        self._refused: object = None  # a run that the method has no schedule for
         self._router: Any = None  # of the present run's schedule
         self._schedules: dict[Any, Any] = {}  # by what they were made for
         self._past: list[CacheReport] = []  # of the schedules before the present one, as one
@@ -64,6 +65,8 @@ class PlannedRouter(Router):
         scheduler, run = self.identity.current(), self.identity.run
         if run is self._run and self._router is not None:
             return self._router
+        if run is not None and run is self._refused:  # what else is asked of it before the run ends
+            return self
         count, step = count_levels(scheduler), scheduler_step(scheduler) or 0
         if not count:
             raise MethodError(
@@ -73,14 +76,16 @@ class PlannedRouter(Router):
         if step >= count - 1 or not has_run(scheduler):
             return self._router or self
         sigmas = scheduler_sigmas(scheduler) or ()  # waits for the device, once in a run
+        self._refused = run
         schedule = self._schedule_of(scheduler, sigmas, step)
         if self._router is None or schedule is not self._router.schedule:
             self.end_generation()
+            router = self._router_of(schedule)
             self._past += [] if self._router is None else [self._router.counted()]
             self._past = [summed(self._past, self._past[-1])] if self._past else []
-            self._router = self._router_of(schedule)
+            self._router = router
             self._router.identity.drivers = self.identity.drivers
-        self._run = run
+        self._run, self._refused = run, None
         return self._router
 
     def _router_of(self, schedule: Any) -> Any:

@@ -20,8 +20,8 @@ def warn_of_few_steps(fingerprint: Fingerprint, stacklevel: int = 3) -> None:
     if len(fingerprint.steps) < FEWEST_STEPS:
         warnings.warn(
             f"in a run of {len(fingerprint.steps)} steps each changes much, and one that is skipped is seen in one "
-            "picture of ten: look at the 10 % quantile (percentile=10), not at the mean, before you cache it "
-            "(docs/guides/few-steps.md)",
+            "picture of ten, or hardly where the model was distilled for so few: look at the 10 % quantile "
+            "(percentile=10), not at the mean, before you cache it (docs/guides/few-steps.md)",
             LayerCacheWarning,
             stacklevel=stacklevel,
         )

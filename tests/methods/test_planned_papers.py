@@ -123,6 +123,37 @@ def test_dpcache_runs_its_path(pipe):
             make()
 
 
+def test_dpcache_runs(pipe):
+    """Skipped steps take Taylor's series of the velocities that the sampler was given at the three computed before."""
+    computed, history, inner = (0, 1, 2, 5), [], pipe.scheduler.step
+
+    def step(velocity, *args, **kwargs):
+        number = step.number = getattr(step, "number", -1) + 1
+        if number in computed:
+            history.append((velocity.double().numpy(), number))
+        else:
+            d = dpcache_derivatives(history[-3:], 2)
+            off = number - history[-1][1]
+            velocity = torch.from_numpy(d[0] + off * d[1] + off**2 / 2 * d[2]).float()
+        return inner(velocity, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    expected = generate(pipe, steps=8)
+    del pipe.scheduler.step
+    method = DPCache(computed, num_steps=8)
+    with layercache.enabled(pipe, method) as cache:
+        found = generate(pipe, steps=8)
+        schedule, report = cache.schedule, cache.report()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert report.used == 0.5 and report.fallback_rows == 0
+    assert report.cache_bytes == stored_bytes(schedule, {}, found.nbytes) == 3 * found.nbytes
+    with layercache.enabled(pipe, layercache.Schedule.from_json(schedule.to_json())):
+        assert torch.equal(generate(pipe, steps=8), found)
+    with layercache.enabled(pipe, DPCache(tuple(range(4)))):
+        neutral = generate(pipe, steps=4)
+    assert torch.equal(neutral, generate(pipe, steps=4))
+
+
 PUBLISHED = {  # 1 computes, 2 computes the deep blocks, 0 reuses
     "dit-xl-2": "10201020102010201020102010210210210210101010101010",
     "flux": "10210210210210210210210210101010101010101010101010",

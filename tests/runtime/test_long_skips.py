@@ -15,7 +15,7 @@ from torch import nn
 
 import layercache
 from layercache.errors import CacheStateError, UnsupportedModelError
-from layercache.methods import DBCache, FBCache, InvarDiff, TaylorSeer
+from layercache.methods import DBCache, FBCache, InvarDiff, ProCache, TaylorSeer
 from layercache.methods.l2c import LearningToCache
 from layercache.models.spec import ModelSpec
 from layercache.runtime.attachment import attachment_of
@@ -161,6 +161,16 @@ def test_what_would_be_a_wrong_picture_is_refused(pipe, profile):
         assert attachment_of(pipe.transformer) is None
     both = schedule_with(profile, groups, {3: (0, 2), 4: (1,)})  # who reads it is reused too
     torch.testing.assert_close(picture(pipe, both), by_hand(pipe, both), rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_that_is_made_at_the_run_is_refused_once(pipe, monkeypatch):
+    """And what ends with the pipeline's loop meets nothing else."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    full = picture(pipe)
+    with pytest.raises(CacheStateError, match="block 6 of UViT reads what block 0 gave"):
+        picture(pipe, ProCache((3, 2, 1)))
+    assert not ignored and torch.equal(picture(pipe), full)
 
 
 @pytest.mark.parametrize(
