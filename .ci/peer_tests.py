@@ -142,7 +142,7 @@ def tried(package: str, version: str, checkout: str | None, options: argparse.Na
     if package == "diffusers":
         shutil.copy(PEERS / "every_model.py", tests / "tests" / "models" / "transformers" / "test_every_model.py")
         path.append(install("parameterized", "0.9.0"))
-        run(sys.executable, PEERS / "stand_ins.py", tests, check=True)
+        run(sys.executable, PEERS / "hub_files.py", tests, check=True)
     commit = run("git", "-C", tests, "log", "-1", "--format=%h of %cs", check=True, stdout=subprocess.PIPE).stdout
     found = {"package": package, "version": installed, "tests_of": commit.strip()}
     found |= {"names": options.k, "files": options.files}

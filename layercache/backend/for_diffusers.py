@@ -91,8 +91,15 @@ def _must_compute(state: Any, change: Tensor | None, threshold: float, sync: str
 
 
 def _added(streams: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    advanced = [dense(stream) for stream in streams[: len(residuals)]]
-    return ops.linear_combination(advanced, [[r] for r in residuals], (1.0,)) + streams[len(residuals) :]
+    advanced, others = streams[: len(residuals)], streams[len(residuals) :]
+    if not _same_shapes(advanced, residuals):
+        return [stream + residual for stream, residual in zip(advanced, residuals, strict=True)] + others
+    return ops.linear_combination([dense(stream) for stream in advanced], [[r] for r in residuals], (1.0,)) + others
+
+
+def _same_shapes(streams: list[Tensor], others: list[Tensor]) -> bool:
+    """False where blocks arrange their stream otherwise in between (Latte), which diffusers lets torch broadcast."""
+    return all(stream.shape == other.shape for stream, other in zip(streams, others, strict=True))
 
 
 def _run_block(hook: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +109,10 @@ def _run_block(hook: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) ->
         if hook.is_tail:
             streams = _streams(hook, output)
             before = state.head_block_output[: len(streams)]
-            residuals = capture([dense(t) for t in streams], [dense(t) for t in before])
+            if _same_shapes(streams, before):
+                residuals = capture([dense(t) for t in streams], [dense(t) for t in before])
+            else:
+                residuals = [after - first for after, first in zip(streams, before, strict=True)]
             state.tail_block_residuals = (residuals[0], residuals[1] if len(residuals) == 2 else None)
         return output
     image = _argument(hook, "hidden_states", args, kwargs)

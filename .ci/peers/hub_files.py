@@ -1,4 +1,4 @@
-"""Stand-ins for the tiny tokenizers and settings of the Hub that diffusers' tests of pipelines ask for.
+"""Files in place of the tiny tokenizers and settings of the Hub that diffusers' tests of pipelines ask for.
 
 A name of the Hub is also a path: where a folder of that name lies in the working directory, nothing is downloaded.
 """
