@@ -201,7 +201,13 @@ def _levels(model: Any, steps: int) -> torch.Tensor:
 def flux(steps: int) -> Subject:
     import comfy.supported_models
 
-    sizes = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16, "context_in_dim": 32}
+    sizes: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": 2,
+        "vec_in_dim": 16,
+        "context_in_dim": 32,
+    }
     sizes |= {"hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "depth_single_blocks": 6}
     more = {"axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True, "guidance_embed": True, "dtype": torch.float32}
     model, network = _patcher(comfy.supported_models.Flux({"image_model": "flux", **sizes, **more}))
@@ -268,7 +274,7 @@ def _compare_with_diffusers(subject: Subject, pipe: Any, steps: int) -> None:
     from layercache.demo.model import CLASS_NAMES
 
     classes = [CLASS_NAMES[seed % len(CLASS_NAMES)] for seed in RECORDED]
-    call = {"num_inference_steps": steps, "guidance_scale": subject.cfg}
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": subject.cfg}
     profile = layercache.calibrate(pipe, classes, progress=False, partition="thirds", **call)
     schedule = layercache.plan(profile, budget=0.5)
     subject.schedules["groups of layers, from diffusers"] = schedule
@@ -338,7 +344,7 @@ def check(subject: Subject, full: list[torch.Tensor]) -> None:
 @contextmanager
 def blocks_replaced() -> Iterator[None]:
     """Blocks are replaced although the schedule reuses none."""
-    caching = sys.modules["layercache_nodes.caching"]
+    caching: Any = sys.modules["layercache_nodes.caching"]
     own, caching.is_of_whole_steps = caching.is_of_whole_steps, lambda _: False
     try:
         yield
