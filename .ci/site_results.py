@@ -32,7 +32,7 @@ PAGES = (
         "Quality per compute",
         "PSNR in dB of pictures of the bundled models against the full run of the same seed: the mean, and in brackets "
         "what nine pictures of ten exceed. The budget is the share of compute that a method may take.",
-        ("demo-cpu", "pareto-.*", "compare-.*", "whole-steps-.*", "groups-.*", "few(er)?-steps-.*", "free-levels-.*"),
+        ("demo-cpu", "pareto-.*", "compare-.*", "whole-steps-.*", "groups-.*", "few(er)?-steps?-.*", "free-levels-.*"),
     ),
     Page(
         "planning",
@@ -45,6 +45,12 @@ PAGES = (
         "Speed on a CPU",
         "Of the ops, of whole generations, of the host.",
         ("(end-to-end|kernels|peers)-cpu", "host-overhead", "import-time", "launch-plans", "timestep-tables"),
+    ),
+    Page(
+        "elsewhere",
+        "In other programs",
+        "The nodes in ComfyUI's code; the cache tests of diffusers and cache-dit on the ops.",
+        ("comfyui", "peer-tests"),
     ),
     Page("gpu", "Speed on a GPU", "Runs on one NVIDIA H200, random weights of real size.", ("nvidia-.*",)),
 )
@@ -186,6 +192,16 @@ def of_ablation(content: dict[str, Any]) -> list[str]:
     return ["By the share of steps that was computed:", "", by_budget(rows, "variant")]
 
 
+def of_models(content: dict[str, Any]) -> list[str]:
+    """Small models one below the other: runs with their PSNR."""
+    parts: list[str] = []
+    for model, found in content["models"].items():
+        runs = found.get("entries") or {name: {"psnr": psnr} for name, psnr in found["psnr_against_30_steps"].items()}
+        rows = [{"run": name} | {k: row[k] for k in ("share", "psnr") if k in row} for name, row in runs.items()]
+        parts += [f"{model}:", "", table(rows, list(flat(rows[0]))), ""]
+    return parts
+
+
 def of_variants(content: dict[str, Any]) -> list[str]:
     """The kernels with other constants, against those of the parent commit."""
     columns = ("sweep", "case", "variant", "ms", "share of copy", "speedup")
@@ -207,6 +223,8 @@ def tables_of(content: dict[str, Any]) -> list[str]:
         return of_real_size(content)
     if "variants" in content:
         return of_variants(content)
+    if isinstance(content.get("models"), dict):
+        return of_models(content)
     if rows and "variant" in rows[0]:
         return of_ablation(content)
     if rows and {"name", "budget"} <= set(rows[0]) and ("psnr" in rows[0] or "held_out_psnr" in rows[0]):
@@ -236,6 +254,7 @@ def machine_line(content: dict[str, Any]) -> str:
 def section(path: Path, host: str) -> list[str]:
     """A result file: how it was made, where it is, its tables and its plot."""
     content = json.loads(path.read_text())
+    content = {"rows": content} if isinstance(content, list) else content
     parts = [f"## {path.stem}", ""]
     parts += ["```console", f"$ {content['command']}", "```", ""] if content.get("command") else []
     about = [machine_line(content), f"[the file]({host}/blob/main/bench/results/{path.name})"]
