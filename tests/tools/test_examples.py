@@ -55,6 +55,19 @@ def test_a_demo_model_is_trained(tmp_path):
     assert (tmp_path / "model" / "class_encoder").is_dir() and (tmp_path / "model" / "MODEL_CARD.md").exists()
 
 
+@pytest.mark.slow
+def test_the_demo_model_is_distilled(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "distil_demo.py"), "--for-steps", "2", "--paths", "2", "--steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [*command, "--batch", "2"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 steps, distilled: \d+\.\d dB", done.stdout), done.stdout
+    folder = tmp_path / "few-step-models" / "2-steps"
+    assert (folder / "transformer").is_dir() and (folder / "class_encoder").is_dir()
+
+
 def test_every_example_is_run_by_a_test():
     tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
     left_out = {"uvit"}  # imported by train_uvit

@@ -229,7 +229,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path, schedule):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     panel = plots.MapPanel("", GROUPS, SIGMAS, schedule=schedule)
     for call in (plots.check_installed, lambda: plots.save_maps(tmp_path / "m.png", [panel])):
-        with pytest.raises(MissingExtraError, match=r'pip install "layercache\[demo\]"'):
+        with pytest.raises(MissingExtraError, match=r'pip install "layercache\[figures\]"'):
             call()
     assert not list(tmp_path.iterdir())
 

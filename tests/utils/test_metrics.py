@@ -123,7 +123,7 @@ def test_summary_of_nothing_is_refused():
 def test_missing_scikit_image_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     for call in (metrics.check_installed, lambda: metrics.psnr(np.zeros((1, 8, 8, 3)), np.zeros((1, 8, 8, 3)))):
-        with pytest.raises(MissingExtraError, match=r'pip install "layercache\[demo\]"') as caught:
+        with pytest.raises(MissingExtraError, match=r'pip install "layercache\[figures\]"') as caught:
             call()
         assert isinstance(caught.value, LayerCacheError) and isinstance(caught.value, ImportError)
 
