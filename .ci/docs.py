@@ -34,8 +34,13 @@ SITE_OF = {
     "examples/README.md": "examples.md",
     "integrations/comfyui/README.md": "comfyui.md",
 }
-REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "layercache/layercache")
-HOST = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{REPOSITORY}"
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY")
+# Outside of a workflow the repository's address is not known: links to its files lead to example.org.
+HOST = (
+    f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{REPOSITORY}"
+    if REPOSITORY
+    else "https://example.org/layercache"
+)
 LEFT_OUT = "# {}\n\nLeft out of this build (`--quick`).\n"
 
 
